@@ -1,0 +1,102 @@
+"""Train vision transformers as gradient-isolated local modules.
+
+Everything public is here, ``localgrad.X``; what lies below is private. Names are looked up when they are first
+used, so that ``import localgrad`` (and ``localgrad --help``) doesn't wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from localgrad.backbone import Backbone, Layout, split
+    from localgrad.errors import (
+        BackboneError,
+        CheckpointError,
+        DataError,
+        DeviceError,
+        DivergenceError,
+        IsolationError,
+        LocalgradError,
+        PartitionError,
+        RecipeError,
+        RunFolderError,
+    )
+    from localgrad.execution.sequential import StepResult
+    from localgrad.learner import LocalLearner, check_isolation
+    from localgrad.objectives.base import Objective
+    from localgrad.objectives.methods import (
+        Contrastive,
+        FeatureReconstruction,
+        GreedySupervised,
+        ImageReconstruction,
+    )
+    from localgrad.partition import Plan, balance
+
+_HOMES = {
+    "localgrad.backbone": ("Backbone", "Layout", "split"),
+    "localgrad.errors": (
+        "BackboneError",
+        "CheckpointError",
+        "DataError",
+        "DeviceError",
+        "DivergenceError",
+        "IsolationError",
+        "LocalgradError",
+        "PartitionError",
+        "RecipeError",
+        "RunFolderError",
+    ),
+    "localgrad.execution.sequential": ("StepResult",),
+    "localgrad.learner": ("LocalLearner", "check_isolation"),
+    "localgrad.objectives.base": ("Objective",),
+    "localgrad.objectives.methods": (
+        "Contrastive",
+        "FeatureReconstruction",
+        "GreedySupervised",
+        "ImageReconstruction",
+    ),
+    "localgrad.partition": ("Plan", "balance"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__version__ = "0.1.0"
+__all__ = [
+    "Backbone",
+    "BackboneError",
+    "CheckpointError",
+    "Contrastive",
+    "DataError",
+    "DeviceError",
+    "DivergenceError",
+    "FeatureReconstruction",
+    "GreedySupervised",
+    "ImageReconstruction",
+    "IsolationError",
+    "Layout",
+    "LocalLearner",
+    "LocalgradError",
+    "Objective",
+    "PartitionError",
+    "Plan",
+    "RecipeError",
+    "RunFolderError",
+    "StepResult",
+    "__version__",
+    "balance",
+    "check_isolation",
+    "split",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'localgrad' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

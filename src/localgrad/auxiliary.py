@@ -1,0 +1,330 @@
+"""Auxiliary decoders and classifiers: small nets that give a local module something to learn, then are thrown away.
+
+A **decoder** predicts a target (the module's input features, or the image) from the module's output features.
+An **auxiliary classifier** predicts the labels from them.
+
+What decides whether local learning saves memory at all is the resolution that a decoder works at. InfoPro's
+(arXiv 2101.10832, appendix) interpolates the features to image size before its convolutions; on Swin-Tiny that
+keeps more bytes than end-to-end training does. Every decoder here stays at the module's own resolution and
+upsamples in its last layer only, by pixel shuffle (Shi et al., arXiv 1609.05158, section 3.2): a position with
+``r * r * D`` channels becomes an ``r x r`` patch with ``D`` channels. The seed paper (arXiv 2212.14215) compares
+three decoder structures without giving their layers in the copies that can be had, so the three here are ours.
+
+Shapes: B batch · H W grid of the module's output · D its width · h w grid of the target · d its width.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from localgrad.backbone import Layout
+from localgrad.errors import RecipeError, did_you_mean
+
+HEAD_WIDTH = 32
+"""Channels of one attention head; widths of transformer decoders and classifiers are multiples of it."""
+
+
+class Decoder(nn.Module, ABC):
+    """Predicts a target grid from a module's output features.
+
+    Args:
+        source: layout of the module's output features.
+        target: layout of what is predicted (features or image).
+    """
+
+    def __init__(self, source: Layout, target: Layout) -> None:
+        super().__init__()
+        self.source = source
+        self.target = target
+        self.ratio = tuple(math.ceil(t / s) for t, s in zip(target.grid, source.grid, strict=True))
+
+    @property
+    def num_outputs(self) -> int:
+        """Channels before the pixel shuffle: one patch of the target."""
+        return self.target.width * self.ratio[0] * self.ratio[1]
+
+    @abstractmethod
+    def patches(self, grid: Tensor) -> Tensor:
+        """Map grid features [B, H, W, D] to patches [B, H, W, rows * columns * d]."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Predict the target.
+
+        Args:
+            features: the module's output, in the ``source`` layout.
+
+        Returns:
+            [B, h, w, d], channels last.
+        """
+        patches = self.patches(self.source.to_grid(features))
+        batch, height, width, _ = patches.shape
+        rows, columns = self.ratio
+        image = patches.view(batch, height, width, rows, columns, self.target.width)
+        image = image.transpose(2, 3).reshape(batch, height * rows, width * columns, self.target.width)
+        return image[:, : self.target.grid[0], : self.target.grid[1]]  # odd grids are padded by the backbone
+
+
+class LinearDecoder(Decoder):
+    """Norm, one linear layer, pixel shuffle."""
+
+    def __init__(self, source: Layout, target: Layout) -> None:
+        super().__init__(source, target)
+        self.norm = nn.LayerNorm(source.width)
+        self.project = nn.Linear(source.width, self.num_outputs)
+
+    def patches(self, grid: Tensor) -> Tensor:
+        """Project each position to its patch of the target."""
+        return cast(Tensor, self.project(self.norm(grid)))
+
+
+class ConvDecoder(Decoder):
+    """Norm, two 3x3 convolutions with a GELU between, pixel shuffle.
+
+    Args:
+        source: layout of the module's output features.
+        target: layout of what is predicted.
+        hidden_width: channels between the convolutions; by default the features' own, at most 64.
+    """
+
+    def __init__(self, source: Layout, target: Layout, *, hidden_width: int | None = None) -> None:
+        super().__init__(source, target)
+        hidden = hidden_width or min(source.width, 64)
+        self.norm = nn.LayerNorm(source.width)
+        self.first = nn.Conv2d(source.width, hidden, 3, padding=1)
+        self.second = nn.Conv2d(hidden, self.num_outputs, 3, padding=1)
+
+    def patches(self, grid: Tensor) -> Tensor:
+        """Convolve at the module's own resolution."""
+        channels_first = self.norm(grid).permute(0, 3, 1, 2)  # a view: the convolution runs in channels-last
+        patches = self.second(F.gelu(self.first(channels_first)))
+        return cast(Tensor, patches.permute(0, 2, 3, 1).contiguous())
+
+
+class TransformerDecoder(Decoder):
+    """Norm, linear to a width, transformer blocks over windows, norm, linear, pixel shuffle.
+
+    Attention runs inside windows of at most ``window`` positions a side, so that a first-stage grid (56 x 56 in
+    Swin-Tiny) costs what a ViT's 14 x 14 costs, and not its square.
+
+    Args:
+        source: layout of the module's output features.
+        target: layout of what is predicted.
+        depth: transformer blocks (one or two).
+        width: their width, a multiple of 32; by default the features' own, rounded down, at most 192.
+        window: largest side of an attention window, in positions.
+    """
+
+    def __init__(
+        self, source: Layout, target: Layout, *, depth: int = 1, width: int | None = None, window: int = 14
+    ) -> None:
+        super().__init__(source, target)
+        width = _head_multiple(width or min(source.width, 192))
+        self.window = tuple(_largest_divisor(side, window) for side in source.grid)
+        self.norm = nn.LayerNorm(source.width)
+        self.enter = nn.Linear(source.width, width)
+        self.blocks = transformer_blocks(width, depth)
+        self.leave = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, self.num_outputs))
+
+    def patches(self, grid: Tensor) -> Tensor:
+        """Attend within windows, then project each position to its patch."""
+        x = self.enter(self.norm(grid))
+        batch, height, width, channels = x.shape
+        x: Tensor = self.enter(self.norm(grid))
+        x = x.view(batch, height // rows, rows, width // columns, columns, channels)
+        x = x.transpose(2, 3).reshape(-1, rows * columns, channels)
+        x = self.leave(self.blocks(x))
+        x = x.view(batch, height // rows, width // columns, rows, columns, self.num_outputs)
+        return x.transpose(2, 3).reshape(batch, height, width, self.num_outputs)
+
+
+class Classifier(nn.Module, ABC):
+    """Predicts class logits from a module's output features.
+
+    Args:
+        source: layout of the module's output features.
+        num_classes: classes to tell apart.
+    """
+
+    def __init__(self, source: Layout, num_classes: int) -> None:
+        super().__init__()
+        self.source = source
+        self.num_classes = num_classes
+
+    @abstractmethod
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features in the ``source`` layout to logits [B, num_classes]."""
+
+
+class Pool(nn.Module):
+    """Mean over the grid, beside the class and register tokens where there are any, then a norm.
+
+    Args:
+        source: layout of the features that come in.
+    """
+
+    def __init__(self, source: Layout) -> None:
+        super().__init__()
+        self.source = source
+        self.width = source.width * (1 + source.num_prefix_tokens)
+        self.norm = nn.LayerNorm(self.width)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features to one vector an image, [B, width]."""
+        mean = self.source.to_grid(features).mean(dim=(1, 2))
+        prefix = self.source.prefix(features)
+        pooled = mean if prefix is None else torch.cat([mean, prefix.flatten(1)], dim=1)
+        return cast(Tensor, self.norm(pooled))
+
+
+class LinearClassifier(Classifier):
+    """Average pool, norm, linear: the head of TRGL (arXiv 2309.17357) and of most of the field."""
+
+    def __init__(self, source: Layout, num_classes: int) -> None:
+        super().__init__(source, num_classes)
+        self.pool = Pool(source)
+        self.head = nn.Linear(self.pool.width, num_classes)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features to logits [B, num_classes]."""
+        return cast(Tensor, self.head(self.pool(features)))
+
+
+class MlpClassifier(Classifier):
+    """Average pool, norm, one hidden layer with GELU, linear.
+
+    Args:
+        source: layout of the module's output features.
+        num_classes: classes to tell apart.
+        hidden_width: units of the hidden layer; by default twice the features' width.
+    """
+
+    def __init__(self, source: Layout, num_classes: int, *, hidden_width: int | None = None) -> None:
+        super().__init__(source, num_classes)
+        hidden = hidden_width or 2 * source.width
+        self.pool = Pool(source)
+        self.head = nn.Sequential(nn.Linear(self.pool.width, hidden), nn.GELU(), nn.Linear(hidden, num_classes))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features to logits [B, num_classes]."""
+        return cast(Tensor, self.head(self.pool(features)))
+
+
+class TransformerClassifier(Classifier):
+    """Tokens pooled to a small grid, transformer blocks over them, average, norm, linear.
+
+    One or two blocks in the auxiliary head recover a good part of what greedy training loses (arXiv 2610.04867);
+    on a pooled grid they cost next to nothing, whatever the module's resolution.
+
+    Args:
+        source: layout of the module's output features.
+        num_classes: classes to tell apart.
+        depth: transformer blocks.
+        width: their width, a multiple of 32; by default the features' own, rounded down, at most 384.
+        grid: side of the pooled grid.
+    """
+
+    def __init__(
+        self, source: Layout, num_classes: int, *, depth: int = 1, width: int | None = None, grid: int = 4
+    ) -> None:
+        super().__init__(source, num_classes)
+        width = _head_multiple(width or min(source.width, 384))
+        self.grid = (min(grid, source.grid[0]), min(grid, source.grid[1]))
+        self.norm = nn.LayerNorm(source.width)
+        self.enter = nn.Linear(source.width, width)
+        # Early features barely know where they stand; without places, attention over them is over a bag.
+        num_tokens = self.grid[0] * self.grid[1] + source.num_prefix_tokens
+        self.places = nn.Parameter(torch.randn(num_tokens, width) * 0.02)
+        self.blocks = transformer_blocks(width, depth)
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, num_classes))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features to logits [B, num_classes]."""
+        grid = self.source.to_grid(features).permute(0, 3, 1, 2)
+        tokens = F.adaptive_avg_pool2d(grid, self.grid).flatten(2).transpose(1, 2)
+        prefix = self.source.prefix(features)
+        if prefix is not None:
+            tokens = torch.cat([prefix, tokens], dim=1)
+        return cast(Tensor, self.head(self.blocks(self.enter(self.norm(tokens)) + self.places).mean(dim=1)))
+
+
+def transformer_blocks(width: int, depth: int) -> nn.Sequential:
+    """Plain pre-norm transformer blocks of timm: heads of 32 channels, an MLP of twice the width."""
+    from timm.models.vision_transformer import Block
+
+    if depth < 1:
+        raise RecipeError(f"depth of a transformer decoder or classifier must be at least 1, got {depth}.")
+    return nn.Sequential(*(Block(width, width // HEAD_WIDTH, mlp_ratio=2.0, qkv_bias=True) for _ in range(depth)))
+
+
+DECODERS: Mapping[str, Callable[..., Decoder]] = {
+    "linear": LinearDecoder,
+    "conv": ConvDecoder,
+    "transformer": TransformerDecoder,
+}
+CLASSIFIERS: Mapping[str, Callable[..., Classifier]] = {
+    "linear": LinearClassifier,
+    "mlp": MlpClassifier,
+    "transformer": TransformerClassifier,
+}
+
+Net = TypeVar("Net", bound=nn.Module)
+
+
+def build_decoder(name: str, source: Layout, target: Layout, options: Mapping[str, Any]) -> Decoder:
+    """Make a decoder by name.
+
+    Args:
+        name: ``linear``, ``conv`` or ``transformer``.
+        source: layout of the module's output features.
+        target: layout of what it predicts.
+        options: keyword arguments of that decoder's class.
+
+    Raises:
+        RecipeError: unknown name, or options that this decoder doesn't take.
+    """
+    return _build("decoder", DECODERS, name, options)(source, target)
+
+
+def build_classifier(name: str, source: Layout, num_classes: int, options: Mapping[str, Any]) -> Classifier:
+    """Make an auxiliary classifier by name.
+
+    Args:
+        name: ``linear``, ``mlp`` or ``transformer``.
+        source: layout of the module's output features.
+        num_classes: classes to tell apart.
+        options: keyword arguments of that classifier's class.
+
+    Raises:
+        RecipeError: unknown name, or options that this classifier doesn't take.
+    """
+    return _build("classifier", CLASSIFIERS, name, options)(source, num_classes)
+
+
+def _build(
+    kind: str, known: Mapping[str, Callable[..., Net]], name: str, options: Mapping[str, Any]
+) -> Callable[..., Net]:
+    if name not in known:
+        raise RecipeError(f"{kind}: unknown {name!r}; there are {', '.join(known)}.{did_you_mean(name, known)}")
+
+    def make(*args: Any) -> Net:
+        try:
+            return known[name](*args, **options)
+        except TypeError as error:
+            raise RecipeError(f"{kind}_options: {name!r} can't take {dict(options)} ({error}).") from error
+
+    return make
+
+
+def _head_multiple(width: int) -> int:
+    return max(HEAD_WIDTH, width // HEAD_WIDTH * HEAD_WIDTH)
+
+
+def _largest_divisor(side: int, at_most: int) -> int:
+    return max(d for d in range(1, min(side, at_most) + 1) if side % d == 0)

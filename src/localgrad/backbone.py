@@ -1,0 +1,618 @@
+"""Turn a timm model into a stem, a list of blocks and a tail that give the very same logits.
+
+What. ``split(model, input_size)`` returns a ``Backbone`` whose parts, run in sequence, equal ``model(images)`` bit
+for bit, in eval mode and in train mode (drop path, dropout, batch statistics). A boundary between local modules
+may fall between any two blocks, and what crosses it is always one tensor.
+
+How. There is no branch per architecture. ``split`` runs the model once and watches: which modules of the trunk
+were called, in which order, what each received and returned, and which of the model's own attributes were read
+before the first block and after the last. From this follow
+
+* the *stem*: a shallow copy of the model that holds only what was read before the first block, its trunk emptied;
+  its own ``forward_features`` then is the embedding, with every option that the model has;
+* the *blocks*: the observed calls, each with whatever timm does between two calls (``_timm_adapters``), found by
+  comparing bits. Plain arguments are frozen, tensor arguments (rope) are computed again at each call;
+* the *tail*: the children called after the last block, then a shallow copy's own ``forward_head``.
+
+Then it proves the result: the parts must give the model's logits bit for bit, or ``BackboneError`` is raised. No
+model is split wrongly in silence.
+
+How it differs. timm's ``forward_intermediates`` reads features out but can't cut the graph into modules that are
+trained, moved and compiled on their own; ``torch.fx`` graphs lose the modules; forward hooks that detach work in
+one process only. Parameters are shared with the model, never copied: training the parts trains the model. Settings
+changed on the model afterwards (``reset_classifier``, ``set_input_size``) are not seen: split again. timm's
+``grad_checkpointing`` flag has no effect on the parts, since blocks are called directly.
+
+Sources: timm 1.0.31 (``forward_features``/``forward_head`` and the ``blocks``/``stages``/``layers`` convention);
+hiera's unrolled token order: arXiv 2306.00989, Section 3.
+
+Shapes: B batch, N tokens, P prefix tokens, D width, H W grid; images [B, C, H, W].
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._timm_adapters import (
+    SUPPORTED_FAMILIES,
+    TENSOR_ARGUMENTS,
+    Call,
+    Kind,
+    Recomputed,
+    Seen,
+    Step,
+    attribute,
+    child_of,
+    find_glue,
+    find_recomputed,
+    find_stations,
+    kind_after,
+    observe,
+    token_order,
+    trunks_of,
+    unsupported,
+)
+from .errors import BackboneError
+
+__all__ = ["SUPPORTED_FAMILIES", "Backbone", "Layout", "split"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How features stand in memory at one point between blocks."""
+
+    kind: Kind
+    width: int
+    """D, the number of channels."""
+    grid: tuple[int, int]
+    """(H, W) of the spatial tokens."""
+    num_prefix_tokens: int = 0
+    """P, class and register tokens that stand before the grid tokens (kind "tokens")."""
+    order: tuple[int, ...] | None = None
+    """Token n of the sequence stands at raster position order[n]; None: in raster order."""
+
+    def to_grid(self, features: Tensor) -> Tensor:
+        """Spatial features without prefix tokens, as a view where memory allows it.
+
+        Args:
+            features: [B, H, W, D], [B, D, H, W] or [B, P + N, D], as ``kind`` says.
+
+        Returns:
+            [B, H, W, D].
+        """
+        if self.kind == "NHWC":
+            return features
+        if self.kind == "NCHW":
+            return features.permute(0, 2, 3, 1)
+        tokens = features[:, self.num_prefix_tokens :]
+        if self.order is not None:
+            tokens = tokens[:, torch.tensor(self._token_at, device=features.device)]
+        return tokens.reshape(tokens.shape[0], *self.grid, self.width)
+
+    def prefix(self, features: Tensor) -> Tensor | None:
+        """Class and register tokens.
+
+        Args:
+            features: as for ``to_grid``.
+
+        Returns:
+            [B, P, D], a view, or None where there are none.
+        """
+        return features[:, : self.num_prefix_tokens] if self.num_prefix_tokens else None
+
+    @cached_property
+    def _token_at(self) -> tuple[int, ...]:
+        """The inverse of ``order``: which token stands at each raster position."""
+        order = self.order or ()
+        return tuple(sorted(range(len(order)), key=order.__getitem__))
+
+
+class Stem(nn.Module):
+    """Images to the first block's features.
+
+    Args:
+        part: a shallow copy of the timm model that holds the stem's children only, its trunk emptied.
+    """
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] -> features."""
+        features: Tensor = self.part.forward_features(images)  # type: ignore[operator]
+        return features
+
+
+class Tail(nn.Module):
+    """The last block's features to logits.
+
+    Args:
+        part: a shallow copy of the timm model that holds the tail's children only.
+        glue: what the model does to the features first.
+        before_head: names of the children called, in order, before ``forward_head``.
+        unused: parameters that the model's forward pass never reads (mask tokens): kept, so that none gets lost.
+    """
+
+    def __init__(
+        self,
+        part: nn.Module,
+        *,
+        glue: Callable[..., Tensor],
+        before_head: Sequence[str],
+        unused: Iterable[nn.Parameter],
+    ) -> None:
+        super().__init__()
+        self.part = part
+        self.glue = glue
+        self.before_head = tuple(before_head)
+        self.unused = nn.ParameterList(unused)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features -> [B, num_classes]."""
+        features = self.glue(features)
+        for name in self.before_head:
+            features = self.part.get_submodule(name)(features)
+        logits: Tensor = self.part.forward_head(features)  # type: ignore[operator]
+        return logits
+
+
+class Backbone(nn.Module):
+    """A timm model as stem, blocks and tail; made by ``split``.
+
+    The parts share their parameters with ``model``, which is not registered here: each parameter belongs to
+    exactly one part (unless the model itself uses it in several, see ``check_boundaries``).
+    """
+
+    model: nn.Module
+    """The plain timm model: its ``state_dict()`` is what to export."""
+    stem: nn.Module
+    """[B, C, H, W] -> features."""
+    blocks: nn.ModuleList
+    """Features -> features, each from and to one tensor."""
+    tail: nn.Module
+    """Features -> [B, num_classes]."""
+    block_names: tuple[str, ...]
+    """Dotted path of each block in the timm model."""
+    layouts: tuple[Layout, ...]
+    """Layout of the features entering block i; the last one, of those entering the tail."""
+    stage_boundaries: tuple[int, ...]
+    """Index of the first block of every stage after the first; empty for a model without stages."""
+    input_size: tuple[int, int, int]
+    """(C, H, W) of the images."""
+    num_classes: int
+    """Width of the logits."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        stem: nn.Module,
+        blocks: Iterable[nn.Module],
+        tail: nn.Module,
+        block_names: Sequence[str],
+        layouts: Sequence[Layout],
+        stage_boundaries: Sequence[int],
+        input_size: tuple[int, int, int],
+        num_classes: int,
+    ) -> None:
+        super().__init__()
+        # Past nn.Module's registry, so that state_dict() holds nothing twice; deepcopy copies it with the rest.
+        object.__setattr__(self, "model", model)
+        self.stem, self.blocks, self.tail = stem, nn.ModuleList(blocks), tail
+        self.block_names, self.layouts = tuple(block_names), tuple(layouts)
+        self.stage_boundaries = tuple(stage_boundaries)
+        self.input_size, self.num_classes = input_size, num_classes
+        self._written_buffers: frozenset[str] = frozenset()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Run stem, blocks and tail in sequence.
+
+        Args:
+            images: [B, C, H, W].
+
+        Returns:
+            [B, num_classes], the bits that ``model(images)`` gives.
+        """
+        features = self.stem(images)
+        for block in self.blocks:
+            features = block(features)
+        logits: Tensor = self.tail(features)
+        return logits
+
+    def train(self, mode: bool = True) -> Backbone:  # noqa: FBT001, FBT002 (torch's signature)
+        """Set the mode of the parts and of ``model``."""
+        super().train(mode)
+        self.model.train(mode)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Backbone:  # noqa: FBT001, FBT002
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # Most parameters change in place; where torch makes new ones, the model's own must follow.
+        for part in (self.stem.part, self.tail.part):
+            _adopt(self.model._parameters, part._parameters)  # type: ignore[union-attr]
+            _adopt(self.model._buffers, part._buffers)  # type: ignore[union-attr]
+        return self
+
+    def check_boundaries(self, boundaries: Sequence[int]) -> None:
+        """Refuse boundaries across which local modules would share a parameter, or a buffer that they write.
+
+        Args:
+            boundaries: index of the first block of every local module after the first, increasing.
+
+        Raises:
+            BackboneError: something is shared; the message names it and its blocks.
+        """
+        owners: dict[int, dict[int, list[str]]] = {}
+        for module, (name, part) in self._parts_by_module(boundaries):
+            for tensor in _tensors(part):
+                owners.setdefault(id(tensor), {}).setdefault(module, []).append(name)
+        named: list[tuple[str, Tensor]] = [*self.model.named_parameters()]
+        named += [(name, buffer) for name, buffer in self.model.named_buffers() if name in self._written_buffers]
+        for name, tensor in named:
+            modules = owners.get(id(tensor), {})
+            if len(modules) > 1:
+                places = ", ".join(part for parts in modules.values() for part in parts)
+                raise BackboneError(
+                    f"{name} is shared by {places}, which boundaries={list(boundaries)} put in different local "
+                    "modules: keep these in one module, or build the model without sharing."
+                )
+
+    def _parts_by_module(self, boundaries: Sequence[int]) -> Iterator[tuple[int, tuple[str, nn.Module]]]:
+        yield 0, ("the stem", self.stem)
+        for index, (name, block) in enumerate(zip(self.block_names, self.blocks, strict=True)):
+            yield sum(boundary <= index for boundary in boundaries), (name, block)
+        yield len(boundaries), ("the tail", self.tail)
+
+
+def split(model: nn.Module, input_size: tuple[int, int, int]) -> Backbone:
+    """Split a timm model into stem, blocks and tail, and prove that they give the same logits.
+
+    The model keeps its parameters (the parts share them), its mode, its buffers; the random state stays too.
+
+    Args:
+        model: a timm model with a classifier, on any device, as ``timm.create_model`` returns it.
+        input_size: (C, H, W) of the images that it will be trained on.
+
+    Returns:
+        The backbone.
+
+    Raises:
+        BackboneError: the model has no trunk that this file knows, no classifier, another image size, or parts
+            that don't give its logits bit for bit.
+    """
+    size = _check_arguments(model, input_size)
+    first = next(model.parameters())
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, *size, generator=generator).to(first.device, first.dtype)
+    stations = find_stations(model)
+    with _left_as_it_was(model, first.device) as rewind, torch.no_grad():
+        model.eval()
+        seen = observe(model, stations, images)
+        try:
+            backbone = _assemble(model, seen, images)
+            _prove(backbone, images, rewind)
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, TypeError, RuntimeError) as error:
+            raise unsupported(model, f"its parts don't run on their own ({error})") from error
+    for module in set(backbone.modules()) - set(model.modules()):
+        module.training = model.training
+    return backbone
+
+
+# Arguments and errors -------------------------------------------------------------------------------------------
+
+
+def _check_arguments(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[int, int, int]:
+    if not isinstance(model, nn.Module):
+        raise BackboneError(f"split takes a timm model, got {model!r}: pass timm.create_model({model!r}).")
+    size = tuple(int(length) for length in input_size)
+    if len(size) != 3 or min(size) < 1:
+        raise BackboneError(f"input_size is (channels, height, width), got {input_size!r}: pass e.g. (3, 224, 224).")
+    for method in ("forward_features", "forward_head"):
+        if not callable(attribute(model, method)):
+            raise unsupported(model, f"a timm model has the method {method}, this one has not")
+    if attribute(model, "num_classes") == 0:
+        raise BackboneError("the model has no classifier (num_classes=0): pass num_classes=N to timm.create_model.")
+    channels = attribute(model, "in_chans")
+    if channels not in (None, size[0]):
+        raise BackboneError(
+            f"input_size={size} has {size[0]} channels, but the model was built for {channels}: "
+            f"pass in_chans={size[0]} to timm.create_model."
+        )
+    if next(model.parameters(), None) is None:
+        raise unsupported(model, "it has no parameters")
+    if any(tensor.is_meta or isinstance(tensor, torch._subclasses.FakeTensor) for tensor in model.parameters()):
+        raise BackboneError(
+            "the model's parameters are on the meta device or fake, so its parts can't be compared with it: "
+            "split a real model, then deep-copy the backbone."
+        )
+    return size
+
+
+# Assembly -------------------------------------------------------------------------------------------------------
+
+
+def _assemble(model: nn.Module, seen: Seen, images: Tensor) -> Backbone:
+    stem = _find_stem(model, seen, images)
+    features = stem(images)
+    groups = _group_calls(seen.calls)
+    finder = _LayoutFinder(model, *images.shape[2:])
+    blocks, layouts = [], []
+    for index, calls in enumerate(groups):
+        layouts.append(finder.describe(features, index))
+        steps = []
+        for call in calls:
+            steps.append(_make_step(model, call, features, layouts[-1], index))
+            finder.kind = kind_after(steps[-1].glue) or finder.kind
+            features = call.returned
+        blocks.append(steps[0].simplest() if len(steps) == 1 else nn.Sequential(*(s.simplest() for s in steps)))
+    layouts.append(finder.describe(features, len(groups)))
+    tail_glue = _glue(model, features, seen.tail_input, groups[-1][-1].station.name, "the tail")
+    return Backbone(
+        model,
+        stem=stem,
+        blocks=blocks,
+        tail=_make_tail(model, seen, tail_glue, [stem, *blocks]),
+        block_names=[_block_of(calls).station.name for calls in groups],
+        layouts=layouts,
+        stage_boundaries=_stage_boundaries(groups, layouts),
+        input_size=(images.shape[1], images.shape[2], images.shape[3]),
+        num_classes=seen.logits.shape[1],
+    )
+
+
+def _find_stem(model: nn.Module, seen: Seen, images: Tensor) -> Stem:
+    """The model without its trunk: then its own ``forward_features`` gives what its first block received."""
+    stand_ins: dict[str, nn.Module | None] = {name: nn.Identity() for name in seen.head_names}
+    for position, (name, trunk) in enumerate(trunks_of(model).items()):
+        if isinstance(trunk, nn.Sequential):
+            stand_ins[name] = nn.Sequential()
+        else:
+            # cait and xcit add their class token where a second trunk is there, even an empty one
+            stand_ins[name] = None if position else nn.ModuleList()
+    blocks_need = {source.child for source in TENSOR_ARGUMENTS.values()}
+    stem = Stem(_shallow_part(model, seen.stem_names - blocks_need, stand_ins))
+    if _find_glue(model, stem(images), seen.calls[0].received) is None:
+        raise unsupported(model, f"what stands before {seen.calls[0].station.name} is not its forward_features alone")
+    return stem
+
+
+def _shallow_part(model: nn.Module, owned: set[str], stand_ins: dict[str, nn.Module | None]) -> nn.Module:
+    """A shallow copy of the model that registers only its own share of parameters, buffers and children."""
+    part = copy.copy(model)
+    state = part.__dict__
+    state["_parameters"] = {n: p if n in owned else None for n, p in model._parameters.items()}
+    state["_buffers"] = {n: b if n in owned else None for n, b in model._buffers.items()}
+    state["_modules"] = {n: m if n in owned else stand_ins.get(n) for n, m in model._modules.items()}
+    for hooks in [name for name in state if name.endswith(("_hooks", "_hooks_with_kwargs"))]:
+        state[hooks] = type(state[hooks])()
+    if "grad_checkpointing" in state:
+        state["grad_checkpointing"] = False  # there is no trunk left to checkpoint
+    return part
+
+
+def _group_calls(calls: list[Call]) -> list[list[Call]]:
+    """Calls as blocks: one that holds nothing but vectors (a norm) joins a neighbour."""
+    groups: list[list[Call]] = []
+    waiting: list[Call] = []
+    for call in calls:
+        if _is_block(call.module):
+            groups.append([*waiting, call])
+            waiting = []
+        elif isinstance(call.module, nn.Identity):
+            continue
+        elif groups and groups[-1][0].station.group == call.station.group:
+            groups[-1].append(call)
+        else:
+            waiting.append(call)
+    if groups:
+        groups[-1] += waiting
+    return groups
+
+
+def _is_block(module: nn.Module) -> bool:
+    return any(parameter.ndim > 1 for parameter in module.parameters())
+
+
+def _block_of(calls: list[Call]) -> Call:
+    return next(call for call in calls if _is_block(call.module))
+
+
+def _make_step(model: nn.Module, call: Call, features: Tensor, layout: Layout, index: int) -> Step:
+    """One observed call as a module that takes the features of the one before it."""
+    name = call.station.name
+    for value in call.args:
+        if not _is_plain(value):
+            raise unsupported(model, f"{name} is called with a {type(value).__name__} beside its features")
+    recomputed: dict[str, Recomputed] = {}
+    for keyword, value in call.kwargs.items():
+        if _is_plain(value):
+            continue
+        source = find_recomputed(model, keyword, value, layout.grid, index) if isinstance(value, Tensor) else None
+        if source is None:
+            raise unsupported(model, f"{name} is called with {keyword}=, and how to compute that is not known")
+        recomputed[keyword] = source
+    plain = {keyword: value for keyword, value in call.kwargs.items() if keyword not in recomputed}
+    holds_for_grid = _has_numbers([call.args, plain, [source.kwargs for source in recomputed.values()]])
+    return Step(
+        call.module,
+        glue=_glue(model, features, call.received, "the features before it", name),
+        args=call.args,
+        kwargs=plain,
+        recomputed=recomputed,
+        unpack=call.unpack,
+        shape=tuple(call.received.shape[1:]) if holds_for_grid else None,
+        name=name,
+    )
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _has_numbers(value: Any) -> bool:
+    """Whether plain arguments hold a number, which may be the grid's."""
+    if isinstance(value, dict):
+        return _has_numbers(list(value.values()))
+    if isinstance(value, (tuple, list)):
+        return any(_has_numbers(item) for item in value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _find_glue(model: nn.Module, given: Tensor, wanted: Tensor) -> Callable[..., Tensor] | None:
+    return find_glue(given, wanted, model._parameters.get("cls_token"))
+
+
+def _glue(model: nn.Module, given: Tensor, wanted: Tensor, source: str, target: str) -> Callable[..., Tensor]:
+    glue = _find_glue(model, given, wanted)
+    if glue is None:
+        raise unsupported(
+            model,
+            f"{target} does not receive what {source} gives ({list(given.shape)} became {list(wanted.shape)} "
+            "in a way that is not known)",
+        )
+    return glue
+
+
+def _make_tail(model: nn.Module, seen: Seen, glue: Callable[..., Tensor], others: list[nn.Module]) -> Tail:
+    """The rest of the model: what is read after the last block, and what is never read."""
+    owned_elsewhere = {id(tensor) for part in others for tensor in _tensors(part)}
+    names = seen.head_names | (set(model._modules) | set(model._buffers)) - seen.stem_names - trunks_of(model).keys()
+    part = _shallow_part(model, names, {})
+    in_tail = owned_elsewhere | {id(tensor) for tensor in _tensors(part)}
+    unused = [parameter for parameter in model.parameters() if id(parameter) not in in_tail]
+    return Tail(part, glue=glue, before_head=seen.before_head, unused=unused)
+
+
+def _stage_boundaries(groups: list[list[Call]], layouts: list[Layout]) -> list[int]:
+    """Where a group of the model begins; in a flat trunk, the blocks that change the grid (hiera)."""
+    stages = [_block_of(calls).station.group for calls in groups]
+    if any(stages):
+        return [index for index, (before, stage) in enumerate(pairwise(stages), start=1) if stage != before]
+    return [i for i, (before, after) in enumerate(pairwise(layouts)) if i > 0 and before.grid != after.grid]
+
+
+class _LayoutFinder:
+    """Reads the layout of features off their shape, given the model and the image."""
+
+    def __init__(self, model: nn.Module, height: int, width: int) -> None:
+        self.model = model
+        self.num_prefix_tokens = int(attribute(model, "num_prefix_tokens") or 0)
+        self.widths = {int(info["num_chs"]) for info in _widths(model)}
+        embedded = attribute(child_of(model, "patch_embed") or model, "grid_size")
+        self.grids: list[tuple[int, int]] = [tuple(embedded)] if embedded else []
+        for stride in range(1, max(height, width) + 1):
+            self.grids.append((math.ceil(height / stride), math.ceil(width / stride)))
+            self.grids.append((height // stride, width // stride))
+        # Decides only where D = H = W leaves both readings open: the last kind known for certain.
+        self.kind: Kind = attribute(model, "output_fmt") or "NCHW"
+
+    def describe(self, features: Tensor, index: int) -> Layout:
+        """The layout of the features that enter block ``index``."""
+        layout = self._tokens(features, index) if features.ndim == 3 else self._map(features)
+        self.kind = layout.kind
+        # Grids only shrink along the trunk, and mostly stay: the present one is the first guess for the next.
+        self.grids.insert(0, layout.grid)
+        return layout
+
+    def _map(self, features: Tensor) -> Layout:
+        _, one, two, three = features.shape
+        options = [Layout("NHWC", three, (one, two)), Layout("NCHW", one, (two, three))]
+        options.sort(key=lambda o: (o.grid in self.grids, o.width in self.widths, o.kind == self.kind))
+        return options[-1]
+
+    def _tokens(self, features: Tensor, index: int) -> Layout:
+        _, count, width = features.shape
+        for grid in self.grids:
+            for prefix in dict.fromkeys((self.num_prefix_tokens, 0)):
+                if grid[0] * grid[1] + prefix == count and min(grid) > 0:
+                    order = token_order(self.model, max(index - 1, 0), count)
+                    return Layout("tokens", width, grid, prefix, order)
+        raise unsupported(self.model, f"{count} tokens enter block {index}, and which grid they make is not known")
+
+
+def _widths(model: nn.Module) -> list[dict[str, Any]]:
+    return list(attribute(model, "feature_info") or [])
+
+
+# Proof ----------------------------------------------------------------------------------------------------------
+
+
+def _prove(backbone: Backbone, images: Tensor, rewind: Callable[[], set[str]]) -> None:
+    """Compare the parts with the model, in both modes, from the same buffers and random state."""
+    shapes: dict[str, list[torch.Size]] = {}
+    for mode in ("eval", "train"):
+        backbone.train(mode == "train")
+        rewind()
+        expected = backbone.model(images)
+        backbone._written_buffers |= rewind()
+        features, shapes[mode] = backbone.stem(images), []
+        for block in backbone.blocks:
+            shapes[mode].append(features.shape)
+            features = block(features)
+        logits = backbone.tail(features)
+        rewind()
+        if not isinstance(expected, Tensor):
+            raise unsupported(backbone.model, f"in {mode} mode it returns no tensor of logits")
+        if not torch.equal(logits, expected):
+            raise unsupported(backbone.model, f"in {mode} mode its parts give other logits than the model")
+    if shapes["eval"] != shapes["train"]:
+        raise unsupported(
+            backbone.model,
+            "in train mode it drops tokens, so features have no grid (build it with patch_drop_rate=0)",
+        )
+
+
+@contextmanager
+def _left_as_it_was(model: nn.Module, device: torch.device) -> Iterator[Callable[[], set[str]]]:
+    """Put modes, buffers and random state back at the end.
+
+    Yields:
+        A function that puts buffers and random state back at once, and returns the names of the buffers that had
+        been written.
+    """
+    modes = {module: module.training for module in model.modules()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    on_cuda = device.type == "cuda"
+    random_state = torch.get_rng_state()
+    cuda_state = torch.cuda.get_rng_state(device) if on_cuda else None
+
+    def rewind() -> set[str]:
+        written = {name for name, buffer in model.named_buffers() if not torch.equal(buffer, buffers[name])}
+        for name in written:
+            model.get_buffer(name).copy_(buffers[name])
+        torch.set_rng_state(random_state)
+        if cuda_state is not None:
+            torch.cuda.set_rng_state(cuda_state, device)
+        return written
+
+    try:
+        yield rewind
+    finally:
+        with torch.no_grad():
+            rewind()
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _adopt(target: dict[str, Any], source: dict[str, Any]) -> None:
+    target.update({name: value for name, value in source.items() if value is not None})

@@ -1,0 +1,290 @@
+"""The command line: ``localgrad train | evaluate | predict``.
+
+It turns options into a recipe and calls ``localgrad.run``; torch is imported only inside a verb. Every mistake that
+a user can make ends in one line on standard error and exit status 2. An interrupted run is saved and exits with 128
+plus the signal's number, as shells do.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from localgrad.errors import LocalgradError
+
+if TYPE_CHECKING:
+    pass
+
+app = typer.Typer(
+    name="localgrad",
+    help="Train vision transformers as gradient-isolated local modules.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Run the command line; the console script's entry."""
+    try:
+        app()
+    except LocalgradError as error:
+        print(f"localgrad: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(2)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        import localgrad
+
+        typer.echo(localgrad.__version__)
+        raise typer.Exit
+
+
+METHOD, DATA, EXECUTION = "Method", "Data", "Execution (doesn't change results)"
+
+
+@app.command()
+def train(  # noqa: PLR0917  # one parameter an option
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="digits, cifar10, cifar100, stl10, svhn, a folder, or a Hugging Face data set.",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    root: Annotated[str | None, typer.Option(help="Where torchvision's data sets lie.", rich_help_panel=DATA)] = None,
+    download: Annotated[
+        bool,
+        typer.Option("--download", help="Fetch a torchvision data set that is missing.", rich_help_panel=DATA),
+    ] = False,
+    limit: Annotated[int | None, typer.Option(help="Use only this many training images.", rich_help_panel=DATA)] = None,
+    val_fraction: Annotated[
+        float | None,
+        typer.Option(help="Share of the training images that selects the best epoch.", rich_help_panel=DATA),
+    ] = None,
+    on_corrupt: Annotated[
+        str | None, typer.Option(help="A corrupt image: error, or skip.", rich_help_panel=DATA)
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="timm's name of the model.", rich_help_panel=METHOD)] = None,
+    img_size: Annotated[int | None, typer.Option(help="Side of the images in pixels.", rich_help_panel=METHOD)] = None,
+    patch_size: Annotated[int | None, typer.Option(help="Side of a patch in pixels.", rich_help_panel=METHOD)] = None,
+    drop_path: Annotated[float | None, typer.Option(help="Stochastic depth rate.", rich_help_panel=METHOD)] = None,
+    pretrained: Annotated[
+        bool | None, typer.Option("--pretrained", help="Start from timm's weights.", rich_help_panel=METHOD)
+    ] = None,
+    modules: Annotated[
+        str | None,
+        typer.Option(
+            help="Local modules: a number, stages, or boundaries such as 2,5,9. 1 is end-to-end.",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="feature, image, greedy or contrastive.", rich_help_panel=METHOD)
+    ] = None,
+    decoder: Annotated[
+        str | None, typer.Option(help="Auxiliary decoder: linear, conv or transformer.", rich_help_panel=METHOD)
+    ] = None,
+    classifier: Annotated[
+        str | None, typer.Option(help="Auxiliary classifier: linear, mlp or transformer.", rich_help_panel=METHOD)
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training images.", rich_help_panel=METHOD)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images an update.", rich_help_panel=METHOD)] = None,
+    optimizer: Annotated[str | None, typer.Option(help="timm's name of the optimizer.", rich_help_panel=METHOD)] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.", rich_help_panel=METHOD)] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Weight decay.", rich_help_panel=METHOD)] = None,
+    scheduler: Annotated[str | None, typer.Option(help="cosine, step, poly, none …", rich_help_panel=METHOD)] = None,
+    warmup_epochs: Annotated[float | None, typer.Option(help="Linear warm-up.", rich_help_panel=METHOD)] = None,
+    clip_grad: Annotated[
+        float | None, typer.Option(help="Largest norm of each module's gradient.", rich_help_panel=METHOD)
+    ] = None,
+    ema_decay: Annotated[
+        float | None, typer.Option(help="Keep an average of the weights.", rich_help_panel=METHOD)
+    ] = None,
+    label_smoothing: Annotated[float | None, typer.Option(help="Label smoothing.", rich_help_panel=METHOD)] = None,
+    mixup: Annotated[float | None, typer.Option(help="Alpha of mixup.", rich_help_panel=METHOD)] = None,
+    cutmix: Annotated[float | None, typer.Option(help="Alpha of cutmix.", rich_help_panel=METHOD)] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights, order and draws.", rich_help_panel=METHOD)] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1.", rich_help_panel=EXECUTION)] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.", rich_help_panel=EXECUTION)] = None,
+    accumulation: Annotated[
+        int | None,
+        typer.Option(help="Parts that each batch is cut into, to save memory.", rich_help_panel=EXECUTION),
+    ] = None,
+    checkpoint: Annotated[
+        bool | None,
+        typer.Option("--checkpoint", help="Recompute activations inside modules.", rich_help_panel=EXECUTION),
+    ] = None,
+    compile_: Annotated[
+        bool | None, typer.Option("--compile", help="Compile each local module.", rich_help_panel=EXECUTION)
+    ] = None,
+    num_workers: Annotated[
+        int | None, typer.Option(help="Processes that decode large data sets.", rich_help_panel=EXECUTION)
+    ] = None,
+    num_threads: Annotated[int | None, typer.Option(help="Processor threads.", rich_help_panel=EXECUTION)] = None,
+    preset: Annotated[str | None, typer.Option(help="Start from a preset: digits, paper, infopro, greedy.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Start from a recipe in TOML.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Any value of the recipe: --set training.min_lr=1e-5.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder; by default a new one under runs/.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the recipe and stop.")] = False,
+) -> None:
+    """Train a model. With no options: handwritten digits, four local modules, under two minutes on two cores."""
+    from localgrad.recipe import Recipe, overlay, parse_assignments
+
+    options = {
+        "data.name": data,
+        "data.root": root,
+        "data.limit": limit,
+        "data.val_fraction": val_fraction,
+        "data.on_corrupt": on_corrupt,
+        "model.name": model,
+        "model.img_size": img_size,
+        "model.patch_size": patch_size,
+        "model.drop_path": drop_path,
+        "model.pretrained": pretrained,
+        "local.modules": None if modules is None else parse_modules(modules),
+        "local.objective": objective,
+        "local.options.decoder": decoder,
+        "local.options.classifier": classifier,
+        "training.epochs": epochs,
+        "training.batch_size": batch_size,
+        "training.optimizer": optimizer,
+        "training.lr": lr,
+        "training.weight_decay": weight_decay,
+        "training.scheduler": scheduler,
+        "training.warmup_epochs": warmup_epochs,
+        "training.clip_grad": clip_grad,
+        "training.ema_decay": ema_decay,
+        "augment.label_smoothing": label_smoothing,
+        "augment.mixup": mixup,
+        "augment.cutmix": cutmix,
+        "seed": seed,
+        "execution.device": device,
+        "execution.precision": precision,
+        "execution.accumulation": accumulation,
+        "execution.checkpoint": checkpoint,
+        "execution.compile": compile_,
+        "execution.num_workers": num_workers,
+        "execution.num_threads": num_threads,
+    }
+    changes = {key: value for key, value in options.items() if value is not None}
+    changes |= parse_assignments(set_ or [])
+    if resume is not None:
+        _resume(resume, changes, forbidden={"--out": out, "--preset": preset, "--recipe": recipe})
+        return
+    wanted = Recipe.from_dict(overlay(_base(preset, recipe, changes), changes))
+    if dry_run:
+        typer.echo(wanted.to_toml(), nl=False)
+        return
+    from localgrad import run
+
+    with _saying_how_to_resume():
+        run.train(wanted, out=out, download=download, sinks=[_console_sink()])
+
+
+@app.command()
+def evaluate(
+    run_folder: Annotated[Path, typer.Argument(help="A folder that `localgrad train` made.")],
+    part: Annotated[str, typer.Option(help="test, val or train.")] = "test",
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1.")] = None,
+) -> None:
+    """Accuracy of a run's best weights, of the whole model and of each module's own classifier."""
+    from localgrad import run
+    from localgrad.errors import RecipeError
+    from localgrad.training.events import accuracies
+
+    if part not in ("test", "val", "train"):
+        raise RecipeError(f"--part: unknown {part!r}; take test, val or train.")
+    result = run.evaluate_run(run_folder, part=part, device=device)
+    typer.echo(f"{part} accuracy  {result['accuracy']:.2%}  ({result['num_images']:,} images)")
+    typer.echo(f"by module  {accuracies(result['module_accuracy'])}")
+
+
+@app.command()
+def predict(
+    run_folder: Annotated[Path, typer.Argument(help="A folder that `localgrad train` made.")],
+    images: Annotated[Path, typer.Argument(help="An image, or a folder of images.")],
+    top: Annotated[int, typer.Option(min=1, help="Classes to name for each image.")] = 3,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1.")] = None,
+) -> None:
+    """Classify images with a run's best weights."""
+    from localgrad import run
+
+    for prediction in run.predict(run_folder, images, top=top, device=device):
+        classes = "  ".join(f"{name} {share:.1%}" for name, share in prediction.classes)
+        typer.echo(f"{prediction.path}  {classes}")
+
+
+def parse_modules(text: str) -> int | str | list[int]:
+    """Read ``4``, ``stages``, or boundaries such as ``2,5,9``."""
+    parts = text.split(",")
+    if all(part.strip().lstrip("-").isdigit() for part in parts):
+        numbers = [int(part) for part in parts]
+        return numbers[0] if len(numbers) == 1 else numbers
+    return text
+
+
+def _base(preset_name: str | None, recipe: Path | None, changes: dict[str, Any]) -> dict[str, Any]:
+    """What the options are laid over: a recipe file, a preset, or (where no data is named) the digits."""
+    from localgrad.errors import RecipeError
+    from localgrad.recipe import parse_toml, preset
+
+    if recipe is not None and preset_name is not None:
+        raise RecipeError("--preset and --recipe both say where to start; give one of them.")
+    if recipe is not None:
+        try:
+            return parse_toml(recipe.read_text(), str(recipe))
+        except OSError as error:
+            raise RecipeError(f"--recipe: {recipe} can't be read ({error.strerror}).") from error
+    if preset_name is None and "data.name" in changes:
+        return {}
+    base = preset(preset_name or "digits")
+    if preset_name is None and "model.name" in changes:
+        base.pop("model", None)  # the preset's micro Swin has options that another model doesn't take
+    return base
+
+
+def _resume(path: Path, changes: dict[str, Any], forbidden: dict[str, object]) -> None:
+    from localgrad import run
+    from localgrad.errors import RecipeError
+    from localgrad.recipe import Recipe, overlay
+
+    given = [name for name, value in forbidden.items() if value is not None]
+    if given:
+        raise RecipeError(f"{given[0]} can't be given with --resume: the run in {path} has its recipe and folder.")
+    wanted = Recipe.from_dict(overlay(run.read_recipe(path).to_dict(), changes))
+    with _saying_how_to_resume(path):
+        run.resume(path, wanted, sinks=[_console_sink()])
+
+
+def _console_sink() -> Any:
+    from rich.console import Console
+
+    from localgrad.training.events import ConsoleSink
+
+    return ConsoleSink(Console())
+
+
+class _saying_how_to_resume:  # noqa: N801  # reads as the statement that it is
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, _traceback: object) -> None:
+        from localgrad.training.trainer import Interrupted
+
+        if isinstance(error, Interrupted):
+            print(f"localgrad: {error}", file=sys.stderr)  # noqa: T201
+            sys.exit(128 + error.signal_number)

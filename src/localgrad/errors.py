@@ -1,0 +1,67 @@
+"""What can go wrong for a user, as one small family.
+
+Each class is also the builtin that Python code would expect (``ValueError`` for a wrong argument,
+``RuntimeError`` for a run that could not go on), so callers may catch either. The command line turns
+every member into one line on standard error and exit status 2. A message says the rule, the value
+it got, and what to type next. Faults of our own are ``assert``, never one of these.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LocalgradError(Exception):
+    """Base of everything that localgrad raises on purpose."""
+
+
+class BackboneError(LocalgradError, ValueError):
+    """A model that can't be split into stem, blocks and tail, or an input that doesn't fit it."""
+
+
+class PartitionError(LocalgradError, ValueError):
+    """A partition that the model does not have: too many modules, boundaries out of order."""
+
+
+class RecipeError(LocalgradError, ValueError):
+    """A recipe (or an option of the command line) with an unknown key or an impossible value."""
+
+
+class DataError(LocalgradError, ValueError):
+    """Data that is missing, empty, corrupt, or labelled outside its classes."""
+
+
+class DeviceError(LocalgradError, RuntimeError):
+    """A device or precision that this machine does not have."""
+
+
+class RunFolderError(LocalgradError, RuntimeError):
+    """A run folder that can't be written, is in use, or belongs to another recipe."""
+
+
+class CheckpointError(LocalgradError, RuntimeError):
+    """A checkpoint that is truncated, of another model, or of another version."""
+
+
+class IsolationError(LocalgradError, RuntimeError):
+    """A gradient crossed a boundary between local modules."""
+
+
+class DivergenceError(LocalgradError, RuntimeError):
+    """A loss that is no longer a finite number."""
+
+
+def did_you_mean(name: str, known: Iterable[str], count: int = 3) -> str:
+    """Name the nearest known spellings of ``name``, as a sentence to append to an error.
+
+    Args:
+        name: what the user typed.
+        known: what there is.
+        count: how many to name at most.
+
+    Returns:
+        `` Nearest: a, b.`` with a leading space, or an empty string where nothing is near.
+    """
+    near = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
+    return f" Nearest: {', '.join(near)}." if near else ""

@@ -1,0 +1,1 @@
+"""Running local modules: forward, loss, backward and update of one after another."""

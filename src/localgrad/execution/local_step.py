@@ -1,0 +1,133 @@
+"""One local module's whole step: forward, loss, backward, clip, update, and its gradients freed.
+
+Everything that a step may keep between batches is the module's own: its optimizer, its gradient scaler, its
+clipping norm. So modules can run in any order or place with the same result.
+
+Gradient accumulation happens here, inside the module's step: the batch is cut into equal parts, each runs forward
+and backward, then one update follows. The gradients are still freed before the next module runs; only the
+features of the whole batch are kept at the boundary. Peers that accumulate over calls keep the gradients of
+every module alive at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from localgrad.errors import DeviceError
+from localgrad.execution.local_module import LocalModule, LocalOutput
+from localgrad.objectives.base import LocalBatch
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Autocast dtype by the name that recipes use."""
+
+
+class LocalStep:
+    """Trains one local module on one batch at a time.
+
+    Args:
+        module: the local module.
+        parameters: its parameters, in the order that the clipping norm sums them.
+        optimizer: over those parameters.
+        precision: ``fp32``, ``bf16`` or ``fp16`` autocast; the latter with this module's own gradient scaler.
+        clip_grad: largest norm of the module's gradient, or ``None``.
+        accumulation: parts that a batch is cut into.
+        compile: run the module through ``torch.compile``.
+    """
+
+    def __init__(
+        self,
+        module: LocalModule,
+        parameters: Sequence[nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        *,
+        precision: str = "fp32",
+        clip_grad: float | None = None,
+        accumulation: int = 1,
+        compile: bool = False,
+    ) -> None:
+        self.module = module
+        self.parameters = list(parameters)
+        self.optimizer = optimizer
+        self.clip_grad = clip_grad
+        self.accumulation = accumulation
+        self.device_type = self.parameters[0].device.type
+        self.dtype = PRECISIONS[precision]
+        self.scaler = torch.amp.GradScaler(self.device_type, enabled=precision == "fp16")
+        self._forward: Callable[..., LocalOutput] = torch.compile(module) if compile else module
+
+    def __call__(self, inputs: Tensor, batch: LocalBatch) -> LocalOutput:
+        """Train on one batch.
+
+        Args:
+            inputs: what the module before gave, detached; the images for the first module.
+            batch: images and labels.
+
+        Returns:
+            The module's output, its graph gone: features for the next module, and the figures.
+        """
+        if self.accumulation == 1:
+            output = self._forward_backward(inputs, batch, 1.0)
+        else:
+            output = self._accumulate(inputs, batch)
+        self._update()
+        return output
+
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
+        """The autocast region of this precision."""
+        if self.dtype is None:
+            return contextlib.nullcontext()
+        return cast(contextlib.AbstractContextManager[None], torch.autocast(self.device_type, dtype=self.dtype))
+
+    def _forward_backward(self, inputs: Tensor, batch: LocalBatch, share: float) -> LocalOutput:
+        with self.autocast():
+            output = self._forward(inputs, batch)
+        loss = output.loss if share == 1.0 else output.loss * share
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        return output._replace(loss=output.loss.detach())
+
+    def _accumulate(self, inputs: Tensor, batch: LocalBatch) -> LocalOutput:
+        num_images = len(inputs)
+        chunks = zip(*(tensor.chunk(self.accumulation) for tensor in (inputs, batch.images, batch.labels)), strict=True)
+        outputs, shares = [], []
+        for chunk, images, labels in chunks:
+            shares.append(len(chunk) / num_images)
+            outputs.append(self._forward_backward(chunk, LocalBatch(images, labels), shares[-1]))
+        return _merge(outputs, shares)
+
+    def _update(self) -> None:
+        if self.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.parameters, self.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def _merge(outputs: Sequence[LocalOutput], shares: Sequence[float]) -> LocalOutput:
+    def mean(values: Sequence[Tensor]) -> Tensor:
+        return torch.stack([value * share for value, share in zip(values, shares, strict=True)]).sum()
+
+    logits = [output.logits for output in outputs if output.logits is not None]
+    return LocalOutput(
+        features=torch.cat([output.features for output in outputs]),
+        loss=mean([output.loss for output in outputs]),
+        terms={name: mean([output.terms[name] for output in outputs]) for name in outputs[0].terms},
+        logits=torch.cat(logits) if logits else None,
+    )
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Refuse a precision that is unknown or that the device doesn't have.
+
+    Raises:
+        DeviceError: naming what to type instead.
+    """
+    if precision not in PRECISIONS:
+        raise DeviceError(f"precision: unknown {precision!r}; take one of {', '.join(PRECISIONS)}.")
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise DeviceError(f"precision: {device} has no bf16; take --precision fp16 or fp32.")

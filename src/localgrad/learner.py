@@ -1,0 +1,403 @@
+"""``LocalLearner``: a timm model, split, partitioned and ready to train inside anybody's own loop.
+
+It owns no training loop, no data and no device policy; ``step`` takes a batch and trains every local module on it.
+The model handed in is trained in place: its ``state_dict()`` is the result, in plain timm naming, at any moment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from localgrad.backbone import Backbone, split
+from localgrad.errors import BackboneError, CheckpointError, IsolationError, PartitionError, RecipeError
+from localgrad.execution.local_module import build_local_modules
+from localgrad.execution.local_step import LocalStep, check_precision
+from localgrad.execution.sequential import SequentialExecutor, StepResult
+from localgrad.objectives.base import LocalBatch, Objective
+from localgrad.objectives.methods import FeatureReconstruction
+from localgrad.partition import Plan, Request, resolve
+from localgrad.planning.memory import MemoryProfile, block_activation_bytes, simulate
+
+if TYPE_CHECKING:
+    from timm.utils.model_ema import ModelEmaV3
+
+OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
+
+
+class LocalLearner:
+    """Trains a timm model as gradient-isolated local modules.
+
+    Args:
+        model: any timm model that ``localgrad.split`` takes, on its device; or a backbone that is split already.
+        modules: how many local modules (balanced by activation bytes), ``"stages"``, explicit boundaries (the
+            first block of every module but the first), or a ``Plan``. 1 is end-to-end training.
+        objective: what every module but the last is trained on; by default ``FeatureReconstruction()``.
+        input_size: (C, H, W) of the images; by default the model's own.
+        precision: ``fp32``, ``bf16`` or ``fp16`` autocast.
+        checkpoint: recompute activations inside modules: all (``True``), none, or one flag a module.
+        compile: run each local module through ``torch.compile``.
+        clip_grad: largest norm of each module's gradient.
+        accumulation: parts that ``step`` cuts a batch into, to save memory; one update a step all the same.
+        ema_decay: keep an exponential moving average of the model's weights, in ``averaged_model``.
+
+    Raises:
+        BackboneError: the model can't be split, or a parameter is shared across a boundary.
+        PartitionError: the modules asked for can't be made.
+        RecipeError: an option has an impossible value.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        modules: Request | Plan = 4,
+        objective: Objective | None = None,
+        input_size: tuple[int, int, int] | None = None,
+        precision: str = "fp32",
+        checkpoint: bool | Sequence[bool] = False,
+        compile: bool = False,
+        clip_grad: float | None = None,
+        accumulation: int = 1,
+        ema_decay: float | None = None,
+    ) -> None:
+        if accumulation < 1:
+            raise RecipeError(f"accumulation must be at least 1, got {accumulation}.")
+        self.backbone = model if isinstance(model, Backbone) else split(model, input_size or default_input_size(model))
+        self.model = self.backbone.model
+        check_precision(precision, self.device)
+        self.objective = objective or FeatureReconstruction()
+        self.plan = make_plan(self.backbone, modules, checkpoint=checkpoint)
+        self.modules = build_local_modules(self.backbone, self.plan, self.objective)
+        self.precision = precision
+        self.averaged_model: nn.Module | None = None
+        self._ema = _make_ema(self.model, ema_decay)
+        if self._ema is not None:
+            self.averaged_model = self._ema.module
+        self._settings: dict[str, Any] = {
+            "precision": precision,
+            "clip_grad": clip_grad,
+            "accumulation": accumulation,
+            "compile": compile,
+        }
+        self._executor: SequentialExecutor | None = None
+        self.num_steps = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def optimizers(self) -> tuple[Optimizer, ...]:
+        """Each local module's optimizer, once configured."""
+        return tuple(step.optimizer for step in self._executor.steps) if self._executor else ()
+
+    def parameters(self, index: int) -> list[nn.Parameter]:
+        """Trainable parameters of a local module: the model's in the model's own order, then the auxiliary nets'.
+
+        With one module this is ``list(model.parameters())``, so that clipping sums in the usual order.
+        """
+        rank = {id(parameter): number for number, parameter in enumerate(self.model.parameters())}
+        trainable = [parameter for parameter in self.modules[index].parameters() if parameter.requires_grad]
+        return sorted(trainable, key=lambda parameter: rank.get(id(parameter), len(rank)))
+
+    def configure_optimizers(self, factory: OptimizerFactory) -> None:
+        """Make one optimizer a local module.
+
+        Args:
+            factory: called once for each module with its trainable parameters.
+
+        Raises:
+            RecipeError: a module has nothing to train.
+        """
+        steps = []
+        for index, module in enumerate(self.modules):
+            parameters = self.parameters(index)
+            if not parameters:
+                raise RecipeError(
+                    f"local module {index} has no trainable parameter; unfreeze some, or use fewer modules."
+                )
+            steps.append(LocalStep(module, parameters, factory(parameters), **self._settings))
+        self._executor = SequentialExecutor(steps)
+
+    def step(self, images: Tensor, labels: Tensor) -> StepResult:
+        """Train every local module on one batch: K forwards, K losses, K backwards, K updates.
+
+        Args:
+            images: [B, C, H, W], normalised, on the model's device.
+            labels: class indices [B], or soft targets [B, num_classes].
+
+        Returns:
+            Logits, losses and terms, detached.
+
+        Raises:
+            RecipeError: no optimizers yet.
+            BackboneError: images of another size than the model was split for.
+        """
+        if self._executor is None:
+            raise RecipeError("no optimizers yet: call learner.configure_optimizers(lambda params: ...) first.")
+        if tuple(images.shape[1:]) != self.backbone.input_size:
+            raise BackboneError(
+                f"images: got {list(images.shape)}, but this learner was made for "
+                f"[B, {', '.join(map(str, self.backbone.input_size))}]; pass input_size= for another size."
+            )
+        if not self.model.training:
+            self.train()
+        result = self._executor.step(images, labels)
+        self.num_steps += 1
+        if self._ema is not None:
+            self._ema.update(self.model, step=self.num_steps)
+        return result
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> tuple[Tensor | None, ...]:
+        """Class logits of each module's own classifier, the whole model's last; nothing is trained.
+
+        Call ``eval()`` first, as with any model.
+
+        Args:
+            images: [B, C, H, W].
+
+        Returns:
+            For each module [B, num_classes], or ``None`` where its objective has no classifier.
+        """
+        found = []
+        features = images
+        for module, step in zip(self.modules, self._executor.steps if self._executor else self.modules, strict=True):
+            with step.autocast() if isinstance(step, LocalStep) else torch.autocast(self.device.type, enabled=False):
+                features = module.features(features)
+                found.append(module.objective.classify(features))
+        return tuple(found)
+
+    def train(self, mode: bool = True) -> LocalLearner:  # noqa: FBT001, FBT002  # torch's own signature
+        """Put the model and the auxiliary nets in training mode (or, with ``False``, in evaluation mode)."""
+        self.model.train(mode)
+        for module in self.modules:
+            module.train(mode)
+        return self
+
+    def eval(self) -> LocalLearner:
+        """Put the model and the auxiliary nets in evaluation mode."""
+        return self.train(mode=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs: model, auxiliary nets, every optimizer and scaler, average, count."""
+        steps = self._executor.steps if self._executor else ()
+        return {
+            "model": self.model.state_dict(),
+            "objectives": [module.objective.state_dict() for module in self.modules],
+            "optimizers": [step.optimizer.state_dict() for step in steps],
+            "scalers": [step.scaler.state_dict() for step in steps],
+            "averaged_model": None if self.averaged_model is None else self.averaged_model.state_dict(),
+            "num_steps": self.num_steps,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a state from ``state_dict``.
+
+        Raises:
+            CheckpointError: it is of another model, another partition, or made before optimizers were configured.
+        """
+        steps = self._executor.steps if self._executor else ()
+        counts = len(state["objectives"]), len(state["optimizers"])
+        if counts != (len(self.modules), len(steps)):
+            raise CheckpointError(
+                f"checkpoint: it has {counts[0]} local modules with {counts[1]} optimizers, this learner "
+                f"{len(self.modules)} with {len(steps)}; use the same modules, and configure optimizers first."
+            )
+        load_weights(self.model, state["model"])
+        for module, objective in zip(self.modules, state["objectives"], strict=True):
+            load_weights(module.objective, objective)
+        for step, optimizer, scaler in zip(steps, state["optimizers"], state["scalers"], strict=True):
+            step.optimizer.load_state_dict(optimizer)
+            step.scaler.load_state_dict(scaler)
+        if self.averaged_model is not None and state["averaged_model"] is not None:
+            load_weights(self.averaged_model, state["averaged_model"])
+        self.num_steps = state["num_steps"]
+
+
+def make_plan(backbone: Backbone, modules: Request | Plan, *, checkpoint: bool | Sequence[bool] = False) -> Plan:
+    """Partition a backbone, balancing by the bytes that autograd keeps for one image.
+
+    Args:
+        backbone: a split model.
+        modules: as for ``LocalLearner``.
+        checkpoint: recompute inside modules: all, none, or one flag a module. A ``Plan`` brings its own.
+
+    Raises:
+        PartitionError: the modules asked for can't be made, or a plan is of another model.
+    """
+    name = model_name(backbone.model)
+    if isinstance(modules, Plan):
+        if (modules.model, modules.num_blocks) != (name, len(backbone.blocks)):
+            raise _other_model(modules, name, len(backbone.blocks))
+        return modules
+    costs = activation_bytes(backbone)
+    boundaries = resolve(modules, costs, backbone.stage_boundaries)
+    num_modules = len(boundaries) + 1
+    flags = (checkpoint,) * num_modules if isinstance(checkpoint, bool) else tuple(checkpoint)
+    plan = Plan(model=name, num_blocks=len(costs), boundaries=boundaries, checkpoint=flags)
+    kept = tuple(sum(costs[i] for i in span) for span in plan.spans)
+    return Plan(model=name, num_blocks=len(costs), boundaries=boundaries, checkpoint=flags, activation_bytes=kept)
+
+
+def activation_bytes(backbone: Backbone) -> list[int]:
+    """Bytes that autograd keeps for one image in each block; the stem counts to the first, the tail to the last."""
+    image = torch.empty(1, *backbone.input_size, device="meta")
+    stem, *blocks, tail = block_activation_bytes([backbone.stem, *backbone.blocks, backbone.tail], image)
+    blocks[0] += stem
+    blocks[-1] += tail
+    return blocks
+
+
+def end_to_end(learner: LocalLearner) -> LocalLearner:
+    """The same backbone, precision and settings with one local module: the end-to-end baseline, sharing weights."""
+    settings = learner._settings
+    return LocalLearner(learner.backbone, modules=1, objective=learner.objective, **settings)
+
+
+def estimate_step(learner: LocalLearner, batch_size: int, optimizer: OptimizerFactory) -> MemoryProfile:
+    """Predict the memory of one training step on fake tensors; the learner is not touched.
+
+    Args:
+        learner: as it will be trained.
+        batch_size: images a step.
+        optimizer: factory, as for ``configure_optimizers``.
+    """
+    size = (batch_size, *learner.backbone.input_size)
+    return simulate(
+        learner,
+        _EstimatedStep(optimizer),
+        inputs={"images": (size, torch.float32), "labels": ((batch_size,), torch.int64)},
+        device="cuda" if learner.device.type == "cuda" else "cpu",
+    )
+
+
+class _EstimatedStep:
+    """A training step of a copied learner, whose optimizers are made at the first call."""
+
+    def __init__(self, factory: OptimizerFactory) -> None:
+        self.factory = factory
+        self.configured = False
+
+    def __call__(self, learner: LocalLearner, images: Tensor, labels: Tensor) -> StepResult:
+        if not self.configured:
+            learner.configure_optimizers(self.factory)
+            self.configured = True
+        return learner.step(images, labels)
+
+
+def check_isolation(learner: LocalLearner, images: Tensor | None = None, labels: Tensor | None = None) -> None:
+    """Prove on one batch that no local module's loss reaches another module's parameters.
+
+    Each module runs forward and backward alone; afterwards only its own parameters may have a gradient. Nothing
+    is updated, and gradients and random state are left as they were.
+
+    Args:
+        learner: any learner, with or without optimizers.
+        images: [B, C, H, W]; two random images by default.
+        labels: [B]; random classes by default.
+
+    Raises:
+        IsolationError: naming the two modules and the parameter.
+    """
+    owners = [set(map(id, module.parameters())) for module in learner.modules]
+    named = [
+        (f"local module {number}: {name}", parameter)
+        for number, module in enumerate(learner.modules)
+        for name, parameter in module.named_parameters()
+    ]
+    kept = [parameter.grad for _, parameter in named]
+    with torch.random.fork_rng(), _still_buffers(learner.model):
+        batch = LocalBatch(
+            torch.randn(2, *learner.backbone.input_size, device=learner.device) if images is None else images,
+            torch.arange(2, device=learner.device) % learner.backbone.num_classes if labels is None else labels,
+        )
+        features = batch.images
+        for index, module in enumerate(learner.modules):
+            for _, parameter in named:
+                parameter.grad = None
+            output = module(features, batch)
+            output.loss.backward()
+            features = output.features
+            for name, parameter in named:
+                if parameter.grad is not None and id(parameter) not in owners[index]:
+                    raise IsolationError(f"the loss of local module {index} reached a parameter of another: {name}.")
+    for (_, parameter), gradient in zip(named, kept, strict=True):
+        parameter.grad = gradient
+
+
+@contextlib.contextmanager
+def _still_buffers(model: nn.Module) -> Iterator[None]:
+    kept = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in kept:
+            buffer.copy_(value)
+
+
+def default_input_size(model: nn.Module) -> tuple[int, int, int]:
+    """(C, H, W) that a timm model was configured for.
+
+    Raises:
+        BackboneError: the model doesn't say; pass ``input_size``.
+    """
+    config = getattr(model, "pretrained_cfg", None) or {}
+    size = config.get("input_size")
+    if size is None:
+        raise BackboneError(f"{type(model).__name__} doesn't tell its input size; pass input_size=(C, H, W).")
+    embed = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    height, width = embed or size[1:]
+    return size[0], height, width
+
+
+def model_name(model: nn.Module) -> str:
+    """The architecture's timm name, or the class's where there is none."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    return str(config.get("architecture") or type(model).__name__)
+
+
+def load_weights(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load a state dict that must fit exactly.
+
+    Raises:
+        CheckpointError: keys or shapes differ; the message names the first differences.
+    """
+    own = module.state_dict()
+    missing, unknown = [key for key in own if key not in state], [key for key in state if key not in own]
+    if missing or unknown:
+        raise CheckpointError(
+            f"checkpoint: it is of another model: {len(missing)} weights are missing ({', '.join(missing[:3])}), "
+            f"{len(unknown)} unknown ({', '.join(unknown[:3])})."
+        )
+    for key, value in own.items():
+        if value.shape != state[key].shape:
+            raise CheckpointError(
+                f"checkpoint: it is of another model: {key} has shape {list(state[key].shape)}, "
+                f"not {list(value.shape)}."
+            )
+    module.load_state_dict(state)
+
+
+def _make_ema(model: nn.Module, decay: float | None) -> ModelEmaV3 | None:
+    if decay is None:
+        return None
+    if not 0 < decay < 1:
+        raise RecipeError(f"ema_decay must lie between 0 and 1, got {decay}; 0.9998 is usual.")
+    from timm.utils.model_ema import ModelEmaV3
+
+    return ModelEmaV3(model, decay=decay, use_warmup=True)
+
+
+def _other_model(plan: Plan, name: str, num_blocks: int) -> PartitionError:
+    return PartitionError(
+        f"plan: it was made for {plan.model} with {plan.num_blocks} blocks, "
+        f"but this model is {name} with {num_blocks} blocks; make a new plan."
+    )

@@ -1,0 +1,1 @@
+"""Local objectives: weighted sums of named terms."""

@@ -1,0 +1,83 @@
+"""Terms that use the labels: the task loss, and the supervised contrastive loss.
+
+Both take class indices or soft targets (mixup and cutmix make those).
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from localgrad.auxiliary import Pool
+from localgrad.backbone import Layout
+from localgrad.objectives.base import LocalBatch, Term, TermValue
+
+
+class TaskLoss(Term):
+    """Cross-entropy of a classifier on the module's output.
+
+    Args:
+        classifier: maps the module's output to logits; the identity for the last module, whose output they are.
+        label_smoothing: from 0 to 1; soft targets come smoothed already and are taken as they are.
+    """
+
+    def __init__(self, classifier: nn.Module, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.label_smoothing = label_smoothing
+
+    def forward(self, inputs: Tensor, outputs: Tensor, batch: LocalBatch) -> TermValue:
+        """Compute the cross-entropy. Arguments as in ``Term.forward``."""
+        logits = self.classifier(outputs)
+        smoothing = 0.0 if batch.labels.is_floating_point() else self.label_smoothing
+        return TermValue(F.cross_entropy(logits, batch.labels, label_smoothing=smoothing), logits)
+
+    def classify(self, outputs: Tensor) -> Tensor:
+        """Class logits [B, num_classes]."""
+        return cast(Tensor, self.classifier(outputs))
+
+
+class SupervisedContrastive(Term):
+    """Supervised contrastive loss (Khosla et al., arXiv 2004.11362, equation 2) on a projection of pooled features.
+
+    For every anchor i, with z the normalised projections and t the temperature:
+    ``-mean over positives p of log(exp(z_i.z_p / t) / sum over a != i of exp(z_i.z_a / t))``.
+    With soft targets a pair is positive to the degree that its targets overlap. Anchors without a positive in
+    the batch don't count.
+
+    Args:
+        source: layout of the module's output features.
+        width: of the projection.
+        temperature: t.
+        num_classes: classes, to make class indices into one-hot rows.
+    """
+
+    def __init__(self, source: Layout, num_classes: int, *, width: int = 128, temperature: float = 0.1) -> None:
+        super().__init__()
+        pool = Pool(source)
+        self.project = nn.Sequential(
+            pool, nn.Linear(pool.width, source.width), nn.GELU(), nn.Linear(source.width, width)
+        )
+        self.temperature = temperature
+        self.num_classes = num_classes
+
+    def forward(self, inputs: Tensor, outputs: Tensor, batch: LocalBatch) -> TermValue:
+        """Compute the contrastive loss. Arguments as in ``Term.forward``."""
+        z = F.normalize(self.project(outputs).float(), dim=1)
+        with torch.autocast(z.device.type, enabled=False):  # exp of bf16 similarities is too coarse
+            return TermValue(self.loss(z, batch.labels))
+
+    def loss(self, z: Tensor, labels: Tensor) -> Tensor:
+        """The loss of unit vectors z [B, width]; labels [B] or [B, num_classes]."""
+        soft = labels.float() if labels.is_floating_point() else F.one_hot(labels, self.num_classes).float()
+        others = ~torch.eye(len(z), dtype=torch.bool, device=z.device)
+        positives = (soft @ soft.T) * others
+        similarities = (z @ z.T / self.temperature).masked_fill(~others, float("-inf"))
+        log_shares = F.log_softmax(similarities, dim=1).masked_fill(~others, 0.0)
+        num_positives = positives.sum(dim=1)
+        losses = -(positives * log_shares).sum(dim=1) / num_positives.clamp(min=1e-6)
+        counted = (num_positives > 1e-6).float()
+        return (losses * counted).sum() / counted.sum().clamp(min=1.0)

@@ -1,0 +1,205 @@
+"""Where the boundaries between local modules fall: a ``Plan`` (pure data) and the balancing (pure algorithm).
+
+Nothing here knows torch, a model or a device. ``balance`` takes integers and returns boundaries; what the
+integers are (bytes that autograd saves for one block, microseconds, ...) is its caller's business. The
+optimum is exact: a dynamic program over prefixes that minimises the sorted costs of all modules, the largest
+first. So among the partitions with the least peak it takes the one with the least second-largest module, and
+so on. Greedy and bisection methods (as in torchgpipe's block partition, after Barany and Grinberg) reach the
+same peak but leave the rest arbitrary; with at most some hundred blocks there is no need to save time.
+
+Boundaries are the indices of the first block of each module but the first: with six blocks,
+``(2, 5)`` is the three modules 0-1, 2-4, 5. The empty tuple is one module: end-to-end training.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from localgrad.errors import PartitionError
+
+Boundaries = tuple[int, ...]
+Request = int | str | Sequence[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A partition of one model, with what is known of its modules. Pure data; JSON and back.
+
+    Attributes:
+        model: name of the model that the plan was made for (refused for another).
+        num_blocks: blocks between stem and tail.
+        boundaries: first block of every local module but the first, ascending.
+        checkpoint: for each module, whether its blocks are recomputed in the backward pass.
+        activation_bytes: for each module, the bytes that autograd keeps for one image.
+    """
+
+    model: str
+    num_blocks: int
+    boundaries: Boundaries
+    checkpoint: tuple[bool, ...] = ()
+    activation_bytes: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check that the boundaries fit the blocks and the lists fit the modules."""
+        check_boundaries(self.boundaries, self.num_blocks)
+        for name in ("checkpoint", "activation_bytes"):
+            values = getattr(self, name)
+            if values and len(values) != self.num_modules:
+                raise PartitionError(f"plan: {name} has {len(values)} entries for {self.num_modules} local modules.")
+
+    @property
+    def num_modules(self) -> int:
+        """Number of local modules, at least 1."""
+        return len(self.boundaries) + 1
+
+    @property
+    def spans(self) -> tuple[range, ...]:
+        """The blocks of each local module, as ranges of block indices."""
+        return spans(self.boundaries, self.num_blocks)
+
+    def to_json(self) -> str:
+        """Write the plan as JSON text."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read a plan from JSON text.
+
+        Raises:
+            PartitionError: the text is no plan, or one whose parts contradict each other.
+        """
+        try:
+            values: dict[str, Any] = json.loads(text)
+            known = {field.name for field in fields(cls)}
+            unknown = sorted(set(values) - known)
+            if unknown:
+                raise PartitionError(f"plan: unknown key {unknown[0]!r}; a plan has {', '.join(sorted(known))}.")
+            return cls(
+                model=str(values["model"]),
+                num_blocks=int(values["num_blocks"]),
+                boundaries=tuple(int(b) for b in values["boundaries"]),
+                checkpoint=tuple(bool(c) for c in values.get("checkpoint", ())),
+                activation_bytes=tuple(int(b) for b in values.get("activation_bytes", ())),
+            )
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise PartitionError(f"plan: this is not the JSON of a plan ({error!r}).") from error
+
+
+def spans(boundaries: Boundaries, num_blocks: int) -> tuple[range, ...]:
+    """Turn boundaries into the ranges of blocks that they make."""
+    edges = (0, *boundaries, num_blocks)
+    return tuple(range(start, stop) for start, stop in itertools.pairwise(edges))
+
+
+def check_boundaries(boundaries: Sequence[int], num_blocks: int) -> Boundaries:
+    """Return the boundaries as a tuple, if every module that they make has at least one block.
+
+    Raises:
+        PartitionError: out of order, repeated, or outside ``1 .. num_blocks - 1``.
+    """
+    if num_blocks < 1:
+        raise PartitionError(f"a partition needs at least one block, got num_blocks={num_blocks}.")
+    for number, boundary in enumerate(boundaries):
+        if not 1 <= boundary < num_blocks:
+            raise PartitionError(
+                f"modules: boundary {boundary} lies outside 1..{num_blocks - 1} (the model has {num_blocks} blocks, "
+                "and a boundary is the index of the first block of a module)."
+            )
+        if number and boundary <= boundaries[number - 1]:
+            listed = list(boundaries)
+            raise PartitionError(f"modules: boundaries must ascend, got {listed}; try {sorted(set(listed))}.")
+    return tuple(boundaries)
+
+
+def resolve(request: Request, costs: Sequence[int], stage_boundaries: Sequence[int] = ()) -> Boundaries:
+    """Turn what a user asks for into boundaries.
+
+    Args:
+        request: a number of modules (balanced by ``costs``), ``"stages"``, or explicit boundaries.
+        costs: cost of each block, for balancing (bytes, usually).
+        stage_boundaries: first block of every stage after the first, for ``"stages"``.
+
+    Returns:
+        Boundaries; empty for one module.
+
+    Raises:
+        PartitionError: more modules than blocks, no stages, boundaries out of order, an unknown word.
+    """
+    num_blocks = len(costs)
+    if isinstance(request, (bool, float)):
+        raise PartitionError(f"modules: expected a number, 'stages' or boundaries, got {request!r}.")
+    if isinstance(request, int):
+        return balance(costs, request)
+    if isinstance(request, str):
+        if request != "stages":
+            raise PartitionError(
+                f"modules: {request!r} is neither a number of modules, 'stages', nor boundaries such as 2,5,9."
+            )
+        if not stage_boundaries:
+            raise PartitionError("modules: this model has no stages; give a number of modules, such as 4.")
+        return check_boundaries(stage_boundaries, num_blocks)
+    return check_boundaries([int(boundary) for boundary in request], num_blocks)
+
+
+def balance(costs: Sequence[int], num_modules: int) -> Boundaries:
+    """Split blocks into ``num_modules`` runs with the least largest sum of costs.
+
+    Among partitions with the same largest sum, the one with the least second-largest sum, and so on; among
+    those that are still equal, the one with the earliest boundaries.
+
+    Args:
+        costs: cost of each block, none negative.
+        num_modules: modules wanted, from 1 to ``len(costs)``.
+
+    Returns:
+        ``num_modules - 1`` boundaries.
+
+    Raises:
+        PartitionError: ``num_modules`` is not between 1 and the number of blocks.
+    """
+    prefix = [0]
+    for cost in costs:
+        prefix.append(prefix[-1] + cost)
+    return balance_by(lambda start, stop: prefix[stop] - prefix[start], len(costs), num_modules)
+
+
+def balance_by(cost: Callable[[int, int], int], num_blocks: int, num_modules: int) -> Boundaries:
+    """Like ``balance``, for a cost of a module that is not the sum over its blocks.
+
+    Args:
+        cost: ``cost(start, stop)`` of one module with blocks ``start .. stop - 1``.
+        num_blocks: number of blocks.
+        num_modules: modules wanted.
+
+    Returns:
+        ``num_modules - 1`` boundaries.
+
+    Raises:
+        PartitionError: ``num_modules`` is not between 1 and ``num_blocks``.
+    """
+    if not 1 <= num_modules <= num_blocks:
+        raise PartitionError(
+            f"modules: {num_modules} local modules can't be made of {num_blocks} blocks; "
+            f"take a number from 1 to {num_blocks}."
+        )
+    # best[stop]: (module costs, largest first; boundaries) of the first `stop` blocks in `k` modules.
+    # Adding one cost to two sorted lists keeps their order, so optimal prefixes make optimal wholes.
+    best: dict[int, tuple[tuple[int, ...], Boundaries]] = {
+        stop: ((cost(0, stop),), ()) for stop in range(1, num_blocks + 1)
+    }
+    for k in range(2, num_modules + 1):
+        best = {
+            stop: min(_extend(*best[start], cost(start, stop), start) for start in range(k - 1, stop))
+            for stop in range(k, num_blocks + 1)
+        }
+    return best[num_blocks][1]
+
+
+def _extend(
+    costs: tuple[int, ...], boundaries: Boundaries, cost: int, start: int
+) -> tuple[tuple[int, ...], Boundaries]:
+    return tuple(sorted((*costs, cost), reverse=True)), (*boundaries, start)

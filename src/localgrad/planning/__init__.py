@@ -1,0 +1,1 @@
+"""Planning: what a step costs in memory, before it runs."""

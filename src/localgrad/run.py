@@ -1,0 +1,502 @@
+"""A run: one execution of a recipe in its folder. Builds what the recipe names, trains it, and reads the results back.
+
+The order is chosen for the person who waits: names and numbers that can be wrong are checked before data is read,
+data before a model is built, and the folder is made last, so that a mistake leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import random
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from localgrad.backbone import split
+from localgrad.errors import BackboneError, CheckpointError, DeviceError, RecipeError, RunFolderError, did_you_mean
+from localgrad.execution.local_step import check_precision
+from localgrad.learner import LocalLearner, default_input_size, end_to_end, estimate_step, make_plan
+from localgrad.objectives.methods import build_objective
+from localgrad.recipe import ModelSettings, Recipe, difference
+from localgrad.training.augment import Augment
+from localgrad.training.data import Batches, DataInfo, Splits, load_data, load_images_for_prediction
+from localgrad.training.events import JsonlSink, RunEnded, RunStarted, Sink, TensorBoardSink
+from localgrad.training.folder import RunFolder, load_saved_weights, save_weights
+from localgrad.training.optim import OptimizerFactory, Schedule
+from localgrad.training.trainer import Trainer, evaluate, load_best_weights
+from localgrad.units import format_bytes
+
+EVALUATION_BATCH = 256
+
+
+def train(
+    recipe: Recipe, *, out: Path | None = None, download: bool = False, sinks: Sequence[Sink] = ()
+) -> dict[str, Any]:
+    """Train a recipe from the start.
+
+    Args:
+        recipe: what to do.
+        out: the run folder; by default a new one under ``runs/``.
+        download: let torchvision fetch a data set that is missing.
+        sinks: take the events, beside the run folder's own files.
+
+    Returns:
+        The summary, as in ``summary.json``.
+
+    Raises:
+        LocalgradError: anything that can't be as the recipe says.
+    """
+    if out is not None and (out / "recipe.toml").exists():
+        raise RunFolderError(
+            f"--out: {out} already holds a run; continue it with --resume {out}, or choose another folder."
+        )
+    job = _build(recipe, download=download)
+    folder = RunFolder(out or _new_folder(recipe))
+    try:
+        folder.write_text("recipe.toml", recipe.to_toml())
+        folder.write_json("data.json", asdict(job.data.info))
+        return _fit(job, folder, sinks)
+    finally:
+        folder.release()
+
+
+def resume(path: Path, changes: Recipe | None = None, *, sinks: Sequence[Sink] = ()) -> dict[str, Any]:
+    """Continue a run where its last checkpoint stands; a finished run only gives its summary.
+
+    Args:
+        path: the run folder.
+        changes: the recipe as it is wanted now; its method must be the run's own, its execution may differ.
+        sinks: take the events.
+
+    Raises:
+        RecipeError: another method; the message lists the differences.
+        RunFolderError: no run there, or another process uses it.
+        CheckpointError: the checkpoint is truncated or of another model.
+    """
+    recipe = read_recipe(path)
+    if changes is not None:
+        different = difference(recipe, changes)
+        if different:
+            raise RecipeError(
+                f"--resume {path}: the run has another recipe ({'; '.join(different)}); leave those options out, "
+                "or start a new run."
+            )
+        recipe = changes
+    folder = RunFolder(path)
+    try:
+        state = folder.load_last() if folder.last.exists() else None
+        return _fit(_build(recipe), folder, sinks, state)
+    finally:
+        folder.release()
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read the recipe of a run folder.
+
+    Raises:
+        RunFolderError: no run there.
+        RecipeError: its recipe can't be read.
+    """
+    try:
+        text = (path / "recipe.toml").read_text()
+    except OSError as error:
+        raise RunFolderError(
+            f"{path}: no run there (no recipe.toml); name a folder that `localgrad train` made."
+        ) from error
+    return Recipe.from_toml(text, str(path / "recipe.toml"))
+
+
+def evaluate_run(path: Path, *, part: str = "test", device: str | None = None) -> dict[str, Any]:
+    """Accuracy of a run's best weights on its own data.
+
+    Args:
+        path: the run folder.
+        part: ``test``, ``val`` or ``train``.
+        device: by default the recipe's.
+
+    Returns:
+        ``accuracy``, ``module_accuracy``, ``num_images``, ``part``.
+    """
+    recipe = _on_device(read_recipe(path), device)
+    job = _build(recipe)
+    images = {"test": job.data.test, "val": job.data.val, "train": job.data.train}[part]
+    if images is None:
+        raise RecipeError("--part val: this run has no validation images (data.val_fraction = 0); take --part test.")
+    load_best_weights(job.learner, load_saved_weights(path / "checkpoints" / "best.safetensors"))
+    accuracy, by_module = evaluate(job.learner, job.evaluation_batches(images))
+    return {"part": part, "accuracy": accuracy, "module_accuracy": by_module, "num_images": len(images)}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The classes that a model finds in one image.
+
+    Attributes:
+        path: the image.
+        classes: (name, probability), the likeliest first.
+    """
+
+    path: Path
+    classes: tuple[tuple[str, float], ...]
+
+
+def predict(path: Path, images: Path, *, top: int = 3, device: str | None = None) -> Iterator[Prediction]:
+    """Classify images with a run's best weights; the plain timm model alone is used, and the data set not needed.
+
+    Args:
+        path: the run folder.
+        images: an image, or a folder of images.
+        top: classes to name for each.
+        device: by default the recipe's.
+    """
+    recipe = _on_device(read_recipe(path), device)
+    try:
+        info = DataInfo(**_tuples(json.loads((path / "data.json").read_text())))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path / 'data.json'}: missing or damaged ({error}).") from error
+    where = resolve_device(recipe.execution.device)
+    model = create_model(recipe.method.model, info)
+    size = _input_size(model, recipe.method.model, info)
+    weights = load_saved_weights(path / "checkpoints" / "best.safetensors")
+    load_model_weights(model, weights)
+    model.to(where).eval()
+    found = load_images_for_prediction(
+        images,
+        mean=info.mean,
+        std=info.std,
+        num_channels=info.num_channels,
+        image_size=size[1:],
+        on_corrupt=recipe.method.data.on_corrupt,
+    )
+    for image_path, image in found:
+        with torch.no_grad():
+            shares = model(image[None].to(where)).float().softmax(dim=1)[0]
+        best = shares.topk(min(top, len(info.class_names)))
+        yield Prediction(
+            image_path,
+            tuple((info.class_names[i], p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)),
+        )
+
+
+def resolve_device(name: str) -> torch.device:
+    """Turn a device's name into a device that this machine has.
+
+    Raises:
+        DeviceError: it has none such.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise DeviceError(f"--device: {name!r} is no device; take auto, cpu, cuda or cuda:N.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(f"--device: {name!r} was asked for, but torch sees no CUDA GPU here; take --device cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(f"--device: {name!r}, but there are {torch.cuda.device_count()} GPUs; take cuda:0.")
+    if device.type not in ("cpu", "cuda"):
+        raise DeviceError(f"--device: {name!r} is not supported; take auto, cpu or cuda.")
+    return device
+
+
+def check_model_name(name: str) -> None:
+    """Refuse a model that timm doesn't have.
+
+    Raises:
+        BackboneError: with the nearest names.
+    """
+    import timm
+
+    if not timm.is_model(name.split(".", maxsplit=1)[0]):
+        raise BackboneError(f"--model: timm has no {name!r}.{did_you_mean(name, timm.list_models())}")
+
+
+def create_model(settings: ModelSettings, info: DataInfo) -> nn.Module:
+    """Make the timm model of a recipe for a data set.
+
+    Raises:
+        BackboneError: unknown to timm, or timm can't make it with these settings.
+    """
+    import timm
+
+    check_model_name(settings.name)
+    options: dict[str, Any] = dict(settings.options)
+    for key in ("img_size", "patch_size"):
+        if getattr(settings, key) is not None:
+            options[key] = getattr(settings, key)
+    if settings.drop_path:
+        options["drop_path_rate"] = settings.drop_path
+    try:
+        model: nn.Module = timm.create_model(
+            settings.name,
+            pretrained=settings.pretrained,
+            num_classes=info.num_classes,
+            in_chans=info.num_channels,
+            **options,
+        )
+    except Exception as error:  # timm's own checks are asserts and errors of many kinds
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise BackboneError(
+            f"--model: timm can't make {settings.name!r} with {_listed(options)}: {reason}. "
+            "Check --img-size, --patch-size and model.options."
+        ) from error
+    return model
+
+
+def load_model_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Put the model's part of a run's best weights into a plain model."""
+    from localgrad.learner import load_weights
+
+    prefix = "model."
+    load_weights(model, {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)})
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a recipe comes to, built."""
+
+    recipe: Recipe
+    data: Splits
+    learner: LocalLearner
+    optimizer: OptimizerFactory
+    device: torch.device
+
+    def evaluation_batches(self, images: Any) -> Batches:
+        return self._batches(images, EVALUATION_BATCH, None)
+
+    def training_batches(self) -> Batches:
+        method = self.recipe.method
+        augment = method.augment
+        if not (augment.mixup or augment.cutmix):  # the losses smooth hard labels by themselves
+            augment = replace(augment, label_smoothing=0.0)
+        return self._batches(self.data.train, method.training.batch_size, augment)
+
+    def _batches(self, images: Any, batch_size: int, augment: Augment | None) -> Batches:
+        return Batches(
+            images,
+            batch_size=batch_size,
+            image_size=self.learner.backbone.input_size[1:],
+            info=self.data.info,
+            device=self.device,
+            augment=augment,
+            seed=self.recipe.method.seed,
+            drop_last=True,
+            num_workers=self.recipe.execution.num_workers,
+        )
+
+
+def _build(recipe: Recipe, *, download: bool = False) -> _Job:
+    method, execution = recipe.method, recipe.execution
+    device = resolve_device(execution.device)
+    check_precision(execution.precision, device)
+    check_model_name(method.model.name)
+    options = {"label_smoothing": method.augment.label_smoothing, **method.local.options}
+    objective = build_objective(method.local.objective, options)
+    if execution.num_threads is not None:
+        torch.set_num_threads(execution.num_threads)
+    side = method.model.img_size
+    settings = method.data
+    data = load_data(
+        settings.name,
+        root=None if settings.root is None else Path(settings.root),
+        download=download,
+        val_fraction=settings.val_fraction,
+        limit=settings.limit,
+        on_corrupt=settings.on_corrupt,
+        seed=method.seed,
+        image_size=None if side is None else (side, side),
+    )
+    _seed_everything(method.seed)
+    model = create_model(method.model, data.info)
+    size = _input_size(model, method.model, data.info)
+    backbone = split(model.to(device), size)
+    plan = make_plan(backbone, method.local.modules, checkpoint=execution.checkpoint)
+    learner = LocalLearner(
+        backbone,
+        modules=plan,
+        objective=objective,
+        precision=execution.precision,
+        compile=execution.compile,
+        accumulation=execution.accumulation,
+        clip_grad=method.training.clip_grad,
+        ema_decay=method.training.ema_decay,
+    )
+    optimizer = OptimizerFactory(
+        model, name=method.training.optimizer, lr=method.training.lr, weight_decay=method.training.weight_decay
+    )
+    learner.configure_optimizers(optimizer)
+    return _Job(recipe, data, learner, optimizer, device)
+
+
+def _fit(job: _Job, folder: RunFolder, sinks: Sequence[Sink], state: dict[str, Any] | None = None) -> dict[str, Any]:
+    settings = job.recipe.method.training
+    batches = job.training_batches()
+    schedule = Schedule(
+        job.learner.optimizers,
+        name=settings.scheduler,
+        epochs=settings.epochs,
+        batches_per_epoch=len(batches),
+        warmup_epochs=settings.warmup_epochs,
+        warmup_lr=settings.warmup_lr,
+        min_lr=settings.min_lr,
+    )
+    val = None if job.data.val is None else job.evaluation_batches(job.data.val)
+    trainer = Trainer(
+        learner=job.learner,
+        schedule=schedule,
+        train=batches,
+        val=val,
+        epochs=settings.epochs,
+        folder=folder,
+        sinks=(),
+    )
+    if state is not None:
+        trainer.load_state_dict(state)
+    epoch = trainer.position.epoch
+    peak = estimate_step(job.learner, settings.batch_size, job.optimizer).peak_bytes
+    baseline = estimate_step(end_to_end(job.learner), settings.batch_size, job.optimizer).peak_bytes
+    own = (JsonlSink(folder.path / "metrics.jsonl", epoch), TensorBoardSink(folder.path / "tensorboard", epoch))
+    trainer.sinks = (*own, *sinks)
+    try:
+        _emit_start(job, trainer, peak, baseline)
+        if job.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(job.device)
+        trainer.fit()
+        summary = _finish(job, trainer, {"estimated_peak_bytes": peak, "estimated_end_to_end_peak_bytes": baseline})
+        for sink in trainer.sinks:
+            sink.emit(RunEnded(summary=summary))
+        return summary
+    finally:
+        for sink in trainer.sinks:
+            sink.close()
+
+
+def _emit_start(job: _Job, trainer: Trainer, peak: int, baseline: int) -> None:
+    method, learner, info = job.recipe.method, job.learner, job.data.info
+    modules = "end-to-end" if learner.plan.num_modules == 1 else f"{learner.plan.num_modules} local modules"
+    names = learner.backbone.block_names
+    spans = "  |  ".join(
+        names[span.start] if len(span) == 1 else f"{names[span.start]} … {names[span.stop - 1]}"
+        for span in learner.plan.spans
+    )
+    details = [
+        f"{info.num_train:,} training, {info.num_val:,} validation, {info.num_test:,} test images, "
+        f"{info.num_classes} classes",
+        *info.notes,
+        f"modules: {spans}",
+        f"estimated peak {format_bytes(peak)}, end-to-end {format_bytes(baseline)}",
+    ]
+    if info.num_skipped:
+        details.append(f"{info.num_skipped} corrupt images left out")
+    event = RunStarted(
+        folder=str(trainer.folder.path),
+        title=f"{method.model.name} on {info.name}: {modules}, {method.local.objective} objective, {job.device}, "
+        f"{job.recipe.execution.precision}",
+        details=tuple(details),
+        epochs=trainer.epochs,
+        start_epoch=trainer.position.epoch,
+        batches_per_epoch=len(trainer.train),
+    )
+    for sink in trainer.sinks:
+        sink.emit(event)
+
+
+def _finish(job: _Job, trainer: Trainer, peaks: dict[str, int]) -> dict[str, Any]:
+    """Read the test set, once, with the best epoch's weights; write weights and summary."""
+    start = time.perf_counter()
+    measured = _measured_peak(job.device)
+    trainer.load_best()
+    accuracy, by_module = evaluate(job.learner, job.evaluation_batches(job.data.test))
+    save_weights(trainer.folder.path / "model.safetensors", job.learner.model.state_dict())
+    position = trainer.position
+    summary = {
+        "test_accuracy": accuracy,
+        "test_module_accuracy": by_module,
+        "num_test": job.data.info.num_test,
+        "val_accuracy": position.best_accuracy,
+        "best_epoch": position.best_epoch,
+        "epochs": trainer.epochs,
+        "losses": position.last_losses,
+        **peaks,
+        **measured,
+        "images_per_second": position.num_images / position.train_seconds,
+        "seconds": position.seconds + time.perf_counter() - start,
+        "seed": job.recipe.method.seed,
+        "plan": json.loads(job.learner.plan.to_json()),
+        "num_skipped": job.data.info.num_skipped,
+        "device": _device_name(job.device),
+        "versions": _versions(),
+        "folder": str(trainer.folder.path),
+    }
+    trainer.folder.write_json("summary.json", summary)
+    return summary
+
+
+def _measured_peak(device: torch.device) -> dict[str, Any]:
+    if device.type == "cuda":
+        return {
+            "measured_peak_bytes": torch.cuda.max_memory_allocated(device),
+            "measured_peak_of": "tensors on the GPU",
+        }
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {
+        "measured_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+        "measured_peak_of": "the whole process, libraries and data included",
+    }
+
+
+def _versions() -> dict[str, str]:
+    names = ("localgrad", "torch", "timm", "torchvision", "numpy")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} processor, {torch.get_num_threads()} threads"
+
+
+def _input_size(model: nn.Module, settings: ModelSettings, info: DataInfo) -> tuple[int, int, int]:
+    if settings.img_size is not None:
+        return info.num_channels, settings.img_size, settings.img_size
+    return info.num_channels, *default_input_size(model)[1:]
+
+
+def _seed_everything(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def _new_folder(recipe: Recipe) -> Path:
+    method = recipe.method
+    data = Path(method.data.name).name or "data"
+    name = f"{data}-{method.local.objective}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path = Path("runs") / name
+    number = 2
+    while path.exists():
+        path = Path("runs") / f"{name}-{number}"
+        number += 1
+    return path
+
+
+def _on_device(recipe: Recipe, device: str | None) -> Recipe:
+    return recipe if device is None else replace(recipe, execution=replace(recipe.execution, device=device))
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+def _listed(options: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in options.items()) or "no options"

@@ -1,0 +1,1 @@
+"""Training: data, optimizers, checkpoints, events and the loop."""

@@ -1,0 +1,375 @@
+"""Augmentation of whole batches on the device, as functions of (images, settings, seed).
+
+What it is: everything that happens to images between storage (uint8, native size) and the model
+(float32, normalised, the model's size). The order is fixed::
+
+    uint8, native size:  crop with padding and flip -> RandAugment -> resize
+    float32, model size: normalise -> random erasing -> mixup or cutmix
+
+What it is not: a per-image pipeline in worker processes. At 32x32 a step takes less time than the Python
+of 128 per-image transforms, so the batch is the unit: one gather crops and flips it, each image by its
+own draws. RandAugment has no batched per-image form in torchvision (v2 draws one operation for all it is
+given), so it is applied to groups of `RAND_AUGMENT_GROUP` images: operations vary between groups, not
+inside one. Batches are shuffled, so a group never holds the same images twice.
+
+How it differs from the usual code: no draw touches a global random state. Each batch is given one seed,
+derived from (seed, epoch, batch index) by hashing, and every part of the augmentation derives its own from
+that. So batch 17 of epoch 3 is the same whether 16 batches went before it or the run was resumed at it, on
+any device: draws are made on the CPU and copied without waiting. Library code that insists on a global
+state (RandAugment: torch's; timm's Mixup: numpy's) runs inside `private_rng`, which puts both back.
+
+Sources: RandAugment arXiv 1909.13719; random erasing arXiv 1708.04896; mixup arXiv 1710.09412; cutmix
+arXiv 1905.04899 (the last two through `timm.data.Mixup`).
+
+Shapes: B batch, C channels, H W image, K classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from localgrad.errors import RecipeError
+
+RAND_AUGMENT_GROUP = 8
+"""Images that share RandAugment's operations: smaller costs more calls, larger varies less."""
+
+ERASED_AREA = (0.02, 1 / 3)
+ERASED_ASPECT = (0.3, 1 / 0.3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augment:
+    """What happens to training images, beyond resizing and normalising.
+
+    Attributes:
+        crop_padding: pixels of black border from which a crop of the stored size is drawn; 0 is off.
+        flip: mirror half of the images left to right (never for digits or text).
+        rand_augment: (number of operations, magnitude 0 to 30), or None for off.
+        erasing: probability that a rectangle of an image is set to the mean colour.
+        mixup: alpha of mixup's Beta distribution; 0 is off. With cutmix on as well, each batch takes one.
+        cutmix: alpha of cutmix's Beta distribution; 0 is off.
+        label_smoothing: probability mass spread evenly over all classes.
+
+    Raises:
+        RecipeError: for a value outside its range.
+    """
+
+    crop_padding: int = 0
+    flip: bool = False
+    rand_augment: tuple[int, int] | None = None
+    erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check every range once, where the settings are built."""
+        if self.crop_padding < 0:
+            raise RecipeError(f"crop_padding must be 0 or more pixels, got {self.crop_padding}.")
+        for name in ("mixup", "cutmix"):
+            alpha = getattr(self, name)
+            if not 0 <= alpha < math.inf:
+                raise RecipeError(f"{name} is the alpha of a Beta distribution, 0 or more, got {alpha}.")
+        if not 0 <= self.erasing <= 1:
+            raise RecipeError(f"erasing is a probability from 0 to 1, got {self.erasing}.")
+        if not 0 <= self.label_smoothing < 1:
+            raise RecipeError(f"label_smoothing must be from 0 to below 1, got {self.label_smoothing}.")
+        if self.rand_augment is not None:
+            _check_rand_augment(self.rand_augment)
+
+    @property
+    def gives_soft_labels(self) -> bool:
+        """Whether labels come as probabilities [B, K] instead of class indices [B]."""
+        return self.mixup > 0 or self.cutmix > 0 or self.label_smoothing > 0
+
+
+def _check_rand_augment(setting: tuple[int, int]) -> None:
+    if len(setting) != 2 or setting[0] < 1 or not 0 <= setting[1] <= 30:
+        raise RecipeError(
+            f"rand_augment is (number of operations from 1, magnitude from 0 to 30), got {tuple(setting)}."
+        )
+
+
+def derive_seed(*parts: int | str) -> int:
+    """Hash ``parts`` into one seed: the same parts give the same seed on every machine.
+
+    Args:
+        parts: what the seed is for, such as ``(seed, "batch", epoch, index)``.
+
+    Returns:
+        An integer from 0 to below 2**63.
+    """
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def generator_for(*parts: int | str) -> torch.Generator:
+    """A CPU generator seeded by `derive_seed` of ``parts``."""
+    return torch.Generator().manual_seed(derive_seed(*parts))
+
+
+@contextmanager
+def private_rng(seed: int) -> Iterator[None]:
+    """Run library code that draws from torch's CPU or numpy's global state, and put both back after it.
+
+    Unlike ``torch.manual_seed`` it leaves the accelerators' generators alone, which dropout draws from.
+
+    Args:
+        seed: what both states are seeded with inside the block.
+
+    Yields:
+        Nothing.
+    """
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()
+    try:
+        torch.default_generator.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        yield
+    finally:
+        torch.set_rng_state(torch_state)
+        np.random.set_state(numpy_state)
+
+
+def augment_batch(
+    images: Tensor,
+    targets: Tensor,
+    *,
+    augment: Augment,
+    num_classes: int,
+    image_size: tuple[int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """Turn stored images into what a training step is fed.
+
+    Args:
+        images: uint8 [B, C, h, w], on the device that is to do the work.
+        targets: int64 class indices [B], there too.
+        augment: the settings.
+        num_classes: K, for soft labels.
+        image_size: (H, W) that the model takes, in pixels.
+        mean: per channel, of pixel values scaled to 0..1.
+        std: likewise.
+        seed: all that the random draws depend on.
+
+    Returns:
+        Images float32 [B, C, H, W], and labels: float32 [B, K] where ``augment.gives_soft_labels``,
+        otherwise ``targets`` as they came.
+    """
+    images = crop_and_flip(images, *draw_crops(len(images), augment, seed))
+    if augment.rand_augment is not None:
+        images = rand_augment(images, *augment.rand_augment, seed=seed)
+    floats = normalise(resize_to_cover(images, image_size), mean, std)
+    if augment.erasing:
+        floats = erase(floats, draw_boxes(len(floats), image_size, augment.erasing, seed))
+    if augment.gives_soft_labels:
+        return mix(floats, targets, augment=augment, num_classes=num_classes, seed=seed)
+    return floats, targets
+
+
+def prepare_batch(
+    images: Tensor, *, image_size: tuple[int, int], mean: Sequence[float], std: Sequence[float]
+) -> Tensor:
+    """Turn stored images into what a model is evaluated on: resized and normalised, nothing random.
+
+    Args:
+        images: uint8 [B, C, h, w].
+        image_size: (H, W) that the model takes, in pixels.
+        mean: per channel, of pixel values scaled to 0..1.
+        std: likewise.
+
+    Returns:
+        float32 [B, C, H, W].
+    """
+    return normalise(resize_to_cover(images, image_size), mean, std)
+
+
+def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Compute ``(images / 255 - mean) / std`` per channel.
+
+    Args:
+        images: uint8 [..., C, H, W].
+        mean: C numbers, of pixel values scaled to 0..1.
+        std: C numbers, likewise.
+
+    Returns:
+        float32 of the same shape.
+    """
+    scale = torch.tensor([1 / (255 * s) for s in std], dtype=torch.float32)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=torch.float32)
+    scale, shift = (_to_device(t[:, None, None], images.device) for t in (scale, shift))
+    return torch.mul(images, scale).add_(shift)
+
+
+def resize_to_cover(images: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """Cut the central part that has the wanted aspect, and resize it (bicubic, antialiased).
+
+    Args:
+        images: uint8 [..., C, h, w].
+        image_size: (H, W) wanted, in pixels.
+
+    Returns:
+        uint8 [..., C, H, W]; ``images`` themselves where they already have that size.
+    """
+    height, width = images.shape[-2:]
+    if (height, width) == tuple(image_size):
+        return images
+    from torchvision.transforms.v2 import InterpolationMode  # type: ignore[import-untyped]
+    from torchvision.transforms.v2 import functional as transforms
+
+    scale = min(height / image_size[0], width / image_size[1])
+    box = (max(1, round(image_size[0] * scale)), max(1, round(image_size[1] * scale)))
+    top, left = (height - box[0]) // 2, (width - box[1]) // 2
+    central = images[..., top : top + box[0], left : left + box[1]]
+    resized: Tensor = transforms.resize(central, list(image_size), InterpolationMode.BICUBIC, antialias=True)
+    return resized
+
+
+def draw_crops(num_images: int, augment: Augment, seed: int) -> tuple[int, Tensor, Tensor, Tensor]:
+    """Draw where each image is cropped, and whether it is mirrored.
+
+    Args:
+        num_images: B.
+        augment: of which ``crop_padding`` and ``flip`` count here.
+        seed: of the batch.
+
+    Returns:
+        The padding, then per image on the CPU: top and left (int64 [B], 0 to twice the padding) and
+        mirrored (bool [B]): the arguments of `crop_and_flip`.
+    """
+    generator = generator_for(seed, "crop and flip")
+    top, left = torch.randint(0, 2 * augment.crop_padding + 1, (2, num_images), generator=generator)
+    mirrored = torch.rand(num_images, generator=generator) < (0.5 if augment.flip else 0.0)
+    return augment.crop_padding, top, left, mirrored
+
+
+def crop_and_flip(images: Tensor, padding: int, top: Tensor, left: Tensor, mirrored: Tensor) -> Tensor:
+    """Pad with black, crop each image back to its size at its own place, mirror some: one gather.
+
+    Args:
+        images: [B, C, H, W].
+        padding: pixels on each side.
+        top: int64 [B], row of the padded image where the crop starts.
+        left: int64 [B], its column.
+        mirrored: bool [B].
+
+    Returns:
+        [B, C, H, W] of the same type.
+    """
+    num_images, num_channels, height, width = images.shape
+    top, left, mirrored = (_to_device(t, images.device) for t in (top, left, mirrored))
+    rows = top[:, None] + torch.arange(height, device=images.device)
+    columns = left[:, None] + torch.arange(width, device=images.device)
+    columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+    pixels = (rows[:, :, None] * (width + 2 * padding) + columns[:, None, :]).flatten(1)
+    padded = F.pad(images, (padding,) * 4).flatten(2)
+    gathered = padded.gather(2, pixels[:, None, :].expand(-1, num_channels, -1))
+    return gathered.view(num_images, num_channels, height, width)
+
+
+def rand_augment(images: Tensor, num_ops: int, magnitude: int, *, seed: int) -> Tensor:
+    """Apply torchvision's RandAugment to groups of `RAND_AUGMENT_GROUP` images.
+
+    Args:
+        images: uint8 [B, C, H, W], C being 1 or 3.
+        num_ops: operations in a row for each group.
+        magnitude: 0 to 30.
+        seed: of the batch.
+
+    Returns:
+        uint8 [B, C, H, W].
+    """
+    from torchvision.transforms import v2  # type: ignore[import-untyped]
+
+    transform = v2.RandAugment(num_ops=num_ops, magnitude=magnitude)
+    with private_rng(derive_seed(seed, "rand_augment")):
+        return torch.cat([transform(group) for group in torch.split(images, RAND_AUGMENT_GROUP)])
+
+
+def draw_boxes(num_images: int, image_size: tuple[int, int], probability: float, seed: int) -> Tensor:
+    """Draw one rectangle an image, empty where the image is left alone.
+
+    Args:
+        num_images: B.
+        image_size: (H, W) in pixels.
+        probability: that an image gets a rectangle.
+        seed: of the batch.
+
+    Returns:
+        int64 [B, 4] on the CPU: top, left, bottom, right (the last two exclusive).
+    """
+    draws = torch.rand(5, num_images, generator=generator_for(seed, "erasing"), dtype=torch.float64)
+    sides = torch.tensor(image_size, dtype=torch.float64)
+    area = sides.prod() * (ERASED_AREA[0] + draws[0] * (ERASED_AREA[1] - ERASED_AREA[0]))
+    low, high = math.log(ERASED_ASPECT[0]), math.log(ERASED_ASPECT[1])
+    aspect = torch.exp(low + draws[1] * (high - low))
+    box = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], dim=1).round()
+    box = box.clamp(min=1).minimum(sides)
+    start = (draws[2:4].T * (sides - box + 1)).floor()
+    box = box * (draws[4] < probability)[:, None]
+    return torch.cat([start, start + box], dim=1).long()
+
+
+def erase(images: Tensor, boxes: Tensor) -> Tensor:
+    """Set each image's rectangle to 0, which is the mean colour after normalising.
+
+    Args:
+        images: float32 [B, C, H, W].
+        boxes: int64 [B, 4] of `draw_boxes`.
+
+    Returns:
+        float32 [B, C, H, W].
+    """
+    top, left, bottom, right = _to_device(boxes, images.device).T[:, :, None]
+    rows = torch.arange(images.shape[2], device=images.device)
+    columns = torch.arange(images.shape[3], device=images.device)
+    in_rows, in_columns = (rows >= top) & (rows < bottom), (columns >= left) & (columns < right)
+    return images.masked_fill((in_rows[:, :, None] & in_columns[:, None, :])[:, None], 0.0)
+
+
+def mix(images: Tensor, targets: Tensor, *, augment: Augment, num_classes: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Mix pairs of images and their labels by timm's Mixup, or only smooth the labels.
+
+    timm mixes image i with image B-1-i and wants an even number: the last image of an odd batch stays as
+    it is.
+
+    Args:
+        images: float32 [B, C, H, W]; overwritten, which spares a copy of the batch.
+        targets: int64 class indices [B].
+        augment: of which ``mixup``, ``cutmix`` and ``label_smoothing`` count here.
+        num_classes: K.
+        seed: of the batch.
+
+    Returns:
+        Images float32 [B, C, H, W] and labels float32 [B, K], each row adding up to 1.
+    """
+    from timm.data.mixup import Mixup, mixup_target
+
+    num_mixed = len(images) // 2 * 2 if augment.mixup or augment.cutmix else 0
+    soft: Tensor = mixup_target(targets, num_classes, smoothing=augment.label_smoothing)
+    if num_mixed == 0:
+        return images, soft
+    mixup = Mixup(
+        mixup_alpha=augment.mixup,
+        cutmix_alpha=augment.cutmix,
+        label_smoothing=augment.label_smoothing,
+        num_classes=num_classes,
+    )
+    with private_rng(derive_seed(seed, "mix")):
+        _, soft[:num_mixed] = mixup(images[:num_mixed], targets[:num_mixed])  # images in place
+    return images, soft
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a small CPU tensor over without making the host wait for the device."""
+    return tensor.to(device, non_blocking=True)

@@ -1,0 +1,304 @@
+"""What happens during a run, as typed events, and where they go.
+
+The trainer emits; sinks print, write JSON lines or TensorBoard files. A sink never changes a run. All figures in
+an event are plain Python numbers: the trainer reads them from the device at most once a second.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from localgrad.units import format_bytes, format_rate, format_seconds
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+    from torch.utils.tensorboard import SummaryWriter
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStarted:
+    """A run begins or is resumed.
+
+    Attributes:
+        folder: the run folder.
+        title: one line: data, model, modules, objective, device.
+        details: further lines worth seeing before the wait.
+        epochs: in all.
+        start_epoch: first one to run.
+        batches_per_epoch: updates an epoch.
+    """
+
+    folder: str
+    title: str
+    details: tuple[str, ...]
+    epochs: int
+    start_epoch: int
+    batches_per_epoch: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progressed:
+    """Some batches were trained on, about once a second.
+
+    Attributes:
+        epoch: from 0.
+        batch: batches done in this epoch.
+        losses: each local module's total loss, of the last batch.
+        images_per_second: since the last such event.
+    """
+
+    epoch: int
+    batch: int
+    losses: tuple[float, ...]
+    images_per_second: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochEnded:
+    """An epoch is over and validated.
+
+    Attributes:
+        epoch: from 0.
+        losses: each local module's terms by name, averaged over the epoch.
+        train_accuracy: of the whole model, on the batches as they were trained on; ``None`` with soft labels.
+        val_accuracy: of the whole model (its weight average where one is kept); ``None`` without validation images.
+        val_module_accuracy: of each local module's own classifier.
+        learning_rate: at the end of the epoch.
+        images_per_second: of training, over the epoch.
+        seconds: training and validation.
+        is_best: whether this epoch is the best so far.
+    """
+
+    epoch: int
+    losses: tuple[dict[str, float], ...]
+    train_accuracy: float | None
+    val_accuracy: float | None
+    val_module_accuracy: tuple[float | None, ...]
+    learning_rate: float
+    images_per_second: float
+    seconds: float
+    is_best: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunEnded:
+    """A run is over; the summary is what ``summary.json`` holds."""
+
+    summary: Mapping[str, Any]
+
+
+Event = RunStarted | Progressed | EpochEnded | RunEnded
+
+
+class Sink(ABC):
+    """Takes events."""
+
+    @abstractmethod
+    def emit(self, event: Event) -> None:
+        """Take one event."""
+
+    def close(self) -> None:  # noqa: B027  # most sinks have nothing to close
+        """Release what the sink holds; called once, also after an error."""
+
+
+class JsonlSink(Sink):
+    """One JSON object an epoch, appended to a file.
+
+    Args:
+        path: the file.
+        keep_epochs: on resuming, lines of later epochs are dropped: they will be written again.
+    """
+
+    def __init__(self, path: Path, keep_epochs: int = 0) -> None:
+        kept = []
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if _epoch_of(line) < keep_epochs]
+        path.write_text("".join(line + "\n" for line in kept))
+        self._file = path.open("a")
+
+    def emit(self, event: Event) -> None:
+        """Write an epoch's figures."""
+        if isinstance(event, EpochEnded):
+            self._file.write(json.dumps(asdict(event)) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _epoch_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["epoch"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a line torn by a crash
+
+
+class TensorBoardSink(Sink):
+    """TensorBoard event files: losses by module and term, accuracies, learning rate, speed.
+
+    Args:
+        folder: where the event files go.
+        keep_epochs: on resuming, what was written of later epochs is hidden.
+    """
+
+    def __init__(self, folder: Path, keep_epochs: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: SummaryWriter = SummaryWriter(str(folder), purge_step=keep_epochs or None)
+
+    def emit(self, event: Event) -> None:
+        """Write an epoch's figures."""
+        if not isinstance(event, EpochEnded):
+            return
+        figures: dict[str, float | None] = {
+            "accuracy/train": event.train_accuracy,
+            "accuracy/val": event.val_accuracy,
+            "learning_rate": event.learning_rate,
+            "images_per_second": event.images_per_second,
+        }
+        for index, terms in enumerate(event.losses):
+            figures |= {f"loss/module{index}/{name}": value for name, value in terms.items()}
+        for index, accuracy in enumerate(event.val_module_accuracy):
+            figures[f"accuracy/val_module{index}"] = accuracy
+        for name, value in figures.items():
+            if value is not None:
+                self._writer.add_scalar(name, value, event.epoch)
+
+    def close(self) -> None:
+        """Write out and close the files."""
+        self._writer.close()
+
+
+class ConsoleSink(Sink):
+    """A live progress display, or plain lines where there is no terminal; then the summary.
+
+    Args:
+        console: where to print.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._started: RunStarted | None = None
+        self._last_line = 0.0
+
+    def emit(self, event: Event) -> None:
+        """Print what a person wants to see of an event."""
+        match event:
+            case RunStarted():
+                self._start(event)
+            case Progressed():
+                self._advance(event)
+            case EpochEnded():
+                self._end_epoch(event)
+            case RunEnded():
+                self.close()
+                print_summary(self.console, event.summary)
+
+    def close(self) -> None:
+        """End the live display."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _start(self, event: RunStarted) -> None:
+        self._started = event
+        self.console.print(event.title, style="bold", highlight=False, soft_wrap=True)
+        for line in event.details:
+            self.console.print(line, highlight=False, soft_wrap=True)
+        if not self.console.is_terminal:
+            return
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._progress = Progress(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(),
+            TextColumn("loss {task.fields[losses]}  {task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self._task = self._progress.add_task(
+            "", total=event.epochs * event.batches_per_epoch, epoch=event.start_epoch + 1, losses="…", rate=""
+        )
+        self._progress.start()
+
+    def _advance(self, event: Progressed) -> None:
+        assert self._started is not None, "a run starts before it progresses"
+        losses = " ".join(f"{loss:.3f}" for loss in event.losses)
+        rate = format_rate(event.images_per_second)
+        if self._progress is not None and self._task is not None:
+            done = event.epoch * self._started.batches_per_epoch + event.batch
+            self._progress.update(
+                self._task,
+                completed=done,
+                epoch=f"{event.epoch + 1}/{self._started.epochs}",
+                losses=losses,
+                rate=rate,
+            )
+        elif time.monotonic() - self._last_line > 10:  # a log file wants fewer lines than a screen
+            self._last_line = time.monotonic()
+            of = self._started.batches_per_epoch
+            self.console.print(
+                f"  epoch {event.epoch + 1} batch {event.batch}/{of}  loss {losses}  {rate}",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+    def _end_epoch(self, event: EpochEnded) -> None:
+        assert self._started is not None, "a run starts before it ends"
+        losses = " ".join(f"{sum(terms.values()):.3f}" for terms in event.losses)
+        parts = [f"epoch {event.epoch + 1:>3}/{self._started.epochs}", f"loss {losses}"]
+        if event.val_accuracy is not None:
+            parts.append(f"validation {event.val_accuracy:.2%}")
+            parts.append(f"by module {accuracies(event.val_module_accuracy)}")
+        parts.append(format_rate(event.images_per_second))
+        parts.append(format_seconds(event.seconds) + (" *" if event.is_best else ""))
+        self.console.print("  ".join(parts), highlight=False, soft_wrap=True)
+
+
+def accuracies(values: Sequence[float | None]) -> str:
+    """Print accuracies in a row: ``91.2% 94.0%``, a dash where a module has no classifier."""
+    return " ".join("–" if value is None else f"{value:.1%}" for value in values)  # noqa: RUF001  # a dash is meant
+
+
+def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
+    """Print a run's summary as a table."""
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in summary_rows(summary):
+        table.add_row(name, value)
+    console.print()
+    console.print(table, highlight=False)
+
+
+def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The lines of a printed summary, as (name, value)."""
+    peak, baseline = summary["estimated_peak_bytes"], summary["estimated_end_to_end_peak_bytes"]
+    return [
+        (
+            "test accuracy",
+            f"{summary['test_accuracy']:.2%}  ({summary['num_test']:,} images, read once, at the end)",
+        ),
+        ("by module", accuracies(summary["test_module_accuracy"]) + "  (each local module's own classifier)"),
+        (
+            "peak memory",
+            f"{format_bytes(peak)} estimated, {peak / baseline:.2f} x end-to-end ({format_bytes(baseline)})",
+        ),
+        ("measured", f"{format_bytes(summary['measured_peak_bytes'])} ({summary['measured_peak_of']})"),
+        ("speed", f"{format_rate(summary['images_per_second'])} while training"),
+        ("epochs", f"{summary['epochs']}, the best was {summary['best_epoch'] + 1}"),
+        ("time", format_seconds(summary["seconds"])),
+        ("run folder", summary["folder"]),
+    ]

@@ -1,0 +1,161 @@
+"""The run folder: what one run leaves on disk, written so that a crash at any moment loses nothing.
+
+::
+
+    recipe.toml                what was asked for, whole
+    metrics.jsonl              one line an epoch
+    tensorboard/               the same for TensorBoard
+    checkpoints/last.pt        everything that resuming needs
+    checkpoints/best.safetensors   model and auxiliary nets of the best epoch
+    model.safetensors          the best epoch's plain timm weights, at the end
+    summary.json               the figures, at the end
+
+Files are written under another name, flushed to disk and renamed, so each is whole or absent. One process at a time
+may use a folder: it holds a lock that the system releases when the process ends, however it ends.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pickle
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from localgrad.errors import CheckpointError, RunFolderError
+
+FORMAT = 1
+"""Version of ``last.pt``; a checkpoint of another version is refused."""
+
+
+class RunFolder:
+    """A run folder that this process holds.
+
+    Args:
+        path: the folder; made where it is missing.
+
+    Raises:
+        RunFolderError: it can't be written, or another process uses it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            self._lock: IO[str] = (path / ".lock").open("w")
+        except OSError as error:
+            raise RunFolderError(
+                f"run folder {path}: can't be written ({error.strerror}); choose another with --out DIR."
+            ) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise RunFolderError(
+                f"run folder {path}: another process is using it; wait for it, or choose another with --out DIR."
+            ) from error
+
+    @property
+    def last(self) -> Path:
+        """The checkpoint to resume from."""
+        return self.path / "checkpoints" / "last.pt"
+
+    @property
+    def best(self) -> Path:
+        """Weights of the best epoch: the model's and the auxiliary nets'."""
+        return self.path / "checkpoints" / "best.safetensors"
+
+    @property
+    def has_run(self) -> bool:
+        """Whether a run was started here."""
+        return (self.path / "recipe.toml").exists()
+
+    def release(self) -> None:
+        """Let other processes use the folder."""
+        self._lock.close()
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file, whole or not at all."""
+        write_atomically(self.path / name, lambda path: path.write_text(text))
+
+    def write_json(self, name: str, values: Mapping[str, Any]) -> None:
+        """Write a JSON file, whole or not at all."""
+        self.write_text(name, json.dumps(values, indent=2) + "\n")
+
+    def save_last(self, state: Mapping[str, Any]) -> None:
+        """Write the checkpoint to resume from."""
+        write_atomically(self.last, lambda path: torch.save({"format": FORMAT, **state}, path))
+
+    def load_last(self) -> dict[str, Any]:
+        """Read the checkpoint to resume from, on the CPU.
+
+        Raises:
+            CheckpointError: missing, truncated, or of another version.
+        """
+        if not self.last.exists():
+            raise CheckpointError(f"checkpoint {self.last}: there is none; start the run again without --resume.")
+        try:
+            state: dict[str, Any] = torch.load(self.last, map_location="cpu", weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+            raise CheckpointError(
+                f"checkpoint {self.last}: it is truncated or no checkpoint ({_first_line(error)}); restore it from a "
+                "copy, or start the run again in another folder."
+            ) from error
+        if not isinstance(state, dict) or state.get("format") != FORMAT:
+            found = state.get("format") if isinstance(state, dict) else None
+            raise CheckpointError(f"checkpoint {self.last}: its format is {found!r}, this version reads {FORMAT}.")
+        return state
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a temporary file, flush it to disk, and give it its name in one step.
+
+    Raises:
+        RunFolderError: no permission, or the disk is full; what was there before is still there.
+    """
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            write(temporary)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.chmod(0o644)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"{path}: can't be written ({error.strerror}).") from error
+
+
+def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write tensors as safetensors, whole or not at all; tied ones are stored twice."""
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
+
+
+def load_saved_weights(path: Path) -> dict[str, Tensor]:
+    """Read tensors from safetensors.
+
+    Raises:
+        CheckpointError: missing or truncated.
+    """
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"weights {path}: there are none; train the run first.") from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"weights {path}: truncated or no safetensors file ({_first_line(error)}).") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:200]

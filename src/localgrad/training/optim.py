@@ -1,0 +1,129 @@
+"""Optimizers and schedulers of timm, one of each for every local module.
+
+Weight decay is left off biases, norms and whatever the model itself names (position embeddings, tokens), as timm
+does for a whole model; timm decides on the plain model, and the decision is carried over parameter by parameter.
+Schedulers count batches, never optimizer steps or calls, so that all modules stand at the same place in time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from localgrad.errors import RecipeError, did_you_mean
+
+SCHEDULERS = ("cosine", "tanh", "step", "multistep", "poly", "none")
+WARMUP_SHARE = 0.2
+"""Warm-up takes at most this share of all epochs, so that a short run still reaches its learning rate."""
+
+
+class OptimizerFactory:
+    """Makes one module's optimizer from its parameters.
+
+    Args:
+        model: the plain timm model, asked once which parameters aren't decayed.
+        name: timm's name of the optimizer.
+        lr: peak learning rate.
+        weight_decay: of the parameters that are decayed.
+
+    Raises:
+        RecipeError: unknown optimizer.
+    """
+
+    def __init__(self, model: nn.Module, *, name: str, lr: float, weight_decay: float) -> None:
+        from timm.optim import list_optimizers, param_groups_weight_decay
+
+        known = list_optimizers()
+        if name.lower() not in known:
+            raise RecipeError(f"training.optimizer: timm has no {name!r}.{did_you_mean(name, known)}")
+        self.name = name
+        self.lr = lr
+        self.weight_decay = weight_decay
+        listed: set[str] = getattr(model, "no_weight_decay", set)()
+        groups = param_groups_weight_decay(model, weight_decay, listed)
+        self._undecayed = {id(p) for group in groups if not group["weight_decay"] for p in group["params"]}
+
+    def __call__(self, parameters: list[nn.Parameter]) -> Optimizer:
+        """Make the optimizer of one local module."""
+        from timm.optim import create_optimizer_v2
+
+        undecayed = [p for p in parameters if p.ndim <= 1 or id(p) in self._undecayed]
+        known = set(map(id, undecayed))
+        decayed = [p for p in parameters if id(p) not in known]
+        groups: list[dict[str, Any]] = [
+            {"params": undecayed, "weight_decay": 0.0},
+            {"params": decayed, "weight_decay": self.weight_decay},
+        ]
+        optimizer: Optimizer = create_optimizer_v2(
+            [group for group in groups if group["params"]],
+            opt=self.name,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+        )
+        return optimizer
+
+
+class Schedule:
+    """Learning rates of all local modules over the run.
+
+    Args:
+        optimizers: one a local module.
+        name: timm's name of the scheduler; ``none`` keeps the learning rate after the warm-up.
+        epochs: length of the run.
+        batches_per_epoch: updates an epoch.
+        warmup_epochs: linear warm-up, at most a fifth of the run.
+        warmup_lr: learning rate at its start.
+        min_lr: learning rate at the end of the run.
+
+    Raises:
+        RecipeError: unknown scheduler.
+    """
+
+    def __init__(
+        self,
+        optimizers: Sequence[Optimizer],
+        *,
+        name: str,
+        epochs: int,
+        batches_per_epoch: int,
+        warmup_epochs: float,
+        warmup_lr: float,
+        min_lr: float,
+    ) -> None:
+        from timm.scheduler import create_scheduler_v2
+
+        if name not in SCHEDULERS:
+            raise RecipeError(
+                f"training.scheduler: unknown {name!r}; take one of {', '.join(SCHEDULERS)}."
+                f"{did_you_mean(name, SCHEDULERS)}"
+            )
+        self.optimizers = tuple(optimizers)
+        self._schedulers = [
+            create_scheduler_v2(
+                optimizer,
+                sched="step" if name == "none" else name,
+                num_epochs=epochs,
+                decay_epochs=10 * epochs if name == "none" else max(1, epochs // 3),
+                decay_milestones=[epochs // 2, epochs * 3 // 4],
+                warmup_epochs=min(warmup_epochs, WARMUP_SHARE * epochs),
+                warmup_lr=warmup_lr,
+                min_lr=min_lr,
+                step_on_epochs=False,
+                updates_per_epoch=batches_per_epoch,
+            )[0]
+            for optimizer in optimizers
+        ]
+        self.at(0)
+
+    def at(self, num_batches: int) -> None:
+        """Set every learning rate to its value after ``num_batches`` batches of the run."""
+        for scheduler in self._schedulers:
+            scheduler.step_update(num_batches)
+
+    @property
+    def learning_rate(self) -> float:
+        """The current learning rate of the first local module."""
+        return float(self.optimizers[0].param_groups[0]["lr"])

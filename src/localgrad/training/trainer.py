@@ -1,0 +1,414 @@
+"""The training loop: epochs over batches, validation, selection, checkpoints, and nothing about how a step is done.
+
+Selection is honest: a validation part of the training set chooses the best epoch, and the trainer never sees the
+test set. All that a run needs to go on bit for bit is in one state: the learner's, the position in the data, the
+sums of the epoch under way, the best epoch, and the random state.
+
+Losses stay on the device. Once a second (and before every checkpoint) they are read, and a loss that is no longer
+finite stops the run. To name the first one, the device itself keeps the number of the first bad batch of each term.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from localgrad.errors import CheckpointError, DivergenceError
+from localgrad.execution.local_step import PRECISIONS
+from localgrad.execution.sequential import StepResult
+from localgrad.learner import LocalLearner, load_weights
+from localgrad.training.data import Batches
+from localgrad.training.events import EpochEnded, Event, Progressed, Sink
+from localgrad.training.folder import RunFolder, load_saved_weights, save_weights
+from localgrad.training.optim import Schedule
+
+SECONDS_BETWEEN_READINGS = 1.0
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(Exception):  # noqa: N818  # not an error: the run was saved and can go on
+    """Ctrl-C or SIGTERM arrived; the run was saved.
+
+    Args:
+        signal_number: which signal.
+    """
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal.Signals(signal_number).name)
+        self.signal_number = signal_number
+
+
+@dataclass
+class Position:
+    """Where a run stands; all plain numbers, saved with every checkpoint.
+
+    Attributes:
+        epoch: under way, from 0.
+        batch: batches done in it.
+        best_epoch: ``None`` before the first validation.
+        best_accuracy: its validation accuracy; ``None`` without validation images.
+        num_images: trained on so far.
+        train_seconds: spent training, without validation.
+        seconds: spent in all.
+        last_losses: each local module's terms, averaged over the last complete epoch.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    best_epoch: int | None = None
+    best_accuracy: float | None = None
+    num_images: int = 0
+    train_seconds: float = 0.0
+    seconds: float = 0.0
+    last_losses: list[dict[str, float]] = field(default_factory=list)
+
+
+class EpochSums:
+    """Sums over the batches of an epoch, kept on the device.
+
+    Args:
+        names: (module, term) of every loss, in order.
+        device: where the losses are.
+    """
+
+    def __init__(self, names: Sequence[tuple[int, str]], device: torch.device) -> None:
+        self.names = list(names)
+        self.losses = torch.zeros(len(names), dtype=torch.float64 if device.type != "mps" else None, device=device)
+        self.first_bad = torch.full((len(names),), -1, dtype=torch.int64, device=device)
+        self.num_correct = torch.zeros((), dtype=torch.int64, device=device)
+        self.num_batches = 0
+
+    def add(self, result: StepResult, targets: Tensor) -> None:
+        """Add one batch, without waiting for the device."""
+        losses = torch.stack([term.float() for terms in result.terms for term in terms.values()])
+        bad = ~torch.isfinite(losses) & (self.first_bad < 0)
+        self.first_bad.masked_fill_(bad, self.num_batches)
+        self.losses += losses
+        self.num_correct += (result.logits.argmax(dim=1) == targets).sum()
+        self.num_batches += 1
+
+    def means(self, num_modules: int) -> list[dict[str, float]]:
+        """Each module's terms by name, averaged over the batches so far."""
+        values: list[dict[str, float]] = [{} for _ in range(num_modules)]
+        for (module, term), total in zip(self.names, self.losses.tolist(), strict=True):
+            values[module][term] = total / max(1, self.num_batches)
+        return values
+
+    def first_failure(self) -> tuple[int, list[tuple[int, str]]] | None:
+        """The first batch of the epoch with a loss that isn't finite, and the (module, term) of those in it."""
+        first_bad = self.first_bad.tolist()
+        batches = [batch for batch in first_bad if batch >= 0]
+        if not batches:
+            return None
+        first = min(batches)
+        return first, [name for name, batch in zip(self.names, first_bad, strict=True) if batch == first]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums, on the CPU."""
+        return {
+            "losses": self.losses.cpu(),
+            "num_correct": self.num_correct.cpu(),
+            "num_batches": self.num_batches,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up saved sums."""
+        self.losses.copy_(state["losses"])
+        self.num_correct.copy_(state["num_correct"])
+        self.num_batches = state["num_batches"]
+
+
+class Trainer:
+    """Trains a learner on batches, validates, selects and saves.
+
+    Args:
+        learner: with its optimizers configured.
+        schedule: of the learning rates.
+        train: training batches.
+        val: validation batches, or ``None``: then the last epoch is the best.
+        epochs: length of the run.
+        folder: where checkpoints go.
+        sinks: take the events.
+    """
+
+    def __init__(
+        self,
+        *,
+        learner: LocalLearner,
+        schedule: Schedule,
+        train: Batches,
+        val: Batches | None,
+        epochs: int,
+        folder: RunFolder,
+        sinks: Sequence[Sink],
+    ) -> None:
+        self.learner = learner
+        self.schedule = schedule
+        self.train = train
+        self.val = val
+        self.epochs = epochs
+        self.folder = folder
+        self.sinks = tuple(sinks)
+        self.position = Position()
+        self._names = [(index, name) for index, module in enumerate(learner.modules) for name in module.objective.terms]
+        self._sums = self._new_sums()
+        self._signal: int | None = None
+
+    def fit(self) -> None:
+        """Train from the current position to the last epoch.
+
+        Raises:
+            DivergenceError: a loss is no longer finite; the last checkpoint is from before.
+            Interrupted: Ctrl-C or SIGTERM; the run was saved where it stood.
+        """
+        with self._catching_signals():
+            while self.position.epoch < self.epochs:
+                start = time.perf_counter()
+                self._train_epoch()
+                train_seconds = time.perf_counter() - start
+                self._finish_epoch(start, train_seconds)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on bit for bit (on the CPU)."""
+        return {
+            "learner": self.learner.state_dict(),
+            "position": asdict(self.position),
+            "sums": self._sums.state_dict(),
+            "random": _random_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a saved state.
+
+        Raises:
+            CheckpointError: it is of another model, or a part is missing.
+        """
+        try:
+            self.learner.load_state_dict(state["learner"])
+            self.position = Position(**state["position"])
+            self._sums.load_state_dict(state["sums"])
+            _restore_random_state(state["random"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"checkpoint {self.folder.last}: it doesn't fit this run ({error}).") from error
+
+    def load_best(self) -> None:
+        """Put the best epoch's weights into the learner (the averaged ones, where an average is kept)."""
+        weights = load_saved_weights(self.folder.best)
+        load_best_weights(self.learner, weights)
+
+    def _train_epoch(self) -> None:
+        learner, position = self.learner, self.position
+        learner.train()
+        start = last_reading = time.perf_counter()
+        images_since = 0
+        for batch in self.train.epoch(position.epoch, start=position.batch):
+            self.schedule.at(position.epoch * len(self.train) + position.batch)
+            result = learner.step(batch.images, batch.labels)
+            self._sums.add(result, batch.targets)
+            position.batch += 1
+            images_since += len(batch.targets)
+            position.num_images += len(batch.targets)
+            now = time.perf_counter()
+            if self._signal is not None:
+                position.train_seconds += now - start
+                position.seconds += now - start
+                self._stop(self._signal)
+            if now - last_reading > SECONDS_BETWEEN_READINGS:
+                self._report(result, images_since / (now - last_reading))
+                last_reading, images_since = now, 0
+
+    def _finish_epoch(self, start: float, train_seconds: float) -> None:
+        self._check_finite()
+        position, sums = self.position, self._sums
+        position.train_seconds += train_seconds
+        accuracy, by_module = self._validate()
+        is_best = accuracy is None or position.best_accuracy is None or accuracy > position.best_accuracy
+        if is_best:
+            position.best_epoch, position.best_accuracy = position.epoch, accuracy
+            save_weights(self.folder.best, best_weights(self.learner))
+        losses = sums.means(len(self.learner.modules))
+        num_images = len(self.train) * self.train.batch_size
+        soft = self.train.augment is not None and self.train.augment.gives_soft_labels
+        seconds = time.perf_counter() - start
+        event = EpochEnded(
+            epoch=position.epoch,
+            losses=tuple(losses),
+            train_accuracy=None if soft else int(sums.num_correct) / num_images,
+            val_accuracy=accuracy,
+            val_module_accuracy=tuple(by_module),
+            learning_rate=self.schedule.learning_rate,
+            images_per_second=position.num_images / position.train_seconds,
+            seconds=seconds,
+            is_best=is_best,
+        )
+        position.last_losses = losses
+        position.seconds += seconds
+        position.epoch, position.batch = position.epoch + 1, 0
+        self._sums = self._new_sums()
+        self.folder.save_last(self.state_dict())
+        self._emit(event)
+
+    def _validate(self) -> tuple[float | None, list[float | None]]:
+        if self.val is None:
+            return None, [None] * len(self.learner.modules)
+        return evaluate(self.learner, self.val)
+
+    def _report(self, result: StepResult, images_per_second: float) -> None:
+        self._check_finite()
+        losses = torch.stack(result.losses).tolist()
+        position = self.position
+        self._emit(
+            Progressed(
+                epoch=position.epoch,
+                batch=position.batch,
+                losses=tuple(losses),
+                images_per_second=images_per_second,
+            )
+        )
+
+    def _check_finite(self) -> None:
+        failure = self._sums.first_failure()
+        if failure is None:
+            return
+        batch, names = failure
+        module = min(index for index, _ in names)
+        terms = " and ".join(repr(term) for index, term in names if index == module)
+        kept = (
+            f"the last good checkpoint is {self.folder.last}" if self.folder.last.exists() else "no epoch was complete"
+        )
+        raise DivergenceError(
+            f"the loss of local module {module} is no longer finite (term {terms}, epoch {self.position.epoch + 1}, "
+            f"batch {batch + 1}); {kept}. Try a lower --lr, or --clip-grad 1."
+        )
+
+    def _stop(self, signal_number: int) -> None:
+        self._check_finite()
+        self.folder.save_last(self.state_dict())
+        raise Interrupted(signal_number)
+
+    @contextmanager
+    def _catching_signals(self) -> Iterator[None]:
+        """Turn Ctrl-C and SIGTERM into a flag that is read after the batch; a second one stops at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+
+        def note(number: int, _frame: object) -> None:
+            self._signal = number
+            for each, handler in before.items():
+                signal.signal(each, handler)
+
+        for number in SIGNALS:
+            signal.signal(number, note)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _new_sums(self) -> EpochSums:
+        return EpochSums(self._names, self.learner.device)
+
+    def _emit(self, event: Event) -> None:
+        for sink in self.sinks:
+            sink.emit(event)
+
+
+@torch.no_grad()
+def evaluate(learner: LocalLearner, batches: Batches) -> tuple[float, list[float | None]]:
+    """Accuracy of the whole model and of each local module's own classifier.
+
+    Where an average of the weights is kept, the whole model is the averaged one; the classifiers of the modules
+    before the last belong to the weights as they are trained.
+
+    Args:
+        learner: any learner; it is in evaluation mode afterwards.
+        batches: evaluation batches.
+
+    Returns:
+        Accuracy from 0 to 1, and one for each module (``None`` where it has no classifier).
+    """
+    learner.eval()
+    counts = [MulticlassAccuracy(batches.info.num_classes, average="micro").to(learner.device) for _ in learner.modules]
+    seen = [False] * len(counts)
+    for batch in batches.epoch(0):
+        logits = list(learner.logits(batch.images))
+        if learner.averaged_model is not None:
+            logits[-1] = _averaged_logits(learner, learner.averaged_model, batch.images)
+        for index, values in enumerate(logits):
+            if values is not None:
+                counts[index].update(values.float(), batch.targets)
+                seen[index] = True
+    found = [float(count.compute()) if was_seen else None for count, was_seen in zip(counts, seen, strict=True)]
+    accuracy = found[-1]
+    assert accuracy is not None, "the last module ends in the model's own classifier"
+    return accuracy, found
+
+
+def _averaged_logits(learner: LocalLearner, model: nn.Module, images: Tensor) -> Tensor:
+    model.eval()
+    dtype = PRECISIONS[learner.precision]
+    with torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not None):
+        logits: Tensor = model(images)
+    return logits
+
+
+def best_weights(learner: LocalLearner) -> dict[str, Tensor]:
+    """Weights worth keeping of this epoch: the model's (averaged, where an average is kept), the auxiliary nets'."""
+    model = learner.averaged_model or learner.model
+    weights = {f"model.{name}": value for name, value in model.state_dict().items()}
+    for index, module in enumerate(learner.modules):
+        weights |= {f"objectives.{index}.{name}": value for name, value in module.objective.state_dict().items()}
+    return weights
+
+
+def load_best_weights(learner: LocalLearner, weights: dict[str, Tensor]) -> None:
+    """Put weights from ``best_weights`` into a learner, and into its average.
+
+    Raises:
+        CheckpointError: they are of another model or partition.
+    """
+    load_weights(learner.model, _below(weights, "model."))
+    if learner.averaged_model is not None:
+        load_weights(learner.averaged_model, _below(weights, "model."))
+    for index, module in enumerate(learner.modules):
+        load_weights(module.objective, _below(weights, f"objectives.{index}."))
+
+
+def _below(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+
+
+def _random_state() -> dict[str, Any]:
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    version, internal, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],  # type: ignore[no-untyped-call]
+        "numpy": [str(name), torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached],
+        "python": [version, list(internal), gauss],
+    }
+
+
+def _restore_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))

@@ -1,0 +1,70 @@
+"""Quantities as people type and read them: bytes, seconds, rates.
+
+Bytes are binary: ``6GiB`` is 6 * 2**30, and since graphics cards are sold in those, ``6GB`` and ``6G``
+mean the same. Everything inside the package is an integer number of bytes or a float number of seconds;
+these functions stand at the border only.
+"""
+
+from __future__ import annotations
+
+import re
+
+from localgrad.errors import RecipeError
+
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+_BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", re.IGNORECASE)
+
+
+def parse_bytes(text: str | int) -> int:
+    """Read an amount of memory.
+
+    Args:
+        text: such as ``6GiB``, ``6.5 GB``, ``512M``, or a whole number of bytes.
+
+    Returns:
+        Bytes, at least 1.
+
+    Raises:
+        RecipeError: the text is not an amount.
+    """
+    if isinstance(text, int):
+        amount = text
+    else:
+        match = _BYTES.fullmatch(text)
+        if match is None:
+            raise RecipeError(f"{text!r} is not an amount of memory; write it like 6GiB or 800MiB.")
+        amount = round(float(match[1]) * 1024 ** _POWERS[match[2].lower()])
+    if amount < 1:
+        raise RecipeError(f"an amount of memory must be positive, got {text!r}; write it like 6GiB.")
+    return amount
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Print bytes with three significant digits, as in ``2.34 GiB``."""
+    value = float(num_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1000:  # 1,000 and not 1,024, so that no figure has four digits before the point
+            return f"{value:.0f} B" if unit == "B" else f"{value:.{_decimals(value)}f} {unit}"
+        value /= 1024
+    return f"{value:.{_decimals(value)}f} TiB"
+
+
+def format_seconds(seconds: float) -> str:
+    """Print a duration: ``0.42 s``, ``41 s``, ``3 min 05 s``, ``2 h 04 min``."""
+    if seconds < 10:
+        return f"{seconds:.2f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def format_rate(per_second: float, unit: str = "images") -> str:
+    """Print a rate: ``1,234 images/s``."""
+    return f"{per_second:,.{_decimals(per_second)}f} {unit}/s"
+
+
+def _decimals(value: float) -> int:
+    return 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2

@@ -1,0 +1,277 @@
+"""Every family that localgrad names, split and recomposed: the same bits, forward and backward, in both modes."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import timm
+import torch
+from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
+from torch import nn
+
+from localgrad.backbone import SUPPORTED_FAMILIES, Backbone, Layout, split
+
+SWIN = {
+    "embed_dim": 16,
+    "depths": (2, 1, 2),
+    "num_heads": (1, 2, 4),
+    "img_size": 32,
+    "patch_size": 2,
+    "window_size": 4,
+}
+VIT = {"embed_dim": 24, "depth": 3, "num_heads": 3, "img_size": 32, "patch_size": 8}
+
+# family -> (timm name, what makes it small, first blocks of stages after the first)
+FAMILIES: dict[str, tuple[str, dict, tuple[int, ...]]] = {
+    "swin": ("swin_tiny_patch4_window7_224", SWIN, (2, 4)),
+    "swinv2": ("swinv2_tiny_window8_256", SWIN, (2, 4)),
+    "swinv2_cr": ("swinv2_cr_tiny_224", SWIN, (2, 4)),
+    "swinv2_cr extra norm": ("swinv2_cr_tiny_ns_224", SWIN, (2, 4)),
+    "vit": ("vit_tiny_patch16_224", VIT, ()),
+    "vit registers": ("vit_medium_patch16_reg4_gap_256", VIT, ()),
+    "vit attention pool": ("vit_base_patch16_siglip_224", VIT, ()),
+    "vit dynamic size": ("vit_tiny_patch16_224", VIT | {"dynamic_img_size": True}, ()),
+    "deit": ("deit_tiny_patch16_224", VIT, ()),
+    "deit distilled": ("deit_tiny_distilled_patch16_224", VIT, ()),
+    "deit3": ("deit3_small_patch16_224", VIT, ()),
+    "dinov2": ("vit_small_patch14_dinov2", VIT, ()),
+    "dinov2 registers": ("vit_small_patch14_reg4_dinov2", VIT, ()),
+    "beit": ("beit_base_patch16_224", VIT, ()),
+    "beit shared bias": (
+        "beit_base_patch16_224",
+        VIT | {"use_shared_rel_pos_bias": True, "use_rel_pos_bias": False},
+        (),
+    ),
+    "beitv2": ("beitv2_base_patch16_224", VIT, ()),
+    "eva02": ("eva02_tiny_patch14_224", VIT | {"embed_dim": 32, "num_heads": 2}, ()),
+    "eva02 mixed rope": ("vit_small_patch16_rope_mixed_224", VIT | {"embed_dim": 32, "num_heads": 2}, ()),
+    "cait": ("cait_xxs24_224", VIT, ()),
+    "xcit": ("xcit_nano_12_p16_224", VIT | {"embed_dim": 32, "num_heads": 2}, ()),
+    "davit": (
+        "davit_tiny",
+        {"embed_dims": (16, 32), "depths": (1, 2), "num_heads": (1, 2), "window_size": 4},
+        (1,),
+    ),
+    "maxvit": (
+        "maxvit_rmlp_pico_rw_256",
+        {"embed_dim": (32, 64), "depths": (1, 2), "num_heads": None, "stem_width": (16, 16), "img_size": 64},
+        (1,),
+    ),
+    "mvitv2": ("", {"img_size": 64}, (1,)),
+    "mvitv2 class token": ("", {"img_size": 64, "use_cls_token": True}, (1,)),
+    "pvt_v2": (
+        "pvt_v2_b0",
+        {"embed_dims": (16, 32, 32, 32), "depths": (1, 2, 1, 1), "num_heads": (1, 2, 2, 4)},
+        (1, 4, 6),
+    ),
+    "hiera": ("hiera_tiny_224", {"embed_dim": 16, "stages": (1, 2, 2, 1), "img_size": 64}, (1, 3, 5)),
+    "convnext": ("convnext_atto", {"dims": (16, 16, 32, 32), "depths": (1, 1, 2, 1)}, (1, 3, 6)),
+    "resnet": ("resnet18", {"channels": (8, 16, 16, 32)}, (2, 4, 6)),
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Nets this small are slower on several threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+SHARED = {"beit shared bias", "eva02 mixed rope"}
+"""Models that use one parameter in every block."""
+
+
+def build(family: str) -> tuple[nn.Module, tuple[int, int, int]]:
+    name, kwargs, _ = FAMILIES[family]
+    torch.manual_seed(0)
+    if name:
+        model = timm.create_model(name, num_classes=5, drop_path_rate=0.3, **kwargs)
+    else:
+        model = build_mvitv2(**kwargs)
+    size = kwargs.get("img_size", 64)
+    shake(model)
+    return model, (3, size, size)
+
+
+def build_mvitv2(img_size: int, *, use_cls_token: bool = False) -> nn.Module:
+    """timm builds these from a configuration object that ``create_model`` does not open."""
+    cfg = MultiScaleVitCfg(
+        embed_dim=(16, 32),
+        depths=(1, 2),
+        num_heads=(1, 2),
+        stride_q=((1, 1), (2, 2)),
+        use_cls_token=use_cls_token,
+        use_abs_pos=use_cls_token,
+    )
+    return MultiScaleVit(cfg, img_size=(img_size, img_size), num_classes=5, drop_path_rate=0.3)
+
+
+def shake(model: nn.Module) -> None:
+    """Small random weights everywhere: a layer scale of 1e-5 or a zero norm would hide what a block does."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+
+
+def images_for(size: tuple[int, int, int], count: int = 3) -> torch.Tensor:
+    return torch.randn(count, *size, generator=torch.Generator().manual_seed(1))
+
+
+def run(module: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    torch.manual_seed(2)
+    return module(images)
+
+
+def test_every_family_is_tested() -> None:
+    assert {family.split()[0] for family in FAMILIES} == set(SUPPORTED_FAMILIES)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parts_equal_the_model_forward_and_backward(family: str) -> None:
+    model, size = build(family)
+    backbone = split(model, size)
+    images = images_for(size)
+
+    model.eval()
+    assert torch.equal(run(backbone, images), run(model, images))
+
+    twin = copy.deepcopy(model).train()  # its own batch statistics
+    model.train()
+    ours, theirs = run(backbone, images), run(twin, images)
+    assert torch.equal(ours, theirs)
+    ours.square().sum().backward()
+    theirs.square().sum().backward()
+    for (name, mine), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert (mine.grad is None) == (other.grad is None), name
+        if mine.grad is None or other.grad is None:
+            continue
+        if family in SHARED:  # summed block by block, in another order
+            torch.testing.assert_close(mine.grad, other.grad, msg=name)
+        else:
+            assert torch.equal(mine.grad, other.grad), name
+    for mine, other in zip(model.buffers(), twin.buffers(), strict=True):
+        assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_parameter_is_in_exactly_one_part(family: str) -> None:
+    model, size = build(family)
+    backbone = split(model, size)
+    parts = [backbone.stem, *backbone.blocks, backbone.tail]
+    owned = [id(p) for part in parts for p in part.parameters()]
+    if family not in SHARED:
+        assert len(owned) == len(set(owned))
+        backbone.check_boundaries(range(1, len(backbone.blocks)))
+    assert set(owned) == {id(p) for p in model.parameters()} == {id(p) for p in backbone.parameters()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parts_use_the_parameters_they_hold(family: str) -> None:
+    model, size = build(family)
+    backbone = split(model, size).eval()
+    features = images_for(size)
+    for part in [backbone.stem, *backbone.blocks, backbone.tail]:
+        features = part(features.detach())
+        parameters = {name: p for name, p in part.named_parameters() if not name.startswith("unused.")}
+        gradients = torch.autograd.grad(features.square().sum(), list(parameters.values()), allow_unused=True)
+        unread = [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]
+        assert not unread
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layouts_and_stages_describe_the_features(family: str) -> None:
+    model, size = build(family)
+    backbone = split(model, size).eval()
+    features = backbone.stem(images_for(size))
+    assert len(backbone.layouts) == len(backbone.blocks) + 1 == len(backbone.block_names) + 1
+    for block, layout in zip([*backbone.blocks, None], backbone.layouts, strict=True):
+        check_layout(features, layout)
+        features = block(features) if block is not None else features
+    assert backbone.stage_boundaries == FAMILIES[family][2]
+    modules = dict(model.named_modules())
+    assert all(name in modules for name in backbone.block_names)
+
+
+def check_layout(features: torch.Tensor, layout: Layout) -> None:
+    grid = layout.to_grid(features)
+    assert grid.shape == (features.shape[0], *layout.grid, layout.width)
+    prefix = layout.prefix(features)
+    assert (prefix is None) == (layout.num_prefix_tokens == 0)
+    count = grid.numel() + (prefix.numel() if prefix is not None else 0)
+    assert count == features.numel()
+
+
+# Layout against timm's own reading of the features: forward_intermediates gives them as [B, D, H, W].
+INTERMEDIATES = ["swin", "swinv2_cr", "vit", "vit registers", "deit distilled", "eva02", "xcit", "beit", "cait"]
+INTERMEDIATES += ["hiera", "mvitv2", "mvitv2 class token", "pvt_v2", "davit", "maxvit", "convnext", "resnet"]
+
+
+@pytest.mark.parametrize("family", INTERMEDIATES)
+def test_to_grid_equals_timms_intermediate_features(family: str) -> None:
+    model, size = build(family)
+    backbone = split(model, size)
+    model.eval()
+    images = images_for(size)
+    with torch.no_grad():
+        expected = model.forward_intermediates(images, intermediates_only=True)
+        grids, features = [], backbone.stem(images)
+        for block, layout in zip(backbone.blocks, backbone.layouts[1:], strict=True):
+            features = block(features)
+            grids.append(layout.to_grid(features).permute(0, 3, 1, 2))
+    # A stage ends where the next one begins; models without stages show every block.
+    ends = [index - 1 for index in backbone.stage_boundaries] or list(range(len(grids) - 1))
+    ends.append(len(grids) - 1)
+    if family == "resnet":
+        expected = expected[1:]  # the first is the stem's
+    if family == "maxvit":
+        expected = expected[-len(backbone.stage_boundaries) - 1 :]
+    for end, wanted in zip(ends, expected, strict=False):
+        assert torch.equal(grids[end], wanted), backbone.block_names[end]
+
+
+def test_hiera_tokens_come_back_in_raster_order() -> None:
+    model, size = build("hiera")
+    backbone = split(model, size)
+    for block, layout in enumerate(backbone.layouts[:-1]):
+        if layout.order is None:
+            continue
+        count = layout.grid[0] * layout.grid[1]
+        position = torch.tensor(layout.order).view(1, count, 1)  # each token says where it stands
+        raster = layout.to_grid(position.expand(1, count, layout.width))[0, :, :, 0].flatten()
+        assert raster.tolist() == list(range(count)), block
+    assert backbone.layouts[0].order is not None
+
+
+@pytest.mark.parametrize("family", ["vit", "swin", "mvitv2", "xcit", "pvt_v2", "eva02"])
+def test_parts_compile_without_graph_breaks(family: str) -> None:
+    model, size = build(family)
+    backbone = split(model, size).eval()
+    images = images_for(size)
+    torch.compiler.reset()
+    with torch.no_grad():
+        compiled = torch.compile(backbone, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(images), backbone(images))
+
+
+HEAVY = [
+    *("swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_ns_224", "vit_small_patch16_224"),
+    *("deit3_small_patch16_224", "beitv2_base_patch16_224", "eva02_small_patch14_224", "cait_xxs24_224"),
+    *("xcit_tiny_12_p8_224", "davit_tiny", "maxvit_tiny_tf_224", "mvitv2_tiny", "mvitv2_base_cls", "pvt_v2_b2_li"),
+    *("hiera_tiny_224", "convnext_tiny", "resnet50", "coatnet_0_rw_224", "poolformer_s12", "focalnet_tiny_srf"),
+]
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", HEAVY)
+def test_models_of_real_size(name: str) -> None:
+    model = timm.create_model(name, num_classes=10, drop_path_rate=0.1)
+    size = model.pretrained_cfg["input_size"]
+    backbone: Backbone = split(model, size)
+    assert torch.equal(run(backbone.eval(), images_for(size)), run(model, images_for(size)))
+    for before, after in itertools.pairwise(backbone.stage_boundaries):
+        assert before < after

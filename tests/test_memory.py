@@ -1,0 +1,567 @@
+"""`localgrad.planning.memory` against the profiler's own account of real steps, and piece by piece."""
+
+import copy
+import gc
+import random
+import threading
+import weakref
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.checkpoint import checkpoint
+
+from localgrad.planning import memory
+
+MIB = 2**20
+
+
+# -- toy nets and the independent reference -------------------------------------------------------
+
+
+def mlp():
+    torch.manual_seed(0)
+    hidden = [layer for _ in range(4) for layer in (nn.Linear(768, 768), nn.GELU())]
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(768, 10)), (3, 16, 16)
+
+
+def vit():
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "patch_size": 4, "depth": 3, "num_classes": 10}
+    return timm.create_model("vit_tiny_patch16_224", **sizes), (3, 32, 32)
+
+
+def swin():
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 48, "num_classes": 10}
+    name = "swin_tiny_patch4_window7_224"
+    return timm.create_model(name, depths=(2, 2), num_heads=(2, 4), **sizes), (3, 32, 32)
+
+
+def train_step(learner, images, labels, *, bf16=False):
+    """A plain end-to-end step that keeps nothing alive."""
+    model, optimizer = learner
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        loss = F.cross_entropy(model(images), labels)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def profiler_peak(step) -> int:
+    """Peak bytes above the start, from the allocator's own events: no code in common with ours."""
+    step()
+    gc.collect()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        step()
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), i, e.nbytes()) for i, e in enumerate(events) if e.name() == "[memory]")
+    running = peak = 0
+    for _, _, nbytes in changes:
+        running += nbytes
+        peak = max(peak, running)
+    return peak
+
+
+def nbytes_of(*tensors: Tensor) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def shapes_of(**tensors: Tensor):
+    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+
+
+@pytest.fixture
+def one_thread():
+    """Some kernels take a workspace for each thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# -- held against reality ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("build", [mlp, vit, swin])
+def test_simulated_peak_is_the_profilers_peak(build, bf16, checkpointed, one_thread):
+    model, shape = build()
+    if checkpointed:
+        if build is mlp:
+            model = nn.Sequential(model[0], Checkpointed(model[1:5]), Checkpointed(model[5:9]), model[9])
+        else:
+            model.set_grad_checkpointing(True)
+    optimizer = torch.optim.AdamW(model.parameters())
+    images, labels = torch.randn(32, *shape), torch.randint(10, (32,))
+    inputs = shapes_of(images=images, labels=labels)
+    profile = memory.simulate(
+        (model, optimizer), lambda *args, **batch: train_step(*args, **batch, bf16=bf16), inputs=inputs
+    )
+
+    above_start = profiler_peak(lambda: train_step((model, optimizer), images, labels, bf16=bf16))
+    state = [value for state in optimizer.state.values() for value in state.values()]
+    static = nbytes_of(*model.parameters(), *model.buffers(), *state, images, labels)
+    assert profile.static_bytes == pytest.approx(static, rel=1e-3)
+    if bf16:  # kernels pack their operands in workspaces of fixed size, which nobody but they can see
+        assert profile.peak_bytes == pytest.approx(static + above_start, rel=0.05)
+    else:  # exact, even without the static bytes that both share
+        assert profile.peak_bytes - profile.static_bytes == pytest.approx(above_start, rel=1e-3)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return checkpoint(self.inner, x, use_reentrant=False)
+
+
+def test_tracking_real_and_simulating_agree():
+    model, shape = vit()
+    optimizer = torch.optim.AdamW(model.parameters())
+    images, labels = torch.randn(4, *shape), torch.randint(10, (4,))
+    simulated = memory.simulate((model, optimizer), train_step, inputs=shapes_of(images=images, labels=labels))
+    given_categories = {
+        "parameters": model.parameters(),
+        "buffers": model.buffers(),
+        "inputs": [images, labels],
+    }
+    tracked = memory.track(lambda: train_step((model, optimizer), images, labels), categories=given_categories)
+    assert simulated.peak_bytes == tracked.peak_bytes
+    assert simulated.by_category == tracked.by_category
+    # Without being told, everything that a step touches is found.
+    untold = memory.track(lambda: train_step((model, optimizer), images, labels))
+    assert untold.peak_bytes == tracked.peak_bytes
+
+
+def test_mixed_precision_halves_activations():
+    model, shape = vit()
+    inputs = {"images": ((32, *shape), torch.float32)}
+
+    def forward(model, images, bf16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            output = model(images)
+        assert output.dtype == (torch.bfloat16 if bf16 else torch.float32)
+        output.float().sum().backward()
+
+    full, half = (
+        memory.simulate(model, lambda m, images, b=bf16: forward(m, images, b), inputs=inputs)
+        for bf16 in (False, True)
+    )
+    assert 0.45 < half.by_category["activations"] / full.by_category["activations"] < 0.7
+
+
+# -- the account, piece by piece ------------------------------------------------------------------------
+
+
+def test_views_and_in_place_operators_do_not_count_twice():
+    def step():
+        a = torch.zeros(1000)
+        b = a.view(10, 100)[2:].t()
+        b.add_(1)
+        torch.mul(a, 2, out=a)
+        return b
+
+    assert memory.track(step).peak_bytes == 4000
+
+
+def test_a_storage_is_freed_with_its_last_reference():
+    def step():
+        a = torch.zeros(1000)
+        view = a[:1]
+        del a
+        b = torch.zeros(1000)  # `view` keeps the first alive
+        del view, b
+        torch.zeros(1500)
+
+    profile = memory.track(step)
+    assert profile.peak_bytes == 8000
+    assert [alive for _, alive in profile.timeline] == [0, 4000, 8000, 4000, 0, 6000, 0]
+
+
+def test_what_autograd_alone_keeps_is_alive():
+    weight = nn.Parameter(torch.ones(1000))
+
+    def step():
+        hidden = weight.exp()  # saved by exp and by sin
+        loss = hidden.sin().sum()
+        del hidden
+        torch.zeros(2000)
+        assert loss.requires_grad
+
+    profile = memory.track(step)
+    assert profile.static_bytes == profile.by_category["parameters"] == 4000
+    assert profile.peak_bytes == 4000 + 4000 + 4 + 8000
+
+
+def test_resizing_replaces_the_old_block():
+    def step():
+        a = torch.zeros(1000)
+        a.resize_(3000)
+        a.resize_(10)  # PyTorch keeps the block when a tensor shrinks
+        torch.zeros(10)
+
+    assert memory.track(step).peak_bytes == 12_000 + 40
+
+
+def test_rounding_is_per_storage():
+    assert memory.track(lambda: [torch.zeros(1), torch.zeros(129)], rounding=512).peak_bytes == 512 + 1024
+
+
+def test_gradients_are_told_apart_and_optimizer_state_is_found():
+    model = nn.Linear(100, 100, bias=False)
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def step():
+        model(torch.ones(1, 100)).sum().backward()
+        torch.zeros(10**6)  # so that the peak falls here
+        optimizer.step()
+        optimizer.zero_grad()
+
+    at_peak = memory.track(step).by_category
+    assert at_peak["parameters"] == at_peak["gradients"] == 40_000
+    assert at_peak["optimizer"] == 2 * 40_000 + 4
+    assert set(at_peak) == set(memory.CATEGORIES)
+
+
+def test_gradients_left_by_the_last_step_were_there_before():
+    weight = nn.Parameter(torch.ones(1000))
+
+    def step():
+        weight.grad = None
+        weight.square().sum().backward()
+
+    profile = memory.track(step, categories={"parameters": [weight]})
+    assert profile.static_bytes == 8000
+    assert weight._post_accumulate_grad_hooks in (None, {})  # nothing of ours stays behind
+
+
+def test_a_storage_met_late_counts_from_the_start():
+    late = torch.ones(1000)
+
+    def step():
+        big = torch.zeros(5000)
+        del big
+        late.sum()
+
+    profile = memory.track(step, warmup=0)
+    assert profile.static_bytes == 4000
+    assert profile.peak_bytes == 24_000
+    assert profile.timeline[0] == (0, 4000)
+
+
+def test_a_storage_that_was_there_can_leave():
+    box = []
+
+    def step():
+        box.append(torch.ones(1000))
+        if len(box) > 1:
+            del box[:]
+            torch.zeros(100)
+
+    assert memory.track(step).peak_bytes == 8000
+
+
+def test_labels_get_their_own_peaks():
+    def step():
+        a = torch.zeros(100)
+        with memory.annotate("first"):
+            torch.zeros(1000)
+            with memory.annotate("inner"):
+                torch.zeros(3000)
+        with memory.annotate("second"):
+            torch.zeros(2000)
+        with memory.annotate("first"):
+            torch.zeros(500)
+        return a
+
+    profile = memory.track(step)
+    assert profile.peak_label == "inner"
+    assert profile.peak_by_label == {"": 400, "first": 4400, "inner": 12_400, "second": 8400}
+
+
+def test_annotate_is_free_where_nothing_is_tracked():
+    with memory.annotate("nowhere"):
+        pass
+    with pytest.raises(ZeroDivisionError), memory.annotate("nowhere"):
+        _ = 1 / 0
+
+
+def test_cycles_of_earlier_steps_do_not_count():
+    def step():
+        cycle = [torch.zeros(1000)]
+        cycle.append(cycle)
+
+    assert memory.track(step, warmup=3).peak_bytes == 4000
+    assert gc.isenabled()
+
+
+@pytest.mark.parametrize("bad", [{"rounding": 0}, {"categories": {"weights": []}}])
+def test_wrong_arguments_are_refused(bad):
+    with pytest.raises(ValueError, match=r"rounding must be|categories must be among"):
+        memory.track(lambda: None, **bad)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["make", "view", "free", "touch"]), st.integers(0, 50)), max_size=40))
+@settings(max_examples=60, deadline=None)
+def test_any_sequence_matches_a_naive_account(actions):
+    held: list[Tensor] = []
+    owners: list[int] = []
+    sizes: dict[int, int] = {}
+    naive = 0
+
+    def step():
+        nonlocal naive
+        for owner, (action, number) in enumerate(actions):
+            if action == "make":
+                held.append(torch.empty(number, dtype=torch.uint8))
+                owners.append(owner)
+                sizes[owner] = number
+            elif held:
+                index = number % len(held)
+                if action == "view":
+                    held.append(held[index][: number // 2])
+                    owners.append(owners[index])
+                elif action == "free":
+                    del held[index], owners[index]
+                else:
+                    held[index].add_(1)
+            naive = max(naive, sum(sizes[owner] for owner in set(owners)))
+        held.clear()
+
+    assert memory.track(step, warmup=0).peak_bytes == naive
+
+
+# -- fake copies ------------------------------------------------------------------------------------------
+
+
+class Learner:
+    """Holds tensors in every way that a learner might."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
+        self.model[2].weight = self.model[0].weight  # one parameter, two places
+        self.model.register_buffer("mask", torch.ones(2, 3).t(), persistent=False)
+        self.cache = {"rope": [torch.ones(5, dtype=torch.bfloat16)]}  # plain attributes
+        self.whole = torch.arange(12.0).view(3, 4)
+        self.part = self.whole[1:, ::2]  # shares the storage
+        self.logits = self.model(torch.ones(2, 4))  # not a leaf
+        self.generator = torch.Generator()
+        self.optimizer = torch.optim.AdamW(self.model.parameters())
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda epoch: 0.5)
+
+    def step(self, images):
+        self.model(images).sum().backward()
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+
+
+def test_fake_copy_copies_what_a_learner_holds():
+    learner = Learner()
+    learner.step(torch.ones(2, 4))
+    learner.model(torch.ones(2, 4)).sum().backward()  # gradients are alive
+    _, fake = memory.fake_copy(learner)
+    model = fake.model
+    assert model[0].weight is model[2].weight
+    assert isinstance(model[0].weight, nn.Parameter)
+    assert model[0].weight.requires_grad
+    assert fake.optimizer.param_groups[0]["params"][0] is model[0].weight
+    everything = [
+        *model.parameters(),
+        *model.buffers(),
+        *(p.grad for p in model.parameters()),
+        *(value for state in fake.optimizer.state.values() for value in state.values()),
+        fake.cache["rope"][0],
+        fake.whole,
+        fake.part,
+        fake.logits,
+    ]
+    assert all(isinstance(tensor, FakeTensor) and tensor.device.type == "cpu" for tensor in everything)
+    assert list(fake.optimizer.state) == list(model.parameters())
+    assert fake.cache["rope"][0].dtype == torch.bfloat16
+    assert model.mask.stride() == learner.model.mask.stride()
+    assert (fake.part.shape, fake.part.stride(), fake.part.storage_offset()) == ((2, 2), (4, 2), 4)
+    assert fake.part.untyped_storage() is fake.whole.untyped_storage()
+    assert fake.part.untyped_storage().nbytes() == 48
+
+
+def test_fake_copy_keeps_parameters_that_share_a_storage_together():
+    first = nn.Parameter(torch.ones(6))
+    _, (a, b) = memory.fake_copy((first, nn.Parameter(first.data.view(2, 3), requires_grad=False)))
+    assert a.untyped_storage() is b.untyped_storage()
+    assert (a.requires_grad, b.requires_grad, b.shape) == (True, False, (2, 3))
+
+
+def test_fake_copy_takes_a_model_without_memory():
+    with torch.device("meta"):
+        model = nn.Linear(10**6, 10**6)  # 4 TB
+    mode, fake = memory.fake_copy(model)
+    with mode:
+        assert fake(torch.ones(1, 10**6)).device.type == "cpu"
+
+
+def test_fake_copy_names_what_it_could_not_copy():
+    with pytest.raises(TypeError) as caught:
+        memory.fake_copy([nn.Linear(2, 2), threading.Lock()])
+    assert "fake_copy" in caught.value.__notes__[0]
+
+
+def test_swins_masks_are_copied():
+    model, _ = swin()
+    _, fake = memory.fake_copy(model)
+    masks = [name for name, _ in model.named_buffers() if name.endswith("attn_mask")]
+    assert len(masks) == 2
+    assert all(isinstance(fake.get_buffer(name), FakeTensor) for name in masks)
+
+
+def test_simulate_changes_nothing():
+    learner = Learner()
+    learner.step(torch.ones(2, 4))
+    weights = copy.deepcopy(learner.model.state_dict())
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+    def step(fake, images):
+        F.dropout(images, 0.5)
+        torch.manual_seed(random.randrange(9) + np.random.randint(9))
+        fake.step(images)
+
+    memory.simulate(learner, step, inputs={"images": ((2, 4), torch.float32)})
+    assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    after = learner.model.state_dict()
+    assert all(torch.equal(weights[name], after[name]) for name in weights)
+    assert all(p.grad is None and type(p) is nn.Parameter for p in learner.model.parameters())
+    assert learner.optimizer.state[learner.model[0].weight]["step"].item() == 1
+
+
+def test_simulate_finds_state_that_a_resumed_optimizer_brings():
+    model = nn.Linear(100, 100, bias=False)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 100)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+    def step(learner, images):
+        model, optimizer = learner
+        model(images).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    inputs = {"images": ((1, 100), torch.float32)}
+    profile = memory.simulate((model, optimizer), step, inputs=inputs, warmup=0)
+    assert profile.static_bytes == 3 * 40_000 + 4 + 400
+
+
+def test_simulating_for_cuda_rounds_and_takes_the_foreach_loop():
+    model = nn.Sequential(*(nn.Linear(128, 128, bias=False) for _ in range(8)))
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def step(learner, images):
+        model, optimizer = learner
+        model(images).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    inputs = {"images": ((1, 128), torch.float32)}
+    cpu, cuda = (memory.simulate((model, optimizer), step, inputs=inputs, device=name) for name in ("cpu", "cuda"))
+    assert cuda.static_bytes % 512 == 0
+    assert cuda.peak_bytes - cpu.peak_bytes > 5 * 128 * 128 * 4  # temporaries of all parameters at once
+    assert optimizer.param_groups[0]["foreach"] is None
+
+
+def test_reading_a_value_gives_zero():
+    seen = []
+
+    def step(model, images):
+        loss = model(images).sum().detach()
+        seen.extend([loss.item(), float(loss), bool(loss.isnan()), int(loss.argmax())])
+
+    memory.simulate(nn.Linear(4, 4), step, inputs={"images": ((2, 4), torch.float32)}, warmup=0)
+    assert seen == [0.0, 0.0, False, 0]
+
+
+def test_a_real_tensor_in_a_closure_is_refused():
+    captured = torch.ones(2, 4)
+    with pytest.raises(AssertionError, match="FakeTensor"):
+        memory.simulate(nn.Linear(4, 4), lambda model: model(captured), inputs={})
+
+
+# -- what autograd saves -------------------------------------------------------------------------------------
+
+
+def test_saved_bytes_counts_each_storage_once_and_leaves_parameters_out():
+    layer, x = nn.Linear(10, 20), torch.ones(5, 10)
+    assert memory.saved_bytes(layer, x, exclude=layer.parameters()) == 5 * 10 * 4
+    weight = torch.ones(5, 10, requires_grad=True)
+    assert memory.saved_bytes(lambda w: w * w.view(5, 10), weight) == 5 * 10 * 4
+
+
+@pytest.mark.parametrize("build", [vit, swin])
+def test_blocks_save_together_what_the_whole_saves(build):
+    model, shape = build()
+    chain = [Embed(model), *model.blocks] if build is vit else [model.patch_embed, *model.layers]
+    states = [*model.parameters(), *model.buffers()]
+    parts = memory.block_activation_bytes(chain, torch.empty(2, *shape, device="meta"))
+    whole = memory.saved_bytes(nn.Sequential(*chain), torch.randn(2, *shape), exclude=states)
+    assert sum(parts) == whole
+    assert all(part > 0 for part in parts)
+    doubled = memory.block_activation_bytes(chain, torch.empty(4, *shape))
+    assert doubled == pytest.approx([2 * part for part in parts], rel=0.02)  # position biases don't grow
+
+
+class Embed(nn.Module):
+    def __init__(self, vit):
+        super().__init__()
+        self.vit = [vit]
+        self.patch_embed, self.cls_token, self.pos_embed = vit.patch_embed, vit.cls_token, vit.pos_embed
+
+    def forward(self, x):
+        x = self.patch_embed(x)
+        return torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
+
+
+def test_a_seam_that_both_sides_save_counts_once():
+    parts = [nn.Sequential(nn.Linear(10, 10), nn.ReLU()), nn.Linear(10, 10)]
+    # The first saves its input and ReLU's output; the second saves that same output.
+    assert memory.block_activation_bytes(parts, torch.ones(3, 10)) == [2 * 120, 0]
+
+
+# -- what we rely on inside PyTorch -----------------------------------------------------------------------------
+
+
+def test_pinned_a_storage_has_one_python_object_that_lives_as_long_as_it_does():
+    a = torch.ones(10, requires_grad=True).exp()
+    reference = weakref.ref(a.untyped_storage())
+    assert a.view(2, 5).untyped_storage() is a.untyped_storage()
+    kept_by_autograd = a.sin().sum()
+    del a
+    gc.collect()
+    assert reference() is not None
+    kept_by_autograd.backward()
+    del kept_by_autograd
+    assert reference() is None
+
+
+def test_pinned_backward_on_the_cpu_runs_under_the_mode():
+    weight = nn.Parameter(torch.ones(1000))
+
+    def step():
+        loss = weight.sin().sum()
+        with memory.annotate("backward"):
+            loss.backward()
+        weight.grad = None
+
+    profile = memory.track(step, categories={"parameters": [weight]})
+    assert profile.peak_label == "backward"
+    assert profile.by_category["gradients"] + profile.by_category["temporary"] > 0
