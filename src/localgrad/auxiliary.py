@@ -134,9 +134,9 @@ class TransformerDecoder(Decoder):
 
     def patches(self, grid: Tensor) -> Tensor:
         """Attend within windows, then project each position to its patch."""
-        x = self.enter(self.norm(grid))
-        batch, height, width, channels = x.shape
         x: Tensor = self.enter(self.norm(grid))
+        batch, height, width, channels = x.shape
+        rows, columns = self.window
         x = x.view(batch, height // rows, rows, width // columns, columns, channels)
         x = x.transpose(2, 3).reshape(-1, rows * columns, channels)
         x = self.leave(self.blocks(x))

@@ -17,18 +17,18 @@ whole curve, since it was there all along.
 
 How it differs from ``torch.distributed._tools.mem_tracker.MemTracker``, whose idea this is: no
 module hooks (so any callable will do, again and again, without resets), peaks by label, categories
-settled once at the end and not at every allocation, and so a handler a few times leaner.
+settled once at the end and not at every allocation.
 
 What the dispatcher can't see, and so neither can we: workspaces *inside* one kernel (attention's
 split sums, convolution's im2col and reordered operands, cuBLAS's fixed workspace), the fragmentation
 and caching of a CUDA allocator, and the CUDA context. Temporaries that a fake kernel makes in Python
 aren't counted either, because a real kernel may not need them. Which kernel is chosen is decided for
-the CPU: fused attention reads as the CPU's flash kernel, whose outputs have the sizes of CUDA's.
+the CPU: fused attention reads as the CPU's flash kernel, whose outputs are like those of CUDA's.
 
-How far off, against the profiler's allocations of real CPU steps: MLP, ViT and Swin 0.0 % in float32, at
-most 2.1 % below in bfloat16 at batch 32 (kernels pack their operands, in workspaces of fixed size, so
-less at larger batches); ResNet-18 at most 2.1 % below. ConvNeXt on a
-CPU reads 10 to 20 % below: oneDNN reorders whole feature maps for its depthwise convolutions.
+How far off, against the profiler's allocations of real CPU steps at batch 32: MLP, ViT and Swin 0.0 %
+in float32; at most 2.1 % below in bfloat16, whose kernels pack operands into workspaces of fixed size
+(so less at larger batches); ResNet-18 at most 2.1 % below. ConvNeXt on a CPU reads up to 20 % below:
+oneDNN reorders whole feature maps for its depthwise convolutions. Not yet held against a GPU.
 
 The two private names this needs (``TorchDispatchMode``, ``FakeTensorMode``) are imported in this file
 and nowhere else, and `tests/test_memory.py` pins what we rely on.
