@@ -156,9 +156,11 @@ def main() -> None:
     images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=args.device)
     labels = torch.randint(0, 100, (args.batch_size,), device=args.device)
     rows = methods(model, images)
-    name = torch.cuda.get_device_name() if images.is_cuda else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    head = f"{args.model}, {args.img_size} px, batch {args.batch_size}, fp32, AdamW; {name}, torch {torch.__version__}"
-    head += f", {datetime.date.today()}"
+    where = f"{platform.machine()} processor, {torch.get_num_threads()} threads"
+    if images.is_cuda:
+        where = torch.cuda.get_device_name()
+    head = f"{args.model}, {args.img_size} px, batch {args.batch_size}, fp32, AdamW"
+    head += f"; {where}; torch {torch.__version__}; {datetime.datetime.now(tz=datetime.UTC).date()}"
     print(head)
     if args.repeats:
         found = measure(rows, images, labels, args.repeats)
@@ -167,12 +169,12 @@ def main() -> None:
             {"method": row.name, "peak_bytes": row.peak_bytes, "peak_ratio": row.peak_bytes / rows[0].peak_bytes}
             for row in rows
         ]
-    print(f"\n| method | peak | x end-to-end | step time x end-to-end | range |\n|---|---|---|---|---|")
+    print("\n| method | peak | x end-to-end | step time x end-to-end | range |\n|---|---|---|---|---|")
     for entry in found:
         low, high = entry.get("time_ratio_range", (float("nan"),) * 2)
         print(
             f"| {entry['method']} | {format_bytes(entry['peak_bytes'])} | {entry['peak_ratio']:.3f} "
-            f"| {entry.get('time_ratio', float('nan')):.2f} | {low:.2f}–{high:.2f} |"
+            f"| {entry.get('time_ratio', float('nan')):.2f} | {low:.2f}-{high:.2f} |"
         )
     if args.json:
         args.json.write_text(json.dumps({"run": head, "methods": found}, indent=2) + "\n")

@@ -140,16 +140,25 @@ class LocalLearner:
             RecipeError: no optimizers yet.
             BackboneError: images of another size than the model was split for.
         """
+        return self.step_on(LocalBatch(images, labels))
+
+    def step_on(self, batch: LocalBatch) -> StepResult:
+        """As ``step``, on a batch that gives its images away: they are freed as soon as no module needs them.
+
+        Args:
+            batch: images and labels; ``batch.images`` may be ``None`` afterwards.
+        """
         if self._executor is None:
             raise RecipeError("no optimizers yet: call learner.configure_optimizers(lambda params: ...) first.")
-        if tuple(images.shape[1:]) != self.backbone.input_size:
+        if batch.images is None or tuple(batch.images.shape[1:]) != self.backbone.input_size:
+            got = None if batch.images is None else list(batch.images.shape)
             raise BackboneError(
-                f"images: got {list(images.shape)}, but this learner was made for "
+                f"images: got {got}, but this learner was made for "
                 f"[B, {', '.join(map(str, self.backbone.input_size))}]; pass input_size= for another size."
             )
         if not self.model.training:
             self.train()
-        result = self._executor.step(images, labels)
+        result = self._executor.step(batch)
         self.num_steps += 1
         if self._ema is not None:
             self._ema.update(self.model, step=self.num_steps)
@@ -270,27 +279,30 @@ def estimate_step(learner: LocalLearner, batch_size: int, optimizer: OptimizerFa
         batch_size: images a step.
         optimizer: factory, as for ``configure_optimizers``.
     """
-    size = (batch_size, *learner.backbone.input_size)
     return simulate(
         learner,
-        _EstimatedStep(optimizer),
-        inputs={"images": (size, torch.float32), "labels": ((batch_size,), torch.int64)},
+        _EstimatedStep(optimizer, (batch_size, *learner.backbone.input_size)),
+        inputs={"labels": ((batch_size,), torch.int64)},
         device="cuda" if learner.device.type == "cuda" else "cpu",
     )
 
 
 class _EstimatedStep:
-    """A training step of a copied learner, whose optimizers are made at the first call."""
+    """A training step of a copied learner, whose optimizers are made at the first call.
 
-    def __init__(self, factory: OptimizerFactory) -> None:
+    It makes its images as the data path does, and gives them away, so that they are counted for as long as they live.
+    """
+
+    def __init__(self, factory: OptimizerFactory, size: tuple[int, ...]) -> None:
         self.factory = factory
+        self.size = size
         self.configured = False
 
-    def __call__(self, learner: LocalLearner, images: Tensor, labels: Tensor) -> StepResult:
+    def __call__(self, learner: LocalLearner, labels: Tensor) -> StepResult:
         if not self.configured:
             learner.configure_optimizers(self.factory)
             self.configured = True
-        return learner.step(images, labels)
+        return learner.step_on(LocalBatch(torch.empty(self.size), labels))
 
 
 def check_isolation(learner: LocalLearner, images: Tensor | None = None, labels: Tensor | None = None) -> None:

@@ -92,9 +92,10 @@ class LocalStep:
 
     def _accumulate(self, inputs: Tensor, batch: LocalBatch) -> LocalOutput:
         num_images = len(inputs)
-        chunks = zip(*(tensor.chunk(self.accumulation) for tensor in (inputs, batch.images, batch.labels)), strict=True)
+        chunks = inputs.chunk(self.accumulation)
+        all_images = [None] * len(chunks) if batch.images is None else batch.images.chunk(self.accumulation)
         outputs, shares = [], []
-        for chunk, images, labels in chunks:
+        for chunk, images, labels in zip(chunks, all_images, batch.labels.chunk(self.accumulation), strict=True):
             shares.append(len(chunk) / num_images)
             outputs.append(self._forward_backward(chunk, LocalBatch(images, labels), shares[-1]))
         return _merge(outputs, shares)

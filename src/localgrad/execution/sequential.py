@@ -7,6 +7,8 @@
                               detached features
 
 F forward, L loss, B backward, U clip and update. At any time at most one module has activations and gradients.
+The images leave the batch as soon as no later module's objective looks at them: with feature reconstruction, after
+the first module. A caller that keeps no name of its own for them gets their memory back for the other modules.
 """
 
 from __future__ import annotations
@@ -46,18 +48,21 @@ class SequentialExecutor:
 
     def __init__(self, steps: Sequence[LocalStep]) -> None:
         self.steps = tuple(steps)
+        users = [index for index, step in enumerate(self.steps) if step.module.objective.uses_images]
+        self._last_user_of_images = max(users, default=0)
 
-    def step(self, images: Tensor, labels: Tensor) -> StepResult:
+    def step(self, batch: LocalBatch) -> StepResult:
         """Train every local module on one batch.
 
         Args:
-            images: [B, C, H, W], normalised.
-            labels: class indices [B], or soft targets [B, num_classes].
+            batch: images and labels; the images are taken out of it on the way.
         """
-        batch = LocalBatch(images, labels)
-        features = images
+        assert batch.images is not None, "a step starts with images"
+        features = batch.images
         losses, terms, logits = [], [], []
-        for step in self.steps:
+        for index, step in enumerate(self.steps):
+            if index > self._last_user_of_images:
+                batch.images = None
             output = step(features, batch)
             features = output.features
             losses.append(output.loss)

@@ -60,15 +60,16 @@ class Site:
         return weight
 
 
-class LocalBatch(NamedTuple):
+@dataclass
+class LocalBatch:
     """What a local objective may look at besides the features that enter and leave the module.
 
     Attributes:
-        images: [B, C, H, W], normalised.
+        images: [B, C, H, W], normalised; ``None`` once no later module needs them.
         labels: class indices [B], or soft targets [B, num_classes] (mixup, cutmix).
     """
 
-    images: Tensor
+    images: Tensor | None
     labels: Tensor
 
 
@@ -81,6 +82,9 @@ class TermValue(NamedTuple):
 
 class Term(nn.Module, ABC):
     """One term of a local objective; owns the auxiliary net that it needs."""
+
+    uses_images = False
+    """Whether the term looks at ``batch.images``."""
 
     @abstractmethod
     def forward(self, inputs: Tensor, outputs: Tensor, batch: LocalBatch) -> TermValue:
@@ -131,6 +135,11 @@ class LocalObjective(nn.Module):
             total = total + loss
         logits = next((value.logits for value in values.values() if value.logits is not None), None)
         return ObjectiveValue(total, {name: value.loss for name, value in values.items()}, logits)
+
+    @property
+    def uses_images(self) -> bool:
+        """Whether a term looks at the images of the batch."""
+        return any(cast(Term, term).uses_images for term in self.terms.values())
 
     def classify(self, outputs: Tensor) -> Tensor | None:
         """Class logits from the module's outputs; ``None`` where no term has a classifier."""

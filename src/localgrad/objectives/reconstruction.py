@@ -29,12 +29,14 @@ class Reconstruction(Term):
     def __init__(self, decoder: Decoder, *, of_image: bool, normalise: bool) -> None:
         super().__init__()
         self.decoder = decoder
-        self.of_image = of_image
+        self.uses_images = of_image
         self.normalise = normalise
 
     def forward(self, inputs: Tensor, outputs: Tensor, batch: LocalBatch) -> TermValue:
         """Compute the reconstruction error. Arguments as in ``Term.forward``."""
-        target = self.decoder.target.to_grid(batch.images if self.of_image else inputs)
+        source = batch.images if self.uses_images else inputs
+        assert source is not None, "the executor keeps the images for as long as a term uses them"
+        target = self.decoder.target.to_grid(source)
         if self.normalise:
             target = F.layer_norm(target, target.shape[-1:])
         return TermValue(F.mse_loss(self.decoder(outputs).float(), target.float()))

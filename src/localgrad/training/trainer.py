@@ -28,6 +28,7 @@ from localgrad.errors import CheckpointError, DivergenceError
 from localgrad.execution.local_step import PRECISIONS
 from localgrad.execution.sequential import StepResult
 from localgrad.learner import LocalLearner, load_weights
+from localgrad.objectives.base import LocalBatch
 from localgrad.training.data import Batches
 from localgrad.training.events import EpochEnded, Event, Progressed, Sink
 from localgrad.training.folder import RunFolder, load_saved_weights, save_weights
@@ -216,11 +217,13 @@ class Trainer:
         images_since = 0
         for batch in self.train.epoch(position.epoch, start=position.batch):
             self.schedule.at(position.epoch * len(self.train) + position.batch)
-            result = learner.step(batch.images, batch.labels)
-            self._sums.add(result, batch.targets)
+            targets, given = batch.targets, LocalBatch(batch.images, batch.labels)
+            del batch  # the images are the step's to free
+            result = learner.step_on(given)
+            self._sums.add(result, targets)
             position.batch += 1
-            images_since += len(batch.targets)
-            position.num_images += len(batch.targets)
+            images_since += len(targets)
+            position.num_images += len(targets)
             now = time.perf_counter()
             if self._signal is not None:
                 position.train_seconds += now - start
