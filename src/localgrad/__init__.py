@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     )
     from localgrad.execution.sequential import StepResult
     from localgrad.learner import LocalLearner, check_isolation
-    from localgrad.objectives.base import Objective
     from localgrad.objectives.methods import (
         Contrastive,
         FeatureReconstruction,
         GreedySupervised,
         ImageReconstruction,
+        Objective,
     )
     from localgrad.partition import Plan, balance
 
@@ -50,12 +50,12 @@ _HOMES = {
     ),
     "localgrad.execution.sequential": ("StepResult",),
     "localgrad.learner": ("LocalLearner", "check_isolation"),
-    "localgrad.objectives.base": ("Objective",),
     "localgrad.objectives.methods": (
         "Contrastive",
         "FeatureReconstruction",
         "GreedySupervised",
         "ImageReconstruction",
+        "Objective",
     ),
     "localgrad.partition": ("Plan", "balance"),
 }

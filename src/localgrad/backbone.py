@@ -43,23 +43,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._observe import Call, Seen, find_stations, observe, trunks_of
 from ._timm_adapters import (
     SUPPORTED_FAMILIES,
     TENSOR_ARGUMENTS,
-    Call,
     Kind,
     Recomputed,
-    Seen,
     Step,
     attribute,
     child_of,
     find_glue,
     find_recomputed,
-    find_stations,
     kind_after,
-    observe,
     token_order,
-    trunks_of,
     unsupported,
 )
 from .errors import BackboneError

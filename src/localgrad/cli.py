@@ -7,16 +7,17 @@ plus the signal's number, as shells do.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from localgrad.errors import LocalgradError
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     name="localgrad",
@@ -32,8 +33,14 @@ def main() -> None:
     try:
         app()
     except LocalgradError as error:
-        print(f"localgrad: {error}", file=sys.stderr)  # noqa: T201
-        sys.exit(2)
+        _refuse(str(error))
+    except OSError as error:  # what no check foresaw: a name too long, no permission, a full disk
+        _refuse(f"{error.filename}: {error.strerror}." if error.filename else str(error))
+
+
+def _refuse(message: str) -> None:
+    print(f"localgrad: {message}", file=sys.stderr)  # noqa: T201
+    sys.exit(2)
 
 
 @app.callback(invoke_without_command=True)
@@ -180,16 +187,19 @@ def train(  # noqa: PLR0917  # one parameter an option
     changes = {key: value for key, value in options.items() if value is not None}
     changes |= parse_assignments(set_ or [])
     if resume is not None:
-        _resume(resume, changes, forbidden={"--out": out, "--preset": preset, "--recipe": recipe})
-        return
-    wanted = Recipe.from_dict(overlay(_base(preset, recipe, changes), changes))
+        wanted = _resumed(resume, changes, forbidden={"--out": out, "--preset": preset, "--recipe": recipe})
+    else:
+        wanted = Recipe.from_dict(overlay(_base(preset, recipe, changes), changes))
     if dry_run:
         typer.echo(wanted.to_toml(), nl=False)
         return
     from localgrad import run
 
     with _saying_how_to_resume():
-        run.train(wanted, out=out, download=download, sinks=[_console_sink()])
+        if resume is not None:
+            run.resume(resume, wanted, sinks=[_console_sink()])
+        else:
+            run.train(wanted, out=out, download=download, sinks=[_console_sink()])
 
 
 @app.command()
@@ -227,15 +237,15 @@ def predict(
 
 def parse_modules(text: str) -> int | str | list[int]:
     """Read ``4``, ``stages``, or boundaries such as ``2,5,9``."""
-    parts = text.split(",")
-    if all(part.strip().lstrip("-").isdigit() for part in parts):
-        numbers = [int(part) for part in parts]
-        return numbers[0] if len(numbers) == 1 else numbers
-    return text
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        return text  # a word; which ones there are is checked where blocks are known
+    return numbers[0] if len(numbers) == 1 else numbers
 
 
 def _base(preset_name: str | None, recipe: Path | None, changes: dict[str, Any]) -> dict[str, Any]:
-    """What the options are laid over: a recipe file, a preset, or (where no data is named) the digits."""
+    """What the options are laid over: a recipe file, a preset, or (where no other data is named) the digits."""
     from localgrad.errors import RecipeError
     from localgrad.recipe import parse_toml, preset
 
@@ -244,9 +254,10 @@ def _base(preset_name: str | None, recipe: Path | None, changes: dict[str, Any])
     if recipe is not None:
         try:
             return parse_toml(recipe.read_text(), str(recipe))
-        except OSError as error:
-            raise RecipeError(f"--recipe: {recipe} can't be read ({error.strerror}).") from error
-    if preset_name is None and "data.name" in changes:
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is no text"
+            raise RecipeError(f"--recipe: {recipe} can't be read ({reason}); name a recipe in TOML.") from error
+    if preset_name is None and changes.get("data.name", "digits") != "digits":
         return {}
     base = preset(preset_name or "digits")
     if preset_name is None and "model.name" in changes:
@@ -254,7 +265,8 @@ def _base(preset_name: str | None, recipe: Path | None, changes: dict[str, Any])
     return base
 
 
-def _resume(path: Path, changes: dict[str, Any], forbidden: dict[str, object]) -> None:
+def _resumed(path: Path, changes: dict[str, Any], forbidden: dict[str, object]) -> Any:
+    """The recipe of the run to be resumed, with the options laid over it."""
     from localgrad import run
     from localgrad.errors import RecipeError
     from localgrad.recipe import Recipe, overlay
@@ -262,9 +274,7 @@ def _resume(path: Path, changes: dict[str, Any], forbidden: dict[str, object]) -
     given = [name for name, value in forbidden.items() if value is not None]
     if given:
         raise RecipeError(f"{given[0]} can't be given with --resume: the run in {path} has its recipe and folder.")
-    wanted = Recipe.from_dict(overlay(run.read_recipe(path).to_dict(), changes))
-    with _saying_how_to_resume(path):
-        run.resume(path, wanted, sinks=[_console_sink()])
+    return Recipe.from_dict(overlay(run.read_recipe(path).to_dict(), changes))
 
 
 def _console_sink() -> Any:
@@ -272,19 +282,23 @@ def _console_sink() -> Any:
 
     from localgrad.training.events import ConsoleSink
 
-    return ConsoleSink(Console())
+    class PatientConsole(Console):
+        """Falls silent where nobody reads on (``localgrad train | head``); the run goes on."""
+
+        def on_broken_pipe(self) -> None:
+            self.quiet = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    return ConsoleSink(PatientConsole())
 
 
-class _saying_how_to_resume:  # noqa: N801  # reads as the statement that it is
-    def __init__(self, path: Path | None = None) -> None:
-        self.path = path
+@contextlib.contextmanager
+def _saying_how_to_resume() -> Iterator[None]:
+    from localgrad.training.trainer import Interrupted
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, _traceback: object) -> None:
-        from localgrad.training.trainer import Interrupted
-
-        if isinstance(error, Interrupted):
-            print(f"localgrad: {error}", file=sys.stderr)  # noqa: T201
-            sys.exit(128 + error.signal_number)
+    try:
+        yield
+    except Interrupted as stop:
+        command = f"localgrad train --resume {shlex.quote(str(stop.folder))}"
+        print(f"localgrad: {stop}; go on with: {command}", file=sys.stderr)  # noqa: T201
+        sys.exit(128 + stop.signal_number)

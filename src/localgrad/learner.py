@@ -7,6 +7,7 @@ The model handed in is trained in place: its ``state_dict()`` is the result, in 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,10 @@ from torch.optim import Optimizer
 from localgrad.backbone import Backbone, split
 from localgrad.errors import BackboneError, CheckpointError, IsolationError, PartitionError, RecipeError
 from localgrad.execution.local_module import build_local_modules
-from localgrad.execution.local_step import LocalStep, check_precision
+from localgrad.execution.local_step import LocalStep, autocast, check_precision
 from localgrad.execution.sequential import SequentialExecutor, StepResult
-from localgrad.objectives.base import LocalBatch, Objective
-from localgrad.objectives.methods import FeatureReconstruction
+from localgrad.objectives.base import LocalBatch
+from localgrad.objectives.methods import FeatureReconstruction, Objective
 from localgrad.partition import Plan, Request, resolve
 from localgrad.planning.memory import MemoryProfile, block_activation_bytes, simulate
 
@@ -156,7 +157,7 @@ class LocalLearner:
                 f"images: got {got}, but this learner was made for "
                 f"[B, {', '.join(map(str, self.backbone.input_size))}]; pass input_size= for another size."
             )
-        if not self.model.training:
+        if not (self.model.training and self.modules[0].training):
             self.train()
         result = self._executor.step(batch)
         self.num_steps += 1
@@ -178,8 +179,8 @@ class LocalLearner:
         """
         found = []
         features = images
-        for module, step in zip(self.modules, self._executor.steps if self._executor else self.modules, strict=True):
-            with step.autocast() if isinstance(step, LocalStep) else torch.autocast(self.device.type, enabled=False):
+        for module in self.modules:
+            with autocast(self.device.type, self.precision):
                 features = module.features(features)
                 found.append(module.objective.classify(features))
         return tuple(found)
@@ -279,8 +280,10 @@ def estimate_step(learner: LocalLearner, batch_size: int, optimizer: OptimizerFa
         batch_size: images a step.
         optimizer: factory, as for ``configure_optimizers``.
     """
+    bare = copy.copy(learner)  # without its optimizers and compiled code, which a fake copy can't hold
+    bare._executor, bare._settings = None, {**learner._settings, "compile": False}
     return simulate(
-        learner,
+        bare,
         _EstimatedStep(optimizer, (batch_size, *learner.backbone.input_size)),
         inputs={"labels": ((batch_size,), torch.int64)},
         device="cuda" if learner.device.type == "cuda" else "cpu",

@@ -11,6 +11,7 @@ with the key's name; settings of timm's own (optimizers, schedulers, model optio
 
 from __future__ import annotations
 
+import copy
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -22,9 +23,9 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from localgrad.errors import RecipeError, did_you_mean
 from localgrad.training.augment import Augment
 
-Positive = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Amount = Annotated[float, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1, strict=True)]  # strict: true is no number
+Fraction = Annotated[float, Field(ge=0, lt=1, strict=True)]
+Amount = Annotated[float, Field(ge=0, strict=True)]
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
@@ -108,14 +109,14 @@ class TrainingSettings:
     epochs: Positive = 100
     batch_size: Positive = 128
     optimizer: str = "adamw"
-    lr: Annotated[float, Field(gt=0)] = 5e-4
+    lr: Annotated[float, Field(gt=0, strict=True)] = 5e-4
     weight_decay: Amount = 0.05
     scheduler: str = "cosine"
     warmup_epochs: Amount = 5
     warmup_lr: Amount = 1e-6
     min_lr: Amount = 1e-6
-    clip_grad: Annotated[float, Field(gt=0)] | None = None
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    clip_grad: Annotated[float, Field(gt=0, strict=True)] | None = None
+    ema_decay: Annotated[float, Field(gt=0, lt=1, strict=True)] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +133,7 @@ class Method:
     """
 
     __pydantic_config__ = STRICT
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DataSettings)
     augment: Augment = field(default_factory=Augment)
@@ -160,7 +161,7 @@ class Execution:
     accumulation: Positive = 1
     checkpoint: bool = False
     compile: bool = False
-    num_workers: Annotated[int, Field(ge=0)] = 2
+    num_workers: Annotated[int, Field(ge=0, strict=True)] = 2
     num_threads: Positive | None = None
 
 
@@ -190,8 +191,8 @@ class Recipe:
         """
         method = {key: value for key, value in values.items() if key != "execution"}
         return cls(
-            method=_validated(Method, method, ""),
-            execution=_validated(Execution, values.get("execution", {}), "execution."),
+            method=validated(Method, method, ""),
+            execution=validated(Execution, values.get("execution", {}), "execution."),
         )
 
     @classmethod
@@ -244,7 +245,7 @@ def overlay(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
     Raises:
         RecipeError: a key goes through something that is not a table.
     """
-    result = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+    result = copy.deepcopy(dict(values))
     for dotted, value in changes.items():
         table: Any = result
         *path, last = dotted.split(".")
@@ -281,7 +282,17 @@ def difference(old: Recipe, new: Recipe) -> list[str]:
     return [f"{key}: {before.get(key)!r} -> {after.get(key)!r}" for key in keys if before.get(key) != after.get(key)]
 
 
-def _validated(kind: type[Any], values: Any, prefix: str) -> Any:
+def validated(kind: type[Any], values: Any, prefix: str) -> Any:
+    """Make a dataclass of plain values, checked and converted (lists become tuples) by its annotations.
+
+    Args:
+        kind: the dataclass.
+        values: what it is to be made of.
+        prefix: dotted key of ``values`` in a recipe, with a dot at its end; for messages.
+
+    Raises:
+        RecipeError: an unknown key or an impossible value, named by its dotted key.
+    """
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
@@ -292,16 +303,17 @@ def _validated(kind: type[Any], values: Any, prefix: str) -> Any:
 def _explain(kind: type[Any], error: Any, prefix: str) -> str:
     path = [str(part) for part in error["loc"] if not str(part).startswith(("constrained", "function", "list["))]
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = _keys_at(kind, path[:-1])
+        known = _keys_at(kind, path[:-1]) + (["execution"] if kind is Method and len(path) == 1 else [])
         return (
             f"recipe: unknown key {prefix + '.'.join(path)!r}; here a recipe has {', '.join(known)}."
             f"{did_you_mean(path[-1], known)}"
         )
     known_path = [part for part in path if part not in ("int", "str", "float")]
+    key = (prefix + ".".join(known_path)).rstrip(".")
     cause = error.get("ctx", {}).get("error")
     if cause is not None:  # a check of our own, which names its value
-        return f"recipe: {prefix + '.'.join(known_path)}: {cause}"
-    return f"recipe: {prefix + '.'.join(known_path)} = {error['input']!r}: {error['msg']}."
+        return f"recipe: {key}: {cause}"
+    return f"recipe: {key} = {error['input']!r}: {error['msg']}."
 
 
 def _keys_at(kind: type[Any], path: list[str]) -> list[str]:

@@ -27,11 +27,11 @@ from localgrad.errors import BackboneError, CheckpointError, DeviceError, Recipe
 from localgrad.execution.local_step import check_precision
 from localgrad.learner import LocalLearner, default_input_size, end_to_end, estimate_step, make_plan
 from localgrad.objectives.methods import build_objective
-from localgrad.recipe import ModelSettings, Recipe, difference
+from localgrad.recipe import ModelSettings, Recipe, difference, validated
 from localgrad.training.augment import Augment
-from localgrad.training.data import Batches, DataInfo, Splits, load_data, load_images_for_prediction
+from localgrad.training.data import Batches, DataInfo, ImageSet, Splits, load_data, load_images_for_prediction
 from localgrad.training.events import JsonlSink, RunEnded, RunStarted, Sink, TensorBoardSink
-from localgrad.training.folder import RunFolder, load_saved_weights, save_weights
+from localgrad.training.folder import RunFolder, check_writable, load_saved_weights, save_weights
 from localgrad.training.optim import OptimizerFactory, Schedule
 from localgrad.training.trainer import Trainer, evaluate, load_best_weights
 from localgrad.units import format_bytes
@@ -60,6 +60,7 @@ def train(
         raise RunFolderError(
             f"--out: {out} already holds a run; continue it with --resume {out}, or choose another folder."
         )
+    check_writable(out or Path("runs"))
     job = _build(recipe, download=download)
     folder = RunFolder(out or _new_folder(recipe))
     try:
@@ -92,10 +93,16 @@ def resume(path: Path, changes: Recipe | None = None, *, sinks: Sequence[Sink] =
                 "or start a new run."
             )
         recipe = changes
+    finished = _read_summary(path)
+    if finished is not None:
+        for sink in sinks:
+            sink.emit(RunEnded(summary=finished))
+            sink.close()
+        return finished
     folder = RunFolder(path)
     try:
         state = folder.load_last() if folder.last.exists() else None
-        return _fit(_build(recipe), folder, sinks, state)
+        return _fit(_build(recipe, has_weights=state is not None), folder, sinks, state)
     finally:
         folder.release()
 
@@ -109,9 +116,9 @@ def read_recipe(path: Path) -> Recipe:
     """
     try:
         text = (path / "recipe.toml").read_text()
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise RunFolderError(
-            f"{path}: no run there (no recipe.toml); name a folder that `localgrad train` made."
+            f"{path}: no run there (no recipe.toml that can be read); name a folder that `localgrad train` made."
         ) from error
     return Recipe.from_toml(text, str(path / "recipe.toml"))
 
@@ -128,7 +135,7 @@ def evaluate_run(path: Path, *, part: str = "test", device: str | None = None) -
         ``accuracy``, ``module_accuracy``, ``num_images``, ``part``.
     """
     recipe = _on_device(read_recipe(path), device)
-    job = _build(recipe)
+    job = _build(recipe, has_weights=True)
     images = {"test": job.data.test, "val": job.data.val, "train": job.data.train}[part]
     if images is None:
         raise RecipeError("--part val: this run has no validation images (data.val_fraction = 0); take --part test.")
@@ -163,9 +170,11 @@ def predict(path: Path, images: Path, *, top: int = 3, device: str | None = None
     try:
         info = DataInfo(**_tuples(json.loads((path / "data.json").read_text())))
     except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path / 'data.json'}: missing or damaged ({error}).") from error
+        raise CheckpointError(
+            f"{path / 'data.json'}: missing or damaged ({error}); restore it from a copy, or train the run again."
+        ) from error
     where = resolve_device(recipe.execution.device)
-    model = create_model(recipe.method.model, info)
+    model = create_model(replace(recipe.method.model, pretrained=False), info)
     size = _input_size(model, recipe.method.model, info)
     weights = load_saved_weights(path / "checkpoints" / "best.safetensors")
     load_model_weights(model, weights)
@@ -218,7 +227,8 @@ def check_model_name(name: str) -> None:
     import timm
 
     if not timm.is_model(name.split(".", maxsplit=1)[0]):
-        raise BackboneError(f"--model: timm has no {name!r}.{did_you_mean(name, timm.list_models())}")
+        nearest = did_you_mean(name, timm.list_models()) or " timm.list_models() names them all."
+        raise BackboneError(f"--model: timm has no {name!r}.{nearest}")
 
 
 def create_model(settings: ModelSettings, info: DataInfo) -> nn.Module:
@@ -236,7 +246,8 @@ def create_model(settings: ModelSettings, info: DataInfo) -> nn.Module:
             options[key] = getattr(settings, key)
     if settings.drop_path:
         options["drop_path_rate"] = settings.drop_path
-    try:
+
+    def create() -> nn.Module:
         model: nn.Module = timm.create_model(
             settings.name,
             pretrained=settings.pretrained,
@@ -244,13 +255,22 @@ def create_model(settings: ModelSettings, info: DataInfo) -> nn.Module:
             in_chans=info.num_channels,
             **options,
         )
+        return model
+
+    try:
+        try:
+            return create()
+        except TypeError as error:
+            if settings.img_size is None or "'img_size'" not in str(error):
+                raise
+            del options["img_size"]  # a convolutional model, which takes any size
+            return create()
     except Exception as error:  # timm's own checks are asserts and errors of many kinds
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise BackboneError(
             f"--model: timm can't make {settings.name!r} with {_listed(options)}: {reason}. "
             "Check --img-size, --patch-size and model.options."
         ) from error
-    return model
 
 
 def load_model_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
@@ -269,39 +289,53 @@ class _Job:
     data: Splits
     learner: LocalLearner
     optimizer: OptimizerFactory
+    schedule: Schedule
+    batches: Batches
     device: torch.device
 
-    def evaluation_batches(self, images: Any) -> Batches:
-        return self._batches(images, EVALUATION_BATCH, None)
-
-    def training_batches(self) -> Batches:
-        method = self.recipe.method
-        augment = method.augment
-        if not (augment.mixup or augment.cutmix):  # the losses smooth hard labels by themselves
-            augment = replace(augment, label_smoothing=0.0)
-        return self._batches(self.data.train, method.training.batch_size, augment)
-
-    def _batches(self, images: Any, batch_size: int, augment: Augment | None) -> Batches:
-        return Batches(
-            images,
-            batch_size=batch_size,
-            image_size=self.learner.backbone.input_size[1:],
-            info=self.data.info,
-            device=self.device,
-            augment=augment,
-            seed=self.recipe.method.seed,
-            drop_last=True,
-            num_workers=self.recipe.execution.num_workers,
-        )
+    def evaluation_batches(self, images: ImageSet) -> Batches:
+        size = self.learner.backbone.input_size
+        return _batches(self.recipe, self.data.info, images, batch_size=EVALUATION_BATCH, size=size, device=self.device)
 
 
-def _build(recipe: Recipe, *, download: bool = False) -> _Job:
+def _batches(
+    recipe: Recipe,
+    info: DataInfo,
+    images: ImageSet,
+    *,
+    batch_size: int,
+    size: tuple[int, int, int],
+    device: torch.device,
+    augment: Augment | None = None,
+) -> Batches:
+    return Batches(
+        images,
+        batch_size=batch_size,
+        image_size=size[1:],
+        info=info,
+        device=device,
+        augment=augment,
+        seed=recipe.method.seed,
+        drop_last=True,
+        num_workers=recipe.execution.num_workers,
+    )
+
+
+def _build(recipe: Recipe, *, download: bool = False, has_weights: bool = False) -> _Job:
+    """Build what a recipe names, and check all of it; nothing is written.
+
+    Args:
+        recipe: what to build.
+        download: let torchvision fetch a data set that is missing.
+        has_weights: weights will be loaded, so pretrained ones aren't needed.
+    """
     method, execution = recipe.method, recipe.execution
     device = resolve_device(execution.device)
     check_precision(execution.precision, device)
     check_model_name(method.model.name)
     options = {"label_smoothing": method.augment.label_smoothing, **method.local.options}
     objective = build_objective(method.local.objective, options)
+    objective = validated(type(objective), options, "local.options.")  # (first, last) comes as a list from TOML
     if execution.num_threads is not None:
         torch.set_num_threads(execution.num_threads)
     side = method.model.img_size
@@ -317,8 +351,9 @@ def _build(recipe: Recipe, *, download: bool = False) -> _Job:
         image_size=None if side is None else (side, side),
     )
     _seed_everything(method.seed)
-    model = create_model(method.model, data.info)
+    model = create_model(replace(method.model, pretrained=False) if has_weights else method.model, data.info)
     size = _input_size(model, method.model, data.info)
+    _check_patches(model, size[1:])
     backbone = split(model.to(device), size)
     plan = make_plan(backbone, method.local.modules, checkpoint=execution.checkpoint)
     learner = LocalLearner(
@@ -335,26 +370,47 @@ def _build(recipe: Recipe, *, download: bool = False) -> _Job:
         model, name=method.training.optimizer, lr=method.training.lr, weight_decay=method.training.weight_decay
     )
     learner.configure_optimizers(optimizer)
-    return _Job(recipe, data, learner, optimizer, device)
+    augment, training = method.augment, method.training
+    if not (augment.mixup or augment.cutmix):  # the losses smooth hard labels by themselves
+        augment = replace(augment, label_smoothing=0.0)
+    batches = _batches(
+        recipe, data.info, data.train, batch_size=training.batch_size, size=size, device=device, augment=augment
+    )
+    schedule = Schedule(
+        learner.optimizers,
+        name=training.scheduler,
+        epochs=training.epochs,
+        batches_per_epoch=len(batches),
+        warmup_epochs=training.warmup_epochs,
+        warmup_lr=training.warmup_lr,
+        min_lr=training.min_lr,
+    )
+    return _Job(recipe, data, learner, optimizer, schedule, batches, device)
+
+
+def _check_patches(model: nn.Module, image_size: tuple[int, int]) -> None:
+    """Refuse an image size that isn't a whole number of patches: timm would leave the rest of the image unseen."""
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    if patch is None:
+        return
+    patches = (patch, patch) if isinstance(patch, int) else tuple(patch)
+    for side, length in zip(image_size, patches, strict=True):
+        if side % length:
+            below = side // length * length
+            near = f"{below} or {below + length}" if below else f"{length}"
+            raise BackboneError(
+                f"--img-size: {side} pixels aren't a whole number of patches of {length}; take {near}, or another "
+                "--patch-size."
+            )
 
 
 def _fit(job: _Job, folder: RunFolder, sinks: Sequence[Sink], state: dict[str, Any] | None = None) -> dict[str, Any]:
     settings = job.recipe.method.training
-    batches = job.training_batches()
-    schedule = Schedule(
-        job.learner.optimizers,
-        name=settings.scheduler,
-        epochs=settings.epochs,
-        batches_per_epoch=len(batches),
-        warmup_epochs=settings.warmup_epochs,
-        warmup_lr=settings.warmup_lr,
-        min_lr=settings.min_lr,
-    )
     val = None if job.data.val is None else job.evaluation_batches(job.data.val)
     trainer = Trainer(
         learner=job.learner,
-        schedule=schedule,
-        train=batches,
+        schedule=job.schedule,
+        train=job.batches,
         val=val,
         epochs=settings.epochs,
         folder=folder,
@@ -371,7 +427,13 @@ def _fit(job: _Job, folder: RunFolder, sinks: Sequence[Sink], state: dict[str, A
         _emit_start(job, trainer, peak, baseline)
         if job.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(job.device)
-        trainer.fit()
+        try:
+            trainer.fit()
+        except torch.OutOfMemoryError as error:
+            raise DeviceError(
+                f"{job.device} is out of memory; take --accumulation {2 * job.recipe.execution.accumulation} or "
+                "--checkpoint, which don't change results, or more --modules."
+            ) from error
         summary = _finish(job, trainer, {"estimated_peak_bytes": peak, "estimated_end_to_end_peak_bytes": baseline})
         for sink in trainer.sinks:
             sink.emit(RunEnded(summary=summary))
@@ -440,6 +502,15 @@ def _finish(job: _Job, trainer: Trainer, peaks: dict[str, int]) -> dict[str, Any
     }
     trainer.folder.write_json("summary.json", summary)
     return summary
+
+
+def _read_summary(path: Path) -> dict[str, Any] | None:
+    """The summary of a finished run; it is the last thing that a run writes."""
+    try:
+        summary: dict[str, Any] = json.loads((path / "summary.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return {**summary, "folder": str(path)}
 
 
 def _measured_peak(device: torch.device) -> dict[str, Any]:

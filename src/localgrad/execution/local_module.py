@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from localgrad.backbone import Backbone, Layout
 from localgrad.execution.checkpointing import checkpointed
-from localgrad.objectives.base import LocalBatch, LocalObjective, Objective, ObjectiveValue, Site
+from localgrad.objectives.base import LocalBatch, LocalObjective, ObjectiveValue, Site
+from localgrad.objectives.methods import Objective
 from localgrad.partition import Plan
 
 

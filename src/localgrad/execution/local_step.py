@@ -56,7 +56,7 @@ class LocalStep:
         self.clip_grad = clip_grad
         self.accumulation = accumulation
         self.device_type = self.parameters[0].device.type
-        self.dtype = PRECISIONS[precision]
+        self.precision = precision
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=precision == "fp16")
         self._forward: Callable[..., LocalOutput] = torch.compile(module) if compile else module
 
@@ -77,14 +77,8 @@ class LocalStep:
         self._update()
         return output
 
-    def autocast(self) -> contextlib.AbstractContextManager[None]:
-        """The autocast region of this precision."""
-        if self.dtype is None:
-            return contextlib.nullcontext()
-        return cast(contextlib.AbstractContextManager[None], torch.autocast(self.device_type, dtype=self.dtype))
-
     def _forward_backward(self, inputs: Tensor, batch: LocalBatch, share: float) -> LocalOutput:
-        with self.autocast():
+        with autocast(self.device_type, self.precision):
             output = self._forward(inputs, batch)
         loss = output.loss if share == 1.0 else output.loss * share
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
@@ -120,6 +114,14 @@ def _merge(outputs: Sequence[LocalOutput], shares: Sequence[float]) -> LocalOutp
         terms={name: mean([output.terms[name] for output in outputs]) for name in outputs[0].terms},
         logits=torch.cat(logits) if logits else None,
     )
+
+
+def autocast(device_type: str, precision: str) -> contextlib.AbstractContextManager[None]:
+    """The autocast region of a precision on a type of device; nothing for fp32."""
+    dtype = PRECISIONS[precision]
+    if dtype is None:
+        return contextlib.nullcontext()
+    return cast(contextlib.AbstractContextManager[None], torch.autocast(device_type, dtype=dtype))
 
 
 def check_precision(precision: str, device: torch.device) -> None:

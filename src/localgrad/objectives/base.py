@@ -3,10 +3,7 @@
 Two halves. An ``Objective`` is what the user writes: a small immutable description with no shapes in it
 (``FeatureReconstruction(decoder="conv")``). ``Objective.build`` turns it into a ``LocalObjective`` for one
 ``Site``: an ``nn.Module`` that owns the auxiliary nets, so that a local module has one ``parameters()``, and
-export simply drops the objective.
-
-Whatever the objective, the last local module is trained on the task loss of the model's own tail: it is what
-end-to-end training would do with those blocks, and with one local module the whole is end-to-end training.
+export simply drops the objective. This file has what both halves need; the objectives by name are in ``methods.py``.
 """
 
 from __future__ import annotations
@@ -19,7 +16,6 @@ from typing import NamedTuple, cast
 from torch import Tensor, nn
 
 from localgrad.backbone import Layout
-from localgrad.errors import RecipeError
 
 Weight = float | tuple[float, float]
 """Weight of a term: one number, or (first, last) to interpolate linearly from the first local module to the
@@ -53,11 +49,10 @@ class Site:
 
     def weight(self, weight: Weight) -> float:
         """The value of a weight at this depth."""
-        if isinstance(weight, tuple):
-            first, last = weight
-            depth = self.index / max(1, self.num_modules - 2)
-            return first + (last - first) * min(1.0, depth)
-        return weight
+        if isinstance(weight, (int, float)):
+            return float(weight)
+        first, last = weight
+        return first + (last - first) * min(1.0, self.index / max(1, self.num_modules - 2))
 
 
 @dataclass
@@ -152,40 +147,3 @@ class LocalObjective(nn.Module):
 
 def _scaled(loss: Tensor, weight: float) -> Tensor:
     return loss if weight == 1.0 else loss * weight  # keeps a lone task loss free of one more node
-
-
-class Objective(ABC):
-    """Description of a local objective, without shapes; see the module's text.
-
-    Attributes:
-        label_smoothing: of every task loss, also the last module's; from 0 to 1.
-    """
-
-    label_smoothing: float
-
-    @abstractmethod
-    def terms(self, site: Site) -> dict[str, tuple[Weight, Term]]:
-        """Make the terms of every local module but the last, by name, each with its weight."""
-
-    def build(self, site: Site) -> LocalObjective:
-        """Make the objective of the local module at ``site``.
-
-        Raises:
-            RecipeError: a weight is negative, or every weight is zero.
-        """
-        from localgrad.objectives.supervised import TaskLoss
-
-        if site.is_last:
-            return LocalObjective({"task": TaskLoss(nn.Identity(), self.label_smoothing)}, {"task": 1.0})
-        weighted = {name: (site.weight(weight), term) for name, (weight, term) in self.terms(site).items()}
-        for name, (weight, _) in weighted.items():
-            if weight < 0:
-                raise RecipeError(f"weight of {name!r} is {weight} in local module {site.index}; it can't be negative.")
-        kept = {name: pair for name, pair in weighted.items() if pair[0] > 0}
-        if not kept:
-            raise RecipeError(
-                f"local module {site.index} has nothing to learn: every weight of {type(self).__name__} is 0."
-            )
-        return LocalObjective(
-            {name: term for name, (_, term) in kept.items()}, {name: weight for name, (weight, _) in kept.items()}
-        )

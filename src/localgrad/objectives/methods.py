@@ -9,22 +9,63 @@ objective                 terms of every local module but the last       source
 ``Contrastive``           supervised contrastive, image reconstruction    InfoPro's other form
 ========================= ============================================== ===========================
 
+Whatever the objective, the last local module is trained on the task loss of the model's own tail: it is what
+end-to-end training would do with those blocks, and with one local module the whole is end-to-end training.
+
 The copies of arXiv 2212.14215 that can be had don't tell its loss weights; those here are ours.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
 from localgrad.auxiliary import build_classifier, build_decoder
 from localgrad.errors import RecipeError, did_you_mean
-from localgrad.objectives.base import Objective, Site, Term, Weight
+from localgrad.objectives.base import LocalObjective, Site, Term, Weight
 from localgrad.objectives.reconstruction import Reconstruction
 from localgrad.objectives.supervised import SupervisedContrastive, TaskLoss
 
 Options = Mapping[str, Any]
+
+
+class Objective(ABC):
+    """Description of a local objective, without shapes; ``build`` makes the objective of one local module.
+
+    Attributes:
+        label_smoothing: of every task loss, also the last module's; from 0 to 1.
+    """
+
+    label_smoothing: float
+
+    @abstractmethod
+    def terms(self, site: Site) -> dict[str, tuple[Weight, Term]]:
+        """Make the terms of every local module but the last, by name, each with its weight."""
+
+    def build(self, site: Site) -> LocalObjective:
+        """Make the objective of the local module at ``site``.
+
+        Raises:
+            RecipeError: a weight is negative, or every weight is zero.
+        """
+        if site.is_last:
+            return LocalObjective({"task": TaskLoss(nn.Identity(), self.label_smoothing)}, {"task": 1.0})
+        weighted = {name: (_at(site, name, weight), term) for name, (weight, term) in self.terms(site).items()}
+        for name, (weight, _) in weighted.items():
+            if weight < 0:
+                raise RecipeError(f"weight of {name!r} is {weight} in local module {site.index}; it can't be negative.")
+        kept = {name: pair for name, pair in weighted.items() if pair[0] > 0}
+        if not kept:
+            raise RecipeError(
+                f"local module {site.index} has nothing to learn: every weight of {type(self).__name__} is 0."
+            )
+        return LocalObjective(
+            {name: term for name, (_, term) in kept.items()}, {name: weight for name, (weight, _) in kept.items()}
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +176,16 @@ OBJECTIVES: Mapping[str, type[Objective]] = {
     "greedy": GreedySupervised,
     "contrastive": Contrastive,
 }
+
+
+def _at(site: Site, name: str, weight: Weight) -> float:
+    try:
+        return site.weight(weight)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(
+            f"weight of {name!r} is {weight!r}; give a number, or two to go from the first local module to the last, "
+            "such as [1.0, 0.5]."
+        ) from error
 
 
 def build_objective(name: str, options: Options) -> Objective:

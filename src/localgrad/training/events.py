@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from localgrad.training.folder import write_atomically
 from localgrad.units import format_bytes, format_rate, format_seconds
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class EpochEnded:
         val_accuracy: of the whole model (its weight average where one is kept); ``None`` without validation images.
         val_module_accuracy: of each local module's own classifier.
         learning_rate: at the end of the epoch.
-        images_per_second: of training, over the epoch.
+        images_per_second: of training, over the run so far.
         seconds: training and validation.
         is_best: whether this epoch is the best so far.
     """
@@ -120,7 +121,8 @@ class JsonlSink(Sink):
         kept = []
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _epoch_of(line) < keep_epochs]
-        path.write_text("".join(line + "\n" for line in kept))
+        text = "".join(line + "\n" for line in kept)
+        write_atomically(path, lambda temporary: temporary.write_text(text))
         self._file = path.open("a")
 
     def emit(self, event: Event) -> None:
@@ -171,6 +173,7 @@ class TensorBoardSink(Sink):
         for name, value in figures.items():
             if value is not None:
                 self._writer.add_scalar(name, value, event.epoch)
+        self._writer.flush()  # else a killed process would take the last two minutes with it
 
     def close(self) -> None:
         """Write out and close the files."""
@@ -202,6 +205,8 @@ class ConsoleSink(Sink):
                 self._end_epoch(event)
             case RunEnded():
                 self.close()
+                if self._started is None:
+                    self._print(f"The run in {event.summary['folder']} is complete; nothing is left to train.")
                 print_summary(self.console, event.summary)
 
     def close(self) -> None:
@@ -212,9 +217,9 @@ class ConsoleSink(Sink):
 
     def _start(self, event: RunStarted) -> None:
         self._started = event
-        self.console.print(event.title, style="bold", highlight=False, soft_wrap=True)
+        self._print(event.title, style="bold")
         for line in event.details:
-            self.console.print(line, highlight=False, soft_wrap=True)
+            self._print(line)
         if not self.console.is_terminal:
             return
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -227,7 +232,12 @@ class ConsoleSink(Sink):
             console=self.console,
         )
         self._task = self._progress.add_task(
-            "", total=event.epochs * event.batches_per_epoch, epoch=event.start_epoch + 1, losses="…", rate=""
+            "",
+            total=event.epochs * event.batches_per_epoch,
+            completed=event.start_epoch * event.batches_per_epoch,
+            epoch=f"{min(event.start_epoch + 1, event.epochs)}/{event.epochs}",
+            losses="…",
+            rate="",
         )
         self._progress.start()
 
@@ -247,11 +257,7 @@ class ConsoleSink(Sink):
         elif time.monotonic() - self._last_line > 10:  # a log file wants fewer lines than a screen
             self._last_line = time.monotonic()
             of = self._started.batches_per_epoch
-            self.console.print(
-                f"  epoch {event.epoch + 1} batch {event.batch}/{of}  loss {losses}  {rate}",
-                highlight=False,
-                soft_wrap=True,
-            )
+            self._print(f"  epoch {event.epoch + 1} batch {event.batch}/{of}  loss {losses}  {rate}")
 
     def _end_epoch(self, event: EpochEnded) -> None:
         assert self._started is not None, "a run starts before it ends"
@@ -262,7 +268,19 @@ class ConsoleSink(Sink):
             parts.append(f"by module {accuracies(event.val_module_accuracy)}")
         parts.append(format_rate(event.images_per_second))
         parts.append(format_seconds(event.seconds) + (" *" if event.is_best else ""))
-        self.console.print("  ".join(parts), highlight=False, soft_wrap=True)
+        self._print("  ".join(parts))
+        if self._progress is not None and self._task is not None:
+            self._progress.update(
+                self._task,
+                completed=(event.epoch + 1) * self._started.batches_per_epoch,
+                epoch=f"{event.epoch + 1}/{self._started.epochs}",
+                losses=losses,
+                rate=format_rate(event.images_per_second),
+            )
+
+    def _print(self, line: str, style: str | None = None) -> None:
+        """Print a line as it is: names and paths may hold what rich would take for markup."""
+        self.console.print(line, style=style, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def accuracies(values: Sequence[float | None]) -> str:
@@ -271,16 +289,14 @@ def accuracies(values: Sequence[float | None]) -> str:
 
 
 def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
-    """Print a run's summary as a table."""
-    from rich.table import Table
+    """Print a run's summary, a figure a line; no line is cut, so that the folder can be copied."""
+    from rich.text import Text
 
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in summary_rows(summary):
-        table.add_row(name, value)
+    rows = summary_rows(summary)
+    width = max(len(name) for name, _ in rows) + 2
     console.print()
-    console.print(table, highlight=False)
+    for name, value in rows:
+        console.print(Text.assemble((name.ljust(width), "bold"), value), highlight=False, soft_wrap=True)
 
 
 def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -20,6 +20,7 @@ import fcntl
 import json
 import os
 import pickle
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -34,6 +35,10 @@ from localgrad.errors import CheckpointError, RunFolderError
 
 FORMAT = 1
 """Version of ``last.pt``; a checkpoint of another version is refused."""
+
+_UNFINISHED = re.compile(r"\.[a-z]+\.(toml|json|jsonl|pt|safetensors)\.\w{8}")
+_DAMAGED = (ValueError, KeyError, IndexError, AttributeError, TypeError, AssertionError)
+"""What torch's reader raises at bytes that are no checkpoint, besides its own errors."""
 
 
 class RunFolder:
@@ -59,9 +64,13 @@ class RunFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._lock.close()
+            in_use = isinstance(error, BlockingIOError)
             raise RunFolderError(
                 f"run folder {path}: another process is using it; wait for it, or choose another with --out DIR."
+                if in_use
+                else f"run folder {path}: it can't be locked ({error.strerror}); choose another with --out DIR."
             ) from error
+        _remove_leftovers(path)
 
     @property
     def last(self) -> Path:
@@ -104,7 +113,7 @@ class RunFolder:
             raise CheckpointError(f"checkpoint {self.last}: there is none; start the run again without --resume.")
         try:
             state: dict[str, Any] = torch.load(self.last, map_location="cpu", weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+        except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, *_DAMAGED) as error:
             raise CheckpointError(
                 f"checkpoint {self.last}: it is truncated or no checkpoint ({_first_line(error)}); restore it from a "
                 "copy, or start the run again in another folder."
@@ -117,6 +126,10 @@ class RunFolder:
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary file, flush it to disk, and give it its name in one step.
+
+    Args:
+        path: the file.
+        write: fills the file that it is given.
 
     Raises:
         RunFolderError: no permission, or the disk is full; what was there before is still there.
@@ -133,8 +146,32 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise RunFolderError(f"{path}: can't be written ({error.strerror}).") from error
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors report a full disk by the latter
+        reason = error.strerror if isinstance(error, OSError) else _first_line(error)
+        raise RunFolderError(
+            f"{path}: can't be written ({reason}); what was there before is still there. Make room, or see who may "
+            "write there."
+        ) from error
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a run folder that can't be made, before anything is done for it; makes nothing.
+
+    Raises:
+        RunFolderError: below a file, or no permission.
+    """
+    nearest = next(parent for parent in (path, *path.absolute().parents) if os.path.lexists(parent))
+    if not nearest.is_dir():
+        raise RunFolderError(f"--out: {path} can't be made: {nearest} is no folder; choose another with --out DIR.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise RunFolderError(f"--out: {path} can't be made: no permission in {nearest}; choose another with --out DIR.")
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what a process left unfinished that was killed while it wrote."""
+    for path in (*folder.iterdir(), *(folder / "checkpoints").iterdir()):
+        if _UNFINISHED.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:

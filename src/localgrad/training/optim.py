@@ -38,16 +38,23 @@ class OptimizerFactory:
 
         known = list_optimizers()
         if name.lower() not in known:
-            raise RecipeError(f"training.optimizer: timm has no {name!r}.{did_you_mean(name, known)}")
+            raise RecipeError(
+                f"training.optimizer: timm has no {name!r}; take adamw, sgd, lamb or another of "
+                f"timm.optim.list_optimizers().{did_you_mean(name, known)}"
+            )
         self.name = name
         self.lr = lr
         self.weight_decay = weight_decay
         listed: set[str] = getattr(model, "no_weight_decay", set)()
-        groups = param_groups_weight_decay(model, weight_decay, listed)
+        groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=listed)
         self._undecayed = {id(p) for group in groups if not group["weight_decay"] for p in group["params"]}
 
     def __call__(self, parameters: list[nn.Parameter]) -> Optimizer:
-        """Make the optimizer of one local module."""
+        """Make the optimizer of one local module.
+
+        Raises:
+            RecipeError: timm can't make it on this machine.
+        """
         from timm.optim import create_optimizer_v2
 
         undecayed = [p for p in parameters if p.ndim <= 1 or id(p) in self._undecayed]
@@ -57,12 +64,17 @@ class OptimizerFactory:
             {"params": undecayed, "weight_decay": 0.0},
             {"params": decayed, "weight_decay": self.weight_decay},
         ]
-        optimizer: Optimizer = create_optimizer_v2(
-            [group for group in groups if group["params"]],
-            opt=self.name,
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-        )
+        try:
+            optimizer: Optimizer = create_optimizer_v2(
+                [group for group in groups if group["params"]],
+                opt=self.name,
+                lr=self.lr,
+                weight_decay=self.weight_decay,
+            )
+        except (AssertionError, ImportError, TypeError, ValueError) as error:  # a library or a device that is missing
+            raise RecipeError(
+                f"training.optimizer: timm can't make {self.name!r} here ({error}); take adamw, sgd or lamb."
+            ) from error
         return optimizer
 
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,11 +44,13 @@ class Interrupted(Exception):  # noqa: N818  # not an error: the run was saved a
 
     Args:
         signal_number: which signal.
+        folder: the run folder, to be resumed.
     """
 
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(signal.Signals(signal_number).name)
+    def __init__(self, signal_number: int, folder: Path) -> None:
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}, and saved in {folder}")
         self.signal_number = signal_number
+        self.folder = folder
 
 
 @dataclass
@@ -89,6 +92,7 @@ class EpochSums:
         self.first_bad = torch.full((len(names),), -1, dtype=torch.int64, device=device)
         self.num_correct = torch.zeros((), dtype=torch.int64, device=device)
         self.num_batches = 0
+        self.num_images = 0
 
     def add(self, result: StepResult, targets: Tensor) -> None:
         """Add one batch, without waiting for the device."""
@@ -98,6 +102,7 @@ class EpochSums:
         self.losses += losses
         self.num_correct += (result.logits.argmax(dim=1) == targets).sum()
         self.num_batches += 1
+        self.num_images += len(targets)
 
     def means(self, num_modules: int) -> list[dict[str, float]]:
         """Each module's terms by name, averaged over the batches so far."""
@@ -121,6 +126,7 @@ class EpochSums:
             "losses": self.losses.cpu(),
             "num_correct": self.num_correct.cpu(),
             "num_batches": self.num_batches,
+            "num_images": self.num_images,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -128,6 +134,7 @@ class EpochSums:
         self.losses.copy_(state["losses"])
         self.num_correct.copy_(state["num_correct"])
         self.num_batches = state["num_batches"]
+        self.num_images = state["num_images"]
 
 
 class Trainer:
@@ -179,6 +186,8 @@ class Trainer:
                 self._train_epoch()
                 train_seconds = time.perf_counter() - start
                 self._finish_epoch(start, train_seconds)
+                if self._signal is not None:  # it came while the epoch was validated or saved
+                    raise Interrupted(self._signal, self.folder.path)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on bit for bit (on the CPU)."""
@@ -200,10 +209,11 @@ class Trainer:
             self.position = Position(**state["position"])
             self._sums.load_state_dict(state["sums"])
             _restore_random_state(state["random"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(f"checkpoint {self.folder.last}: it doesn't fit this run ({error}).") from error
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            raise CheckpointError(
+                f"checkpoint {self.folder.last}: it doesn't fit this run ({error}); restore the run's own, or start "
+                "the run again in another folder."
+            ) from error
 
     def load_best(self) -> None:
         """Put the best epoch's weights into the learner (the averaged ones, where an average is kept)."""
@@ -235,6 +245,7 @@ class Trainer:
 
     def _finish_epoch(self, start: float, train_seconds: float) -> None:
         self._check_finite()
+        self._check_weights()
         position, sums = self.position, self._sums
         position.train_seconds += train_seconds
         accuracy, by_module = self._validate()
@@ -243,13 +254,12 @@ class Trainer:
             position.best_epoch, position.best_accuracy = position.epoch, accuracy
             save_weights(self.folder.best, best_weights(self.learner))
         losses = sums.means(len(self.learner.modules))
-        num_images = len(self.train) * self.train.batch_size
         soft = self.train.augment is not None and self.train.augment.gives_soft_labels
         seconds = time.perf_counter() - start
         event = EpochEnded(
             epoch=position.epoch,
             losses=tuple(losses),
-            train_accuracy=None if soft else int(sums.num_correct) / num_images,
+            train_accuracy=None if soft else int(sums.num_correct) / sums.num_images,
             val_accuracy=accuracy,
             val_module_accuracy=tuple(by_module),
             learning_rate=self.schedule.learning_rate,
@@ -257,12 +267,12 @@ class Trainer:
             seconds=seconds,
             is_best=is_best,
         )
+        self._emit(event)  # before saving: a line too many is dropped on resuming, one too few would be missing
         position.last_losses = losses
         position.seconds += seconds
         position.epoch, position.batch = position.epoch + 1, 0
         self._sums = self._new_sums()
         self.folder.save_last(self.state_dict())
-        self._emit(event)
 
     def _validate(self) -> tuple[float | None, list[float | None]]:
         if self.val is None:
@@ -289,18 +299,32 @@ class Trainer:
         batch, names = failure
         module = min(index for index, _ in names)
         terms = " and ".join(repr(term) for index, term in names if index == module)
-        kept = (
-            f"the last good checkpoint is {self.folder.last}" if self.folder.last.exists() else "no epoch was complete"
-        )
-        raise DivergenceError(
-            f"the loss of local module {module} is no longer finite (term {terms}, epoch {self.position.epoch + 1}, "
-            f"batch {batch + 1}); {kept}. Try a lower --lr, or --clip-grad 1."
+        raise self._diverged(f"the loss of local module {module} is no longer finite (term {terms}", batch)
+
+    def _check_weights(self) -> None:
+        """Refuse weights that the last update broke: no loss has shown it yet, and they would be saved."""
+        for index, module in enumerate(self.learner.modules):
+            finite = torch.stack([torch.isfinite(parameter).all() for parameter in module.parameters()]).tolist()
+            if not all(finite):
+                name = next(name for (name, _), good in zip(module.named_parameters(), finite, strict=True) if not good)
+                terms = " and ".join(repr(term) for number, term in self._names if number == index)
+                raise self._diverged(
+                    f"the weights of local module {index} are no longer finite ({name}, by an update of term {terms}",
+                    self.position.batch - 1,
+                )
+
+    def _diverged(self, what: str, batch: int) -> DivergenceError:
+        last = self.folder.last
+        kept = f"the last good checkpoint is {last}" if last.exists() else "no epoch was complete"
+        return DivergenceError(
+            f"{what}, epoch {self.position.epoch + 1}, batch {batch + 1}); {kept}. Try a lower --lr, or --clip-grad 1."
         )
 
     def _stop(self, signal_number: int) -> None:
         self._check_finite()
+        self._check_weights()
         self.folder.save_last(self.state_dict())
-        raise Interrupted(signal_number)
+        raise Interrupted(signal_number, self.folder.path)
 
     @contextmanager
     def _catching_signals(self) -> Iterator[None]:

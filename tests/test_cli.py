@@ -1,0 +1,468 @@
+"""The command line as a person meets it: exit status, one message that says what to type, and nothing left on disk."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from localgrad import cli, run
+from localgrad.recipe import Recipe, overlay, parse_toml, preset, preset_names
+from localgrad.training import data as data_module
+from localgrad.training.loading import Found, InMemoryImages
+
+MICRO = """
+[data]
+name = "digits"
+limit = 120
+[model]
+name = "swin_tiny_patch4_window7_224"
+img_size = 16
+patch_size = 2
+options = { embed_dim = 16, depths = [1, 1], num_heads = [2, 2], window_size = 4 }
+[local]
+modules = 2
+[training]
+epochs = 2
+batch_size = 16
+[execution]
+device = "cpu"
+num_threads = 1
+"""
+
+
+class Said(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Cli = Callable[..., Said]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory, and a micro recipe outside it."""
+    (tmp_path / "micro.toml").write_text(MICRO)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(run, "estimate_step", lambda *_: SimpleNamespace(peak_bytes=2**20))  # test_memory.py's matter
+    return tmp_path / "here"
+
+
+@pytest.fixture
+def cli_(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Cli:
+    """The console script's own entry, with its true exit status."""
+
+    def call(*arguments: str) -> Said:
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", ["localgrad", *arguments])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return Said(code, *capfd.readouterr())
+
+    return call
+
+
+def write_images(folder: Path, classes: tuple[str, ...] = ("cat", "dog"), count: int = 12) -> Path:
+    generator = np.random.default_rng(0)
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for index in range(count):
+            pixels = generator.integers(0, 255, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{index}.png")
+    return folder
+
+
+def assert_refused(said: Said, *words: str) -> None:
+    assert said.code == 2, said
+    lines = said.err.splitlines()
+    assert len(lines) == 1, said.err
+    assert lines[0].startswith("localgrad: ")
+    assert "Traceback" not in said.err + said.out
+    for word in words:
+        assert word in said.err, (word, said.err)
+
+
+# ------------------------------------------------------------------------------------- bad input
+
+VIT = ("--model", "vit_tiny_patch16_224", "--set", "model.options={}")
+
+BAD_OPTIONS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
+    # model
+    (("--model", "swin_tiny_patch4_windw7_224"), ("--model", "'swin_tiny_patch4_windw7_224'", "Nearest: swin_tiny_")),
+    (("--model", "qqqqqqq"), ("--model", "'qqqqqqq'", "timm.list_models()")),
+    (("--model", "vit_tiny_patch16_224"), ("--model", "window_size=4", "model.options")),
+    (("--set", "model.options.foo=1"), ("--model", "foo=1", "model.options")),
+    (("--img-size", "33"), ("--img-size", "33", "32 or 34", "--patch-size")),
+    ((*VIT, "--img-size", "33", "--patch-size", "4"), ("--img-size", "33", "32 or 36")),
+    ((*VIT, "--img-size", "3", "--patch-size", "4"), ("--img-size", "3 pixels", "take 4")),
+    (("--img-size", "0"), ("model.img_size = 0", "greater than or equal to 1")),
+    (("--drop-path", "1"), ("model.drop_path = 1.0", "less than 1")),
+    # modules
+    (("--modules", "99"), ("modules", "99", "take a number from 1 to 3")),
+    (("--modules", "0"), ("local.modules = 0", "greater than or equal to 1")),
+    (("--modules", "-3"), ("local.modules = -3",)),
+    (("--modules", "--3"), ("modules", "'--3'", "boundaries such as 2,5,9")),
+    (("--modules", "²"), ("modules", "'²'")),
+    (("--modules", "2,1"), ("modules", "[2, 1]", "try [1, 2]")),
+    (("--modules", "1,9"), ("modules", "9", "1..2")),
+    (("--modules", "many"), ("modules", "'many'", "'stages'")),
+    (("--modules", "1.5"), ("modules", "'1.5'")),
+    # objective
+    (("--objective", "foo"), ("objective", "'foo'", "feature, image, greedy, contrastive")),
+    (("--decoder", "foo"), ("decoder", "'foo'", "linear, conv, transformer")),
+    (("--classifier", "foo"), ("classifier", "'foo'", "linear, mlp, transformer")),
+    (("--set", "local.options.foo=1"), ("'foo'",)),
+    (("--set", "local.options.task_weight=abc"), ("local.options.task_weight", "'abc'")),
+    (("--set", "local.options.task_weight=-1"), ("'task'", "-1")),
+    # data
+    (("--data", "nowhere"), ("'nowhere'", "digits, cifar10", "existing folder")),
+    (("--data", "digit"), ("'digit'", "Nearest: digits")),
+    (("--data", "cifar10"), ("cifar10", "--download")),
+    (("--data", "a" * 300), ("File name too long",)),
+    (("--limit", "1"), ("limit", "1")),
+    (("--val-fraction", "1"), ("data.val_fraction = 1.0", "less than 1")),
+    (("--on-corrupt", "maybe"), ("data.on_corrupt = 'maybe'", "'error' or 'skip'")),
+    # training
+    (("--epochs", "0"), ("training.epochs = 0",)),
+    (("--batch-size", "0"), ("training.batch_size = 0",)),
+    (("--batch-size", "5000"), ("batch_size 5000", "120 images", "smaller")),
+    (("--optimizer", "adammw"), ("training.optimizer", "'adammw'", "Nearest: ", "adamw")),
+    (("--optimizer", "fusedadam"), ("training.optimizer", "'fusedadam'", "take adamw")),
+    (("--scheduler", "foo"), ("training.scheduler", "'foo'", "cosine")),
+    (("--lr", "nan"), ("training.lr = nan", "finite")),
+    (("--lr", "-1"), ("training.lr = -1.0", "greater than 0")),
+    (("--ema-decay", "2"), ("training.ema_decay = 2.0",)),
+    (("--seed", "-1"), ("seed = -1",)),
+    (("--seed", "9" * 30), ("seed = 999",)),
+    (("--mixup", "-1"), ("mixup", "-1")),
+    (("--label-smoothing", "1"), ("label_smoothing", "1.0")),
+    # execution
+    (("--device", "cuda"), ("--device", "'cuda'", "take --device cpu")),
+    (("--device", "cuda:7"), ("--device", "'cuda:7'")),
+    (("--device", "gpu"), ("--device", "'gpu'", "auto, cpu, cuda")),
+    (("--device", "meta"), ("--device", "'meta'", "auto, cpu or cuda")),
+    (("--precision", "fp8"), ("execution.precision = 'fp8'", "'fp32', 'bf16' or 'fp16'")),
+    (("--accumulation", "0"), ("execution.accumulation = 0",)),
+    (("--num-workers", "-1"), ("execution.num_workers = -1",)),
+    # --set
+    (("--set", "training.epoch=3"), ("unknown key 'training.epoch'", "Nearest: epochs")),
+    (("--set", "trainings.epochs=3"), ("unknown key 'trainings'", "execution", "Nearest: training")),
+    (("--set", "foo"), ("--set", "KEY=VALUE", "'foo'", "--set training.lr=0.001")),
+    (("--set", "=3"), ("--set", "KEY=VALUE")),
+    (("--set", "training=5"), ("training = 5",)),
+    (("--set", "execution=5"), ("recipe: execution = 5",)),
+    (("--set", "training.epochs.x=5"), ("--set", "'training.epochs.x'", "no table")),
+    (("--set", "training.lr="), ("training.lr = ''",)),
+    (("--set", "training.epochs=true"), ("training.epochs = True",)),
+    (("--set", "training.lr=true"), ("training.lr = True",)),
+    (("--preset", "digits"), ("--preset and --recipe",)),
+]
+
+
+@pytest.mark.parametrize(("options", "words"), BAD_OPTIONS, ids=[" ".join(options)[:40] for options, _ in BAD_OPTIONS])
+def test_bad_options_are_refused(
+    options: tuple[str, ...], words: tuple[str, ...], here: Path, cli_: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert_refused(cli_("train", "--recipe", "../micro.toml", *options), *words)
+    assert_refused(cli_("train", "--recipe", "../micro.toml", *options, "--out", "a/run"), *words)
+    assert list(here.iterdir()) == [], "nothing is left on disk"
+
+
+def test_bad_data_is_refused(here: Path, cli_: Cli, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    write_images(tmp_path / "one", ("cat",))
+    write_images(tmp_path / "corrupt")
+    (tmp_path / "corrupt" / "cat" / "3.png").write_bytes(b"no image")
+    for name, words in {
+        "empty": ("empty", "class folders"),
+        "one": ("two or more classes", "'cat'"),
+        "corrupt": ("corrupt/cat/3.png", "skip"),
+        "micro.toml": ("micro.toml", ".parquet"),
+        "gone": ("gone",),
+    }.items():
+        path = str(tmp_path / name)
+        assert_refused(cli_("train", "--recipe", "../micro.toml", "--data", path, "--out", "run"), path, *words)
+    assert list(here.iterdir()) == []
+
+
+def test_labels_out_of_range_are_refused(here: Path, cli_: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = InMemoryImages(torch.zeros(30, 1, 8, 8, dtype=torch.uint8), torch.arange(30) % 3)
+    monkeypatch.setattr(data_module, "find", lambda *_, **__: Found(("a", "b"), images, None))
+    assert_refused(
+        cli_("train", "--recipe", "../micro.toml", "--out", "run"), "from 0 to 1", "got 2", "image 2", "digits"
+    )
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--model", "tresnet_m", "--img-size", "64"), ("TResNet", "blocks are looked for in", "work: swin")),
+        (("--model", "maxvit_rmlp_pico_rw_256", "--img-size", "100"), ("100", "divisible by window")),
+        (("--model", "vit_tiny_patch16_224", "--img-size", "40"), ("--img-size", "40", "32 or 48")),
+    ],
+    ids=["blocks", "window", "patch"],
+)
+def test_models_that_cannot_be_split_or_do_not_fit_are_refused(
+    options: tuple[str, ...], words: tuple[str, ...], here: Path, cli_: Cli
+) -> None:
+    assert_refused(cli_("train", "--limit", "120", "--out", "run", *options), *words)
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize("recipe", ["gone.toml", "folder", "binary.toml", "broken.toml", "unknown.toml"])
+def test_recipes_that_cannot_be_read_are_refused(recipe: str, here: Path, cli_: Cli, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "broken.toml").write_text("a = = 3")
+    (tmp_path / "unknown.toml").write_text("[training]\nepoch = 3\n")
+    said = cli_("train", "--recipe", f"../{recipe}", "--out", "run")
+    assert_refused(said, "'training.epoch'" if recipe == "unknown.toml" else recipe)
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "out", ["../micro.toml", "../micro.toml/run", "/proc/localgrad-run", "a" * 300, "b/" + "a" * 300]
+)
+def test_folders_that_cannot_be_written_are_refused(out: str, here: Path, cli_: Cli) -> None:
+    assert_refused(cli_("train", "--recipe", "../micro.toml", "--out", out), out)
+    assert [path for path in here.iterdir() if path.name != "b"] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("train", "--lr", "fast"), "--lr"),
+        (("train", "--nope"), "--nope"),
+        (("train", "extra"), "extra"),
+        (("trian",), "trian"),
+        (("evaluate",), "RUN_FOLDER"),
+        (("predict", "run", "x.png", "--top", "0"), "--top"),
+        (("train", "--preset", "foo"), "digits, greedy, infopro, paper"),
+        (("train", "--resume", "gone"), "gone: no run there"),
+        (("evaluate", "gone"), "gone: no run there"),
+        (("evaluate", "gone", "--part", "all"), "--part"),
+        (("predict", "gone", "x.png"), "gone: no run there"),
+        (("train", "--resume", "gone", "--out", "x"), "--out can't be given with --resume"),
+        (("train", "--resume", "gone", "--preset", "digits"), "--preset can't be given with --resume"),
+    ],
+)
+def test_bad_commands_are_refused(arguments: tuple[str, ...], words: str, here: Path, cli_: Cli) -> None:
+    said = cli_(*arguments)
+    assert said.code == 2
+    assert words.lower() in said.err.lower()
+    assert "Traceback" not in said.err
+    assert list(here.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------- what works
+
+
+def test_a_run_from_start_to_prediction(here: Path, cli_: Cli, tmp_path: Path) -> None:
+    said = cli_("train", "--recipe", "../micro.toml", "--out", "my runs/first", "--set", "training.min_lr=1e-5")
+    assert (said.code, said.err) == (0, "")
+    assert "\x1b" not in said.out
+    for words in (
+        "swin_tiny_patch4_window7_224 on digits: 2 local modules",
+        "epoch   2/2",
+        "test accuracy",
+        "by module",
+    ):
+        assert words in said.out
+    assert said.out.splitlines()[-1].split(maxsplit=2) == ["run", "folder", "my runs/first"]
+    assert "min_lr = 1e-05" in (here / "my runs" / "first" / "recipe.toml").read_text()
+
+    accuracy = next(line for line in said.out.splitlines() if line.startswith("test accuracy")).split()[2]
+    again = cli_("evaluate", "my runs/first")
+    assert again.code == 0
+    assert again.out.splitlines()[0].split() == ["test", "accuracy", accuracy, "(359", "images)"]
+    assert cli_("evaluate", "my runs/first", "--part", "val").code == 0
+
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(tmp_path / "a digit.png")
+    said = cli_("predict", "my runs/first", str(tmp_path / "a digit.png"), "--top", "2")
+    assert said.code == 0
+    assert said.out.startswith(f"{tmp_path / 'a digit.png'}  ")
+    assert said.out.count("%") == 2
+
+    said = cli_("train", "--resume", "my runs/first")
+    assert said.code == 0
+    assert said.out.startswith("The run in my runs/first is complete; nothing is left to train.\n")
+    assert "test accuracy" in said.out
+
+    assert_refused(cli_("train", "--recipe", "../micro.toml", "--out", "my runs/first"), "--resume", "already holds")
+    assert_refused(cli_("train", "--resume", "my runs/first", "--epochs", "3"), "training.epochs: 2 -> 3")
+    assert_refused(cli_("predict", "my runs/first", "gone.png"), "gone.png")
+
+    (here / "my runs/first/checkpoints/best.safetensors").write_bytes(b"torn")
+    assert_refused(cli_("evaluate", "my runs/first"), "best.safetensors", "truncated")
+    (here / "my runs/first/summary.json").unlink()
+    (here / "my runs/first/checkpoints/last.pt").write_bytes(b"torn")
+    assert_refused(cli_("train", "--resume", "my runs/first"), "last.pt", "truncated", "another folder")
+
+
+def test_a_loss_that_is_no_number_stops_the_run(here: Path, cli_: Cli) -> None:
+    said = cli_("train", "--recipe", "../micro.toml", "--out", "run", "--optimizer", "sgd", "--lr", "1e30",
+                "--warmup-epochs", "0")  # fmt: skip
+    assert_refused(said, "local module", "term 'task'", "epoch 1", "no epoch was complete", "lower --lr")
+    assert not (here / "run" / "checkpoints" / "last.pt").exists()
+
+
+def test_a_run_that_diverges_later_can_still_be_resumed_from(
+    here: Path, cli_: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from localgrad.learner import LocalLearner
+
+    step = LocalLearner.step_on
+
+    def broken(self: LocalLearner, batch: Any) -> Any:
+        if self.num_steps == 9:
+            next(self.model.parameters()).data.fill_(float("nan"))
+        return step(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalLearner, "step_on", broken)
+        said = cli_("train", "--recipe", "../micro.toml", "--out", "run")
+    assert_refused(said, "local module 0", "'task' and 'reconstruction'", "epoch 2, batch 3", "run/checkpoints/last.pt")
+    state = torch.load(here / "run" / "checkpoints" / "last.pt", weights_only=True)
+    assert state["position"]["epoch"] == 1
+    assert all(torch.isfinite(value).all() for value in state["learner"]["model"].values())
+    assert cli_("train", "--resume", "run").code == 0
+
+
+def test_a_dry_run_prints_a_recipe_that_reads_back(here: Path, cli_: Cli, tmp_path: Path) -> None:
+    for name in preset_names():
+        said = cli_("train", "--preset", name, "--dry-run", "--modules", "2,5", "--mixup", "0.8", "--set", "seed=7")
+        assert said.code == 0
+        expected = overlay(preset(name), {"local.modules": [2, 5], "augment.mixup": 0.8, "seed": 7})
+        assert Recipe.from_toml(said.out) == Recipe.from_dict(expected)
+    (tmp_path / "again.toml").write_text(said.out)
+    assert cli_("train", "--recipe", "../again.toml", "--dry-run").out == said.out
+    assert list(here.iterdir()) == []
+
+
+def test_no_option_is_the_digits_and_so_is_naming_them(here: Path, cli_: Cli) -> None:
+    digits = cli_("train", "--dry-run").out
+    assert Recipe.from_toml(digits) == Recipe.from_dict(preset("digits"))
+    assert cli_("train", "--dry-run", "--data", "digits").out == digits
+    vit = parse_toml(cli_("train", "--dry-run", "--model", "vit_tiny_patch16_224").out, "out")
+    assert vit["model"] == {"name": "vit_tiny_patch16_224", "drop_path": 0.0, "pretrained": False, "options": {}}
+    other = Recipe.from_toml(cli_("train", "--dry-run", "--data", "cifar10").out)
+    assert other == Recipe.from_dict({"data": {"name": "cifar10"}})
+
+
+def test_a_dry_run_of_resuming_trains_nothing(here: Path, cli_: Cli) -> None:
+    (here / "run").mkdir()
+    (here / "run" / "recipe.toml").write_text(MICRO)
+    said = cli_("train", "--resume", "run", "--dry-run", "--checkpoint")
+    assert said.code == 0
+    assert Recipe.from_toml(said.out).execution.checkpoint
+    assert [path.name for path in (here / "run").iterdir()] == ["recipe.toml"]
+
+
+@pytest.mark.parametrize(
+    ("text", "modules"),
+    [
+        ("4", 4),
+        ("1", 1),
+        ("-1", -1),
+        ("2,5,9", [2, 5, 9]),
+        (" 2, 5 ", [2, 5]),
+        ("stages", "stages"),
+        ("", ""),
+        ("2,", "2,"),
+        ("--3", "--3"),
+        ("²", "²"),
+        ("1.5", "1.5"),
+    ],
+)
+def test_modules_are_read(text: str, modules: Any) -> None:
+    assert cli.parse_modules(text) == modules
+
+
+# ------------------------------------------------------------------------------------- the process
+
+
+def python(*arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, check=False, timeout=120, **settings
+    )
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["predict", "--help"], ["--version"]])
+def test_help_comes_without_torch(arguments: list[str]) -> None:
+    script = (
+        "import sys; from localgrad import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "assert not {'torch', 'timm', 'numpy', 'sklearn', 'datasets'} & set(sys.modules)"
+    )
+    result = python("-c", script, *arguments)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout
+
+
+def test_help_comes_at_once() -> None:
+    """Processor time of the quickest of five: what the clock shows depends on the neighbours."""
+    seconds = []
+    for _ in range(5):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert python("-m", "localgrad", "--help").returncode == 0
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 0.4
+
+
+def test_a_reader_that_leaves_does_not_end_the_run(here: Path) -> None:
+    """``localgrad train | head -1``."""
+    command = [sys.executable, "-m", "localgrad", "train", "--recipe", "../micro.toml", "--out", "run"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("swin_tiny")
+    process.stdout.close()
+    assert process.stderr is not None
+    errors = process.stderr.read()
+    process.stderr.close()
+    assert (process.wait(120), errors) == (0, "")
+    assert (here / "run" / "summary.json").exists()
+
+
+def test_a_terminal_gets_the_live_display(here: Path) -> None:
+    """On a real pseudo-terminal."""
+    import pty
+
+    control, terminal = pty.openpty()
+    command = [sys.executable, "-m", "localgrad", "train", "--recipe", "../micro.toml", "--out", "run"]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    process = subprocess.Popen(command, stdout=terminal, stderr=terminal, stdin=terminal, env=environment)
+    os.close(terminal)
+    text = b""
+    while True:
+        try:
+            chunk = os.read(control, 65536)
+        except OSError:  # how Linux says that the other side is closed
+            break
+        if not chunk:
+            break
+        text += chunk
+    os.close(control)
+    assert process.wait(60) == 0, text
+    assert b"\x1b[" in text
+    assert b"epoch 2/2" in text, "the bar's own words; lines say 'epoch   2/2'"
+    assert b"test accuracy" in text

@@ -1,0 +1,161 @@
+"""Optimizers and schedules of the modules against timm's own for the whole model."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import timm
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from torch import nn
+
+from localgrad.errors import RecipeError
+from localgrad.training.optim import SCHEDULERS, OptimizerFactory, Schedule
+
+MODELS = {
+    "vit": ("vit_tiny_patch16_224", {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}),
+    "swin": (
+        "swin_tiny_patch4_window7_224",
+        {"img_size": 16, "patch_size": 2, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4},
+    ),
+    "xcit": ("xcit_nano_12_p8_224", {"img_size": 16, "embed_dim": 16, "depth": 2, "num_heads": 2}),
+    "resnet": ("resnet10t", {}),
+}
+
+
+def make(name: str) -> nn.Module:
+    architecture, options = MODELS[name]
+    model: nn.Module = timm.create_model(architecture, num_classes=5, **options)
+    return model
+
+
+@pytest.mark.parametrize("weight_decay", [0.05, 0.0])
+@pytest.mark.parametrize("name", MODELS)
+def test_weight_decay_is_timms_own(name: str, weight_decay: float) -> None:
+    model = make(name)
+    reference = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=weight_decay)
+    parameters = list(model.parameters())
+    factory = OptimizerFactory(model, name="adamw", lr=1e-3, weight_decay=weight_decay)
+    halves = [factory(part) for part in (parameters[: len(parameters) // 2], parameters[len(parameters) // 2 :])]
+    decay_of = {id(p): group["weight_decay"] for group in reference.param_groups for p in group["params"]}
+    ours = {id(p): group["weight_decay"] for half in halves for group in half.param_groups for p in group["params"]}
+    assert ours == decay_of
+    assert len(ours) == len(parameters)
+    if weight_decay:
+        assert set(ours.values()) == {0.0, weight_decay}
+
+
+def test_auxiliary_nets_decay_their_matrices_only() -> None:
+    auxiliary = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4))
+    optimizer = OptimizerFactory(make("vit"), name="adamw", lr=1e-3, weight_decay=0.1)(list(auxiliary.parameters()))
+    groups = {group["weight_decay"]: len(group["params"]) for group in optimizer.param_groups}
+    assert groups == {0.0: 3, 0.1: 1}
+
+
+@pytest.mark.parametrize("name", ["adamw", "AdamW", "sgd", "lamb", "lion", "adan"])
+def test_optimizers_are_timms(name: str) -> None:
+    model = make("vit")
+    optimizer = OptimizerFactory(model, name=name, lr=0.01, weight_decay=0.05)(list(model.parameters()))
+    assert type(optimizer) is type(create_optimizer_v2(model, opt=name, lr=0.01))
+    assert {group["lr"] for group in optimizer.param_groups} == {0.01}
+
+
+def test_unknown_optimizers_are_refused_with_the_nearest() -> None:
+    with pytest.raises(RecipeError, match=r"timm has no 'adamww'; take adamw, sgd, lamb.*Nearest: .*adamw"):
+        OptimizerFactory(make("vit"), name="adamww", lr=0.01, weight_decay=0.0)
+
+
+def test_an_optimizer_that_this_machine_lacks_is_refused() -> None:
+    model = make("vit")
+    factory = OptimizerFactory(model, name="fusedadam", lr=0.01, weight_decay=0.0)
+    with pytest.raises(RecipeError, match=r"timm can't make 'fusedadam' here \(.*\); take adamw, sgd or lamb"):
+        factory(list(model.parameters()))
+
+
+# ------------------------------------------------------------------------------------- schedules
+
+
+def optimizers(count: int, lr: float = 1e-2) -> list[torch.optim.Optimizer]:
+    return [torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr) for _ in range(count)]
+
+
+def rates(schedule: Schedule, num_batches: int) -> list[float]:
+    found = []
+    for batch in range(num_batches):
+        schedule.at(batch)
+        [rate] = {group["lr"] for optimizer in schedule.optimizers for group in optimizer.param_groups}
+        found.append(rate)
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "none"])
+@pytest.mark.parametrize(("epochs", "warmup"), [(10, 2.0), (10, 0.0), (4, 0.5)])
+def test_every_module_follows_timms_schedule(name: str, epochs: int, warmup: float) -> None:
+    settings = {"warmup_lr": 1e-5, "min_lr": 1e-4}
+    schedule = Schedule(optimizers(3), name=name, epochs=epochs, batches_per_epoch=7, warmup_epochs=warmup, **settings)
+    [single] = optimizers(1)
+    reference, _ = create_scheduler_v2(
+        single,
+        sched=name,
+        num_epochs=epochs,
+        decay_epochs=epochs // 3,
+        decay_milestones=[epochs // 2, epochs * 3 // 4],
+        warmup_epochs=warmup,
+        step_on_epochs=False,
+        updates_per_epoch=7,
+        **settings,
+    )
+    expected = []
+    for batch in range(7 * epochs):
+        reference.step_update(batch)
+        expected.append(single.param_groups[0]["lr"])
+    found = rates(schedule, 7 * epochs)
+    assert found == expected
+    assert found[0] == pytest.approx(1e-5 if warmup else 1e-2)
+    assert found[-1] < max(found)
+
+
+def test_none_keeps_the_rate_after_the_warm_up() -> None:
+    schedule = Schedule(
+        optimizers(2), name="none", epochs=10, batches_per_epoch=5, warmup_epochs=2, warmup_lr=0.0, min_lr=0.0
+    )
+    found = rates(schedule, 50)
+    assert found[:10] == pytest.approx([1e-2 * batch / 10 for batch in range(10)])
+    assert found[10:] == pytest.approx([1e-2] * 40)
+
+
+@pytest.mark.parametrize(("epochs", "warmup", "batches"), [(10, 5.0, 2 * 8), (1, 5.0, 1.6), (10, 1.0, 8)])
+def test_the_warm_up_takes_a_fifth_of_the_run_at_most(epochs: int, warmup: float, batches: float) -> None:
+    schedule = Schedule(
+        optimizers(1), name="cosine", epochs=epochs, batches_per_epoch=8, warmup_epochs=warmup, warmup_lr=0, min_lr=0
+    )
+    found = rates(schedule, 8 * epochs)
+    rising = [after > before for before, after in itertools.pairwise(found)]
+    assert found.index(max(found)) == pytest.approx(batches, abs=1)
+    assert rising == sorted(rising, reverse=True), "up, then down"
+
+
+def test_the_rate_depends_on_the_place_alone() -> None:
+    schedule = Schedule(
+        optimizers(2), name="cosine", epochs=4, batches_per_epoch=5, warmup_epochs=1, warmup_lr=0.0, min_lr=0.0
+    )
+    in_order = rates(schedule, 20)
+    for batch in (13, 2, 19, 0, 7):
+        schedule.at(batch)
+        assert schedule.learning_rate == in_order[batch]
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_the_shortest_runs_have_a_schedule(name: str, epochs: int) -> None:
+    schedule = Schedule(
+        optimizers(1), name=name, epochs=epochs, batches_per_epoch=1, warmup_epochs=5, warmup_lr=1e-6, min_lr=1e-6
+    )
+    assert all(0 < rate <= 1e-2 for rate in rates(schedule, epochs))
+
+
+def test_unknown_schedulers_are_refused_with_the_nearest() -> None:
+    with pytest.raises(RecipeError, match=r"unknown 'cosin'; take one of cosine, .*Nearest: cosine"):
+        Schedule(optimizers(1), name="cosin", epochs=1, batches_per_epoch=1, warmup_epochs=0, warmup_lr=0, min_lr=0)

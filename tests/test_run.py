@@ -1,0 +1,637 @@
+"""Runs: what a finished one leaves, honest selection, resuming bit for bit, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from localgrad import run
+from localgrad.errors import CheckpointError, DataError, RecipeError, RunFolderError
+from localgrad.learner import LocalLearner
+from localgrad.recipe import Recipe, overlay
+from localgrad.training.data import load_data, normalise
+from localgrad.training.events import EpochEnded, Event, Sink, accuracies
+from localgrad.training.trainer import EpochSums, Interrupted
+
+CIFAR100 = Path(__file__).parents[2] / "shared" / "data" / "cifar100"
+
+SWIN: dict[str, Any] = {
+    "name": "swin_tiny_patch4_window7_224",
+    "img_size": 16,
+    "patch_size": 2,
+    "options": {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4},
+}
+VIT: dict[str, Any] = {
+    "name": "vit_tiny_patch16_224",
+    "img_size": 16,
+    "patch_size": 4,
+    "options": {"embed_dim": 16, "depth": 2, "num_heads": 2},
+}
+MICRO: dict[str, Any] = {
+    "model": SWIN,
+    "data": {"name": "digits", "limit": 120},
+    "local": {"modules": 2},
+    "training": {"epochs": 2, "batch_size": 16, "lr": 2e-3},
+    "execution": {"device": "cpu", "num_threads": 1},
+}
+EVERYTHING = {
+    "training.ema_decay": 0.9,
+    "training.clip_grad": 1.0,
+    "augment.mixup": 0.4,
+    "augment.cutmix": 1.0,
+    "augment.label_smoothing": 0.1,
+    "augment.crop_padding": 1,
+    "model.drop_path": 0.2,
+}
+"""Whatever has a state or draws numbers."""
+
+TIMES = ("images_per_second", "seconds")
+
+
+def micro(changes: dict[str, Any] | None = None) -> Recipe:
+    return Recipe.from_dict(overlay(MICRO, changes or {}))
+
+
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in TIMES}
+
+
+def assert_same_run(folder: Path, reference: Path) -> None:
+    assert (folder / "model.safetensors").read_bytes() == (reference / "model.safetensors").read_bytes()
+    assert [without_times(line) for line in metrics_of(folder)] == [
+        without_times(line) for line in metrics_of(reference)
+    ]
+    ours, theirs = (json.loads((path / "summary.json").read_text()) for path in (folder, reference))
+    for key in ("test_accuracy", "test_module_accuracy", "val_accuracy", "best_epoch", "losses", "epochs", "plan"):
+        assert ours[key] == theirs[key], key
+
+
+class Recorder(Sink):
+    """Keeps events; calls ``at_event`` with each."""
+
+    def __init__(self, at_event: Any = None) -> None:
+        self.events: list[Event] = []
+        self.at_event = at_event
+
+    def emit(self, event: Event) -> None:
+        self.events.append(event)
+        if self.at_event is not None:
+            self.at_event(event)
+
+
+def interrupt_at_step(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Send this process SIGTERM at the end of training step ``number``, counted from 1."""
+    count = 0
+    add = EpochSums.add
+
+    def interrupted(self: EpochSums, *arguments: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        add(self, *arguments)
+
+    monkeypatch.setattr(EpochSums, "add", interrupted)
+
+
+@pytest.fixture
+def true_estimates() -> None:
+    """Asked for by tests that want the memory estimated as users have it."""
+
+
+@pytest.fixture(autouse=True)
+def _quick_estimates(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Estimating takes longer than a micro run; test_memory.py is about it."""
+    if "true_estimates" not in request.fixturenames:
+        monkeypatch.setattr(run, "estimate_step", lambda *_: SimpleNamespace(peak_bytes=2**20))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, for tests that only look at it."""
+    folder = tmp_path_factory.mktemp("finished") / "run with spaces"
+    run.train(micro({"training.epochs": 4}), out=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that got SIGTERM in the middle of its second epoch."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        interrupt_at_step(monkeypatch, 10)  # 7 batches an epoch
+        with pytest.raises(Interrupted):
+            run.train(micro(), out=folder)
+    return folder
+
+
+# ------------------------------------------------------------------------------------- what a run leaves
+
+
+def test_a_run_leaves_every_file(finished: Path) -> None:
+    for name in (
+        "recipe.toml",
+        "data.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints/last.pt",
+        "checkpoints/best.safetensors",
+        "model.safetensors",
+        "summary.json",
+    ):
+        assert (finished / name).exists(), name
+    assert Recipe.from_toml((finished / "recipe.toml").read_text()) == micro({"training.epochs": 4})
+    assert list((finished / "tensorboard").glob("events.out.tfevents.*"))
+    assert not [path for path in finished.rglob(".*") if path.name != ".lock"], "temporary files are gone"
+
+
+def test_the_summary_has_every_figure(finished: Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    assert 0 <= summary["test_accuracy"] <= 1
+    assert len(summary["test_module_accuracy"]) == 2
+    assert summary["test_module_accuracy"][-1] == summary["test_accuracy"]
+    assert [set(terms) for terms in summary["losses"]] == [{"task", "reconstruction"}, {"task"}]
+    for key in ("estimated_peak_bytes", "estimated_end_to_end_peak_bytes", "measured_peak_bytes", "num_test"):
+        assert isinstance(summary[key], int)
+        assert summary[key] > 0
+    assert summary["images_per_second"] > 0
+    assert (summary["epochs"], summary["seed"]) == (4, 0)
+    assert {"python", "torch", "timm", "localgrad"} <= set(summary["versions"])
+    assert "processor" in summary["device"]
+    assert summary["folder"] == str(finished)
+    assert summary["plan"]["num_blocks"] == 3
+
+
+@pytest.mark.parametrize("model", [SWIN, VIT], ids=["swin", "vit"])
+def test_the_weights_are_plain_timm_and_give_the_evaluated_logits(
+    model: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    summary = run.train(micro({"model": model, "training.epochs": 1}), out=folder)
+    size = {"img_size": model["img_size"], "patch_size": model["patch_size"]}
+    plain = timm.create_model(model["name"], num_classes=10, in_chans=1, **size, **model["options"])
+    plain.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+    plain.eval()
+
+    pairs = []
+    logits_of = LocalLearner.logits
+
+    def compared(self: LocalLearner, images: torch.Tensor) -> Any:
+        found = logits_of(self, images)
+        with torch.no_grad():
+            pairs.append((found[-1], plain(images)))
+        return found
+
+    monkeypatch.setattr(LocalLearner, "logits", compared)
+    result = run.evaluate_run(folder)
+    assert len(pairs) == 2
+    assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+    assert result["accuracy"] == summary["test_accuracy"]
+    assert result["module_accuracy"] == summary["test_module_accuracy"]
+
+    data = load_data("digits")  # and the accuracy is what anybody would compute
+    predicted = torch.cat([theirs for _, theirs in pairs]).argmax(dim=1)
+    assert float((predicted == data.test.labels).float().mean()) == pytest.approx(result["accuracy"], abs=1e-7)
+
+
+def test_a_run_can_be_repeated_bit_for_bit(finished: Path, tmp_path: Path) -> None:
+    torch.rand(7)  # whatever happened before in the process
+    run.train(micro({"training.epochs": 4}), out=tmp_path / "again")
+    assert_same_run(tmp_path / "again", finished)
+
+
+# ------------------------------------------------------------------------------------- honest selection
+
+
+def test_the_test_set_is_read_once_and_after_the_last_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    happened = []
+
+    def watched(*args: Any, **settings: Any) -> Any:
+        splits = load_data(*args, **settings)
+        read = splits.test.read
+
+        def counted(*inner: Any, **rest: Any) -> Any:
+            happened.append("test")
+            return read(*inner, **rest)
+
+        splits.test.read = counted  # type: ignore[method-assign]
+        return splits
+
+    monkeypatch.setattr(run, "load_data", watched)
+    sink = Recorder(lambda event: happened.append("epoch") if isinstance(event, EpochEnded) else None)
+    run.train(micro(), out=tmp_path / "run", sinks=[sink])
+    assert happened == ["epoch", "epoch", "test"]
+
+
+def test_validation_selects_the_best_epoch(finished: Path) -> None:
+    lines = metrics_of(finished)
+    found = [line["val_accuracy"] for line in lines]
+    best = int(np.argmax(found))
+    summary = json.loads((finished / "summary.json").read_text())
+    assert (summary["best_epoch"], summary["val_accuracy"]) == (best, found[best])
+    assert [line["is_best"] for line in lines] == [
+        value > max(found[:index], default=-1.0) for index, value in enumerate(found)
+    ]
+    assert run.evaluate_run(finished, part="val")["accuracy"] == found[best], "the saved weights are that epoch's"
+    assert 0 <= run.evaluate_run(finished, part="train")["accuracy"] <= 1
+
+
+def test_without_validation_images_the_last_epoch_is_taken(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    summary = run.train(micro({"data.val_fraction": 0.0}), out=folder)
+    assert (summary["best_epoch"], summary["val_accuracy"]) == (1, None)
+    last = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)["learner"]["model"]
+    weights = load_file(folder / "model.safetensors")
+    assert last.keys() == weights.keys()
+    assert all(torch.equal(last[name], weights[name]) for name in weights)
+    with pytest.raises(RecipeError, match="--part val: this run has no validation images"):
+        run.evaluate_run(folder, part="val")
+
+
+# ------------------------------------------------------------------------------------- every kind of run
+
+
+@pytest.mark.parametrize(
+    ("changes", "terms"),
+    [
+        ({"local.modules": 1}, [{"task"}]),
+        ({"local.modules": [1, 2]}, [{"task", "reconstruction"}, {"task", "reconstruction"}, {"task"}]),
+        ({"local.modules": "stages"}, [{"task", "reconstruction"}, {"task"}]),
+        ({"execution.precision": "bf16"}, [{"task", "reconstruction"}, {"task"}]),
+        ({"local.objective": "image", "local.options.decoder": "conv"}, [{"task", "reconstruction"}, {"task"}]),
+        ({"local.objective": "greedy", "local.options.classifier": "linear"}, [{"task"}, {"task"}]),
+        ({"local.objective": "contrastive"}, [{"contrastive", "reconstruction"}, {"task"}]),
+        ({"local.options.task_weight": [1.0, 0.5]}, [{"task", "reconstruction"}, {"task"}]),
+        (EVERYTHING, [{"task", "reconstruction"}, {"task"}]),
+        ({"augment.label_smoothing": 0.1, "training.optimizer": "sgd"}, [{"task", "reconstruction"}, {"task"}]),
+    ],
+    ids=["end-to-end", "boundaries", "stages", "bf16", "image", "greedy", "contrastive", "weights", "all", "sgd"],
+)
+def test_every_kind_of_run_ends_in_a_summary(changes: dict[str, Any], terms: list[set[str]], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    summary = run.train(micro({"training.epochs": 1, **changes}), out=folder)
+    assert [set(found) for found in summary["losses"]] == terms
+    assert all(np.isfinite(value) for found in summary["losses"] for value in found.values())
+    if changes.get("local.objective") == "contrastive":
+        assert summary["test_module_accuracy"][0] is None
+        assert accuracies(summary["test_module_accuracy"]).startswith("– ")  # noqa: RUF001
+    else:
+        assert None not in summary["test_module_accuracy"]
+    if changes is EVERYTHING:
+        assert metrics_of(folder)[0]["train_accuracy"] is None, "labels were soft"
+    assert run.evaluate_run(folder)["accuracy"] == summary["test_accuracy"]
+
+
+def test_the_average_of_the_weights_is_what_is_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run.train(micro({"training.ema_decay": 0.9, "data.val_fraction": 0.0}), out=folder)
+    last = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)["learner"]
+    weights = load_file(folder / "model.safetensors")
+    assert all(torch.equal(last["averaged_model"][name], weights[name]) for name in weights)
+    assert any(not torch.equal(last["model"][name], weights[name]) for name in weights)
+
+
+def test_execution_does_not_change_results(finished: Path, tmp_path: Path) -> None:
+    """Recomputing and workers not by a bit, accumulation only in rounding."""
+    same = {"execution.checkpoint": True, "execution.num_workers": 0, "training.epochs": 4}
+    run.train(micro(same), out=tmp_path / "same")
+    ours, theirs = (path / "model.safetensors" for path in (tmp_path / "same", finished))
+    assert ours.read_bytes() == theirs.read_bytes()
+    run.train(micro({"execution.accumulation": 3, "training.epochs": 4}), out=tmp_path / "near")
+    for ours_line, line in zip(metrics_of(tmp_path / "near"), metrics_of(finished), strict=True):
+        for found, expected in zip(ours_line["losses"], line["losses"], strict=True):
+            assert found == pytest.approx(expected, rel=2e-3)
+
+
+def test_a_default_folder_is_made_below_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    first, second = (Path(run.train(micro({"training.epochs": 1}))["folder"]) for _ in range(2))
+    assert first != second
+    assert first.parent == second.parent == Path("runs")
+    assert first.name.startswith("digits-feature-")
+
+
+def write_image_folder(root: Path, num_images: int = 24) -> Path:
+    """Two classes that anything can tell apart: dark and bright."""
+    generator = np.random.default_rng(0)
+    for name, low in (("dark night", 0), ("day", 180)):
+        (root / name).mkdir(parents=True)
+        for index in range(num_images):
+            pixels = generator.integers(low, low + 70, (20, 20, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{index:02}.png")
+    return root
+
+
+def test_an_image_folder_is_trained_on_and_predicted(tmp_path: Path) -> None:
+    data = write_image_folder(tmp_path / "photos")
+    changes = {"data": {"name": str(data), "val_fraction": 0.2}, "training.epochs": 3, "training.batch_size": 8}
+    summary = run.train(micro(changes), out=tmp_path / "run")
+    assert summary["num_test"] == 10
+    assert summary["test_accuracy"] == 1.0
+
+    predictions = list(run.predict(tmp_path / "run", data))
+    assert len(predictions) == 48
+    for prediction in predictions:
+        shares = [share for _, share in prediction.classes]
+        assert {name for name, _ in prediction.classes} == {"dark night", "day"}
+        assert shares == sorted(shares, reverse=True)
+        assert sum(shares) == pytest.approx(1.0, abs=1e-5)
+    right = [prediction.classes[0][0] == prediction.path.parent.name for prediction in predictions]
+    assert sum(right) >= 46
+
+    shutil.rmtree(data / "day")  # the data set is not needed
+    [single] = run.predict(tmp_path / "run", data / "dark night" / "00.png", top=1)
+    assert [name for name, _ in single.classes] == ["dark night"]
+
+
+def test_predicting_gives_the_softmax_of_the_plain_model(tmp_path: Path, finished: Path) -> None:
+    pixels = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+    Image.fromarray(pixels).save(tmp_path / "digit.png")
+    [prediction] = run.predict(finished, tmp_path / "digit.png", top=99)
+    assert len(prediction.classes) == 10
+    info = json.loads((finished / "data.json").read_text())
+    plain = timm.create_model(
+        SWIN["name"], num_classes=10, in_chans=1, img_size=16, patch_size=2, **SWIN["options"]
+    ).eval()
+    plain.load_state_dict(load_file(finished / "model.safetensors"))
+    big = Image.fromarray(pixels).resize((16, 16), Image.Resampling.BICUBIC)
+    image = normalise(torch.from_numpy(np.array(big))[None, None], info["mean"], info["std"])
+    with torch.no_grad():
+        shares = plain(image).softmax(dim=1)[0]
+    for name, share in prediction.classes:
+        assert share == pytest.approx(float(shares[int(name)]), abs=0.02)  # Pillow rounds otherwise when it resizes
+
+
+def test_a_corrupt_image_is_named_or_skipped_with_a_count(tmp_path: Path) -> None:
+    data = write_image_folder(tmp_path / "photos")
+    (data / "day" / "03.png").write_bytes(b"no image")
+    changes = {"data": {"name": str(data), "val_fraction": 0.0}, "training.epochs": 1, "training.batch_size": 8}
+    with pytest.raises(DataError, match=r"day/03\.png.*skip"):
+        run.train(micro(changes), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    sink = Recorder()
+    summary = run.train(micro({**changes, "data.on_corrupt": "skip"}), out=tmp_path / "run", sinks=[sink])
+    assert summary["num_skipped"] == 1
+    assert "1 corrupt images left out" in sink.events[0].details  # type: ignore[union-attr]
+
+
+@pytest.mark.heavy
+@pytest.mark.skipif(not CIFAR100.exists(), reason=f"{CIFAR100} is not on this machine")
+@pytest.mark.filterwarnings("ignore:::datasets")
+def test_cifar100_is_trained_on(tmp_path: Path) -> None:
+    changes = {"data": {"name": str(CIFAR100), "limit": 200}, "model": VIT, "training.epochs": 1}
+    summary = run.train(micro(changes), out=tmp_path / "run")
+    assert summary["num_test"] == 10_000
+    assert len(json.loads((tmp_path / "run" / "data.json").read_text())["class_names"]) == 100
+
+
+# ------------------------------------------------------------------------------------- resuming
+
+
+@pytest.mark.parametrize(
+    ("changes", "step"),
+    [
+        ({}, 10),
+        ({}, 1),
+        ({"local.modules": 1, **EVERYTHING}, 12),
+        (EVERYTHING, 10),
+        ({"execution.precision": "bf16", "execution.accumulation": 2}, 10),
+        ({"local.objective": "contrastive", "data.val_fraction": 0.0, "training.optimizer": "sgd"}, 13),
+    ],
+    ids=["plain", "first-step", "end-to-end", "all", "bf16", "contrastive"],
+)
+def test_a_run_stopped_in_the_middle_of_an_epoch_goes_on_bit_for_bit(
+    changes: dict[str, Any], step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = micro({"training.epochs": 3, **changes})
+    run.train(recipe, out=tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupt_at_step(patch, step)
+        with pytest.raises(Interrupted) as stop:
+            run.train(recipe, out=tmp_path / "parts")
+    assert (stop.value.signal_number, stop.value.folder) == (signal.SIGTERM, tmp_path / "parts")
+    position = torch.load(tmp_path / "parts" / "checkpoints" / "last.pt", weights_only=True)["position"]
+    assert (position["epoch"], position["batch"]) == divmod(step, 7)
+    torch.rand(5)  # another process stands elsewhere in its random numbers
+    np.random.rand(5)
+    run.resume(tmp_path / "parts")
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_a_signal_during_validation_stops_the_run_after_the_epoch_is_saved(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(event: Event) -> None:
+        if isinstance(event, EpochEnded) and event.epoch == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    recipe = micro({"training.epochs": 4})
+    with pytest.raises(Interrupted):
+        run.train(recipe, out=tmp_path / "run", sinks=[Recorder(interrupt)])
+    position = torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)["position"]
+    assert (position["epoch"], position["batch"]) == (2, 0)
+    run.resume(tmp_path / "run", recipe)
+    assert_same_run(tmp_path / "run", finished)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(finished: Path, tmp_path: Path) -> None:
+    def crash(event: Event) -> None:
+        if isinstance(event, EpochEnded):
+            raise KeyboardInterrupt  # nothing is saved, as if the process were gone
+
+    with pytest.raises(KeyboardInterrupt):
+        run.train(micro({"training.epochs": 4}), out=tmp_path / "run", sinks=[Recorder(crash)])
+    assert not (tmp_path / "run" / "checkpoints" / "last.pt").exists()
+    assert len(metrics_of(tmp_path / "run")) == 1
+    run.resume(tmp_path / "run")
+    assert_same_run(tmp_path / "run", finished)
+
+
+@pytest.mark.usefixtures("true_estimates")
+def test_another_execution_may_go_on(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = micro({"training.epochs": 4})
+    with monkeypatch.context() as patch:
+        interrupt_at_step(patch, 10)
+        with pytest.raises(Interrupted):
+            run.train(recipe, out=tmp_path / "run")
+    run.resume(tmp_path / "run", micro({"training.epochs": 4, "execution.checkpoint": True}))
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+
+
+def test_a_finished_run_only_gives_its_summary(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(*_: object, **__: object) -> None:
+        raise AssertionError("nothing is to be built")
+
+    monkeypatch.setattr(run, "_build", build)
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    sink = Recorder()
+    assert run.resume(finished, sinks=[sink]) == json.loads((finished / "summary.json").read_text())
+    assert len(sink.events) == 1
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "localgrad", "train", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_epochs(process: subprocess.Popen[str], folder: Path, count: int) -> None:
+    """Wait until ``count`` epochs are saved and the next one is under way."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        last, metrics = folder / "checkpoints" / "last.pt", folder / "metrics.jsonl"
+        if last.exists() and metrics.exists() and len(metrics.read_text().splitlines()) >= count:
+            time.sleep(0.1)
+            return
+        time.sleep(0.01)
+    raise AssertionError(process.communicate())
+
+
+@pytest.mark.usefixtures("true_estimates")
+def test_real_processes_stopped_in_every_way_go_on_bit_for_bit(tmp_path: Path) -> None:
+    """SIGTERM, then SIGKILL, then Ctrl-C, then to the end; and the same weights as of one run without a stop."""
+    recipe = micro({"training.epochs": 5, "data.limit": 500, **EVERYTHING})
+    (tmp_path / "recipe.toml").write_text(recipe.to_toml())
+    folder = tmp_path / "a folder"
+
+    process = start("--recipe", str(tmp_path / "recipe.toml"), "--out", str(folder))
+    wait_for_epochs(process, folder, 1)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert errors == (
+        f"localgrad: stopped by SIGTERM, and saved in {folder}; go on with: localgrad train --resume '{folder}'\n"
+    )
+
+    process = start("--resume", str(folder))
+    wait_for_epochs(process, folder, 2)
+    process.kill()
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+
+    process = start("--resume", str(folder))
+    wait_for_epochs(process, folder, 3)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopped by SIGINT" in errors
+    assert len(metrics_of(folder)) < 5, "it was stopped on its way"
+
+    run.resume(folder)
+    run.train(recipe, out=tmp_path / "whole")
+    assert_same_run(folder, tmp_path / "whole")
+
+
+# ------------------------------------------------------------------------------------- refused
+
+
+def test_another_method_is_refused_with_the_difference(stopped: Path) -> None:
+    changed = micro({"training.epochs": 3, "model.drop_path": 0.1})
+    with pytest.raises(RecipeError, match=r"model\.drop_path: 0\.0 -> 0\.1; training\.epochs: 2 -> 3"):
+        run.resume(stopped, changed)
+
+
+def test_a_folder_with_a_run_is_not_overwritten(stopped: Path) -> None:
+    with pytest.raises(RunFolderError, match="already holds a run; continue it with --resume"):
+        run.train(micro(), out=stopped)
+
+
+def test_a_folder_in_use_by_another_process_is_refused(stopped: Path) -> None:
+    hold = "import fcntl, sys; f = open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(stopped / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(RunFolderError, match="another process is using it"):
+            run.resume(stopped)
+        holder.communicate("\n")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.99])
+def test_a_truncated_checkpoint_is_refused(share: float, stopped: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(stopped, tmp_path / "run")
+    last = folder / "checkpoints" / "last.pt"
+    last.write_bytes(last.read_bytes()[: int(share * last.stat().st_size)])
+    with pytest.raises(CheckpointError, match=r"last\.pt: it is truncated or no checkpoint"):
+        run.resume(folder)
+
+
+def test_the_checkpoint_of_another_model_is_refused(stopped: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(stopped, tmp_path / "run")
+    wider = {"model": {**SWIN, "options": {**SWIN["options"], "embed_dim": 32}}}
+    (folder / "recipe.toml").write_text(micro(wider).to_toml())
+    with pytest.raises(CheckpointError, match=r"last\.pt: it doesn't fit this run .*another model"):
+        run.resume(folder)
+    (folder / "recipe.toml").write_text(micro({"local.modules": 3}).to_toml())
+    with pytest.raises(CheckpointError, match="it has 2 local modules"):
+        run.resume(folder)
+
+
+@pytest.mark.parametrize("part", ["learner", "position", "sums", "random"])
+def test_a_checkpoint_without_one_of_its_parts_is_refused(part: str, stopped: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(stopped, tmp_path / "run")
+    last = folder / "checkpoints" / "last.pt"
+    state = torch.load(last, weights_only=True)
+    torch.save({key: value for key, value in state.items() if key != part}, last)
+    with pytest.raises(CheckpointError, match="doesn't fit this run"):
+        run.resume(folder)
+    torch.save({**state, part: None}, last)
+    with pytest.raises(CheckpointError, match="doesn't fit this run"):
+        run.resume(folder)
+
+
+@pytest.mark.parametrize("content", [{"format": 2}, {}, [1, 2]])
+def test_a_checkpoint_of_another_version_is_refused(content: Any, stopped: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(stopped, tmp_path / "run")
+    torch.save(content, folder / "checkpoints" / "last.pt")
+    with pytest.raises(CheckpointError, match="its format is"):
+        run.resume(folder)
+
+
+def test_damaged_weights_are_refused(finished: Path, stopped: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished, tmp_path / "run")
+    best = folder / "checkpoints" / "best.safetensors"
+    best.write_bytes(best.read_bytes()[:1000])
+    for use in (run.evaluate_run, lambda path: list(run.predict(path, write_image_folder(tmp_path / "some", 1)))):
+        with pytest.raises(CheckpointError, match="truncated or no safetensors file"):
+            use(folder)
+    best.unlink()
+    with pytest.raises(CheckpointError, match="there are none; train the run first"):
+        run.evaluate_run(folder)
+    (folder / "data.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"data\.json: missing or damaged"):
+        list(run.predict(folder, tmp_path))
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    for use in (run.resume, run.evaluate_run, lambda path: list(run.predict(path, path))):
+        with pytest.raises(RunFolderError, match="no run there"):
+            use(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "recipe.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(RunFolderError, match="no run there"):
+        run.resume(tmp_path)
