@@ -71,7 +71,9 @@ def grid_of(layout: Layout, x: Tensor) -> Tensor:
 # Decoders --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", [Layout(kind="NCHW", width=3, grid=(24, 24)), SOURCES["prefix tokens"]], ids=["image", "same"])
+@pytest.mark.parametrize(
+    "target", [Layout(kind="NCHW", width=3, grid=(24, 24)), SOURCES["prefix tokens"]], ids=["image", "same"]
+)
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("name", DECODERS)
 def test_decoders_predict_the_target_grid(name: str, source: str, target: Layout) -> None:
@@ -137,7 +139,7 @@ def test_pixel_shuffle_is_torchs_own_up_to_the_order_of_channels(side: int) -> N
     source = Layout(kind="NHWC", width=side * side * width, grid=(5, 4))
     decoder = Given(source, Layout(kind="NHWC", width=width, grid=(5 * side, 4 * side)))
     x = features(source)
-    # torch counts channel = d * side**2 + position in the patch, we position * d: ours has the pixel's channels together
+    # torch counts a channel as d * side**2 + place in the patch, we as place * width + d.
     order = [position * width + d for d in range(width) for position in range(side * side)]
     expected = nn.functional.pixel_shuffle(x[..., order].permute(0, 3, 1, 2), side).permute(0, 2, 3, 1)
     assert torch.equal(decoder(x), expected)
@@ -176,7 +178,9 @@ def test_nothing_is_computed_above_the_modules_own_resolution(name: str) -> None
     positions: dict[str, int] = {}
 
     def note(label: str, output: Any) -> None:
-        channels = output.shape[1] if output.ndim == 4 and output.shape[-1] == output.shape[-2] == 6 else output.shape[-1]
+        channels = (
+            output.shape[1] if output.ndim == 4 and output.shape[-1] == output.shape[-2] == 6 else output.shape[-1]
+        )
         positions[label] = output.numel() // channels
 
     for label, part in decoder.named_modules():
@@ -190,7 +194,7 @@ def test_nothing_is_computed_above_the_modules_own_resolution(name: str) -> None
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_what_autograd_keeps_does_not_grow_with_the_target(name: str) -> None:
-    """Four times the pixels, four times the patches to predict; but what is kept for backward stays nearly as it was."""
+    """Sixteen times the pixels to predict, and not a byte more that is kept for the backward pass."""
     source = Layout(kind="NHWC", width=40, grid=(6, 6))
 
     def kept(side: int) -> int:
@@ -266,7 +270,11 @@ def test_classifiers_read_every_layout_alike(name: str, source: str) -> None:
     ours, theirs = build_classifier(name, layout, 7, {}), build_classifier(name, plain, 7, {})
     theirs.load_state_dict(ours.state_dict())
     x = features(layout)
-    tokens = torch.cat([x[:, : layout.num_prefix_tokens], grid_of(layout, x).flatten(1, 2)], dim=1) if layout.kind == "tokens" else grid_of(layout, x).flatten(1, 2)
+    tokens = (
+        torch.cat([x[:, : layout.num_prefix_tokens], grid_of(layout, x).flatten(1, 2)], dim=1)
+        if layout.kind == "tokens"
+        else grid_of(layout, x).flatten(1, 2)
+    )
     torch.testing.assert_close(ours(x), theirs(tokens))
 
 

@@ -334,7 +334,7 @@ def test_corrupt_images_are_named_or_counted(tmp_path, damage, limit_bytes):
     info, batches = whole_epoch("skip")
     assert sum(len(batch.images) for batch in batches) == 19
     assert (info.num_skipped, info.num_train) == ((1, 19) if limit_bytes else (0, 20))
-    with pytest.raises(DataError, match="on_corrupt 'skip'") as error:
+    with pytest.raises(DataError, match="--on-corrupt skip") as error:
         whole_epoch("error")
     assert str(broken) in str(error.value)
     assert "\n" not in str(error.value)

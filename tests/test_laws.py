@@ -48,6 +48,8 @@ VIT = {
 }
 RESNET = {"model_name": "resnet18", "channels": (8, 8, 16, 16), "output_stride": 8}  # for its batch norms
 MODELS = {"swin": SWIN, "vit": VIT, "resnet": RESNET}
+# Lists its parameters in another order than it uses them; a clipping norm sums in the listed one.
+CAIT = {"model_name": "cait_xxs24_224", "img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
 OBJECTIVES = {
     "feature": FeatureReconstruction(),
     "image": ImageReconstruction(),
@@ -58,7 +60,7 @@ OBJECTIVES = {
 
 def make(kind: str, **more: Any) -> nn.Module:
     torch.manual_seed(0)
-    return timm.create_model(**(MODELS[kind] | {"num_classes": 5} | more))
+    return timm.create_model(**((MODELS | {"cait": CAIT})[kind] | {"num_classes": 5} | more))
 
 
 def batches(count: int, num_images: int = 6, *, soft: bool = False) -> list[tuple[Tensor, Tensor]]:
@@ -81,7 +83,9 @@ def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
 
 
-def make_learner(kind: str, modules: Any = 3, optimizer: Any = adamw, drop_path: float = 0.0, **more: Any) -> LocalLearner:
+def make_learner(
+    kind: str, modules: Any = 3, optimizer: Any = adamw, drop_path: float = 0.0, **more: Any
+) -> LocalLearner:
     learner = LocalLearner(make(kind, drop_path_rate=drop_path), modules=modules, input_size=SIZE, **more)
     learner.configure_optimizers(optimizer)
     return learner
@@ -169,7 +173,7 @@ def test_check_isolation_catches_an_objective_that_uses_another_modules_weights(
     stolen = next(iter(learner.modules[0].parameters()))
     honest = thief.forward
     thief.forward = lambda *args: honest(*args)._replace(loss=stolen.square().sum())  # type: ignore[method-assign]
-    with pytest.raises(localgrad.IsolationError, match="local module 2 reached .* local module 0"):
+    with pytest.raises(localgrad.IsolationError, match=r"local module 2 reached .* local module 0"):
         localgrad.check_isolation(learner)
 
 
@@ -201,8 +205,10 @@ def plain_timm_training(
     [(0.0, None, False), (0.1, 0.5, False), (0.0, 0.5, True)],
     ids=["plain", "smoothed and clipped", "soft labels and clipped"],
 )
-@pytest.mark.parametrize("kind", MODELS)
-def test_one_module_is_plain_timm_training_bit_for_bit(kind: str, smoothing: float, clip: float | None, soft: bool) -> None:
+@pytest.mark.parametrize("kind", [*MODELS, "cait"])
+def test_one_module_is_plain_timm_training_bit_for_bit(
+    kind: str, smoothing: float, clip: float | None, soft: bool
+) -> None:
     data = batches(5, soft=soft)
     reference = make(kind, drop_path_rate=0.3)
     seen = plain_timm_training(reference, data, smoothing=smoothing, clip=clip)
@@ -236,7 +242,11 @@ def test_sequential_training_equals_a_naive_loop_bit_for_bit(kind: str) -> None:
         parts = [backbone.stem, *parts] if number == 0 else parts
         parts = [*parts, backbone.tail] if number == 2 else parts
         terms = learner.modules[number].objective.terms
-        heads = [] if number == 2 else [copy.deepcopy(terms["task"].classifier), copy.deepcopy(terms["reconstruction"].decoder)]
+        heads = (
+            []
+            if number == 2
+            else [copy.deepcopy(terms["task"].classifier), copy.deepcopy(terms["reconstruction"].decoder)]
+        )
         modules.append(parts)
         auxiliary.append(heads)
         optimizers.append(adamw([p for part in [*parts, *heads] for p in part.parameters()]))
@@ -256,10 +266,8 @@ def test_sequential_training_equals_a_naive_loop_bit_for_bit(kind: str) -> None:
             else:
                 classifier, decoder = auxiliary[number]
                 task = F.cross_entropy(classifier(outputs), labels, label_smoothing=0.1)
-                if number == 0:
-                    target = inputs.permute(0, 2, 3, 1)
-                else:
-                    target = layer_normalised(layouts[1].to_grid(inputs))
+                pixels = inputs.permute(0, 2, 3, 1)
+                target = pixels if number == 0 else layer_normalised(layouts[1].to_grid(inputs))
                 loss = task + F.mse_loss(decoder(outputs), target) * 0.5
             loss.backward()
             own = optimizers[number].param_groups[0]["params"]
@@ -386,17 +394,43 @@ def test_local_modules_are_compiled_for_their_own_shapes(monkeypatch: pytest.Mon
 
     It would then compile for symbolic sizes: a Swin of three blocks took 180 s so, and 4 s with static ones.
     """
+    graphs = compile_and_train(make_compiled("resnet", 2), monkeypatch)
+    assert [any(isinstance(value, torch.SymInt) for value in inputs) for inputs in graphs] == [False, False]
+
+
+@pytest.mark.heavy
+def test_more_modules_than_torch_recompiles_are_all_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the ninth variant of one forward's code on, torch would run the rest uncompiled, with a line in a log."""
+    monkeypatch.setitem(MODELS, "swin", SWIN | {"depths": (3, 3, 4), "patch_size": 2})
+    assert len(compile_and_train(make_compiled("swin", 12), monkeypatch)) > 8
+
+
+def test_the_memory_of_a_compiled_learner_is_estimated() -> None:
+    learners = [make_compiled("vit", 2, compile=flag) for flag in (True, False)]
+    for learner in learners:
+        learner.configure_optimizers(sgd)  # a run estimates when it is ready to start
+    peaks = [estimate_step(learner, 4, sgd).peak_bytes for learner in learners]
+    assert peaks[0] == peaks[1]
+
+
+def make_compiled(kind: str, modules: int, *, compile: bool = True) -> LocalLearner:
+    return LocalLearner(make(kind), modules=modules, input_size=SIZE, objective=GreedySupervised(), compile=compile)
+
+
+def compile_and_train(learner: LocalLearner, monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
+    """The inputs of every graph that is compiled in one step."""
     torch.compiler.reset()
-    symbolic: list[bool] = []
+    compiled: list[list[Any]] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        symbolic.append(any(isinstance(value, torch.SymInt) for value in inputs))
+        compiled.append(inputs)
         return graph.forward
 
     original = torch.compile
     monkeypatch.setattr(torch, "compile", lambda module, **options: original(module, backend=backend, **options))
-    train(make_learner("resnet", 2, sgd, objective=GreedySupervised(), compile=True), batches(1))
-    assert symbolic == [False, False]
+    learner.configure_optimizers(sgd)
+    train(learner, batches(1))
+    return compiled
 
 
 # Law 3: lifetime -------------------------------------------------------------------------------------------------
@@ -544,7 +578,11 @@ RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 
 def source_files() -> list[Path]:
-    return [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py" and "presets" not in path.parts]
+    return [
+        path
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if path != PACKAGE / "__init__.py" and "presets" not in path.parts
+    ]
 
 
 def dotted(path: Path) -> str:

@@ -269,7 +269,9 @@ def test_a_weight_of_zero_drops_the_term_and_its_net() -> None:
     assert [sorted(faded.build(site(index, 3)).terms) for index in (0, 1)] == [["reconstruction", "task"], ["task"]]
 
 
-@pytest.mark.parametrize("objective", [GreedySupervised(task_weight=-1.0), FeatureReconstruction(task_weight=(1.0, -1.0))])
+@pytest.mark.parametrize(
+    "objective", [GreedySupervised(task_weight=-1.0), FeatureReconstruction(task_weight=(1.0, -1.0))]
+)
 def test_a_negative_weight_is_refused(objective: Objective) -> None:
     with pytest.raises(RecipeError, match=r"weight of 'task' is -1.0 in local module 2; it can't be negative"):
         objective.build(site(2, 4))
@@ -307,7 +309,9 @@ def test_terms_of_each_method(objective: Objective, terms: list[str]) -> None:
     assert list(last.terms) == ["task"]
     assert not list(last.parameters())
     logits = torch.randn(3, 5)
-    assert torch.equal(last(torch.empty(0), logits, a_batch()).loss, nn.functional.cross_entropy(logits, torch.arange(3)))
+    assert torch.equal(
+        last(torch.empty(0), logits, a_batch()).loss, nn.functional.cross_entropy(logits, torch.arange(3))
+    )
 
 
 def test_the_last_module_smooths_its_labels_too() -> None:

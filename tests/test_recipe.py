@@ -207,7 +207,9 @@ def test_impossible_values_name_their_key(key: str, value: Any) -> None:
         Recipe.from_dict(overlay({}, {key: value}))
     message = str(caught.value)
     # A check of the dataclass itself names its field in words, after the table.
-    assert message.startswith((f"recipe: {key} = ", f"recipe: {key}.")) or (message.startswith("recipe: augment: ") and key.split(".")[1] in message)
+    assert message.startswith((f"recipe: {key} = ", f"recipe: {key}.")) or (
+        message.startswith("recipe: augment: ") and key.split(".")[1] in message
+    )
     assert "\n" not in message
 
 
@@ -269,7 +271,9 @@ def test_assignments_need_a_key_and_a_value(text: str) -> None:
         parse_assignments([text])
 
 
-@pytest.mark.parametrize(("text", "modules"), [("4", 4), ("stages", "stages"), ("2,5,9", [2, 5, 9]), ("-1", -1), ("2, 5", [2, 5])])
+@pytest.mark.parametrize(
+    ("text", "modules"), [("4", 4), ("stages", "stages"), ("2,5,9", [2, 5, 9]), ("-1", -1), ("2, 5", [2, 5])]
+)
 def test_modules_on_the_command_line(text: str, modules: Any) -> None:
     assert parse_modules(text) == modules
 
@@ -301,7 +305,9 @@ def test_presets_are_whole_recipes(name: str) -> None:
     recipe = Recipe.from_dict(preset(name))
     assert Recipe.from_toml(recipe.to_toml()) == recipe
     local = recipe.method.local
-    objective = build_objective(local.objective, {"label_smoothing": recipe.method.augment.label_smoothing, **local.options})
+    objective = build_objective(
+        local.objective, {"label_smoothing": recipe.method.augment.label_smoothing, **local.options}
+    )
     for option, value in local.options.items():
         assert getattr(objective, option) == value
 

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from localgrad import run
+from localgrad import build, run
 from localgrad.errors import CheckpointError, DataError, RecipeError, RunFolderError
 from localgrad.learner import LocalLearner
 from localgrad.recipe import Recipe, overlay
@@ -236,7 +236,7 @@ def test_the_test_set_is_read_once_and_after_the_last_epoch(tmp_path: Path, monk
         splits.test.read = counted  # type: ignore[method-assign]
         return splits
 
-    monkeypatch.setattr(run, "load_data", watched)
+    monkeypatch.setattr(build, "load_data", watched)
     sink = Recorder(lambda event: happened.append("epoch") if isinstance(event, EpochEnded) else None)
     run.train(micro(), out=tmp_path / "run", sinks=[sink])
     assert happened == ["epoch", "epoch", "test"]
@@ -481,7 +481,7 @@ def test_a_finished_run_only_gives_its_summary(finished: Path, monkeypatch: pyte
     def build(*_: object, **__: object) -> None:
         raise AssertionError("nothing is to be built")
 
-    monkeypatch.setattr(run, "_build", build)
+    monkeypatch.setattr(run, "build", build)
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     sink = Recorder()
     assert run.resume(finished, sinks=[sink]) == json.loads((finished / "summary.json").read_text())

@@ -259,11 +259,11 @@ def make_plan(backbone: Backbone, modules: Request | Plan, *, checkpoint: bool |
 
 def activation_bytes(backbone: Backbone) -> list[int]:
     """Bytes that autograd keeps for one image in each block; the stem counts to the first, the tail to the last."""
-    image = torch.empty(1, *backbone.input_size, device="meta")
-    stem, *blocks, tail = block_activation_bytes([backbone.stem, *backbone.blocks, backbone.tail], image)
+    images = torch.empty(2, *backbone.input_size, device="meta")  # two: batch norms refuse to train on one
+    stem, *blocks, tail = block_activation_bytes([backbone.stem, *backbone.blocks, backbone.tail], images)
     blocks[0] += stem
     blocks[-1] += tail
-    return blocks
+    return [kept // 2 for kept in blocks]
 
 
 def end_to_end(learner: LocalLearner) -> LocalLearner:

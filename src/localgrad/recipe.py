@@ -97,7 +97,7 @@ class TrainingSettings:
         optimizer: timm's name, such as adamw, sgd, lamb.
         lr: peak learning rate.
         weight_decay: not applied to biases, norms and what the model names.
-        scheduler: timm's name, such as cosine, step, none.
+        scheduler: timm's name, such as cosine, step, poly (linear), none.
         warmup_epochs: linear warm-up from ``warmup_lr``.
         warmup_lr: learning rate at the start of the warm-up.
         min_lr: learning rate at the end.
@@ -301,15 +301,16 @@ def validated(kind: type[Any], values: Any, prefix: str) -> Any:
 
 
 def _explain(kind: type[Any], error: Any, prefix: str) -> str:
-    path = [str(part) for part in error["loc"] if not str(part).startswith(("constrained", "function", "list["))]
+    path = [str(part) for part in error["loc"]]
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         known = _keys_at(kind, path[:-1]) + (["execution"] if kind is Method and len(path) == 1 else [])
         return (
             f"recipe: unknown key {prefix + '.'.join(path)!r}; here a recipe has {', '.join(known)}."
             f"{did_you_mean(path[-1], known)}"
         )
-    known_path = [part for part in path if part not in ("int", "str", "float")]
-    key = (prefix + ".".join(known_path)).rstrip(".")
+    branches = ("constrained-", "function-", "list[", "tuple[")  # of a union, as pydantic calls them
+    named = [part for part in path if part not in ("int", "str", "float") and not part.startswith(branches)]
+    key = (prefix + ".".join(named)).rstrip(".")
     cause = error.get("ctx", {}).get("error")
     if cause is not None:  # a check of our own, which names its value
         return f"recipe: {key}: {cause}"

@@ -146,7 +146,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors report a full disk by the latter
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise  # only torch's own writer reports a full disk so
         reason = error.strerror if isinstance(error, OSError) else _first_line(error)
         raise RunFolderError(
             f"{path}: can't be written ({reason}); what was there before is still there. Make room, or see who may "

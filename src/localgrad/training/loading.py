@@ -22,6 +22,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import signal
 import struct
 import zlib
 from abc import ABC, abstractmethod
@@ -322,6 +323,7 @@ class FileImages(ImageSet):
             sampler=cast("Any", batches),
             num_workers=num_workers,
             pin_memory=device.type == "cuda",
+            worker_init_fn=_ignore_signals,
             generator=torch.Generator(),  # else the loader draws its workers' seed from the global state
         )
         for images, labels, corrupt in loader:
@@ -330,6 +332,12 @@ class FileImages(ImageSet):
             if not len(images):
                 raise DataError(f"Not one image of a batch of {len(corrupt)} can be read. {corrupt[0]}")
             yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+
+def _ignore_signals(_worker: int) -> None:
+    """Leave Ctrl-C and SIGTERM to the main process, which stops its workers once the run is saved."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _DecodedBatches(torch.utils.data.Dataset[tuple[Tensor, Tensor, list[str]]]):
@@ -369,7 +377,7 @@ def open_image(encoded: bytes) -> Image.Image:
     Raises:
         CorruptImage: where Pillow makes no image of them.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     broken = (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, struct.error, zlib.error)
     try:
@@ -377,6 +385,8 @@ def open_image(encoded: bytes) -> Image.Image:
         image.load()
         if image.info.get("exif") and image.getexif().get(0x0112, 1) != 1:  # the tag of orientation
             image = ImageOps.exif_transpose(image)
+    except UnidentifiedImageError as error:  # whose own text names the buffer in memory
+        raise CorruptImage("not an image that Pillow knows" if encoded else "empty") from error
     except (*broken, Image.DecompressionBombError) as error:
         raise CorruptImage("empty" if not encoded else str(error)) from error
     return image
@@ -461,7 +471,8 @@ def _bytes_of(path: str) -> bytes:
 
 def _corrupt(name: str, error: CorruptImage) -> DataError:
     return DataError(
-        f"The image {name} can't be read ({_first_line(error)}): remove it, or skip such images with on_corrupt 'skip'."
+        f"The image {name} can't be read ({_first_line(error)}): remove it, or leave such images out with "
+        "--on-corrupt skip."
     )
 
 

@@ -123,6 +123,7 @@ class Schedule:
                 warmup_epochs=min(warmup_epochs, WARMUP_SHARE * epochs),
                 warmup_lr=warmup_lr,
                 min_lr=min_lr,
+                decay_rate=1.0 if name == "poly" else 0.1,  # timm takes it for poly's power
                 step_on_epochs=False,
                 updates_per_epoch=batches_per_epoch,
             )[0]

@@ -36,7 +36,7 @@ from localgrad.training.folder import RunFolder, load_saved_weights, save_weight
 from localgrad.training.optim import Schedule
 
 SECONDS_BETWEEN_READINGS = 1.0
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(Exception):  # noqa: N818  # not an error: the run was saved and can go on
@@ -332,14 +332,15 @@ class Trainer:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.getsignal(number) for number in SIGNALS}
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
+        before = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}  # nohup
 
         def note(number: int, _frame: object) -> None:
             self._signal = number
             for each, handler in before.items():
                 signal.signal(each, handler)
 
-        for number in SIGNALS:
+        for number in before:
             signal.signal(number, note)
         try:
             yield

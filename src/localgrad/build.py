@@ -1,0 +1,245 @@
+"""A recipe made into objects: device, data, model, learner, optimizers, batches. Nothing is written.
+
+The order is chosen for the person who waits: names and numbers that can be wrong are checked before data is read, and
+data before a model is built.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from localgrad.backbone import split
+from localgrad.errors import BackboneError, DeviceError, did_you_mean
+from localgrad.execution.local_step import check_precision
+from localgrad.learner import LocalLearner, default_input_size, make_plan
+from localgrad.objectives.methods import build_objective
+from localgrad.recipe import ModelSettings, Recipe, validated
+from localgrad.training.augment import Augment
+from localgrad.training.data import Batches, DataInfo, ImageSet, Splits, load_data
+from localgrad.training.optim import OptimizerFactory, Schedule
+
+EVALUATION_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a recipe comes to, built."""
+
+    recipe: Recipe
+    data: Splits
+    learner: LocalLearner
+    optimizer: OptimizerFactory
+    schedule: Schedule
+    batches: Batches
+    device: torch.device
+
+    def evaluation_batches(self, images: ImageSet) -> Batches:
+        """Batches of one part of the data, in order and not augmented."""
+        size = self.learner.backbone.input_size
+        return _batches(self.recipe, self.data.info, images, batch_size=EVALUATION_BATCH, size=size, device=self.device)
+
+
+def build(recipe: Recipe, *, download: bool = False, has_weights: bool = False) -> Job:
+    """Build what a recipe names, and check all of it; nothing is written.
+
+    Args:
+        recipe: what to build.
+        download: let torchvision fetch a data set that is missing.
+        has_weights: weights will be loaded, so pretrained ones aren't needed.
+    """
+    method, execution = recipe.method, recipe.execution
+    device = resolve_device(execution.device)
+    check_precision(execution.precision, device)
+    check_model_name(method.model.name)
+    options = {"label_smoothing": method.augment.label_smoothing, **method.local.options}
+    objective = build_objective(method.local.objective, options)
+    objective = validated(type(objective), options, "local.options.")  # (first, last) comes as a list from TOML
+    if execution.num_threads is not None:
+        torch.set_num_threads(execution.num_threads)
+    side = method.model.img_size
+    settings = method.data
+    data = load_data(
+        settings.name,
+        root=None if settings.root is None else Path(settings.root),
+        download=download,
+        val_fraction=settings.val_fraction,
+        limit=settings.limit,
+        on_corrupt=settings.on_corrupt,
+        seed=method.seed,
+        image_size=None if side is None else (side, side),
+    )
+    _seed_everything(method.seed)
+    model = create_model(replace(method.model, pretrained=False) if has_weights else method.model, data.info)
+    size = input_size_of(model, method.model, data.info)
+    _check_patches(model, size[1:])
+    backbone = split(model.to(device), size)
+    plan = make_plan(backbone, method.local.modules, checkpoint=execution.checkpoint)
+    learner = LocalLearner(
+        backbone,
+        modules=plan,
+        objective=objective,
+        precision=execution.precision,
+        compile=execution.compile,
+        accumulation=execution.accumulation,
+        clip_grad=method.training.clip_grad,
+        ema_decay=method.training.ema_decay,
+    )
+    optimizer = OptimizerFactory(
+        model, name=method.training.optimizer, lr=method.training.lr, weight_decay=method.training.weight_decay
+    )
+    learner.configure_optimizers(optimizer)
+    augment, training = method.augment, method.training
+    if not (augment.mixup or augment.cutmix):  # the losses smooth hard labels by themselves
+        augment = replace(augment, label_smoothing=0.0)
+    batches = _batches(
+        recipe, data.info, data.train, batch_size=training.batch_size, size=size, device=device, augment=augment
+    )
+    schedule = Schedule(
+        learner.optimizers,
+        name=training.scheduler,
+        epochs=training.epochs,
+        batches_per_epoch=len(batches),
+        warmup_epochs=training.warmup_epochs,
+        warmup_lr=training.warmup_lr,
+        min_lr=training.min_lr,
+    )
+    return Job(recipe, data, learner, optimizer, schedule, batches, device)
+
+
+def resolve_device(name: str) -> torch.device:
+    """Turn a device's name into a device that this machine has.
+
+    Raises:
+        DeviceError: it has none such.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise DeviceError(f"--device: {name!r} is no device; take auto, cpu, cuda or cuda:N.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(f"--device: {name!r} was asked for, but torch sees no CUDA GPU here; take --device cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(f"--device: {name!r}, but there are {torch.cuda.device_count()} GPUs; take cuda:0.")
+    if device.type not in ("cpu", "cuda"):
+        raise DeviceError(f"--device: {name!r} is not supported; take auto, cpu or cuda.")
+    return device
+
+
+def check_model_name(name: str) -> None:
+    """Refuse a model that timm doesn't have.
+
+    Raises:
+        BackboneError: with the nearest names.
+    """
+    import timm
+
+    if not timm.is_model(name.split(".", maxsplit=1)[0]):
+        nearest = did_you_mean(name, timm.list_models()) or " timm.list_models() names them all."
+        raise BackboneError(f"--model: timm has no {name!r}.{nearest}")
+
+
+def create_model(settings: ModelSettings, info: DataInfo) -> nn.Module:
+    """Make the timm model of a recipe for a data set.
+
+    Raises:
+        BackboneError: unknown to timm, or timm can't make it with these settings.
+    """
+    import timm
+
+    check_model_name(settings.name)
+    options: dict[str, Any] = dict(settings.options)
+    for key in ("img_size", "patch_size"):
+        if getattr(settings, key) is not None:
+            options[key] = getattr(settings, key)
+    if settings.drop_path:
+        options["drop_path_rate"] = settings.drop_path
+
+    def create() -> nn.Module:
+        model: nn.Module = timm.create_model(
+            settings.name,
+            pretrained=settings.pretrained,
+            num_classes=info.num_classes,
+            in_chans=info.num_channels,
+            **options,
+        )
+        return model
+
+    try:
+        try:
+            return create()
+        except TypeError as error:
+            if settings.img_size is None or "'img_size'" not in str(error):
+                raise
+            del options["img_size"]  # a convolutional model, which takes any size
+            return create()
+    except Exception as error:  # timm's own checks are asserts and errors of many kinds
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise BackboneError(
+            f"--model: timm can't make {settings.name!r} with {_listed(options)}: {reason}. "
+            "Check --img-size, --patch-size and model.options."
+        ) from error
+
+
+def input_size_of(model: nn.Module, settings: ModelSettings, info: DataInfo) -> tuple[int, int, int]:
+    """(C, H, W) that a model takes in a recipe."""
+    if settings.img_size is not None:
+        return info.num_channels, settings.img_size, settings.img_size
+    return info.num_channels, *default_input_size(model)[1:]
+
+
+def _check_patches(model: nn.Module, image_size: tuple[int, int]) -> None:
+    """Refuse an image size that isn't a whole number of patches: timm would leave the rest of the image unseen."""
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    if patch is None:
+        return
+    patches = (patch, patch) if isinstance(patch, int) else tuple(patch)
+    for side, length in zip(image_size, patches, strict=True):
+        if side % length:
+            below = side // length * length
+            near = f"{below} or {below + length}" if below else f"{length}"
+            raise BackboneError(
+                f"--img-size: {side} pixels aren't a whole number of patches of {length}; take {near}, or another "
+                "--patch-size."
+            )
+
+
+def _batches(
+    recipe: Recipe,
+    info: DataInfo,
+    images: ImageSet,
+    *,
+    batch_size: int,
+    size: tuple[int, int, int],
+    device: torch.device,
+    augment: Augment | None = None,
+) -> Batches:
+    return Batches(
+        images,
+        batch_size=batch_size,
+        image_size=size[1:],
+        info=info,
+        device=device,
+        augment=augment,
+        seed=recipe.method.seed,
+        drop_last=True,
+        num_workers=recipe.execution.num_workers,
+    )
+
+
+def _seed_everything(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def _listed(options: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in options.items()) or "no options"
