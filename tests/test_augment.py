@@ -25,9 +25,7 @@ def random_images(num_images: int = 6, channels: int = 3, height: int = 8, width
     return torch.randint(0, 256, (num_images, channels, height, width), dtype=torch.uint8, generator=generator)
 
 
-def run(
-    images: torch.Tensor, augment: Augment, seed: int = 0, **changes: object
-) -> tuple[torch.Tensor, torch.Tensor]:
+def run(images: torch.Tensor, augment: Augment, seed: int = 0, **changes: object) -> tuple[torch.Tensor, torch.Tensor]:
     arguments = {"num_classes": 5, "image_size": (8, 8), "mean": MEAN, "std": STD} | changes
     targets = torch.arange(len(images)) % 5
     return aug.augment_batch(images, targets, augment=augment, seed=seed, **arguments)

@@ -370,9 +370,7 @@ def test_frozen_arguments_refuse_another_grid() -> None:
 @pytest.mark.parametrize("name", ["coat_lite_tiny", "twins_svt_small", "volo_d1_224", "gcvit_xxtiny"])
 def test_unknown_architectures_say_what_was_looked_for(name: str) -> None:
     model = timm.create_model(name)
-    with pytest.raises(
-        BackboneError, match=r"can't be split: .*children are .*blocks, layers, stages.*swin, swinv2"
-    ):
+    with pytest.raises(BackboneError, match=r"can't be split: .*children are .*blocks, layers, stages.*swin, swinv2"):
         split(model, (3, 224, 224))
 
 

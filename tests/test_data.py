@@ -361,9 +361,7 @@ def test_images_come_upright_and_of_every_mode(tmp_path):
 
 @pytest.mark.parametrize("label", ["label", "fine_label", "labels", "species"])
 def test_parquet_folder_with_parts(tmp_path, label):
-    write_parquet(
-        tmp_path / "set" / "train-00000-of-00001.parquet", [0, 1] * 10, names=["cat", "dog"], label=label
-    )
+    write_parquet(tmp_path / "set" / "train-00000-of-00001.parquet", [0, 1] * 10, names=["cat", "dog"], label=label)
     write_parquet(tmp_path / "set" / "test-00000-of-00001.parquet", [1, 0, 1], names=["cat", "dog"], label=label)
     splits = load_data(str(tmp_path / "set"), val_fraction=0)
     assert (splits.info.class_names, splits.info.num_train) == (("cat", "dog"), 20)
@@ -409,17 +407,13 @@ def test_labels_outside_their_classes(tmp_path, label):
     import pyarrow.parquet
 
     pyarrow.parquet.write_table(schema, tmp_path / "b.parquet")
-    with pytest.raises(
-        DataError, match=rf"from 0 to 1 \(2 classes\), got {label} for image 3 of the part 'train'"
-    ):
+    with pytest.raises(DataError, match=rf"from 0 to 1 \(2 classes\), got {label} for image 3 of the part 'train'"):
         load_data(str(tmp_path / "b.parquet"))
 
 
 def test_tables_without_the_columns_wanted(tmp_path):
     (tmp_path / "a.csv").write_text("height,width\n1,2\n")
-    with pytest.raises(
-        DataError, match=r"no single column of type Image: its columns are height \(Value\), width"
-    ):
+    with pytest.raises(DataError, match=r"no single column of type Image: its columns are height \(Value\), width"):
         load_data(str(tmp_path / "a.csv"))
     write_parquet(tmp_path / "b.parquet", [0, 1], names=None, label="species")
     with pytest.raises(DataError, match=r"no single label column .* image \(Image\), species \(Value\)"):
@@ -668,7 +662,5 @@ def test_importing_needs_torch_alone():
         "import sys, localgrad.training.data; "
         "print([m for m in ('torchvision', 'timm', 'datasets', 'sklearn', 'PIL') if m in sys.modules])"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ
-    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     assert result.stdout.strip() == "[]"

@@ -89,10 +89,7 @@ SHARED = {"beit shared bias", "eva02 mixed rope"}
 def build(family: str) -> tuple[nn.Module, tuple[int, int, int]]:
     name, kwargs, _ = FAMILIES[family]
     torch.manual_seed(0)
-    if name:
-        model = timm.create_model(name, num_classes=5, drop_path_rate=0.3, **kwargs)
-    else:
-        model = build_mvitv2(**kwargs)
+    model = timm.create_model(name, num_classes=5, drop_path_rate=0.3, **kwargs) if name else build_mvitv2(**kwargs)
     size = kwargs.get("img_size", 64)
     shake(model)
     return model, (3, size, size)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import localgrad
 from localgrad import Contrastive, FeatureReconstruction, GreedySupervised, ImageReconstruction, LocalLearner, Plan
 from localgrad.errors import BackboneError, CheckpointError, DeviceError, PartitionError, RecipeError
-from localgrad.learner import end_to_end
+from localgrad.learner import end_to_end, make_plan
 from localgrad.planning.memory import block_activation_bytes
 
 SIZE = (3, 32, 32)
@@ -201,10 +201,10 @@ def test_one_module_has_the_models_parameters_in_the_models_order(name: str) -> 
 
 
 def test_a_count_is_balanced_by_activation_bytes() -> None:
-    plan = LocalLearner(swin(depths=(1, 1, 2)), modules=3, input_size=SIZE).plan
-    backbone = localgrad.split(swin(depths=(1, 1, 2)), SIZE)
+    backbone = localgrad.split(swin(depths=(2, 3), num_heads=(1, 2)), SIZE)
+    plan = make_plan(backbone, 3)
     candidates = [
-        LocalLearner(backbone, modules=(first, second)).plan.activation_bytes
+        make_plan(backbone, (first, second)).activation_bytes
         for second in range(2, plan.num_blocks)
         for first in range(1, second)
     ]
@@ -213,11 +213,12 @@ def test_a_count_is_balanced_by_activation_bytes() -> None:
 
 def test_the_stems_bytes_count_to_the_first_block_and_the_tails_to_the_last() -> None:
     backbone = localgrad.split(swin(), SIZE)
-    image = torch.empty(1, *SIZE, device="meta")
-    stem, *blocks, tail = block_activation_bytes([backbone.stem, *backbone.blocks, backbone.tail], image)
+    images = torch.empty(2, *SIZE, device="meta")
+    parts = [backbone.stem, *backbone.blocks, backbone.tail]
+    stem, *blocks, tail = block_activation_bytes(parts, images)
     assert stem > 0
     assert tail > 0
-    expected = (blocks[0] + stem, *blocks[1:-1], blocks[-1] + tail)
+    expected = tuple(kept // 2 for kept in (blocks[0] + stem, *blocks[1:-1], blocks[-1] + tail))
     plan = LocalLearner(backbone, modules=range(1, len(blocks))).plan
     assert plan.activation_bytes == expected
 

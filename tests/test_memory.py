@@ -155,8 +155,7 @@ def test_mixed_precision_halves_activations():
         output.float().sum().backward()
 
     full, half = (
-        memory.simulate(model, lambda m, images, b=bf16: forward(m, images, b), inputs=inputs)
-        for bf16 in (False, True)
+        memory.simulate(model, lambda m, images, b=bf16: forward(m, images, b), inputs=inputs) for bf16 in (False, True)
     )
     assert 0.45 < half.by_category["activations"] / full.by_category["activations"] < 0.7
 

@@ -95,7 +95,7 @@ class ConvDecoder(Decoder):
 
     def __init__(self, source: Layout, target: Layout, *, hidden_width: int | None = None) -> None:
         super().__init__(source, target)
-        hidden = hidden_width or min(source.width, 64)
+        hidden = _size("hidden_width", hidden_width, default=min(source.width, 64))
         self.norm = nn.LayerNorm(source.width)
         self.first = nn.Conv2d(source.width, hidden, 3, padding=1)
         self.second = nn.Conv2d(hidden, self.num_outputs, 3, padding=1)
@@ -118,15 +118,16 @@ class TransformerDecoder(Decoder):
         target: layout of what is predicted.
         depth: transformer blocks (one or two).
         width: their width, a multiple of 32; by default the features' own, rounded down, at most 192.
-        window: largest side of an attention window, in positions.
+        window: largest side of an attention window, in positions; windows divide the grid, so a prime side larger than
+            this leaves windows of one.
     """
 
     def __init__(
         self, source: Layout, target: Layout, *, depth: int = 1, width: int | None = None, window: int = 14
     ) -> None:
         super().__init__(source, target)
-        width = _head_multiple(width or min(source.width, 192))
-        self.window = tuple(_largest_divisor(side, window) for side in source.grid)
+        width = _head_multiple(_size("width", width, default=min(source.width, 192)))
+        self.window = tuple(_largest_divisor(side, _size("window", window)) for side in source.grid)
         self.norm = nn.LayerNorm(source.width)
         self.enter = nn.Linear(source.width, width)
         self.blocks = transformer_blocks(width, depth)
@@ -207,7 +208,7 @@ class MlpClassifier(Classifier):
 
     def __init__(self, source: Layout, num_classes: int, *, hidden_width: int | None = None) -> None:
         super().__init__(source, num_classes)
-        hidden = hidden_width or 2 * source.width
+        hidden = _size("hidden_width", hidden_width, default=2 * source.width)
         self.pool = Pool(source)
         self.head = nn.Sequential(nn.Linear(self.pool.width, hidden), nn.GELU(), nn.Linear(hidden, num_classes))
 
@@ -234,7 +235,8 @@ class TransformerClassifier(Classifier):
         self, source: Layout, num_classes: int, *, depth: int = 1, width: int | None = None, grid: int = 4
     ) -> None:
         super().__init__(source, num_classes)
-        width = _head_multiple(width or min(source.width, 384))
+        width = _head_multiple(_size("width", width, default=min(source.width, 384)))
+        grid = _size("grid", grid)
         self.grid = (min(grid, source.grid[0]), min(grid, source.grid[1]))
         self.norm = nn.LayerNorm(source.width)
         self.enter = nn.Linear(source.width, width)
@@ -258,8 +260,7 @@ def transformer_blocks(width: int, depth: int) -> nn.Sequential:
     """Plain pre-norm transformer blocks of timm: heads of 32 channels, an MLP of twice the width."""
     from timm.models.vision_transformer import Block
 
-    if depth < 1:
-        raise RecipeError(f"depth of a transformer decoder or classifier must be at least 1, got {depth}.")
+    depth = _size("depth", depth)
     return nn.Sequential(*(Block(width, width // HEAD_WIDTH, mlp_ratio=2.0, qkv_bias=True) for _ in range(depth)))
 
 
@@ -320,6 +321,18 @@ def _build(
             raise RecipeError(f"{kind}_options: {name!r} can't take {dict(options)} ({error}).") from error
 
     return make
+
+
+def _size(name: str, value: int | None, *, default: int = 1) -> int:
+    """An option that counts something, or its default.
+
+    Raises:
+        RecipeError: it isn't a whole number from 1 on.
+    """
+    size = default if value is None else value
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise RecipeError(f"{name} of a decoder or classifier must be a whole number from 1 on, got {value!r}.")
+    return size
 
 
 def _head_multiple(width: int) -> int:

@@ -184,8 +184,10 @@ def train(  # noqa: PLR0917  # one parameter an option
         "execution.num_workers": num_workers,
         "execution.num_threads": num_threads,
     }
-    changes = {key: value for key, value in options.items() if value is not None}
+    changes: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
     changes |= parse_assignments(set_ or [])
+    if isinstance(changes.get("local.modules"), str):  # --set local.modules=2,5,9
+        changes["local.modules"] = parse_modules(changes["local.modules"])
     if resume is not None:
         wanted = _resumed(resume, changes, forbidden={"--out": out, "--preset": preset, "--recipe": recipe})
     else:

@@ -44,7 +44,8 @@ class LocalLearner:
         checkpoint: recompute activations inside modules: all (``True``), none, or one flag a module.
         compile: run each local module through ``torch.compile``.
         clip_grad: largest norm of each module's gradient.
-        accumulation: parts that ``step`` cuts a batch into, to save memory; one update a step all the same.
+        accumulation: parts that ``step`` cuts a batch into, to save memory; one update a step all the same. What looks
+            at a whole batch (batch norms, the contrastive term) then looks at a part.
         ema_decay: keep an exponential moving average of the model's weights, in ``averaged_model``.
 
     Raises:
@@ -69,6 +70,8 @@ class LocalLearner:
     ) -> None:
         if accumulation < 1:
             raise RecipeError(f"accumulation must be at least 1, got {accumulation}.")
+        if clip_grad is not None and not clip_grad > 0:
+            raise RecipeError(f"clip_grad must be above 0, got {clip_grad}; leave it out for no clipping.")
         self.backbone = model if isinstance(model, Backbone) else split(model, input_size or default_input_size(model))
         self.model = self.backbone.model
         check_precision(precision, self.device)
@@ -206,28 +209,35 @@ class LocalLearner:
             "scalers": [step.scaler.state_dict() for step in steps],
             "averaged_model": None if self.averaged_model is None else self.averaged_model.state_dict(),
             "num_steps": self.num_steps,
+            "boundaries": list(self.plan.boundaries),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a state from ``state_dict``.
 
         Raises:
-            CheckpointError: it is of another model, another partition, or made before optimizers were configured.
+            CheckpointError: it is of another model, another partition, or made before optimizers were configured;
+                the learner is as it was.
         """
         steps = self._executor.steps if self._executor else ()
-        counts = len(state["objectives"]), len(state["optimizers"])
-        if counts != (len(self.modules), len(steps)):
+        found = tuple(state["boundaries"]), len(state["optimizers"])
+        if found != (self.plan.boundaries, len(steps)):
             raise CheckpointError(
-                f"checkpoint: it has {counts[0]} local modules with {counts[1]} optimizers, this learner "
-                f"{len(self.modules)} with {len(steps)}; use the same modules, and configure optimizers first."
+                f"checkpoint: it has boundaries {list(found[0])} and {found[1]} optimizers, this learner "
+                f"{list(self.plan.boundaries)} and {len(steps)}; use the same modules, and configure optimizers first."
             )
-        load_weights(self.model, state["model"])
+        if self.averaged_model is not None and state["averaged_model"] is None:
+            raise CheckpointError("checkpoint: it holds no average of the weights; leave ema_decay out.")
+        check_weights(self.model, state["model"])
         for module, objective in zip(self.modules, state["objectives"], strict=True):
-            load_weights(module.objective, objective)
+            check_weights(module.objective, objective)
+        self.model.load_state_dict(state["model"])
+        for module, objective in zip(self.modules, state["objectives"], strict=True):
+            module.objective.load_state_dict(objective)
         for step, optimizer, scaler in zip(steps, state["optimizers"], state["scalers"], strict=True):
             step.optimizer.load_state_dict(optimizer)
             step.scaler.load_state_dict(scaler)
-        if self.averaged_model is not None and state["averaged_model"] is not None:
+        if self.averaged_model is not None:
             load_weights(self.averaged_model, state["averaged_model"])
         self.num_steps = state["num_steps"]
 
@@ -329,23 +339,27 @@ def check_isolation(learner: LocalLearner, images: Tensor | None = None, labels:
         for name, parameter in module.named_parameters()
     ]
     kept = [parameter.grad for _, parameter in named]
-    with torch.random.fork_rng(), _still_buffers(learner.model):
-        batch = LocalBatch(
-            torch.randn(2, *learner.backbone.input_size, device=learner.device) if images is None else images,
-            torch.arange(2, device=learner.device) % learner.backbone.num_classes if labels is None else labels,
-        )
-        features = batch.images
-        for index, module in enumerate(learner.modules):
-            for _, parameter in named:
-                parameter.grad = None
-            output = module(features, batch)
-            output.loss.backward()
-            features = output.features
-            for name, parameter in named:
-                if parameter.grad is not None and id(parameter) not in owners[index]:
-                    raise IsolationError(f"the loss of local module {index} reached a parameter of another: {name}.")
-    for (_, parameter), gradient in zip(named, kept, strict=True):
-        parameter.grad = gradient
+    try:
+        with torch.random.fork_rng(), _still_buffers(learner.model):
+            batch = LocalBatch(
+                torch.randn(2, *learner.backbone.input_size, device=learner.device) if images is None else images,
+                torch.arange(2, device=learner.device) % learner.backbone.num_classes if labels is None else labels,
+            )
+            features = batch.images
+            for index, module in enumerate(learner.modules):
+                for _, parameter in named:
+                    parameter.grad = None
+                output = module(features, batch)
+                output.loss.backward(retain_graph=True)  # a leak is to be named, not to end in autograd's own error
+                features = output.features
+                for name, parameter in named:
+                    if parameter.grad is not None and id(parameter) not in owners[index]:
+                        raise IsolationError(
+                            f"the loss of local module {index} reached a parameter of another: {name}."
+                        )
+    finally:
+        for (_, parameter), gradient in zip(named, kept, strict=True):
+            parameter.grad = gradient
 
 
 @contextlib.contextmanager
@@ -383,6 +397,16 @@ def load_weights(module: nn.Module, state: dict[str, Tensor]) -> None:
     """Load a state dict that must fit exactly.
 
     Raises:
+        CheckpointError: keys or shapes differ.
+    """
+    check_weights(module, state)
+    module.load_state_dict(state)
+
+
+def check_weights(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Refuse a state dict that doesn't fit exactly.
+
+    Raises:
         CheckpointError: keys or shapes differ; the message names the first differences.
     """
     own = module.state_dict()
@@ -398,7 +422,6 @@ def load_weights(module: nn.Module, state: dict[str, Tensor]) -> None:
                 f"checkpoint: it is of another model: {key} has shape {list(state[key].shape)}, "
                 f"not {list(value.shape)}."
             )
-    module.load_state_dict(state)
 
 
 def _make_ema(model: nn.Module, decay: float | None) -> ModelEmaV3 | None:

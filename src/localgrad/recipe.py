@@ -148,7 +148,7 @@ class Execution:
     Attributes:
         device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda``, ``cuda:1``.
         precision: fp32, bf16 or fp16 autocast.
-        accumulation: parts that each batch is cut into (batch norms see the parts).
+        accumulation: parts that each batch is cut into (batch norms and the contrastive term see the parts).
         checkpoint: recompute activations inside every local module.
         compile: run each local module through torch.compile.
         num_workers: processes that decode images of sets too large for memory.

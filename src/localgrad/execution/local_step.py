@@ -12,6 +12,7 @@ every module alive at once.
 from __future__ import annotations
 
 import contextlib
+import types
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -58,7 +59,7 @@ class LocalStep:
         self.device_type = self.parameters[0].device.type
         self.precision = precision
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=precision == "fp16")
-        self._forward: Callable[..., LocalOutput] = torch.compile(module) if compile else module
+        self._forward: Callable[..., LocalOutput] = _compiled(module) if compile else module
 
     def __call__(self, inputs: Tensor, batch: LocalBatch) -> LocalOutput:
         """Train on one batch.
@@ -101,6 +102,20 @@ class LocalStep:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+
+
+def _compiled(module: LocalModule) -> Callable[..., LocalOutput]:
+    """The module through ``torch.compile``, with a code object of its own.
+
+    torch keeps compiled variants by code object. All local modules share ``LocalModule.forward``, so they would be
+    variants of one function: compiled for symbolic shapes from the second on, and not at all after the eighth.
+    """
+    forward = LocalModule.forward
+    own = types.FunctionType(
+        forward.__code__.replace(), forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
+    )
+    compiled: Callable[..., LocalOutput] = torch.compile(types.MethodType(own, module), dynamic=False)
+    return compiled
 
 
 def _merge(outputs: Sequence[LocalOutput], shares: Sequence[float]) -> LocalOutput:

@@ -68,5 +68,4 @@ class SequentialExecutor:
             losses.append(output.loss)
             terms.append(output.terms)
             logits.append(output.logits)
-            del output  # or the features would outlive the next module's forward pass
         return StepResult(features, tuple(losses), tuple(terms), tuple(logits))

@@ -17,6 +17,7 @@ The copies of arXiv 2212.14215 that can be had don't tell its loss weights; thos
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -50,8 +51,10 @@ class Objective(ABC):
         """Make the objective of the local module at ``site``.
 
         Raises:
-            RecipeError: a weight is negative, or every weight is zero.
+            RecipeError: a weight is no number or negative, every weight is zero, or label smoothing isn't in [0, 1).
         """
+        if not 0 <= self.label_smoothing < 1:
+            raise RecipeError(f"label_smoothing must be from 0 to below 1, got {self.label_smoothing}.")
         if site.is_last:
             return LocalObjective({"task": TaskLoss(nn.Identity(), self.label_smoothing)}, {"task": 1.0})
         weighted = {name: (_at(site, name, weight), term) for name, (weight, term) in self.terms(site).items()}
@@ -161,6 +164,8 @@ class Contrastive(Objective):
 
     def terms(self, site: Site) -> dict[str, tuple[Weight, Term]]:
         """Make the contrastive term and the reconstruction term."""
+        if not 0 < self.temperature < math.inf:
+            raise RecipeError(f"temperature of the contrastive loss must be above 0, got {self.temperature}.")
         contrastive = SupervisedContrastive(site.outputs, site.num_classes, temperature=self.temperature)
         decoder = build_decoder(self.decoder, site.outputs, site.image, self.decoder_options)
         reconstruction = Reconstruction(decoder, of_image=True, normalise=False)
@@ -180,12 +185,15 @@ OBJECTIVES: Mapping[str, type[Objective]] = {
 
 def _at(site: Site, name: str, weight: Weight) -> float:
     try:
-        return site.weight(weight)
-    except (TypeError, ValueError) as error:
+        value = site.weight(weight)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not math.isfinite(value):
         raise RecipeError(
             f"weight of {name!r} is {weight!r}; give a number, or two to go from the first local module to the last, "
             "such as [1.0, 0.5]."
-        ) from error
+        )
+    return value
 
 
 def build_objective(name: str, options: Options) -> Objective:
