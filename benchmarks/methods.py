@@ -162,8 +162,9 @@ def main() -> None:
     where = f"{platform.machine()} processor, {torch.get_num_threads()} threads"
     if images.is_cuda:
         where = torch.cuda.get_device_name()
-    head = f"{args.model}, {args.img_size} px, fp32, AdamW, peaks at batch {args.batch_size}, times at {args.time_batch_size}"
-    head += f"; {where}; torch {torch.__version__}; {datetime.datetime.now(tz=datetime.UTC).date()}"
+    head = f"{args.model}, {args.img_size} px, fp32, AdamW, peaks at batch {args.batch_size}"
+    head += f", times at {args.time_batch_size}; {where}; torch {torch.__version__}"
+    head += f"; {datetime.datetime.now(tz=datetime.UTC).date()}"
     print(head)
     if args.repeats:
         found = measure(rows, images, labels, args.repeats)
