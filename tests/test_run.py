@@ -587,7 +587,7 @@ def test_the_checkpoint_of_another_model_is_refused(stopped: Path, tmp_path: Pat
     with pytest.raises(CheckpointError, match=r"last\.pt: it doesn't fit this run .*another model"):
         run.resume(folder)
     (folder / "recipe.toml").write_text(micro({"local.modules": 3}).to_toml())
-    with pytest.raises(CheckpointError, match="it has 2 local modules"):
+    with pytest.raises(CheckpointError, match=r"it has boundaries \[1\] and 2 optimizers, this learner \[1, 2\]"):
         run.resume(folder)
 
 

@@ -210,8 +210,9 @@ class Trainer:
             self._sums.load_state_dict(state["sums"])
             _restore_random_state(state["random"])
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            reason = str(error).removeprefix("checkpoint: ").removesuffix(".")
             raise CheckpointError(
-                f"checkpoint {self.folder.last}: it doesn't fit this run ({error}); restore the run's own, or start "
+                f"checkpoint {self.folder.last}: it doesn't fit this run ({reason}); restore the run's own, or start "
                 "the run again in another folder."
             ) from error
 
