@@ -395,7 +395,8 @@ def test_local_modules_are_compiled_for_their_own_shapes(monkeypatch: pytest.Mon
     It would then compile for symbolic sizes: a Swin of three blocks took 180 s so, and 4 s with static ones.
     """
     graphs = compile_and_train(make_compiled("resnet", 2), monkeypatch)
-    assert [any(isinstance(value, torch.SymInt) for value in inputs) for inputs in graphs] == [False, False]
+    assert len(graphs) >= 2  # older torch breaks a module into several
+    assert not any(isinstance(value, torch.SymInt) for inputs in graphs for value in inputs)
 
 
 @pytest.mark.heavy
