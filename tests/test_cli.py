@@ -466,3 +466,16 @@ def test_a_terminal_gets_the_live_display(here: Path) -> None:
     assert b"\x1b[" in text
     assert b"epoch 2/2" in text, "the bar's own words; lines say 'epoch   2/2'"
     assert b"test accuracy" in text
+
+
+def test_an_empty_data_name_is_refused(cli_: Cli) -> None:
+    code, _, said = cli_("train", "--data", "")
+    assert code == 2
+    assert "No data set or path is called ''" in said
+    assert "Nearest" not in said
+
+
+def test_a_short_model_name_finds_its_long_one(cli_: Cli) -> None:
+    code, _, said = cli_("train", "--model", "swin_tinny")
+    assert code == 2
+    assert "Nearest: swin_tiny_patch4_window7_224" in said

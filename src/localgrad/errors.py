@@ -11,6 +11,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+NEAR = 0.6
+"""How alike two names must be, from 0 to 1, for one to be suggested for the other."""
+
 
 class LocalgradError(Exception):
     """Base of everything that localgrad raises on purpose."""
@@ -63,5 +66,12 @@ def did_you_mean(name: str, known: Iterable[str], count: int = 3) -> str:
     Returns:
         `` Nearest: a, b.`` with a leading space, or an empty string where nothing is near.
     """
-    near = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
+
+    def likeness(candidate: str) -> float:
+        whole = difflib.SequenceMatcher(None, name, candidate).ratio()
+        start = difflib.SequenceMatcher(None, name, candidate[: len(name)]).ratio()  # swin_tiny for a longer name
+        return max(whole, 0.95 * start)
+
+    scored = sorted(((likeness(candidate), candidate) for candidate in known), key=lambda pair: (-pair[0], pair[1]))
+    near = [candidate for score, candidate in scored[:count] if name and score >= NEAR]
     return f" Nearest: {', '.join(near)}." if near else ""

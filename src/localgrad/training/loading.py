@@ -517,7 +517,7 @@ def find(name: str, *, root: Path | None, download: bool) -> Found:
     """
     if name in _READERS:
         return _READERS[name](root or DEFAULT_ROOT, download)
-    for path in [Path(name).expanduser()] + ([root / name] if root else []):
+    for path in [Path(name).expanduser()] + ([root / name] if root else []) if name.strip() else []:
         if path.exists():
             return _find_path(path)
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?", name):
