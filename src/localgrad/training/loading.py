@@ -554,7 +554,7 @@ def _find_in_torchvision(root: Path, download: bool, *, name: str) -> Found:  # 
     except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
         raise DataError(
             f"{name} is not (or not complete) in {root}: fetch it with --download, or name the folder that "
-            f"holds it as root ({_first_line(error)})."
+            f"holds it with --root DIR ({_first_line(error)})."
         ) from error
     class_names = tuple(getattr(parts[0], "classes", ())) or tuple(str(digit) for digit in range(10))
     train, test = (_images_of(part) for part in parts)
