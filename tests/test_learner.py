@@ -520,3 +520,10 @@ def test_end_to_end_is_the_same_code_with_one_module() -> None:
     assert baseline.model is learner.model
     assert baseline.plan.num_modules == 1
     assert baseline._settings == learner._settings
+
+
+def test_the_end_to_end_baseline_keeps_an_average_where_the_run_does() -> None:
+    assert end_to_end(make_learner()).averaged_model is None
+    baseline = end_to_end(make_learner(ema_decay=0.9))
+    assert baseline.plan.num_modules == 1
+    assert baseline.averaged_model is not None  # or the run would be compared with less than its like

@@ -278,8 +278,8 @@ def activation_bytes(backbone: Backbone) -> list[int]:
 
 def end_to_end(learner: LocalLearner) -> LocalLearner:
     """The same backbone, precision and settings with one local module: the end-to-end baseline, sharing weights."""
-    settings = learner._settings
-    return LocalLearner(learner.backbone, modules=1, objective=learner.objective, **settings)
+    decay = None if learner._ema is None else learner._ema.decay
+    return LocalLearner(learner.backbone, modules=1, objective=learner.objective, ema_decay=decay, **learner._settings)
 
 
 def estimate_step(learner: LocalLearner, batch_size: int, optimizer: OptimizerFactory) -> MemoryProfile:
