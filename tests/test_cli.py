@@ -370,9 +370,9 @@ def test_no_option_is_the_digits_and_so_is_naming_them(here: Path, cli_: Cli) ->
 def test_a_dry_run_of_resuming_trains_nothing(here: Path, cli_: Cli) -> None:
     (here / "run").mkdir()
     (here / "run" / "recipe.toml").write_text(MICRO)
-    said = cli_("train", "--resume", "run", "--dry-run", "--checkpoint")
+    said = cli_("train", "--resume", "run", "--dry-run", "--checkpoint", "halves/8,none")
     assert said.code == 0
-    assert Recipe.from_toml(said.out).execution.checkpoint
+    assert Recipe.from_toml(said.out).execution.checkpoint == ["halves/8", "none"]
     assert [path.name for path in (here / "run").iterdir()] == ["recipe.toml"]
 
 

@@ -17,6 +17,7 @@ import localgrad
 from localgrad import Contrastive, FeatureReconstruction, GreedySupervised, ImageReconstruction, LocalLearner, Plan
 from localgrad.errors import BackboneError, CheckpointError, DeviceError, PartitionError, RecipeError
 from localgrad.learner import end_to_end, make_plan
+from localgrad.partition import Checkpointing
 from localgrad.planning.memory import block_activation_bytes
 
 SIZE = (3, 32, 32)
@@ -251,7 +252,10 @@ def test_a_plan_of_another_model_is_refused(change: dict[str, Any]) -> None:
 
 
 def test_checkpoint_flags_must_fit_the_modules() -> None:
-    assert LocalLearner(vit(), modules=2, checkpoint=[True, False]).plan.checkpoint == (True, False)
+    assert LocalLearner(vit(), modules=2, checkpoint=[True, "halves/2:1"]).plan.checkpoint == (
+        Checkpointing("blocks"),
+        Checkpointing("halves", 2, 1),
+    )
     with pytest.raises(PartitionError, match="checkpoint has 1 entries for 2 local modules"):
         LocalLearner(vit(), modules=2, checkpoint=[True])
 

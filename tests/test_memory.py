@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
+from localgrad import _fake
 from localgrad.planning import memory
 
 MIB = 2**20
@@ -371,7 +372,7 @@ def test_fake_copy_copies_what_a_learner_holds():
     learner = Learner()
     learner.step(torch.ones(2, 4))
     learner.model(torch.ones(2, 4)).sum().backward()  # gradients are alive
-    _, fake = memory.fake_copy(learner)
+    _, fake = _fake.fake_copy(learner)
     model = fake.model
     assert model[0].weight is model[2].weight
     assert isinstance(model[0].weight, nn.Parameter)
@@ -398,7 +399,7 @@ def test_fake_copy_copies_what_a_learner_holds():
 
 def test_fake_copy_keeps_parameters_that_share_a_storage_together():
     first = nn.Parameter(torch.ones(6))
-    _, (a, b) = memory.fake_copy((first, nn.Parameter(first.data.view(2, 3), requires_grad=False)))
+    _, (a, b) = _fake.fake_copy((first, nn.Parameter(first.data.view(2, 3), requires_grad=False)))
     assert a.untyped_storage() is b.untyped_storage()
     assert (a.requires_grad, b.requires_grad, b.shape) == (True, False, (2, 3))
 
@@ -406,20 +407,20 @@ def test_fake_copy_keeps_parameters_that_share_a_storage_together():
 def test_fake_copy_takes_a_model_without_memory():
     with torch.device("meta"):
         model = nn.Linear(10**6, 10**6)  # 4 TB
-    mode, fake = memory.fake_copy(model)
+    mode, fake = _fake.fake_copy(model)
     with mode:
         assert fake(torch.ones(1, 10**6)).device.type == "cpu"
 
 
 def test_fake_copy_names_what_it_could_not_copy():
     with pytest.raises(TypeError) as caught:
-        memory.fake_copy([nn.Linear(2, 2), threading.Lock()])
+        _fake.fake_copy([nn.Linear(2, 2), threading.Lock()])
     assert "fake_copy" in caught.value.__notes__[0]
 
 
 def test_swins_masks_are_copied():
     model, _ = swin()
-    _, fake = memory.fake_copy(model)
+    _, fake = _fake.fake_copy(model)
     masks = [name for name, _ in model.named_buffers() if name.endswith("attn_mask")]
     assert len(masks) == 2
     assert all(isinstance(fake.get_buffer(name), FakeTensor) for name in masks)

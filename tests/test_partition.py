@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from localgrad.errors import PartitionError
-from localgrad.partition import Plan, balance, balance_by, check_boundaries, resolve, spans
+from localgrad.partition import Checkpointing, Plan, balance, balance_by, check_boundaries, resolve, spans
 
 
 def brute_force(costs: list[int], num_modules: int) -> tuple[int, ...]:
@@ -111,7 +111,7 @@ def test_plan_survives_json(problem: tuple[list[int], int]) -> None:
         model="m",
         num_blocks=len(costs),
         boundaries=balance(costs, num_modules),
-        checkpoint=tuple(i % 2 == 0 for i in range(num_modules)),
+        checkpoint=tuple(Checkpointing.parse(("none", "halves/3:2")[i % 2]) for i in range(num_modules)),
         activation_bytes=tuple(range(num_modules)),
     )
     assert Plan.from_json(plan.to_json()) == plan
@@ -129,4 +129,4 @@ def test_a_broken_plan_is_refused(text: str) -> None:
 
 def test_plan_lists_must_fit_its_modules() -> None:
     with pytest.raises(PartitionError, match="checkpoint has 1 entries for 2"):
-        Plan(model="m", num_blocks=4, boundaries=(2,), checkpoint=(True,))
+        Plan(model="m", num_blocks=4, boundaries=(2,), checkpoint=(Checkpointing("blocks"),))

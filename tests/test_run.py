@@ -312,7 +312,7 @@ def test_the_average_of_the_weights_is_what_is_kept(tmp_path: Path) -> None:
 
 def test_execution_does_not_change_results(finished: Path, tmp_path: Path) -> None:
     """Recomputing and workers not by a bit, accumulation only in rounding."""
-    same = {"execution.checkpoint": True, "execution.num_workers": 0, "training.epochs": 4}
+    same = {"execution.checkpoint": "blocks", "execution.num_workers": 0, "training.epochs": 4}
     run.train(micro(same), out=tmp_path / "same")
     ours, theirs = (path / "model.safetensors" for path in (tmp_path / "same", finished))
     assert ours.read_bytes() == theirs.read_bytes()
@@ -473,7 +473,7 @@ def test_another_execution_may_go_on(finished: Path, tmp_path: Path, monkeypatch
         interrupt_at_step(patch, 10)
         with pytest.raises(Interrupted):
             run.train(recipe, out=tmp_path / "run")
-    run.resume(tmp_path / "run", micro({"training.epochs": 4, "execution.checkpoint": True}))
+    run.resume(tmp_path / "run", micro({"training.epochs": 4, "execution.checkpoint": "blocks"}))
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
 
 

@@ -43,6 +43,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._fake import FakeTensor, fake_copy_with_memo, random_state_kept
 from ._observe import Call, Seen, find_stations, observe, trunks_of
 from ._timm_adapters import (
     SUPPORTED_FAMILIES,
@@ -60,7 +61,7 @@ from ._timm_adapters import (
 )
 from .errors import BackboneError
 
-__all__ = ["SUPPORTED_FAMILIES", "Backbone", "Layout", "split"]
+__all__ = ["SUPPORTED_FAMILIES", "Backbone", "Layout", "outline", "split"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,13 @@ class Layout:
     """P, class and register tokens that stand before the grid tokens (kind "tokens")."""
     order: tuple[int, ...] | None = None
     """Token n of the sequence stands at raster position order[n]; None: in raster order."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one image's features."""
+        if self.kind == "tokens":
+            return (self.num_prefix_tokens + self.grid[0] * self.grid[1], self.width)
+        return (*self.grid, self.width) if self.kind == "NHWC" else (self.width, *self.grid)
 
     def to_grid(self, features: Tensor) -> Tensor:
         """Spatial features without prefix tokens, as a view where memory allows it.
@@ -188,6 +196,8 @@ class Backbone(nn.Module):
     """(C, H, W) of the images."""
     num_classes: int
     """Width of the logits."""
+    proved: bool = True
+    """Whether the parts were compared with the model bit by bit; false for an ``outline``."""
 
     def __init__(
         self,
@@ -239,6 +249,13 @@ class Backbone(nn.Module):
             _adopt(self.model._parameters, part._parameters)  # type: ignore[union-attr]
             _adopt(self.model._buffers, part._buffers)  # type: ignore[union-attr]
         return self
+
+    def example(self, index: int) -> Tensor:
+        """Random features such as enter block ``index``, for two images; the random state stays as it was."""
+        like = next(self.parameters())
+        generator = torch.Generator().manual_seed(index)
+        shape = self.layouts[index].shape
+        return torch.randn(2, *shape, generator=generator).to(like.device, like.dtype)
 
     def check_boundaries(self, boundaries: Sequence[int]) -> None:
         """Refuse boundaries across which local modules would share a parameter, or a buffer that they write.
@@ -307,6 +324,36 @@ def split(model: nn.Module, input_size: tuple[int, int, int]) -> Backbone:
     return backbone
 
 
+def outline(model: nn.Module, input_size: tuple[int, int, int]) -> Backbone:
+    """Split a model by shapes alone: quick and without arithmetic, for estimates; not proved, so not for training.
+
+    The parts hold the model's own parameters, whatever their values (see ``without_initialization``).
+
+    Args:
+        model: as for ``split``.
+        input_size: (C, H, W) of the images.
+
+    Returns:
+        A backbone with ``proved`` false, on a copy of the model's modules.
+
+    Raises:
+        BackboneError: as for ``split``, but for wrong parts, which only values can show.
+    """
+    size = _check_arguments(model, input_size)
+    fake_mode, fake_model, copies = fake_copy_with_memo(model)
+    with random_state_kept(), fake_mode, torch.no_grad():
+        fake_model.eval()
+        images = torch.empty(2, *size, dtype=next(model.parameters()).dtype)
+        try:
+            backbone = _assemble(fake_model, observe(fake_model, find_stations(fake_model), images), images)
+        except (AttributeError, TypeError, RuntimeError) as error:
+            raise unsupported(model, f"its parts don't run on their own ({error})") from error
+    backbone.proved = False
+    originals = {id(copied): original for original, copied in copies if isinstance(original, Tensor)}
+    made: Backbone = copy.deepcopy(backbone, originals)
+    return made.train(model.training)
+
+
 # Arguments and errors -------------------------------------------------------------------------------------------
 
 
@@ -329,7 +376,7 @@ def _check_arguments(model: nn.Module, input_size: tuple[int, int, int]) -> tupl
         )
     if next(model.parameters(), None) is None:
         raise unsupported(model, "it has no parameters")
-    if any(tensor.is_meta or isinstance(tensor, torch._subclasses.FakeTensor) for tensor in model.parameters()):
+    if any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in model.parameters()):
         raise BackboneError(
             "the model's parameters are on the meta device or fake, so its parts can't be compared with it: "
             "split a real model, then deep-copy the backbone."

@@ -126,8 +126,11 @@ def train(  # noqa: PLR0917  # one parameter an option
         typer.Option(help="Parts that each batch is cut into, to save memory.", rich_help_panel=EXECUTION),
     ] = None,
     checkpoint: Annotated[
-        bool | None,
-        typer.Option("--checkpoint", help="Recompute activations inside modules.", rich_help_panel=EXECUTION),
+        str | None,
+        typer.Option(
+            help="Recompute inside modules: blocks, halves, halves/8 (in 8 chunks), none; a list: one each.",
+            rich_help_panel=EXECUTION,
+        ),
     ] = None,
     compile_: Annotated[
         bool | None, typer.Option("--compile", help="Compile each local module.", rich_help_panel=EXECUTION)
@@ -179,7 +182,7 @@ def train(  # noqa: PLR0917  # one parameter an option
         "execution.device": device,
         "execution.precision": precision,
         "execution.accumulation": accumulation,
-        "execution.checkpoint": checkpoint,
+        "execution.checkpoint": checkpoint.split(",") if checkpoint and "," in checkpoint else checkpoint,
         "execution.compile": compile_,
         "execution.num_workers": num_workers,
         "execution.num_threads": num_threads,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,13 +23,14 @@ from localgrad.execution.local_step import LocalStep, autocast, check_precision
 from localgrad.execution.sequential import SequentialExecutor, StepResult
 from localgrad.objectives.base import LocalBatch
 from localgrad.objectives.methods import FeatureReconstruction, Objective
-from localgrad.partition import Plan, Request, resolve
+from localgrad.partition import Checkpointing, Plan, Request, resolve
 from localgrad.planning.memory import MemoryProfile, block_activation_bytes, simulate
 
 if TYPE_CHECKING:
     from timm.utils.model_ema import ModelEmaV3
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
+CheckpointRequest = bool | str | Checkpointing | Sequence[bool | str | Checkpointing]
 
 
 class LocalLearner:
@@ -41,7 +43,9 @@ class LocalLearner:
         objective: what every module but the last is trained on; by default ``FeatureReconstruction()``.
         input_size: (C, H, W) of the images; by default the model's own.
         precision: ``fp32``, ``bf16`` or ``fp16`` autocast.
-        checkpoint: recompute activations inside modules: all (``True``), none, or one flag a module.
+        checkpoint: what modules recompute in their backward pass: ``"blocks"`` (or ``True``), ``"halves"``,
+            ``"halves/8"`` (over 8 chunks of the batch), ``"halves/8:3"`` (the first three blocks), ``"none"``; one for
+            all, or a list.
         compile: run each local module through ``torch.compile``.
         clip_grad: largest norm of each module's gradient.
         accumulation: parts that ``step`` cuts a batch into, to save memory; one update a step all the same. What looks
@@ -62,7 +66,7 @@ class LocalLearner:
         objective: Objective | None = None,
         input_size: tuple[int, int, int] | None = None,
         precision: str = "fp32",
-        checkpoint: bool | Sequence[bool] = False,
+        checkpoint: CheckpointRequest = False,
         compile: bool = False,
         clip_grad: float | None = None,
         accumulation: int = 1,
@@ -242,13 +246,13 @@ class LocalLearner:
         self.num_steps = state["num_steps"]
 
 
-def make_plan(backbone: Backbone, modules: Request | Plan, *, checkpoint: bool | Sequence[bool] = False) -> Plan:
+def make_plan(backbone: Backbone, modules: Request | Plan, *, checkpoint: CheckpointRequest = False) -> Plan:
     """Partition a backbone, balancing by the bytes that autograd keeps for one image.
 
     Args:
         backbone: a split model.
         modules: as for ``LocalLearner``.
-        checkpoint: recompute inside modules: all, none, or one flag a module. A ``Plan`` brings its own.
+        checkpoint: what modules recompute: one for all, or one each, as for ``LocalLearner``; not for a ``Plan``.
 
     Raises:
         PartitionError: the modules asked for can't be made, or a plan is of another model.
@@ -261,10 +265,14 @@ def make_plan(backbone: Backbone, modules: Request | Plan, *, checkpoint: bool |
     costs = activation_bytes(backbone)
     boundaries = resolve(modules, costs, backbone.stage_boundaries)
     num_modules = len(boundaries) + 1
-    flags = (checkpoint,) * num_modules if isinstance(checkpoint, bool) else tuple(checkpoint)
-    plan = Plan(model=name, num_blocks=len(costs), boundaries=boundaries, checkpoint=flags)
-    kept = tuple(sum(costs[i] for i in span) for span in plan.spans)
-    return Plan(model=name, num_blocks=len(costs), boundaries=boundaries, checkpoint=flags, activation_bytes=kept)
+    listed = [checkpoint] * num_modules if isinstance(checkpoint, (bool, str, Checkpointing)) else list(checkpoint)
+    plan = Plan(
+        model=name,
+        num_blocks=len(costs),
+        boundaries=boundaries,
+        checkpoint=tuple(Checkpointing.parse(how) for how in listed),
+    )
+    return replace(plan, activation_bytes=tuple(sum(costs[i] for i in span) for span in plan.spans))
 
 
 def activation_bytes(backbone: Backbone) -> list[int]:

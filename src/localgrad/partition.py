@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -23,6 +24,62 @@ from localgrad.errors import PartitionError
 
 Boundaries = tuple[int, ...]
 Request = int | str | Sequence[int]
+LEVELS = ("none", "blocks", "halves")
+
+
+@dataclass(frozen=True, order=True)
+class Checkpointing:
+    """What one local module recomputes in its backward pass. Changes memory and time, never results.
+
+    As text: ``none``, ``blocks``, ``halves``, ``halves/8`` (over 8 chunks), ``halves/8:3`` (the first three blocks).
+
+    Attributes:
+        level: ``none``; ``blocks``: of a block only its input is kept; ``halves``: of a block its input and the
+            features between attention and MLP, and only one of the two is recomputed at a time.
+        chunks: with ``halves``, the parts of the batch that each half runs over one after another.
+        first: how many blocks from the module's start on; ``None`` for all. Blocks near the start are the widest in
+            hierarchical models, and their backward pass is last, when the activations of the others are gone.
+    """
+
+    level: str = "none"
+    chunks: int = 1
+    first: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values, and that they go together."""
+        if self.level not in LEVELS:
+            raise PartitionError(f"checkpoint: unknown {self.level!r}; take none, blocks, halves, or halves/8.")
+        if self.chunks < 1 or (self.chunks > 1 and self.level != "halves"):
+            raise PartitionError(f"checkpoint: {self.chunks} chunks of {self.level!r}; write halves/8, for example.")
+        if self.first is not None and (self.first < 1 or self.level == "none"):
+            raise PartitionError(
+                f"checkpoint: {self}: the number of blocks after ':' must be at least 1, with a level."
+            )
+
+    def __str__(self) -> str:
+        """The text that ``parse`` reads."""
+        chunks = f"/{self.chunks}" if self.chunks > 1 else ""
+        return self.level + chunks + ("" if self.first is None else f":{self.first}")
+
+    @classmethod
+    def parse(cls, value: object) -> Checkpointing:
+        """Read ``halves/8:3``; ``True`` and ``False`` stand for ``blocks`` and ``none``.
+
+        Raises:
+            PartitionError: it can't be read; the message says what can.
+        """
+        if isinstance(value, Checkpointing):
+            return value
+        if isinstance(value, bool):
+            return cls("blocks" if value else "none")
+        match = re.fullmatch(r"([a-z]+)(?:/(\d+))?(?::(\d+))?", value.strip()) if isinstance(value, str) else None
+        if match is None:
+            raise PartitionError(
+                f"checkpoint: {value!r} can't be read; take none, blocks, halves, halves/8 (over 8 chunks of the "
+                "batch), or halves/8:3 (the first three blocks of a module)."
+            )
+        level, chunks, first = match.groups()
+        return cls(level, int(chunks or 1), None if first is None else int(first))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,14 +90,14 @@ class Plan:
         model: name of the model that the plan was made for (refused for another).
         num_blocks: blocks between stem and tail.
         boundaries: first block of every local module but the first, ascending.
-        checkpoint: for each module, whether its blocks are recomputed in the backward pass.
-        activation_bytes: for each module, the bytes that autograd keeps for one image.
+        checkpoint: for each module, what is recomputed in its backward pass; empty for nothing in any.
+        activation_bytes: for each module, the bytes that autograd keeps for one image if nothing is recomputed.
     """
 
     model: str
     num_blocks: int
     boundaries: Boundaries
-    checkpoint: tuple[bool, ...] = ()
+    checkpoint: tuple[Checkpointing, ...] = ()
     activation_bytes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -61,9 +118,17 @@ class Plan:
         """The blocks of each local module, as ranges of block indices."""
         return spans(self.boundaries, self.num_blocks)
 
+    def checkpointing(self, index: int) -> Checkpointing:
+        """What local module ``index`` recomputes."""
+        return self.checkpoint[index] if self.checkpoint else Checkpointing()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain values; checkpointing as text."""
+        return {**asdict(self), "checkpoint": [str(how) for how in self.checkpoint]}
+
     def to_json(self) -> str:
         """Write the plan as JSON text."""
-        return json.dumps(asdict(self), indent=2) + "\n"
+        return json.dumps(self.to_dict(), indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -82,7 +147,7 @@ class Plan:
                 model=str(values["model"]),
                 num_blocks=int(values["num_blocks"]),
                 boundaries=tuple(int(b) for b in values["boundaries"]),
-                checkpoint=tuple(bool(c) for c in values.get("checkpoint", ())),
+                checkpoint=tuple(Checkpointing.parse(c) for c in values.get("checkpoint", ())),
                 activation_bytes=tuple(int(b) for b in values.get("activation_bytes", ())),
             )
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:

@@ -18,14 +18,27 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from importlib import resources
 from typing import Annotated, Any, Literal, cast, get_type_hints
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from localgrad.errors import RecipeError, did_you_mean
+from localgrad.errors import PartitionError, RecipeError, did_you_mean
+from localgrad.partition import Checkpointing
 from localgrad.training.augment import Augment
 
 Positive = Annotated[int, Field(ge=1, strict=True)]  # strict: true is no number
 Fraction = Annotated[float, Field(ge=0, lt=1, strict=True)]
 Amount = Annotated[float, Field(ge=0, strict=True)]
+
+
+def _checkpoint(value: str | list[str]) -> str | list[str]:
+    for text in [value] if isinstance(value, str) else value:
+        try:
+            Checkpointing.parse(text)
+        except PartitionError as error:
+            raise ValueError(str(error).removeprefix("checkpoint: ")) from error
+    return value
+
+
+Checkpoint = Annotated[str | list[str], AfterValidator(_checkpoint)]
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
@@ -149,7 +162,8 @@ class Execution:
         device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda``, ``cuda:1``.
         precision: fp32, bf16 or fp16 autocast.
         accumulation: parts that each batch is cut into (batch norms and the contrastive term see the parts).
-        checkpoint: recompute activations inside every local module.
+        checkpoint: what local modules recompute in their backward pass: ``none``, ``blocks``, ``halves``, ``halves/8``
+            (over 8 chunks of the batch), ``halves/8:3`` (the first three blocks); one for all, or a list.
         compile: run each local module through torch.compile.
         num_workers: processes that decode images of sets too large for memory.
         num_threads: processor threads; by default torch's choice.
@@ -159,7 +173,7 @@ class Execution:
     device: str = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     accumulation: Positive = 1
-    checkpoint: bool = False
+    checkpoint: Checkpoint = "none"
     compile: bool = False
     num_workers: Annotated[int, Field(ge=0, strict=True)] = 2
     num_threads: Positive | None = None

@@ -1,36 +1,129 @@
-"""Activation checkpointing of one block: recompute in the backward pass instead of keeping activations.
+"""Activation checkpointing of blocks and of their halves: recompute in the backward pass what would be kept.
 
 Calling a timm model's blocks one by one passes by timm's own ``grad_checkpointing`` flag, so it is done here, with
 PyTorch's non-reentrant checkpoint. It restores the random state, so dropout and drop path draw the same numbers
 twice. What it does not undo is a batch norm's running statistics, which a second forward would move a second
 time; with zero momentum during the recomputation they stay, and checkpointing changes nothing but time and memory.
+
+A half of a block (``_halves.Piece``) can run over chunks of the batch, each under its own checkpoint::
+
+    features ──┬── chunk 0 ── branch ──┐
+               ├── chunk 1 ── branch ──┼── drop path ── + ── features
+               └── chunk 2 ── branch ──┘                │
+               └────────────────────────────────────────┘
+
+so in the backward pass only one chunk's inner activations are alive. Exact forward and backward: what a branch computes
+for an image does not depend on the others, and weight gradients are sums over images (in another order of summation).
+The drop path draws once for the whole batch. Dropout inside a branch draws, on a processor, for the whole batch too and
+keeps the chunk's rows, so that the numbers are those of the plain block; on other devices each chunk draws its own.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from localgrad._fake import TorchDispatchMode
+from localgrad._halves import Piece
 
-def checkpointed(block: nn.Module, inputs: Tensor) -> Tensor:
+Part = Callable[[Tensor], Tensor]
+
+
+class Recomputed:
+    """A block as its module runs it in training: from its input, or from the inputs of its pieces, in chunks.
+
+    Args:
+        pieces: the block's pieces in order; the whole block as a single one for checkpointing by blocks.
+        chunks: parts of the batch that each piece runs over.
+    """
+
+    def __init__(self, pieces: Sequence[Piece], chunks: int = 1) -> None:
+        self.pieces = tuple(pieces)
+        self.chunks = chunks
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Features [B, ...] to features."""
+        for piece in self.pieces:
+            features = _run(piece, features, self.chunks)
+        return features
+
+
+def _run(piece: Piece, features: Tensor, chunks: int) -> Tensor:
+    chunks = min(chunks, len(features)) if piece.per_image else 1
+    output = checkpointed(piece.branch, features) if chunks == 1 else _over_chunks(piece, features, chunks)
+    if piece.drop_path is None:
+        return output
+    output = piece.drop_path(output)
+    return output.add_(features) if _is_fresh(output, features) else features + output
+
+
+def _is_fresh(output: Tensor, features: Tensor) -> bool:
+    """Whether the branch's output may be written into: nobody saved it, and the sum has its type."""
+    return not output.is_leaf and output._base is None and output.dtype == features.dtype
+
+
+def _over_chunks(piece: Piece, features: Tensor, chunks: int) -> Tensor:
+    parts = features.chunk(chunks)
+    if not (piece.draws and features.device.type == "cpu"):
+        return torch.cat([checkpointed(piece.branch, part) for part in parts])
+    state = torch.get_rng_state()
+    outputs, start = [], 0
+    for part in parts:
+        torch.set_rng_state(state)  # every chunk draws the whole batch's numbers, and keeps its rows
+        outputs.append(checkpointed(_WithRowsOf(piece.branch, start, len(part), len(features)), part))
+        start += len(part)
+    return torch.cat(outputs)
+
+
+class _WithRowsOf:
+    """A branch whose random draws are rows of those for a whole batch."""
+
+    def __init__(self, branch: Part, start: int, length: int, total: int) -> None:
+        self.branch, self.rows = branch, (start, length, total)
+
+    def __call__(self, features: Tensor) -> Tensor:
+        with _RowsOfDraws(*self.rows):
+            return self.branch(features)
+
+
+class _RowsOfDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Draws every Bernoulli mask for the whole batch, and gives the chunk's rows of it."""
+
+    def __init__(self, start: int, length: int, total: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.start, self.length, self.total = start, length, total
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operator; replace the draw of a mask."""
+        if func is not torch.ops.aten.bernoulli_.float:
+            return func(*args, **(kwargs or {}))
+        mask, *probability = args
+        repeats = len(mask) // self.length  # windows of an image stand one after another in the first dimension
+        # As bytes: the draws don't depend on the type, and a whole batch's mask is the largest tensor here.
+        whole = torch.empty(self.total * repeats, *mask.shape[1:], dtype=torch.bool)
+        func(whole, *probability, **(kwargs or {}))
+        return mask.copy_(whole[self.start * repeats : (self.start + self.length) * repeats])
+
+
+def checkpointed(block: Part, inputs: Tensor) -> Tensor:
     """Run ``block(inputs)``, keeping only ``inputs`` for the backward pass."""
-    norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
+    modules = block.modules() if isinstance(block, nn.Module) else ()
+    norms = [module for module in modules if isinstance(module, _BatchNorm)]
     if not norms:
-        return cast(Tensor, checkpoint(block, inputs, use_reentrant=False))
-    return cast(
-        Tensor,
-        checkpoint(
-            block,
-            inputs,
-            use_reentrant=False,
-            context_fn=lambda: (contextlib.nullcontext(), _still_statistics(norms)),
-        ),
+        result: Tensor = checkpoint(block, inputs, use_reentrant=False)
+        return result
+    still: Tensor = checkpoint(
+        block, inputs, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), _still_statistics(norms))
     )
+    return still
 
 
 @contextlib.contextmanager

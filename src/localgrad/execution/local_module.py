@@ -7,16 +7,17 @@ exactly once a step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from localgrad._halves import find_pieces, whole_block
 from localgrad.backbone import Backbone, Layout
-from localgrad.execution.checkpointing import checkpointed
+from localgrad.execution.checkpointing import Part, Recomputed
 from localgrad.objectives.base import LocalBatch, LocalObjective, ObjectiveValue, Site
 from localgrad.objectives.methods import Objective
-from localgrad.partition import Plan
+from localgrad.partition import Checkpointing, Plan
 
 
 class LocalOutput(NamedTuple):
@@ -41,20 +42,23 @@ class LocalModule(nn.Module):
     Args:
         parts: the stem (first module only), the blocks, the tail (last module only), in order.
         objective: what the module is trained on; owns the auxiliary nets.
-        checkpoint: for each part, whether it is recomputed in the backward pass.
+        recomputed: by number of a part, what stands in for it in training: the same function, which keeps less and
+            recomputes it in the backward pass.
     """
 
-    def __init__(self, parts: Sequence[nn.Module], objective: LocalObjective, checkpoint: Sequence[bool]) -> None:
+    def __init__(
+        self, parts: Sequence[nn.Module], objective: LocalObjective, recomputed: Mapping[int, Recomputed] | None = None
+    ) -> None:
         super().__init__()
-        assert len(parts) == len(checkpoint), "one checkpoint flag a part"
         self.parts = nn.ModuleList(parts)
         self.objective = objective
-        self.checkpoint = tuple(checkpoint)
+        self.recomputed = dict(recomputed or {})
 
     def features(self, inputs: Tensor) -> Tensor:
         """Run the parts in order: image or features in, features (or the model's logits) out."""
-        for part, recompute in zip(self.parts, self.checkpoint, strict=True):
-            inputs = checkpointed(part, inputs) if recompute and self.training else part(inputs)
+        for number, part in enumerate(self.parts):
+            run: Part = self.recomputed.get(number, part) if self.training else part
+            inputs = run(inputs)
         return inputs
 
     def forward(self, inputs: Tensor, batch: LocalBatch) -> LocalOutput:
@@ -103,12 +107,26 @@ def build_local_modules(backbone: Backbone, plan: Plan, objective: Objective) ->
             num_classes=backbone.num_classes,
         )
         stem, tail = [backbone.stem] * first, [backbone.tail] * last
-        recompute = bool(plan.checkpoint) and plan.checkpoint[index]
-        modules.append(
-            LocalModule(
-                [*stem, *(backbone.blocks[i] for i in span), *tail],
-                objective.build(site).to(device),
-                [False] * len(stem) + [recompute] * len(span) + [False] * len(tail),
-            )
+        how = plan.checkpointing(index)
+        recomputed = (
+            {}
+            if how.level == "none"
+            else {len(stem) + number: recompute(backbone, block, how) for number, block in enumerate(span[: how.first])}
         )
+        parts = [*stem, *(backbone.blocks[i] for i in span), *tail]
+        modules.append(LocalModule(parts, objective.build(site).to(device), recomputed))
     return modules
+
+
+def recompute(backbone: Backbone, index: int, how: Checkpointing) -> Recomputed:
+    """What stands in for a block in training under a level of checkpointing.
+
+    Args:
+        backbone: a split model.
+        index: number of the block.
+        how: ``blocks`` or ``halves``.
+    """
+    block = backbone.blocks[index]
+    if how.level == "blocks":
+        return Recomputed([whole_block(block)])
+    return Recomputed(find_pieces(block, backbone.example(index), proved=backbone.proved), how.chunks)

@@ -1,9 +1,9 @@
 """Peak memory of a training step, from the step itself: no GPU, and no tensor is allocated.
 
 What. `track` runs any callable and reports the most bytes that were alive at once, what they were
-(parameters, gradients, activations, ...) and under which label. `fake_copy` turns a learner into one
-whose tensors have shapes but no memory. `simulate` is the two together, and is what the planner
-calls. `saved_bytes` and `block_activation_bytes` are the cheap half: only what autograd keeps.
+(parameters, gradients, activations, ...) and under which label. `simulate` does so on a copy of a learner
+whose tensors have shapes but no memory (`_fake.py`). `saved_bytes` and `block_activation_bytes` are the
+cheap half: only what autograd keeps.
 
 Why a callable. An estimator that rebuilds the step drifts away from it. Here the step that is
 estimated is the step that is run.
@@ -30,11 +30,8 @@ in float32; at most 2.1 % below in bfloat16, whose kernels pack operands into wo
 (so less at larger batches); ResNet-18 at most 2.1 % below. ConvNeXt on a CPU reads up to 20 % below:
 oneDNN reorders whole feature maps for its depthwise convolutions. Not yet held against a GPU.
 
-The two private names this needs (``TorchDispatchMode``, ``FakeTensorMode``) are imported in this file
-and nowhere else, and `tests/test_memory.py` pins what we rely on.
-
-Sources: ``torch/distributed/_tools/mem_tracker.py``; ``torch/_subclasses/fake_utils.py`` (the copy by
-function mode); "PyTorch caching allocator", ``c10/cuda/CUDACachingAllocator.cpp`` (blocks of 512 bytes).
+Sources: ``torch/distributed/_tools/mem_tracker.py``; "PyTorch caching allocator",
+``c10/cuda/CUDACachingAllocator.cpp`` (blocks of 512 bytes).
 
 Shapes: B batch, N tokens, D width, C H W image.
 """
@@ -42,27 +39,28 @@ Shapes: B batch, N tokens, D width, C H W image.
 from __future__ import annotations
 
 import contextlib
-import copy
-import copyreg
 import gc
 import itertools
-import random
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from localgrad._fake import (
+    DataDependentOutputException,
+    TorchDispatchMode,
+    fake_copy,
+    fake_copy_with_memo,
+    random_state_kept,
+)
 
 T = TypeVar("T")
 
@@ -402,129 +400,6 @@ def _without_collector() -> Iterator[None]:
             gc.enable()
 
 
-# -- fake copies -----------------------------------------------------------------------------------
-
-
-class _FakeCopier(TorchFunctionMode):
-    """While active, ``copy.deepcopy`` of a tensor gives a fake one. Use `fake_copy`.
-
-    A function mode sees ``Tensor.__deepcopy__`` whatever holds the tensor: a module, an optimizer's
-    state, a list, a plain attribute. ``Parameter.__deepcopy__`` isn't seen, but the ``clone`` that it
-    is made of is; the same holds for PyTorch's own ``FakeCopyMode``, which would keep CUDA devices,
-    break ties between parameters that share a storage, and forget the value of step counters.
-    """
-
-    def __init__(self, fake_mode: FakeTensorMode) -> None:
-        super().__init__()
-        self._fake_mode = fake_mode
-        self._storages: dict[int, tuple[torch.UntypedStorage, Tensor]] = {}  # original's address: both
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Copy a tensor as a fake one; leave everything else alone."""
-        if func is Tensor.__deepcopy__:
-            tensor, memo = args
-            if id(tensor) not in memo:
-                memo[id(tensor)] = self._converted(tensor)
-            return memo[id(tensor)]
-        if func is Tensor.clone:
-            return self.fake(args[0])
-        return func(*args, **(kwargs or {}))
-
-    def _converted(self, tensor: Tensor) -> Tensor:
-        fake = self.fake(tensor)
-        if isinstance(tensor, nn.Parameter):
-            return nn.Parameter(fake, tensor.requires_grad)
-        return fake.requires_grad_(tensor.requires_grad)
-
-    def fake(self, tensor: Tensor) -> Tensor:
-        """A fake CPU tensor like ``tensor``, on the fake of its storage."""
-        with torch._C.DisableTorchFunction(), torch.no_grad():
-            storage = tensor.untyped_storage()
-            known = self._storages.get(storage._cdata)
-            value = tensor.item() if known is None and _has_a_value_to_keep(tensor) else None
-            with self._fake_mode:
-                if value is not None:
-                    scalar = torch.tensor(value, dtype=tensor.dtype).reshape(tensor.shape)
-                    self._storages[storage._cdata] = storage, scalar
-                    return scalar
-                if known is None:
-                    known = storage, torch.empty(storage.nbytes(), dtype=torch.uint8)
-                    self._storages[storage._cdata] = known
-                return torch.empty(0, dtype=tensor.dtype).set_(
-                    known[1].untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride()
-                )
-
-
-def _has_a_value_to_keep(tensor: Tensor) -> bool:
-    # Optimizers read their step counter; fake tensors made from a Python number remember it.
-    return (
-        tensor.numel() == 1
-        and type(tensor) is Tensor
-        and tensor.device.type == "cpu"
-        and not tensor.requires_grad
-        and tensor.untyped_storage().nbytes() == tensor.element_size()
-    )
-
-
-def fake_copy(obj: T) -> tuple[FakeTensorMode, T]:
-    """Copy any object so that its tensors have shapes but no memory.
-
-    The copy is ``copy.deepcopy``, with every tensor that it reaches (parameters, buffers, optimizer
-    state, gradients, plain attributes, items of containers) replaced by a fake CPU tensor of the same
-    shape, stride, dtype and ``requires_grad``. What shared a storage still does. CUDA and meta tensors become
-    CPU ones, since autograd's backward on fake CUDA tensors needs a GPU. A tensor that a closure
-    captured isn't reached, and is refused by the fake mode when it is used.
-
-    Args:
-        obj: a module, an optimizer, a learner that holds both, a tuple of such things.
-
-    Returns:
-        The mode inside which the copy has to be used, and the copy.
-
-    Raises:
-        TypeError: for an object that ``copy.deepcopy`` can't copy, such as a lock or an open file.
-    """
-    fake_mode, copied, _ = _fake_copy(obj)
-    return fake_mode, copied
-
-
-def _fake_copy(obj: T) -> tuple[FakeTensorMode, T, list[Any]]:
-    """As `fake_copy`, with the copies of everything that was reached as well."""
-    fake_mode = FakeTensorMode()
-    memo: dict[int, Any] = {}
-    with _FakeCopier(fake_mode) as copier, _generators_made_anew():
-        try:
-            copied = copy.deepcopy(obj, memo)
-        except TypeError as error:
-            error.add_note(f"fake_copy: {type(obj).__name__} holds something that copy.deepcopy can't copy")
-            raise
-    # deepcopy keeps the originals alive in a list of their own, in the memo.
-    originals = [original for original in memo.get(id(memo), []) if id(original) in memo]
-    for original in originals:
-        if isinstance(original, nn.Parameter) and original.grad is not None:
-            memo[id(original)].grad = copier.fake(original.grad)
-    return fake_mode, copied, [memo[id(original)] for original in originals]
-
-
-@contextlib.contextmanager
-def _generators_made_anew() -> Iterator[None]:
-    # deepcopy would carry a generator's state over as a tensor, which here is a fake one.
-    before = copyreg.dispatch_table.get(torch.Generator)
-    copyreg.pickle(torch.Generator, lambda generator: (_seeded, (generator.initial_seed(),)))
-    try:
-        yield
-    finally:
-        del copyreg.dispatch_table[torch.Generator]
-        if before is not None:
-            copyreg.dispatch_table[torch.Generator] = before
-
-
-def _seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def simulate(
     learner: T,
     step: Callable[..., object],
@@ -554,8 +429,9 @@ def simulate(
         ...     (model, optimizer), train_step, inputs={"images": ((64, 3, 224, 224), torch.float32)}
         ... )  # doctest: +SKIP
     """
-    with _random_state_kept():
-        fake_mode, fake_learner, reached = _fake_copy(learner)
+    with random_state_kept():
+        fake_mode, fake_learner, memo = fake_copy_with_memo(learner)
+        reached = [copied for _, copied in memo]
         if device == "cuda":
             _choose_foreach(reached)
         with fake_mode:
@@ -586,20 +462,6 @@ def _choose_foreach(reached: Iterable[object]) -> None:
                     group["foreach"] = True
                 if group.get("capturable"):
                     group["capturable"] = False  # refused on CPU tensors; costs no memory
-
-
-@contextlib.contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """Put every random state of the process back: Python's, NumPy's, PyTorch's on CPU and CUDA."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    devices = range(torch.cuda.device_count()) if in_use else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
 
 
 # -- what autograd saves -----------------------------------------------------------------------------
@@ -663,8 +525,8 @@ def block_activation_bytes(parts: Sequence[nn.Module], inputs: Tensor) -> list[i
     Returns:
         Bytes for each part, at the batch size of ``inputs``.
     """
-    with _random_state_kept():
-        fake_mode, (chain, features), _ = _fake_copy((list(parts), inputs.detach()))
+    with random_state_kept():
+        fake_mode, (chain, features) = fake_copy((list(parts), inputs.detach()))
         states = [tensor for part in chain for tensor in (*part.parameters(), *part.buffers())]
         saved = _SavedStorages(states)
         totals = [0]
