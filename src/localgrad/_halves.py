@@ -114,8 +114,9 @@ def find_pieces(block: nn.Module, example: Tensor, *, proved: bool = True) -> li
     for step in steps:
         found = _pieces_of_step(step, example, proved=proved)
         pieces += found
-        with torch.no_grad(), _rewound(step):
-            example = step(example)
+        if step is not steps[-1]:
+            with torch.no_grad(), _rewound(step):
+                example = step(example)
     return pieces if len(pieces) > 1 else [whole]
 
 
@@ -191,7 +192,7 @@ class _Chain:
 def _same_results(step: nn.Module, pieces: Sequence[Piece], example: Tensor, *, proved: bool) -> bool:
     was_training = step.training
     try:
-        for mode in (False, True):
+        for mode in (False, True) if proved else (True,):
             step.train(mode)
             with torch.no_grad():
                 with _rewound(step):

@@ -81,6 +81,7 @@ class MemoryProfile:
             a known parameter; temporary is the rest.
         timeline: (operators run so far, bytes alive), one entry at each change, in order.
         peak_by_label: the peak while each `annotate` label was the innermost one; ``""`` is outside all.
+        by_category_of_label: as ``by_category``, at the peak of each label.
         peak_label: the label in which the peak fell.
     """
 
@@ -89,10 +90,11 @@ class MemoryProfile:
     by_category: dict[str, int]
     timeline: list[tuple[int, int]]
     peak_by_label: dict[str, int]
+    by_category_of_label: dict[str, dict[str, int]]
     peak_label: str
 
 
-_active: list[_Tracker] = []
+_active: list[Tracker] = []
 
 
 @contextlib.contextmanager
@@ -129,8 +131,8 @@ class _Entry:
         self.reference: weakref.ref[torch.UntypedStorage] | None = None
 
 
-class _Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the storages that operators take and make. Use `track`."""
+class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the storages that operators take and make. For whole steps use `track`."""
 
     def __init__(self, rounding: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -156,41 +158,58 @@ class _Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._num_operators = 0
         self._timeline = [(0, 0)]
         self._peak = self._label_peak = 0
-        self._peak_at = 0
+        self._peak_at = self._label_peak_at = 0
         self._peak_label = self._label
-        self._label_peaks: dict[str, int] = {}
+        self._label_peaks: dict[str, tuple[int, int]] = {}  # bytes, and when
+
+    @property
+    def alive_bytes(self) -> int:
+        """Bytes alive now, above what was there when the account began."""
+        return self._running
+
+    def take_peak(self) -> int:
+        """The most bytes above the beginning since the account began or this was last called."""
+        peak, self._peak = self._peak, self._running
+        return peak
 
     def switch_label(self, label: str) -> str:
         """Charge what follows to ``label``; return the label until now."""
         outer, self._label = self._label, label
-        self._label_peaks[outer] = self._label_peak
-        self._label_peak = max(self._label_peaks.get(label, self._running), self._running)
+        self._label_peaks[outer] = self._label_peak, self._label_peak_at
+        now = self._running, len(self._timeline) - 1
+        self._label_peak, self._label_peak_at = max(self._label_peaks.get(label, now), now)
         return outer
 
     def profile(self) -> MemoryProfile:
         """Close the account."""
         self.switch_label(self._label)
-        by_category = dict.fromkeys(CATEGORIES, 0)
-        for entry in self._entries:
-            if entry.born <= self._peak_at and (entry.died is None or entry.died > self._peak_at):
-                by_category[entry.category] += entry.nbytes
+        by_category = self._categories_at(self._peak_at)
         base = self._base
         profile = MemoryProfile(
             peak_bytes=base + self._peak,
             static_bytes=base,
             by_category=by_category,
             timeline=[(operators, base + running) for operators, running in self._timeline],
-            peak_by_label={label: base + peak for label, peak in self._label_peaks.items()},
+            peak_by_label={label: base + peak for label, (peak, _) in self._label_peaks.items()},
+            by_category_of_label={label: self._categories_at(at) for label, (_, at) in self._label_peaks.items()},
             peak_label=self._peak_label,
         )
         assert sum(by_category.values()) == profile.peak_bytes
         return profile
+
+    def _categories_at(self, moment: int) -> dict[str, int]:
+        by_category = dict.fromkeys(CATEGORIES, 0)
+        for entry in self._entries:
+            if entry.born <= moment and (entry.died is None or entry.died > moment):
+                by_category[entry.category] += entry.nbytes
+        return by_category
 
     def _change(self, nbytes: int) -> None:
         """Move the curve by ``nbytes``, and note a new peak."""
         running = self._running = self._running + nbytes
         if running > self._label_peak:
             self._label_peak = running
+            self._label_peak_at = len(self._timeline)
             if running > self._peak:
                 self._peak = running
                 self._peak_at = len(self._timeline)
@@ -265,7 +284,7 @@ class _Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     # -- the mode --------------------------------------------------------------------------------
 
-    def __enter__(self) -> _Tracker:
+    def __enter__(self) -> Tracker:
         self._hooks.append(register_optimizer_step_pre_hook(self._before_optimizer))
         self._hooks.append(register_optimizer_step_post_hook(self._after_optimizer))
         _active.append(self)
@@ -371,7 +390,7 @@ def track(
         if category not in CATEGORIES:
             raise ValueError(f"categories must be among {', '.join(CATEGORIES)}; got {category!r}")
     known = {category: list(tensors) for category, tensors in (categories or {}).items()}
-    with _Tracker(rounding) as tracker:
+    with Tracker(rounding) as tracker:
         # Marked before the warm-up, so that state which an optimizer is seen to own is the optimizer's.
         for category, tensors in known.items():
             for tensor in tensors:
@@ -433,7 +452,7 @@ def simulate(
         fake_mode, fake_learner, memo = fake_copy_with_memo(learner)
         reached = [copied for _, copied in memo]
         if device == "cuda":
-            _choose_foreach(reached)
+            choose_foreach(reached)
         with fake_mode:
             batch = {name: torch.empty(tuple(shape), dtype=dtype) for name, (shape, dtype) in inputs.items()}
             return track(
@@ -454,7 +473,7 @@ def _known_categories(reached: Iterable[object], batch: Mapping[str, Tensor]) ->
     }
 
 
-def _choose_foreach(reached: Iterable[object]) -> None:
+def choose_foreach(reached: Iterable[object]) -> None:
     for optimizer in reached:
         if isinstance(optimizer, Optimizer):
             for group in optimizer.param_groups:

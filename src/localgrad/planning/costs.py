@@ -1,0 +1,786 @@
+"""What each block of a model costs in training, in bytes and seconds, measured one block at a time and composed.
+
+What. ``measure_costs`` runs the stem, every distinct block under every way of checkpointing, the tail and the objectives
+once, forward and backward, on fake tensors; ``Costs`` composes from that the peak and the time of any local module
+of any partition, without running anything again. A planner can so look at thousands of plans in a moment.
+
+How. Each part runs by itself under the tracker of ``memory.py``, between a source that gives its input and a sink that
+gives its output's gradient; so what is measured is the code that trains. Four numbers tell its memory::
+
+    kept      bytes alive after its forward pass besides its output (its input, where it saved it, included)
+    forward   most bytes alive during its forward pass, input and output included
+    backward  most bytes alive during its backward pass, what it kept and the gradient of its output included
+    gradients bytes of its parameters' gradients, alive from its backward pass to the update
+
+and a module's peak is the largest of: what earlier parts keep + forward of this one; the same + backward of this one +
+gradients of later ones; all gradients + the optimizer's temporaries. Blocks that are alike (same classes, plain
+attributes and shapes) are measured once. Chunks of a half are alike too: one is measured, and the block is then measured
+with a stand-in that takes and frees the same bytes for each.
+
+Seconds are a roofline (Williams, Waterman, Patterson, CACM 2009): each operator takes the longest of its arithmetic, its
+traffic and its launch, at nominal rates of a kind of device. They serve to compare plans, as ratios; no clock is read.
+
+What isn't composed: clipping and averaging of weights (seen by the whole-step simulation that confirms a plan).
+Shapes: B batch first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.flop_counter import flop_registry
+
+from localgrad._fake import FakeTensorMode, fake_copy, random_state_kept
+from localgrad._halves import Piece, find_pieces, whole_block
+from localgrad.backbone import Backbone, Layout
+from localgrad.execution.checkpointing import Recomputed, checkpointed
+from localgrad.execution.local_step import autocast
+from localgrad.objectives.base import LocalBatch, LocalObjective, Site
+from localgrad.objectives.methods import Objective
+from localgrad.partition import Checkpointing
+from localgrad.planning.memory import CUDA_ROUNDING, Tracker, choose_foreach
+
+OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
+
+WAYS = tuple(map(Checkpointing.parse, ("none", "blocks", "halves", "halves/2", "halves/4", "halves/8")))
+"""The ways of checkpointing that are measured for every block, and that a planner chooses from."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Nominal rates of a kind of device, for ratios between plans.
+
+    Attributes:
+        flops: arithmetic a second in float32.
+        half_flops: arithmetic a second in bfloat16 or float16.
+        bytes: memory traffic a second.
+        launch_seconds: least time of an operator.
+    """
+
+    flops: float
+    half_flops: float
+    bytes: float
+    launch_seconds: float
+
+
+RATES = {
+    "cpu": Rates(flops=100e9, half_flops=200e9, bytes=15e9, launch_seconds=5e-6),
+    "cuda": Rates(flops=20e12, half_flops=250e12, bytes=1.6e12, launch_seconds=5e-6),
+}
+"""A few processor cores; a data-centre GPU of 2020 (float32 without TF32)."""
+
+
+class PartCost(NamedTuple):
+    """What one part (stem, block, tail, objective) costs; bytes and nanoseconds, integers throughout."""
+
+    kept: int
+    kept_in_autocast: int
+    output: int
+    forward: int
+    backward: int
+    gradients: int
+    forward_ns: int
+    backward_ns: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What costs are measured for.
+
+    Attributes:
+        batch_size: images a step.
+        precision: ``fp32``, ``bf16`` or ``fp16`` autocast.
+        accumulation: parts that the batch is cut into.
+        device: ``cpu`` or ``cuda``.
+    """
+
+    batch_size: int
+    precision: str = "fp32"
+    accumulation: int = 1
+    device: str = "cpu"
+
+    @property
+    def part_size(self) -> int:
+        """Images in the largest part of the batch."""
+        return math.ceil(self.batch_size / self.accumulation)
+
+
+class _Source(torch.autograd.Function):
+    """Gives a tensor that needs a gradient and takes the gradient; nothing else holds on to either."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty(tuple(shape), dtype=dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
+        return None, None, None
+
+
+class _Sink(torch.autograd.Function):
+    """Takes an output without holding on to it, and gives a gradient of its shape."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor) -> Tensor:
+        ctx.like = output.shape, output.dtype
+        return torch.empty(())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        shape, dtype = ctx.like
+        return torch.empty(shape, dtype=dtype)
+
+
+class _Chunk(torch.autograd.Function):
+    """Takes and frees what one chunk of a branch does, without its operators."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, weight: Tensor, known: _KnownChunk) -> Tensor:
+        ctx.known = known
+        ctx.save_for_backward(features, weight)
+        inner = torch.empty(max(0, known.cost.forward - known.cost.output), dtype=torch.uint8)
+        output = torch.empty((len(features), *known.output_shape), dtype=known.output_dtype)
+        del inner
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        features, weight = ctx.saved_tensors
+        cost = ctx.known.cost
+        outside = cost.output + _nbytes(features) + cost.gradients  # views and results, alive besides
+        inner = torch.empty(max(0, cost.backward - outside), dtype=torch.uint8)
+        found = torch.empty_like(features), torch.empty_like(weight)
+        del inner
+        return *found, None
+
+
+@dataclass(frozen=True)
+class _KnownChunk:
+    """A branch of which one chunk was measured; callable like the branch."""
+
+    cost: PartCost
+    output_shape: tuple[int, ...]
+    output_dtype: torch.dtype
+    weight: nn.Parameter
+
+    def __call__(self, features: Tensor) -> Tensor:
+        output: Tensor = _Chunk.apply(features, self.weight, self)  # type: ignore[no-untyped-call]
+        return output
+
+
+class _Meter(Tracker):
+    """A tracker that adds up nominal seconds as well."""
+
+    def __init__(self, rounding: int, rates: Rates) -> None:
+        super().__init__(rounding)
+        self.rates = rates
+        self.seconds = 0.0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one operator and add its time."""
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if not func.is_view and func not in _FREE:
+            self.seconds += self._time(func, args, kwargs or {}, result)
+        return result
+
+    def _time(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> float:
+        tensors = [item for value in (*args, result) for item in _tensors_of(value)]
+        rates, traffic = self.rates, sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        time = max(traffic / rates.bytes, rates.launch_seconds)
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            flops = count(*args, **kwargs, out_val=result)
+            is_half = any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in tensors)
+            time = max(time, flops / (rates.half_flops if is_half else rates.flops))
+        return time
+
+
+_FREE = {torch.ops.aten.empty.memory_format, torch.ops.aten.detach.default, torch.ops.aten.empty_like.default}
+
+
+def _tensors_of(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors_of(item)
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+class _Measured(NamedTuple):
+    cost: PartCost
+    shape: tuple[int, ...]  # of the output, batch included
+    dtype: torch.dtype
+    keeps_input: bool
+
+
+Run = Callable[[Tensor], Tensor]
+Like = tuple[tuple[int, ...], torch.dtype]
+
+
+class _Workshop:
+    """Measures parts of one fake backbone; remembers those that are alike."""
+
+    def __init__(self, fake_mode: FakeTensorMode, settings: Settings) -> None:
+        self.fake_mode = fake_mode
+        self.settings = settings
+        self.rounding = CUDA_ROUNDING if settings.device == "cuda" else 1
+        self.known: dict[Any, Any] = {}
+        with fake_mode:
+            self.anchor = torch.empty((), requires_grad=True)
+
+    def once(self, key: Any, measure: Callable[[], Any]) -> Any:
+        """``measure()``, or what it gave before for the same key."""
+        if key not in self.known:
+            self.known[key] = measure()
+        return self.known[key]
+
+    def _input(self, shape: Sequence[int], dtype: torch.dtype, *, needs_gradient: bool) -> Tensor:
+        if not needs_gradient:
+            return torch.empty(tuple(shape), dtype=dtype)
+        source: Tensor = _Source.apply(self.anchor, shape, dtype)  # type: ignore[no-untyped-call]
+        return source
+
+    def measure(
+        self,
+        run: Run,
+        like: Like,
+        weights: Sequence[Tensor],
+        *,
+        present: bool = False,
+        needs_gradient: bool = True,
+    ) -> _Measured:
+        """Run a part forward and backward.
+
+        Args:
+            run: the part.
+            like: shape and dtype of its input.
+            weights: parameters whose gradients it makes.
+            present: its input is there before and after, and isn't counted.
+            needs_gradient: whether its input does.
+        """
+        shape, dtype = like
+        meter = _Meter(self.rounding, RATES[self.settings.device])
+        with self.fake_mode, meter, torch.enable_grad():
+            held = self._input(shape, dtype, needs_gradient=needs_gradient) if present else None
+            meter.begin()
+            meter.seconds = 0.0
+            inputs = held if held is not None else self._input(shape, dtype, needs_gradient=needs_gradient)
+            entered = weakref.ref(inputs.untyped_storage())
+            with autocast("cpu", self.settings.precision):
+                output = run(inputs)
+                del inputs
+                in_autocast = meter.alive_bytes
+            keeps_input = entered() is not None
+            kept, forward, forward_seconds = meter.alive_bytes, meter.take_peak(), meter.seconds
+            nbytes = _nbytes(output)
+            measured_shape, measured_dtype = tuple(output.shape), output.dtype
+            end = _Sink.apply(output)  # type: ignore[no-untyped-call]
+            del output
+            meter.take_peak()
+            end.backward()
+            backward = meter.take_peak()
+            gradients = sum(_nbytes(weight.grad) for weight in weights if weight.grad is not None)
+            for weight in weights:
+                weight.grad = None
+            del held
+        cost = PartCost(
+            kept=kept - nbytes,
+            kept_in_autocast=in_autocast - nbytes,
+            output=nbytes,
+            forward=forward,
+            backward=backward,
+            gradients=gradients,
+            forward_ns=round(forward_seconds * 1e9),
+            backward_ns=round((meter.seconds - forward_seconds) * 1e9),
+        )
+        return _Measured(cost, measured_shape, measured_dtype, keeps_input)
+
+    def way(self, block: nn.Module, like: Like, how: Checkpointing) -> PartCost:
+        """Measure a block under a way of checkpointing."""
+        weights = [weight for weight in block.parameters() if weight.requires_grad]
+        if how.level == "none":
+            run: Run = block
+        elif how.level == "blocks":
+            run = Recomputed([whole_block(block)])
+        else:
+            pieces = self.once(("pieces", id(block)), lambda: self._pieces(block, like))
+            return self._chunked(pieces, like, how.chunks)
+        return self.measure(run, like, weights).cost
+
+    def _pieces(self, block: nn.Module, like: Like) -> list[Piece]:
+        with self.fake_mode:
+            return find_pieces(block, torch.empty(2, *like[0][1:], dtype=like[1]), proved=False)
+
+    def _chunked(self, pieces: Sequence[Piece], like: Like, chunks: int) -> PartCost:
+        """A block in chunks: one chunk of each piece is measured, stand-ins then run as often as there are chunks."""
+        stand_ins, cached, forward_ns, backward_ns = [], 0, 0, 0
+        shape, dtype = like
+        for piece in pieces:
+            times = min(chunks, shape[0]) if piece.per_image else 1
+            size = math.ceil(shape[0] / times)
+            chunk = self._chunk(piece, ((size, *shape[1:]), dtype), shape[0])
+            with self.fake_mode:
+                weight = nn.Parameter(torch.empty(max(1, chunk.cost.gradients // 4)))
+            branch = _KnownChunk(chunk.cost, chunk.shape[1:], chunk.dtype, weight)
+            stand_ins.append(Piece(branch, piece.drop_path, piece.per_image, draws=False))
+            cached += chunk.cost.kept_in_autocast - chunk.cost.kept
+            forward_ns += times * chunk.cost.forward_ns
+            backward_ns += times * chunk.cost.backward_ns
+            shape, dtype = (shape[0], *chunk.shape[1:]), chunk.dtype if piece.drop_path is None else dtype
+        gradients = [cast(_KnownChunk, piece.branch).weight for piece in stand_ins]
+        cost = self.measure(Recomputed(stand_ins, chunks), like, gradients).cost
+        return cost._replace(
+            kept_in_autocast=cost.kept_in_autocast + cached,
+            forward=cost.forward + cached,
+            forward_ns=cost.forward_ns + forward_ns,
+            backward_ns=cost.backward_ns + backward_ns,
+        )
+
+    def _chunk(self, piece: Piece, like: Like, whole: int) -> _Measured:
+        """One chunk of a branch; measured at a half and an eighth of the batch: every tensor grows evenly with it."""
+        (size, *rest), dtype = like
+
+        def measured(size: int) -> _Measured:
+            run, like = partial(checkpointed, piece.branch), ((size, *rest), dtype)
+            key = "chunk", id(piece), size, dtype
+            found: _Measured = self.once(key, lambda: self.measure(run, like, _weights_of(piece), present=True))
+            return found
+
+        small, large = measured(math.ceil(whole / 8)), measured(math.ceil(whole / 2))
+        if small.shape == large.shape:
+            return small
+        if size == small.shape[0]:
+            return small
+        share = (size - small.shape[0]) / (large.shape[0] - small.shape[0])
+        between = (round(a + (b - a) * share) for a, b in zip(small.cost, large.cost, strict=True))
+        return _Measured(PartCost(*between), (size, *small.shape[1:]), small.dtype, small.keeps_input)
+
+    def update(self, weights: Sequence[nn.Parameter], factory: OptimizerFactory) -> UpdateCost:
+        """Measure an optimizer over some weights, each shape once and by itself."""
+        found = []
+        for weight in weights:
+            key = "update", weight.shape, weight.dtype
+            found.append(self.once(key, partial(self.updated_together, [weight], factory)))
+        temporary = [cost.temporary for cost in found]
+        whole = sum(temporary) if self.settings.device == "cuda" else max(temporary, default=0)
+        return UpdateCost(sum(cost.state for cost in found), whole)
+
+    def updated_together(self, weights: Sequence[nn.Parameter], factory: OptimizerFactory) -> UpdateCost:
+        """Measure an optimizer alone over some weights, in its second step."""
+        meter = Tracker(self.rounding)
+        with self.fake_mode, meter:
+            copies = [nn.Parameter(torch.empty_like(weight)) for weight in weights]
+            for weight in copies:
+                weight.grad = torch.empty_like(weight)
+            optimizer = factory(copies)
+            if self.settings.device == "cuda":
+                choose_foreach([optimizer])
+            meter.begin()
+            optimizer.step()
+            state = meter.alive_bytes
+            meter.take_peak()
+            optimizer.step()
+            temporary = meter.take_peak() - meter.alive_bytes
+        return UpdateCost(state, temporary)
+
+
+def _leading(cost: PartCost, entered: int, kept: int) -> PartCost:
+    """A part as the first of its module: what enters it, of which it keeps so much, is there anyway."""
+    return cost._replace(
+        kept=cost.kept - kept,
+        kept_in_autocast=cost.kept_in_autocast - kept,
+        forward=cost.forward - entered,
+        backward=cost.backward - kept,
+    )
+
+
+def _nbytes_of(like: Like) -> int:
+    return math.prod(like[0]) * like[1].itemsize
+
+
+class UpdateCost(NamedTuple):
+    """Bytes of an optimizer's state over some weights, and of its temporaries in a step."""
+
+    state: int
+    temporary: int
+
+
+def _weights_of(piece: Piece) -> list[Tensor]:
+    branch = piece.branch
+    if isinstance(branch, nn.Module):
+        return list(branch.parameters())
+    found: dict[int, Tensor] = {}
+    for part in _modules_in(branch):
+        found |= {id(weight): weight for weight in part.parameters()}
+    return list(found.values())
+
+
+def _modules_in(branch: object) -> Iterator[nn.Module]:
+    """The modules that a branch calls, through bound methods and chains."""
+    for value in vars(branch).values() if hasattr(branch, "__dict__") else ():
+        owner = getattr(value, "__self__", value)
+        if isinstance(owner, nn.Module):
+            yield owner
+        elif hasattr(owner, "calls"):
+            yield from (call for call in owner.calls if isinstance(call, nn.Module))
+
+
+# Composition -----------------------------------------------------------------------------------------------------
+
+
+class Choice(NamedTuple):
+    """One way to run a local module.
+
+    Attributes:
+        nanoseconds: nominal time of its step, the update left out.
+        peak_bytes: the most bytes alive during its step, all static memory left out.
+        how: its checkpointing.
+    """
+
+    nanoseconds: int
+    peak_bytes: int
+    how: Checkpointing
+
+
+class Head(NamedTuple):
+    """A module's objective: what it costs, and its own static bytes and those of its update."""
+
+    cost: PartCost
+    static: int
+    temporary: int
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The costs of a model's parts at one batch size, and of any local module composed from them.
+
+    Parts are the stem, the blocks and the tail, in order. Bytes are of one part of the batch where it is accumulated.
+
+    Attributes:
+        settings: what they were measured for.
+        parts: for each of ``WAYS``, the cost of each part inside a module.
+        leading: the same for a part that is the first of its module: its input is there before, without a gradient.
+        heads: every distinct objective.
+        head_of: number of the head of blocks ``start .. stop - 1``, as ``head_of[start][stop - start - 1]``.
+        static: for each part, bytes of parameters, buffers and optimizer state.
+        temporary: for each part, bytes of the optimizer's temporaries.
+        temporary_adds: whether those add up over parts (``foreach``), or the largest counts.
+        inputs: for each block, bytes of what enters it for the whole batch, and of what enters the tail.
+        images: bytes of the images of the whole batch.
+        uses_images: whether objectives of modules that are not the last look at the images.
+    """
+
+    settings: Settings
+    parts: list[list[PartCost]]
+    leading: list[list[PartCost]]
+    heads: list[Head]
+    head_of: list[list[int]]
+    static: list[int]
+    temporary: list[int]
+    temporary_adds: bool
+    inputs: list[int]
+    images: int
+    uses_images: bool
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks between stem and tail."""
+        return len(self.static) - 2
+
+    @property
+    def static_bytes(self) -> int:
+        """Bytes of the model's parameters, buffers and optimizer state."""
+        return sum(self.static)
+
+    def head(self, start: int, stop: int) -> Head:
+        """The objective of the module of blocks ``start .. stop - 1``."""
+        return self.heads[self.head_of[start][stop - start - 1]]
+
+    def static_of(self, start: int, stop: int) -> int:
+        """Static bytes that the module's objective adds."""
+        return self.head(start, stop).static
+
+    def choices(self, start: int, stop: int) -> list[Choice]:
+        """Every way to run the module of blocks ``start .. stop - 1`` that no other beats in time and peak.
+
+        Returns:
+            The fastest first, each next one slower and smaller.
+        """
+        found = []
+        for number, how in enumerate(WAYS):
+            if how.chunks > max(1, self.settings.part_size):
+                continue
+            peaks, times = self._runs(start, stop, number)
+            num_blocks = stop - start
+            for count, (peak, time) in enumerate(zip(peaks, times, strict=True)):
+                if (count == 0) == (how.level == "none"):
+                    first = None if count in (0, num_blocks) else count
+                    found.append(Choice(time, peak, Checkpointing(how.level, how.chunks, first)))
+        found.sort(key=lambda choice: choice[:2])
+        kept: list[Choice] = []
+        for choice in found:
+            if not kept or choice.peak_bytes < kept[-1].peak_bytes:
+                kept.append(choice)
+        return kept
+
+    def choice(self, start: int, stop: int, how: Checkpointing) -> Choice:
+        """What one way to run a module costs; one of ``WAYS``, on all blocks or on the first few."""
+        way = WAYS.index(Checkpointing(how.level, how.chunks))
+        num_blocks = stop - start
+        count = 0 if how.level == "none" else min(num_blocks, how.first or num_blocks)
+        peaks, times = self._runs(start, stop, way)
+        return Choice(times[count], peaks[count], how)
+
+    def _runs(self, start: int, stop: int, way: int) -> tuple[list[int], list[int]]:
+        """Peak bytes and nanoseconds of a module whose first 0, 1, 2 ... blocks run in ``way``, the others plainly."""
+        first, last = start == 0, stop == self.num_blocks
+        units = range(0 if first else start + 1, stop + (2 if last else 1))
+        lead = units[0]
+        plain = [self._part(0, unit, lead) for unit in units]
+        other = [self._part(way if 0 < unit <= self.num_blocks else 0, unit, lead) for unit in units]
+        head, skipped = self.head(start, stop).cost, 1 if first else 0  # the stem runs plainly
+        gradients = [0, *itertools.accumulate(part.gradients for part in plain)]
+        all_gradients = gradients[-1] + head.gradients
+        accumulates = self.settings.accumulation > 1
+        # Gradients alive during the backward pass of a unit: those of later ones, or (accumulated) of all.
+        later = [all_gradients if accumulates else all_gradients - gradients[n + 1] for n in range(len(plain))]
+        output = plain[-1].output
+        before = all_gradients if accumulates else 0  # during the forward pass
+        suffix_forward, suffix_backward = _suffix_peaks(plain, later, before, output)
+        around = self._around(start, stop, output)
+        update = all_gradients + output + self._temporary(start, stop)
+        if accumulates:  # the parts' outputs are joined once all are there
+            update = max(update, all_gradients + 2 * output * self.settings.accumulation)
+        peaks, times = [], []
+        kept = kept_in_autocast = prefix_peak = 0
+        plain_kept = [0, *itertools.accumulate(part.kept for part in plain)]
+        plain_in_autocast = [0, *itertools.accumulate(part.kept_in_autocast for part in plain)]
+        time = sum(part.forward_ns + part.backward_ns for part in plain) + head.forward_ns + head.backward_ns
+        num_blocks = stop - start
+        for count in range(-skipped, num_blocks + 1):
+            done = count + skipped  # units that run in the other way (the stem among them)
+            if done:
+                part = other[done - 1]
+                prefix_peak = max(
+                    prefix_peak,
+                    kept_in_autocast + part.forward + before,
+                    kept + part.backward + later[done - 1] + output,
+                )
+                kept, kept_in_autocast = kept + part.kept, kept_in_autocast + part.kept_in_autocast
+                was = plain[done - 1]
+                time += part.forward_ns + part.backward_ns - was.forward_ns - was.backward_ns
+            if count < 0:
+                continue
+            rest, rest_in_autocast = plain_kept[-1] - plain_kept[done], plain_in_autocast[-1] - plain_in_autocast[done]
+            peak = max(
+                prefix_peak,
+                kept_in_autocast - plain_in_autocast[done] + suffix_forward[done],
+                kept - plain_kept[done] + suffix_backward[done],
+                kept_in_autocast + rest_in_autocast + output + head.forward + before,
+                kept + rest + output + head.backward + before,
+                update,
+            )
+            peaks.append(around + peak)
+            times.append(time * self.settings.accumulation)
+        return peaks, times
+
+    def _part(self, way: int, unit: int, lead: int) -> PartCost:
+        return (self.leading if unit == lead else self.parts)[way][unit]
+
+    def _around(self, start: int, stop: int, output: int) -> int:
+        """Bytes alive during the whole module: what enters it, the images, and earlier parts' outputs."""
+        last = stop == self.num_blocks
+        images = self.images if start == 0 or (self.uses_images and not last) else 0
+        earlier = output * (self.settings.accumulation - 1)
+        return images + (self.inputs[start] if start else 0) + earlier
+
+    def _temporary(self, start: int, stop: int) -> int:
+        first, last = 0 if start == 0 else start + 1, stop + (2 if stop == self.num_blocks else 1)
+        found = [*self.temporary[first:last], self.head(start, stop).temporary]
+        return sum(found) if self.temporary_adds else max(found)
+
+
+def _suffix_peaks(
+    plain: Sequence[PartCost], later: Sequence[int], before: int, output: int
+) -> tuple[list[int], list[int]]:
+    """The largest forward and backward peak among units from each one on, with all of them plain from the start."""
+    forward, backward = [0], [0]
+    kept = [0, *itertools.accumulate(part.kept for part in plain)]
+    in_autocast = [0, *itertools.accumulate(part.kept_in_autocast for part in plain)]
+    for number in reversed(range(len(plain))):
+        part = plain[number]
+        forward.append(max(forward[-1], in_autocast[number] + part.forward + before))
+        backward.append(max(backward[-1], kept[number] + part.backward + later[number] + output))
+    return forward[::-1], backward[::-1]
+
+
+# Measuring -------------------------------------------------------------------------------------------------------
+
+
+def measure_costs(backbone: Backbone, objective: Objective, optimizer: OptimizerFactory, settings: Settings) -> Costs:
+    """Measure each distinct part of a backbone once; nothing real is allocated, and the backbone isn't touched.
+
+    Args:
+        backbone: split, or outlined.
+        objective: what every module but the last is trained on.
+        optimizer: makes a module's optimizer.
+        settings: batch size, precision, accumulation, device.
+    """
+    with random_state_kept():
+        fake_mode, fake = fake_copy(backbone)
+        fake.train()
+        shop = _Workshop(fake_mode, settings)
+        return _measure_all(shop, fake, objective, optimizer)
+
+
+def _measure_all(shop: _Workshop, backbone: Backbone, objective: Objective, optimizer: OptimizerFactory) -> Costs:
+    settings = shop.settings
+    size = settings.part_size
+    dtype = next(backbone.parameters()).dtype
+    units = [backbone.stem, *backbone.blocks, backbone.tail]
+    parts: list[list[PartCost]] = [[] for _ in WAYS]
+    leading: list[list[PartCost]] = [[] for _ in WAYS]
+    static, temporary, likes = [], [], []
+    like: Like = ((size, *backbone.input_size), dtype)
+    for number, unit in enumerate(units):
+        likes.append(like)
+        mark = signature(unit), like
+        weights = [weight for weight in unit.parameters() if weight.requires_grad]
+        is_block = 0 < number <= len(backbone.blocks)
+        stem = number == 0  # the images are there before it, and need no gradient
+        measure = partial(shop.measure, unit, like, weights, present=stem, needs_gradient=not stem)
+        plain = shop.once((mark, "plain"), measure)
+        for way, how in enumerate(WAYS):
+            cost = plain.cost
+            if way and is_block:
+                cost = shop.once((mark, str(how)), partial(shop.way, unit, like, how))
+            parts[way].append(cost)
+            kept = _nbytes_of(like) if plain.keeps_input or (way and is_block) else 0
+            leading[way].append(cost if stem else _leading(cost, _nbytes_of(like), kept))
+        update = shop.update(weights, optimizer)
+        static.append(_static_bytes(unit) + update.state)
+        temporary.append(update.temporary)
+        like = plain.shape, plain.dtype
+    heads, head_of, uses_images = _measure_heads(shop, backbone, objective, optimizer, likes)
+    whole = settings.batch_size / size
+    inputs = [round(math.prod(shape) * dtype.itemsize * whole) for shape, dtype in likes[1:]]
+    # Two weights show whether the optimizer goes weight by weight, or over all weights at once.
+    trained = [weight for unit in units for weight in unit.parameters() if weight.requires_grad]
+    both = sorted(trained, key=Tensor.numel)[-2:]
+    adds = shop.updated_together(both, optimizer).temporary > 1.2 * max(temporary)
+    return Costs(
+        settings=settings,
+        parts=parts,
+        leading=leading,
+        heads=heads,
+        head_of=head_of,
+        static=static,
+        temporary=temporary,
+        temporary_adds=adds,
+        inputs=inputs,
+        images=math.prod((settings.batch_size, *backbone.input_size)) * dtype.itemsize,
+        uses_images=uses_images,
+    )
+
+
+def _measure_heads(
+    shop: _Workshop, backbone: Backbone, objective: Objective, optimizer: OptimizerFactory, likes: Sequence[Like]
+) -> tuple[list[Head], list[list[int]], bool]:
+    """Measure the objectives of all modules that partitions can have: one for each pair of layouts."""
+    num_blocks = len(backbone.blocks)
+    image = Layout(kind="NCHW", width=backbone.input_size[0], grid=backbone.input_size[1:])
+    numbers: dict[Any, int] = {}
+    heads: list[Head] = []
+    head_of: list[list[int]] = []
+    uses_images = False
+    for start in range(num_blocks):
+        row = []
+        for stop in range(start + 1, num_blocks + 1):
+            last = stop == num_blocks
+            inputs = image if start == 0 else backbone.layouts[start]
+            key = ("last",) if last else (start == 0, inputs, backbone.layouts[stop])
+            if key not in numbers:
+                site = Site(
+                    index=2 if last else min(start, 1),
+                    num_modules=3,
+                    inputs=inputs,
+                    outputs=backbone.layouts[stop],
+                    image=image,
+                    num_classes=backbone.num_classes,
+                )
+                with shop.fake_mode:
+                    built = objective.build(site)
+                built.train()
+                uses_images |= built.uses_images and start > 0
+                outputs = likes[stop + 1]
+                if last:
+                    outputs = (outputs[0][0], backbone.num_classes), outputs[1]
+                numbers[key] = len(heads)
+                heads.append(_measure_head(shop, built, optimizer, likes[0], likes[start + 1 if start else 0], outputs))
+            row.append(numbers[key])
+        head_of.append(row)
+    return heads, head_of, uses_images
+
+
+def _measure_head(
+    shop: _Workshop,
+    objective: LocalObjective,
+    optimizer: OptimizerFactory,
+    images_like: Like,
+    inputs_like: Like,
+    outputs_like: Like,
+) -> Head:
+    with shop.fake_mode:
+        images = torch.empty(images_like[0], dtype=images_like[1])
+        inputs = torch.empty(inputs_like[0], dtype=inputs_like[1])
+        labels = torch.empty(images_like[0][0], dtype=torch.int64)
+    batch = LocalBatch(images, labels)
+    weights = [weight for weight in objective.parameters() if weight.requires_grad]
+    cost = shop.measure(
+        lambda outputs: objective(inputs, outputs, batch).loss, outputs_like, weights, present=True
+    ).cost
+    update = shop.update(weights, optimizer)
+    return Head(cost, _static_bytes(objective) + update.state, update.temporary)
+
+
+def _static_bytes(module: nn.Module) -> int:
+    return sum(_nbytes(tensor) for tensor in (*module.parameters(), *module.buffers()))
+
+
+def signature(module: nn.Module) -> str:
+    """A text that is the same for modules that cost the same: classes, plain attributes, shapes; no values of weights.
+
+    Floats count only as zero or not: a drop path's rate changes no bytes, whether there is one does.
+    """
+    digest = hashlib.sha256()
+    for name, part in module.named_modules():
+        plain = {
+            key: value != 0 if isinstance(value, float) else value
+            for key, value in vars(part).items()
+            if key not in _NAMES and isinstance(value, (bool, int, float, str, tuple, type(None)))
+        }
+        digest.update(repr((name, type(part).__qualname__, sorted(plain.items(), key=str))).encode())
+        for tensor_name, tensor in (*part._parameters.items(), *part._buffers.items()):
+            if tensor is not None:
+                shape = tensor_name, tuple(tensor.shape), tensor.dtype, tensor.requires_grad
+                digest.update(repr(shape).encode())
+    return digest.hexdigest()
+
+
+_NAMES = ("name", "training")
