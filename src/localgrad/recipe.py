@@ -151,6 +151,7 @@ class Execution:
         accumulation: parts that each batch is cut into (batch norms and the contrastive term see the parts).
         checkpoint: recompute activations inside every local module.
         compile: run each local module through torch.compile.
+        offload: keep local modules that don't train, and their optimizer state, in host memory.
         num_workers: processes that decode images of sets too large for memory.
         num_threads: processor threads; by default torch's choice.
     """
@@ -161,6 +162,7 @@ class Execution:
     accumulation: Positive = 1
     checkpoint: bool = False
     compile: bool = False
+    offload: bool = False
     num_workers: Annotated[int, Field(ge=0, strict=True)] = 2
     num_threads: Positive | None = None
 
