@@ -21,6 +21,7 @@ from localgrad import FeatureReconstruction, GreedySupervised, LocalLearner
 from localgrad.errors import RecipeError
 from localgrad.execution.offload import Offloader
 from localgrad.learner import end_to_end, estimate_step
+from localgrad.objectives.base import LocalBatch
 from localgrad.planning import memory
 
 SIZE = (3, 32, 32)
@@ -345,6 +346,10 @@ def on_device() -> int:
 @pytest.mark.usefixtures("_placed")
 @pytest.mark.parametrize("settings", [{}, {"accumulation": 2, "clip_grad": 1.0, "checkpoint": True}], ids=str)
 def test_two_modules_are_on_the_device_at_most(settings: dict[str, Any]) -> None:
+    check_residency(settings)
+
+
+def check_residency(settings: dict[str, Any]) -> None:
     learner = make_learner(modules=4, **settings)
     train(learner, batches(2))  # the state is there
     sizes = static_bytes(learner)
@@ -372,10 +377,11 @@ def test_two_modules_are_on_the_device_at_most(settings: dict[str, Any]) -> None
     assert on_device() == 0
 
 
+@pytest.mark.usefixtures("_placed")
 def test_the_law_of_two_modules_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Offloader, "_send_home", lambda *_: None)
     with pytest.raises(AssertionError):
-        test_two_modules_are_on_the_device_at_most.__wrapped__({})  # type: ignore[attr-defined]
+        check_residency({})
 
 
 @pytest.mark.parametrize("num_modules", [2, 4])
@@ -393,27 +399,43 @@ def test_a_tracked_step_has_two_modules_static_bytes(num_modules: int) -> None:
     assert profile.static_bytes <= sizes[0] + counters + images.nbytes + labels.nbytes
 
 
-def test_the_estimate_of_an_offloaded_step_is_that_of_the_step() -> None:
-    learner, (images, labels) = make_learner(modules=4, ema_decay=0.9), batches(1, num_images=8)[0]
-    train(learner, batches(2, num_images=8))
-    before = flat(learner.state_dict())
-    estimated = estimate_step(learner, 8, adamw)
-    assert_same(flat(learner.state_dict()), before)
+def test_the_estimate_of_an_offloaded_step_saves_what_the_step_saves() -> None:
+    images, labels = batches(1, num_images=8)[0]
 
-    def step() -> None:
-        learner.step_on(localgrad.objectives.base.LocalBatch(images.clone(), labels))
+    def peaks(learner: LocalLearner) -> tuple[memory.MemoryProfile, memory.MemoryProfile]:
+        train(learner, batches(2, num_images=8))
+        before = flat(learner.state_dict())
+        estimated = estimate_step(learner, 8, adamw)
+        assert_same(flat(learner.state_dict()), before)
+        known = {"parameters": learner.model.parameters(), "buffers": learner.model.buffers()}
+        return estimated, memory.track(
+            lambda: learner.step_on(LocalBatch(torch.empty(images.shape), labels)),
+            host=learner.host_tensors,
+            categories=None if learner.offload else known,
+        )
 
-    measured = memory.track(step, host=learner.host_tensors)
-    assert estimated.peak_bytes == pytest.approx(measured.peak_bytes, rel=0.02)
-    assert estimated.host_bytes == measured.host_bytes
-    whole = estimate_step(make_learner(modules=4, offload=False, ema_decay=0.9), 8, adamw)
-    assert estimated.peak_bytes < 0.75 * whole.peak_bytes
-    assert whole.host_bytes == 0
+    estimated, measured = peaks(make_learner(modules=4))
+    estimated_whole, measured_whole = peaks(make_learner(modules=4, offload=False))
+    saved = estimated_whole.peak_bytes - estimated.peak_bytes
+    assert saved == measured_whole.peak_bytes - measured.peak_bytes > 300_000
+    assert estimated.host_bytes == measured.host_bytes > saved
+    assert estimated_whole.host_bytes == 0
+
+
+def test_the_average_waits_on_the_host() -> None:
+    peaks = {decay: estimate_step(make_learner(ema_decay=decay), 4, adamw) for decay in (None, 0.9)}
+    model = make()
+    weights = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    assert peaks[0.9].peak_bytes == peaks[None].peak_bytes
+    assert peaks[0.9].host_bytes == peaks[None].host_bytes + weights
+
+
+def test_the_end_to_end_baseline_has_the_whole_model_on_the_device() -> None:
+    learner = make_learner(modules=4)
     baseline = end_to_end(learner)
-    assert baseline.offload
-    assert estimate_step(baseline, 8, adamw).peak_bytes > whole.peak_bytes - sum(
-        tensor.nbytes for tensor in [*learner.model.parameters(), *learner.model.buffers()]
-    )
+    assert (baseline.offload, baseline.device) == (True, learner.device)
+    whole = end_to_end(make_learner(modules=4, offload=False))
+    assert estimate_step(baseline, 4, adamw).peak_bytes == estimate_step(whole, 4, adamw).peak_bytes
 
 
 @pytest.mark.parametrize("objective", [FeatureReconstruction(), GreedySupervised()])

@@ -79,9 +79,7 @@ class LocalLearner:
         if clip_grad is not None and not clip_grad > 0:
             raise RecipeError(f"clip_grad must be above 0, got {clip_grad}; leave it out for no clipping.")
         if device is not None and not offload:
-            raise RecipeError(
-                f"device: {device} is for offload=True; without it, move the model: model.to({device!r})."
-            )
+            raise RecipeError(f"device: {device} needs offload=True; without it, move the model: model.to({device!r}).")
         self.backbone = model if isinstance(model, Backbone) else split(model, input_size or default_input_size(model))
         self.model = self.backbone.model
         self.offload = offload

@@ -251,6 +251,7 @@ class _Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Mark a parameter and its gradient, the present one and those to come."""
         known = self._known_parameters.get(id(parameter))
         if known is not None and known() is parameter:
+            self.mark(parameter, "parameters")  # an offloaded one comes in another storage each time
             return
         self._known_parameters[id(parameter)] = weakref.ref(parameter)
         self.mark(parameter, "parameters")
