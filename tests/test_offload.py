@@ -5,10 +5,12 @@ Host and device are both the processor's memory here; what is on the "device" is
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import weakref
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import localgrad
-from localgrad import FeatureReconstruction, GreedySupervised, LocalLearner
+from localgrad import LocalLearner
 from localgrad.errors import RecipeError
 from localgrad.execution.offload import Offloader
 from localgrad.learner import end_to_end, estimate_step
@@ -249,16 +251,13 @@ def test_an_error_in_a_step_leaves_everything_usable() -> None:
     data = batches(2)
     learner, plain = make_learner(), make_learner(offload=False)
 
-    class Stop(Exception):
-        pass
-
     def stop(*_: object) -> None:
-        raise Stop
+        raise KeyError("stop")
 
     for each in (learner, plain):
         train(each, data)
         hook = each.modules[1].parts[-1].register_forward_hook(stop)
-        with pytest.raises(Stop):
+        with pytest.raises(KeyError, match="stop"):
             train(each, data)
         hook.remove()
         train(each, data)
@@ -438,10 +437,69 @@ def test_the_end_to_end_baseline_has_the_whole_model_on_the_device() -> None:
     assert estimate_step(baseline, 4, adamw).peak_bytes == estimate_step(whole, 4, adamw).peak_bytes
 
 
-@pytest.mark.parametrize("objective", [FeatureReconstruction(), GreedySupervised()])
-def test_a_model_on_the_host_is_planned_for_the_device_it_will_train_on(objective: localgrad.Objective) -> None:
-    learner = LocalLearner(
-        make(), modules=2, objective=objective, input_size=SIZE, offload=True, device=torch.device("meta")
+# Streams -----------------------------------------------------------------------------------------------------------
+
+
+def test_copies_and_steps_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order in which a GPU's two streams are told to wait; the GPU itself is left out."""
+    learner = make_learner()
+    train(learner, batches(1))
+    told: list[str] = []
+    compute = SimpleNamespace(wait_event=lambda event: told.append(f"compute waits for {event}"))
+
+    def record_event() -> str:
+        told.append("all is in")
+        return "what came in"
+
+    side = SimpleNamespace(
+        wait_stream=lambda other: told.append("copies wait for compute") if other is compute else None,
+        record_event=record_event,
+        synchronize=lambda: told.append("processor waits"),
     )
-    assert learner.device.type == "meta"
-    assert {p.device.type for module in learner.modules for p in module.parameters()} == {"cpu"}
+    monkeypatch.setattr(Offloader, "_stream", side)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: compute)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _stream: contextlib.nullcontext())
+    kept: set[int] = set()
+    monkeypatch.setattr(Tensor, "record_stream", lambda tensor, _stream: kept.add(id(tensor)))
+    for index, module in enumerate(learner.modules):
+        module.register_forward_pre_hook(lambda *_, index=index: told.append(f"module {index}"))
+    train(learner, batches(1))
+    assert told == [
+        *("all is in", "module 0", "copies wait for compute"),  # module 1 is in; module 0 goes home
+        *("compute waits for what came in", "all is in", "module 1", "copies wait for compute"),
+        *("compute waits for what came in", "all is in", "module 2", "copies wait for compute"),
+        *("compute waits for what came in", "processor waits"),  # module 0 is in, module 2 is home
+    ]
+    assert kept
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_offloading_on_a_gpu(precision: str) -> None:
+    torch.use_deterministic_algorithms(mode=True, warn_only=True)
+    model, data = {"depth": 12, "embed_dim": 384, "num_heads": 6}, batches(4)
+    peaks, states = [], []
+    try:
+        for offload in (False, True):
+            net = make(**model)
+            settings: dict[str, Any] = {"modules": 6, "input_size": SIZE, "precision": precision, "clip_grad": 1.0}
+            learner = (
+                LocalLearner(net, offload=True, device="cuda", **settings)
+                if offload
+                else LocalLearner(net.cuda(), **settings)
+            )
+            learner.configure_optimizers(adamw)
+            torch.manual_seed(7)
+            torch.cuda.synchronize()
+            base = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            for images, labels in data:
+                learner.step(images.cuda(), labels.cuda())
+                states.append({name: value.cpu().clone() for name, value in learner.model.state_dict().items()})
+            peaks.append(torch.cuda.max_memory_allocated() - (base if offload else 0))
+            del learner, net
+    finally:
+        torch.use_deterministic_algorithms(mode=False)
+    for plain, offloaded in zip(states[:4], states[4:], strict=True):
+        assert_same(offloaded, plain)
+    assert peaks[1] < 0.6 * peaks[0]

@@ -214,13 +214,16 @@ class Offloader:
                     if _is_unchanged(home, trained=stay.with_state):
                         tensor.data = host
                         continue
-                host.copy_(there, non_blocking=True)
-                if self._stream is not None:
-                    # Optimizer state of the first step is the compute stream's, which must not take this memory for
-                    # something else before the copy is done. What was fetched is the side stream's own: the next
-                    # module to come gets its memory, and comes after this copy.
-                    there.record_stream(self._stream)
+                self._write_home(host, there)
                 tensor.data = host
+
+    def _write_home(self, host: Tensor, there: Tensor) -> None:
+        host.copy_(there, non_blocking=True)
+        if self._stream is not None:
+            # Optimizer state of the first step is the compute stream's, which must not take this memory for something
+            # else before the copy is done. What was fetched is the side stream's own: the next module to come gets its
+            # memory, and comes after this copy.
+            there.record_stream(self._stream)
 
     def _copy_of(self, host: Tensor) -> Tensor:
         """A copy on the device, complete when the side stream has come here."""

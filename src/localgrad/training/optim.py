@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -70,8 +70,7 @@ class OptimizerFactory:
         groups = [group for group in groups if group["params"]]
         if self._eight_bit is not None:
             kind, options = self._eight_bit
-            quantized: Optimizer = kind(groups, lr=self.lr, weight_decay=self.weight_decay, **options)
-            return quantized
+            return kind(groups, lr=self.lr, weight_decay=self.weight_decay, **options)
         try:
             optimizer: Optimizer = create_optimizer_v2(
                 groups,
@@ -86,7 +85,7 @@ class OptimizerFactory:
         return optimizer
 
 
-def _of_bitsandbytes(info: Any) -> tuple[type[Optimizer], dict[str, Any]] | None:
+def _of_bitsandbytes(info: Any) -> tuple[Callable[..., Optimizer], dict[str, Any]] | None:
     """The class and options of an optimizer that timm knows from bitsandbytes; ``None`` for any other one.
 
     timm would make it as well, but only where there is a GPU; bitsandbytes itself needs none.
