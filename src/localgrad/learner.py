@@ -504,16 +504,14 @@ def check_weights(module: nn.Module, state: dict[str, Tensor]) -> None:
 def _exchanged(model: nn.Module, other: nn.Module) -> Iterator[None]:
     """Let a model have the values of another one like it, without copying any."""
     mine, theirs = ([*net.parameters(), *net.buffers()] for net in (model, other))
-    # What is elsewhere is shared by several modules, and so by no means trained: both models have the same.
-    pairs = [(own, other.data) for own, other in zip(mine, theirs, strict=True) if own.device == other.device]
-    kept = [own.data for own, _ in pairs]
-    for own, value in pairs:
-        own.data = value
+    kept = [tensor.data for tensor in mine]
+    for tensor, value in zip(mine, theirs, strict=True):
+        tensor.data = value.data
     try:
         yield
     finally:
-        for (own, _), value in zip(pairs, kept, strict=True):
-            own.data = value
+        for tensor, value in zip(mine, kept, strict=True):
+            tensor.data = value
 
 
 def _make_ema(model: nn.Module, decay: float | None, *, on_host: bool) -> ModelEmaV3 | None:

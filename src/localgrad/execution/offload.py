@@ -15,7 +15,7 @@ What moves are the same tensor objects: only their ``.data`` is exchanged. So op
 parameters, the model's own ``state_dict()`` is right between any two steps, and a module that waits is an ordinary
 module on the processor. After a step (and a wait for its last copy home) all but module 0 are.
 
-A tensor that several modules read (a rotary embedding's frequencies) stays on the device for good.
+A tensor that several modules read (a rotary embedding's frequencies) is on the device as long as any of them is.
 """
 
 from __future__ import annotations
@@ -69,8 +69,7 @@ class Offloader:
     Modules are used in ascending order; in another order they come just as well, but not ahead of time.
 
     Args:
-        modules: all local modules, first to last; those tensors of theirs that only one of them has are moved to the
-            host.
+        modules: all local modules, first to last; their tensors are moved to the host.
         device: where modules are to be used.
     """
 
@@ -83,10 +82,7 @@ class Offloader:
         everything = [tensor for module in self.modules for tensor in _distinct(_weights(module))]
         counts = Counter(map(id, everything))
         self._shared = _distinct([tensor for tensor in everything if counts[id(tensor)] > 1])
-        for tensors, there in ((everything, HOST), (self._shared, self.device)):
-            for tensor in tensors:
-                if tensor.device != there:
-                    tensor.data = tensor.data.to(there)
+        _place(everything, HOST)
 
     def attach(self, optimizers: Sequence[Optimizer]) -> None:
         """From now on, a module that trains brings its optimizer's state along.
@@ -134,7 +130,7 @@ class Offloader:
         finally:
             self._send_home(index)
             if last:
-                self._wait()
+                self.rest()
 
     def rest(self) -> None:
         """Send everything home: all modules are then ordinary modules in host memory."""
@@ -142,6 +138,7 @@ class Offloader:
         for index in list(self._present):
             self._send_home(index)
         self._wait()
+        _place(self._shared, HOST)
 
     def host_tensors(self) -> list[Tensor]:
         """Every tensor that lies in host memory now, the homes of those on the device included."""
@@ -182,6 +179,7 @@ class Offloader:
         """Have a module on the device: what runs from here on sees the copies."""
         if index in self._present:
             return
+        _place(self._shared, self.device)
         if self._coming is None or self._coming[:2] != (index, with_state):
             self._prefetch(index, with_state=with_state)
         coming, self._coming = self._coming, None
@@ -261,6 +259,12 @@ class Offloader:
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     return stream  # one a device, not one an offloader: streams can't be copied
+
+
+def _place(tensors: list[Tensor], device: torch.device) -> None:
+    for tensor in tensors:
+        if tensor.device != device:
+            tensor.data = tensor.data.to(device)
 
 
 def _weights(module: nn.Module) -> list[Tensor]:
