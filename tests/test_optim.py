@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import itertools
+import sys
 
 import pytest
 import timm
@@ -12,6 +14,7 @@ from timm.scheduler import create_scheduler_v2
 from torch import nn
 
 from localgrad.errors import RecipeError
+from localgrad.learner import LocalLearner, estimate_step
 from localgrad.training.optim import SCHEDULERS, OptimizerFactory, Schedule
 
 MODELS = {
@@ -72,6 +75,92 @@ def test_an_optimizer_that_this_machine_lacks_is_refused() -> None:
     factory = OptimizerFactory(model, name="fusedadam", lr=0.01, weight_decay=0.0)
     with pytest.raises(RecipeError, match=r"timm can't make 'fusedadam' here \(.*\); take adamw, sgd or lamb"):
         factory(list(model.parameters()))
+
+
+# ------------------------------------------------------------------------------- small states
+
+SMALL = ["adafactorbv", "bnbadamw8bit"]
+
+
+def learner_with(name: str, *, offload: bool = False) -> tuple[LocalLearner, OptimizerFactory]:
+    if name.startswith("bnb"):
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'localgrad[8bit]'")
+    torch.manual_seed(0)
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 2, "drop_path_rate": 0.2}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=5, **options)
+    learner = LocalLearner(model, modules=2, input_size=(3, 32, 32), clip_grad=0.5, offload=offload)
+    factory = OptimizerFactory(model, name=name, lr=1e-3, weight_decay=0.05)
+    learner.configure_optimizers(factory)
+    return learner, factory
+
+
+def train(learner: LocalLearner, start: int, stop: int) -> list[float]:
+    losses = []
+    for number in range(start, stop):
+        torch.manual_seed(number)
+        images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
+        losses.append(float(learner.step(images + labels[:, None, None, None], labels).losses[-1]))
+    return losses
+
+
+def state_bytes(learner: LocalLearner) -> int:
+    values = [v for o in learner.optimizers for state in o.state.values() for v in state.values()]
+    storages = {v.untyped_storage()._cdata: v.untyped_storage().nbytes() for v in values if isinstance(v, torch.Tensor)}
+    return sum(storages.values())
+
+
+def assert_same_state(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_small_states_train_and_are_estimated(name: str) -> None:
+    learner, factory = learner_with(name)
+    losses = train(learner, 0, 30)
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    real = state_bytes(learner)
+    full = 8 * sum(p.numel() for index in range(2) for p in learner.parameters(index))
+    assert real < 0.35 * full
+    estimated = estimate_step(learner, 4, factory).by_category["optimizer"]
+    assert estimated == pytest.approx(real, rel=0.05)
+    weights = [*learner.model.parameters()]
+    assert {group["weight_decay"] for o in learner.optimizers for group in o.param_groups} == {0.0, 0.05}
+    assert all(torch.isfinite(weight).all() for weight in weights)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("name", SMALL)
+def test_small_states_are_resumed_bit_for_bit_and_offloaded(name: str, offload: bool) -> None:
+    straight, _ = learner_with(name)
+    train(straight, 0, 6)
+    first, _ = learner_with(name, offload=offload)
+    train(first, 0, 3)
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second, _ = learner_with(name, offload=offload)
+    train(second, 9, 11)  # a state of its own, to be replaced whole
+    second.load_state_dict(torch.load(file, weights_only=True))
+    train(second, 3, 6)
+    assert_same_state(second.model.state_dict(), straight.model.state_dict())
+    assert state_bytes(second) == pytest.approx(state_bytes(straight), rel=0.5)  # tables of levels are shared no more
+
+
+@pytest.mark.parametrize("name", ["bnbadamw8bit", "BnbLion8bit", "bnbsgd8bit"])
+def test_8_bit_optimizers_are_bitsandbytes_by_timms_names(name: str) -> None:
+    library = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'localgrad[8bit]'")
+    model = make("vit")
+    optimizer = OptimizerFactory(model, name=name, lr=0.01, weight_decay=0.05)(list(model.parameters()))
+    assert type(optimizer) in {library.optim.AdamW8bit, library.optim.Lion8bit, library.optim.SGD8bit}
+    assert {group["lr"] for group in optimizer.param_groups} == {0.01}
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.05}
+
+
+def test_a_missing_library_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("bitsandbytes", "bitsandbytes.optim"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(RecipeError, match=r"'bnbadamw8bit' needs bitsandbytes .*; pip install 'localgrad\[8bit\]'\.$"):
+        OptimizerFactory(make("vit"), name="bnbadamw8bit", lr=0.01, weight_decay=0.0)
 
 
 # ------------------------------------------------------------------------------------- schedules

@@ -79,7 +79,7 @@ def build(recipe: Recipe, *, download: bool = False, has_weights: bool = False) 
     model = create_model(replace(method.model, pretrained=False) if has_weights else method.model, data.info)
     size = input_size_of(model, method.model, data.info)
     _check_patches(model, size[1:])
-    backbone = split(model.to(device), size)
+    backbone = split(model if execution.offload else model.to(device), size)
     plan = make_plan(backbone, method.local.modules, checkpoint=execution.checkpoint)
     learner = LocalLearner(
         backbone,
@@ -90,6 +90,8 @@ def build(recipe: Recipe, *, download: bool = False, has_weights: bool = False) 
         accumulation=execution.accumulation,
         clip_grad=method.training.clip_grad,
         ema_decay=method.training.ema_decay,
+        offload=execution.offload,
+        device=device if execution.offload else None,
     )
     optimizer = OptimizerFactory(
         model, name=method.training.optimizer, lr=method.training.lr, weight_decay=method.training.weight_decay

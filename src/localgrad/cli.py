@@ -135,6 +135,10 @@ def train(  # noqa: PLR0917  # one parameter an option
     compile_: Annotated[
         bool | None, typer.Option("--compile", help="Compile each local module.", rich_help_panel=EXECUTION)
     ] = None,
+    offload: Annotated[
+        bool | None,
+        typer.Option("--offload", help="Keep modules that don't train in host memory.", rich_help_panel=EXECUTION),
+    ] = None,
     num_workers: Annotated[
         int | None, typer.Option(help="Processes that decode large data sets.", rich_help_panel=EXECUTION)
     ] = None,
@@ -184,6 +188,7 @@ def train(  # noqa: PLR0917  # one parameter an option
         "execution.accumulation": accumulation,
         "execution.checkpoint": checkpoint.split(",") if checkpoint and "," in checkpoint else checkpoint,
         "execution.compile": compile_,
+        "execution.offload": offload,
         "execution.num_workers": num_workers,
         "execution.num_threads": num_threads,
     }

@@ -20,6 +20,7 @@ from localgrad.backbone import Backbone, split
 from localgrad.errors import BackboneError, CheckpointError, IsolationError, PartitionError, RecipeError
 from localgrad.execution.local_module import build_local_modules
 from localgrad.execution.local_step import LocalStep, autocast, check_precision
+from localgrad.execution.offload import HOST, Offloader
 from localgrad.execution.sequential import SequentialExecutor, StepResult
 from localgrad.objectives.base import LocalBatch
 from localgrad.objectives.methods import FeatureReconstruction, Objective
@@ -51,6 +52,9 @@ class LocalLearner:
         accumulation: parts that ``step`` cuts a batch into, to save memory; one update a step all the same. What looks
             at a whole batch (batch norms, the contrastive term) then looks at a part.
         ema_decay: keep an exponential moving average of the model's weights, in ``averaged_model``.
+        offload: keep modules that don't train, their optimizer state and the average in host memory. ``eval()`` brings
+            the whole model there.
+        device: where to train, with ``offload`` only; by default where the model is. The model may stay on the CPU.
 
     Raises:
         BackboneError: the model can't be split, or a parameter is shared across a boundary.
@@ -71,20 +75,30 @@ class LocalLearner:
         clip_grad: float | None = None,
         accumulation: int = 1,
         ema_decay: float | None = None,
+        offload: bool = False,
+        device: torch.device | str | None = None,
     ) -> None:
         if accumulation < 1:
             raise RecipeError(f"accumulation must be at least 1, got {accumulation}.")
         if clip_grad is not None and not clip_grad > 0:
             raise RecipeError(f"clip_grad must be above 0, got {clip_grad}; leave it out for no clipping.")
+        if device is not None and not offload:
+            raise RecipeError(f"device: {device} needs offload=True; without it, move the model: model.to({device!r}).")
         self.backbone = model if isinstance(model, Backbone) else split(model, input_size or default_input_size(model))
         self.model = self.backbone.model
+        self.offload = offload
+        self._device: torch.device | None = None
+        if offload:
+            self._device = torch.device(device or self.device)
+            self.backbone.to(HOST)
         check_precision(precision, self.device)
         self.objective = objective or FeatureReconstruction()
         self.plan = make_plan(self.backbone, modules, checkpoint=checkpoint)
         self.modules = build_local_modules(self.backbone, self.plan, self.objective)
         self.precision = precision
         self.averaged_model: nn.Module | None = None
-        self._ema = _make_ema(self.model, ema_decay)
+        self._offloader = None if self._device is None else Offloader(self.modules, self._device)
+        self._ema = _make_ema(self.model, ema_decay, on_host=offload)
         if self._ema is not None:
             self.averaged_model = self._ema.module
         self._settings: dict[str, Any] = {
@@ -98,8 +112,8 @@ class LocalLearner:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
-        return next(self.model.parameters()).device
+        """Where the model trains; without offloading, where it is."""
+        return self._device or next(self.model.parameters()).device
 
     @property
     def optimizers(self) -> tuple[Optimizer, ...]:
@@ -131,8 +145,12 @@ class LocalLearner:
                 raise RecipeError(
                     f"local module {index} has no trainable parameter; unfreeze some, or use fewer modules."
                 )
-            steps.append(LocalStep(module, parameters, factory(parameters), **self._settings))
-        self._executor = SequentialExecutor(steps)
+            steps.append(
+                LocalStep(module, parameters, factory(parameters), device_type=self.device.type, **self._settings)
+            )
+        if self._offloader is not None:
+            self._offloader.attach([step.optimizer for step in steps])
+        self._executor = SequentialExecutor(steps, None if self._offloader is None else self._offloader.training)
 
     def step(self, images: Tensor, labels: Tensor) -> StepResult:
         """Train every local module on one batch: K forwards, K losses, K backwards, K updates.
@@ -186,14 +204,52 @@ class LocalLearner:
         """
         found = []
         features = images
-        for module in self.modules:
-            with autocast(self.device.type, self.precision):
+        for index, module in enumerate(self.modules):
+            with self._on_device(index), autocast(self.device.type, self.precision):
                 features = module.features(features)
                 found.append(module.objective.classify(features))
         return tuple(found)
 
+    @torch.no_grad()
+    def averaged_logits(self, images: Tensor) -> Tensor:
+        """Class logits of the averaged model, in evaluation mode.
+
+        Args:
+            images: [B, C, H, W].
+
+        Returns:
+            [B, num_classes].
+
+        Raises:
+            RecipeError: no average is kept.
+        """
+        if self.averaged_model is None:
+            raise RecipeError("no average of the weights: make the learner with ema_decay=0.9998, say.")
+        if self._offloader is None:
+            self.averaged_model.eval()
+            with autocast(images.device.type, self.precision):
+                logits: Tensor = self.averaged_model(images)
+            return logits
+        self.eval()
+        with _exchanged(self.model, self.averaged_model):  # the model's modules are those that come and go
+            last = self.logits(images)[-1]
+        assert last is not None, "the last module ends in the model's own classifier"
+        return last
+
+    def _on_device(self, index: int) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._offloader is None else self._offloader.using(index)
+
+    def host_tensors(self) -> list[Tensor]:
+        """Every tensor that is parked in host memory; none without offloading."""
+        if self._offloader is None:
+            return []
+        average = self.averaged_model
+        return self._offloader.host_tensors() + ([] if average is None else [*average.parameters(), *average.buffers()])
+
     def train(self, mode: bool = True) -> LocalLearner:  # noqa: FBT001, FBT002  # torch's own signature
         """Put the model and the auxiliary nets in training mode (or, with ``False``, in evaluation mode)."""
+        if self._offloader is not None and not mode:
+            self._offloader.rest()
         self.model.train(mode)
         for module in self.modules:
             module.train(mode)
@@ -235,6 +291,8 @@ class LocalLearner:
         check_weights(self.model, state["model"])
         for module, objective in zip(self.modules, state["objectives"], strict=True):
             check_weights(module.objective, objective)
+        if self._offloader is not None:
+            self._offloader.rest()
         self.model.load_state_dict(state["model"])
         for module, objective in zip(self.modules, state["objectives"], strict=True):
             module.objective.load_state_dict(objective)
@@ -287,7 +345,15 @@ def activation_bytes(backbone: Backbone) -> list[int]:
 def end_to_end(learner: LocalLearner) -> LocalLearner:
     """The same backbone, precision and settings with one local module: the end-to-end baseline, sharing weights."""
     decay = None if learner._ema is None else learner._ema.decay
-    return LocalLearner(learner.backbone, modules=1, objective=learner.objective, ema_decay=decay, **learner._settings)
+    return LocalLearner(
+        learner.backbone,
+        modules=1,
+        objective=learner.objective,
+        ema_decay=decay,
+        offload=learner.offload,
+        device=learner._device,
+        **learner._settings,
+    )
 
 
 def estimate_step(learner: LocalLearner, batch_size: int, optimizer: OptimizerFactory) -> MemoryProfile:
@@ -300,11 +366,13 @@ def estimate_step(learner: LocalLearner, batch_size: int, optimizer: OptimizerFa
     """
     bare = copy.copy(learner)  # without its optimizers and compiled code, which a fake copy can't hold
     bare._executor, bare._settings = None, {**learner._settings, "compile": False}
+    bare._offloader, bare._device = None, None
     return simulate(
         bare,
         _EstimatedStep(optimizer, (batch_size, *learner.backbone.input_size)),
         inputs={"labels": ((batch_size,), torch.int64)},
         device="cuda" if learner.device.type == "cuda" else "cpu",
+        host=LocalLearner.host_tensors,
     )
 
 
@@ -321,6 +389,9 @@ class _EstimatedStep:
 
     def __call__(self, learner: LocalLearner, labels: Tensor) -> StepResult:
         if not self.configured:
+            if learner.offload:  # to fake tensors, which are all on the processor
+                learner._device = HOST
+                learner._offloader = Offloader(learner.modules, HOST)
             learner.configure_optimizers(self.factory)
             self.configured = True
         return learner.step_on(LocalBatch(torch.empty(self.size), labels))
@@ -347,11 +418,16 @@ def check_isolation(learner: LocalLearner, images: Tensor | None = None, labels:
         for name, parameter in module.named_parameters()
     ]
     kept = [parameter.grad for _, parameter in named]
+    device = learner.device
+    if learner._offloader is not None:  # all modules at once: in host memory, then
+        learner._offloader.rest()
+        device = HOST
+        images, labels = (None if given is None else given.to(HOST) for given in (images, labels))
     try:
         with torch.random.fork_rng(), _still_buffers(learner.model):
             batch = LocalBatch(
-                torch.randn(2, *learner.backbone.input_size, device=learner.device) if images is None else images,
-                torch.arange(2, device=learner.device) % learner.backbone.num_classes if labels is None else labels,
+                torch.randn(2, *learner.backbone.input_size, device=device) if images is None else images,
+                torch.arange(2, device=device) % learner.backbone.num_classes if labels is None else labels,
             )
             features = batch.images
             for index, module in enumerate(learner.modules):
@@ -432,13 +508,29 @@ def check_weights(module: nn.Module, state: dict[str, Tensor]) -> None:
             )
 
 
-def _make_ema(model: nn.Module, decay: float | None) -> ModelEmaV3 | None:
+@contextlib.contextmanager
+def _exchanged(model: nn.Module, other: nn.Module) -> Iterator[None]:
+    """Let a model have the values of another one like it, without copying any."""
+    mine, theirs = ([*net.parameters(), *net.buffers()] for net in (model, other))
+    kept = [tensor.data for tensor in mine]
+    for tensor, value in zip(mine, theirs, strict=True):
+        tensor.data = value.data
+    try:
+        yield
+    finally:
+        for tensor, value in zip(mine, kept, strict=True):
+            tensor.data = value
+
+
+def _make_ema(model: nn.Module, decay: float | None, *, on_host: bool) -> ModelEmaV3 | None:
     if decay is None:
         return None
     if not 0 < decay < 1:
         raise RecipeError(f"ema_decay must lie between 0 and 1, got {decay}; 0.9998 is usual.")
     from timm.utils.model_ema import ModelEmaV3
 
+    if on_host:  # while the model may be in two places, which foreach can't take
+        return ModelEmaV3(model, decay=decay, use_warmup=True, device=HOST, foreach=False)
     return ModelEmaV3(model, decay=decay, use_warmup=True)
 
 

@@ -165,6 +165,7 @@ class Execution:
         checkpoint: what local modules recompute in their backward pass: ``none``, ``blocks``, ``halves``, ``halves/8``
             (over 8 chunks of the batch), ``halves/8:3`` (the first three blocks); one for all, or a list.
         compile: run each local module through torch.compile.
+        offload: keep local modules that don't train, and their optimizer state, in host memory.
         num_workers: processes that decode images of sets too large for memory.
         num_threads: processor threads; by default torch's choice.
     """
@@ -175,6 +176,7 @@ class Execution:
     accumulation: Positive = 1
     checkpoint: Checkpoint = "none"
     compile: bool = False
+    offload: bool = False
     num_workers: Annotated[int, Field(ge=0, strict=True)] = 2
     num_threads: Positive | None = None
 

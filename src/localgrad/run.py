@@ -223,8 +223,8 @@ def _fit(job: Job, folder: RunFolder, sinks: Sequence[Sink], state: dict[str, An
             trainer.fit()
         except torch.OutOfMemoryError as error:
             raise DeviceError(
-                f"{job.device} is out of memory; take --accumulation {2 * job.recipe.execution.accumulation} or "
-                "--checkpoint halves/8, which don't change results, or more --modules."
+                f"{job.device} is out of memory; take --accumulation {2 * job.recipe.execution.accumulation}, "
+                "--checkpoint halves/8 or --offload, which don't change results, or more --modules."
             ) from error
         summary = _finish(job, trainer, {"estimated_peak_bytes": peak, "estimated_end_to_end_peak_bytes": baseline})
         for sink in trainer.sinks:

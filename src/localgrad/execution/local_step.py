@@ -38,6 +38,7 @@ class LocalStep:
         clip_grad: largest norm of the module's gradient, or ``None``.
         accumulation: parts that a batch is cut into.
         compile: run the module through ``torch.compile``.
+        device_type: where it runs; by default where its parameters are (offloaded ones are on the host in between).
     """
 
     def __init__(
@@ -50,13 +51,14 @@ class LocalStep:
         clip_grad: float | None = None,
         accumulation: int = 1,
         compile: bool = False,
+        device_type: str | None = None,
     ) -> None:
         self.module = module
         self.parameters = list(parameters)
         self.optimizer = optimizer
         self.clip_grad = clip_grad
         self.accumulation = accumulation
-        self.device_type = self.parameters[0].device.type
+        self.device_type = device_type or self.parameters[0].device.type
         self.precision = precision
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=precision == "fp16")
         self._forward: Callable[..., LocalOutput] = _compiled(module) if compile else module

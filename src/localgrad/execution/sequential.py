@@ -13,7 +13,8 @@ the first module. A caller that keeps no name of its own for them gets their mem
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -44,10 +45,16 @@ class SequentialExecutor:
 
     Args:
         steps: one for each local module, first to last.
+        around: given a module's index, a context in which its step is to run, such as one that has it on the device.
     """
 
-    def __init__(self, steps: Sequence[LocalStep]) -> None:
+    def __init__(
+        self,
+        steps: Sequence[LocalStep],
+        around: Callable[[int], contextlib.AbstractContextManager[None]] | None = None,
+    ) -> None:
         self.steps = tuple(steps)
+        self._around = around or (lambda _: contextlib.nullcontext())
         users = [index for index, step in enumerate(self.steps) if step.module.objective.uses_images]
         self._last_user_of_images = max(users, default=0)
 
@@ -63,7 +70,8 @@ class SequentialExecutor:
         for index, step in enumerate(self.steps):
             if index > self._last_user_of_images:
                 batch.images = None
-            output = step(features, batch)
+            with self._around(index):
+                output = step(features, batch)
             features = output.features
             losses.append(output.loss)
             terms.append(output.terms)

@@ -1,8 +1,8 @@
 """What each block of a model costs in training, in bytes and seconds, measured one block at a time and composed.
 
-What. ``measure_costs`` runs the stem, every distinct block under every way of checkpointing, the tail and the objectives
-once, forward and backward, on fake tensors; ``Costs`` composes from that the peak and the time of any local module
-of any partition, without running anything again. A planner can so look at thousands of plans in a moment.
+What. ``measure_costs`` runs the stem, every distinct block under every way of checkpointing, the tail and the
+objectives once, forward and backward, on fake tensors; ``Costs`` composes from that the peak and the time of any local
+module of any partition, without running anything again. A planner can so look at thousands of plans in a moment.
 
 How. Each part runs by itself under the tracker of ``memory.py``, between a source that gives its input and a sink that
 gives its output's gradient; so what is measured is the code that trains. Four numbers tell its memory::
@@ -14,11 +14,12 @@ gives its output's gradient; so what is measured is the code that trains. Four n
 
 and a module's peak is the largest of: what earlier parts keep + forward of this one; the same + backward of this one +
 gradients of later ones; all gradients + the optimizer's temporaries. Blocks that are alike (same classes, plain
-attributes and shapes) are measured once. Chunks of a half are alike too: one is measured, and the block is then measured
-with a stand-in that takes and frees the same bytes for each.
+attributes and shapes) are measured once. Chunks of a half are alike too: two sizes are measured, and the block is then
+measured with a stand-in that takes and frees the same bytes for each chunk.
 
-Seconds are a roofline (Williams, Waterman, Patterson, CACM 2009): each operator takes the longest of its arithmetic, its
-traffic and its launch, at nominal rates of a kind of device. They serve to compare plans, as ratios; no clock is read.
+Seconds are a roofline (Williams, Waterman, Patterson, CACM 2009): each operator takes the longest of its arithmetic,
+its traffic and its launch, at nominal rates of a kind of device. They serve to compare plans, as ratios; no clock is
+read.
 
 What isn't composed: clipping and averaging of weights (seen by the whole-step simulation that confirms a plan).
 Shapes: B batch first.
@@ -174,11 +175,11 @@ class _KnownChunk:
     weight: nn.Parameter
 
     def __call__(self, features: Tensor) -> Tensor:
-        output: Tensor = _Chunk.apply(features, self.weight, self)  # type: ignore[no-untyped-call]
+        output: Tensor = _Chunk.apply(features, self.weight, self)
         return output
 
 
-class _Meter(Tracker):
+class _Meter(Tracker):  # type: ignore[no-untyped-call]
     """A tracker that adds up nominal seconds as well."""
 
     def __init__(self, rounding: int, rates: Rates) -> None:
@@ -253,7 +254,7 @@ class _Workshop:
     def _input(self, shape: Sequence[int], dtype: torch.dtype, *, needs_gradient: bool) -> Tensor:
         if not needs_gradient:
             return torch.empty(tuple(shape), dtype=dtype)
-        source: Tensor = _Source.apply(self.anchor, shape, dtype)  # type: ignore[no-untyped-call]
+        source: Tensor = _Source.apply(self.anchor, shape, dtype)
         return source
 
     def measure(
@@ -290,7 +291,7 @@ class _Workshop:
             kept, forward, forward_seconds = meter.alive_bytes, meter.take_peak(), meter.seconds
             nbytes = _nbytes(output)
             measured_shape, measured_dtype = tuple(output.shape), output.dtype
-            end = _Sink.apply(output)  # type: ignore[no-untyped-call]
+            end = _Sink.apply(output)
             del output
             meter.take_peak()
             end.backward()
@@ -732,20 +733,18 @@ def _measure_heads(
                 if last:
                     outputs = (outputs[0][0], backbone.num_classes), outputs[1]
                 numbers[key] = len(heads)
-                heads.append(_measure_head(shop, built, optimizer, likes[0], likes[start + 1 if start else 0], outputs))
+                around = likes[0], likes[start + 1 if start else 0], outputs
+                heads.append(_measure_head(shop, built, optimizer, around))
             row.append(numbers[key])
         head_of.append(row)
     return heads, head_of, uses_images
 
 
 def _measure_head(
-    shop: _Workshop,
-    objective: LocalObjective,
-    optimizer: OptimizerFactory,
-    images_like: Like,
-    inputs_like: Like,
-    outputs_like: Like,
+    shop: _Workshop, objective: LocalObjective, optimizer: OptimizerFactory, likes: tuple[Like, Like, Like]
 ) -> Head:
+    """Measure an objective, given what images, its module's inputs and outputs are like."""
+    images_like, inputs_like, outputs_like = likes
     with shop.fake_mode:
         images = torch.empty(images_like[0], dtype=images_like[1])
         inputs = torch.empty(inputs_like[0], dtype=inputs_like[1])

@@ -83,6 +83,7 @@ class MemoryProfile:
         peak_by_label: the peak while each `annotate` label was the innermost one; ``""`` is outside all.
         by_category_of_label: as ``by_category``, at the peak of each label.
         peak_label: the label in which the peak fell.
+        host_bytes: bytes parked in host memory, which none of the other figures count.
     """
 
     peak_bytes: int
@@ -92,6 +93,7 @@ class MemoryProfile:
     peak_by_label: dict[str, int]
     by_category_of_label: dict[str, dict[str, int]]
     peak_label: str
+    host_bytes: int = 0
 
 
 _active: list[Tracker] = []
@@ -121,13 +123,14 @@ def annotate(label: str) -> Iterator[None]:
 class _Entry:
     """One storage at one size: its category, and between which changes of the timeline it was alive."""
 
-    __slots__ = ("born", "category", "died", "nbytes", "reference")
+    __slots__ = ("born", "category", "died", "nbytes", "on_host", "reference")
 
     def __init__(self, nbytes: int, category: str, born: int) -> None:
         self.nbytes = nbytes
         self.category = category
         self.born = born
         self.died: int | None = None
+        self.on_host = False
         self.reference: weakref.ref[torch.UntypedStorage] | None = None
 
 
@@ -142,6 +145,8 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._in_optimizer = False
         self._known_parameters: dict[int, weakref.ref[Tensor]] = {}
         self._hooks: list[Any] = []
+        self._optimizers: dict[int, Optimizer] = {}
+        self._host_bytes = 0
         self._label = UNLABELLED
         self.begin()
 
@@ -183,6 +188,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def profile(self) -> MemoryProfile:
         """Close the account."""
         self.switch_label(self._label)
+        self._settle()
         by_category = self._categories_at(self._peak_at)
         base = self._base
         profile = MemoryProfile(
@@ -193,6 +199,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             peak_by_label={label: base + peak for label, (peak, _) in self._label_peaks.items()},
             by_category_of_label={label: self._categories_at(at) for label, (_, at) in self._label_peaks.items()},
             peak_label=self._peak_label,
+            host_bytes=self._host_bytes,
         )
         assert sum(by_category.values()) == profile.peak_bytes
         return profile
@@ -247,12 +254,21 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         else:
             entry.category = category
 
+    def exclude(self, tensor: Tensor) -> None:
+        """Count a tensor's storage as host memory: present, but not in the account that opens next."""
+        self.mark(tensor, "parameters")
+        entry = self._alive[tensor.untyped_storage()._cdata]
+        if not entry.on_host:
+            self._host_bytes += entry.nbytes
+            entry.on_host, entry.nbytes = True, 0
+
     # -- parameters, gradients and optimizer state ------------------------------------------------
 
     def know_parameter(self, parameter: Tensor) -> None:
         """Mark a parameter and its gradient, the present one and those to come."""
         known = self._known_parameters.get(id(parameter))
         if known is not None and known() is parameter:
+            self.mark(parameter, "parameters")  # an offloaded one comes in another storage each time
             return
         self._known_parameters[id(parameter)] = weakref.ref(parameter)
         self.mark(parameter, "parameters")
@@ -267,6 +283,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _before_optimizer(self, optimizer: Optimizer, *_: object) -> None:
         self._in_optimizer = True
+        self._optimizers[id(optimizer)] = optimizer
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 self.know_parameter(parameter)
@@ -281,6 +298,23 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for value in state.values() if isinstance(state, dict) else ():
                 if isinstance(value, Tensor):
                     self.mark(value, "optimizer")
+
+    def _settle(self) -> None:
+        """Parameters and state may have got other storages since they were marked; settle those as well."""
+        for reference in self._known_parameters.values():
+            parameter = reference()
+            if parameter is not None:
+                self._recategorise(parameter, "parameters")
+        for optimizer in self._optimizers.values():
+            for state in optimizer.state.values():
+                for value in state.values() if isinstance(state, dict) else ():
+                    if isinstance(value, Tensor):
+                        self._recategorise(value, "optimizer")
+
+    def _recategorise(self, tensor: Tensor, category: str) -> None:
+        entry = self._alive.get(tensor.untyped_storage()._cdata)
+        if entry is not None:
+            entry.category = category
 
     # -- the mode --------------------------------------------------------------------------------
 
@@ -338,7 +372,9 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         entry = self._alive.get(storage._cdata)
         if entry is None:
             self._add(storage, self._new_category(), was_there=False)
-        elif not 0 <= entry.nbytes - storage.nbytes() < self._rounding:  # resized: a new block for the old
+        elif not (
+            entry.on_host or 0 <= entry.nbytes - storage.nbytes() < self._rounding
+        ):  # resized: a new block for the old
             self._remove(storage._cdata, entry)
             self._add(storage, entry.category, was_there=False)
 
@@ -363,6 +399,7 @@ def track(
     warmup: int = 1,
     categories: Mapping[str, Iterable[Tensor]] | None = None,
     rounding: int = 1,
+    host: Callable[[], Iterable[Tensor]] | None = None,
 ) -> MemoryProfile:
     """Run a step and report its memory.
 
@@ -377,6 +414,8 @@ def track(
             and state of any optimizer that steps are found without. Anything else that an operator
             touches is counted when it is touched, as ``inputs`` or ``parameters``.
         rounding: sizes are rounded up to multiples of this many bytes: 1, or 512 as CUDA's allocator does.
+        host: asked after the warm-up (so let there be one) for the tensors that are parked in host memory; they don't
+            count, but for `MemoryProfile.host_bytes`.
 
     Returns:
         The profile of the last step.
@@ -402,6 +441,8 @@ def track(
             step()
         if warmup:
             gc.collect()
+        for tensor in host() if host is not None else ():
+            tracker.exclude(tensor)
         tracker.begin()
         with _without_collector():
             step()
@@ -426,6 +467,7 @@ def simulate(
     inputs: Mapping[str, tuple[Sequence[int], torch.dtype]],
     warmup: int = 1,
     device: Literal["cpu", "cuda"] = "cpu",
+    host: Callable[[T], Iterable[Tensor]] | None = None,
 ) -> MemoryProfile:
     """Predict the memory of a training step without running it.
 
@@ -439,6 +481,7 @@ def simulate(
         warmup: how many steps to run before the one that counts.
         device: the device to predict for. ``"cuda"`` rounds sizes as its allocator does, and gives
             optimizers that left it open the ``foreach`` loop, as PyTorch does there by default.
+        host: given the copy, the tensors that are parked in host memory between steps; see `track`.
 
     Returns:
         The profile of one step.
@@ -460,6 +503,7 @@ def simulate(
                 warmup=warmup,
                 categories=_known_categories(reached, batch),
                 rounding=CUDA_ROUNDING if device == "cuda" else 1,
+                host=None if host is None else lambda: host(fake_learner),
             )
 
 
@@ -474,6 +518,7 @@ def _known_categories(reached: Iterable[object], batch: Mapping[str, Tensor]) ->
 
 
 def choose_foreach(reached: Iterable[object]) -> None:
+    """Give optimizers that left it open the ``foreach`` loop, PyTorch's default on CUDA."""
     for optimizer in reached:
         if isinstance(optimizer, Optimizer):
             for group in optimizer.param_groups:

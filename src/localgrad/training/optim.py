@@ -7,7 +7,9 @@ Schedulers count batches, never optimizer steps or calls, so that all modules st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -30,11 +32,11 @@ class OptimizerFactory:
         weight_decay: of the parameters that are decayed.
 
     Raises:
-        RecipeError: unknown optimizer.
+        RecipeError: unknown optimizer, or the library that it is in is missing.
     """
 
     def __init__(self, model: nn.Module, *, name: str, lr: float, weight_decay: float) -> None:
-        from timm.optim import list_optimizers, param_groups_weight_decay
+        from timm.optim import get_optimizer_info, list_optimizers, param_groups_weight_decay
 
         known = list_optimizers()
         if name.lower() not in known:
@@ -42,6 +44,7 @@ class OptimizerFactory:
                 f"training.optimizer: timm has no {name!r}; take adamw, sgd, lamb or another of "
                 f"timm.optim.list_optimizers().{did_you_mean(name, known)}"
             )
+        self._eight_bit = _of_bitsandbytes(get_optimizer_info(name.lower()))
         self.name = name
         self.lr = lr
         self.weight_decay = weight_decay
@@ -64,9 +67,13 @@ class OptimizerFactory:
             {"params": undecayed, "weight_decay": 0.0},
             {"params": decayed, "weight_decay": self.weight_decay},
         ]
+        groups = [group for group in groups if group["params"]]
+        if self._eight_bit is not None:
+            kind, options = self._eight_bit
+            return kind(groups, lr=self.lr, weight_decay=self.weight_decay, **options)
         try:
             optimizer: Optimizer = create_optimizer_v2(
-                [group for group in groups if group["params"]],
+                groups,
                 opt=self.name,
                 lr=self.lr,
                 weight_decay=self.weight_decay,
@@ -76,6 +83,35 @@ class OptimizerFactory:
                 f"training.optimizer: timm can't make {self.name!r} here ({error}); take adamw, sgd or lamb."
             ) from error
         return optimizer
+
+
+def _of_bitsandbytes(info: Any) -> tuple[Callable[..., Optimizer], dict[str, Any]] | None:
+    """The class and options of an optimizer that timm knows from bitsandbytes; ``None`` for any other one.
+
+    timm would make it as well, but only where there is a GPU; bitsandbytes itself needs none.
+
+    Args:
+        info: timm's ``OptimInfo``.
+
+    Raises:
+        RecipeError: bitsandbytes is missing.
+    """
+    where = info.opt_class
+    if not (isinstance(where, str) and where.startswith("bitsandbytes.")):
+        return None
+    log = logging.getLogger("bitsandbytes")
+    level = log.level
+    log.setLevel(logging.ERROR)  # without a GPU it asks for a library that only its matrix products would use
+    try:
+        module = importlib.import_module("bitsandbytes.optim")
+    except ImportError as error:
+        raise RecipeError(
+            f"training.optimizer: {info.name!r} needs bitsandbytes ({error}); pip install 'localgrad[8bit]'."
+        ) from error
+    finally:
+        log.setLevel(level)
+    options = ({"momentum": 0.9} if info.has_momentum else {}) | (info.defaults or {})
+    return getattr(module, where.rpartition(".")[2]), options
 
 
 class Schedule:

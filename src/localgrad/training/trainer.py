@@ -22,11 +22,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
 from localgrad.errors import CheckpointError, DivergenceError
-from localgrad.execution.local_step import PRECISIONS
 from localgrad.execution.sequential import StepResult
 from localgrad.learner import LocalLearner, load_weights
 from localgrad.objectives.base import LocalBatch
@@ -377,7 +376,7 @@ def evaluate(learner: LocalLearner, batches: Batches) -> tuple[float, list[float
     for batch in batches.epoch(0):
         logits = list(learner.logits(batch.images))
         if learner.averaged_model is not None:
-            logits[-1] = _averaged_logits(learner, learner.averaged_model, batch.images)
+            logits[-1] = learner.averaged_logits(batch.images)
         for index, values in enumerate(logits):
             if values is not None:
                 counts[index].update(values.float(), batch.targets)
@@ -386,14 +385,6 @@ def evaluate(learner: LocalLearner, batches: Batches) -> tuple[float, list[float
     accuracy = found[-1]
     assert accuracy is not None, "the last module ends in the model's own classifier"
     return accuracy, found
-
-
-def _averaged_logits(learner: LocalLearner, model: nn.Module, images: Tensor) -> Tensor:
-    model.eval()
-    dtype = PRECISIONS[learner.precision]
-    with torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not None):
-        logits: Tensor = model(images)
-    return logits
 
 
 def best_weights(learner: LocalLearner) -> dict[str, Tensor]:
