@@ -120,15 +120,24 @@ class LocalLearner:
         Raises:
             RecipeError: a module has nothing to train.
         """
-        steps = []
-        for index, module in enumerate(self.modules):
-            parameters = self.parameters(index)
-            if not parameters:
-                raise RecipeError(
-                    f"local module {index} has no trainable parameter; unfreeze some, or use fewer modules."
-                )
-            steps.append(LocalStep(module, parameters, factory(parameters), **self._settings))
-        self._executor = SequentialExecutor(steps)
+        self._executor = SequentialExecutor([self.local_step(index, factory) for index in range(len(self.modules))])
+
+    def local_step(self, index: int, factory: OptimizerFactory) -> LocalStep:
+        """Make the step of one local module alone, on the device where that module is.
+
+        The learner keeps neither the step nor its optimizer.
+
+        Args:
+            index: which module.
+            factory: called with its trainable parameters.
+
+        Raises:
+            RecipeError: the module has nothing to train.
+        """
+        parameters = self.parameters(index)
+        if not parameters:
+            raise RecipeError(f"local module {index} has no trainable parameter; unfreeze some, or use fewer modules.")
+        return LocalStep(self.modules[index], parameters, factory(parameters), **self._settings)
 
     def step(self, images: Tensor, labels: Tensor) -> StepResult:
         """Train every local module on one batch: K forwards, K losses, K backwards, K updates.
@@ -282,13 +291,16 @@ def end_to_end(learner: LocalLearner) -> LocalLearner:
     return LocalLearner(learner.backbone, modules=1, objective=learner.objective, ema_decay=decay, **learner._settings)
 
 
-def estimate_step(learner: LocalLearner, batch_size: int, optimizer: OptimizerFactory) -> MemoryProfile:
+def estimate_step(
+    learner: LocalLearner, batch_size: int, optimizer: OptimizerFactory, device: torch.device | None = None
+) -> MemoryProfile:
     """Predict the memory of one training step on fake tensors; the learner is not touched.
 
     Args:
         learner: as it will be trained.
         batch_size: images a step.
         optimizer: factory, as for ``configure_optimizers``.
+        device: that it will be trained on; by default the one where it is.
     """
     bare = copy.copy(learner)  # without its optimizers and compiled code, which a fake copy can't hold
     bare._executor, bare._settings = None, {**learner._settings, "compile": False}
@@ -296,7 +308,7 @@ def estimate_step(learner: LocalLearner, batch_size: int, optimizer: OptimizerFa
         bare,
         _EstimatedStep(optimizer, (batch_size, *learner.backbone.input_size)),
         inputs={"labels": ((batch_size,), torch.int64)},
-        device="cuda" if learner.device.type == "cuda" else "cpu",
+        device="cuda" if (device or learner.device).type == "cuda" else "cpu",
     )
 
 
