@@ -157,7 +157,7 @@ def open_cache(folder: Path, identity: Mapping[str, Any]) -> FeatureCache | None
                 found.append(_map(path, dtype, shape))
             arrays[name] = Rows(*found)
             dtypes.add(_DTYPES[described["made_in"]])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return FeatureCache(arrays, dtypes.pop(), num_bytes) if len(dtypes) == 1 else None
 
