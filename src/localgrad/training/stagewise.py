@@ -140,6 +140,8 @@ class StagewiseTrainer(Trainer):
         super().load_state_dict(state)
         try:
             own = state["local_step"]
+            if own is None and self.position.epoch < self.epochs and (self._own_epoch or self.position.batch):
+                raise ValueError(f"module {self.index} is under way and has no optimizer")
             if own is not None:
                 step = self._begin_module()
                 step.optimizer.load_state_dict(own["optimizer"])
