@@ -7,16 +7,19 @@ data before a model is built.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from localgrad.backbone import split
-from localgrad.errors import BackboneError, DeviceError, did_you_mean
+from localgrad.errors import BackboneError, DeviceError, RecipeError, did_you_mean
 from localgrad.execution.local_step import check_precision
 from localgrad.learner import LocalLearner, default_input_size, make_plan
 from localgrad.objectives.methods import build_objective
@@ -30,13 +33,13 @@ EVALUATION_BATCH = 256
 
 @dataclass(frozen=True)
 class Job:
-    """What a recipe comes to, built."""
+    """What a recipe comes to, built. In sequential mode the learner is on the processor and has no optimizers."""
 
     recipe: Recipe
     data: Splits
     learner: LocalLearner
     optimizer: OptimizerFactory
-    schedule: Schedule
+    schedule_for: Callable[[Sequence[Optimizer]], Schedule]
     batches: Batches
     device: torch.device
 
@@ -58,6 +61,17 @@ def build(recipe: Recipe, *, download: bool = False, has_weights: bool = False) 
     device = resolve_device(execution.device)
     check_precision(execution.precision, device)
     check_model_name(method.model.name)
+    training = method.training
+    is_sequential = training.schedule == "sequential"
+    if is_sequential and execution.offload:
+        raise RecipeError(
+            "--offload: with --schedule sequential only one module is on the device anyway; leave one of them out."
+        )
+    if is_sequential and training.ema_decay is not None:
+        raise RecipeError(
+            f"--ema-decay {training.ema_decay}: with --schedule sequential no average of the weights is kept; leave "
+            "--ema-decay out, or take --schedule together."
+        )
     options = {"label_smoothing": method.augment.label_smoothing, **method.local.options}
     objective = build_objective(method.local.objective, options)
     objective = validated(type(objective), options, "local.options.")  # (first, last) comes as a list from TOML
@@ -79,7 +93,7 @@ def build(recipe: Recipe, *, download: bool = False, has_weights: bool = False) 
     model = create_model(replace(method.model, pretrained=False) if has_weights else method.model, data.info)
     size = input_size_of(model, method.model, data.info)
     _check_patches(model, size[1:])
-    backbone = split(model if execution.offload else model.to(device), size)
+    backbone = split(model if is_sequential or execution.offload else model.to(device), size)
     plan = make_plan(backbone, method.local.modules, checkpoint=execution.checkpoint)
     learner = LocalLearner(
         backbone,
@@ -88,23 +102,22 @@ def build(recipe: Recipe, *, download: bool = False, has_weights: bool = False) 
         precision=execution.precision,
         compile=execution.compile,
         accumulation=execution.accumulation,
-        clip_grad=method.training.clip_grad,
-        ema_decay=method.training.ema_decay,
+        clip_grad=training.clip_grad,
+        ema_decay=training.ema_decay,
         offload=execution.offload,
         device=device if execution.offload else None,
     )
-    optimizer = OptimizerFactory(
-        model, name=method.training.optimizer, lr=method.training.lr, weight_decay=method.training.weight_decay
-    )
-    learner.configure_optimizers(optimizer)
-    augment, training = method.augment, method.training
+    optimizer = OptimizerFactory(model, name=training.optimizer, lr=training.lr, weight_decay=training.weight_decay)
+    if not is_sequential:
+        learner.configure_optimizers(optimizer)
+    augment = method.augment
     if not (augment.mixup or augment.cutmix):  # the losses smooth hard labels by themselves
         augment = replace(augment, label_smoothing=0.0)
     batches = _batches(
         recipe, data.info, data.train, batch_size=training.batch_size, size=size, device=device, augment=augment
     )
-    schedule = Schedule(
-        learner.optimizers,
+    schedule_for = partial(
+        Schedule,
         name=training.scheduler,
         epochs=training.epochs,
         batches_per_epoch=len(batches),
@@ -112,7 +125,9 @@ def build(recipe: Recipe, *, download: bool = False, has_weights: bool = False) 
         warmup_lr=training.warmup_lr,
         min_lr=training.min_lr,
     )
-    return Job(recipe, data, learner, optimizer, schedule, batches, device)
+    # Made once to be checked, and dropped: nothing has been written yet.
+    schedule_for([learner.local_step(index, optimizer).optimizer for index in range(plan.num_modules)])
+    return Job(recipe, data, learner, optimizer, schedule_for, batches, device)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -115,6 +115,17 @@ def train(  # noqa: PLR0917  # one parameter an option
     ema_decay: Annotated[
         float | None, typer.Option(help="Keep an average of the weights.", rich_help_panel=METHOD)
     ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            help="Train the modules together, or sequential: one after another, on cached features.",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
+    cached_epochs: Annotated[
+        int | None,
+        typer.Option(help="Augmented epochs of features that sequential caches on disk.", rich_help_panel=METHOD),
+    ] = None,
     label_smoothing: Annotated[float | None, typer.Option(help="Label smoothing.", rich_help_panel=METHOD)] = None,
     mixup: Annotated[float | None, typer.Option(help="Alpha of mixup.", rich_help_panel=METHOD)] = None,
     cutmix: Annotated[float | None, typer.Option(help="Alpha of cutmix.", rich_help_panel=METHOD)] = None,
@@ -179,6 +190,8 @@ def train(  # noqa: PLR0917  # one parameter an option
         "training.warmup_epochs": warmup_epochs,
         "training.clip_grad": clip_grad,
         "training.ema_decay": ema_decay,
+        "training.schedule": schedule,
+        "training.cached_epochs": cached_epochs,
         "augment.label_smoothing": label_smoothing,
         "augment.mixup": mixup,
         "augment.cutmix": cutmix,

@@ -138,19 +138,29 @@ class LocalLearner:
         Raises:
             RecipeError: a module has nothing to train.
         """
-        steps = []
-        for index, module in enumerate(self.modules):
-            parameters = self.parameters(index)
-            if not parameters:
-                raise RecipeError(
-                    f"local module {index} has no trainable parameter; unfreeze some, or use fewer modules."
-                )
-            steps.append(
-                LocalStep(module, parameters, factory(parameters), device_type=self.device.type, **self._settings)
-            )
+        steps = [self.local_step(index, factory) for index in range(len(self.modules))]
         if self._offloader is not None:
             self._offloader.attach([step.optimizer for step in steps])
         self._executor = SequentialExecutor(steps, None if self._offloader is None else self._offloader.training)
+
+    def local_step(self, index: int, factory: OptimizerFactory) -> LocalStep:
+        """Make the step of one local module alone, on the device where that module is.
+
+        The learner keeps neither the step nor its optimizer.
+
+        Args:
+            index: which module.
+            factory: called with its trainable parameters.
+
+        Raises:
+            RecipeError: the module has nothing to train.
+        """
+        parameters = self.parameters(index)
+        if not parameters:
+            raise RecipeError(f"local module {index} has no trainable parameter; unfreeze some, or use fewer modules.")
+        device = self._device or parameters[0].device
+        optimizer = factory(parameters)
+        return LocalStep(self.modules[index], parameters, optimizer, device_type=device.type, **self._settings)
 
     def step(self, images: Tensor, labels: Tensor) -> StepResult:
         """Train every local module on one batch: K forwards, K losses, K backwards, K updates.
@@ -356,13 +366,16 @@ def end_to_end(learner: LocalLearner) -> LocalLearner:
     )
 
 
-def estimate_step(learner: LocalLearner, batch_size: int, optimizer: OptimizerFactory) -> MemoryProfile:
+def estimate_step(
+    learner: LocalLearner, batch_size: int, optimizer: OptimizerFactory, device: torch.device | None = None
+) -> MemoryProfile:
     """Predict the memory of one training step on fake tensors; the learner is not touched.
 
     Args:
         learner: as it will be trained.
         batch_size: images a step.
         optimizer: factory, as for ``configure_optimizers``.
+        device: that it will be trained on; by default the one where it is.
     """
     bare = copy.copy(learner)  # without its optimizers and compiled code, which a fake copy can't hold
     bare._executor, bare._settings = None, {**learner._settings, "compile": False}
@@ -371,7 +384,7 @@ def estimate_step(learner: LocalLearner, batch_size: int, optimizer: OptimizerFa
         bare,
         _EstimatedStep(optimizer, (batch_size, *learner.backbone.input_size)),
         inputs={"labels": ((batch_size,), torch.int64)},
-        device="cuda" if learner.device.type == "cuda" else "cpu",
+        device="cuda" if (device or learner.device).type == "cuda" else "cpu",
         host=LocalLearner.host_tensors,
     )
 

@@ -116,6 +116,8 @@ class TrainingSettings:
         min_lr: learning rate at the end.
         clip_grad: largest norm of each module's gradient; off by default.
         ema_decay: keep and select an average of the weights with this decay; off by default.
+        schedule: train the local modules ``together``, or one after another on cached features (``sequential``).
+        cached_epochs: in sequential mode, how many differently augmented epochs of features are cached.
     """
 
     __pydantic_config__ = STRICT
@@ -130,6 +132,8 @@ class TrainingSettings:
     min_lr: Amount = 1e-6
     clip_grad: Annotated[float, Field(gt=0, strict=True)] | None = None
     ema_decay: Annotated[float, Field(gt=0, lt=1, strict=True)] | None = None
+    schedule: Literal["together", "sequential"] = "together"
+    cached_epochs: Positive = 4
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,9 @@ from localgrad.learner import end_to_end, estimate_step
 from localgrad.recipe import Recipe, difference
 from localgrad.training.data import DataInfo, load_images_for_prediction
 from localgrad.training.events import JsonlSink, RunEnded, RunStarted, Sink, TensorBoardSink
+from localgrad.training.feature_cache import check_space
 from localgrad.training.folder import RunFolder, check_writable, load_saved_weights, save_weights
+from localgrad.training.stagewise import StagewiseTrainer, disk_needed, estimate_stages, gather
 from localgrad.training.trainer import Trainer, evaluate, load_best_weights
 from localgrad.units import format_bytes
 
@@ -53,7 +55,9 @@ def train(
         )
     check_writable(out or Path("runs"))
     job = build(recipe, download=download)
-    folder = RunFolder(out or _new_folder(recipe))
+    path = out or _new_folder(recipe)
+    _check_space(job, path)
+    folder = RunFolder(path)
     try:
         folder.write_text("recipe.toml", recipe.to_toml())
         folder.write_json("data.json", asdict(job.data.info))
@@ -93,7 +97,9 @@ def resume(path: Path, changes: Recipe | None = None, *, sinks: Sequence[Sink] =
     folder = RunFolder(path)
     try:
         state = folder.load_last() if folder.last.exists() else None
-        return _fit(build(recipe, has_weights=state is not None), folder, sinks, state)
+        job = build(recipe, has_weights=state is not None)
+        _check_space(job, path)
+        return _fit(job, folder, sinks, state)
     finally:
         folder.release()
 
@@ -131,6 +137,7 @@ def evaluate_run(path: Path, *, part: str = "test", device: str | None = None) -
     if images is None:
         raise RecipeError("--part val: this run has no validation images (data.val_fraction = 0); take --part test.")
     load_best_weights(job.learner, load_saved_weights(path / "checkpoints" / "best.safetensors"))
+    gather(job.learner, job.device)
     accuracy, by_module = evaluate(job.learner, job.evaluation_batches(images))
     return {"part": part, "accuracy": accuracy, "module_accuracy": by_module, "num_images": len(images)}
 
@@ -198,21 +205,16 @@ def load_model_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
 
 def _fit(job: Job, folder: RunFolder, sinks: Sequence[Sink], state: dict[str, Any] | None = None) -> dict[str, Any]:
     settings = job.recipe.method.training
-    val = None if job.data.val is None else job.evaluation_batches(job.data.val)
-    trainer = Trainer(
-        learner=job.learner,
-        schedule=job.schedule,
-        train=job.batches,
-        val=val,
-        epochs=settings.epochs,
-        folder=folder,
-        sinks=(),
-    )
+    trainer = _trainer(job, folder)
     if state is not None:
         trainer.load_state_dict(state)
     epoch = trainer.position.epoch
-    peak = estimate_step(job.learner, settings.batch_size, job.optimizer).peak_bytes
-    baseline = estimate_step(end_to_end(job.learner), settings.batch_size, job.optimizer).peak_bytes
+    if isinstance(trainer, StagewiseTrainer):
+        stages = estimate_stages(job.learner, settings.batch_size, job.optimizer, job.device)
+        peak = max(stage.peak_bytes for stage in stages)
+    else:
+        peak = estimate_step(job.learner, settings.batch_size, job.optimizer).peak_bytes
+    baseline = estimate_step(end_to_end(job.learner), settings.batch_size, job.optimizer, job.device).peak_bytes
     own = (JsonlSink(folder.path / "metrics.jsonl", epoch), TensorBoardSink(folder.path / "tensorboard", epoch))
     trainer.sinks = (*own, *sinks)
     try:
@@ -235,6 +237,40 @@ def _fit(job: Job, folder: RunFolder, sinks: Sequence[Sink], state: dict[str, An
             sink.close()
 
 
+def _trainer(job: Job, folder: RunFolder) -> Trainer:
+    settings = job.recipe.method.training
+    val = None if job.data.val is None else job.evaluation_batches(job.data.val)
+    if settings.schedule == "sequential":
+        return StagewiseTrainer(
+            learner=job.learner,
+            optimizer=job.optimizer,
+            schedule_for=job.schedule_for,
+            train=job.batches,
+            val=val,
+            epochs=settings.epochs,
+            cached_epochs=settings.cached_epochs,
+            folder=folder,
+            sinks=(),
+        )
+    return Trainer(
+        learner=job.learner,
+        schedule=job.schedule_for(job.learner.optimizers),
+        train=job.batches,
+        val=val,
+        epochs=settings.epochs,
+        folder=folder,
+        sinks=(),
+    )
+
+
+def _check_space(job: Job, path: Path) -> None:
+    """Refuse a run whose cached features the disk has no room for; makes nothing."""
+    settings = job.recipe.method.training
+    if settings.schedule == "sequential":
+        variants = min(settings.cached_epochs, settings.epochs)
+        check_space(path / "cache", disk_needed(job.learner, job.batches, job.data.info.num_val, variants))
+
+
 def _emit_start(job: Job, trainer: Trainer, peak: int, baseline: int) -> None:
     method, learner, info = job.recipe.method, job.learner, job.data.info
     modules = "end-to-end" if learner.plan.num_modules == 1 else f"{learner.plan.num_modules} local modules"
@@ -249,6 +285,7 @@ def _emit_start(job: Job, trainer: Trainer, peak: int, baseline: int) -> None:
         *info.notes,
         f"modules: {spans}",
         f"estimated peak {format_bytes(peak)}, end-to-end {format_bytes(baseline)}",
+        *trainer.details(),
     ]
     if info.num_skipped:
         details.append(f"{info.num_skipped} corrupt images left out")
@@ -260,6 +297,7 @@ def _emit_start(job: Job, trainer: Trainer, peak: int, baseline: int) -> None:
         epochs=trainer.epochs,
         start_epoch=trainer.position.epoch,
         batches_per_epoch=len(trainer.train),
+        epochs_per_module=trainer.epochs_per_module,
     )
     for sink in trainer.sinks:
         sink.emit(event)
@@ -277,13 +315,11 @@ def _finish(job: Job, trainer: Trainer, peaks: dict[str, int]) -> dict[str, Any]
         "test_accuracy": accuracy,
         "test_module_accuracy": by_module,
         "num_test": job.data.info.num_test,
-        "val_accuracy": position.best_accuracy,
-        "best_epoch": position.best_epoch,
-        "epochs": trainer.epochs,
         "losses": position.last_losses,
         **peaks,
         **measured,
         "images_per_second": position.num_images / position.train_seconds,
+        **trainer.selection(),
         "seconds": position.seconds + time.perf_counter() - start,
         "seed": job.recipe.method.seed,
         "plan": json.loads(job.learner.plan.to_json()),

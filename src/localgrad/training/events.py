@@ -34,6 +34,7 @@ class RunStarted:
         epochs: in all.
         start_epoch: first one to run.
         batches_per_epoch: updates an epoch.
+        epochs_per_module: where modules are trained one after another, the epochs of each; ``epochs`` is their sum.
     """
 
     folder: str
@@ -42,6 +43,14 @@ class RunStarted:
     epochs: int
     start_epoch: int
     batches_per_epoch: int
+    epochs_per_module: int | None = None
+
+    def name_of(self, epoch: int) -> str:
+        """An epoch as a person counts: ``12/24``, or ``12/24 of module 3/4``."""
+        if self.epochs_per_module is None:
+            return f"{min(epoch + 1, self.epochs):>3}/{self.epochs}"
+        module, own = divmod(min(epoch, self.epochs - 1), self.epochs_per_module)
+        return f"{own + 1:>3}/{self.epochs_per_module} of module {module + 1}/{self.epochs // self.epochs_per_module}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +83,9 @@ class EpochEnded:
         learning_rate: at the end of the epoch.
         images_per_second: of training, over the run so far.
         seconds: training and validation.
-        is_best: whether this epoch is the best so far.
+        is_best: whether this epoch is the best so far (of the module, where it alone is trained).
+        module: the only one that was trained; ``None`` where all were. Of the others, losses are empty and accuracies
+            ``None``.
     """
 
     epoch: int
@@ -86,6 +97,22 @@ class EpochEnded:
     images_per_second: float
     seconds: float
     is_best: bool
+    module: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturesCached:
+    """A finished module's features were computed and stored.
+
+    Attributes:
+        module: whose they are, from 0.
+        num_bytes: on disk.
+        seconds: that it took.
+    """
+
+    module: int
+    num_bytes: int
+    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +122,7 @@ class RunEnded:
     summary: Mapping[str, Any]
 
 
-Event = RunStarted | Progressed | EpochEnded | RunEnded
+Event = RunStarted | Progressed | EpochEnded | FeaturesCached | RunEnded
 
 
 class Sink(ABC):
@@ -203,6 +230,9 @@ class ConsoleSink(Sink):
                 self._advance(event)
             case EpochEnded():
                 self._end_epoch(event)
+            case FeaturesCached():
+                size, seconds = format_bytes(event.num_bytes), format_seconds(event.seconds)
+                self._print(f"features of module {event.module + 1} cached: {size}, {seconds}")
             case RunEnded():
                 self.close()
                 if self._started is None:
@@ -235,7 +265,7 @@ class ConsoleSink(Sink):
             "",
             total=event.epochs * event.batches_per_epoch,
             completed=event.start_epoch * event.batches_per_epoch,
-            epoch=f"{min(event.start_epoch + 1, event.epochs)}/{event.epochs}",
+            epoch=event.name_of(event.start_epoch).strip(),
             losses="…",
             rate="",
         )
@@ -250,20 +280,23 @@ class ConsoleSink(Sink):
             self._progress.update(
                 self._task,
                 completed=done,
-                epoch=f"{event.epoch + 1}/{self._started.epochs}",
+                epoch=self._started.name_of(event.epoch).strip(),
                 losses=losses,
                 rate=rate,
             )
         elif time.monotonic() - self._last_line > 10:  # a log file wants fewer lines than a screen
             self._last_line = time.monotonic()
             of = self._started.batches_per_epoch
-            self._print(f"  epoch {event.epoch + 1} batch {event.batch}/{of}  loss {losses}  {rate}")
+            epoch = self._started.name_of(event.epoch).strip() if self._started.epochs_per_module else event.epoch + 1
+            self._print(f"  epoch {epoch} batch {event.batch}/{of}  loss {losses}  {rate}")
 
     def _end_epoch(self, event: EpochEnded) -> None:
         assert self._started is not None, "a run starts before it ends"
-        losses = " ".join(f"{sum(terms.values()):.3f}" for terms in event.losses)
-        parts = [f"epoch {event.epoch + 1:>3}/{self._started.epochs}", f"loss {losses}"]
-        if event.val_accuracy is not None:
+        losses = " ".join(f"{sum(terms.values()):.3f}" for terms in event.losses if terms)
+        parts = [f"epoch {self._started.name_of(event.epoch)}", f"loss {losses}"]
+        if event.module is not None and event.val_module_accuracy[event.module] is not None:
+            parts.append(f"validation {event.val_module_accuracy[event.module]:.2%}")
+        elif event.val_accuracy is not None:
             parts.append(f"validation {event.val_accuracy:.2%}")
             parts.append(f"by module {accuracies(event.val_module_accuracy)}")
         parts.append(format_rate(event.images_per_second))
@@ -273,7 +306,7 @@ class ConsoleSink(Sink):
             self._progress.update(
                 self._task,
                 completed=(event.epoch + 1) * self._started.batches_per_epoch,
-                epoch=f"{event.epoch + 1}/{self._started.epochs}",
+                epoch=self._started.name_of(event.epoch).strip(),
                 losses=losses,
                 rate=format_rate(event.images_per_second),
             )
@@ -302,6 +335,11 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
 def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The lines of a printed summary, as (name, value)."""
     peak, baseline = summary["estimated_peak_bytes"], summary["estimated_end_to_end_peak_bytes"]
+    epochs, while_training = f"{summary['epochs']}, the best was {summary['best_epoch'] + 1}", "while training"
+    if "best_epochs" in summary:  # modules were trained one after another
+        best = ", ".join(str(epoch + 1) for epoch in summary["best_epochs"])
+        epochs = f"{summary['epochs']} a module, one after another; the best were {best}"
+        while_training = "through all modules, without the caching"
     return [
         (
             "test accuracy",
@@ -313,8 +351,8 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"{format_bytes(peak)} estimated, {peak / baseline:.2f} x end-to-end ({format_bytes(baseline)})",
         ),
         ("measured", f"{format_bytes(summary['measured_peak_bytes'])} ({summary['measured_peak_of']})"),
-        ("speed", f"{format_rate(summary['images_per_second'])} while training"),
-        ("epochs", f"{summary['epochs']}, the best was {summary['best_epoch'] + 1}"),
+        ("speed", f"{format_rate(summary['images_per_second'])} {while_training}"),
+        ("epochs", epochs),
         ("time", format_seconds(summary["seconds"])),
         ("run folder", summary["folder"]),
     ]

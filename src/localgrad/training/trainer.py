@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,7 +26,6 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
 from localgrad.errors import CheckpointError, DivergenceError
-from localgrad.execution.sequential import StepResult
 from localgrad.learner import LocalLearner, load_weights
 from localgrad.objectives.base import LocalBatch
 from localgrad.training.data import Batches
@@ -64,7 +63,8 @@ class Position:
         num_images: trained on so far.
         train_seconds: spent training, without validation.
         seconds: spent in all.
-        last_losses: each local module's terms, averaged over the last complete epoch.
+        last_losses: each local module's terms, averaged over the last complete epoch that trained it.
+        finished: in sequential mode, (epoch of its own, validation accuracy) selected for each finished module.
     """
 
     epoch: int = 0
@@ -75,6 +75,38 @@ class Position:
     train_seconds: float = 0.0
     seconds: float = 0.0
     last_losses: list[dict[str, float]] = field(default_factory=list)
+    finished: list[tuple[int, float | None]] = field(default_factory=list)
+
+
+@dataclass
+class Fed:
+    """What one step is fed; the step takes images and features out of it, so that they can be freed.
+
+    Attributes:
+        batch: images and labels.
+        targets: int64 [B].
+        features: what the trained module receives, where that isn't ``batch.images``.
+    """
+
+    batch: LocalBatch
+    targets: Tensor
+    features: Tensor | None = None
+
+
+class Figures(Protocol):
+    """What the loop looks at after a step; a ``StepResult`` is one."""
+
+    @property
+    def losses(self) -> tuple[Tensor, ...]:
+        """Total loss of each module that was trained."""
+
+    @property
+    def terms(self) -> tuple[dict[str, Tensor], ...]:
+        """Their terms by name."""
+
+    @property
+    def logits(self) -> Tensor | None:
+        """Class logits [B, num_classes] of the last of them; ``None`` where it has no classifier."""
 
 
 class EpochSums:
@@ -92,14 +124,17 @@ class EpochSums:
         self.num_correct = torch.zeros((), dtype=torch.int64, device=device)
         self.num_batches = 0
         self.num_images = 0
+        self.has_logits = False
 
-    def add(self, result: StepResult, targets: Tensor) -> None:
+    def add(self, result: Figures, targets: Tensor) -> None:
         """Add one batch, without waiting for the device."""
         losses = torch.stack([term.float() for terms in result.terms for term in terms.values()])
         bad = ~torch.isfinite(losses) & (self.first_bad < 0)
         self.first_bad.masked_fill_(bad, self.num_batches)
         self.losses += losses
-        self.num_correct += (result.logits.argmax(dim=1) == targets).sum()
+        self.has_logits = result.logits is not None
+        if result.logits is not None:
+            self.num_correct += (result.logits.argmax(dim=1) == targets).sum()
         self.num_batches += 1
         self.num_images += len(targets)
 
@@ -126,6 +161,7 @@ class EpochSums:
             "num_correct": self.num_correct.cpu(),
             "num_batches": self.num_batches,
             "num_images": self.num_images,
+            "has_logits": self.has_logits,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -134,10 +170,13 @@ class EpochSums:
         self.num_correct.copy_(state["num_correct"])
         self.num_batches = state["num_batches"]
         self.num_images = state["num_images"]
+        self.has_logits = state.get("has_logits", True)  # as it was before modules without a classifier could be alone
 
 
 class Trainer:
     """Trains a learner on batches, validates, selects and saves.
+
+    What is trained in a step is said by a few methods that a subclass may say otherwise (``stagewise.py``).
 
     Args:
         learner: with its optimizers configured.
@@ -149,11 +188,14 @@ class Trainer:
         sinks: take the events.
     """
 
+    epochs_per_module: int | None = None
+    """Where modules are trained one after another, the epochs of each."""
+
     def __init__(
         self,
         *,
         learner: LocalLearner,
-        schedule: Schedule,
+        schedule: Schedule | None,
         train: Batches,
         val: Batches | None,
         epochs: int,
@@ -168,7 +210,6 @@ class Trainer:
         self.folder = folder
         self.sinks = tuple(sinks)
         self.position = Position()
-        self._names = [(index, name) for index, module in enumerate(learner.modules) for name in module.objective.terms]
         self._sums = self._new_sums()
         self._signal: int | None = None
 
@@ -181,6 +222,7 @@ class Trainer:
         """
         with self._catching_signals():
             while self.position.epoch < self.epochs:
+                self._prepare()
                 start = time.perf_counter()
                 self._train_epoch()
                 train_seconds = time.perf_counter() - start
@@ -206,6 +248,7 @@ class Trainer:
         try:
             self.learner.load_state_dict(state["learner"])
             self.position = Position(**state["position"])
+            self._sums = self._new_sums()
             self._sums.load_state_dict(state["sums"])
             _restore_random_state(state["random"])
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
@@ -220,20 +263,65 @@ class Trainer:
         weights = load_saved_weights(self.folder.best)
         load_best_weights(self.learner, weights)
 
+    def details(self) -> tuple[str, ...]:
+        """Lines about this way of training, for the start of a run."""
+        return ()
+
+    def selection(self) -> dict[str, Any]:
+        """What was selected, for the summary; the selected weights are in the learner."""
+        position = self.position
+        return {"val_accuracy": position.best_accuracy, "best_epoch": position.best_epoch, "epochs": self.epochs}
+
+    # ------------------------------------------------------------------- what is trained: said otherwise by others
+
+    @property
+    def _trained(self) -> range:
+        """The local modules that are trained at the current position."""
+        return range(len(self.learner.modules))
+
+    def _prepare(self) -> None:
+        """Whatever must be ready before an epoch, or the rest of one, is trained."""
+
+    def _feed(self) -> Iterator[Fed]:
+        """The rest of the epoch under way."""
+        for batch in self.train.epoch(self.position.epoch, start=self.position.batch):
+            fed = Fed(LocalBatch(batch.images, batch.labels), batch.targets)
+            del batch  # the images are the step's to free
+            yield fed
+
+    def _num_updates(self) -> int:
+        """Updates so far of the modules that are trained, for their learning rate."""
+        return self.position.epoch * len(self.train) + self.position.batch
+
+    def _step(self, fed: Fed) -> Figures:
+        return self.learner.step_on(fed.batch)
+
+    def _validate(self) -> tuple[float | None, list[float | None]]:
+        """The accuracy that selects, and that of each module's own classifier."""
+        if self.val is None:
+            return None, [None] * len(self.learner.modules)
+        return evaluate(self.learner, self.val)
+
+    def _close_epoch(self, losses: list[dict[str, float]]) -> None:
+        """Move the position to the next epoch."""
+        self.position.last_losses = losses
+        self.position.epoch, self.position.batch = self.position.epoch + 1, 0
+
+    # ------------------------------------------------------------------------------------------------ the loop
+
     def _train_epoch(self) -> None:
-        learner, position = self.learner, self.position
-        learner.train()
+        position = self.position
+        assert self.schedule is not None, "an epoch is prepared before it is trained"
+        self.learner.train()
         start = last_reading = time.perf_counter()
         images_since = 0
-        for batch in self.train.epoch(position.epoch, start=position.batch):
-            self.schedule.at(position.epoch * len(self.train) + position.batch)
-            targets, given = batch.targets, LocalBatch(batch.images, batch.labels)
-            del batch  # the images are the step's to free
-            result = learner.step_on(given)
-            self._sums.add(result, targets)
+        for fed in self._feed():
+            self.schedule.at(self._num_updates())
+            result = self._step(fed)
+            self._sums.add(result, fed.targets)
             position.batch += 1
-            images_since += len(targets)
-            position.num_images += len(targets)
+            images_since += len(fed.targets)
+            position.num_images += len(fed.targets)
             now = time.perf_counter()
             if self._signal is not None:
                 position.train_seconds += now - start
@@ -246,7 +334,8 @@ class Trainer:
     def _finish_epoch(self, start: float, train_seconds: float) -> None:
         self._check_finite()
         self._check_weights()
-        position, sums = self.position, self._sums
+        position, sums, trained = self.position, self._sums, self._trained
+        assert self.schedule is not None, "an epoch is prepared before it is trained"
         position.train_seconds += train_seconds
         accuracy, by_module = self._validate()
         is_best = accuracy is None or position.best_accuracy is None or accuracy > position.best_accuracy
@@ -259,8 +348,9 @@ class Trainer:
         event = EpochEnded(
             epoch=position.epoch,
             losses=tuple(losses),
-            train_accuracy=None if soft else int(sums.num_correct) / sums.num_images,
-            val_accuracy=accuracy,
+            module=trained[0] if self.epochs_per_module else None,
+            train_accuracy=None if soft or not sums.has_logits else int(sums.num_correct) / sums.num_images,
+            val_accuracy=by_module[-1],
             val_module_accuracy=tuple(by_module),
             learning_rate=self.schedule.learning_rate,
             images_per_second=position.num_images / position.train_seconds,
@@ -268,18 +358,12 @@ class Trainer:
             is_best=is_best,
         )
         self._emit(event)  # before saving: a line too many is dropped on resuming, one too few would be missing
-        position.last_losses = losses
         position.seconds += seconds
-        position.epoch, position.batch = position.epoch + 1, 0
+        self._close_epoch(losses)
         self._sums = self._new_sums()
         self.folder.save_last(self.state_dict())
 
-    def _validate(self) -> tuple[float | None, list[float | None]]:
-        if self.val is None:
-            return None, [None] * len(self.learner.modules)
-        return evaluate(self.learner, self.val)
-
-    def _report(self, result: StepResult, images_per_second: float) -> None:
+    def _report(self, result: Figures, images_per_second: float) -> None:
         self._check_finite()
         losses = torch.stack(result.losses).tolist()
         position = self.position
@@ -307,7 +391,7 @@ class Trainer:
             finite = torch.stack([torch.isfinite(parameter).all() for parameter in module.parameters()]).tolist()
             if not all(finite):
                 name = next(name for (name, _), good in zip(module.named_parameters(), finite, strict=True) if not good)
-                terms = " and ".join(repr(term) for number, term in self._names if number == index)
+                terms = " and ".join(repr(term) for term in module.objective.terms)
                 raise self._diverged(
                     f"the weights of local module {index} are no longer finite ({name}, by an update of term {terms}",
                     self.position.batch - 1,
@@ -349,7 +433,9 @@ class Trainer:
                 signal.signal(number, handler)
 
     def _new_sums(self) -> EpochSums:
-        return EpochSums(self._names, self.learner.device)
+        modules = self.learner.modules
+        names = [(index, name) for index in self._trained for name in modules[index].objective.terms]
+        return EpochSums(names, self.train.device)
 
     def _emit(self, event: Event) -> None:
         for sink in self.sinks:

@@ -1,0 +1,247 @@
+"""Features on disk: what a finished local module gives, stored once and read back as memory-mapped bfloat16.
+
+A cache is a folder of raw arrays and a manifest:
+
+::
+
+    after-module-0/
+        manifest.json       shapes, dtypes, and the identity of what was stored
+        train-0.features    bfloat16, one row an image, in the order in which they were made
+        train-0.labels      what the loss compares with: int64, or float32 where augmentation made them soft
+        train-0.targets     int64
+        ...
+        val.features
+
+A *part* (``train-0``) is one pass over the images. Labels are stored beside the features that belong to them, so
+mixed labels can't come apart from mixed features.
+
+The whole folder is written under another name, flushed to disk and renamed: it is there whole, or not at all. It is
+opened only where its manifest tells the identity that is asked for and every file has the size that the manifest tells.
+Files are written with plain writes (on a full disk a write fails, while a write through a map kills the process) and
+read through private maps: pages come and go as the system likes, and nothing can change a file.
+
+Shapes: R rows of a part, B batch, ... one image's features.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from localgrad.errors import RunFolderError
+from localgrad.units import format_bytes
+
+FORMAT = 1
+STORED = torch.bfloat16
+ARRAYS = ("features", "labels", "targets")
+_DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64)}
+
+
+class Rows(NamedTuple):
+    """Some rows of a part.
+
+    Attributes:
+        features: [B, ...].
+        labels: int64 [B], or float32 [B, K].
+        targets: int64 [B].
+    """
+
+    features: Tensor
+    labels: Tensor
+    targets: Tensor
+
+
+class FeatureCache:
+    """An open cache, read through maps.
+
+    Args:
+        arrays: each part's arrays, whole.
+        dtype: of the features when they were made; batches come back in it.
+        num_bytes: size on disk.
+    """
+
+    def __init__(self, arrays: Mapping[str, Rows], dtype: torch.dtype, num_bytes: int) -> None:
+        self.arrays = dict(arrays)
+        self.dtype = dtype
+        self.num_bytes = num_bytes
+
+    def batches(self, part: str, batch_size: int, device: torch.device, start: int = 0) -> Iterator[Rows]:
+        """Read a part in order.
+
+        Args:
+            part: its name.
+            batch_size: rows a batch; the last may be smaller.
+            device: where the batches are wanted.
+            start: index of the first batch wanted.
+
+        Yields:
+            Copies that are the caller's own: features in the dtype in which they were made.
+        """
+        whole = self.arrays[part]
+        for first in range(start * batch_size, len(whole.targets), batch_size):
+            rows = slice(first, first + batch_size)
+            # To the device while it is small, then to its dtype; a copy even where neither changes.
+            yield Rows(
+                whole.features[rows].to(device, copy=True).to(self.dtype),
+                whole.labels[rows].to(device, copy=True),
+                whole.targets[rows].to(device, copy=True),
+            )
+
+
+def write_cache(folder: Path, parts: Iterable[tuple[str, Iterable[Rows]]], identity: Mapping[str, Any]) -> None:
+    """Store parts, whole or not at all; what the folder held before is replaced.
+
+    Args:
+        folder: the cache; the folder that it lies in is made.
+        parts: name and batches of each; every one is asked for when it is written.
+        identity: plain values that tell what is stored; asked for again by ``open_cache``.
+
+    Raises:
+        RunFolderError: no permission, or the disk is full.
+    """
+    temporary = folder.with_name(f".{folder.name}.partial")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            described = {name: _write_part(temporary, name, batches) for name, batches in parts}
+            manifest = {"format": FORMAT, "identity": dict(identity), "parts": described}
+            with (temporary / "manifest.json").open("w") as file:
+                json.dump(manifest, file, indent=2)
+                _flush(file)
+            _flush_folder(temporary)
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
+            _flush_folder(folder.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise RunFolderError(
+            f"feature cache {folder}: can't be written ({error.strerror}); make room, then go on with --resume "
+            f"{folder.parent.parent}."
+        ) from error
+
+
+def open_cache(folder: Path, identity: Mapping[str, Any]) -> FeatureCache | None:
+    """Open a cache for reading.
+
+    Args:
+        folder: the cache.
+        identity: what it must hold.
+
+    Returns:
+        The cache, or ``None`` where there is none that is whole and holds just that.
+    """
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        if (manifest["format"], manifest["identity"]) != (FORMAT, json.loads(json.dumps(dict(identity)))):
+            return None
+        dtypes, arrays, num_bytes = set(), {}, 0
+        for name, described in manifest["parts"].items():
+            found = []
+            for kind in ARRAYS:
+                dtype, shape = _DTYPES[described[kind]["dtype"]], described[kind]["shape"]
+                path = folder / f"{name}.{kind}"
+                if path.stat().st_size != math.prod(shape) * dtype.itemsize:
+                    return None
+                num_bytes += path.stat().st_size
+                found.append(_map(path, dtype, shape))
+            arrays[name] = Rows(*found)
+            dtypes.add(_DTYPES[described["made_in"]])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return FeatureCache(arrays, dtypes.pop(), num_bytes) if len(dtypes) == 1 else None
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that a cache in ``folder`` may take: what is free on its disk, and what the folder holds already."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.exists() else 0
+    return shutil.disk_usage(nearest).free + held
+
+
+def check_space(folder: Path, needed_bytes: int) -> None:
+    """Refuse a cache that the disk has no room for, before anything is computed for it.
+
+    Args:
+        folder: where caches will lie; needn't exist.
+        needed_bytes: the most that they take at one time.
+
+    Raises:
+        RunFolderError: too little is free.
+    """
+    free = free_bytes(folder)
+    if free < needed_bytes:
+        raise RunFolderError(
+            f"--schedule sequential: the features need {format_bytes(needed_bytes)} of disk in {folder}, "
+            f"{format_bytes(free)} are free; take fewer --cached-epochs, fewer --modules, or another --out."
+        )
+
+
+def row_bytes(num_values: int, num_label_classes: int | None) -> int:
+    """Bytes that one image takes in a cache.
+
+    Args:
+        num_values: numbers in its features.
+        num_label_classes: K where labels are soft, otherwise ``None``.
+    """
+    label = torch.int64.itemsize if num_label_classes is None else num_label_classes * torch.float32.itemsize
+    return num_values * STORED.itemsize + label + torch.int64.itemsize
+
+
+def _write_part(folder: Path, name: str, batches: Iterable[Rows]) -> dict[str, Any]:
+    """Write one part's arrays and describe them."""
+    shapes: dict[str, tuple[torch.dtype, list[int]]] = {}
+    num_rows, made_in = 0, set()
+    with ExitStack() as stack:
+        files = {kind: stack.enter_context((folder / f"{name}.{kind}").open("wb")) for kind in ARRAYS}
+        for batch in batches:
+            made_in.add(batch.features.dtype)
+            stored = batch._replace(features=batch.features.to(STORED))
+            for kind, tensor in zip(ARRAYS, stored, strict=True):
+                assert len(tensor) == len(stored.targets), "features, labels and targets go together"
+                known = shapes.setdefault(kind, (tensor.dtype, list(tensor.shape[1:])))
+                assert known == (tensor.dtype, list(tensor.shape[1:])), "rows are alike"
+                files[kind].write(_bytes_of(tensor))
+            num_rows += len(stored.targets)
+        for file in files.values():
+            _flush(file)
+    assert len(made_in) == 1, "a part has rows, all made in one dtype"
+    described: dict[str, Any] = {
+        kind: {"dtype": str(dtype), "shape": [num_rows, *shape]} for kind, (dtype, shape) in shapes.items()
+    }
+    return {**described, "made_in": str(made_in.pop())}
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    raw: bytes = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return raw
+
+
+def _map(path: Path, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    count = math.prod(shape)
+    if not count:
+        return torch.empty(tuple(shape), dtype=dtype)
+    return torch.from_file(str(path), shared=False, size=count, dtype=dtype).view(tuple(shape))
+
+
+def _flush(file: IO[Any]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
