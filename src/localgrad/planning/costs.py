@@ -50,6 +50,7 @@ from localgrad.objectives.base import LocalBatch, LocalObjective, Site
 from localgrad.objectives.methods import Objective
 from localgrad.partition import Checkpointing
 from localgrad.planning.memory import CUDA_ROUNDING, Tracker, choose_foreach
+from localgrad.planning.planner import Choice
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
 
@@ -443,20 +444,6 @@ def _modules_in(branch: object) -> Iterator[nn.Module]:
 
 
 # Composition -----------------------------------------------------------------------------------------------------
-
-
-class Choice(NamedTuple):
-    """One way to run a local module.
-
-    Attributes:
-        nanoseconds: nominal time of its step, the update left out.
-        peak_bytes: the most bytes alive during its step, all static memory left out.
-        how: its checkpointing.
-    """
-
-    nanoseconds: int
-    peak_bytes: int
-    how: Checkpointing
 
 
 class Head(NamedTuple):
