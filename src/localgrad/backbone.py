@@ -327,7 +327,8 @@ def split(model: nn.Module, input_size: tuple[int, int, int]) -> Backbone:
 def outline(model: nn.Module, input_size: tuple[int, int, int]) -> Backbone:
     """Split a model by shapes alone: quick and without arithmetic, for estimates; not proved, so not for training.
 
-    The parts hold the model's own parameters, whatever their values (see ``without_initialization``).
+    The parts hold the model's own parameters, whatever their values (see ``without_initialization``). Where features
+    are as wide as their grid is high and long, shapes leave open which axis is which, and the first reading is taken.
 
     Args:
         model: as for ``split``.
