@@ -382,7 +382,7 @@ def test_an_outline_is_estimated_as_the_split_is(family: str, how: str, monkeypa
     peaks = []
     for backbone in (split(model, size), outline(bare, size)):
         learner = LocalLearner(backbone, modules=2, objective=GreedySupervised(), checkpoint=how)
-        profile = estimate_step(learner, 6, lambda parameters: torch.optim.AdamW(parameters))
+        profile = estimate_step(learner, 6, torch.optim.AdamW)
         peaks.append((profile.peak_bytes, profile.static_bytes, profile.by_category))
     assert peaks[0] == peaks[1]
 

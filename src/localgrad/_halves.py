@@ -6,7 +6,8 @@ stands outside of it and draws for the whole batch, in the order in which the bl
 
 How. There is no table of architectures but one of *written forms*: where timm puts norm, attention, layer scale and
 MLP under which names. Each form is tried on a copy of the block with random weights, in evaluation and in training
-mode, and taken only if it gives the copy's own bits. A block that no form fits is one piece of its own, the whole block: still right, only coarser.
+mode, and taken only if it gives the copy's own bits. A block that no form fits is one piece of its own, the whole
+block: still right, only coarser.
 
 Source: timm 1.0.31 (``x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))`` and its variants). The idea of cutting
 a block at its residual additions is common to reversible networks (RevNet, arXiv 1707.04585) and to mega-batching of
@@ -118,11 +119,10 @@ def find_pieces(block: nn.Module, example: Tensor) -> list[Piece]:
         # Weights as they come would prove nothing: a norm or a layer scale that starts at zero hides its whole branch.
         twin = _with_random_weights(copy.deepcopy(block))
         for step, double in zip(_steps(block), _steps(twin), strict=True):
-            for found, tried in zip(_candidates(step), _candidates(double), strict=True):
-                if _same_results(double, tried, example):
-                    break
+            *cuts, whole = zip(_candidates(step), _candidates(double), strict=True)
+            chosen = next((cut for cut in cuts if _same_results(double, cut[1], example)), whole)
             double.train()
-            for piece, same in zip(found, tried, strict=True):
+            for piece, same in zip(*chosen, strict=True):
                 pieces.append(_with_draws(piece, same, example))
                 example = same(example)
     return pieces

@@ -77,8 +77,8 @@ class Checkpointing:
         )
         if match is None:
             raise PartitionError(
-                f"checkpoint: {str(value)[:40]!r} can't be read; take none, blocks, halves, halves/8 (over 8 chunks of the "
-                "batch), or halves/8:3 (the first three blocks of a module)."
+                f"checkpoint: {str(value)[:40]!r} can't be read; take none, blocks, halves, halves/8 (over 8 chunks of "
+                "the batch), or halves/8:3 (the first three blocks of a module)."
             )
         level, chunks, first = match.groups()
         return cls(level, int(chunks or 1), None if first is None else int(first))
