@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from timm.layers import set_fused_attn
@@ -217,13 +218,45 @@ def test_looking_for_pieces_changes_nothing() -> None:
 
 
 def test_running_out_of_memory_is_not_taken_for_another_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    def forward(*_: object) -> Tensor:
-        raise torch.OutOfMemoryError
-
     backbone = build_dropping("vit")
-    monkeypatch.setattr(type(backbone.blocks[0].mlp), "forward", forward)
+    mlp = type(backbone.blocks[0].mlp)
+    plain, failures = mlp.forward, [torch.OutOfMemoryError()]
+
+    def forward(self: nn.Module, features: Tensor) -> Tensor:
+        if failures:
+            raise failures.pop()
+        return plain(self, features)
+
+    monkeypatch.setattr(mlp, "forward", forward)
     with pytest.raises(torch.OutOfMemoryError):
         find_pieces(backbone.blocks[0], backbone.example(0))
+
+
+class Transposed(nn.Module):
+    """Drops out features whose memory runs along the tokens first, in two ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, features: Tensor) -> Tensor:
+        turned = self.linear(features).transpose(1, 2).contiguous().transpose(1, 2)
+        outermost = self.linear(features).transpose(0, 1).contiguous().transpose(0, 1)
+        return F.dropout(turned, 0.4, self.training) + F.dropout(outermost, 0.4, self.training)
+
+
+def test_draws_come_in_the_masks_own_order_of_memory() -> None:
+    torch.manual_seed(0)
+    block = Transposed().double().train()
+    inputs = torch.randn(BATCH, 4, 6, dtype=torch.float64)
+    pieces = find_pieces(block, inputs[:2])
+    assert pieces[0].draws == ((0, 2, 1), (1, 0, 2))
+    ran = [
+        Ran(LocalModule([block], NoObjective(), recomputed), inputs)  # type: ignore[arg-type]
+        for recomputed in ({}, {0: Recomputed(pieces, 2)}, {0: Recomputed(pieces, BATCH)})
+    ]
+    for ours in ran[1:]:
+        assert_same_run(ours, ran[0], tolerance=1e-10)
 
 
 # Training --------------------------------------------------------------------------------------------------------
