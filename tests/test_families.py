@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
+import sys
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -12,7 +15,11 @@ import torch
 from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
 from torch import nn
 
-from localgrad.backbone import SUPPORTED_FAMILIES, Backbone, Layout, split
+from localgrad import GreedySupervised, LocalLearner
+from localgrad._fake import without_initialization
+from localgrad._timm_adapters import Step
+from localgrad.backbone import SUPPORTED_FAMILIES, Backbone, Layout, outline, split
+from localgrad.learner import estimate_step
 
 SWIN = {
     "embed_dim": 16,
@@ -253,6 +260,130 @@ def test_parts_compile_without_graph_breaks(family: str) -> None:
     with torch.no_grad():
         compiled = torch.compile(backbone, backend="eager", fullgraph=True)
         assert torch.equal(compiled(images), backbone(images))
+
+
+# Outlines --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A family whose features are not as wide as their grid: shapes alone would leave open which axis is which."""
+    name, kwargs, stages = FAMILIES[request.param]
+    widths = {"embed_dim": 24} if "swinv2_cr" in request.param else {"embed_dims": (24, 32, 32, 32)}
+    if "swinv2_cr" in request.param or request.param == "pvt_v2":
+        monkeypatch.setitem(FAMILIES, request.param, (name, kwargs | widths, stages))
+    return request.param
+
+
+def glue_of(module: nn.Module) -> object:
+    """What stands around the timm modules of one part, as plain values."""
+    if isinstance(module, nn.Sequential):
+        return [glue_of(child) for child in module]
+    if not isinstance(module, Step):
+        return type(module)
+    glue = module.glue
+    around = (
+        (glue.func, glue.keywords) if isinstance(glue, functools.partial) else getattr(glue, "__name__", type(glue))
+    )
+    recomputed = [(name, made.method, made.kwargs, made.index) for name, made in module.recomputed.items()]
+    return [type(module.module), around, module.args, module.kwargs, recomputed, module.unpack, module.shape]
+
+
+@pytest.mark.parametrize("family", FAMILIES, indirect=True)
+def test_an_outline_is_the_split_without_its_proof(family: str) -> None:
+    model, size = build(family)
+    random_state = torch.get_rng_state()
+    parameters = {name: (id(p), p.detach().clone()) for name, p in model.named_parameters()}
+    drawn, proved = outline(model, size), split(model, size)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    for name in ("block_names", "layouts", "stage_boundaries", "input_size", "num_classes"):
+        assert getattr(drawn, name) == getattr(proved, name), name
+    assert list(map(glue_of, drawn.blocks)) == list(map(glue_of, proved.blocks))
+    assert glue_of_tail(drawn) == glue_of_tail(proved)
+    assert type(drawn.model) is type(model)
+    assert drawn.training == model.training
+
+    # The model's very parameters and buffers, in the same parts, under the same names.
+    for ours, theirs in ((drawn, proved), (drawn.model, model)):
+        for kind in ("named_parameters", "named_buffers"):
+            named = [
+                {name: id(tensor) for name, tensor in getattr(one, kind)(remove_duplicate=False)}
+                for one in (ours, theirs)
+            ]
+            assert named[0] == named[1]
+    for name, parameter in drawn.model.named_parameters():
+        assert type(parameter) is nn.Parameter
+        assert id(parameter) == parameters[name][0]
+        assert torch.equal(parameter, parameters[name][1])
+
+    images = images_for(size)
+    for mode in (False, True):
+        ours = run(drawn.train(mode), images)
+        assert torch.equal(ours, run(copy.deepcopy(model).train(mode), images))
+
+
+def glue_of_tail(backbone: Backbone) -> object:
+    glue = backbone.tail.glue
+    around = (
+        (glue.func, glue.keywords) if isinstance(glue, functools.partial) else getattr(glue, "__name__", type(glue))
+    )
+    return around, backbone.tail.before_head, len(backbone.tail.unused)
+
+
+@pytest.mark.parametrize("family", FAMILIES, indirect=True)
+def test_without_initialization_buffers_are_right_and_nothing_is_drawn(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    initialised, size = build(family)
+    monkeypatch.setattr(sys.modules[__name__], "shake", lambda model: None)
+    with without_initialization():
+        bare, _ = build(family)
+    assert [(name, p.shape) for name, p in bare.named_parameters()] == [
+        (name, p.shape) for name, p in initialised.named_parameters()
+    ]
+    ours, theirs = dict(bare.named_buffers()), dict(initialised.named_buffers())
+    assert ours.keys() == theirs.keys()
+    assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    bare.load_state_dict(initialised.state_dict())
+    images = images_for(size)
+    assert torch.equal(run(outline(bare, size).eval(), images), run(initialised.eval(), images))
+
+
+def test_models_are_made_quickly_without_initialization() -> None:
+    def seconds() -> float:
+        start = time.perf_counter()
+        timm.create_model("vit_base_patch16_224", depth=4)
+        return time.perf_counter() - start
+
+    ordinary = min(seconds() for _ in range(2))
+    with without_initialization():
+        bare = min(seconds() for _ in range(2))
+    assert bare < 0.5 * ordinary, (bare, ordinary)
+
+
+@pytest.mark.parametrize(
+    ("family", "how"),
+    [
+        ("vit", "halves/2"),
+        ("convnext", "none"),
+        *(pytest.param(f, "halves/2", marks=pytest.mark.heavy) for f in ("swin", "swinv2", "swinv2_cr", "pvt_v2")),
+    ],
+    indirect=["family"],
+)
+def test_an_outline_is_estimated_as_the_split_is(family: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, size = build(family)
+    monkeypatch.setattr(sys.modules[__name__], "shake", lambda model: None)
+    with without_initialization():
+        bare, _ = build(family)
+    with torch.no_grad():
+        for parameter in bare.parameters():
+            parameter.fill_(float("nan"))  # whatever was in memory
+    peaks = []
+    for backbone in (split(model, size), outline(bare, size)):
+        learner = LocalLearner(backbone, modules=2, objective=GreedySupervised(), checkpoint=how)
+        profile = estimate_step(learner, 6, torch.optim.AdamW)
+        peaks.append((profile.peak_bytes, profile.static_bytes, profile.by_category))
+    assert peaks[0] == peaks[1]
 
 
 HEAVY = [

@@ -5,8 +5,9 @@ A branch treats every image by itself (``per_image``), so it may run over a part
 stands outside of it and draws for the whole batch, in the order in which the block itself draws.
 
 How. There is no table of architectures but one of *written forms*: where timm puts norm, attention, layer scale and
-MLP under which names. Each form is tried on an example, in evaluation and in training mode, and taken only if it gives
-the block's own bits. A block that no form fits is one piece of its own, the whole block: still right, only coarser.
+MLP under which names. Each form is tried on a copy of the block with random weights, in evaluation and in training
+mode, and taken only if it gives the copy's own bits. A block that no form fits is one piece of its own, the whole
+block: still right, only coarser.
 
 Source: timm 1.0.31 (``x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))`` and its variants). The idea of cutting
 a block at its residual additions is common to reversible networks (RevNet, arXiv 1707.04585) and to mega-batching of
@@ -17,20 +18,26 @@ Shapes: B batch first in every tensor; what follows is the block's own layout.
 
 from __future__ import annotations
 
+import copy
+import functools
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 
+from ._fake import TorchDispatchMode
 from ._timm_adapters import Step, attribute, identity
 
 ATTENTION_NAMES = ("_attn", "_shifted_window_attn", "_partition_attn", "attn", "token_mixer")
 """Where a block keeps its attention, the first that exists: Swin's methods roll and cut windows around ``attn``."""
+
+DRAW_OF_ROWS = torch.ops.aten.bernoulli_.float
+"""How a processor draws a mask (dropout, also inside fused attention; drop path)."""
 
 
 @dataclass(frozen=True)
@@ -73,14 +80,16 @@ class Piece:
         branch: what runs under the checkpoint.
         drop_path: what happens to the branch's output before it is added to the features; ``None`` where the piece is
             no residual: the branch's output is the piece's.
-        per_image: whether the branch treats every image of a batch by itself, so that it may run over parts of it.
-        draws: whether it draws random numbers in training mode.
+        per_image: whether the branch treats every image of a batch by itself, and draws for each by itself, so that it
+            may run over parts of the batch.
+        draws: of each tensor of random numbers that it draws in training mode, the axes in their order in memory, for
+            more than one image (for a single one, a convolution may choose another order).
     """
 
     branch: Callable[[Tensor], Tensor]
     drop_path: Callable[[Tensor], Tensor] | None
-    per_image: bool
-    draws: bool
+    per_image: bool = True
+    draws: tuple[tuple[int, ...], ...] = ()
 
     def __call__(self, features: Tensor) -> Tensor:
         """Run the piece plainly."""
@@ -90,51 +99,119 @@ class Piece:
 
 
 def whole_block(block: nn.Module) -> Piece:
-    """A block as one piece."""
-    return Piece(block, None, per_image=_treats_images_apart(block), draws=_draws(block))
+    """A block as one piece, for the whole batch at once."""
+    return Piece(block, None, per_image=False)
 
 
-def find_pieces(block: nn.Module, example: Tensor, *, proved: bool = True) -> list[Piece]:
+def find_pieces(block: nn.Module, example: Tensor) -> list[Piece]:
     """Cut a block at its residual additions.
 
     Args:
         block: one block of a backbone.
         example: features that enter it, [2 or more, ...].
-        proved: compare bits; otherwise (fake tensors, weights without values) shapes only.
 
     Returns:
-        Two or more pieces where the block's written form is known, else one: the whole block. The block keeps its mode,
-        buffers and the random state.
+        Two or more pieces where the block's written form is known, else one: the whole block. The block and the random
+        state are as before.
     """
-    whole = whole_block(block)
-    if not whole.per_image:  # batch statistics: a half would see another batch than the block does
-        return [whole]
-    steps = list(block) if isinstance(block, nn.Sequential) else [block]
+    if any(isinstance(module, _BatchNorm) for module in block.modules()):
+        return [whole_block(block)]  # batch statistics: a half would see another batch than the block does
+    alike = signature(block), example.shape[1:], example.dtype, example.device.type
+    if alike not in _known_cuts:
+        with torch.no_grad(), _random_state_kept(example.device):
+            _known_cuts[alike] = _find_cuts(block, example)
     pieces: list[Piece] = []
-    for step in steps:
-        found = _pieces_of_step(step, example, proved=proved)
-        pieces += found
-        if step is not steps[-1]:
-            with torch.no_grad(), _rewound(step):
-                example = step(example)
-    return pieces if len(pieces) > 1 else [whole]
+    for step, (number, found) in zip(_steps(block), _known_cuts[alike], strict=True):
+        cut = list(_candidates(step))[number]
+        pieces += [
+            replace(piece, per_image=same.per_image, draws=same.draws) for piece, same in zip(cut, found, strict=True)
+        ]
+    return pieces
 
 
-def _pieces_of_step(step: nn.Module, example: Tensor, *, proved: bool) -> list[Piece]:
+class _Found(NamedTuple):
+    """What was found out about one piece."""
+
+    per_image: bool
+    draws: tuple[tuple[int, ...], ...]
+
+
+_Cuts = list[tuple[int, list[_Found]]]  # for each step of a block: which candidate it is, and of what kind its pieces
+_known_cuts: dict[Any, _Cuts] = {}  # blocks that are alike are cut alike: one proof for all blocks of a ViT
+
+
+def _find_cuts(block: nn.Module, example: Tensor) -> _Cuts:
+    # Weights as they come would prove nothing: a norm or a layer scale that starts at zero hides its whole branch.
+    twin = _with_random_weights(copy.deepcopy(block))
+    cuts: _Cuts = []
+    for step in _steps(twin):
+        candidates = list(_candidates(step))
+        tried = (n for n, pieces in enumerate(candidates[:-1]) if _same_results(step, pieces, example))
+        number = next(tried, len(candidates) - 1)
+        step.train()
+        found = []
+        for piece in candidates[number]:
+            found.append(_how_it_draws(piece, example))
+            example = piece(example)
+        cuts.append((number, found))
+    return cuts
+
+
+def signature(module: nn.Module) -> str:
+    """A text that is the same for modules that compute alike: classes, plain attributes, shapes; no values of weights.
+
+    Floats count only as zero or not: the rate of a drop path changes neither form nor cost, whether there is one does.
+    """
+    digest = hashlib.sha256()
+    for name, part in module.named_modules():
+        plain = {key: _plain(value) for key, value in vars(part).items() if key not in ("name", "training")}
+        digest.update(repr((name, type(part).__qualname__, sorted(plain.items(), key=str))).encode())
+        for tensor_name, tensor in (*part._parameters.items(), *part._buffers.items()):
+            if tensor is not None:
+                digest.update(repr((tensor_name, *tensor.shape, tensor.dtype, tensor.requires_grad)).encode())
+    return digest.hexdigest()
+
+
+def _plain(value: object) -> object:
+    """A plain value as it counts in a signature; ``None`` for what is no plain value."""
+    if isinstance(value, float):
+        return value != 0
+    if isinstance(value, (tuple, list)):
+        return tuple(_plain(item) for item in value)
+    if isinstance(value, functools.partial):
+        return value.func.__qualname__, _plain(value.args), _plain(value.keywords)
+    if isinstance(value, dict):
+        return tuple((str(key), _plain(item)) for key, item in value.items())
+    return value if isinstance(value, (bool, int, str)) else None
+
+
+def _steps(block: nn.Module) -> list[nn.Module]:
+    return list(block) if isinstance(block, nn.Sequential) else [block]
+
+
+def _with_random_weights(block: nn.Module) -> nn.Module:
+    for parameter in block.parameters():
+        if parameter.ndim > 1:
+            bound = max(1, parameter[0].numel()) ** -0.5
+            parameter.uniform_(-bound, bound)
+        else:
+            parameter.uniform_(0.5, 1.5)
+    return block
+
+
+def _candidates(step: nn.Module) -> Iterator[list[Piece]]:
+    """Ways to cut one call of a timm module, the whole call last."""
     glue: list[Piece] = []
     module, args, kwargs, recomputed = step, (), {}, {}
     if isinstance(step, Step):
-        if step.unpack:
-            return [Piece(step, None, per_image=True, draws=_draws(step))]
         module, args, kwargs = step.module, step.args, step.kwargs
         recomputed = dict(step.recomputed.items())
         if step.glue is not identity:
-            glue = [Piece(step.glue, None, per_image=True, draws=False)]
-    for branches in _written_forms(module, args, kwargs, recomputed):
-        pieces = [*glue, *(Piece(branch, drop, per_image=True, draws=_draws_in(branch)) for branch, drop in branches)]
-        if _same_results(step, pieces, example, proved=proved):
-            return pieces
-    return [Piece(step, None, per_image=True, draws=_draws(step))]
+            glue = [Piece(step.glue, None)]
+    if not (isinstance(step, Step) and step.unpack):
+        for branches in _written_forms(module, args, kwargs, recomputed):
+            yield [*glue, *(Piece(branch, drop) for branch, drop in branches)]
+    yield [Piece(step, None)]
 
 
 Form = list[tuple[Branch, Callable[[Tensor], Tensor]]]
@@ -189,51 +266,67 @@ class _Chain:
         return features
 
 
-def _same_results(step: nn.Module, pieces: Sequence[Piece], example: Tensor, *, proved: bool) -> bool:
-    was_training = step.training
+def _same_results(step: nn.Module, pieces: Sequence[Piece], example: Tensor) -> bool:
     try:
-        for mode in (False, True) if proved else (True,):
+        for mode in (False, True):
             step.train(mode)
-            with torch.no_grad():
-                with _rewound(step):
-                    expected = step(example)
-                with _rewound(step):
-                    found = example
-                    for piece in pieces:
-                        found = piece(found)
-            if found.shape != expected.shape or (proved and not torch.equal(found, expected)):
+            with _random_state_kept(example.device):
+                expected = step(example)
+            with _random_state_kept(example.device):
+                found = example
+                for piece in pieces:
+                    found = piece(found)
+            if not torch.equal(found, expected):
                 return False
+    except torch.OutOfMemoryError:
+        raise
     except (AttributeError, TypeError, ValueError, RuntimeError):  # the form was another block's
         return False
-    finally:
-        step.train(was_training)
     return True
 
 
 @contextmanager
-def _rewound(step: nn.Module) -> Iterator[None]:
-    """Put the random state back at the end (there are no buffers to put back: batch norms were ruled out)."""
-    device = next((tensor.device for tensor in step.parameters()), torch.device("cpu"))
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+def _random_state_kept(device: torch.device) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield
 
 
-def _treats_images_apart(block: nn.Module) -> bool:
-    return not any(isinstance(module, _BatchNorm) for module in block.modules())
+class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes every operator that draws random numbers, and the shape for which it does."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: list[tuple[Any, tuple[int, ...]]] = []
+        self.layouts: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operator."""
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **(kwargs or {}))
+        like = next((value for value in args if isinstance(value, Tensor)), torch.empty(0))
+        before = _random_state(like.device)
+        result = func(*args, **(kwargs or {}))
+        if not torch.equal(before, _random_state(like.device)):  # fused attention has the tag, and mostly no dropout
+            self.seen.append((func, tuple(like.shape)))
+            self.layouts.append(tuple(sorted(range(like.ndim), key=like.stride, reverse=True)))
+        return result
 
 
-def _draws(*modules: object) -> bool:
-    return any(
-        (isinstance(part, _DropoutNd) and part.p > 0) or (getattr(part, "drop_prob", None) or 0) > 0
-        for module in modules
-        if isinstance(module, nn.Module)
-        for part in module.modules()
-    )
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
-def _draws_in(branch: Branch) -> bool:
-    inner = getattr(branch.inner, "__self__", branch.inner)  # a method's block holds both drop paths: look at its parts
-    if inner is not branch.inner and isinstance(inner, nn.Module):
-        return _draws(attribute(inner, "attn"))
-    return _draws(inner)
+def _how_it_draws(piece: Piece, example: Tensor) -> _Found:
+    """How a piece draws: by image, or (dropout on a table of positions) once for the whole batch."""
+    seen = []
+    for count in (1, 2):
+        with _Draws() as draws:
+            piece.branch(example[:count])
+        seen.append(draws.seen)
+    one, two = seen
+    by_image = [(func, (2 * shape[0], *shape[1:]) if shape else None) for func, shape in one] == two
+    # On a processor only this operator's rows can be had without the others (``execution.checkpointing``).
+    known = example.device.type != "cpu" or all(func is DRAW_OF_ROWS for func, _ in two)
+    return _Found(by_image and known, tuple(draws.layouts))

@@ -196,8 +196,6 @@ class Backbone(nn.Module):
     """(C, H, W) of the images."""
     num_classes: int
     """Width of the logits."""
-    proved: bool = True
-    """Whether the parts were compared with the model bit by bit; false for an ``outline``."""
 
     def __init__(
         self,
@@ -327,14 +325,15 @@ def split(model: nn.Module, input_size: tuple[int, int, int]) -> Backbone:
 def outline(model: nn.Module, input_size: tuple[int, int, int]) -> Backbone:
     """Split a model by shapes alone: quick and without arithmetic, for estimates; not proved, so not for training.
 
-    The parts hold the model's own parameters, whatever their values (see ``without_initialization``).
+    The parts hold the model's own parameters, whatever their values (see ``without_initialization``). Where features
+    are as wide as their grid is high and long, shapes leave open which axis is which, and the first reading is taken.
 
     Args:
         model: as for ``split``.
         input_size: (C, H, W) of the images.
 
     Returns:
-        A backbone with ``proved`` false, on a copy of the model's modules.
+        A backbone on a copy of the model's modules.
 
     Raises:
         BackboneError: as for ``split``, but for wrong parts, which only values can show.
@@ -348,7 +347,6 @@ def outline(model: nn.Module, input_size: tuple[int, int, int]) -> Backbone:
             backbone = _assemble(fake_model, observe(fake_model, find_stations(fake_model), images), images)
         except (AttributeError, TypeError, RuntimeError) as error:
             raise unsupported(model, f"its parts don't run on their own ({error})") from error
-    backbone.proved = False
     originals = {id(copied): original for original, copied in copies if isinstance(original, Tensor)}
     made: Backbone = copy.deepcopy(backbone, originals)
     return made.train(model.training)

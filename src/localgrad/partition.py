@@ -72,11 +72,13 @@ class Checkpointing:
             return value
         if isinstance(value, bool):
             return cls("blocks" if value else "none")
-        match = re.fullmatch(r"([a-z]+)(?:/(\d+))?(?::(\d+))?", value.strip()) if isinstance(value, str) else None
+        match = (
+            re.fullmatch(r"([a-z]+)(?:/(\d{1,9}))?(?::(\d{1,9}))?", value.strip()) if isinstance(value, str) else None
+        )
         if match is None:
             raise PartitionError(
-                f"checkpoint: {value!r} can't be read; take none, blocks, halves, halves/8 (over 8 chunks of the "
-                "batch), or halves/8:3 (the first three blocks of a module)."
+                f"checkpoint: {str(value)[:40]!r} can't be read; take none, blocks, halves, halves/8 (over 8 chunks of "
+                "the batch), or halves/8:3 (the first three blocks of a module)."
             )
         level, chunks, first = match.groups()
         return cls(level, int(chunks or 1), None if first is None else int(first))

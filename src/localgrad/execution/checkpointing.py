@@ -13,9 +13,11 @@ A half of a block (``_halves.Piece``) can run over chunks of the batch, each und
                └────────────────────────────────────────┘
 
 so in the backward pass only one chunk's inner activations are alive. Exact forward and backward: what a branch computes
-for an image does not depend on the others, and weight gradients are sums over images (in another order of summation).
+for an image does not depend on the others (but for the last bits, where a kernel rounds otherwise for fewer rows), and
+weight gradients are sums over images (in another order of summation).
 The drop path draws once for the whole batch. Dropout inside a branch draws, on a processor, for the whole batch too and
-keeps the chunk's rows, so that the numbers are those of the plain block; on other devices each chunk draws its own.
+keeps the chunk's rows, so that the numbers are those of the plain block; on other devices each chunk draws its own. A
+branch that draws once for all images (dropout on a table of positions) is run on the whole batch.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from localgrad._fake import TorchDispatchMode
-from localgrad._halves import Piece
+from localgrad._halves import DRAW_OF_ROWS, Piece
 
 Part = Callable[[Tensor], Tensor]
 
@@ -65,7 +67,7 @@ def _run(piece: Piece, features: Tensor, chunks: int) -> Tensor:
 
 def _is_fresh(output: Tensor, features: Tensor) -> bool:
     """Whether the branch's output may be written into: nobody saved it, and the sum has its type."""
-    return not output.is_leaf and output._base is None and output.dtype == features.dtype
+    return output is not features and not output.is_leaf and output._base is None and output.dtype == features.dtype
 
 
 def _over_chunks(piece: Piece, features: Tensor, chunks: int) -> Tensor:
@@ -76,7 +78,7 @@ def _over_chunks(piece: Piece, features: Tensor, chunks: int) -> Tensor:
     outputs, start = [], 0
     for part in parts:
         torch.set_rng_state(state)  # every chunk draws the whole batch's numbers, and keeps its rows
-        outputs.append(checkpointed(_WithRowsOf(piece.branch, start, len(part), len(features)), part))
+        outputs.append(checkpointed(_WithRowsOf(piece, start, len(part), len(features)), part))
         start += len(part)
     return torch.cat(outputs)
 
@@ -84,31 +86,34 @@ def _over_chunks(piece: Piece, features: Tensor, chunks: int) -> Tensor:
 class _WithRowsOf:
     """A branch whose random draws are rows of those for a whole batch."""
 
-    def __init__(self, branch: Part, start: int, length: int, total: int) -> None:
-        self.branch, self.rows = branch, (start, length, total)
+    def __init__(self, piece: Piece, start: int, length: int, total: int) -> None:
+        self.piece, self.rows = piece, (start, length, total)
 
     def __call__(self, features: Tensor) -> Tensor:
-        with _RowsOfDraws(*self.rows):
-            return self.branch(features)
+        with _RowsOfDraws(*self.rows, self.piece.draws):
+            return self.piece.branch(features)
 
 
 class _RowsOfDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Draws every Bernoulli mask for the whole batch, and gives the chunk's rows of it."""
 
-    def __init__(self, start: int, length: int, total: int) -> None:
+    def __init__(self, start: int, length: int, total: int, layouts: Sequence[Sequence[int]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.start, self.length, self.total = start, length, total
+        self.layouts = iter(layouts)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run an operator; replace the draw of a mask."""
-        if func is not torch.ops.aten.bernoulli_.float:
+        if func is not DRAW_OF_ROWS:
             return func(*args, **(kwargs or {}))
         mask, *probability = args
         repeats = len(mask) // self.length  # windows of an image stand one after another in the first dimension
-        # As bytes: the draws don't depend on the type, and a whole batch's mask is the largest tensor here.
-        whole = torch.empty(self.total * repeats, *mask.shape[1:], dtype=torch.bool)
+        # As bytes: the draws don't depend on the type, and a whole batch's mask is the largest tensor here. In the
+        # whole mask's order of memory, for in that order numbers are drawn.
+        layout = next(self.layouts, range(mask.ndim))
+        whole = torch.empty_permuted((self.total * repeats, *mask.shape[1:]), tuple(layout), dtype=torch.bool)
         func(whole, *probability, **(kwargs or {}))
         return mask.copy_(whole[self.start * repeats : (self.start + self.length) * repeats])
 

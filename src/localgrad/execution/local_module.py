@@ -129,4 +129,4 @@ def recompute(backbone: Backbone, index: int, how: Checkpointing) -> Recomputed:
     block = backbone.blocks[index]
     if how.level == "blocks":
         return Recomputed([whole_block(block)])
-    return Recomputed(find_pieces(block, backbone.example(index), proved=backbone.proved), how.chunks)
+    return Recomputed(find_pieces(block, backbone.example(index)), how.chunks)

@@ -27,7 +27,6 @@ Shapes: B batch first.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 import weakref
@@ -42,7 +41,7 @@ from torch.optim import Optimizer
 from torch.utils.flop_counter import flop_registry
 
 from localgrad._fake import FakeTensorMode, fake_copy, random_state_kept
-from localgrad._halves import Piece, find_pieces, whole_block
+from localgrad._halves import Piece, find_pieces, signature, whole_block
 from localgrad.backbone import Backbone, Layout
 from localgrad.execution.checkpointing import Recomputed, checkpointed
 from localgrad.execution.local_step import autocast
@@ -313,21 +312,16 @@ class _Workshop:
         )
         return _Measured(cost, measured_shape, measured_dtype, keeps_input)
 
-    def way(self, block: nn.Module, like: Like, how: Checkpointing) -> PartCost:
-        """Measure a block under a way of checkpointing."""
+    def way(self, block: nn.Module, pieces: Sequence[Piece], like: Like, how: Checkpointing) -> PartCost:
+        """Measure a block under a way of checkpointing, given its pieces."""
         weights = [weight for weight in block.parameters() if weight.requires_grad]
         if how.level == "none":
             run: Run = block
         elif how.level == "blocks":
             run = Recomputed([whole_block(block)])
         else:
-            pieces = self.once(("pieces", id(block)), lambda: self._pieces(block, like))
             return self._chunked(pieces, like, how.chunks)
         return self.measure(run, like, weights).cost
-
-    def _pieces(self, block: nn.Module, like: Like) -> list[Piece]:
-        with self.fake_mode:
-            return find_pieces(block, torch.empty(2, *like[0][1:], dtype=like[1]), proved=False)
 
     def _chunked(self, pieces: Sequence[Piece], like: Like, chunks: int) -> PartCost:
         """A block in chunks: one chunk of each piece is measured, stand-ins then run as often as there are chunks."""
@@ -340,7 +334,7 @@ class _Workshop:
             with self.fake_mode:
                 weight = nn.Parameter(torch.empty(max(1, chunk.cost.gradients // 4)))
             branch = _KnownChunk(chunk.cost, chunk.shape[1:], chunk.dtype, weight)
-            stand_ins.append(Piece(branch, piece.drop_path, piece.per_image, draws=False))
+            stand_ins.append(Piece(branch, piece.drop_path, piece.per_image))
             cached += chunk.cost.kept_in_autocast - chunk.cost.kept
             forward_ns += times * chunk.cost.forward_ns
             backward_ns += times * chunk.cost.backward_ns
@@ -630,15 +624,17 @@ def measure_costs(backbone: Backbone, objective: Objective, optimizer: Optimizer
         optimizer: makes a module's optimizer.
         settings: batch size, precision, accumulation, device.
     """
+    pieces = [find_pieces(block, backbone.example(index)) for index, block in enumerate(backbone.blocks)]
     with random_state_kept():
-        fake_mode, fake = fake_copy(backbone)
+        fake_mode, (fake, fake_pieces) = fake_copy((backbone, pieces))
         fake.train()
-        shop = _Workshop(fake_mode, settings)
-        return _measure_all(shop, fake, objective, optimizer)
+        return _measure_all(_Workshop(fake_mode, settings), fake, fake_pieces, (objective, optimizer))
 
 
-def _measure_all(shop: _Workshop, backbone: Backbone, objective: Objective, optimizer: OptimizerFactory) -> Costs:
-    settings = shop.settings
+def _measure_all(
+    shop: _Workshop, backbone: Backbone, pieces: list[list[Piece]], training: tuple[Objective, OptimizerFactory]
+) -> Costs:
+    settings, (objective, optimizer) = shop.settings, training
     size = settings.part_size
     dtype = next(backbone.parameters()).dtype
     units = [backbone.stem, *backbone.blocks, backbone.tail]
@@ -657,7 +653,7 @@ def _measure_all(shop: _Workshop, backbone: Backbone, objective: Objective, opti
         for way, how in enumerate(WAYS):
             cost = plain.cost
             if way and is_block:
-                cost = shop.once((mark, str(how)), partial(shop.way, unit, like, how))
+                cost = shop.once((mark, str(how)), partial(shop.way, unit, pieces[number - 1], like, how))
             parts[way].append(cost)
             kept = _nbytes_of(like) if plain.keeps_input or (way and is_block) else 0
             leading[way].append(cost if stem else _leading(cost, _nbytes_of(like), kept))
@@ -747,26 +743,3 @@ def _measure_head(
 
 def _static_bytes(module: nn.Module) -> int:
     return sum(_nbytes(tensor) for tensor in (*module.parameters(), *module.buffers()))
-
-
-def signature(module: nn.Module) -> str:
-    """A text that is the same for modules that cost the same: classes, plain attributes, shapes; no values of weights.
-
-    Floats count only as zero or not: a drop path's rate changes no bytes, whether there is one does.
-    """
-    digest = hashlib.sha256()
-    for name, part in module.named_modules():
-        plain = {
-            key: value != 0 if isinstance(value, float) else value
-            for key, value in vars(part).items()
-            if key not in _NAMES and isinstance(value, (bool, int, float, str, tuple, type(None)))
-        }
-        digest.update(repr((name, type(part).__qualname__, sorted(plain.items(), key=str))).encode())
-        for tensor_name, tensor in (*part._parameters.items(), *part._buffers.items()):
-            if tensor is not None:
-                shape = tensor_name, tuple(tensor.shape), tensor.dtype, tensor.requires_grad
-                digest.update(repr(shape).encode())
-    return digest.hexdigest()
-
-
-_NAMES = ("name", "training")

@@ -159,7 +159,7 @@ def _search(
     extended: Callable[[_Label, Choice, int, int], _Label | None],
     num_modules: int | None,
 ) -> list[_Label]:
-    """The plans of all blocks that no other beats; where ``num_modules`` is given, prefixes are told apart by theirs."""
+    """The plans of all blocks that no other beats; prefixes are told apart by their modules if these are counted."""
     counted = num_modules is not None
     best: dict[tuple[int, int], list[_Label]] = {(0, 0): [_Label(0, 0, 0, 0, None, 0, None)]}
     for stop in range(1, num_blocks + 1):
