@@ -570,6 +570,7 @@ LAYERS = (
     ("execution",),
     ("planning",),
     ("learner",),
+    ("budget",),
     ("training",),
     ("recipe",),
     ("build",),

@@ -27,6 +27,10 @@ class PartitionError(LocalgradError, ValueError):
     """A partition that the model does not have: too many modules, boundaries out of order."""
 
 
+class BudgetError(LocalgradError, ValueError):
+    """A memory budget that no plan can keep, or a plan that was made for something else."""
+
+
 class RecipeError(LocalgradError, ValueError):
     """A recipe (or an option of the command line) with an unknown key or an impossible value."""
 

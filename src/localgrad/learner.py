@@ -25,7 +25,7 @@ from localgrad.execution.sequential import SequentialExecutor, StepResult
 from localgrad.objectives.base import LocalBatch
 from localgrad.objectives.methods import FeatureReconstruction, Objective
 from localgrad.partition import Checkpointing, Plan, Request, resolve
-from localgrad.planning.memory import MemoryProfile, block_activation_bytes, simulate
+from localgrad.planning.memory import MemoryProfile, annotate, block_activation_bytes, simulate
 
 if TYPE_CHECKING:
     from timm.utils.model_ema import ModelEmaV3
@@ -406,8 +406,25 @@ class _EstimatedStep:
                 learner._device = HOST
                 learner._offloader = Offloader(learner.modules, HOST)
             learner.configure_optimizers(self.factory)
+            _annotate_modules(learner)
             self.configured = True
-        return learner.step_on(LocalBatch(torch.empty(self.size), labels))
+            # The first step only makes optimizer state, which is the same after a few images.
+            labels = labels[: 2 * learner._settings["accumulation"]]
+        return learner.step_on(LocalBatch(torch.empty(len(labels), *self.size[1:]), labels))
+
+
+def _annotate_modules(learner: LocalLearner) -> None:
+    """Have each module's step run under its own label."""
+    executor = learner._executor
+    assert executor is not None, "optimizers are configured"
+    inner = executor.around
+
+    @contextlib.contextmanager
+    def around(index: int) -> Iterator[None]:
+        with annotate(f"module {index}"), inner(index):
+            yield
+
+    executor.around = around
 
 
 def check_isolation(learner: LocalLearner, images: Tensor | None = None, labels: Tensor | None = None) -> None:

@@ -17,7 +17,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from localgrad.errors import PartitionError
@@ -94,6 +94,10 @@ class Plan:
         boundaries: first block of every local module but the first, ascending.
         checkpoint: for each module, what is recomputed in its backward pass; empty for nothing in any.
         activation_bytes: for each module, the bytes that autograd keeps for one image if nothing is recomputed.
+        accumulation: parts that each batch is cut into.
+        made_for: what a plan to a budget was made for, by the keys of a recipe, with versions; empty otherwise.
+        forecast: what it is expected to cost: ``peak_bytes``, ``static_bytes``, ``time_ratio`` (to end-to-end
+            training), ``modules`` (each with its peak by category), ``rivals``; empty where nothing was forecast.
     """
 
     model: str
@@ -101,6 +105,9 @@ class Plan:
     boundaries: Boundaries
     checkpoint: tuple[Checkpointing, ...] = ()
     activation_bytes: tuple[int, ...] = ()
+    accumulation: int = 1
+    made_for: dict[str, Any] = field(default_factory=dict, compare=False)
+    forecast: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         """Check that the boundaries fit the blocks and the lists fit the modules."""
@@ -141,7 +148,7 @@ class Plan:
         """
         try:
             values: dict[str, Any] = json.loads(text)
-            known = {field.name for field in fields(cls)}
+            known = {entry.name for entry in fields(cls)}
             unknown = sorted(set(values) - known)
             if unknown:
                 raise PartitionError(f"plan: unknown key {unknown[0]!r}; a plan has {', '.join(sorted(known))}.")
@@ -151,6 +158,9 @@ class Plan:
                 boundaries=tuple(int(b) for b in values["boundaries"]),
                 checkpoint=tuple(Checkpointing.parse(c) for c in values.get("checkpoint", ())),
                 activation_bytes=tuple(int(b) for b in values.get("activation_bytes", ())),
+                accumulation=int(values.get("accumulation", 1)),
+                made_for=dict(values.get("made_for", {})),
+                forecast=dict(values.get("forecast", {})),
             )
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise PartitionError(f"plan: this is not the JSON of a plan ({error!r}).") from error

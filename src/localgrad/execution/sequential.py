@@ -54,7 +54,7 @@ class SequentialExecutor:
         around: Callable[[int], contextlib.AbstractContextManager[None]] | None = None,
     ) -> None:
         self.steps = tuple(steps)
-        self._around = around or (lambda _: contextlib.nullcontext())
+        self.around = around or (lambda _: contextlib.nullcontext())
         users = [index for index, step in enumerate(self.steps) if step.module.objective.uses_images]
         self._last_user_of_images = max(users, default=0)
 
@@ -70,7 +70,7 @@ class SequentialExecutor:
         for index, step in enumerate(self.steps):
             if index > self._last_user_of_images:
                 batch.images = None
-            with self._around(index):
+            with self.around(index):
                 output = step(features, batch)
             features = output.features
             losses.append(output.loss)

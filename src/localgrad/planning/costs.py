@@ -31,7 +31,7 @@ import itertools
 import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -480,6 +480,18 @@ class Costs:
     images: int
     uses_images: bool
 
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Costs:
+        """Take up what ``to_dict`` gave."""
+        parts, leading = ([[PartCost(*cost) for cost in row] for row in values[key]] for key in ("parts", "leading"))
+        heads = [Head(PartCost(*cost), static, temporary) for cost, static, temporary in values["heads"]]
+        settings = Settings(**values["settings"])
+        return cls(**{**values, "settings": settings, "parts": parts, "leading": leading, "heads": heads})
+
     @property
     def num_blocks(self) -> int:
         """Blocks between stem and tail."""
@@ -610,6 +622,31 @@ def _suffix_peaks(
         forward.append(max(forward[-1], in_autocast[number] + part.forward + before))
         backward.append(max(backward[-1], kept[number] + part.backward + later[number] + output))
     return forward[::-1], backward[::-1]
+
+
+def interpolated(small: Costs, large: Costs, batch_size: int) -> Costs:
+    """Costs at any batch size from those at two: every tensor has a constant part and one that grows with the batch."""
+    low, high = small.settings.batch_size, large.settings.batch_size
+    share = (batch_size - low) / (high - low)
+
+    def between(a: int, b: int) -> int:
+        return round(a + (b - a) * share)
+
+    def part(a: PartCost, b: PartCost) -> PartCost:
+        return PartCost(*(max(0, between(x, y)) for x, y in zip(a, b, strict=True)))
+
+    def table(a: list[list[PartCost]], b: list[list[PartCost]]) -> list[list[PartCost]]:
+        return [list(map(part, *rows)) for rows in zip(a, b, strict=True)]
+
+    return replace(
+        large,
+        settings=replace(large.settings, batch_size=batch_size),
+        parts=table(small.parts, large.parts),
+        leading=table(small.leading, large.leading),
+        heads=[a._replace(cost=part(a.cost, b.cost)) for a, b in zip(small.heads, large.heads, strict=True)],
+        inputs=list(map(between, small.inputs, large.inputs)),
+        images=between(small.images, large.images),
+    )
 
 
 # Measuring -------------------------------------------------------------------------------------------------------

@@ -52,6 +52,11 @@ class OptimizerFactory:
         groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=listed)
         self._undecayed = {id(p) for group in groups if not group["weight_decay"] for p in group["params"]}
 
+    @property
+    def cache_key(self) -> str:
+        """A text that is the same for factories whose optimizers need the same memory."""
+        return self.name.lower()
+
     def __call__(self, parameters: list[nn.Parameter]) -> Optimizer:
         """Make the optimizer of one local module.
 

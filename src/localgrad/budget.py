@@ -1,0 +1,510 @@
+"""Plans to a memory budget: measure the costs, find the fastest plan that fits, confirm it by one whole step.
+
+``plan_to_budget`` is the way through: costs of every block (``planning/costs.py``), the exact search
+(``planning/planner.py``), then the very step of the chosen plan on fake tensors (``learner.estimate_step``), whose
+figures are the ones that are reported. Should the confirmed peak lie above the composed one and so above the budget,
+the search is repeated with the difference taken off.
+
+What no estimate can know gets a margin that is taken off the budget and told (``Margin``): workspaces of CUDA
+libraries, what a caching allocator loses between tensors, the other order of operators in compiled graphs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache, partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from localgrad._halves import signature
+from localgrad.backbone import Backbone
+from localgrad.errors import BudgetError
+from localgrad.learner import LocalLearner, OptimizerFactory, estimate_step, model_name
+from localgrad.objectives.methods import Objective
+from localgrad.partition import Boundaries, Checkpointing, Plan, Request, resolve
+from localgrad.planning.costs import Costs, Settings, interpolated, measure_costs
+from localgrad.planning.memory import MemoryProfile
+from localgrad.planning.planner import UNLIMITED, Choice, Solution, fastest, frontier, smallest
+from localgrad.units import format_bytes
+
+LARGEST_BATCH = 1 << 17
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Margin:
+    """What is left free for what can't be estimated.
+
+    Attributes:
+        share: of the estimated peak.
+        fixed_bytes: whatever the peak.
+        reasons: for people.
+    """
+
+    share: float = 0.0
+    fixed_bytes: int = 0
+    reasons: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, device: str, *, compiled: bool) -> Margin:
+        """The margin of a kind of device, larger where the step is compiled."""
+        margin = cls()
+        if device == "cuda":
+            reason = "CUDA: 3 % for blocks that the allocator can't reuse, 128 MiB for workspaces of cuBLAS and cuDNN; "
+            margin = cls(0.03, 128 * MIB, (reason + "the context (about 0.5 GiB) lies outside the budget",))
+        if compiled:
+            reason = "compiled graphs can't be estimated: 10 % on the estimate of the plain step"
+            margin = replace(margin, share=margin.share + 0.10, reasons=(*margin.reasons, reason))
+        return margin
+
+    def usable(self, budget: int) -> int:
+        """The largest estimated peak that fits a budget."""
+        return int((budget - self.fixed_bytes) / (1 + self.share))
+
+    def needed(self, peak: int) -> int:
+        """The budget that an estimated peak needs."""
+        return math.ceil(peak * (1 + self.share)) + self.fixed_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is to be trained, as far as its memory and time go.
+
+    Attributes:
+        backbone: split, or outlined; only shapes are read.
+        objective: what every module but the last is trained on.
+        optimizer: makes a module's optimizer.
+        precision: ``fp32``, ``bf16`` or ``fp16``.
+        device: ``cpu`` or ``cuda``; there need be none.
+        compiled: whether modules go through ``torch.compile``.
+        ema_decay: whether an average of the weights is kept.
+        clip_grad: whether gradients are clipped.
+        modules: how many modules, ``stages``, or boundaries; any by default.
+    """
+
+    backbone: Backbone
+    objective: Objective
+    optimizer: OptimizerFactory
+    precision: str = "fp32"
+    device: str = "cpu"
+    compiled: bool = False
+    ema_decay: float | None = None
+    clip_grad: float | None = None
+    modules: Request | None = None
+
+    @cached_property
+    def margin(self) -> Margin:
+        """What is left free."""
+        return Margin.of(self.device, compiled=self.compiled)
+
+    @cached_property
+    def fixed(self) -> tuple[Boundaries | None, int | None]:
+        """Boundaries and number of modules, where they are asked for."""
+        if self.modules is None:
+            return None, None
+        num_blocks = len(self.backbone.blocks)
+        boundaries = resolve(self.modules, [1] * num_blocks, self.backbone.stage_boundaries)
+        if isinstance(self.modules, int):
+            return None, self.modules
+        return boundaries, len(boundaries) + 1
+
+    @cached_property
+    def average_bytes(self) -> int:
+        """Bytes of the averaged weights."""
+        if self.ema_decay is None:
+            return 0
+        tensors = {id(tensor): tensor for tensor in (*self.backbone.parameters(), *self.backbone.buffers())}
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+    def costs(self, batch_size: int, accumulation: int = 1) -> Costs:
+        """Measure the costs, or take them from the cache."""
+        settings = Settings(
+            batch_size=batch_size, precision=self.precision, accumulation=accumulation, device=self.device
+        )
+        return _cached_costs(self, settings)
+
+    def confirm(self, plan: Plan, batch_size: int) -> MemoryProfile:
+        """Simulate one whole step of a plan."""
+        learner = LocalLearner(
+            self.backbone,
+            modules=plan,
+            objective=self.objective,
+            precision=self.precision,
+            clip_grad=self.clip_grad,
+            accumulation=plan.accumulation,
+            ema_decay=self.ema_decay,
+        )
+        return estimate_step(learner, batch_size, self.optimizer, torch.device(self.device))
+
+
+class Search:
+    """The plans of a task at one batch size.
+
+    Args:
+        task: what is to be trained.
+        costs: of its parts.
+    """
+
+    def __init__(self, task: Task, costs: Costs) -> None:
+        self.task = task
+        self.costs = costs
+        self.static_bytes = costs.static_bytes + task.average_bytes
+        self._choices = lru_cache(maxsize=None)(costs.choices)
+        boundaries, self._num_modules = task.fixed
+        edges = None if boundaries is None else (0, *boundaries, costs.num_blocks)
+        self._spans = None if edges is None else set(itertools.pairwise(edges))
+
+    def choices(self, start: int, stop: int) -> Sequence[Choice]:
+        """Ways to run a module; none where boundaries are asked for that don't make it."""
+        if self._spans is not None and (start, stop) not in self._spans:
+            return ()
+        return self._choices(start, stop)
+
+    def fastest(self, budget: int) -> Solution | None:
+        """The fastest plan whose estimated peak is within a budget (no margin taken off)."""
+        inner = min(budget, UNLIMITED) - self.static_bytes
+        return fastest(self.costs.num_blocks, self.choices, self.costs.static_of, inner, num_modules=self._num_modules)
+
+    def smallest(self) -> Solution:
+        """The plan with the least peak."""
+        return smallest(self.costs.num_blocks, self.choices, self.costs.static_of, num_modules=self._num_modules)
+
+    def frontier(self) -> list[Solution]:
+        """All plans worth having."""
+        return frontier(self.costs.num_blocks, self.choices, self.costs.static_of, num_modules=self._num_modules)
+
+    def peak(self, solution: Solution) -> int:
+        """Estimated peak of a plan, composed."""
+        return self.static_bytes + solution.peak_bytes
+
+    def end_to_end(self, how: Checkpointing | None = None) -> Solution:
+        """End-to-end training, with one way of checkpointing."""
+        num_blocks = self.costs.num_blocks
+        choice = self.costs.choice(0, num_blocks, how or Checkpointing())
+        return Solution((), (choice,), choice.nanoseconds, choice.peak_bytes + self.costs.static_of(0, num_blocks))
+
+    def best_end_to_end(self, budget: int) -> Solution | None:
+        """The fastest end-to-end training within a budget, whatever it recomputes."""
+        num_blocks = self.costs.num_blocks
+        inner = budget - self.static_bytes - self.costs.static_of(0, num_blocks)
+        found = [c for c in self._choices(0, num_blocks) if c.peak_bytes <= inner]
+        return self.end_to_end(found[0].how) if found else None
+
+    def as_plan(self, solution: Solution) -> Plan:
+        """A solution as the plan that training takes."""
+        return Plan(
+            model=model_name(self.task.backbone.model),
+            num_blocks=self.costs.num_blocks,
+            boundaries=solution.boundaries,
+            checkpoint=tuple(choice.how for choice in solution.choices),
+            accumulation=self.costs.settings.accumulation,
+        )
+
+
+def plan_to_budget(task: Task, batch_size: int, budget: int | None = None) -> Plan:
+    """Find the fastest plan within a memory budget and confirm it; batches are cut only where nothing else fits.
+
+    Args:
+        task: what is to be trained.
+        batch_size: images an update.
+        budget: bytes; by default no limit.
+
+    Returns:
+        The plan, with its forecast: see ``Plan.forecast``.
+
+    Raises:
+        BudgetError: no plan fits; the message says the least that does, and what to change.
+    """
+    whole = Search(task, task.costs(batch_size))
+    if budget is None:
+        return _confirmed(task, whole, whole.fastest(UNLIMITED), batch_size, None)
+    usable = task.margin.usable(budget)
+    _check_static(whole, usable, budget)
+    search: Search | None = whole
+    for _ in range(4):
+        solution = whole.fastest(usable)
+        search = whole if solution is not None else _accumulated(task, whole, batch_size, usable)
+        if search is None:
+            break
+        plan = _confirmed(task, search, solution or search.fastest(usable), batch_size, budget)
+        excess = plan.forecast["peak_bytes"] - task.margin.usable(budget)
+        if excess <= 0:
+            return plan
+        usable -= excess
+    raise _cannot_fit(task, whole, batch_size, budget)
+
+
+def _accumulated(task: Task, whole: Search, batch_size: int, usable: int) -> Search | None:
+    """The search with the fewest parts of a batch for which some plan fits."""
+    accumulation = 2
+    while accumulation <= batch_size // 2:  # parts of at least two images: batch norms refuse to train on one
+        search = Search(task, task.costs(batch_size, accumulation))
+        if search.fastest(usable) is not None:
+            return search
+        accumulation *= 2
+    return None
+
+
+def _confirmed(task: Task, search: Search, solution: Solution | None, batch_size: int, budget: int | None) -> Plan:
+    assert solution is not None, "there is a plan for any number of modules that the model has"
+    plan = search.as_plan(solution)
+    profile = task.confirm(plan, batch_size)
+    # Times are told as ratios to end-to-end training on the whole batch, nothing recomputed.
+    base = Search(task, task.costs(batch_size)).end_to_end().nanoseconds
+    names = task.backbone.block_names
+    modules: list[dict[str, Any]] = []
+    for index, (span, choice) in enumerate(zip(plan.spans, solution.choices, strict=True)):
+        label = f"module {index}"
+        modules.append(
+            {
+                "first_block": names[span.start],
+                "last_block": names[span.stop - 1],
+                "num_blocks": len(span),
+                "checkpoint": str(choice.how),
+                "peak_bytes": profile.peak_by_label[label],
+                "by_category": profile.by_category_of_label[label],
+                "time_share": choice.nanoseconds / solution.nanoseconds,
+            }
+        )
+    forecast = {
+        "peak_bytes": profile.peak_bytes,
+        "composed_peak_bytes": search.peak(solution),
+        "static_bytes": profile.static_bytes,
+        "needed_bytes": task.margin.needed(profile.peak_bytes),
+        "budget_bytes": budget,
+        "time_ratio": solution.nanoseconds / base,
+        "modules": modules,
+        "peak_module": max(range(len(modules)), key=lambda index: modules[index]["peak_bytes"]),
+        "rivals": _rivals(task, batch_size, base),
+        "notes": list(task.margin.reasons),
+    }
+    return replace(plan, forecast=forecast)
+
+
+def _rivals(task: Task, batch_size: int, base: int) -> list[dict[str, Any]]:
+    """What end-to-end training would need: plainly, checkpointed by blocks, and at its best."""
+    search = Search(task, task.costs(batch_size))
+    rows = []
+    for name, how in RIVALS.items():
+        if how.chunks > batch_size:
+            continue
+        solution = search.end_to_end(how)
+        rows.append({"name": name, "peak_bytes": search.peak(solution), "time_ratio": solution.nanoseconds / base})
+    return rows
+
+
+RIVALS = {
+    "end-to-end": Checkpointing(),
+    "end-to-end, checkpointing of blocks": Checkpointing("blocks"),
+    "end-to-end, halves over 8 chunks": Checkpointing("halves", 8),
+}
+
+
+def worth_having(task: Task, batch_size: int) -> list[dict[str, Any]]:
+    """All plans worth having: fastest first, each next one slower and one per cent smaller; composed figures."""
+    search = Search(task, task.costs(batch_size))
+    base = search.end_to_end().nanoseconds
+    return [
+        {
+            "num_modules": len(solution.choices),
+            "boundaries": list(solution.boundaries),
+            "checkpoint": [str(choice.how) for choice in solution.choices],
+            "peak_bytes": search.peak(solution),
+            "time_ratio": solution.nanoseconds / base,
+        }
+        for solution in search.frontier()
+    ]
+
+
+# The largest batch -----------------------------------------------------------------------------------------------
+
+
+def largest_batches(task: Task, budget: int) -> list[dict[str, Any]]:
+    """The largest batch that fits a budget, for every method side by side.
+
+    Costs grow evenly with the batch: they are measured at two sizes, extended to any, and checked at the size found.
+
+    Args:
+        task: what is to be trained.
+        budget: bytes.
+
+    Returns:
+        For each of the methods, ``name``, ``batch_size`` (0 where not one image fits), and ``time_ratio``: time for an
+        image, to that of end-to-end training. The last row is the best that any plan does.
+    """
+    small, large = task.costs(16), task.costs(64)
+    usable = task.margin.usable(budget)
+
+    def at(batch_size: int) -> Search:
+        return Search(task, interpolated(small, large, batch_size))
+
+    methods: dict[str, Callable[[Search], Solution | None]] = {
+        name: _fitting(how, usable) for name, how in RIVALS.items()
+    }
+    methods["local modules, nothing recomputed"] = lambda search: _plain(search, usable)
+    methods["local modules, any plan"] = lambda search: search.fastest(usable)
+    rows = []
+    for name, find in methods.items():
+        size = _largest(partial(_fits, find, at))
+        size = next((n for n in range(size, max(0, size - 8), -1) if find(Search(task, task.costs(n)))), 0)
+        row: dict[str, Any] = {"name": name, "batch_size": size, "time_ratio": None}
+        if size:
+            search = Search(task, task.costs(size))
+            solution = find(search)
+            assert solution is not None
+            row["time_ratio"] = solution.nanoseconds / search.end_to_end().nanoseconds
+        rows.append(row)
+    return rows
+
+
+def _fits(find: Callable[[Search], Solution | None], at: Callable[[int], Search], batch_size: int) -> bool:
+    return find(at(batch_size)) is not None
+
+
+def _fitting(how: Checkpointing, usable: int) -> Callable[[Search], Solution | None]:
+    def find(search: Search) -> Solution | None:
+        if how.chunks > search.costs.settings.batch_size:
+            return None
+        solution = search.end_to_end(how)
+        return solution if search.peak(solution) <= usable else None
+
+    return find
+
+
+def _plain(search: Search, usable: int) -> Solution | None:
+    """The fastest plan that recomputes nothing."""
+
+    def choices(start: int, stop: int) -> list[Choice]:
+        found = search.choices(start, stop)
+        return [search.costs.choice(start, stop, Checkpointing())] if found else []
+
+    costs = search.costs
+    return fastest(costs.num_blocks, choices, costs.static_of, usable - search.static_bytes)
+
+
+def _largest(fits: Callable[[int], bool]) -> int:
+    """The largest number for which ``fits``, which is true up to some number and false beyond; 0 for none."""
+    low, high = 0, 2
+    while high <= LARGEST_BATCH and fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if middle < 2 or fits(middle) else (low, middle)
+    return low if low >= 2 else 0
+
+
+# Errors ----------------------------------------------------------------------------------------------------------
+
+
+def _check_static(search: Search, usable: int, budget: int) -> None:
+    static = search.static_bytes
+    if usable <= static:
+        raise BudgetError(
+            f"--budget: {format_bytes(budget)} is less than the weights, optimizer state and margin alone, "
+            f"{format_bytes(search.task.margin.needed(static))}; take --optimizer adafactorbv, --offload with "
+            "--modules, a smaller model, or a larger budget."
+        )
+
+
+def _cannot_fit(task: Task, whole: Search, batch_size: int, budget: int) -> BudgetError:
+    least, accumulation = whole.peak(whole.smallest()), 1
+    parts = 2
+    while parts <= batch_size // 2:
+        search = Search(task, task.costs(batch_size, parts))
+        peak = search.peak(search.smallest())
+        if peak < least:
+            least, accumulation = peak, parts
+        parts *= 2
+    usable = task.margin.usable(budget)
+    hints = []
+    small, large = task.costs(16), task.costs(64)
+    size = _largest(lambda size: Search(task, interpolated(small, large, size)).fastest(usable) is not None)
+    if 0 < size < batch_size:
+        hints.append(f"--batch-size {size}")
+    if task.precision == "fp32":
+        bf16 = replace(task, precision="bf16")
+        search = Search(bf16, bf16.costs(batch_size))
+        hints.append(f"--precision bf16 (least {format_bytes(task.margin.needed(search.peak(search.smallest())))})")
+    if task.modules is not None:
+        hints.append("no --modules")
+    hints.append("a smaller --img-size or model")
+    parts_told = f" with the batch in {accumulation} parts" if accumulation > 1 else ""
+    return BudgetError(
+        f"--budget: no plan for a batch of {batch_size} fits {format_bytes(budget)}; the least is "
+        f"{format_bytes(task.margin.needed(least))}{parts_told}. Take {', '.join(hints)}, or a larger budget."
+    )
+
+
+# The cache -------------------------------------------------------------------------------------------------------
+
+
+def _cached_costs(task: Task, settings: Settings) -> Costs:
+    """Costs by model, shape and version: from memory, from the user's cache folder, or measured."""
+    key = _cache_key(task, settings)
+    if key is None:
+        return measure_costs(task.backbone, task.objective, task.optimizer, settings)
+    if key not in _recent:
+        _recent[key] = _read(key) or _measure_and_write(task, settings, key)
+    return _recent[key]
+
+
+_recent: dict[str, Costs] = {}
+
+
+def _cache_key(task: Task, settings: Settings) -> str | None:
+    """A digest of everything that the costs depend on; ``None`` for an optimizer that can't be told by its text."""
+    optimizer = getattr(task.optimizer, "cache_key", None)
+    if optimizer is None:
+        return None
+    backbone = task.backbone
+    parts = (
+        [signature(part) for part in (backbone.stem, *backbone.blocks, backbone.tail)],
+        (backbone.input_size, backbone.num_classes, backbone.layouts),
+        (repr(task.objective), optimizer, dataclasses.astuple(settings)),
+        [metadata.version(name) for name in ("torch", "timm")],
+        _own_version(),
+    )
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+@lru_cache(maxsize=1)
+def _own_version() -> str:
+    """A digest of the package's own code: a figure of another version is never taken for this one's."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "localgrad" / "costs"
+
+
+def _read(key: str) -> Costs | None:
+    try:
+        return Costs.from_dict(json.loads((_cache_folder() / f"{key}.json").read_text()))
+    except (OSError, ValueError, KeyError, TypeError):  # none there, or damaged: measure again
+        return None
+
+
+def _measure_and_write(task: Task, settings: Settings, key: str) -> Costs:
+    costs = measure_costs(task.backbone, task.objective, task.optimizer, settings)
+    folder = _cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = folder / f"{key}.{os.getpid()}.tmp"
+        unfinished.write_text(json.dumps(costs.to_dict()))
+        unfinished.replace(folder / f"{key}.json")
+    except OSError:  # a cache that can't be written costs time, nothing else
+        pass
+    return costs
