@@ -574,6 +574,9 @@ LAYERS = (
     ("training",),
     ("recipe",),
     ("build",),
+    ("planned",),
+    ("plan_table",),
+    ("replanning",),
     ("run",),
     ("cli",),
     ("__main__",),
@@ -691,7 +694,7 @@ def test_cli_verbs_are_frozen() -> None:
     from localgrad.cli import app
 
     verbs = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
-    assert sorted(verbs) == ["evaluate", "predict", "train"]
+    assert sorted(verbs) == ["evaluate", "plan", "predict", "train"]
     assert not app.registered_groups
 
 

@@ -19,7 +19,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -296,8 +296,6 @@ def _rivals(task: Task, batch_size: int, base: int) -> list[dict[str, Any]]:
     search = Search(task, task.costs(batch_size))
     rows = []
     for name, how in RIVALS.items():
-        if how.chunks > batch_size:
-            continue
         solution = search.end_to_end(how)
         rows.append({"name": name, "peak_bytes": search.peak(solution), "time_ratio": solution.nanoseconds / base})
     return rows
@@ -305,8 +303,8 @@ def _rivals(task: Task, batch_size: int, base: int) -> list[dict[str, Any]]:
 
 RIVALS = {
     "end-to-end": Checkpointing(),
-    "end-to-end, checkpointing of blocks": Checkpointing("blocks"),
-    "end-to-end, halves over 8 chunks": Checkpointing("halves", 8),
+    "end-to-end, --checkpoint blocks": Checkpointing("blocks"),
+    "end-to-end, --checkpoint halves/8": Checkpointing("halves", 8),
 }
 
 
@@ -332,7 +330,8 @@ def worth_having(task: Task, batch_size: int) -> list[dict[str, Any]]:
 def largest_batches(task: Task, budget: int) -> list[dict[str, Any]]:
     """The largest batch that fits a budget, for every method side by side.
 
-    Costs grow evenly with the batch: they are measured at two sizes, extended to any, and checked at the size found.
+    Costs grow evenly with the batch: they are measured at two sizes and extended to any. A part's peak may fall to
+    another moment in between, so they are measured again at the size found, until that size fits and is found again.
 
     Args:
         task: what is to be trained.
@@ -342,12 +341,7 @@ def largest_batches(task: Task, budget: int) -> list[dict[str, Any]]:
         For each of the methods, ``name``, ``batch_size`` (0 where not one image fits), and ``time_ratio``: time for an
         image, to that of end-to-end training. The last row is the best that any plan does.
     """
-    small, large = task.costs(16), task.costs(64)
     usable = task.margin.usable(budget)
-
-    def at(batch_size: int) -> Search:
-        return Search(task, interpolated(small, large, batch_size))
-
     methods: dict[str, Callable[[Search], Solution | None]] = {
         name: _fitting(how, usable) for name, how in RIVALS.items()
     }
@@ -355,8 +349,7 @@ def largest_batches(task: Task, budget: int) -> list[dict[str, Any]]:
     methods["local modules, any plan"] = lambda search: search.fastest(usable)
     rows = []
     for name, find in methods.items():
-        size = _largest(partial(_fits, find, at))
-        size = next((n for n in range(size, max(0, size - 8), -1) if find(Search(task, task.costs(n)))), 0)
+        size = _largest_batch(task, find)
         row: dict[str, Any] = {"name": name, "batch_size": size, "time_ratio": None}
         if size:
             search = Search(task, task.costs(size))
@@ -367,14 +360,31 @@ def largest_batches(task: Task, budget: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _fits(find: Callable[[Search], Solution | None], at: Callable[[int], Search], batch_size: int) -> bool:
-    return find(at(batch_size)) is not None
+Find = Callable[[Search], Solution | None]
+
+
+def _largest_batch(task: Task, find: Find) -> int:
+    low, high = 16, 64
+    best = 0
+    for _ in range(6):
+        small, large = task.costs(low), task.costs(high)
+
+        def fits(size: int, small: Costs = small, large: Costs = large) -> bool:
+            return find(Search(task, interpolated(small, large, size))) is not None
+
+        size = _largest(fits)
+        if size in (0, best):
+            break
+        if find(Search(task, task.costs(size))) is not None:
+            best = max(best, size)
+        if size in (low, high):
+            break
+        low, high = sorted((size, max(2, round(size * 0.9))))
+    return best
 
 
 def _fitting(how: Checkpointing, usable: int) -> Callable[[Search], Solution | None]:
     def find(search: Search) -> Solution | None:
-        if how.chunks > search.costs.settings.batch_size:
-            return None
         solution = search.end_to_end(how)
         return solution if search.peak(solution) <= usable else None
 

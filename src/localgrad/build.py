@@ -18,17 +18,18 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from localgrad.backbone import split
+from localgrad.backbone import Backbone, split
 from localgrad.errors import BackboneError, DeviceError, RecipeError, did_you_mean
 from localgrad.execution.local_step import check_precision
 from localgrad.learner import LocalLearner, default_input_size, make_plan
-from localgrad.objectives.methods import build_objective
+from localgrad.objectives.methods import Objective, build_objective
 from localgrad.recipe import ModelSettings, Recipe, validated
 from localgrad.training.augment import Augment
 from localgrad.training.data import Batches, DataInfo, ImageSet, Splits, load_data
 from localgrad.training.optim import OptimizerFactory, Schedule
 
 EVALUATION_BATCH = 256
+Planned = Callable[[Recipe, Backbone], Recipe]
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,17 @@ class Job:
         return _batches(self.recipe, self.data.info, images, batch_size=EVALUATION_BATCH, size=size, device=self.device)
 
 
-def build(recipe: Recipe, *, download: bool = False, has_weights: bool = False) -> Job:
+def build(recipe: Recipe, *, download: bool = False, has_weights: bool = False, planned: Planned | None = None) -> Job:
     """Build what a recipe names, and check all of it; nothing is written.
 
     Args:
         recipe: what to build.
         download: let torchvision fetch a data set that is missing.
         has_weights: weights will be loaded, so pretrained ones aren't needed.
+        planned: gives the recipe with its modules and how they run, once the model is there.
     """
+    if recipe.method.local.modules == "auto" and planned is None:
+        raise RecipeError("--modules auto: how many is found within a budget; add --budget, or give a number.")
     method, execution = recipe.method, recipe.execution
     device = resolve_device(execution.device)
     check_precision(execution.precision, device)
@@ -72,9 +76,7 @@ def build(recipe: Recipe, *, download: bool = False, has_weights: bool = False) 
             f"--ema-decay {training.ema_decay}: with --schedule sequential no average of the weights is kept; leave "
             "--ema-decay out, or take --schedule together."
         )
-    options = {"label_smoothing": method.augment.label_smoothing, **method.local.options}
-    objective = build_objective(method.local.objective, options)
-    objective = validated(type(objective), options, "local.options.")  # (first, last) comes as a list from TOML
+    objective = build_recipe_objective(recipe)
     if execution.num_threads is not None:
         torch.set_num_threads(execution.num_threads)
     side = method.model.img_size
@@ -90,10 +92,15 @@ def build(recipe: Recipe, *, download: bool = False, has_weights: bool = False) 
         image_size=None if side is None else (side, side),
     )
     _seed_everything(method.seed)
-    model = create_model(replace(method.model, pretrained=False) if has_weights else method.model, data.info)
-    size = input_size_of(model, method.model, data.info)
+    settings_of_model = replace(method.model, pretrained=False) if has_weights else method.model
+    channels = data.info.num_channels
+    model = create_model(settings_of_model, num_classes=data.info.num_classes, num_channels=channels)
+    size = input_size_of(model, method.model, channels)
     _check_patches(model, size[1:])
     backbone = split(model if is_sequential or execution.offload else model.to(device), size)
+    if planned is not None:
+        recipe = planned(recipe, backbone)
+        method, execution = recipe.method, recipe.execution
     plan = make_plan(backbone, method.local.modules, checkpoint=execution.checkpoint)
     learner = LocalLearner(
         backbone,
@@ -164,8 +171,21 @@ def check_model_name(name: str) -> None:
         raise BackboneError(f"--model: timm has no {name!r}.{nearest}")
 
 
-def create_model(settings: ModelSettings, info: DataInfo) -> nn.Module:
-    """Make the timm model of a recipe for a data set.
+def build_recipe_objective(recipe: Recipe) -> Objective:
+    """The objective that a recipe names.
+
+    Raises:
+        RecipeError: an unknown name or option.
+    """
+    local = recipe.method.local
+    options = {"label_smoothing": recipe.method.augment.label_smoothing, **local.options}
+    objective = build_objective(local.objective, options)
+    made: Objective = validated(type(objective), options, "local.options.")  # (first, last) is a list in TOML
+    return made
+
+
+def create_model(settings: ModelSettings, *, num_classes: int | None, num_channels: int) -> nn.Module:
+    """Make the timm model of a recipe for a data set; with no number of classes, timm's own.
 
     Raises:
         BackboneError: unknown to timm, or timm can't make it with these settings.
@@ -179,13 +199,14 @@ def create_model(settings: ModelSettings, info: DataInfo) -> nn.Module:
             options[key] = getattr(settings, key)
     if settings.drop_path:
         options["drop_path_rate"] = settings.drop_path
+    classes = {} if num_classes is None else {"num_classes": num_classes}
 
     def create() -> nn.Module:
         model: nn.Module = timm.create_model(
             settings.name,
             pretrained=settings.pretrained,
-            num_classes=info.num_classes,
-            in_chans=info.num_channels,
+            in_chans=num_channels,
+            **classes,
             **options,
         )
         return model
@@ -206,11 +227,11 @@ def create_model(settings: ModelSettings, info: DataInfo) -> nn.Module:
         ) from error
 
 
-def input_size_of(model: nn.Module, settings: ModelSettings, info: DataInfo) -> tuple[int, int, int]:
+def input_size_of(model: nn.Module, settings: ModelSettings, num_channels: int) -> tuple[int, int, int]:
     """(C, H, W) that a model takes in a recipe."""
     if settings.img_size is not None:
-        return info.num_channels, settings.img_size, settings.img_size
-    return info.num_channels, *default_input_size(model)[1:]
+        return num_channels, settings.img_size, settings.img_size
+    return num_channels, *default_input_size(model)[1:]
 
 
 def _check_patches(model: nn.Module, image_size: tuple[int, int]) -> None:

@@ -1,4 +1,4 @@
-"""The command line: ``localgrad train | evaluate | predict``.
+"""The command line: ``localgrad train | plan | evaluate | predict``.
 
 It turns options into a recipe and calls ``localgrad.run``; torch is imported only inside a verb. Every mistake that
 a user can make ends in one line on standard error and exit status 2. An interrupted run is saved and exits with 128
@@ -159,11 +159,19 @@ def train(  # noqa: PLR0917  # one parameter an option
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any value of the recipe: --set training.min_lr=1e-5.")
     ] = None,
+    plan_: Annotated[
+        Path | None, typer.Option("--plan", help="Train as a plan from `localgrad plan --json` says.")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Memory, such as 6GiB: plan modules and recomputation to fit.")
+    ] = None,
+    on_oom: Annotated[str, typer.Option(help="When memory runs out: stop, or replan and go on.")] = "stop",
     out: Annotated[Path | None, typer.Option(help="The run folder; by default a new one under runs/.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the recipe and stop.")] = False,
 ) -> None:
     """Train a model. With no options: handwritten digits, four local modules, under two minutes on two cores."""
+    from localgrad.errors import RecipeError
     from localgrad.recipe import Recipe, overlay, parse_assignments
 
     options = {
@@ -209,8 +217,16 @@ def train(  # noqa: PLR0917  # one parameter an option
     changes |= parse_assignments(set_ or [])
     if isinstance(changes.get("local.modules"), str):  # --set local.modules=2,5,9
         changes["local.modules"] = parse_modules(changes["local.modules"])
+    num_bytes = _budget(budget, plan_, changes, verb="train")
+    if on_oom not in ("stop", "replan"):
+        raise RecipeError(f"--on-oom: unknown {on_oom!r}; take stop or replan.")
+    plan = None
     if resume is not None:
-        wanted = _resumed(resume, changes, forbidden={"--out": out, "--preset": preset, "--recipe": recipe})
+        given: dict[str, object] = {"--out": out, "--preset": preset, "--recipe": recipe}
+        given |= {"--plan": plan_, "--budget": budget}
+        wanted = _resumed(resume, changes, forbidden=given)
+    elif plan_ is not None:
+        plan, wanted = _planned(plan_, preset, recipe, changes)
     else:
         wanted = Recipe.from_dict(overlay(_base(preset, recipe, changes), changes))
     if dry_run:
@@ -220,9 +236,137 @@ def train(  # noqa: PLR0917  # one parameter an option
 
     with _saying_how_to_resume():
         if resume is not None:
-            run.resume(resume, wanted, sinks=[_console_sink()])
+            run.resume(resume, wanted, sinks=[_console_sink()], on_oom=on_oom)
         else:
-            run.train(wanted, out=out, download=download, sinks=[_console_sink()])
+            run.train(
+                wanted,
+                out=out,
+                download=download,
+                sinks=[_console_sink()],
+                plan=plan,
+                budget=num_bytes,
+                on_oom=on_oom,
+            )
+
+
+@app.command()
+def plan(  # noqa: PLR0917  # one parameter an option
+    model: Annotated[str | None, typer.Option(help="timm's name of the model.", rich_help_panel=METHOD)] = None,
+    batch_size: Annotated[
+        str | None, typer.Option(help="Images an update, or auto: the largest that fits.", rich_help_panel=METHOD)
+    ] = None,
+    budget: Annotated[str | None, typer.Option(help="Memory, such as 6GiB; no limit by default.")] = None,
+    num_classes: Annotated[
+        int | None, typer.Option(min=2, help="By default the data's, or timm's own.", rich_help_panel=METHOD)
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Plan for the classes of a data set.", rich_help_panel=DATA)] = None,
+    img_size: Annotated[int | None, typer.Option(help="Side of the images in pixels.", rich_help_panel=METHOD)] = None,
+    patch_size: Annotated[int | None, typer.Option(help="Side of a patch in pixels.", rich_help_panel=METHOD)] = None,
+    modules: Annotated[
+        str | None,
+        typer.Option(help="Only so many modules, stages, or boundaries; any by default.", rich_help_panel=METHOD),
+    ] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="feature, image, greedy or contrastive.", rich_help_panel=METHOD)
+    ] = None,
+    decoder: Annotated[
+        str | None, typer.Option(help="Auxiliary decoder: linear, conv or transformer.", rich_help_panel=METHOD)
+    ] = None,
+    classifier: Annotated[
+        str | None, typer.Option(help="Auxiliary classifier: linear, mlp or transformer.", rich_help_panel=METHOD)
+    ] = None,
+    optimizer: Annotated[str | None, typer.Option(help="timm's name of the optimizer.", rich_help_panel=METHOD)] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.", rich_help_panel=EXECUTION)] = None,
+    device: Annotated[
+        str, typer.Option(help="auto, cpu or cuda; there need be no GPU to plan for one.", rich_help_panel=EXECUTION)
+    ] = "auto",
+    compile_: Annotated[
+        bool | None, typer.Option("--compile", help="Each local module is compiled.", rich_help_panel=EXECUTION)
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="Start from a preset: digits, paper, infopro, greedy.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Start from a recipe in TOML.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Any value of the recipe.")] = None,
+    frontier: Annotated[bool, typer.Option("--frontier", help="Print all plans worth having.")] = False,
+    json_: Annotated[Path | None, typer.Option("--json", help="Write the plan, for train --plan.")] = None,
+) -> None:
+    """Find the fastest way to train a model within a memory budget; no GPU, no data and no weights are needed."""
+    from localgrad.recipe import parse_assignments
+
+    options = {
+        "model.name": model,
+        "model.img_size": img_size,
+        "model.patch_size": patch_size,
+        "data.name": data,
+        "local.objective": objective,
+        "local.options.decoder": decoder,
+        "local.options.classifier": classifier,
+        "training.batch_size": None if batch_size in (None, "auto") else _whole("--batch-size", batch_size),
+        "training.optimizer": optimizer,
+        "execution.precision": precision,
+        "execution.compile": compile_,
+    }
+    changes: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
+    changes |= parse_assignments(set_ or [])
+    changes["local.modules"] = "auto" if modules is None else parse_modules(modules)
+    num_bytes = _budget(budget, None, {}, verb="plan")
+    _print_plan(
+        _base(preset, recipe, {"data.name": "", **changes}),
+        changes,
+        budget=num_bytes,
+        device=device,
+        num_classes=num_classes,
+        largest_batch=batch_size == "auto",
+        frontier=frontier,
+        json=json_,
+    )
+
+
+def _print_plan(
+    base: dict[str, Any],
+    changes: dict[str, Any],
+    *,
+    budget: int | None,
+    device: str,
+    num_classes: int | None,
+    largest_batch: bool,
+    frontier: bool,
+    json: Path | None,
+) -> None:
+    """Plan a recipe, print what was found, and write it."""
+    from dataclasses import replace
+
+    from rich.console import Console
+
+    from localgrad import budget as budgets
+    from localgrad import plan_table, planned
+    from localgrad.errors import RecipeError
+    from localgrad.recipe import Recipe, overlay
+
+    recipe = Recipe.from_dict(overlay(base, changes))
+    if largest_batch and budget is None:
+        raise RecipeError("--batch-size auto: the largest batch that fits what? Add --budget, such as --budget 8GiB.")
+    if json is not None:
+        _check_can_write("--json", json)
+    classes, channels = planned.CLASSES.get(recipe.method.data.name if "data.name" in changes else "", (None, 3))
+    kind = planned.kind_of(device)
+    task = planned.task_of(recipe, device=kind, num_classes=num_classes or classes, num_channels=channels)
+    console = Console()
+    if largest_batch:
+        assert budget is not None, "checked above"
+        rows = budgets.largest_batches(task, budget)
+        plan_table.print_batches(rows, console)
+        size = rows[-1]["batch_size"]
+        if not size:
+            raise RecipeError("--batch-size auto: not even two images fit this budget; take a larger one.")
+        training = replace(recipe.method.training, batch_size=size)
+        recipe = replace(recipe, method=replace(recipe.method, training=training))
+    if frontier:
+        plan_table.print_frontier(budgets.worth_having(task, recipe.method.training.batch_size), console)
+    found = planned.plan_recipe(recipe, task, budget)
+    plan_table.print_plan(found, console)
+    if json is not None:
+        json.write_text(found.to_json())
+        console.print(f"[dim]written: {json}; train with: localgrad train --plan {shlex.quote(str(json))} --data …[/]")
 
 
 @app.command()
@@ -265,6 +409,65 @@ def parse_modules(text: str) -> int | str | list[int]:
     except ValueError:
         return text  # a word; which ones there are is checked where blocks are known
     return numbers[0] if len(numbers) == 1 else numbers
+
+
+def _whole(option: str, text: str | None) -> int:
+    """Read a whole number."""
+    from localgrad.errors import RecipeError
+
+    try:
+        return int(text or "")
+    except ValueError:
+        raise RecipeError(f"{option}: {text!r} is neither a whole number nor auto; take --batch-size 64.") from None
+
+
+def _budget(text: str | None, plan: Path | None, changes: dict[str, Any], *, verb: str) -> int | None:
+    """Read a budget, and see that nothing else decides what it is there to decide."""
+    from localgrad.errors import RecipeError
+    from localgrad.units import parse_bytes
+
+    if text is None:
+        return None
+    if plan is not None:
+        raise RecipeError("--budget and --plan both decide how to train; give one of them.")
+    for key in ("execution.checkpoint", "execution.accumulation"):
+        if key in changes:
+            raise RecipeError(f"--{key.removeprefix('execution.')} can't be given with --budget, which decides it.")
+    if verb == "train":
+        changes.setdefault("local.modules", "auto")
+    try:
+        return parse_bytes(text)
+    except RecipeError as error:
+        raise RecipeError(f"--budget: {error}") from None
+
+
+def _planned(path: Path, preset: str | None, recipe: Path | None, changes: dict[str, Any]) -> tuple[Any, Any]:
+    """A plan from its file, and the recipe to train by it; refused where options contradict the plan."""
+    from localgrad.errors import BudgetError, PartitionError
+    from localgrad.partition import Plan
+    from localgrad.planned import changes_of, check_plan_is_for
+    from localgrad.recipe import Recipe, overlay
+
+    try:
+        plan = Plan.from_json(path.read_text())
+    except PartitionError as error:
+        raise BudgetError(f"--plan {path}: {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise BudgetError(f"--plan: {path} can't be read ({reason}); make one with localgrad plan --json.") from error
+    values = {**changes_of(plan), **changes}
+    wanted = Recipe.from_dict(overlay(_base(preset, recipe, values), values))
+    check_plan_is_for(plan, wanted)
+    return plan, wanted
+
+
+def _check_can_write(option: str, path: Path) -> None:
+    """Refuse a file that can't be written, before the work is done."""
+    from localgrad.errors import RecipeError
+
+    folder = path.parent
+    if path.is_dir() or not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise RecipeError(f"{option}: {path} can't be written; name a file in a folder that exists.")
 
 
 def _base(preset_name: str | None, recipe: Path | None, changes: dict[str, Any]) -> dict[str, Any]:

@@ -43,6 +43,20 @@ class DeviceError(LocalgradError, RuntimeError):
     """A device or precision that this machine does not have."""
 
 
+class MemoryExceeded(DeviceError):  # noqa: N818  # what happened, as torch's own name says
+    """Memory ran out in the step of one local module.
+
+    Args:
+        module: which one.
+        reason: the allocator's first line.
+    """
+
+    def __init__(self, module: int, reason: str) -> None:
+        super().__init__(f"memory ran out in local module {module}: {reason}")
+        self.module = module
+        self.reason = reason
+
+
 class RunFolderError(LocalgradError, RuntimeError):
     """A run folder that can't be written, is in use, or belongs to another recipe."""
 

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from localgrad.backbone import Backbone, split
 from localgrad.errors import BackboneError, CheckpointError, IsolationError, PartitionError, RecipeError
-from localgrad.execution.local_module import build_local_modules
+from localgrad.execution.local_module import build_local_modules, recomputed_in
 from localgrad.execution.local_step import LocalStep, autocast, check_precision
 from localgrad.execution.offload import HOST, Offloader
 from localgrad.execution.sequential import SequentialExecutor, StepResult
@@ -185,7 +185,7 @@ class LocalLearner:
             batch: images and labels; ``batch.images`` may be ``None`` afterwards.
         """
         if self._executor is None:
-            raise RecipeError("no optimizers yet: call learner.configure_optimizers(lambda params: ...) first.")
+            raise _no_optimizers()
         if batch.images is None or tuple(batch.images.shape[1:]) != self.backbone.input_size:
             got = None if batch.images is None else list(batch.images.shape)
             raise BackboneError(
@@ -255,6 +255,34 @@ class LocalLearner:
             return []
         average = self.averaged_model
         return self._offloader.host_tensors() + ([] if average is None else [*average.parameters(), *average.buffers()])
+
+    def run_as(self, plan: Plan) -> None:
+        """From now on recompute and accumulate as another plan of the same boundaries says; nothing else changes.
+
+        Raises:
+            PartitionError: the plan has other boundaries.
+        """
+        if plan.boundaries != self.plan.boundaries:
+            raise PartitionError(f"plan: its boundaries are {list(plan.boundaries)}, not {list(self.plan.boundaries)}.")
+        self.plan = plan
+        self._settings["accumulation"] = plan.accumulation
+        for index, module in enumerate(self.modules):
+            module.recomputed = recomputed_in(self.backbone, plan, index)
+        for step in self._executor.steps if self._executor else ():
+            step.run_as(plan.accumulation)
+
+    def on_out_of_memory(self, recover: Callable[[int], bool] | None) -> None:
+        """Have someone asked when memory runs out in a step.
+
+        Args:
+            recover: given the module, makes room (``run_as``) and answers whether its step is to be run again.
+
+        Raises:
+            RecipeError: no optimizers yet.
+        """
+        if self._executor is None:
+            raise _no_optimizers()
+        self._executor.recover = recover
 
     def train(self, mode: bool = True) -> LocalLearner:  # noqa: FBT001, FBT002  # torch's own signature
         """Put the model and the auxiliary nets in training mode (or, with ``False``, in evaluation mode)."""
@@ -562,6 +590,10 @@ def _make_ema(model: nn.Module, decay: float | None, *, on_host: bool) -> ModelE
     if on_host:  # while the model may be in two places, which foreach can't take
         return ModelEmaV3(model, decay=decay, use_warmup=True, device=HOST, foreach=False)
     return ModelEmaV3(model, decay=decay, use_warmup=True)
+
+
+def _no_optimizers() -> RecipeError:
+    return RecipeError("no optimizers yet: call learner.configure_optimizers(lambda params: ...) first.")
 
 
 def _other_model(plan: Plan, name: str, num_blocks: int) -> PartitionError:

@@ -89,7 +89,8 @@ class LocalSettings:
     """How the model is trained locally.
 
     Attributes:
-        modules: number of local modules (balanced by activation bytes), ``stages``, or boundaries.
+        modules: number of local modules (balanced by activation bytes), ``stages``, boundaries, or ``auto``: as many
+            as is fastest within a budget.
         objective: feature, image, greedy or contrastive.
         options: keyword arguments of the objective: ``decoder``, ``classifier``, weights.
     """

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from localgrad.backbone import Backbone
 from localgrad.build import Job, build, create_model, input_size_of, resolve_device
-from localgrad.errors import CheckpointError, DeviceError, RecipeError, RunFolderError
+from localgrad.errors import CheckpointError, DeviceError, MemoryExceeded, RecipeError, RunFolderError
 from localgrad.learner import end_to_end, estimate_step
+from localgrad.partition import Plan
+from localgrad.planned import check_plan_fits, laid_over, plan_recipe, task_on
 from localgrad.recipe import Recipe, difference
+from localgrad.replanning import Replanner
 from localgrad.training.data import DataInfo, load_images_for_prediction
-from localgrad.training.events import JsonlSink, RunEnded, RunStarted, Sink, TensorBoardSink
+from localgrad.training.events import JsonlSink, Replanned, RunEnded, RunStarted, Sink, TensorBoardSink
 from localgrad.training.feature_cache import check_space
 from localgrad.training.folder import RunFolder, check_writable, load_saved_weights, save_weights
 from localgrad.training.stagewise import StagewiseTrainer, disk_needed, estimate_stages, gather
@@ -33,7 +38,14 @@ from localgrad.units import format_bytes
 
 
 def train(
-    recipe: Recipe, *, out: Path | None = None, download: bool = False, sinks: Sequence[Sink] = ()
+    recipe: Recipe,
+    *,
+    out: Path | None = None,
+    download: bool = False,
+    sinks: Sequence[Sink] = (),
+    plan: Plan | None = None,
+    budget: int | None = None,
+    on_oom: str = "stop",
 ) -> dict[str, Any]:
     """Train a recipe from the start.
 
@@ -42,6 +54,9 @@ def train(
         out: the run folder; by default a new one under ``runs/``.
         download: let torchvision fetch a data set that is missing.
         sinks: take the events, beside the run folder's own files.
+        plan: that the recipe was made from; refused if it is of another model or shape.
+        budget: bytes; the recipe's modules and how they run are planned to fit.
+        on_oom: what to do when memory runs out: ``stop``, or ``replan`` and go on.
 
     Returns:
         The summary, as in ``summary.json``.
@@ -54,25 +69,52 @@ def train(
             f"--out: {out} already holds a run; continue it with --resume {out}, or choose another folder."
         )
     check_writable(out or Path("runs"))
-    job = build(recipe, download=download)
+    planning = _Planning(plan, budget)
+    job = build(recipe, download=download, planned=planning if plan or budget else None)
     path = out or _new_folder(recipe)
     _check_space(job, path)
     folder = RunFolder(path)
     try:
-        folder.write_text("recipe.toml", recipe.to_toml())
+        folder.write_text("recipe.toml", job.recipe.to_toml())
         folder.write_json("data.json", asdict(job.data.info))
-        return _fit(job, folder, sinks)
+        if planning.plan is not None:
+            folder.write_text("plan.json", planning.plan.to_json())
+        return _fit(job, folder, sinks, replan=on_oom == "replan")
     finally:
         folder.release()
 
 
-def resume(path: Path, changes: Recipe | None = None, *, sinks: Sequence[Sink] = ()) -> dict[str, Any]:
+class _Planning:
+    """Plans a recipe once its model is there, or checks that a plan fits that model.
+
+    Args:
+        plan: made before, or ``None``.
+        budget: bytes, or ``None``.
+    """
+
+    def __init__(self, plan: Plan | None, budget: int | None) -> None:
+        self.plan, self.budget = plan, budget
+
+    def __call__(self, recipe: Recipe, backbone: Backbone) -> Recipe:
+        """The recipe with its modules and how they run."""
+        if self.budget is not None:
+            task = task_on(recipe, backbone, device=resolve_device(recipe.execution.device).type)
+            self.plan = plan_recipe(recipe, task, self.budget)
+        assert self.plan is not None, "there is a plan or a budget"
+        check_plan_fits(self.plan, backbone)
+        return laid_over(self.plan, recipe)
+
+
+def resume(
+    path: Path, changes: Recipe | None = None, *, sinks: Sequence[Sink] = (), on_oom: str = "stop"
+) -> dict[str, Any]:
     """Continue a run where its last checkpoint stands; a finished run only gives its summary.
 
     Args:
         path: the run folder.
         changes: the recipe as it is wanted now; its method must be the run's own, its execution may differ.
         sinks: take the events.
+        on_oom: as for ``train``.
 
     Raises:
         RecipeError: another method; the message lists the differences.
@@ -99,7 +141,7 @@ def resume(path: Path, changes: Recipe | None = None, *, sinks: Sequence[Sink] =
         state = folder.load_last() if folder.last.exists() else None
         job = build(recipe, has_weights=state is not None)
         _check_space(job, path)
-        return _fit(job, folder, sinks, state)
+        return _fit(job, folder, sinks, state, replan=on_oom == "replan")
     finally:
         folder.release()
 
@@ -172,8 +214,9 @@ def predict(path: Path, images: Path, *, top: int = 3, device: str | None = None
             f"{path / 'data.json'}: missing or damaged ({error}); restore it from a copy, or train the run again."
         ) from error
     where = resolve_device(recipe.execution.device)
-    model = create_model(replace(recipe.method.model, pretrained=False), info)
-    size = input_size_of(model, recipe.method.model, info)
+    settings = replace(recipe.method.model, pretrained=False)
+    model = create_model(settings, num_classes=info.num_classes, num_channels=info.num_channels)
+    size = input_size_of(model, settings, info.num_channels)
     weights = load_saved_weights(path / "checkpoints" / "best.safetensors")
     load_model_weights(model, weights)
     model.to(where).eval()
@@ -203,7 +246,14 @@ def load_model_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
     load_weights(model, {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)})
 
 
-def _fit(job: Job, folder: RunFolder, sinks: Sequence[Sink], state: dict[str, Any] | None = None) -> dict[str, Any]:
+def _fit(
+    job: Job,
+    folder: RunFolder,
+    sinks: Sequence[Sink],
+    state: dict[str, Any] | None = None,
+    *,
+    replan: bool = False,
+) -> dict[str, Any]:
     settings = job.recipe.method.training
     trainer = _trainer(job, folder)
     if state is not None:
@@ -211,9 +261,13 @@ def _fit(job: Job, folder: RunFolder, sinks: Sequence[Sink], state: dict[str, An
     epoch = trainer.position.epoch
     if isinstance(trainer, StagewiseTrainer):
         stages = estimate_stages(job.learner, settings.batch_size, job.optimizer, job.device)
-        peak = max(stage.peak_bytes for stage in stages)
+        profile = max(stages, key=lambda stage: stage.peak_bytes)
     else:
-        peak = estimate_step(job.learner, settings.batch_size, job.optimizer).peak_bytes
+        profile = estimate_step(job.learner, settings.batch_size, job.optimizer)
+    peak = profile.peak_bytes
+    replanner = Replanner(job, profile, lambda: _observed(job.device))
+    if replan and not isinstance(trainer, StagewiseTrainer):
+        job.learner.on_out_of_memory(partial(_go_on, replanner, trainer))
     baseline = estimate_step(end_to_end(job.learner), settings.batch_size, job.optimizer, job.device).peak_bytes
     own = (JsonlSink(folder.path / "metrics.jsonl", epoch), TensorBoardSink(folder.path / "tensorboard", epoch))
     trainer.sinks = (*own, *sinks)
@@ -223,7 +277,9 @@ def _fit(job: Job, folder: RunFolder, sinks: Sequence[Sink], state: dict[str, An
             torch.cuda.reset_peak_memory_stats(job.device)
         try:
             trainer.fit()
-        except torch.OutOfMemoryError as error:
+        except MemoryExceeded as error:
+            raise replanner.explain(error, folder.path) from error
+        except torch.OutOfMemoryError as error:  # outside of a module's step
             raise DeviceError(
                 f"{job.device} is out of memory; take --accumulation {2 * job.recipe.execution.accumulation}, "
                 "--checkpoint halves/8 or --offload, which don't change results, or more --modules."
@@ -235,6 +291,24 @@ def _fit(job: Job, folder: RunFolder, sinks: Sequence[Sink], state: dict[str, An
     finally:
         for sink in trainer.sinks:
             sink.close()
+
+
+def _go_on(replanner: Replanner, trainer: Trainer, module: int) -> bool:
+    """Take the next plan, and write it down so that resuming takes it too."""
+    plan = replanner.next_plan()
+    if plan is None:
+        return False
+    recipe = replanner.adopt(plan)
+    trainer.folder.write_text("recipe.toml", recipe.to_toml())
+    how = f"--checkpoint {','.join(map(str, plan.checkpoint))} --accumulation {plan.accumulation}"
+    for sink in trainer.sinks:
+        sink.emit(Replanned(module=module, peak_bytes=plan.forecast["peak_bytes"], how=how))
+    return True
+
+
+def _observed(device: torch.device) -> tuple[int, str]:
+    measured = _measured_peak(device)
+    return measured["measured_peak_bytes"], measured["measured_peak_of"]
 
 
 def _trainer(job: Job, folder: RunFolder) -> Trainer:

@@ -107,15 +107,19 @@ def build_local_modules(backbone: Backbone, plan: Plan, objective: Objective) ->
             num_classes=backbone.num_classes,
         )
         stem, tail = [backbone.stem] * first, [backbone.tail] * last
-        how = plan.checkpointing(index)
-        recomputed = (
-            {}
-            if how.level == "none"
-            else {len(stem) + number: recompute(backbone, block, how) for number, block in enumerate(span[: how.first])}
-        )
+        recomputed = recomputed_in(backbone, plan, index)
         parts = [*stem, *(backbone.blocks[i] for i in span), *tail]
         modules.append(LocalModule(parts, objective.build(site).to(device), recomputed))
     return modules
+
+
+def recomputed_in(backbone: Backbone, plan: Plan, index: int) -> dict[int, Recomputed]:
+    """What stands in for the parts of a plan's local module in training, by number of the part."""
+    how, span = plan.checkpointing(index), plan.spans[index]
+    if how.level == "none":
+        return {}
+    before = 1 if index == 0 else 0  # the stem
+    return {before + number: recompute(backbone, block, how) for number, block in enumerate(span[: how.first])}
 
 
 def recompute(backbone: Backbone, index: int, how: Checkpointing) -> Recomputed:

@@ -18,6 +18,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from localgrad.errors import DeviceError
 from localgrad.execution.local_module import LocalModule, LocalOutput
@@ -61,6 +62,8 @@ class LocalStep:
         self.device_type = device_type or self.parameters[0].device.type
         self.precision = precision
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=precision == "fp16")
+        self.updating = False  # whether weights may have been changed in part
+        self._is_compiled = compile
         self._forward: Callable[..., LocalOutput] = _compiled(module) if compile else module
 
     def __call__(self, inputs: Tensor, batch: LocalBatch) -> LocalOutput:
@@ -97,13 +100,48 @@ class LocalStep:
             outputs.append(self._forward_backward(chunk, LocalBatch(images, labels), shares[-1]))
         return _merge(outputs, shares)
 
+    def snapshot(self) -> list[Tensor]:
+        """What a step changes before its update: the random state, and running statistics."""
+        return [_random_state(self.device_type), *(buffer.clone() for buffer in self._statistics())]
+
+    @torch.no_grad()
+    def go_back(self, state: list[Tensor]) -> None:
+        """Undo an unfinished step: gradients are dropped, statistics and random state are as in the snapshot."""
+        self.optimizer.zero_grad(set_to_none=True)
+        _set_random_state(self.device_type, state[0])
+        for buffer, value in zip(self._statistics(), state[1:], strict=True):
+            buffer.copy_(value)
+
+    def _statistics(self) -> list[Tensor]:
+        norms = [module for module in self.module.modules() if isinstance(module, _BatchNorm)]
+        return [buffer for norm in norms for buffer in norm.buffers()]
+
+    def run_as(self, accumulation: int) -> None:
+        """Cut batches into another number of parts from now on; a compiled module is compiled anew."""
+        self.accumulation = accumulation
+        if self._is_compiled:
+            self._forward = _compiled(self.module)
+
     def _update(self) -> None:
+        self.updating = True
         if self.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.parameters, self.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        self.updating = False
+
+
+def _random_state(device_type: str) -> Tensor:
+    return torch.cuda.get_rng_state() if device_type == "cuda" else torch.get_rng_state()
+
+
+def _set_random_state(device_type: str, state: Tensor) -> None:
+    if device_type == "cuda":
+        torch.cuda.set_rng_state(state)
+    else:
+        torch.set_rng_state(state)
 
 
 def _compiled(module: LocalModule) -> Callable[..., LocalOutput]:

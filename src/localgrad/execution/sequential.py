@@ -17,8 +17,11 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from localgrad.errors import MemoryExceeded
+from localgrad.execution.local_module import LocalOutput
 from localgrad.execution.local_step import LocalStep
 from localgrad.objectives.base import LocalBatch
 
@@ -46,6 +49,10 @@ class SequentialExecutor:
     Args:
         steps: one for each local module, first to last.
         around: given a module's index, a context in which its step is to run, such as one that has it on the device.
+
+    Attributes:
+        recover: called with the index of a module in whose step memory ran out; where it answers true (something was
+            changed that needs less), the step is run again, as if nothing had been.
     """
 
     def __init__(
@@ -54,6 +61,7 @@ class SequentialExecutor:
         around: Callable[[int], contextlib.AbstractContextManager[None]] | None = None,
     ) -> None:
         self.steps = tuple(steps)
+        self.recover: Callable[[int], bool] | None = None
         self.around = around or (lambda _: contextlib.nullcontext())
         users = [index for index, step in enumerate(self.steps) if step.module.objective.uses_images]
         self._last_user_of_images = max(users, default=0)
@@ -70,10 +78,33 @@ class SequentialExecutor:
         for index, step in enumerate(self.steps):
             if index > self._last_user_of_images:
                 batch.images = None
-            with self.around(index):
-                output = step(features, batch)
+            output = self._run(index, step, features, batch)
             features = output.features
             losses.append(output.loss)
             terms.append(output.terms)
             logits.append(output.logits)
         return StepResult(features, tuple(losses), tuple(terms), tuple(logits))
+
+    def _run(self, index: int, step: LocalStep, features: Tensor, batch: LocalBatch) -> LocalOutput:
+        """Run one module's step; where memory runs out before its update, once more if someone can recover."""
+        while True:
+            before = None if self.recover is None else step.snapshot()
+            try:
+                with self.around(index):
+                    return step(features, batch)
+            except RuntimeError as error:
+                reason = out_of_memory(error)
+                if reason is None:
+                    raise
+            # The exception is gone here, and with its frames the graph that they held.
+            if before is None or step.updating or self.recover is None or not self.recover(index):
+                raise MemoryExceeded(index, reason)
+            step.go_back(before)
+
+
+def out_of_memory(error: RuntimeError) -> str | None:
+    """The first line of an error that says that memory ran out, on a GPU or a processor; ``None`` for any other."""
+    line = str(error).split("\n", maxsplit=1)[0]
+    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in line:
+        return line or "out of memory"
+    return None

@@ -518,8 +518,6 @@ class Costs:
         """
         found = []
         for number, how in enumerate(WAYS):
-            if how.chunks > max(1, self.settings.part_size):
-                continue
             peaks, times = self._runs(start, stop, number)
             num_blocks = stop - start
             for count, (peak, time) in enumerate(zip(peaks, times, strict=True)):

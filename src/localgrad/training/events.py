@@ -101,6 +101,21 @@ class EpochEnded:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Replanned:
+    """Memory ran out, and the run goes on with a plan that needs less.
+
+    Attributes:
+        module: in whose step it ran out, from 0.
+        peak_bytes: estimated, of the new plan.
+        how: what the new plan recomputes, and its accumulation.
+    """
+
+    module: int
+    peak_bytes: int
+    how: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class FeaturesCached:
     """A finished module's features were computed and stored.
 
@@ -122,7 +137,7 @@ class RunEnded:
     summary: Mapping[str, Any]
 
 
-Event = RunStarted | Progressed | EpochEnded | FeaturesCached | RunEnded
+Event = RunStarted | Progressed | EpochEnded | FeaturesCached | Replanned | RunEnded
 
 
 class Sink(ABC):
@@ -230,6 +245,9 @@ class ConsoleSink(Sink):
                 self._advance(event)
             case EpochEnded():
                 self._end_epoch(event)
+            case Replanned():
+                peak = format_bytes(event.peak_bytes)
+                self._print(f"memory ran out in local module {event.module}; going on with {event.how}: {peak}")
             case FeaturesCached():
                 size, seconds = format_bytes(event.num_bytes), format_seconds(event.seconds)
                 self._print(f"features of module {event.module + 1} cached: {size}, {seconds}")

@@ -1,0 +1,199 @@
+"""Recipes and plans: plan a recipe to a budget, lay a plan over a recipe, refuse a plan made for something else.
+
+A plan that was made for a recipe remembers it by the recipe's own keys (``Plan.made_for``), so that training from the
+plan alone is possible, and a difference can be named as people would type it. Nothing here reads data: the number of
+classes is given, or known for the data sets that have a name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from importlib import metadata
+from typing import Any
+
+from localgrad._fake import without_initialization
+from localgrad.backbone import Backbone, outline
+from localgrad.budget import Task, plan_to_budget
+from localgrad.build import build_recipe_objective, check_model_name, create_model, input_size_of
+from localgrad.errors import BudgetError, RecipeError
+from localgrad.partition import Plan
+from localgrad.recipe import Recipe, overlay
+from localgrad.training.optim import OptimizerFactory
+
+CLASSES = {"digits": (10, 1), "cifar10": (10, 3), "cifar100": (100, 3), "stl10": (10, 3), "svhn": (10, 3)}
+"""(classes, channels) of data sets that are known by name."""
+
+REMEMBERED = (
+    *("model.name", "model.img_size", "model.patch_size", "model.options", "training.batch_size"),
+    *("training.optimizer", "training.ema_decay", "local.objective", "local.options"),
+    *("execution.precision", "execution.compile"),
+)
+"""What a plan's figures depend on, by the recipe's keys."""
+
+VERSIONS = ("localgrad", "torch", "timm")
+
+
+def task_of(recipe: Recipe, *, device: str, num_classes: int | None = None, num_channels: int = 3) -> Task:
+    """What a recipe is to train, on an outline of its model: no data, no weights.
+
+    Args:
+        recipe: its ``local.modules`` may be ``auto``.
+        device: ``cpu`` or ``cuda``; there need be none.
+        num_classes: by default timm's own for the model.
+        num_channels: of the images.
+    """
+    settings = recipe.method.model
+    check_model_name(settings.name)
+    with without_initialization():
+        model = create_model(replace(settings, pretrained=False), num_classes=num_classes, num_channels=num_channels)
+    size = input_size_of(model, settings, num_channels)
+    return task_on(recipe, outline(model, size), device=device)
+
+
+def task_on(recipe: Recipe, backbone: Backbone, *, device: str) -> Task:
+    """What a recipe is to train, on a backbone that is there already."""
+    model = backbone.model
+    training, local, execution = recipe.method.training, recipe.method.local, recipe.execution
+    refuse_together(recipe)
+    return Task(
+        backbone=backbone,
+        objective=build_recipe_objective(recipe),
+        optimizer=OptimizerFactory(model, name=training.optimizer, lr=training.lr, weight_decay=training.weight_decay),
+        precision=execution.precision,
+        device=device,
+        compiled=execution.compile,
+        ema_decay=training.ema_decay,
+        clip_grad=training.clip_grad,
+        modules=None if local.modules == "auto" else local.modules,
+    )
+
+
+def refuse_together(recipe: Recipe) -> None:
+    """Refuse what a planner doesn't plan.
+
+    Raises:
+        RecipeError: offloading, or modules one after another.
+    """
+    if recipe.execution.offload:
+        raise RecipeError(
+            "--offload: plans to a budget don't count on it; leave it out, or take --modules and no budget."
+        )
+    if recipe.method.training.schedule == "sequential":
+        raise RecipeError(
+            "--schedule sequential: plans to a budget are for modules that train together; leave one of them out."
+        )
+
+
+def kind_of(device: str) -> str:
+    """The kind of a device that is planned for; there need be none.
+
+    Raises:
+        RecipeError: neither auto, cpu nor cuda.
+    """
+    if device == "auto":
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind = device.split(":", maxsplit=1)[0]
+    if kind not in ("cpu", "cuda"):
+        raise RecipeError(f"--device: {device!r} can't be planned for; take auto, cpu or cuda.")
+    return kind
+
+
+def plan_recipe(recipe: Recipe, task: Task, budget: int | None) -> Plan:
+    """The fastest plan of a recipe within a budget, which remembers what it was made for.
+
+    Args:
+        recipe: names the batch size.
+        task: of this recipe.
+        budget: bytes, or ``None`` for no limit.
+    """
+    plan = plan_to_budget(task, recipe.method.training.batch_size, budget)
+    return replace(plan, made_for=made_for(recipe, task.backbone, task.device))
+
+
+def made_for(recipe: Recipe, backbone: Backbone, device: str) -> dict[str, Any]:
+    """What a plan for a recipe has to remember."""
+    values = _flat(recipe)
+    return {
+        **{key: values[key] for key in REMEMBERED},
+        "device": device,
+        "input_size": list(backbone.input_size),
+        "num_classes": backbone.num_classes,
+        "versions": {name: metadata.version(name) for name in VERSIONS},
+    }
+
+
+def changes_of(plan: Plan) -> dict[str, Any]:
+    """A plan as values to be laid over a recipe, by dotted keys.
+
+    Raises:
+        BudgetError: the plan doesn't say what it was made for.
+    """
+    missing = [key for key in REMEMBERED if key not in plan.made_for]
+    if missing:
+        raise BudgetError(f"--plan: it doesn't say {missing[0]}; make it with `localgrad plan --json FILE`.")
+    changes = {key: value for key, value in plan.made_for.items() if key in REMEMBERED and value is not None}
+    return changes | how_to_run(plan)
+
+
+def laid_over(plan: Plan, recipe: Recipe) -> Recipe:
+    """A recipe with the modules of a plan, run as the plan says."""
+    return Recipe.from_dict(overlay(recipe.to_dict(), how_to_run(plan)))
+
+
+def how_to_run(plan: Plan) -> dict[str, Any]:
+    """The boundaries of a plan and how its modules run, as values to be laid over a recipe."""
+    return {
+        "local.modules": list(plan.boundaries) if plan.boundaries else 1,
+        "execution.checkpoint": [str(how) for how in plan.checkpoint] or "none",
+        "execution.accumulation": plan.accumulation,
+    }
+
+
+def check_plan_is_for(plan: Plan, recipe: Recipe) -> None:
+    """Refuse a plan that was made for another recipe or by other versions.
+
+    Raises:
+        BudgetError: with every difference.
+    """
+    values = _flat(recipe)
+    pairs = [(key, plan.made_for.get(key), _plain(values[key])) for key in REMEMBERED]
+    pairs += [(key, value, _plain(values[key])) for key, value in how_to_run(plan).items()]
+    versions = plan.made_for.get("versions", {})
+    pairs += [(name, versions.get(name), metadata.version(name)) for name in VERSIONS]
+    different = [f"{key} {_plain(old)!r}, here {new!r}" for key, old, new in pairs if _plain(old) != new]
+    if different:
+        raise BudgetError(f"--plan: it was made for {'; '.join(different)}. Make a new one with localgrad plan.")
+
+
+def check_plan_fits(plan: Plan, backbone: Backbone) -> None:
+    """Refuse a plan whose model takes other images or has other classes than the one at hand.
+
+    Raises:
+        BudgetError: naming the difference.
+    """
+    here = {"input_size": list(backbone.input_size), "num_classes": backbone.num_classes}
+    for key, value in here.items():
+        planned = plan.made_for.get(key, value)
+        if planned != value:
+            option = f"--num-classes {value}" if key == "num_classes" else f"--img-size {value[-1]}"  # type: ignore[index]
+            raise BudgetError(f"--plan: it was made for {key} {planned}, here {value}; plan again with {option}.")
+
+
+def _flat(recipe: Recipe) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+
+    def walk(table: dict[str, Any], prefix: str) -> None:
+        for key, value in table.items():
+            values[prefix + key] = value
+            if isinstance(value, dict):
+                walk(value, f"{prefix}{key}.")
+
+    walk({**asdict(recipe.method), "execution": asdict(recipe.execution)}, "")
+    return values
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON would give it back."""
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,88 @@
+"""When memory runs out in a run: say where and what to type, or plan again for less and go on.
+
+The boundaries of a run stay as they are, since they change results; what may change is what modules recompute and into
+how many parts batches are cut. Memory that runs out before a module's update has changed nothing yet: gradients are
+dropped, the random state is put back, and the same step is run again under the new plan.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from localgrad.budget import plan_to_budget
+from localgrad.build import Job
+from localgrad.errors import BudgetError, DeviceError, MemoryExceeded, RecipeError
+from localgrad.partition import Plan
+from localgrad.planned import laid_over, task_on
+from localgrad.planning.memory import MemoryProfile
+from localgrad.recipe import Recipe
+from localgrad.units import format_bytes
+
+LESS = 0.9
+"""The next plan has to need at most this share of the one for which memory ran out."""
+
+
+class Replanner:
+    """Finds the next plan of a run that needs less memory.
+
+    Args:
+        job: the run's objects.
+        profile: the estimate of a step as it runs now.
+        measured: gives the bytes that were observed, and what they are of.
+    """
+
+    def __init__(self, job: Job, profile: MemoryProfile, measured: Callable[[], tuple[int, str]]) -> None:
+        self.job = job
+        self.recipe = job.recipe
+        self.profile = profile
+        self.measured = measured
+
+    def next_plan(self) -> Plan | None:
+        """The fastest plan of the same boundaries with at least a tenth less memory; ``None`` where there is none."""
+        boundaries = list(self.job.learner.plan.boundaries)
+        local = replace(self.recipe.method.local, modules=boundaries or 1)
+        recipe = replace(self.recipe, method=replace(self.recipe.method, local=local))
+        try:
+            task = task_on(recipe, self.job.learner.backbone, device=self.job.device.type)
+            budget = task.margin.needed(int(self.profile.peak_bytes * LESS))
+            return plan_to_budget(task, recipe.method.training.batch_size, budget)
+        except (BudgetError, RecipeError):  # nothing fits, or a run that planners don't plan
+            return None
+
+    def adopt(self, plan: Plan) -> Recipe:
+        """Run as another plan from now on; gives the recipe that says so."""
+        learner = self.job.learner
+        learner.run_as(replace(plan, activation_bytes=learner.plan.activation_bytes))
+        self.recipe = laid_over(plan, self.recipe)
+        self.profile = replace(self.profile, peak_bytes=plan.forecast["peak_bytes"])
+        if self.job.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return self.recipe
+
+    def explain(self, error: MemoryExceeded, folder: Path) -> DeviceError:
+        """An error that names the module, the plan's figure, the observed one, and the command that goes on."""
+        learner = self.job.learner
+        span = learner.plan.spans[error.module]
+        names = learner.backbone.block_names
+        planned = self.profile.peak_by_label.get(f"module {error.module}", self.profile.peak_bytes)
+        observed, what = self.measured()
+        plan = self.next_plan()
+        if plan is None:
+            advice = "nothing with these boundaries needs less: take more --modules or a smaller --batch-size"
+        else:
+            values = ",".join(str(how) for how in plan.checkpoint)
+            advice = (
+                f"the next plan that fits needs {format_bytes(plan.forecast['peak_bytes'])}: localgrad train --resume "
+                f"{shlex.quote(str(folder))} --checkpoint {values} --accumulation {plan.accumulation} "
+                "(or --on-oom replan)"
+            )
+        return DeviceError(
+            f"{self.job.device}: memory ran out in local module {error.module} ({names[span.start]} … "
+            f"{names[span.stop - 1]}): planned {format_bytes(planned)}, observed {format_bytes(observed)} ({what}); "
+            f"{advice}."
+        )
