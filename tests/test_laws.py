@@ -571,6 +571,7 @@ LAYERS = (
     ("planning",),
     ("learner",),
     ("budget",),
+    ("api",),
     ("training",),
     ("recipe",),
     ("build",),
@@ -644,6 +645,7 @@ def test_the_import_reader_sees_function_level_and_relative_imports() -> None:
 PUBLIC = [
     "Backbone",
     "BackboneError",
+    "BudgetError",
     "CheckpointError",
     "Contrastive",
     "DataError",
@@ -665,6 +667,8 @@ PUBLIC = [
     "__version__",
     "balance",
     "check_isolation",
+    "estimate",
+    "plan",
     "split",
 ]
 """What users may rely on. A change here is a change of the package's contract."""

@@ -10,9 +10,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from localgrad.api import estimate, plan
     from localgrad.backbone import Backbone, Layout, split
     from localgrad.errors import (
         BackboneError,
+        BudgetError,
         CheckpointError,
         DataError,
         DeviceError,
@@ -35,9 +37,11 @@ if TYPE_CHECKING:
     from localgrad.partition import Plan, balance
 
 _HOMES = {
+    "localgrad.api": ("estimate", "plan"),
     "localgrad.backbone": ("Backbone", "Layout", "split"),
     "localgrad.errors": (
         "BackboneError",
+        "BudgetError",
         "CheckpointError",
         "DataError",
         "DeviceError",
@@ -65,6 +69,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Backbone",
     "BackboneError",
+    "BudgetError",
     "CheckpointError",
     "Contrastive",
     "DataError",
@@ -86,6 +91,8 @@ __all__ = [
     "__version__",
     "balance",
     "check_isolation",
+    "estimate",
+    "plan",
     "split",
 ]
 

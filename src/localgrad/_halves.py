@@ -103,12 +103,13 @@ def whole_block(block: nn.Module) -> Piece:
     return Piece(block, None, per_image=False)
 
 
-def find_pieces(block: nn.Module, example: Tensor) -> list[Piece]:
+def find_pieces(block: nn.Module, example: Tensor, *, halves: bool = True) -> list[Piece]:
     """Cut a block at its residual additions.
 
     Args:
         block: one block of a backbone.
         example: features that enter it, [2 or more, ...].
+        halves: look for attention and MLP; otherwise only for how the block draws, so that it may run over chunks.
 
     Returns:
         Two or more pieces where the block's written form is known, else one: the whole block. The block and the random
@@ -116,10 +117,10 @@ def find_pieces(block: nn.Module, example: Tensor) -> list[Piece]:
     """
     if any(isinstance(module, _BatchNorm) for module in block.modules()):
         return [whole_block(block)]  # batch statistics: a half would see another batch than the block does
-    alike = signature(block), example.shape[1:], example.dtype, example.device.type
+    alike = signature(block), halves, example.shape[1:], example.dtype, example.device.type
     if alike not in _known_cuts:
         with torch.no_grad(), _random_state_kept(example.device):
-            _known_cuts[alike] = _find_cuts(block, example)
+            _known_cuts[alike] = _find_cuts(block, example, halves=halves)
     pieces: list[Piece] = []
     for step, (number, found) in zip(_steps(block), _known_cuts[alike], strict=True):
         cut = list(_candidates(step))[number]
@@ -140,13 +141,14 @@ _Cuts = list[tuple[int, list[_Found]]]  # for each step of a block: which candid
 _known_cuts: dict[Any, _Cuts] = {}  # blocks that are alike are cut alike: one proof for all blocks of a ViT
 
 
-def _find_cuts(block: nn.Module, example: Tensor) -> _Cuts:
+def _find_cuts(block: nn.Module, example: Tensor, *, halves: bool) -> _Cuts:
     # Weights as they come would prove nothing: a norm or a layer scale that starts at zero hides its whole branch.
     twin = _with_random_weights(copy.deepcopy(block))
     cuts: _Cuts = []
     for step in _steps(twin):
         candidates = list(_candidates(step))
-        tried = (n for n, pieces in enumerate(candidates[:-1]) if _same_results(step, pieces, example))
+        cuts_to_try = candidates[:-1] if halves else []
+        tried = (n for n, pieces in enumerate(cuts_to_try) if _same_results(step, pieces, example))
         number = next(tried, len(candidates) - 1)
         step.train()
         found = []

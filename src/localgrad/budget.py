@@ -304,6 +304,7 @@ def _rivals(task: Task, batch_size: int, base: int) -> list[dict[str, Any]]:
 RIVALS = {
     "end-to-end": Checkpointing(),
     "end-to-end, --checkpoint blocks": Checkpointing("blocks"),
+    "end-to-end, --checkpoint blocks/8": Checkpointing("blocks", 8),
     "end-to-end, --checkpoint halves/8": Checkpointing("halves", 8),
 }
 

@@ -108,6 +108,7 @@ class LocalLearner:
             "compile": compile,
         }
         self._executor: SequentialExecutor | None = None
+        self.optimizer_factory: OptimizerFactory | None = None
         self.num_steps = 0
 
     @property
@@ -138,6 +139,7 @@ class LocalLearner:
         Raises:
             RecipeError: a module has nothing to train.
         """
+        self.optimizer_factory = factory
         steps = [self.local_step(index, factory) for index in range(len(self.modules))]
         if self._offloader is not None:
             self._offloader.attach([step.optimizer for step in steps])
@@ -407,6 +409,7 @@ def estimate_step(
     """
     bare = copy.copy(learner)  # without its optimizers and compiled code, which a fake copy can't hold
     bare._executor, bare._settings = None, {**learner._settings, "compile": False}
+    bare.optimizer_factory = None
     bare._offloader, bare._device = None, None
     return simulate(
         bare,

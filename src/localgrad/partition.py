@@ -31,12 +31,13 @@ LEVELS = ("none", "blocks", "halves")
 class Checkpointing:
     """What one local module recomputes in its backward pass. Changes memory and time, never results.
 
-    As text: ``none``, ``blocks``, ``halves``, ``halves/8`` (over 8 chunks), ``halves/8:3`` (the first three blocks).
+    As text: ``none``, ``blocks``, ``halves``, ``blocks/8`` and ``halves/8`` (over 8 chunks of the batch),
+    ``halves/8:3`` (the first three blocks).
 
     Attributes:
         level: ``none``; ``blocks``: of a block only its input is kept; ``halves``: of a block its input and the
             features between attention and MLP, and only one of the two is recomputed at a time.
-        chunks: with ``halves``, the parts of the batch that each half runs over one after another.
+        chunks: the parts of the batch that each block or half runs over, one after another.
         first: how many blocks from the module's start on; ``None`` for all. Blocks near the start are the widest in
             hierarchical models, and their backward pass is last, when the activations of the others are gone.
     """
@@ -49,7 +50,7 @@ class Checkpointing:
         """Check the values, and that they go together."""
         if self.level not in LEVELS:
             raise PartitionError(f"checkpoint: unknown {self.level!r}; take none, blocks, halves, or halves/8.")
-        if self.chunks < 1 or (self.chunks > 1 and self.level != "halves"):
+        if self.chunks < 1 or (self.chunks > 1 and self.level == "none"):
             raise PartitionError(f"checkpoint: {self.chunks} chunks of {self.level!r}; write halves/8, for example.")
         if self.first is not None and (self.first < 1 or self.level == "none"):
             raise PartitionError(

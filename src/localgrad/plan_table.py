@@ -118,12 +118,13 @@ def _recomputed(ways: Sequence[str]) -> str:
 
 def print_batches(rows: Sequence[dict[str, Any]], console: Console) -> None:
     """Print the largest batch of every method."""
-    table = _table("method", "largest batch", "", "x time an image")
+    table = _table("method", "batch", "", "x time")
     most = max(row["batch_size"] for row in rows) or 1
     for row in rows:
         ratio = "" if row["time_ratio"] is None else f"{row['time_ratio']:.2f}"
         bar = Text("█" * round(WIDTH * row["batch_size"] / most), style="green")
         table.add_row(row["name"], str(row["batch_size"]), bar, ratio)
+    console.print("[bold]The largest batch that fits[/] (time for an image, x end-to-end training)")
     console.print(table)
 
 

@@ -131,6 +131,6 @@ def recompute(backbone: Backbone, index: int, how: Checkpointing) -> Recomputed:
         how: ``blocks`` or ``halves``.
     """
     block = backbone.blocks[index]
-    if how.level == "blocks":
+    if how.level == "blocks" and how.chunks == 1:
         return Recomputed([whole_block(block)])
-    return Recomputed(find_pieces(block, backbone.example(index)), how.chunks)
+    return Recomputed(find_pieces(block, backbone.example(index), halves=how.level == "halves"), how.chunks)

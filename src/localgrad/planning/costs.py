@@ -53,7 +53,7 @@ from localgrad.planning.planner import Choice
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
 
-WAYS = tuple(map(Checkpointing.parse, ("none", "blocks", "halves", "halves/2", "halves/4", "halves/8")))
+WAYS = tuple(map(Checkpointing.parse, ("none", "blocks", "blocks/8", "halves", "halves/2", "halves/4", "halves/8")))
 """The ways of checkpointing that are measured for every block, and that a planner chooses from."""
 
 
@@ -231,6 +231,8 @@ class _Measured(NamedTuple):
 
 
 Run = Callable[[Tensor], Tensor]
+Cuts = dict[str, list[Piece]]
+"""The pieces of a block by level of checkpointing."""
 Like = tuple[tuple[int, ...], torch.dtype]
 
 
@@ -312,15 +314,15 @@ class _Workshop:
         )
         return _Measured(cost, measured_shape, measured_dtype, keeps_input)
 
-    def way(self, block: nn.Module, pieces: Sequence[Piece], like: Like, how: Checkpointing) -> PartCost:
-        """Measure a block under a way of checkpointing, given its pieces."""
+    def way(self, block: nn.Module, pieces: Cuts, like: Like, how: Checkpointing) -> PartCost:
+        """Measure a block under a way of checkpointing, given its pieces by level."""
         weights = [weight for weight in block.parameters() if weight.requires_grad]
         if how.level == "none":
             run: Run = block
-        elif how.level == "blocks":
+        elif how == Checkpointing("blocks"):
             run = Recomputed([whole_block(block)])
         else:
-            return self._chunked(pieces, like, how.chunks)
+            return self._chunked(pieces[how.level], like, how.chunks)
         return self.measure(run, like, weights).cost
 
     def _chunked(self, pieces: Sequence[Piece], like: Like, chunks: int) -> PartCost:
@@ -659,7 +661,10 @@ def measure_costs(backbone: Backbone, objective: Objective, optimizer: Optimizer
         optimizer: makes a module's optimizer.
         settings: batch size, precision, accumulation, device.
     """
-    pieces = [find_pieces(block, backbone.example(index)) for index, block in enumerate(backbone.blocks)]
+    pieces = []
+    for index, block in enumerate(backbone.blocks):
+        example = backbone.example(index)
+        pieces.append({level: find_pieces(block, example, halves=level == "halves") for level in ("blocks", "halves")})
     with random_state_kept():
         fake_mode, (fake, fake_pieces) = fake_copy((backbone, pieces))
         fake.train()
@@ -667,7 +672,7 @@ def measure_costs(backbone: Backbone, objective: Objective, optimizer: Optimizer
 
 
 def _measure_all(
-    shop: _Workshop, backbone: Backbone, pieces: list[list[Piece]], training: tuple[Objective, OptimizerFactory]
+    shop: _Workshop, backbone: Backbone, pieces: list[Cuts], training: tuple[Objective, OptimizerFactory]
 ) -> Costs:
     settings, (objective, optimizer) = shop.settings, training
     size = settings.part_size

@@ -1,0 +1,147 @@
+"""``localgrad.plan`` and ``localgrad.estimate``: planning and estimating for people who write their own loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from localgrad._fake import without_initialization
+from localgrad.backbone import Backbone, outline
+from localgrad.budget import Task, plan_to_budget
+from localgrad.errors import RecipeError
+from localgrad.learner import LocalLearner, OptimizerFactory, default_input_size, estimate_step
+from localgrad.objectives.methods import FeatureReconstruction, Objective
+from localgrad.partition import Plan, Request
+from localgrad.planning.memory import MemoryProfile, simulate
+from localgrad.units import parse_bytes
+
+
+def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer that is planned for by default."""
+    return torch.optim.AdamW(parameters)
+
+
+def plan(
+    model: nn.Module | str,
+    *,
+    batch_size: int,
+    budget: int | str | None = None,
+    modules: Request | None = None,
+    objective: Objective | None = None,
+    optimizer: OptimizerFactory = adamw,
+    precision: str = "fp32",
+    input_size: tuple[int, int, int] | None = None,
+    device: str | None = None,
+    compile: bool = False,
+    ema_decay: float | None = None,
+    clip_grad: float | None = None,
+) -> Plan:
+    """Find the fastest way to train a model locally within a memory budget; nothing is run, no memory is used.
+
+    Args:
+        model: a timm model, or its name in timm.
+        batch_size: images an update.
+        budget: such as ``"6GiB"``, or bytes; by default no limit.
+        modules: only so many modules, ``"stages"``, or boundaries; any by default.
+        objective: as for ``LocalLearner``.
+        optimizer: as for ``LocalLearner.configure_optimizers``; AdamW by default.
+        precision: ``fp32``, ``bf16`` or ``fp16``.
+        input_size: (C, H, W); by default the model's own.
+        device: ``"cpu"`` or ``"cuda"``, which need not be there; by default where the model is.
+        compile: as for ``LocalLearner``.
+        ema_decay: as for ``LocalLearner``.
+        clip_grad: as for ``LocalLearner``.
+
+    Returns:
+        A plan with its forecast; train with ``LocalLearner(model, modules=plan, accumulation=plan.accumulation)``.
+
+    Raises:
+        BudgetError: no plan fits; the message says the least that does, and what to change.
+        BackboneError: the model can't be split.
+
+    Example:
+        >>> p = plan("vit_tiny_patch16_224", batch_size=64, budget="2GiB")  # doctest: +SKIP
+        >>> p.boundaries, p.forecast["peak_bytes"]  # doctest: +SKIP
+    """
+    if batch_size < 1:
+        raise RecipeError(f"batch_size must be at least 1, got {batch_size}.")
+    task = Task(
+        backbone=_outlined(model, input_size),
+        objective=objective or FeatureReconstruction(),
+        optimizer=optimizer,
+        precision=precision,
+        device=device or _kind(model),
+        compiled=compile,
+        ema_decay=ema_decay,
+        clip_grad=clip_grad,
+        modules=modules,
+    )
+    return plan_to_budget(task, batch_size, None if budget is None else parse_bytes(budget))
+
+
+def _outlined(model: nn.Module | str, input_size: tuple[int, int, int] | None) -> Backbone:
+    if isinstance(model, Backbone):
+        return model
+    if isinstance(model, str):
+        import timm
+
+        with without_initialization():
+            made: nn.Module = timm.create_model(model)
+    else:
+        made = model
+    return outline(made, input_size or default_input_size(made))
+
+
+def _kind(model: nn.Module | str) -> str:
+    return "cpu" if isinstance(model, str) or not next(model.parameters()).is_cuda else "cuda"
+
+
+def estimate(
+    step_or_learner: LocalLearner | Callable[..., object],
+    batch: int | Sequence[Tensor] | Mapping[str, Tensor],
+    *,
+    optimizer: OptimizerFactory | None = None,
+) -> MemoryProfile:
+    """Predict the peak memory of one training step, without running it and without the memory.
+
+    Args:
+        step_or_learner: a ``LocalLearner``; or any training step that is a method of an object which holds model and
+            optimizer (so that both can be copied), such as ``loop.step``.
+        batch: for a learner the number of images, or (images, labels). For a step its arguments: a sequence, or by
+            name; only shapes and dtypes are read, so tensors on the meta device will do.
+        optimizer: for a learner, the factory; by default the one that it was configured with, else AdamW.
+
+    Returns:
+        Peak bytes, by category and by local module, and the timeline of bytes alive.
+
+    Raises:
+        RecipeError: a step that is a plain function: the tensors that it uses can't be found.
+
+    Example:
+        >>> estimate(learner, 64).peak_bytes  # doctest: +SKIP
+        >>> estimate(loop.step, (images, labels)).by_category  # doctest: +SKIP
+    """
+    if isinstance(step_or_learner, LocalLearner):
+        if isinstance(batch, Mapping):
+            raise RecipeError("estimate: for a learner, batch is a number of images or (images, labels).")
+        size = batch if isinstance(batch, int) else len(batch[0])
+        return estimate_step(step_or_learner, size, optimizer or step_or_learner.optimizer_factory or adamw)
+    if getattr(step_or_learner, "__self__", None) is None:
+        raise RecipeError(
+            "estimate: the step must be a method of an object that holds model and optimizer, such as loop.step; "
+            f"the tensors of {step_or_learner!r} can't be found."
+        )
+    if isinstance(batch, int):
+        raise RecipeError("estimate: for a step, batch is the tensors it takes, such as (images, labels).")
+    named: dict[str, Tensor] = dict(batch) if isinstance(batch, Mapping) else {str(n): t for n, t in enumerate(batch)}
+    by_name = isinstance(batch, Mapping)
+
+    def step(copied: Callable[..., object], **inputs: Tensor) -> object:
+        return copied(**inputs) if by_name else copied(*inputs.values())
+
+    sizes: dict[str, Any] = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in named.items()}
+    on_cuda = any(tensor.is_cuda for tensor in named.values())
+    return simulate(step_or_learner, step, inputs=sizes, device="cuda" if on_cuda else "cpu")
