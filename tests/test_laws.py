@@ -570,10 +570,15 @@ LAYERS = (
     ("execution",),
     ("planning",),
     ("learner",),
+    ("measuring",),
+    ("contenders",),
+    ("comparing",),
+    ("plots",),
     ("training",),
     ("recipe",),
     ("build",),
     ("run",),
+    ("bench",),
     ("cli",),
     ("__main__",),
 )
@@ -652,6 +657,7 @@ PUBLIC = [
     "Layout",
     "LocalLearner",
     "LocalgradError",
+    "Measurement",
     "Objective",
     "PartitionError",
     "Plan",
@@ -661,6 +667,7 @@ PUBLIC = [
     "__version__",
     "balance",
     "check_isolation",
+    "measure",
     "split",
 ]
 """What users may rely on. A change here is a change of the package's contract."""
@@ -690,7 +697,7 @@ def test_cli_verbs_are_frozen() -> None:
     from localgrad.cli import app
 
     verbs = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
-    assert sorted(verbs) == ["evaluate", "predict", "train"]
+    assert sorted(verbs) == ["compare", "evaluate", "predict", "train"]
     assert not app.registered_groups
 
 

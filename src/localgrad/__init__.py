@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     )
     from localgrad.execution.sequential import StepResult
     from localgrad.learner import LocalLearner, check_isolation
+    from localgrad.measuring import Measurement, measure
     from localgrad.objectives.methods import (
         Contrastive,
         FeatureReconstruction,
@@ -50,6 +51,7 @@ _HOMES = {
     ),
     "localgrad.execution.sequential": ("StepResult",),
     "localgrad.learner": ("LocalLearner", "check_isolation"),
+    "localgrad.measuring": ("Measurement", "measure"),
     "localgrad.objectives.methods": (
         "Contrastive",
         "FeatureReconstruction",
@@ -77,6 +79,7 @@ __all__ = [
     "Layout",
     "LocalLearner",
     "LocalgradError",
+    "Measurement",
     "Objective",
     "PartitionError",
     "Plan",
@@ -86,6 +89,7 @@ __all__ = [
     "__version__",
     "balance",
     "check_isolation",
+    "measure",
     "split",
 ]
 
