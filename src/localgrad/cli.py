@@ -260,7 +260,7 @@ def predict(
 
 
 @app.command()
-def compare(
+def compare(  # noqa: PLR0917  # one parameter an option
     model: Annotated[str, typer.Option(help="timm's name of the model.")] = "swin_tiny_patch4_window7_224",
     img_size: Annotated[int | None, typer.Option(help="Side of the images in pixels.")] = None,
     num_classes: Annotated[int | None, typer.Option(help="Classes of the random labels; by default 1000.")] = None,

@@ -6,10 +6,10 @@ A method's time ratio is the median over repeats of its time to the plain loop's
 so that a slow minute of a shared machine weighs on both; the spread is the least and the greatest ratio.
 
 One model is trained by all of them in turn. While others run, a method's own tensors (optimizer state, auxiliary nets)
-are parked in host memory, and batches lie there too: so on CUDA the device holds in every turn what it would hold if that
-method were alone, and ``max_memory_allocated`` needs no correction. The step gets a batch that it may give away, as
-from the data path. On a processor nothing is parked, since only what the method itself holds and allocates is counted
-(``measuring.py``).
+are parked in host memory, and batches lie there too: so on CUDA the device holds in every turn what it would hold if
+that method were alone, and ``max_memory_allocated`` needs no correction. The step gets a batch that it may give away,
+as from the data path. On a processor nothing is parked, since only what the method itself holds and allocates is
+counted (``measuring.py``).
 
 A method that fails (out of memory, a compiler's error) leaves its row with the reason; the others go on.
 """
@@ -185,7 +185,7 @@ def compare(
                 profiles[method.name] = profile
                 row.estimated_peak_bytes = profile.peak_bytes
     if not estimate_only:
-        _run(stage, methods, rows, LocalBatch(images, labels), repeats, warmup, say, clock)
+        _run(stage, methods, rows, LocalBatch(images, labels), repeats=repeats, warmup=warmup, say=say, clock=clock)
     summarise(rows, stage.batch_size)
     told = [name for name in _told(rows) if name in profiles]
     timelines = {name: envelope(profiles[name].timeline, TIMELINE_BINS) for name in told}
@@ -210,6 +210,7 @@ def _run(
     methods: Sequence[Method],
     rows: Sequence[Row],
     kept: LocalBatch,
+    *,
     repeats: int,
     warmup: int,
     say: Callable[[str], None],

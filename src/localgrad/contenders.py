@@ -4,8 +4,8 @@ A ``Method`` is a small description. On a ``Stage`` (one split model, one optimi
 estimate of its step's memory, and a ``Runner`` of the step itself. All of them train the same model's weights in turn:
 neither times nor bytes depend on values. Auxiliary nets and optimizer state are each runner's own.
 
-The plain loop knows nothing of localgrad. timm's activation checkpointing is a flag on the shared model, so it is set for
-the step and taken back.
+The plain loop knows nothing of localgrad. timm's activation checkpointing is a flag on the shared model, so it is set
+for the step and taken back.
 """
 
 from __future__ import annotations

@@ -278,4 +278,4 @@ def _save(figure: Figure, path: Path) -> None:
     import matplotlib
 
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "localgrad"}):  # letters stay letters
-        figure.savefig(path, format=path.suffix.lower()[1:])
+        figure.savefig(path, format=path.suffix.lower()[1:], bbox_inches="tight", pad_inches=0.15)
