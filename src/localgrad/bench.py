@@ -370,6 +370,8 @@ def notes_of(comparison: Comparison) -> list[str]:
         notes.append("* no other method of its precision is as fast and as small; ratios are to end-to-end.")
     if any(row.compile for row in rows):
         notes.append("compiled methods have no estimate: the compiler decides what is kept.")
+    if comparison.about.get("is_interrupted"):
+        notes.append("interrupted: what had been measured by then.")
     notes += [f"{number} {row.name}: {row.error}" for number, row in enumerate(rows, 1) if row.error is not None]
     return notes
 

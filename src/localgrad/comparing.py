@@ -127,7 +127,7 @@ class Comparison:
                 raise RecipeError(f"comparison: format {values['format']}, but this version reads {FORMAT}.")
             return cls(
                 about=values["about"],
-                rows=[Row(**{name: _tupled(value) for name, value in row.items()}) for row in values["rows"]],
+                rows=[Row(**{name: _restored(name, value) for name, value in row.items()}) for row in values["rows"]],
                 timelines={
                     name: [(float(x), int(y)) for x, y in points] for name, points in values["timelines"].items()
                 },
@@ -138,9 +138,8 @@ class Comparison:
             raise RecipeError(f"comparison: this is not the JSON of a comparison ({error!r}).") from error
 
 
-def _tupled(value: Any) -> Any:
-    is_range = isinstance(value, list) and len(value) == 2 and all(isinstance(item, float) for item in value)
-    return tuple(value) if is_range else value
+def _restored(name: str, value: Any) -> Any:
+    return tuple(value) if name.endswith("_range") and value is not None else value
 
 
 def compare(
@@ -170,6 +169,7 @@ def compare(
         report: called once a turn.
         clock: in seconds.
     """
+    assert len(images) == stage.batch_size, "estimates are for the batch that is run"
     rows = [_row(method) for method in methods]
     profiles: dict[str, MemoryProfile] = {}
     turns = len(methods) * (1 if estimate_only else 2 + repeats)
@@ -184,12 +184,17 @@ def compare(
             if profile is not None:
                 profiles[method.name] = profile
                 row.estimated_peak_bytes = profile.peak_bytes
+    is_interrupted = False
     if not estimate_only:
-        _run(stage, methods, rows, LocalBatch(images, labels), repeats=repeats, warmup=warmup, say=say, clock=clock)
+        kept = LocalBatch(images, labels)
+        try:
+            _run(stage, methods, rows, kept, repeats=repeats, warmup=warmup, say=say, clock=clock)
+        except KeyboardInterrupt:  # hours of work may be behind it: what was measured is told
+            is_interrupted = True
     summarise(rows, stage.batch_size)
     told = [name for name in _told(rows) if name in profiles]
     timelines = {name: envelope(profiles[name].timeline, TIMELINE_BINS) for name in told}
-    return Comparison(about=dict(about or {}), rows=rows, timelines=timelines)
+    return Comparison(about={**(about or {}), "is_interrupted": is_interrupted}, rows=rows, timelines=timelines)
 
 
 def _row(method: Method) -> Row:
