@@ -255,7 +255,8 @@ def test_rows_that_are_asked_for() -> None:
         precisions=("fp32", "bf16"), compile=True, budgets=(0.5, 0.2), plans=[("plan mine", plan)],
     )  # fmt: skip
     names = [method.name for method in methods]
-    assert len(set(names)) == len(names) == 2 * (11 + 13)
+    assert len(set(names)) == len(names) == 2 * (11 + 12)
+    assert not any("halves" in name and "compiled" in name for name in names)
     assert "blocks 1|3, greedy, bf16" in names  # once: greedy has no decoder
     assert "stages, image, conv, compiled" in names
     assert "end-to-end, budget 0.2, bf16, compiled" in names

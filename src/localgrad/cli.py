@@ -282,7 +282,7 @@ def compare(  # noqa: PLR0917  # one parameter an option
     checkpoint: Annotated[
         str, typer.Option(help="Recompute inside local modules: none,blocks,halves,halves/8.")
     ] = "none,halves/8",
-    compile_: Annotated[bool, typer.Option("--compile", help="Every method compiled as well.")] = False,
+    compile_: Annotated[bool, typer.Option("--compile", help="Compiled methods as well (none in chunks).")] = False,
     memory_budget: Annotated[
         str, typer.Option(help="With --compile: shares of activations that torch may keep, such as 0.5,0.3.")
     ] = "0.5",

@@ -315,7 +315,7 @@ def default_methods(
         decoders: auxiliary decoders.
         checkpoints: inside modules.
         precisions: all methods in each.
-        compile: everything a second time, compiled; and the plain loop at ``budgets``.
+        compile: everything a second time, compiled, but for checkpointing in chunks; and the plain loop at ``budgets``.
         budgets: shares of the activations that compiled plain loops may keep.
         plans: (title, plan), each trained on the first objective and decoder.
     """
@@ -327,13 +327,16 @@ def default_methods(
             found += [PlainLoop(**common), PlainLoop(checkpoint=True, **common)]
             if compiled:
                 found += [PlainLoop(budget=budget, **common) for budget in budgets]
-            found += [Local(modules=1, **common), Local(modules=1, checkpoint="halves/8", **common)]
+            # Chunks are written out one by one in a compiled graph, which then takes many minutes to compile.
+            hows = [how for how in checkpoints if not (compiled and Checkpointing.parse(how).chunks > 1)]
+            found += [Local(modules=1, **common)]
+            found += [] if compiled else [Local(modules=1, checkpoint="halves/8", **common)]
             found += [
                 Local(modules=choice, objective=name, decoder=_decoder(name, decoder), checkpoint=how, **common)
                 for choice in modules
                 for name in objectives or (first,)
                 for decoder in decoders
-                for how in checkpoints
+                for how in hows
             ]
             if objectives is None:
                 others = {name: _decoder(name, decoders[0]) for name in ("image", "greedy")}
