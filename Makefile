@@ -28,7 +28,7 @@ format: $(VENV)/installed-dev  ## mend format and what the linter can mend
 	$(BIN)/ruff format src tests benchmarks
 
 bench: $(VENV)/installed  ## step time and peak memory of all methods, interleaved, as ratios
-	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736 $(BIN)/python benchmarks/methods.py $(ARGS)
+	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736 $(BIN)/localgrad compare $(ARGS)
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

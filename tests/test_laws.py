@@ -572,6 +572,10 @@ LAYERS = (
     ("learner",),
     ("budget",),
     ("api",),
+    ("measuring",),
+    ("contenders",),
+    ("comparing",),
+    ("plots",),
     ("training",),
     ("recipe",),
     ("build",),
@@ -579,6 +583,7 @@ LAYERS = (
     ("plan_table",),
     ("replanning",),
     ("run",),
+    ("bench",),
     ("cli",),
     ("__main__",),
 )
@@ -658,6 +663,7 @@ PUBLIC = [
     "Layout",
     "LocalLearner",
     "LocalgradError",
+    "Measurement",
     "Objective",
     "PartitionError",
     "Plan",
@@ -668,6 +674,7 @@ PUBLIC = [
     "balance",
     "check_isolation",
     "estimate",
+    "measure",
     "plan",
     "split",
 ]
@@ -698,7 +705,7 @@ def test_cli_verbs_are_frozen() -> None:
     from localgrad.cli import app
 
     verbs = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
-    assert sorted(verbs) == ["evaluate", "plan", "predict", "train"]
+    assert sorted(verbs) == ["compare", "evaluate", "plan", "predict", "train"]
     assert not app.registered_groups
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     )
     from localgrad.execution.sequential import StepResult
     from localgrad.learner import LocalLearner, check_isolation
+    from localgrad.measuring import Measurement, measure
     from localgrad.objectives.methods import (
         Contrastive,
         FeatureReconstruction,
@@ -54,6 +55,7 @@ _HOMES = {
     ),
     "localgrad.execution.sequential": ("StepResult",),
     "localgrad.learner": ("LocalLearner", "check_isolation"),
+    "localgrad.measuring": ("Measurement", "measure"),
     "localgrad.objectives.methods": (
         "Contrastive",
         "FeatureReconstruction",
@@ -82,6 +84,7 @@ __all__ = [
     "Layout",
     "LocalLearner",
     "LocalgradError",
+    "Measurement",
     "Objective",
     "PartitionError",
     "Plan",
@@ -92,6 +95,7 @@ __all__ = [
     "balance",
     "check_isolation",
     "estimate",
+    "measure",
     "plan",
     "split",
 ]

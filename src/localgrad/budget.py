@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from localgrad._halves import signature
 from localgrad.backbone import Backbone
@@ -286,9 +287,15 @@ def _confirmed(task: Task, search: Search, solution: Solution | None, batch_size
         "modules": modules,
         "peak_module": max(range(len(modules)), key=lambda index: modules[index]["peak_bytes"]),
         "rivals": _rivals(task, batch_size, base),
-        "notes": list(task.margin.reasons),
+        "notes": [*task.margin.reasons, *_notes(task, plan)],
     }
     return replace(plan, forecast=forecast)
+
+
+def _notes(task: Task, plan: Plan) -> list[str]:
+    if plan.accumulation > 1 and any(isinstance(module, _BatchNorm) for module in task.backbone.modules()):
+        return ["batch norms see a part of the batch at a time, so accumulation changes results here"]
+    return []
 
 
 def _rivals(task: Task, batch_size: int, base: int) -> list[dict[str, Any]]:

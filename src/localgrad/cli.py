@@ -1,4 +1,4 @@
-"""The command line: ``localgrad train | plan | evaluate | predict``.
+"""The command line: ``localgrad train | plan | compare | evaluate | predict``.
 
 It turns options into a recipe and calls ``localgrad.run``; torch is imported only inside a verb. Every mistake that
 a user can make ends in one line on standard error and exit status 2. An interrupted run is saved and exits with 128
@@ -8,6 +8,7 @@ plus the signal's number, as shells do.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shlex
 import sys
@@ -400,6 +401,93 @@ def predict(
     for prediction in run.predict(run_folder, images, top=top, device=device):
         classes = "  ".join(f"{name} {share:.1%}" for name, share in prediction.classes)
         typer.echo(f"{prediction.path}  {classes}")
+
+
+@app.command()
+def compare(  # noqa: PLR0917  # one parameter an option
+    model: Annotated[str, typer.Option(help="timm's name of the model.")] = "swin_tiny_patch4_window7_224",
+    img_size: Annotated[int | None, typer.Option(help="Side of the images in pixels.")] = None,
+    num_classes: Annotated[int | None, typer.Option(help="Classes of the random labels; by default 1000.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 64,
+    data: Annotated[str | None, typer.Option(help="A data set, as for train; by default random images.")] = None,
+    root: Annotated[Path | None, typer.Option(help="Where torchvision's data sets lie.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
+    optimizer: Annotated[str, typer.Option(help="timm's name of the optimizer.")] = "adamw",
+    precision: Annotated[str, typer.Option(help="fp32, bf16, or both: fp32,bf16.")] = "fp32",
+    modules: Annotated[
+        list[str] | None,
+        typer.Option(help="Choices: 2,4,stages. Given repeatedly, each as for train: --modules 4 --modules 2,5,9."),
+    ] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(help="feature,image,greedy,contrastive; by default feature, and image and greedy once each."),
+    ] = None,
+    decoder: Annotated[str, typer.Option(help="linear,conv,transformer.")] = "linear",
+    checkpoint: Annotated[
+        str, typer.Option(help="Recompute inside local modules: none,blocks,halves,halves/8.")
+    ] = "none,halves/8",
+    compile_: Annotated[bool, typer.Option("--compile", help="Compiled methods as well (none in chunks).")] = False,
+    memory_budget: Annotated[
+        str, typer.Option(help="With --compile: shares of activations that torch may keep, such as 0.5,0.3.")
+    ] = "0.5",
+    plan: Annotated[list[Path] | None, typer.Option(help="A plan's JSON file; may be repeated.")] = None,
+    repeats: Annotated[int, typer.Option(help="Timed turns of each method.")] = 3,
+    warmup: Annotated[int, typer.Option(help="Steps of each method before it is measured.")] = 1,
+    estimate_only: Annotated[bool, typer.Option("--estimate-only", help="Estimate peaks, run nothing.")] = False,
+    json_: Annotated[Path | None, typer.Option("--json", help="Write everything to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw peak against step time: .png or .svg.")] = None,
+    timeline: Annotated[Path | None, typer.Option(help="Draw memory over one step: .png or .svg.")] = None,
+) -> None:
+    """Peak memory and step time of end-to-end training, its rivals and local modules, side by side."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler would talk; read when torch is imported
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from localgrad import bench
+
+    settings = bench.Settings(
+        model=model,
+        img_size=img_size,
+        num_classes=num_classes,
+        batch_size=batch_size,
+        data=data,
+        root=root,
+        device=device,
+        optimizer=optimizer,
+        precision=precision,
+        modules=tuple(modules or ("2,4",)),
+        objective=objective,
+        decoder=decoder,
+        checkpoint=checkpoint,
+        compile=compile_,
+        budget=memory_budget,
+        plans=tuple(plan or ()),
+        repeats=repeats,
+        warmup=warmup,
+        estimate_only=estimate_only,
+        json=json_,
+        plot=plot,
+        timeline=timeline,
+    )
+    columns = BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("building the model", total=None)
+        turn = itertools.count()
+        comparison = bench.run(
+            settings,
+            lambda text, turns: progress.update(task, description=text, completed=next(turn), total=turns),
+        )
+    console = Console()
+    table = bench.table_of(comparison)
+    needed = console.measure(table, options=console.options.update(max_width=1000)).maximum
+    if console.width < needed:  # a terminal wraps lines, but figures that are cut are lost
+        console = Console(width=needed)
+    console.print(bench.head_of(comparison), highlight=False, soft_wrap=True)
+    console.print()
+    console.print(table)
+    console.print()
+    for note in bench.notes_of(comparison):
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
 
 
 def parse_modules(text: str) -> int | str | list[int]:

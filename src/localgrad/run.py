@@ -398,8 +398,8 @@ def _finish(job: Job, trainer: Trainer, peaks: dict[str, int]) -> dict[str, Any]
         "seed": job.recipe.method.seed,
         "plan": json.loads(job.learner.plan.to_json()),
         "num_skipped": job.data.info.num_skipped,
-        "device": _device_name(job.device),
-        "versions": _versions(),
+        "device": device_name(job.device),
+        "versions": versions(),
         "folder": str(trainer.folder.path),
     }
     trainer.folder.write_json("summary.json", summary)
@@ -428,12 +428,14 @@ def _measured_peak(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """What ran: Python and the packages that results may depend on."""
     names = ("localgrad", "torch", "timm", "torchvision", "numpy")
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """What a person calls the device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} processor, {torch.get_num_threads()} threads"

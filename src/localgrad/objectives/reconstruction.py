@@ -39,4 +39,5 @@ class Reconstruction(Term):
         target = self.decoder.target.to_grid(source)
         if self.normalise:
             target = F.layer_norm(target, target.shape[-1:])
-        return TermValue(F.mse_loss(self.decoder(outputs).float(), target.float()))
+        error = F.mse_loss(self.decoder(outputs).float(), target.float())
+        return TermValue(error.clone())  # torch's scalar keeps a storage of the target's size, for as long as it lives
