@@ -39,4 +39,6 @@ class Reconstruction(Term):
         target = self.decoder.target.to_grid(source)
         if self.normalise:
             target = F.layer_norm(target, target.shape[-1:])
-        return TermValue(F.mse_loss(self.decoder(outputs).float(), target.float()))
+        # PyTorch returns the mean at the beginning of a storage that held every element's error, and that would live
+        # as long as the figure does: to the end of the step.
+        return TermValue(F.mse_loss(self.decoder(outputs).float(), target.float()).clone())
