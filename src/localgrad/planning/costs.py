@@ -277,6 +277,7 @@ class _Workshop:
         *,
         present: bool = False,
         needs_gradient: bool = True,
+        accumulates: bool | None = None,
     ) -> _Measured:
         """Run a part forward and backward.
 
@@ -286,11 +287,16 @@ class _Workshop:
             weights: parameters whose gradients it makes.
             present: its input is there before and after, and isn't counted.
             needs_gradient: whether its input does.
+            accumulates: its gradients are added to those of earlier parts of the batch, each as soon as it is there; by
+                default as the settings say.
         """
         shape, dtype = like
         meter = _Meter(self.rounding, RATES[self.settings.device])
         with self.fake_mode, meter, autocast_of(self.settings.device), torch.enable_grad():
             held = self._input(shape, dtype, needs_gradient=needs_gradient) if present else None
+            if self.settings.accumulation > 1 if accumulates is None else accumulates:
+                for weight in weights:
+                    weight.grad = torch.empty_like(weight)
             meter.begin()
             meter.seconds = 0.0
             inputs = held if held is not None else self._input(shape, dtype, needs_gradient=needs_gradient)
@@ -368,7 +374,8 @@ class _Workshop:
         def measured(size: int) -> _Measured:
             run, like = partial(checkpointed, piece.branch), ((size, *rest), dtype)
             key = "chunk", mark, like
-            found: _Measured = self.once(key, lambda: self.measure(run, like, _weights_of(piece), present=True))
+            measure = partial(self.measure, run, like, _weights_of(piece), present=True, accumulates=False)
+            found: _Measured = self.once(key, measure)
             return found
 
         if whole < 16:  # a chunk of one image may run otherwise than one of many: its reshapes are views

@@ -423,14 +423,15 @@ class CudaAutocast(TorchFunctionMode):
     Source: "Autocast Op Reference", pytorch.org/docs/stable/amp.html.
     """
 
-    IN_FLOAT32 = frozenset(
+    IN_FLOAT32 = (
         "layer_norm group_norm softmax log_softmax softmin softplus logsumexp sum prod cumsum cumprod norm normalize "
         "cosine_similarity cdist dist renorm pow __pow__ __rpow__ exp expm1 log log2 log10 log1p rsqrt reciprocal tan "
         "sinh cosh acos asin erfinv mse_loss l1_loss smooth_l1_loss huber_loss nll_loss cross_entropy kl_div "
         "binary_cross_entropy_with_logits soft_margin_loss multi_margin_loss multilabel_margin_loss "
-        "margin_ranking_loss triplet_margin_loss cosine_embedding_loss hinge_embedding_loss poisson_nll_loss".split()
+        "margin_ranking_loss triplet_margin_loss cosine_embedding_loss hinge_embedding_loss poisson_nll_loss"
     )
     """Names of functions and methods. Those made of others stand here too: what they call isn't seen."""
+    _in_float32 = frozenset(IN_FLOAT32.split())
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -445,10 +446,14 @@ class CudaAutocast(TorchFunctionMode):
                     args[0], kwargs.get("gradient"), retain_graph=retain_graph, create_graph=create_graph
                 )
             return None
-        if getattr(func, "__name__", "") in self.IN_FLOAT32 and torch.is_autocast_enabled("cpu"):
-            if not (_active and _active[-1].is_in_operator):
-                args = tuple(_in_float32(value) for value in args)
-                kwargs = {key: _in_float32(value) for key, value in kwargs.items()}
+        is_kernels_own = bool(_active) and _active[-1].is_in_operator
+        if (
+            getattr(func, "__name__", "") in self._in_float32
+            and torch.is_autocast_enabled("cpu")
+            and not is_kernels_own
+        ):
+            args = tuple(_in_float32(value) for value in args)
+            kwargs = {key: _in_float32(value) for key, value in kwargs.items()}
         return func(*args, **kwargs)
 
 
@@ -575,9 +580,7 @@ def simulate(
     with random_state_kept():
         fake_mode, fake_learner, memo = fake_copy_with_memo(learner)
         reached = [copied for _, copied in memo]
-        if device == "cuda":
-            choose_foreach(reached)
-        with fake_mode, autocast_of(device):
+        with fake_mode, autocast_of(device), _foreach_of(device):
             batch = {name: torch.empty(tuple(shape), dtype=dtype) for name, (shape, dtype) in inputs.items()}
             return track(
                 lambda: step(fake_learner, **batch),
@@ -586,6 +589,19 @@ def simulate(
                 rounding=CUDA_ROUNDING if device == "cuda" else 1,
                 host=None if host is None else lambda: host(fake_learner),
             )
+
+
+@contextlib.contextmanager
+def _foreach_of(device: str) -> Iterator[None]:
+    """Let optimizers loop as they do on ``device``, those too that are made in the first step."""
+    if device != "cuda":
+        yield
+        return
+    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: choose_foreach([optimizer]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _known_categories(reached: Iterable[object], batch: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
