@@ -399,7 +399,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         reduction = args[2] if len(args) > 2 else kwargs.get("reduction", 1)
         if reduction == 0 or loss.untyped_storage()._cdata in self._alive:
             return
-        whole = torch.broadcast_shapes(args[0].shape, args[1].shape).numel() * loss.element_size()
+        whole = torch.broadcast_shapes(args[0].shape, args[1].shape).numel() * loss.element_size()  # type: ignore[no-untyped-call]
         storage = loss.untyped_storage()
         if storage.nbytes() < whole:
             storage.resize_(whole)
