@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch._subclasses.fake_tensor import unset_fake_temporarily as real_tensors
+from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -36,6 +37,8 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "TorchDispatchMode",
+    "TorchFunctionMode",
+    "backward_under_modes",
     "fake_copy",
     "fake_copy_with_memo",
     "random_state_kept",
@@ -106,6 +109,17 @@ def _has_a_value_to_keep(tensor: Tensor) -> bool:
         and tensor.device.type == "cpu"
         and not tensor.requires_grad
         and tensor.untyped_storage().nbytes() == tensor.element_size()
+    )
+
+
+def backward_under_modes(tensor: Tensor, gradient: Tensor | None, *, retain_graph: bool, create_graph: bool) -> None:
+    """``tensor.backward(gradient)`` that function modes don't see, so that they stay on for what is recomputed.
+
+    A mode is off while it handles a call, and PyTorch has no public way to run a backward pass that is none.
+    """
+    start = torch.ones_like(tensor) if gradient is None else gradient
+    _engine_run_backward(
+        (tensor,), (start,), retain_graph, create_graph, (), allow_unreachable=True, accumulate_grad=True
     )
 
 

@@ -41,14 +41,14 @@ from torch.optim import Optimizer
 from torch.utils.flop_counter import flop_registry
 
 from localgrad._fake import FakeTensorMode, fake_copy, random_state_kept
-from localgrad._halves import Piece, find_pieces, signature, whole_block
+from localgrad._halves import Branch, Piece, find_pieces, signature, whole_block
 from localgrad.backbone import Backbone, Layout
 from localgrad.execution.checkpointing import Recomputed, checkpointed
 from localgrad.execution.local_step import autocast
 from localgrad.objectives.base import LocalBatch, LocalObjective, Site
 from localgrad.objectives.methods import Objective
 from localgrad.partition import Checkpointing
-from localgrad.planning.memory import CUDA_ROUNDING, Tracker, choose_foreach
+from localgrad.planning.memory import CUDA_ROUNDING, Tracker, autocast_of, choose_foreach, rounded, without_collector
 from localgrad.planning.planner import Choice
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
@@ -253,6 +253,18 @@ class _Workshop:
             self.known[key] = measure()
         return self.known[key]
 
+    def nbytes(self, *tensors: Tensor) -> int:
+        """Bytes that the device's allocator gives for tensors."""
+        return sum(rounded(_nbytes(tensor), self.rounding) for tensor in tensors)
+
+    def nbytes_of(self, like: Like) -> int:
+        """The same for a tensor that is told by its shape and type."""
+        return rounded(math.prod(like[0]) * like[1].itemsize, self.rounding)
+
+    def static_bytes(self, module: nn.Module) -> int:
+        """The same for a module's parameters and buffers."""
+        return self.nbytes(*module.parameters(), *module.buffers())
+
     def _input(self, shape: Sequence[int], dtype: torch.dtype, *, needs_gradient: bool) -> Tensor:
         if not needs_gradient:
             return torch.empty(tuple(shape), dtype=dtype)
@@ -267,6 +279,7 @@ class _Workshop:
         *,
         present: bool = False,
         needs_gradient: bool = True,
+        accumulates: bool | None = None,
     ) -> _Measured:
         """Run a part forward and backward.
 
@@ -276,11 +289,16 @@ class _Workshop:
             weights: parameters whose gradients it makes.
             present: its input is there before and after, and isn't counted.
             needs_gradient: whether its input does.
+            accumulates: its gradients are added to those of earlier parts of the batch, each as soon as it is there; by
+                default as the settings say.
         """
         shape, dtype = like
         meter = _Meter(self.rounding, RATES[self.settings.device])
-        with self.fake_mode, meter, torch.enable_grad():
+        with self.fake_mode, meter, autocast_of(self.settings.device), torch.enable_grad():
             held = self._input(shape, dtype, needs_gradient=needs_gradient) if present else None
+            if self.settings.accumulation > 1 if accumulates is None else accumulates:
+                for weight in weights:
+                    weight.grad = torch.empty_like(weight)
             meter.begin()
             meter.seconds = 0.0
             inputs = held if held is not None else self._input(shape, dtype, needs_gradient=needs_gradient)
@@ -291,14 +309,14 @@ class _Workshop:
                 in_autocast = meter.alive_bytes
             keeps_input = entered() is not None
             kept, forward, forward_seconds = meter.alive_bytes, meter.take_peak(), meter.seconds
-            nbytes = _nbytes(output)
+            nbytes = self.nbytes(output)
             measured_shape, measured_dtype = tuple(output.shape), output.dtype
             end = _Sink.apply(output)
             del output
             meter.take_peak()
             end.backward()
             backward = meter.take_peak()
-            gradients = sum(_nbytes(weight.grad) for weight in weights if weight.grad is not None)
+            gradients = sum(self.nbytes(weight.grad) for weight in weights if weight.grad is not None)
             for weight in weights:
                 weight.grad = None
             del held
@@ -351,33 +369,61 @@ class _Workshop:
         )
 
     def _chunk(self, piece: Piece, like: Like, whole: int) -> _Measured:
-        """One chunk of a branch; measured at a half and an eighth of the batch: every tensor grows evenly with it."""
+        """One chunk of a branch; measured at all and an eighth of the batch: every tensor grows evenly with it."""
         (size, *rest), dtype = like
+        mark = _mark_of(piece)
 
         def measured(size: int) -> _Measured:
             run, like = partial(checkpointed, piece.branch), ((size, *rest), dtype)
-            key = "chunk", id(piece), size, dtype
-            found: _Measured = self.once(key, lambda: self.measure(run, like, _weights_of(piece), present=True))
+            key = "chunk", mark, like
+            measure = partial(self.measure, run, like, _weights_of(piece), present=True, accumulates=False)
+            found: _Measured = self.once(key, measure)
             return found
 
-        small, large = measured(math.ceil(whole / 8)), measured(math.ceil(whole / 2))
-        if small.shape == large.shape:
-            return small
-        if size == small.shape[0]:
-            return small
+        if whole < 16:  # a chunk of one image may run otherwise than one of many: its reshapes are views
+            return measured(size)
+        small, large = measured(math.ceil(whole / 8)), measured(whole)
+        if size in (small.shape[0], whole):
+            return small if size == small.shape[0] else large
         share = (size - small.shape[0]) / (large.shape[0] - small.shape[0])
         between = (round(a + (b - a) * share) for a, b in zip(small.cost, large.cost, strict=True))
         return _Measured(PartCost(*between), (size, *small.shape[1:]), small.dtype, small.keeps_input)
 
     def update(self, weights: Sequence[nn.Parameter], factory: OptimizerFactory) -> UpdateCost:
         """Measure an optimizer over some weights, each shape once and by itself."""
-        found = []
-        for weight in weights:
-            key = "update", weight.shape, weight.dtype
-            found.append(self.once(key, partial(self.updated_together, [weight], factory)))
-        temporary = [cost.temporary for cost in found]
-        whole = sum(temporary) if self.settings.device == "cuda" else max(temporary, default=0)
-        return UpdateCost(sum(cost.state for cost in found), whole)
+        if not weights:
+            return UpdateCost(0, 0)
+        ordered = [weight for group in factory(list(weights)).param_groups for weight in group["params"]]
+        found = [self._updated([weight], factory) for weight in ordered]
+        state, temporary = sum(cost.state for cost in found), [cost.temporary for cost in found]
+        if self.temporaries_add(ordered, factory):
+            return UpdateCost(state, sum(temporary))
+        # A loop holds the last weight's results until it has the next one's. As blocks follow on blocks, the last
+        # weight comes before the first.
+        before = [self._left_over(weight, factory) for weight in (*ordered[-1:], *ordered[:-1])]
+        return UpdateCost(state, max(map(sum, zip(before, temporary, strict=True))))
+
+    def temporaries_add(self, weights: Sequence[nn.Parameter], factory: OptimizerFactory) -> bool:
+        """Whether the optimizer works on all weights at once (``foreach``), and not on one after another."""
+
+        def measured() -> bool:
+            largest = max(weights, key=Tensor.numel)
+            one, two, three = (self._updated([largest] * count, factory).temporary for count in (1, 2, 3))
+            return three - two > one / 2
+
+        adds: bool = self.once("temporaries add", measured)
+        return adds
+
+    def _left_over(self, weight: nn.Parameter, factory: OptimizerFactory) -> int:
+        """Bytes of temporaries that a loop over weights still holds when it is at the next one."""
+        if weight.ndim < 2:
+            return 0
+        return self._updated([weight] * 2, factory).temporary - self._updated([weight], factory).temporary
+
+    def _updated(self, weights: Sequence[nn.Parameter], factory: OptimizerFactory) -> UpdateCost:
+        key = "update", len(weights), weights[0].shape, weights[0].dtype
+        cost: UpdateCost = self.once(key, partial(self.updated_together, weights, factory))
+        return cost
 
     def updated_together(self, weights: Sequence[nn.Parameter], factory: OptimizerFactory) -> UpdateCost:
         """Measure an optimizer alone over some weights, in its second step."""
@@ -389,12 +435,12 @@ class _Workshop:
             optimizer = factory(copies)
             if self.settings.device == "cuda":
                 choose_foreach([optimizer])
+            optimizer.step()
             meter.begin()
             optimizer.step()
-            state = meter.alive_bytes
-            meter.take_peak()
-            optimizer.step()
             temporary = meter.take_peak() - meter.alive_bytes
+            values = [value for state in optimizer.state.values() for value in state.values()]
+            state = self.nbytes(*(value for value in values if isinstance(value, Tensor)))
         return UpdateCost(state, temporary)
 
 
@@ -408,15 +454,28 @@ def _leading(cost: PartCost, entered: int, kept: int) -> PartCost:
     )
 
 
-def _nbytes_of(like: Like) -> int:
-    return math.prod(like[0]) * like[1].itemsize
-
-
 class UpdateCost(NamedTuple):
     """Bytes of an optimizer's state over some weights, and of its temporaries in a step."""
 
     state: int
     temporary: int
+
+
+def _mark_of(piece: Piece) -> object:
+    """The same for pieces that cost the same: the MLPs of a stage, say, however their blocks' attention differs."""
+    branch = piece.branch
+    if not (isinstance(branch, Branch) and isinstance(branch.inner, nn.Module)) or branch.recomputed or branch.scale:
+        return id(piece)
+    calls = [
+        [signature(call) if isinstance(call, nn.Module) else getattr(call, "__name__", "") for call in _calls_in(part)]
+        for part in (branch.before, branch.inner, branch.after)
+    ]
+    return repr((calls, branch.args, branch.kwargs))
+
+
+def _calls_in(part: Callable[[Tensor], Tensor]) -> Sequence[Callable[[Tensor], Tensor]]:
+    calls: Sequence[Callable[[Tensor], Tensor]] = getattr(part, "calls", [part])
+    return calls
 
 
 def _weights_of(piece: Piece) -> list[Tensor]:
@@ -668,7 +727,8 @@ def measure_costs(backbone: Backbone, objective: Objective, optimizer: Optimizer
     with random_state_kept():
         fake_mode, (fake, fake_pieces) = fake_copy((backbone, pieces))
         fake.train()
-        return _measure_all(_Workshop(fake_mode, settings), fake, fake_pieces, (objective, optimizer))
+        with without_collector():  # it would look at every fake tensor again and again: a sixth of the time
+            return _measure_all(_Workshop(fake_mode, settings), fake, fake_pieces, (objective, optimizer))
 
 
 def _measure_all(
@@ -695,19 +755,15 @@ def _measure_all(
             if way and is_block:
                 cost = shop.once((mark, str(how)), partial(shop.way, unit, pieces[number - 1], like, how))
             parts[way].append(cost)
-            kept = _nbytes_of(like) if plain.keeps_input or (way and is_block) else 0
-            leading[way].append(cost if stem else _leading(cost, _nbytes_of(like), kept))
+            kept = shop.nbytes_of(like) if plain.keeps_input or (way and is_block) else 0
+            leading[way].append(cost if stem else _leading(cost, shop.nbytes_of(like), kept))
         update = shop.update(weights, optimizer)
-        static.append(_static_bytes(unit) + update.state)
+        static.append(shop.static_bytes(unit) + update.state)
         temporary.append(update.temporary)
         like = plain.shape, plain.dtype
     heads, head_of, uses_images = _measure_heads(shop, backbone, objective, optimizer, likes)
-    whole = settings.batch_size / size
-    inputs = [round(math.prod(shape) * dtype.itemsize * whole) for shape, dtype in likes[1:]]
-    # Two weights show whether the optimizer goes weight by weight, or over all weights at once.
+    inputs = [shop.nbytes_of(((settings.batch_size, *shape[1:]), dtype)) for shape, dtype in likes[1:]]
     trained = [weight for unit in units for weight in unit.parameters() if weight.requires_grad]
-    both = sorted(trained, key=Tensor.numel)[-2:]
-    adds = shop.updated_together(both, optimizer).temporary > 1.2 * max(temporary)
     return Costs(
         settings=settings,
         parts=parts,
@@ -716,9 +772,9 @@ def _measure_all(
         head_of=head_of,
         static=static,
         temporary=temporary,
-        temporary_adds=adds,
+        temporary_adds=shop.temporaries_add(trained, optimizer),
         inputs=inputs,
-        images=math.prod((settings.batch_size, *backbone.input_size)) * dtype.itemsize,
+        images=shop.nbytes_of(((settings.batch_size, *backbone.input_size), dtype)),
         uses_images=uses_images,
     )
 
@@ -778,8 +834,4 @@ def _measure_head(
         lambda outputs: objective(inputs, outputs, batch).loss, outputs_like, weights, present=True
     ).cost
     update = shop.update(weights, optimizer)
-    return Head(cost, _static_bytes(objective) + update.state, update.temporary)
-
-
-def _static_bytes(module: nn.Module) -> int:
-    return sum(_nbytes(tensor) for tensor in (*module.parameters(), *module.buffers()))
+    return Head(cost, shop.static_bytes(objective) + update.state, update.temporary)

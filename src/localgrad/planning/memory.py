@@ -57,6 +57,8 @@ from torch.optim.optimizer import (
 from localgrad._fake import (
     DataDependentOutputException,
     TorchDispatchMode,
+    TorchFunctionMode,
+    backward_under_modes,
     fake_copy,
     fake_copy_with_memo,
     random_state_kept,
@@ -134,6 +136,11 @@ class _Entry:
         self.reference: weakref.ref[torch.UntypedStorage] | None = None
 
 
+def rounded(nbytes: int, rounding: int) -> int:
+    """Bytes of the block that an allocator gives."""
+    return nbytes + -nbytes % rounding
+
+
 class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the storages that operators take and make. For whole steps use `track`."""
 
@@ -148,6 +155,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._optimizers: dict[int, Optimizer] = {}
         self._host_bytes = 0
         self._label = UNLABELLED
+        self.is_in_operator = False  # where fake kernels call operators of their own
         self.begin()
 
     # -- the account ---------------------------------------------------------------------------
@@ -217,16 +225,15 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if running > self._label_peak:
             self._label_peak = running
             self._label_peak_at = len(self._timeline)
-            if running > self._peak:
-                self._peak = running
-                self._peak_at = len(self._timeline)
-                self._peak_label = self._label
+        if running > self._peak:  # not inside: `take_peak` lowers this peak alone
+            self._peak = running
+            self._peak_at = len(self._timeline)
+            self._peak_label = self._label
         self._timeline.append((self._num_operators, running))
 
     def _add(self, storage: torch.UntypedStorage, category: str, *, was_there: bool) -> _Entry:
         """Count a storage that is met for the first time, until it dies."""
-        nbytes = storage.nbytes()
-        nbytes += -nbytes % self._rounding
+        nbytes = rounded(storage.nbytes(), self._rounding)
         entry = _Entry(nbytes, category, -1 if was_there else len(self._timeline))
         key = storage._cdata
         entry.reference = weakref.ref(storage, lambda _: self._remove(key, entry))
@@ -337,6 +344,13 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run one operator, and count what it touched and what it made."""
         self._num_operators += 1
+        self.is_in_operator = True
+        try:
+            return self._run(func, args, kwargs)
+        finally:
+            self.is_in_operator = False
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
         for argument in args:
             if isinstance(argument, Tensor):
                 self._touch(argument)
@@ -353,6 +367,8 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 raise
             return _harmless_value(args[0].dtype)
         if isinstance(result, Tensor):
+            if func in _FULL_SIZE_LOSSES:
+                self._made_in_full(args, kwargs or {}, result)
             self._made(result)
         elif isinstance(result, (list, tuple)):
             for item in result:
@@ -378,12 +394,81 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._remove(storage._cdata, entry)
             self._add(storage, entry.category, was_there=False)
 
+    def _made_in_full(self, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Tensor) -> None:
+        """Count what the kernel of a loss takes, and gives as the storage of its scalar; fake kernels show neither."""
+        reduction = args[2] if len(args) > 2 else kwargs.get("reduction", 1)
+        if reduction == 0 or loss.untyped_storage()._cdata in self._alive:
+            return
+        whole = torch.broadcast_shapes(args[0].shape, args[1].shape).numel() * loss.element_size()  # type: ignore[no-untyped-call]
+        storage = loss.untyped_storage()
+        if storage.nbytes() < whole:
+            storage.resize_(whole)
+        self._made(loss)
+        self._made(args[0].new_empty(whole, dtype=torch.uint8))  # the other one, gone at once
+
     def _new_category(self) -> str:
         # Backward runs with gradients off, unless it recomputes a checkpointed forward pass.
         if torch.is_grad_enabled():
             return "activations"
         in_backward = torch._C._current_graph_task_id() != -1
         return "temporary" if in_backward or self._in_optimizer else "activations"
+
+
+class CudaAutocast(TorchFunctionMode):
+    """Inside an autocast region of the CPU, runs in float32 what a CUDA region does: norms, softmax, sums, losses.
+
+    Both run matrix products, convolutions and fused attention in the lower precision. The CPU's leaves norms and
+    softmax in the type of their input.
+
+    Source: "Autocast Op Reference", pytorch.org/docs/stable/amp.html.
+    """
+
+    IN_FLOAT32 = (
+        "layer_norm group_norm softmax log_softmax softmin softplus logsumexp sum prod cumsum cumprod norm normalize "
+        "cosine_similarity cdist dist renorm pow __pow__ __rpow__ exp expm1 log log2 log10 log1p rsqrt reciprocal tan "
+        "sinh cosh acos asin erfinv mse_loss l1_loss smooth_l1_loss huber_loss nll_loss cross_entropy kl_div "
+        "binary_cross_entropy_with_logits soft_margin_loss multi_margin_loss multilabel_margin_loss "
+        "margin_ranking_loss triplet_margin_loss cosine_embedding_loss hinge_embedding_loss poisson_nll_loss"
+    )
+    """Names of functions and methods. Those made of others stand here too: what they call isn't seen."""
+    _in_float32 = frozenset(IN_FLOAT32.split())
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call a function, its inputs cast where CUDA would."""
+        kwargs = kwargs or {}
+        if func is Tensor.backward and not kwargs.get("inputs"):  # what it recomputes needs the mode, too
+            create_graph = bool(kwargs.get("create_graph"))
+            retain_graph = bool(kwargs.get("retain_graph", create_graph))
+            with self:
+                backward_under_modes(
+                    args[0], kwargs.get("gradient"), retain_graph=retain_graph, create_graph=create_graph
+                )
+            return None
+        is_kernels_own = bool(_active) and _active[-1].is_in_operator
+        if (
+            getattr(func, "__name__", "") in self._in_float32
+            and torch.is_autocast_enabled("cpu")
+            and not is_kernels_own
+        ):
+            args = tuple(_in_float32(value) for value in args)
+            kwargs = {key: _in_float32(value) for key, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def _in_float32(value: Any) -> Any:
+    is_half = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+    return value.float() if is_half else value
+
+
+def autocast_of(device: str) -> contextlib.AbstractContextManager[object]:
+    """A context in which autocast regions of the CPU, where fake tensors are, follow those of ``device``."""
+    return CudaAutocast() if device == "cuda" else contextlib.nullcontext()
+
+
+_FULL_SIZE_LOSSES = {torch.ops.aten.mse_loss.default, torch.ops.aten.smooth_l1_loss.default}
+"""Losses that write every element's error, twice, and return its mean at the beginning of one of the two."""
 
 
 def _harmless_value(dtype: torch.dtype) -> float | int | bool:
@@ -444,13 +529,14 @@ def track(
         for tensor in host() if host is not None else ():
             tracker.exclude(tensor)
         tracker.begin()
-        with _without_collector():
+        with without_collector():
             step()
         return tracker.profile()
 
 
 @contextlib.contextmanager
-def _without_collector() -> Iterator[None]:
+def without_collector() -> Iterator[None]:
+    """Let Python's collector of cycles rest."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -494,9 +580,7 @@ def simulate(
     with random_state_kept():
         fake_mode, fake_learner, memo = fake_copy_with_memo(learner)
         reached = [copied for _, copied in memo]
-        if device == "cuda":
-            choose_foreach(reached)
-        with fake_mode:
+        with fake_mode, autocast_of(device), _foreach_of(device):
             batch = {name: torch.empty(tuple(shape), dtype=dtype) for name, (shape, dtype) in inputs.items()}
             return track(
                 lambda: step(fake_learner, **batch),
@@ -505,6 +589,19 @@ def simulate(
                 rounding=CUDA_ROUNDING if device == "cuda" else 1,
                 host=None if host is None else lambda: host(fake_learner),
             )
+
+
+@contextlib.contextmanager
+def _foreach_of(device: str) -> Iterator[None]:
+    """Let optimizers loop as they do on ``device``, those too that are made in the first step."""
+    if device != "cuda":
+        yield
+        return
+    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: choose_foreach([optimizer]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _known_categories(reached: Iterable[object], batch: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
