@@ -117,12 +117,12 @@ def find_pieces(block: nn.Module, example: Tensor, *, halves: bool = True) -> li
     """
     if any(isinstance(module, _BatchNorm) for module in block.modules()):
         return [whole_block(block)]  # batch statistics: a half would see another batch than the block does
-    alike = signature(block), halves, example.shape[1:], example.dtype, example.device.type
+    alike = signature(block), example.shape[1:], example.dtype, example.device.type
     if alike not in _known_cuts:
         with torch.no_grad(), _random_state_kept(example.device):
-            _known_cuts[alike] = _find_cuts(block, example, halves=halves)
+            _known_cuts[alike] = _find_cuts(block, example)
     pieces: list[Piece] = []
-    for step, (number, found) in zip(_steps(block), _known_cuts[alike], strict=True):
+    for step, (number, found) in zip(_steps(block), _known_cuts[alike][halves], strict=True):
         cut = list(_candidates(step))[number]
         pieces += [
             replace(piece, per_image=same.per_image, draws=same.draws) for piece, same in zip(cut, found, strict=True)
@@ -138,24 +138,29 @@ class _Found(NamedTuple):
 
 
 _Cuts = list[tuple[int, list[_Found]]]  # for each step of a block: which candidate it is, and of what kind its pieces
-_known_cuts: dict[Any, _Cuts] = {}  # blocks that are alike are cut alike: one proof for all blocks of a ViT
+_known_cuts: dict[Any, dict[bool, _Cuts]] = {}  # blocks that are alike are cut alike: one proof for all blocks of a ViT
 
 
-def _find_cuts(block: nn.Module, example: Tensor, *, halves: bool) -> _Cuts:
+def _find_cuts(block: nn.Module, example: Tensor) -> dict[bool, _Cuts]:
+    """How a block can be cut: with its halves looked for (key true), and only as a whole."""
     # Weights as they come would prove nothing: a norm or a layer scale that starts at zero hides its whole branch.
     twin = _with_random_weights(copy.deepcopy(block))
-    cuts: _Cuts = []
+    cuts: dict[bool, _Cuts] = {True: [], False: []}
     for step in _steps(twin):
+        before = _random_state(example.device)
+        outputs = step.train()(example)
+        draws = not torch.equal(before, _random_state(example.device))
         candidates = list(_candidates(step))
-        cuts_to_try = candidates[:-1] if halves else []
-        tried = (n for n, pieces in enumerate(cuts_to_try) if _same_results(step, pieces, example))
-        number = next(tried, len(candidates) - 1)
-        step.train()
-        found = []
-        for piece in candidates[number]:
-            found.append(_how_it_draws(piece, example))
-            example = piece(example)
-        cuts.append((number, found))
+        tried = (n for n, c in enumerate(candidates[:-1]) if _same_results(step, c, example, before, outputs))
+        whole = len(candidates) - 1
+        for halves, number in ((True, next(tried, whole)), (False, whole)):
+            step.train()
+            found, features = [], example
+            for piece in candidates[number]:
+                how, features = _how_it_draws(piece, features, draws=draws)
+                found.append(how)
+            cuts[halves].append((number, found))
+        example = outputs
     return cuts
 
 
@@ -268,23 +273,25 @@ class _Chain:
         return features
 
 
-def _same_results(step: nn.Module, pieces: Sequence[Piece], example: Tensor) -> bool:
+def _same_results(step: nn.Module, pieces: Sequence[Piece], example: Tensor, state: Tensor, outputs: Tensor) -> bool:
+    """Whether pieces give a step's bits: of one image where nothing is dropped, and in training from a random state."""
     try:
-        for mode in (False, True):
-            step.train(mode)
-            with _random_state_kept(example.device):
-                expected = step(example)
-            with _random_state_kept(example.device):
-                found = example
-                for piece in pieces:
-                    found = piece(found)
-            if not torch.equal(found, expected):
-                return False
+        step.eval()
+        if not torch.equal(_through(pieces, example[:1]), step(example[:1])):
+            return False
+        step.train()
+        _set_random_state(example.device, state)
+        return torch.equal(_through(pieces, example), outputs)
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, TypeError, ValueError, RuntimeError):  # the form was another block's
         return False
-    return True
+
+
+def _through(pieces: Sequence[Piece], features: Tensor) -> Tensor:
+    for piece in pieces:
+        features = piece(features)
+    return features
 
 
 @contextmanager
@@ -320,15 +327,27 @@ def _random_state(device: torch.device) -> Tensor:
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
-def _how_it_draws(piece: Piece, example: Tensor) -> _Found:
-    """How a piece draws: by image, or (dropout on a table of positions) once for the whole batch."""
-    seen = []
-    for count in (1, 2):
-        with _Draws() as draws:
-            piece.branch(example[:count])
-        seen.append(draws.seen)
-    one, two = seen
-    by_image = [(func, (2 * shape[0], *shape[1:]) if shape else None) for func, shape in one] == two
+def _set_random_state(device: torch.device, state: Tensor) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
+
+
+def _how_it_draws(piece: Piece, example: Tensor, *, draws: bool) -> tuple[_Found, Tensor]:
+    """How a piece draws: by image, or (dropout on a table of positions) once for the whole batch; and what it gives."""
+    if not draws:
+        return _Found(per_image=True, draws=()), example
+    with _Draws() as two:
+        output = piece.branch(example)
+    given = output if piece.drop_path is None else example + piece.drop_path(output)
+    if not two.seen:
+        return _Found(per_image=True, draws=()), given
+    with _Draws() as one:
+        piece.branch(example[:1])
+    by_image = [
+        (func, (len(example) * shape[0], *shape[1:]) if shape else None) for func, shape in one.seen
+    ] == two.seen
     # On a processor only this operator's rows can be had without the others (``execution.checkpointing``).
-    known = example.device.type != "cpu" or all(func is DRAW_OF_ROWS for func, _ in two)
-    return _Found(by_image and known, tuple(draws.layouts))
+    known = example.device.type != "cpu" or all(func is DRAW_OF_ROWS for func, _ in two.seen)
+    return _Found(by_image and known, tuple(two.layouts)), given

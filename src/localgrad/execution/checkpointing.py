@@ -120,11 +120,14 @@ class _RowsOfDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def checkpointed(block: Part, inputs: Tensor) -> Tensor:
     """Run ``block(inputs)``, keeping only ``inputs`` for the backward pass."""
+    if getattr(block, "keeps_inputs_only", False):  # by itself: a stand-in of ``planning.costs``
+        result: Tensor = block(inputs)
+        return result
     modules = block.modules() if isinstance(block, nn.Module) else ()
     norms = [module for module in modules if isinstance(module, _BatchNorm)]
     if not norms:
-        result: Tensor = checkpoint(block, inputs, use_reentrant=False)
-        return result
+        recomputed: Tensor = checkpoint(block, inputs, use_reentrant=False)
+        return recomputed
     still: Tensor = checkpoint(
         block, inputs, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), _still_statistics(norms))
     )

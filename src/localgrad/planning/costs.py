@@ -148,6 +148,7 @@ class _Chunk(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, weight: Tensor, known: _KnownChunk) -> Tensor:
         ctx.known = known
+        ctx.kept = torch.empty(known.cost.kept, dtype=torch.uint8)  # the random state, for one
         ctx.save_for_backward(features, weight)
         inner = torch.empty(max(0, known.cost.forward - known.cost.output), dtype=torch.uint8)
         output = torch.empty((len(features), *known.output_shape), dtype=known.output_dtype)
@@ -168,6 +169,8 @@ class _Chunk(torch.autograd.Function):
 @dataclass(frozen=True)
 class _KnownChunk:
     """A branch of which one chunk was measured; callable like the branch."""
+
+    keeps_inputs_only = True
 
     cost: PartCost
     output_shape: tuple[int, ...]
@@ -382,9 +385,9 @@ class _Workshop:
 
         if whole < 16:  # a chunk of one image may run otherwise than one of many: its reshapes are views
             return measured(size)
+        if size in (math.ceil(whole / 8), whole):
+            return measured(size)
         small, large = measured(math.ceil(whole / 8)), measured(whole)
-        if size in (small.shape[0], whole):
-            return small if size == small.shape[0] else large
         share = (size - small.shape[0]) / (large.shape[0] - small.shape[0])
         between = (round(a + (b - a) * share) for a, b in zip(small.cost, large.cost, strict=True))
         return _Measured(PartCost(*between), (size, *small.shape[1:]), small.dtype, small.keeps_input)
