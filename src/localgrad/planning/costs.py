@@ -148,7 +148,7 @@ class _Chunk(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, weight: Tensor, known: _KnownChunk) -> Tensor:
         ctx.known = known
-        ctx.kept = torch.empty(known.cost.kept, dtype=torch.uint8)  # the random state, for one
+        ctx.kept = torch.empty(max(0, known.cost.kept), dtype=torch.uint8)  # the random state, for one
         ctx.save_for_backward(features, weight)
         inner = torch.empty(max(0, known.cost.forward - known.cost.output), dtype=torch.uint8)
         output = torch.empty((len(features), *known.output_shape), dtype=known.output_dtype)
