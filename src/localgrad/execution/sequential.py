@@ -98,6 +98,7 @@ class SequentialExecutor:
                     raise
             # The exception is gone here, and with its frames the graph that they held.
             if before is None or step.updating or self.recover is None or not self.recover(index):
+                step.optimizer.zero_grad(set_to_none=True)  # whoever goes on with another batch starts from none
                 raise MemoryExceeded(index, reason)
             step.go_back(before)
 
