@@ -196,19 +196,19 @@ def test_stages_are_kept_and_models_without_any_refuse(task: Task) -> None:
 def test_batches_are_cut_only_where_nothing_else_fits(task: Task, whole: Search) -> None:
     """And then into the fewest parts that do; the least of all works when it is typed as it is told."""
     fixed = replace(task, modules=1)
-    search = Search(fixed, task.costs(BATCH))
-    least = fixed.confirm(search.as_plan(search.smallest()), BATCH).peak_bytes
-    assert plan_to_budget(fixed, BATCH, least).accumulation == 1
-    plan = plan_to_budget(fixed, BATCH, least - 1)
+    search = Search(fixed, task.costs(8))
+    least = fixed.confirm(search.as_plan(search.smallest()), 8).peak_bytes
+    assert plan_to_budget(fixed, 8, least).accumulation == 1
+    plan = plan_to_budget(fixed, 8, least - 1)
     assert plan.accumulation == 2
     assert plan.forecast["peak_bytes"] < least
-    message = refusal(fixed, BATCH, int(whole.static_bytes * 1.01))
+    message = refusal(fixed, 8, whole.static_bytes + 4096)
     assert "with the batch in " in message
     assert "no --modules" in message
     told = least_told(message)
-    best = plan_to_budget(fixed, BATCH, told)
+    best = plan_to_budget(fixed, 8, told)
     assert f"with the batch in {best.accumulation} parts" in message
-    assert "the least is" in refusal(fixed, BATCH, int(best.forecast["peak_bytes"] * 0.99))
+    assert "the least is" in refusal(fixed, 8, int(best.forecast["peak_bytes"] * 0.99))
     assert told <= 1.01 * best.forecast["peak_bytes"]
 
 
@@ -223,21 +223,21 @@ def test_parts_of_a_batch_hold_two_images() -> None:
 
 def test_what_would_fit_is_told_truly(task: Task, whole: Search) -> None:
     """Another batch, another precision: those that are named fit."""
-    low = whole.peak(whole.smallest())
-    message = refusal(replace(task, modules=2), BATCH, low * 9 // 10)
-    size = int(re.search(r"--batch-size (\d+)", message)[1])  # type: ignore[index]
-    assert size < BATCH
-    assert plan_to_budget(replace(task, modules=2), size, low * 9 // 10).accumulation == 1
-    wide = task_of(vit(embed_dim=48, depth=2), modules=1)
-    budget = wide.backbone and int(Search(wide, wide.costs(256)).static_bytes * 1.05)
-    message = refusal(wide, 256, budget)
+    fixed = replace(task, modules=1)
+    small = Search(fixed, fixed.costs(2))
+    budget = small.peak(small.smallest()) + 4096
+    message = refusal(fixed, 3, budget)
+    assert "--batch-size 2," in message
+    assert "no --modules" in message
+    assert plan_to_budget(fixed, 2, budget).accumulation == 1
     told = re.search(r"--precision bf16 \(least ([^)]+)\)", message)
-    if told is not None:
-        bf16 = replace(wide, precision="bf16")
-        assert parse_bytes(told[1]) < least_told(message)
-        assert plan_to_budget(bf16, 256, parse_bytes(told[1])).forecast["peak_bytes"] <= parse_bytes(told[1])
+    bf16 = replace(fixed, precision="bf16")
+    search = Search(bf16, bf16.costs(3))
+    least = bf16.confirm(search.as_plan(search.smallest()), 3).peak_bytes
+    assert (told is not None) == (least < least_told(message)), "told where it helps"
+    assert told is None or parse_bytes(told[1]) == pytest.approx(least, rel=0.01)
     assert "a smaller --img-size or model" in message
-    assert "--precision" not in refusal(replace(task, precision="bf16", modules=2), BATCH, low * 8 // 10)
+    assert "--precision" not in refusal(bf16, 3, budget // 2 + whole.static_bytes // 2)
 
 
 def test_a_budget_below_the_static_bytes_is_refused(task: Task, whole: Search) -> None:
@@ -245,7 +245,7 @@ def test_a_budget_below_the_static_bytes_is_refused(task: Task, whole: Search) -
     assert "weights, optimizer state and margin alone" in message
     assert "--optimizer" in message
     cuda = replace(task, device="cuda")
-    assert "margin alone, 13" in refusal(cuda, BATCH, 64 << 20), "128 MiB of margin, and what the model needs"
+    assert "margin alone, 128" in refusal(cuda, BATCH, 64 << 20), "128 MiB of margin, and what the model needs"
 
 
 @given(peak=st.integers(1, 1 << 45), device=st.sampled_from(["cpu", "cuda"]), compiled=st.booleans())
@@ -281,7 +281,13 @@ def shifted(task: Task, monkeypatch: pytest.MonkeyPatch, shift: Callable[[Plan],
         static = Search(self, costs).static_bytes + sum(costs.static_of(*span) for span in spans)
         labels = {f"module {index}": static + peak for index, peak in enumerate(peaks)}
         return MemoryProfile(
-            max(labels.values()) + shift(plan), static, {}, [], labels, dict.fromkeys(labels, {}), "module 0"
+            peak_bytes=max(labels.values()) + shift(plan),
+            static_bytes=static,
+            by_category={},
+            timeline=[],
+            peak_by_label=labels,
+            by_category_of_label={label: {} for label in labels},
+            peak_label="module 0",
         )
 
     monkeypatch.setattr(Task, "confirm", confirm)
@@ -338,7 +344,7 @@ def test_every_kind_of_task_fits_its_budget(more: dict[str, Any]) -> None:
     peak = estimate_step(learner_of(found, plan), 8, found.optimizer, torch.device(found.device)).peak_bytes
     assert found.margin.needed(peak) == plan.forecast["needed_bytes"] <= budget
     composed = plan.forecast["composed_peak_bytes"]
-    assert composed == pytest.approx(peak, rel=0.01), "the parts say what the whole step needs"
+    assert composed == pytest.approx(peak, rel=0.03), "the parts say what the whole step needs"
 
 
 def test_batch_norms_and_tiny_batches_have_plans() -> None:
@@ -466,7 +472,7 @@ def test_costs_are_measured_once(measured: list[Any], monkeypatch: pytest.Monkey
         {"model": {"img_size": 16}},
         {"precision": "bf16"},
         {"device": "cuda"},
-        {"objective": FeatureReconstruction(decoder="linear")},
+        {"objective": FeatureReconstruction(decoder="conv")},
         {"objective": GreedySupervised()},
         {"optimizer": "sgd"},
         {"frozen": True},
@@ -476,6 +482,9 @@ def test_costs_are_measured_once(measured: list[Any], monkeypatch: pytest.Monkey
 def test_anything_else_is_measured_again(more: dict[str, Any], measured: list[Any]) -> None:
     tiny().costs(4)
     more = dict(more)
+    if "img_size" in more.get("model", {}):
+        small = more.pop("model")
+        more["backbone"] = outline(vit(depth=1, **small), (3, 16, 16))
     if "optimizer" in more:
         model = vit(depth=1)
         optimizer = localgrad.training.optim.OptimizerFactory(model, name="sgd", lr=0.1, weight_decay=0.0)
@@ -484,9 +493,6 @@ def test_anything_else_is_measured_again(more: dict[str, Any], measured: list[An
         model = vit(depth=1)
         model.patch_embed.requires_grad_(False)
         more["backbone"] = outline(model, SIZE)
-    size = more.get("model", {}).get("img_size", 32)
-    if size != 32:
-        more["backbone"] = outline(vit(depth=1, img_size=size), (3, size, size))
     tiny(**more).costs(4)
     assert len(measured) == 2
     tiny().costs(6)
@@ -533,7 +539,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(
 
 
 def test_an_optimizer_without_a_name_is_measured_once_a_task(measured: list[Any]) -> None:
-    nameless = tiny(optimizer=lambda parameters: torch.optim.AdamW(parameters))
+    nameless = tiny(optimizer=torch.optim.AdamW)
     plan_to_budget(nameless, 4)
     assert len(measured) == 1
     assert not budgets._cache_folder().exists()
@@ -685,7 +691,8 @@ def test_estimate_takes_a_method_of_anybodys_loop() -> None:
     named = localgrad.estimate(loop.step, {"labels": labels, "images": images})
     assert named.peak_bytes == profile.peak_bytes
     weights = sum(parameter.numel() * 4 for parameter in loop.model.parameters())
-    assert (profile.by_category["parameters"], profile.by_category["optimizer"] // 100) == (weights, 2 * weights // 100)
+    assert profile.by_category["parameters"] == weights
+    assert 2 * weights <= profile.by_category["optimizer"] < 2.01 * weights, "and each weight's count of steps"
     assert all(torch.equal(*pair) for pair in zip(before, loop.model.parameters(), strict=True))
 
 

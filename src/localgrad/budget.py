@@ -259,8 +259,8 @@ def _within(search: Search, batch_size: int, budget: int) -> Plan | None:
         if excess <= 0:
             return plan
         limit = search.peak(solution) - excess
-    least = search.smallest()  # what was taken off for others need not be true of this one
-    if search.peak(least) <= usable:
+    least = search.smallest()  # what was taken off for others need not be true of this one, and it may need less
+    if search.peak(least) <= 1.1 * usable:
         plan = _confirmed(task, search, least, batch_size, budget)
         if plan.forecast["peak_bytes"] <= usable:
             return plan
@@ -377,7 +377,8 @@ def largest_batches(task: Task, budget: int) -> list[dict[str, Any]]:
 Find = Callable[[Search], Solution | None]
 
 
-def _largest_batch(task: Task, find: Find) -> int:
+def _largest_batch(task: Task, find: Find, *, exact: bool = True) -> int:
+    """The largest batch for which something is found; if need not be exact, the first one that is known to fit."""
     low, high = 16, 64
     best = 0
     for _ in range(6):
@@ -391,7 +392,7 @@ def _largest_batch(task: Task, find: Find) -> int:
             break
         if find(Search(task, task.costs(size))) is not None:
             best = max(best, size)
-        if size in (low, high):
+        if size in (low, high) or (best and not exact):
             break
         low, high = max(1, min(size - 1, round(size * 0.9))), size
     return best
@@ -456,7 +457,7 @@ def _cannot_fit(task: Task, whole: Search, batch_size: int, budget: int) -> Budg
     least = _least_bytes(best, batch_size)
     hints = []
     usable = task.margin.usable(budget)
-    size = _largest_batch(task, lambda search: search.fastest(usable))
+    size = _largest_batch(task, lambda search: search.fastest(usable), exact=False)
     if 0 < size < batch_size:
         hints.append(f"--batch-size {size}")
     if task.precision == "fp32":

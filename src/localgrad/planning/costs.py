@@ -360,6 +360,8 @@ class _Workshop:
             found: _Measured = self.once(key, lambda: self.measure(run, like, _weights_of(piece), present=True))
             return found
 
+        if not piece.per_image:  # on the whole batch, always; batch norms refuse a part of one image
+            return measured(size)
         small, large = measured(math.ceil(whole / 8)), measured(math.ceil(whole / 2))
         if small.shape == large.shape:
             return small
