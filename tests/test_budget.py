@@ -584,6 +584,7 @@ def fits_really(task: Task, name: str, size: int, budget: int) -> bool:
     return task.confirm(search.as_plan(least), size).peak_bytes <= budget + 4096
 
 
+@pytest.mark.heavy
 def test_the_largest_batch_fits_and_a_larger_one_does_not(task: Task, whole: Search) -> None:
     budget = whole.peak(whole.end_to_end())
     rows = largest_batches(task, budget)

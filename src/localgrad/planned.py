@@ -184,6 +184,11 @@ def check_plan_fits(plan: Plan, backbone: Backbone, data: str) -> None:
         "image size": (list(backbone.input_size[1:]), f"--img-size {backbone.input_size[-1]}"),
         "num_classes": (backbone.num_classes, f"--num-classes {backbone.num_classes}"),
     }
+    if plan.num_blocks != len(backbone.blocks):
+        raise BudgetError(
+            f"--plan: it was made for {plan.num_blocks} blocks, but this model has {len(backbone.blocks)}; make a new "
+            "one with localgrad plan."
+        )
     size = plan.made_for.get("input_size") or list(backbone.input_size)
     made_for = {"channels": size[0], "image size": size[1:], "num_classes": plan.made_for.get("num_classes")}
     for key, (value, option) in here.items():
