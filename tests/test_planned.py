@@ -86,7 +86,7 @@ def changed(plan_file: Path, to: Path, change: Callable[[dict[str, Any]], Any]) 
 # localgrad plan --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("columns", ["80", "200"])
+@pytest.mark.parametrize("columns", ["80", pytest.param("200", marks=pytest.mark.heavy)])
 def test_a_plan_is_printed_with_all_there_is_to_know(
     columns: str, here: Path, cli_: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -437,6 +437,8 @@ def test_a_step_that_ran_out_of_memory_is_run_again_as_if_nothing_had_been(
     def recover(module: int) -> bool:
         asked.append(module)
         assert [ref for ref in shortage.alive if ref() is not None] == [], "free before anything is asked"
+        assert all(parameter.grad is None for parameter in learner.model.parameters()), "gradients too"
+        torch.rand(5)  # planning may draw numbers
         ways = (Checkpointing("blocks"), Checkpointing("blocks" if len(asked) > 1 else "none"))
         learner.run_as(replace(learner.plan, checkpoint=ways))
         return True
@@ -530,6 +532,7 @@ def test_a_run_replans_and_goes_on(
     ), "the method is the run's own"
 
 
+@pytest.mark.heavy
 def test_a_run_that_always_runs_out_ends(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         Shortage(patch, 4, times=10**6)

@@ -217,10 +217,10 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if running > self._label_peak:
             self._label_peak = running
             self._label_peak_at = len(self._timeline)
-            if running > self._peak:
-                self._peak = running
-                self._peak_at = len(self._timeline)
-                self._peak_label = self._label
+        if running > self._peak:  # which may have been taken and be lower than the label's
+            self._peak = running
+            self._peak_at = len(self._timeline)
+            self._peak_label = self._label
         self._timeline.append((self._num_operators, running))
 
     def _add(self, storage: torch.UntypedStorage, category: str, *, was_there: bool) -> _Entry:
