@@ -197,19 +197,19 @@ def test_stages_are_kept_and_models_without_any_refuse(task: Task) -> None:
 def test_batches_are_cut_only_where_nothing_else_fits(task: Task, whole: Search) -> None:
     """And then into the fewest parts that do; the least of all works when it is typed as it is told."""
     fixed = replace(task, modules=1)
-    search = Search(fixed, task.costs(8))
-    least = fixed.confirm(search.as_plan(search.smallest()), 8).peak_bytes
-    assert plan_to_budget(fixed, 8, least).accumulation == 1
-    plan = plan_to_budget(fixed, 8, least - 1)
+    search = Search(fixed, task.costs(BATCH))
+    least = fixed.confirm(search.as_plan(search.smallest()), BATCH).peak_bytes
+    assert plan_to_budget(fixed, BATCH, least).accumulation == 1
+    plan = plan_to_budget(fixed, BATCH, least - 1)
     assert plan.accumulation == 2
     assert plan.forecast["peak_bytes"] < least
-    message = refusal(fixed, 8, whole.static_bytes + 4096)
+    message = refusal(fixed, BATCH, int(whole.static_bytes * 1.01))
     assert "with the batch in " in message
     assert "no --modules" in message
     told = least_told(message)
-    best = plan_to_budget(fixed, 8, told)
+    best = plan_to_budget(fixed, BATCH, told)
     assert f"with the batch in {best.accumulation} parts" in message
-    assert "the least is" in refusal(fixed, 8, int(best.forecast["peak_bytes"] * 0.99))
+    assert "the least is" in refusal(fixed, BATCH, int(best.forecast["peak_bytes"] * 0.99))
     assert told <= 1.01 * best.forecast["peak_bytes"]
 
 
@@ -318,8 +318,6 @@ def test_the_least_is_found_even_if_all_others_need_more(
     shifted(task, monkeypatch, lambda _: low)
     message = refusal(task, BATCH, low + low // 2)
     assert least_told(message) >= low, "what a whole step needs is told, not what was composed"
-    with pytest.raises(BudgetError, match="no plan for a batch of 48 fits"):
-        plan_to_budget(task, BATCH, int(1.9 * low))
 
 
 @pytest.mark.parametrize(
