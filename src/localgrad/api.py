@@ -11,17 +11,27 @@ from torch import Tensor, nn
 from localgrad._fake import without_initialization
 from localgrad.backbone import Backbone, outline
 from localgrad.budget import Task, plan_to_budget
+from localgrad.build import check_model_name
 from localgrad.errors import RecipeError
+from localgrad.execution.local_step import PRECISIONS
 from localgrad.learner import LocalLearner, OptimizerFactory, default_input_size, estimate_step
 from localgrad.objectives.methods import FeatureReconstruction, Objective
 from localgrad.partition import Plan, Request
+from localgrad.planned import kind_of
 from localgrad.planning.memory import MemoryProfile, simulate
 from localgrad.units import parse_bytes
 
 
-def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+class _AdamW:
     """The optimizer that is planned for by default."""
-    return torch.optim.AdamW(parameters)
+
+    cache_key = "torch.optim.AdamW"
+
+    def __call__(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters)
+
+
+adamw = _AdamW()
 
 
 def plan(
@@ -66,14 +76,14 @@ def plan(
         >>> p = plan("vit_tiny_patch16_224", batch_size=64, budget="2GiB")  # doctest: +SKIP
         >>> p.boundaries, p.forecast["peak_bytes"]  # doctest: +SKIP
     """
-    if batch_size < 1:
-        raise RecipeError(f"batch_size must be at least 1, got {batch_size}.")
+    if precision not in PRECISIONS:
+        raise RecipeError(f"precision: unknown {precision!r}; take one of {', '.join(PRECISIONS)}.")
     task = Task(
         backbone=_outlined(model, input_size),
         objective=objective or FeatureReconstruction(),
         optimizer=optimizer,
         precision=precision,
-        device=device or _kind(model),
+        device=_kind(model) if device is None else kind_of(device),
         compiled=compile,
         ema_decay=ema_decay,
         clip_grad=clip_grad,
@@ -88,6 +98,7 @@ def _outlined(model: nn.Module | str, input_size: tuple[int, int, int] | None) -
     if isinstance(model, str):
         import timm
 
+        check_model_name(model)
         with without_initialization():
             made: nn.Module = timm.create_model(model)
     else:
@@ -125,18 +136,18 @@ def estimate(
         >>> estimate(loop.step, (images, labels)).by_category  # doctest: +SKIP
     """
     if isinstance(step_or_learner, LocalLearner):
-        if isinstance(batch, Mapping):
-            raise RecipeError("estimate: for a learner, batch is a number of images or (images, labels).")
-        size = batch if isinstance(batch, int) else len(batch[0])
+        size = _num_images(step_or_learner, batch)
         return estimate_step(step_or_learner, size, optimizer or step_or_learner.optimizer_factory or adamw)
     if getattr(step_or_learner, "__self__", None) is None:
         raise RecipeError(
             "estimate: the step must be a method of an object that holds model and optimizer, such as loop.step; "
             f"the tensors of {step_or_learner!r} can't be found."
         )
-    if isinstance(batch, int):
+    if isinstance(batch, (int, Tensor)):
         raise RecipeError("estimate: for a step, batch is the tensors it takes, such as (images, labels).")
     named: dict[str, Tensor] = dict(batch) if isinstance(batch, Mapping) else {str(n): t for n, t in enumerate(batch)}
+    if not all(isinstance(tensor, Tensor) for tensor in named.values()):
+        raise RecipeError("estimate: a step's arguments must be tensors; make others attributes of its object.")
     by_name = isinstance(batch, Mapping)
 
     def step(copied: Callable[..., object], **inputs: Tensor) -> object:
@@ -145,3 +156,21 @@ def estimate(
     sizes: dict[str, Any] = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in named.items()}
     on_cuda = any(tensor.is_cuda for tensor in named.values())
     return simulate(step_or_learner, step, inputs=sizes, device="cuda" if on_cuda else "cpu")
+
+
+def _num_images(learner: LocalLearner, batch: object) -> int:
+    """The number of images in a batch for a learner: a number, or (images, labels)."""
+    if isinstance(batch, int):
+        size = int(batch)
+    elif isinstance(batch, Sequence) and len(batch) == 2 and all(isinstance(tensor, Tensor) for tensor in batch):
+        size, taken = len(batch[0]), learner.backbone.input_size
+        if tuple(batch[0].shape[1:]) != taken:
+            raise RecipeError(
+                f"estimate: images are {list(batch[0].shape)}, but this learner was made for [B, "
+                f"{', '.join(map(str, taken))}]; give images of that size."
+            )
+    else:
+        raise RecipeError("estimate: for a learner, batch is a number of images or (images, labels).")
+    if size < 1:
+        raise RecipeError(f"estimate: a batch needs at least one image, got {size}.")
+    return size

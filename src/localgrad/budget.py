@@ -17,8 +17,8 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -36,7 +36,7 @@ from localgrad.partition import Boundaries, Checkpointing, Plan, Request, resolv
 from localgrad.planning.costs import Costs, Settings, interpolated, measure_costs
 from localgrad.planning.memory import MemoryProfile
 from localgrad.planning.planner import UNLIMITED, Choice, Solution, fastest, frontier, smallest
-from localgrad.units import format_bytes
+from localgrad.units import format_bytes, parse_bytes
 
 LARGEST_BATCH = 1 << 17
 MIB = 1 << 20
@@ -47,12 +47,12 @@ class Margin:
     """What is left free for what can't be estimated.
 
     Attributes:
-        share: of the estimated peak.
+        percent: of the estimated peak.
         fixed_bytes: whatever the peak.
         reasons: for people.
     """
 
-    share: float = 0.0
+    percent: int = 0
     fixed_bytes: int = 0
     reasons: tuple[str, ...] = ()
 
@@ -62,19 +62,19 @@ class Margin:
         margin = cls()
         if device == "cuda":
             reason = "CUDA: 3 % for blocks that the allocator can't reuse, 128 MiB for workspaces of cuBLAS and cuDNN; "
-            margin = cls(0.03, 128 * MIB, (reason + "the context (about 0.5 GiB) lies outside the budget",))
+            margin = cls(3, 128 * MIB, (reason + "the context (about 0.5 GiB) lies outside the budget",))
         if compiled:
             reason = "compiled graphs can't be estimated: 10 % on the estimate of the plain step"
-            margin = replace(margin, share=margin.share + 0.10, reasons=(*margin.reasons, reason))
+            margin = replace(margin, percent=margin.percent + 10, reasons=(*margin.reasons, reason))
         return margin
 
     def usable(self, budget: int) -> int:
         """The largest estimated peak that fits a budget."""
-        return int((budget - self.fixed_bytes) / (1 + self.share))
+        return (budget - self.fixed_bytes) * 100 // (100 + self.percent)
 
     def needed(self, peak: int) -> int:
         """The budget that an estimated peak needs."""
-        return math.ceil(peak * (1 + self.share)) + self.fixed_bytes
+        return -(-peak * (100 + self.percent) // 100) + self.fixed_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +102,7 @@ class Task:
     ema_decay: float | None = None
     clip_grad: float | None = None
     modules: Request | None = None
+    measured: dict[Settings, Costs] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
     def margin(self) -> Margin:
@@ -132,7 +133,9 @@ class Task:
         settings = Settings(
             batch_size=batch_size, precision=self.precision, accumulation=accumulation, device=self.device
         )
-        return _cached_costs(self, settings)
+        if settings not in self.measured:  # an optimizer that the cache doesn't know is measured once all the same
+            self.measured[settings] = _cached_costs(self, settings)
+        return self.measured[settings]
 
     def confirm(self, plan: Plan, batch_size: int) -> MemoryProfile:
         """Simulate one whole step of a plan."""
@@ -161,7 +164,7 @@ class Search:
         self.costs = costs
         self.static_bytes = costs.static_bytes + task.average_bytes
         self._choices = lru_cache(maxsize=None)(costs.choices)
-        boundaries, self._num_modules = task.fixed
+        boundaries, self.num_modules = task.fixed
         edges = None if boundaries is None else (0, *boundaries, costs.num_blocks)
         self._spans = None if edges is None else set(itertools.pairwise(edges))
 
@@ -174,15 +177,15 @@ class Search:
     def fastest(self, budget: int) -> Solution | None:
         """The fastest plan whose estimated peak is within a budget (no margin taken off)."""
         inner = min(budget, UNLIMITED) - self.static_bytes
-        return fastest(self.costs.num_blocks, self.choices, self.costs.static_of, inner, num_modules=self._num_modules)
+        return fastest(self.costs.num_blocks, self.choices, self.costs.static_of, inner, num_modules=self.num_modules)
 
     def smallest(self) -> Solution:
         """The plan with the least peak."""
-        return smallest(self.costs.num_blocks, self.choices, self.costs.static_of, num_modules=self._num_modules)
+        return smallest(self.costs.num_blocks, self.choices, self.costs.static_of, num_modules=self.num_modules)
 
     def frontier(self) -> list[Solution]:
         """All plans worth having."""
-        return frontier(self.costs.num_blocks, self.choices, self.costs.static_of, num_modules=self._num_modules)
+        return frontier(self.costs.num_blocks, self.choices, self.costs.static_of, num_modules=self.num_modules)
 
     def peak(self, solution: Solution) -> int:
         """Estimated peak of a plan, composed."""
@@ -193,13 +196,6 @@ class Search:
         num_blocks = self.costs.num_blocks
         choice = self.costs.choice(0, num_blocks, how or Checkpointing())
         return Solution((), (choice,), choice.nanoseconds, choice.peak_bytes + self.costs.static_of(0, num_blocks))
-
-    def best_end_to_end(self, budget: int) -> Solution | None:
-        """The fastest end-to-end training within a budget, whatever it recomputes."""
-        num_blocks = self.costs.num_blocks
-        inner = budget - self.static_bytes - self.costs.static_of(0, num_blocks)
-        found = [c for c in self._choices(0, num_blocks) if c.peak_bytes <= inner]
-        return self.end_to_end(found[0].how) if found else None
 
     def as_plan(self, solution: Solution) -> Plan:
         """A solution as the plan that training takes."""
@@ -226,33 +222,49 @@ def plan_to_budget(task: Task, batch_size: int, budget: int | None = None) -> Pl
     Raises:
         BudgetError: no plan fits; the message says the least that does, and what to change.
     """
+    _check_batch(batch_size)
     whole = Search(task, task.costs(batch_size))
     if budget is None:
         return _confirmed(task, whole, whole.fastest(UNLIMITED), batch_size, None)
-    usable = task.margin.usable(budget)
-    _check_static(whole, usable, budget)
-    search: Search | None = whole
-    for _ in range(4):
-        solution = whole.fastest(usable)
-        search = whole if solution is not None else _accumulated(task, whole, batch_size, usable)
-        if search is None:
-            break
-        plan = _confirmed(task, search, solution or search.fastest(usable), batch_size, budget)
-        excess = plan.forecast["peak_bytes"] - task.margin.usable(budget)
-        if excess <= 0:
+    _check_static(whole, task.margin.usable(budget), budget)
+    for search in _searches(task, whole, batch_size):
+        plan = _within(search, batch_size, budget)
+        if plan is not None:
             return plan
-        usable -= excess
     raise _cannot_fit(task, whole, batch_size, budget)
 
 
-def _accumulated(task: Task, whole: Search, batch_size: int, usable: int) -> Search | None:
-    """The search with the fewest parts of a batch for which some plan fits."""
-    accumulation = 2
-    while accumulation <= batch_size // 2:  # parts of at least two images: batch norms refuse to train on one
-        search = Search(task, task.costs(batch_size, accumulation))
-        if search.fastest(usable) is not None:
-            return search
-        accumulation *= 2
+def _searches(task: Task, whole: Search, batch_size: int) -> Iterator[Search]:
+    """The search for whole batches, then those for batches in 2, 4, 8 ... parts."""
+    yield whole
+    for parts in parts_of(batch_size):
+        yield Search(task, task.costs(batch_size, parts))
+
+
+def parts_of(batch_size: int) -> list[int]:
+    """Into how many parts a batch may be cut: none of a single image, on which batch norms refuse to train."""
+    doubled = [1 << power for power in range(1, batch_size.bit_length()) if 1 << power <= batch_size // 2]
+    return [parts for parts in doubled if batch_size % math.ceil(batch_size / parts) != 1]
+
+
+def _within(search: Search, batch_size: int, budget: int) -> Plan | None:
+    """The fastest plan of a search whose confirmed peak is within a budget."""
+    task = search.task
+    usable = limit = task.margin.usable(budget)
+    for _ in range(4):
+        solution = search.fastest(limit)
+        if solution is None:
+            break
+        plan = _confirmed(task, search, solution, batch_size, budget)
+        excess = plan.forecast["peak_bytes"] - usable
+        if excess <= 0:
+            return plan
+        limit = search.peak(solution) - excess
+    least = search.smallest()  # what was taken off for others need not be true of this one, and it may need less
+    if search.peak(least) <= 1.1 * usable:
+        plan = _confirmed(task, search, least, batch_size, budget)
+        if plan.forecast["peak_bytes"] <= usable:
+            return plan
     return None
 
 
@@ -318,6 +330,7 @@ RIVALS = {
 
 def worth_having(task: Task, batch_size: int) -> list[dict[str, Any]]:
     """All plans worth having: fastest first, each next one slower and one per cent smaller; composed figures."""
+    _check_batch(batch_size)
     search = Search(task, task.costs(batch_size))
     base = search.end_to_end().nanoseconds
     return [
@@ -371,7 +384,8 @@ def largest_batches(task: Task, budget: int) -> list[dict[str, Any]]:
 Find = Callable[[Search], Solution | None]
 
 
-def _largest_batch(task: Task, find: Find) -> int:
+def _largest_batch(task: Task, find: Find, *, exact: bool = True) -> int:
+    """The largest batch for which something is found; if need not be exact, the first one that is known to fit."""
     low, high = 16, 64
     best = 0
     for _ in range(6):
@@ -385,9 +399,9 @@ def _largest_batch(task: Task, find: Find) -> int:
             break
         if find(Search(task, task.costs(size))) is not None:
             best = max(best, size)
-        if size in (low, high):
+        if size in (low, high) or (best and not exact):
             break
-        low, high = sorted((size, max(2, round(size * 0.9))))
+        low, high = max(1, min(size - 1, round(size * 0.9))), size
     return best
 
 
@@ -407,7 +421,8 @@ def _plain(search: Search, usable: int) -> Solution | None:
         return [search.costs.choice(start, stop, Checkpointing())] if found else []
 
     costs = search.costs
-    return fastest(costs.num_blocks, choices, costs.static_of, usable - search.static_bytes)
+    inner = usable - search.static_bytes
+    return fastest(costs.num_blocks, choices, costs.static_of, inner, num_modules=search.num_modules)
 
 
 def _largest(fits: Callable[[int], bool]) -> int:
@@ -415,6 +430,7 @@ def _largest(fits: Callable[[int], bool]) -> int:
     low, high = 0, 2
     while high <= LARGEST_BATCH and fits(high):
         low, high = high, 2 * high
+    high = min(high, LARGEST_BATCH + 1)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if middle < 2 or fits(middle) else (low, middle)
@@ -424,43 +440,58 @@ def _largest(fits: Callable[[int], bool]) -> int:
 # Errors ----------------------------------------------------------------------------------------------------------
 
 
+def _check_batch(batch_size: int) -> None:
+    if not 1 <= batch_size <= LARGEST_BATCH:
+        raise BudgetError(
+            f"--batch-size: plans are made for 1 to {LARGEST_BATCH} images, not {batch_size}; take --batch-size 128."
+        )
+
+
 def _check_static(search: Search, usable: int, budget: int) -> None:
     static = search.static_bytes
     if usable <= static:
         raise BudgetError(
             f"--budget: {format_bytes(budget)} is less than the weights, optimizer state and margin alone, "
-            f"{format_bytes(search.task.margin.needed(static))}; take --optimizer adafactorbv, --offload with "
+            f"{_at_least(search.task.margin.needed(static))}; take --optimizer adafactorbv, --offload with "
             "--modules, a smaller model, or a larger budget."
         )
 
 
 def _cannot_fit(task: Task, whole: Search, batch_size: int, budget: int) -> BudgetError:
-    least, accumulation = whole.peak(whole.smallest()), 1
-    parts = 2
-    while parts <= batch_size // 2:
-        search = Search(task, task.costs(batch_size, parts))
-        peak = search.peak(search.smallest())
-        if peak < least:
-            least, accumulation = peak, parts
-        parts *= 2
-    usable = task.margin.usable(budget)
+    """Say the least that any plan needs, confirmed, and what to change."""
+    best = min(_searches(task, whole, batch_size), key=lambda search: search.peak(search.smallest()))
+    accumulation = best.costs.settings.accumulation
+    least = _least_bytes(best, batch_size)
     hints = []
-    small, large = task.costs(16), task.costs(64)
-    size = _largest(lambda size: Search(task, interpolated(small, large, size)).fastest(usable) is not None)
+    usable = task.margin.usable(budget)
+    size = _largest_batch(task, lambda search: search.fastest(usable), exact=False)
     if 0 < size < batch_size:
         hints.append(f"--batch-size {size}")
     if task.precision == "fp32":
         bf16 = replace(task, precision="bf16")
-        search = Search(bf16, bf16.costs(batch_size))
-        hints.append(f"--precision bf16 (least {format_bytes(task.margin.needed(search.peak(search.smallest())))})")
+        needed = _least_bytes(Search(bf16, bf16.costs(batch_size, accumulation)), batch_size)
+        if needed < least:
+            hints.append(f"--precision bf16 (least {_at_least(needed)})")
     if task.modules is not None:
         hints.append("no --modules")
     hints.append("a smaller --img-size or model")
     parts_told = f" with the batch in {accumulation} parts" if accumulation > 1 else ""
     return BudgetError(
         f"--budget: no plan for a batch of {batch_size} fits {format_bytes(budget)}; the least is "
-        f"{format_bytes(task.margin.needed(least))}{parts_told}. Take {', '.join(hints)}, or a larger budget."
+        f"{_at_least(least)}{parts_told}. Take {', '.join(hints)}, or a larger budget."
     )
+
+
+def _least_bytes(search: Search, batch_size: int) -> int:
+    """The budget that the smallest plan of a search needs, confirmed."""
+    profile = search.task.confirm(search.as_plan(search.smallest()), batch_size)
+    return search.task.margin.needed(profile.peak_bytes)
+
+
+def _at_least(num_bytes: int) -> str:
+    """Bytes as text, rounded up: typed as a budget, they suffice."""
+    text = format_bytes(num_bytes)
+    return text if parse_bytes(text) >= num_bytes else format_bytes(num_bytes * 1.005)
 
 
 # The cache -------------------------------------------------------------------------------------------------------
@@ -511,18 +542,18 @@ def _cache_folder() -> Path:
 def _read(key: str) -> Costs | None:
     try:
         return Costs.from_dict(json.loads((_cache_folder() / f"{key}.json").read_text()))
-    except (OSError, ValueError, KeyError, TypeError):  # none there, or damaged: measure again
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError):  # no home, none there, or damaged: measure
         return None
 
 
 def _measure_and_write(task: Task, settings: Settings, key: str) -> Costs:
     costs = measure_costs(task.backbone, task.objective, task.optimizer, settings)
-    folder = _cache_folder()
     try:
+        folder = _cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
         unfinished = folder / f"{key}.{os.getpid()}.tmp"
         unfinished.write_text(json.dumps(costs.to_dict()))
         unfinished.replace(folder / f"{key}.json")
-    except OSError:  # a cache that can't be written costs time, nothing else
+    except (OSError, RuntimeError):  # a cache that can't be written costs time, nothing else
         pass
     return costs

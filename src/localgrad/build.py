@@ -96,7 +96,7 @@ def build(recipe: Recipe, *, download: bool = False, has_weights: bool = False, 
     channels = data.info.num_channels
     model = create_model(settings_of_model, num_classes=data.info.num_classes, num_channels=channels)
     size = input_size_of(model, method.model, channels)
-    _check_patches(model, size[1:])
+    check_patches(model, size[1:])
     backbone = split(model if is_sequential or execution.offload else model.to(device), size)
     if planned is not None:
         recipe = planned(recipe, backbone)
@@ -234,7 +234,7 @@ def input_size_of(model: nn.Module, settings: ModelSettings, num_channels: int) 
     return num_channels, *default_input_size(model)[1:]
 
 
-def _check_patches(model: nn.Module, image_size: tuple[int, int]) -> None:
+def check_patches(model: nn.Module, image_size: tuple[int, int]) -> None:
     """Refuse an image size that isn't a whole number of patches: timm would leave the rest of the image unseen."""
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     if patch is None:

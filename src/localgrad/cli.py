@@ -258,7 +258,7 @@ def plan(  # noqa: PLR0917  # one parameter an option
     ] = None,
     budget: Annotated[str | None, typer.Option(help="Memory, such as 6GiB; no limit by default.")] = None,
     num_classes: Annotated[
-        int | None, typer.Option(min=2, help="By default the data's, or timm's own.", rich_help_panel=METHOD)
+        int | None, typer.Option(help="By default the data's, or timm's own.", rich_help_panel=METHOD)
     ] = None,
     data: Annotated[str | None, typer.Option(help="Plan for the classes of a data set.", rich_help_panel=DATA)] = None,
     img_size: Annotated[int | None, typer.Option(help="Side of the images in pixels.", rich_help_panel=METHOD)] = None,
@@ -308,8 +308,12 @@ def plan(  # noqa: PLR0917  # one parameter an option
     }
     changes: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
     changes |= parse_assignments(set_ or [])
-    changes["local.modules"] = "auto" if modules is None else parse_modules(modules)
-    num_bytes = _budget(budget, None, {}, verb="plan")
+    if modules is not None:
+        changes["local.modules"] = parse_modules(modules)
+    elif isinstance(changes.get("local.modules"), str):  # --set local.modules=2,5,9
+        changes["local.modules"] = parse_modules(changes["local.modules"])
+    changes.setdefault("local.modules", "auto")
+    num_bytes = _budget(budget, None, changes, verb="plan")
     _print_plan(
         _base(preset, recipe, {"data.name": "", **changes}),
         changes,
@@ -348,8 +352,11 @@ def _print_plan(
         raise RecipeError("--batch-size auto: the largest batch that fits what? Add --budget, such as --budget 8GiB.")
     if json is not None:
         _check_can_write("--json", json)
-    classes, channels = planned.CLASSES.get(recipe.method.data.name if "data.name" in changes else "", (None, 3))
-    kind = planned.kind_of(device)
+    if num_classes is not None and num_classes < 2:
+        raise RecipeError(f"--num-classes: a classifier needs at least 2 classes, got {num_classes}.")
+    named = recipe.method.data.name if "name" in overlay(base, changes).get("data", {}) else ""
+    classes, channels = planned.CLASSES.get(named, (None, 3))
+    kind = planned.kind_of(recipe.execution.device if device == "auto" else device)
     task = planned.task_of(recipe, device=kind, num_classes=num_classes or classes, num_channels=channels)
     console = Console()
     if largest_batch:
@@ -514,13 +521,17 @@ def _budget(text: str | None, plan: Path | None, changes: dict[str, Any], *, ver
     from localgrad.errors import RecipeError
     from localgrad.units import parse_bytes
 
-    if text is None:
+    if text is None and verb == "train":
         return None
     if plan is not None:
         raise RecipeError("--budget and --plan both decide how to train; give one of them.")
     for key in ("execution.checkpoint", "execution.accumulation"):
         if key in changes:
-            raise RecipeError(f"--{key.removeprefix('execution.')} can't be given with --budget, which decides it.")
+            option = f"--{key.removeprefix('execution.')}"
+            who = "with --budget" if verb == "train" else "to localgrad plan"
+            raise RecipeError(f"{option} can't be given {who}, which decides it; leave it out.")
+    if text is None:
+        return None
     if verb == "train":
         changes.setdefault("local.modules", "auto")
     try:

@@ -163,7 +163,9 @@ class Plan:
                 made_for=dict(values.get("made_for", {})),
                 forecast=dict(values.get("forecast", {})),
             )
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except PartitionError:
+            raise
+        except (ValueError, OverflowError, KeyError, TypeError, AttributeError) as error:
             raise PartitionError(f"plan: this is not the JSON of a plan ({error!r}).") from error
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from localgrad._fake import without_initialization
 from localgrad.backbone import Backbone, outline
 from localgrad.budget import Task, plan_to_budget
-from localgrad.build import build_recipe_objective, check_model_name, create_model, input_size_of
+from localgrad.build import build_recipe_objective, check_model_name, check_patches, create_model, input_size_of
 from localgrad.errors import BudgetError, RecipeError
 from localgrad.partition import Plan
 from localgrad.recipe import Recipe, overlay
@@ -24,7 +24,7 @@ CLASSES = {"digits": (10, 1), "cifar10": (10, 3), "cifar100": (100, 3), "stl10":
 """(classes, channels) of data sets that are known by name."""
 
 REMEMBERED = (
-    *("model.name", "model.img_size", "model.patch_size", "model.options", "training.batch_size"),
+    *("model.name", "model.img_size", "model.patch_size", "model.drop_path", "model.options", "training.batch_size"),
     *("training.optimizer", "training.ema_decay", "local.objective", "local.options"),
     *("execution.precision", "execution.compile"),
 )
@@ -47,6 +47,7 @@ def task_of(recipe: Recipe, *, device: str, num_classes: int | None = None, num_
     with without_initialization():
         model = create_model(replace(settings, pretrained=False), num_classes=num_classes, num_channels=num_channels)
     size = input_size_of(model, settings, num_channels)
+    check_patches(model, size[1:])
     return task_on(recipe, outline(model, size), device=device)
 
 
@@ -167,17 +168,32 @@ def check_plan_is_for(plan: Plan, recipe: Recipe) -> None:
         raise BudgetError(f"--plan: it was made for {'; '.join(different)}. Make a new one with localgrad plan.")
 
 
-def check_plan_fits(plan: Plan, backbone: Backbone) -> None:
+def check_plan_fits(plan: Plan, backbone: Backbone, data: str) -> None:
     """Refuse a plan whose model takes other images or has other classes than the one at hand.
+
+    Args:
+        plan: made before.
+        backbone: as it will be trained.
+        data: name of the data set.
 
     Raises:
         BudgetError: naming the difference.
     """
-    here = {"input_size": list(backbone.input_size), "num_classes": backbone.num_classes}
-    for key, value in here.items():
-        planned = plan.made_for.get(key, value)
-        if planned != value:
-            option = f"--num-classes {value}" if key == "num_classes" else f"--img-size {value[-1]}"  # type: ignore[index]
+    here: dict[str, tuple[Any, str]] = {
+        "channels": (backbone.input_size[0], f"--data {data}"),
+        "image size": (list(backbone.input_size[1:]), f"--img-size {backbone.input_size[-1]}"),
+        "num_classes": (backbone.num_classes, f"--num-classes {backbone.num_classes}"),
+    }
+    if plan.num_blocks != len(backbone.blocks):
+        raise BudgetError(
+            f"--plan: it was made for {plan.num_blocks} blocks, but this model has {len(backbone.blocks)}; make a new "
+            "one with localgrad plan."
+        )
+    size = plan.made_for.get("input_size") or list(backbone.input_size)
+    made_for = {"channels": size[0], "image size": size[1:], "num_classes": plan.made_for.get("num_classes")}
+    for key, (value, option) in here.items():
+        planned = made_for[key]
+        if planned not in (value, None):
             raise BudgetError(f"--plan: it was made for {key} {planned}, here {value}; plan again with {option}.")
 
 

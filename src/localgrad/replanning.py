@@ -59,7 +59,8 @@ class Replanner:
         learner = self.job.learner
         learner.run_as(replace(plan, activation_bytes=learner.plan.activation_bytes))
         self.recipe = laid_over(plan, self.recipe)
-        self.profile = replace(self.profile, peak_bytes=plan.forecast["peak_bytes"])
+        peaks = {f"module {index}": module["peak_bytes"] for index, module in enumerate(plan.forecast["modules"])}
+        self.profile = replace(self.profile, peak_bytes=plan.forecast["peak_bytes"], peak_by_label=peaks)
         if self.job.device.type == "cuda":
             torch.cuda.empty_cache()
         return self.recipe

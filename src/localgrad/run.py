@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from localgrad.backbone import Backbone
 from localgrad.build import Job, build, create_model, input_size_of, resolve_device
 from localgrad.errors import CheckpointError, DeviceError, MemoryExceeded, RecipeError, RunFolderError
+from localgrad.execution.sequential import out_of_memory
 from localgrad.learner import end_to_end, estimate_step
 from localgrad.partition import Plan
-from localgrad.planned import check_plan_fits, laid_over, plan_recipe, task_on
+from localgrad.planned import check_plan_fits, laid_over, plan_recipe, refuse_together, task_on
 from localgrad.recipe import Recipe, difference
 from localgrad.replanning import Replanner
 from localgrad.training.data import DataInfo, load_images_for_prediction
@@ -68,6 +69,8 @@ def train(
         raise RunFolderError(
             f"--out: {out} already holds a run; continue it with --resume {out}, or choose another folder."
         )
+    if plan is not None or budget is not None:
+        refuse_together(recipe)
     check_writable(out or Path("runs"))
     planning = _Planning(plan, budget)
     job = build(recipe, download=download, planned=planning if plan or budget else None)
@@ -101,7 +104,7 @@ class _Planning:
             task = task_on(recipe, backbone, device=resolve_device(recipe.execution.device).type)
             self.plan = plan_recipe(recipe, task, self.budget)
         assert self.plan is not None, "there is a plan or a budget"
-        check_plan_fits(self.plan, backbone)
+        check_plan_fits(self.plan, backbone, recipe.method.data.name)
         return laid_over(self.plan, recipe)
 
 
@@ -279,7 +282,9 @@ def _fit(
             trainer.fit()
         except MemoryExceeded as error:
             raise replanner.explain(error, folder.path) from error
-        except torch.OutOfMemoryError as error:  # outside of a module's step
+        except RuntimeError as error:
+            if out_of_memory(error) is None:
+                raise
             raise DeviceError(
                 f"{job.device} is out of memory; take --accumulation {2 * job.recipe.execution.accumulation}, "
                 "--checkpoint halves/8 or --offload, which don't change results, or more --modules."

@@ -33,7 +33,10 @@ def parse_bytes(text: str | int) -> int:
         match = _BYTES.fullmatch(text)
         if match is None:
             raise RecipeError(f"{text!r} is not an amount of memory; write it like 6GiB or 800MiB.")
-        amount = round(float(match[1]) * 1024 ** _POWERS[match[2].lower()])
+        number = float(match[1])
+        if number == float("inf"):
+            raise RecipeError(f"{text[:20]!r}… is more memory than there is; write it like 6GiB or 800MiB.")
+        amount = round(number * 1024 ** _POWERS[match[2].lower()])
     if amount < 1:
         raise RecipeError(f"an amount of memory must be positive, got {text!r}; write it like 6GiB.")
     return amount

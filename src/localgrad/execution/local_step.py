@@ -76,6 +76,7 @@ class LocalStep:
         Returns:
             The module's output, its graph gone: features for the next module, and the figures.
         """
+        self.updating = False  # whatever became of the last one
         if self.accumulation == 1:
             output = self._forward_backward(inputs, batch, 1.0)
         else:

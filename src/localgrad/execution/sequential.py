@@ -96,7 +96,9 @@ class SequentialExecutor:
                 reason = out_of_memory(error)
                 if reason is None:
                     raise
-            # The exception is gone here, and with its frames the graph that they held.
+            # The exception is gone here, and with its frames the graph that they held. Gradients go before anyone is
+            # asked: room is needed, estimates would count them, and whoever goes on starts from none.
+            step.optimizer.zero_grad(set_to_none=True)
             if before is None or step.updating or self.recover is None or not self.recover(index):
                 raise MemoryExceeded(index, reason)
             step.go_back(before)

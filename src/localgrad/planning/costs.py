@@ -383,7 +383,8 @@ class _Workshop:
             found: _Measured = self.once(key, measure)
             return found
 
-        if whole < 16:  # a chunk of one image may run otherwise than one of many: its reshapes are views
+        # Not by image: on the whole batch, always. A chunk of one image may run otherwise than one of many.
+        if whole < 16 or not piece.per_image:
             return measured(size)
         if size in (math.ceil(whole / 8), whole):
             return measured(size)
