@@ -13,7 +13,7 @@ demo: $(VENV)/installed  ## train on handwritten digits: four local modules, two
 	$(BIN)/localgrad train
 
 test: check  ## lint, strict types and the quick tests
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto
 
 test-all: check  ## the same with the heavy tests
 	$(BIN)/pytest -m "heavy or not heavy"

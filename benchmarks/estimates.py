@@ -19,7 +19,8 @@ import torch
 
 from localgrad import FeatureReconstruction, LocalLearner, estimate, measure, split
 from localgrad.api import adamw
-from localgrad.planning.costs import Settings, measure_costs
+from localgrad.planning.costs import Settings
+from localgrad.planning.parts import measure_costs
 from localgrad.run import device_name
 
 MODELS = ("swin_tiny_patch4_window7_224", "vit_small_patch16_224", "pvt_v2_b1")

@@ -18,7 +18,8 @@ from localgrad.backbone import split
 from localgrad.learner import LocalLearner, estimate_step
 from localgrad.objectives.base import LocalBatch
 from localgrad.objectives.methods import FeatureReconstruction
-from localgrad.planning.costs import Settings, measure_costs
+from localgrad.planning.costs import Settings
+from localgrad.planning.parts import measure_costs
 
 SMALL: dict[str, dict[str, Any]] = {
     "swin_tiny_patch4_window7_224": {

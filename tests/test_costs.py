@@ -24,7 +24,8 @@ from localgrad.objectives.methods import (
     Objective,
 )
 from localgrad.planning import memory
-from localgrad.planning.costs import Costs, Settings, measure_costs
+from localgrad.planning.costs import Costs, Settings
+from localgrad.planning.parts import measure_costs
 from localgrad.training.optim import OptimizerFactory
 
 VIT = {"embed_dim": 24, "depth": 3, "num_heads": 3, "img_size": 32, "patch_size": 8}

@@ -714,7 +714,7 @@ DETACHED = {
     "execution.local_module": ["outputs", "term", "value.logits"],
     "execution.local_step": ["output.loss"],  # the figure, once its backward pass is done
     "learner": ["buffer"],  # a copy of a running statistic, put back after check_isolation
-    "planning.costs": ["torch.ops.aten"],  # the operator's own name, in a list of those that take no time
+    "planning.parts": ["torch.ops.aten"],  # the operator's own name, in a list of those that take no time
     "planning.memory": ["inputs", "outputs"],  # the seams of a chain of parts, on fake tensors
     "training.folder": ["tensor"],  # weights on their way to disk
 }

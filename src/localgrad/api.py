@@ -66,7 +66,7 @@ def plan(
         clip_grad: as for ``LocalLearner``.
 
     Returns:
-        A plan with its forecast; train with ``LocalLearner(model, modules=plan, accumulation=plan.accumulation)``.
+        A plan with its forecast; train with ``LocalLearner(model, modules=plan)``.
 
     Raises:
         BudgetError: no plan fits; the message says the least that does, and what to change.

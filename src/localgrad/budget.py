@@ -1,6 +1,6 @@
 """Plans to a memory budget: measure the costs, find the fastest plan that fits, confirm it by one whole step.
 
-``plan_to_budget`` is the way through: costs of every block (``planning/costs.py``), the exact search
+``plan_to_budget`` is the way through: costs of every block (``planning/parts.py``), the exact search
 (``planning/planner.py``), then the very step of the chosen plan on fake tensors (``learner.estimate_step``), whose
 figures are the ones that are reported. Should the confirmed peak lie above the composed one and so above the budget,
 the search is repeated with the difference taken off.
@@ -33,8 +33,9 @@ from localgrad.errors import BudgetError
 from localgrad.learner import LocalLearner, OptimizerFactory, estimate_step, model_name
 from localgrad.objectives.methods import Objective
 from localgrad.partition import Boundaries, Checkpointing, Plan, Request, resolve
-from localgrad.planning.costs import Costs, Settings, interpolated, measure_costs
+from localgrad.planning.costs import Costs, Settings, interpolated
 from localgrad.planning.memory import MemoryProfile
+from localgrad.planning.parts import measure_costs
 from localgrad.planning.planner import UNLIMITED, Choice, Solution, fastest, frontier, smallest
 from localgrad.units import format_bytes, parse_bytes
 
@@ -145,7 +146,6 @@ class Task:
             objective=self.objective,
             precision=self.precision,
             clip_grad=self.clip_grad,
-            accumulation=plan.accumulation,
             ema_decay=self.ema_decay,
         )
         return estimate_step(learner, batch_size, self.optimizer, torch.device(self.device))

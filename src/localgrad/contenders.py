@@ -292,14 +292,7 @@ class Local(Method):
         options = {} if self.decoder is None else {"decoder": self.decoder}
         plan = make_plan(backbone, self.modules, checkpoint=self.checkpoint)
         objective = build_objective(self.objective, options)
-        return LocalLearner(
-            backbone,
-            modules=plan,
-            objective=objective,
-            precision=self.precision,
-            compile=compile,
-            accumulation=plan.accumulation,
-        )
+        return LocalLearner(backbone, modules=plan, objective=objective, precision=self.precision, compile=compile)
 
 
 def default_methods(

@@ -50,7 +50,7 @@ class LocalLearner:
         compile: run each local module through ``torch.compile``.
         clip_grad: largest norm of each module's gradient.
         accumulation: parts that ``step`` cuts a batch into, to save memory; one update a step all the same. What looks
-            at a whole batch (batch norms, the contrastive term) then looks at a part.
+            at a whole batch (batch norms, the contrastive term) then looks at a part. By default as a ``Plan`` says.
         ema_decay: keep an exponential moving average of the model's weights, in ``averaged_model``.
         offload: keep modules that don't train, their optimizer state and the average in host memory. ``eval()`` brings
             the whole model there.
@@ -73,12 +73,12 @@ class LocalLearner:
         checkpoint: CheckpointRequest = False,
         compile: bool = False,
         clip_grad: float | None = None,
-        accumulation: int = 1,
+        accumulation: int | None = None,
         ema_decay: float | None = None,
         offload: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
-        if accumulation < 1:
+        if accumulation is not None and accumulation < 1:
             raise RecipeError(f"accumulation must be at least 1, got {accumulation}.")
         if clip_grad is not None and not clip_grad > 0:
             raise RecipeError(f"clip_grad must be above 0, got {clip_grad}; leave it out for no clipping.")
@@ -104,7 +104,7 @@ class LocalLearner:
         self._settings: dict[str, Any] = {
             "precision": precision,
             "clip_grad": clip_grad,
-            "accumulation": accumulation,
+            "accumulation": accumulation or self.plan.accumulation,
             "compile": compile,
         }
         self._executor: SequentialExecutor | None = None

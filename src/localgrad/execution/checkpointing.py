@@ -120,7 +120,7 @@ class _RowsOfDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def checkpointed(block: Part, inputs: Tensor) -> Tensor:
     """Run ``block(inputs)``, keeping only ``inputs`` for the backward pass."""
-    if getattr(block, "keeps_inputs_only", False):  # by itself: a stand-in of ``planning.costs``
+    if getattr(block, "keeps_inputs_only", False):  # by itself: a stand-in of ``planning.parts``
         result: Tensor = block(inputs)
         return result
     modules = block.modules() if isinstance(block, nn.Module) else ()
