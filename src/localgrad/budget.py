@@ -31,7 +31,7 @@ from localgrad._halves import signature
 from localgrad.backbone import Backbone
 from localgrad.errors import BudgetError
 from localgrad.learner import LocalLearner, OptimizerFactory, estimate_step, model_name
-from localgrad.objectives.methods import Objective
+from localgrad.objectives.methods import Contrastive, Objective
 from localgrad.partition import Boundaries, Checkpointing, Plan, Request, resolve
 from localgrad.planning.costs import Costs, Settings, interpolated
 from localgrad.planning.memory import MemoryProfile
@@ -92,6 +92,7 @@ class Task:
         ema_decay: whether an average of the weights is kept.
         clip_grad: whether gradients are clipped.
         modules: how many modules, ``stages``, or boundaries; any by default.
+        whole_batches: never cut batches into parts.
     """
 
     backbone: Backbone
@@ -103,6 +104,7 @@ class Task:
     ema_decay: float | None = None
     clip_grad: float | None = None
     modules: Request | None = None
+    whole_batches: bool = False
     measured: dict[Settings, Costs] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
@@ -237,7 +239,7 @@ def plan_to_budget(task: Task, batch_size: int, budget: int | None = None) -> Pl
 def _searches(task: Task, whole: Search, batch_size: int) -> Iterator[Search]:
     """The search for whole batches, then those for batches in 2, 4, 8 ... parts."""
     yield whole
-    for parts in parts_of(batch_size):
+    for parts in () if task.whole_batches else parts_of(batch_size):
         yield Search(task, task.costs(batch_size, parts))
 
 
@@ -305,9 +307,17 @@ def _confirmed(task: Task, search: Search, solution: Solution | None, batch_size
 
 
 def _notes(task: Task, plan: Plan) -> list[str]:
-    if plan.accumulation > 1 and any(isinstance(module, _BatchNorm) for module in task.backbone.modules()):
-        return ["batch norms see a part of the batch at a time, so accumulation changes results here"]
+    if plan.accumulation > 1 and looks_at_whole_batches(task):
+        return [
+            "batch norms and contrastive terms see a part of the batch at a time: accumulation changes results here"
+        ]
     return []
+
+
+def looks_at_whole_batches(task: Task) -> bool:
+    """Whether results depend on which images are in a part of a batch together."""
+    norms = any(isinstance(module, _BatchNorm) for module in task.backbone.modules())
+    return norms or isinstance(task.objective, Contrastive)
 
 
 def _rivals(task: Task, batch_size: int, base: int) -> list[dict[str, Any]]:

@@ -345,13 +345,14 @@ def _print_plan(
     from localgrad import budget as budgets
     from localgrad import plan_table, planned
     from localgrad.errors import RecipeError
+    from localgrad.plots import check_writable
     from localgrad.recipe import Recipe, overlay
 
     recipe = Recipe.from_dict(overlay(base, changes))
     if largest_batch and budget is None:
         raise RecipeError("--batch-size auto: the largest batch that fits what? Add --budget, such as --budget 8GiB.")
     if json is not None:
-        _check_can_write("--json", json)
+        check_writable("--json", json)
     if num_classes is not None and num_classes < 2:
         raise RecipeError(f"--num-classes: a classifier needs at least 2 classes, got {num_classes}.")
     named = recipe.method.data.name if "name" in overlay(base, changes).get("data", {}) else ""
@@ -558,15 +559,6 @@ def _planned(path: Path, preset: str | None, recipe: Path | None, changes: dict[
     wanted = Recipe.from_dict(overlay(_base(preset, recipe, values), values))
     check_plan_is_for(plan, wanted)
     return plan, wanted
-
-
-def _check_can_write(option: str, path: Path) -> None:
-    """Refuse a file that can't be written, before the work is done."""
-    from localgrad.errors import RecipeError
-
-    folder = path.parent
-    if path.is_dir() or not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
-        raise RecipeError(f"{option}: {path} can't be written; name a file in a folder that exists.")
 
 
 def _base(preset_name: str | None, recipe: Path | None, changes: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from localgrad.budget import plan_to_budget
+from localgrad.budget import looks_at_whole_batches, plan_to_budget
 from localgrad.build import Job
 from localgrad.errors import BudgetError, DeviceError, MemoryExceeded, RecipeError
 from localgrad.partition import Plan
@@ -49,6 +49,7 @@ class Replanner:
         recipe = replace(self.recipe, method=replace(self.recipe.method, local=local))
         try:
             task = task_on(recipe, self.job.learner.backbone, device=self.job.device.type)
+            task = replace(task, whole_batches=looks_at_whole_batches(task))  # a run's results stay as they are
             budget = task.margin.needed(int(self.profile.peak_bytes * LESS))
             return plan_to_budget(task, recipe.method.training.batch_size, budget)
         except (BudgetError, RecipeError):  # nothing fits, or a run that planners don't plan
