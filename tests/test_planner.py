@@ -138,6 +138,11 @@ def test_the_frontier_gets_slower_and_smaller_and_ends_near_the_smallest(num_blo
     assert plans[-1].peak_bytes * 0.99 < smallest(num_blocks, table.choices, table.static).peak_bytes + 1
 
 
+def test_the_frontier_ends_where_a_plan_costs_nothing():
+    plans = frontier(3, lambda start, stop: [Choice(stop - start, 0, Checkpointing())], lambda start, stop: 0)
+    assert [plan.peak_bytes for plan in plans] == [0]
+
+
 def test_of_equal_times_the_fewest_modules():
     def choices(start, stop):
         return [Choice(stop - start, stop - start, Checkpointing())]

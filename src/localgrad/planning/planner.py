@@ -147,7 +147,8 @@ def frontier(num_blocks: int, choices: Choices, static: Static, *, num_modules: 
     solution = fastest(num_blocks, choices, static, UNLIMITED, num_modules=num_modules)
     while solution is not None:
         found.append(solution)
-        budget = int(solution.peak_bytes * STEP_OF_FRONTIER)
+        # Always below the peak just found, also where one per cent of it is less than a byte: each round ends nearer.
+        budget = min(int(solution.peak_bytes * STEP_OF_FRONTIER), solution.peak_bytes - 1)
         solution = fastest(num_blocks, choices, static, budget, num_modules=num_modules)
     return found
 
