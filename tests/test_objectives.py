@@ -106,7 +106,7 @@ class Copied(LinearDecoder):
         super().__init__(DEEP, target)
         self.prediction = prediction
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, hidden: Tensor | None = None, token: Tensor | None = None) -> Tensor:
         return self.prediction
 
 
@@ -127,7 +127,7 @@ def naive_squared_error(prediction: np.ndarray, target: np.ndarray, *, normalise
 def test_feature_reconstruction_is_the_mean_squared_error(layout: Layout, normalise: bool) -> None:
     inputs, prediction = 3 + 2 * features(layout), torch.randn(3, 4, 4, 8)
     grid = inputs.numpy() if layout is FEATURES else inputs[:, 1:].reshape(3, 4, 4, 8).numpy()
-    term = Reconstruction(Copied(layout, prediction), of_image=False, normalise=normalise)
+    term = Reconstruction(Copied(layout, prediction), of="inputs", normalise=normalise)
     value = term(inputs, features(DEEP), LocalBatch(None, torch.arange(3)))
     expected = naive_squared_error(prediction.numpy(), grid, normalise=normalise)
     assert value.loss.item() == pytest.approx(expected, rel=1e-5)
@@ -141,7 +141,7 @@ def test_image_reconstruction_at_any_patch_size(side: int) -> None:
     decoder = LinearDecoder(source, IMAGE)
     outputs, batch = features(source), a_batch()
     assert batch.images is not None
-    value = Reconstruction(decoder, of_image=True, normalise=False)(torch.empty(0), outputs, batch)
+    value = Reconstruction(decoder, of="image", normalise=False)(torch.empty(0), outputs, batch)
     patches = decoder.project(decoder.norm(outputs)).detach().numpy()
     total = 0.0
     for b, row, column in np.ndindex(3, *source.grid):
@@ -299,7 +299,7 @@ def test_nothing_to_learn_is_refused(objective: Objective) -> None:
         (GreedySupervised(), ["task"]),
         (FeatureReconstruction(), ["task", "reconstruction"]),
         (ImageReconstruction(), ["task", "reconstruction"]),
-        (Contrastive(), ["contrastive", "reconstruction"]),
+        (Contrastive(), ["reconstruction", "contrastive"]),
         (Contrastive(reconstruction_weight=0.0), ["contrastive"]),
     ],
 )
@@ -340,7 +340,7 @@ def test_feature_reconstruction_predicts_what_the_module_received() -> None:
     second = reconstruction_of(FeatureReconstruction().build(site(1)))
     assert second.decoder.target == FEATURES
     assert second.normalise
-    assert not second.uses_images
+    assert "images" not in second.uses
     assert not reconstruction_of(FeatureReconstruction(normalise_targets=False).build(site(1))).normalise
 
 
@@ -348,8 +348,8 @@ def test_feature_reconstruction_predicts_what_the_module_received() -> None:
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_image_methods_reconstruct_the_image_everywhere(objective: Objective, index: int) -> None:
     term = reconstruction_of(objective.build(site(index)))
-    assert (term.decoder.target, term.uses_images, term.normalise) == (IMAGE, True, False)
-    assert not objective.build(site(3, 4)).uses_images
+    assert (term.decoder.target, term.of, term.normalise) == (IMAGE, "image", False)
+    assert "images" not in objective.build(site(3, 4)).uses
 
 
 def test_options_reach_the_auxiliary_nets() -> None:

@@ -15,9 +15,10 @@ Shapes: B batch · H W grid of the module's output · D its width · h w grid of
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -54,25 +55,42 @@ class Decoder(nn.Module, ABC):
     def patches(self, grid: Tensor) -> Tensor:
         """Map grid features [B, H, W, D] to patches [B, H, W, rows * columns * d]."""
 
-    def forward(self, features: Tensor) -> Tensor:
+    mixes_positions = True
+    """Whether a position is predicted from others as well."""
+
+    def forward(self, features: Tensor, hidden: Tensor | None = None, token: Tensor | None = None) -> Tensor:
         """Predict the target.
 
         Args:
             features: the module's output, in the ``source`` layout.
+            hidden: [B, H, W], positions that the decoder is not to see; none by default.
+            token: [D], what stands there instead.
 
         Returns:
             [B, h, w, d], channels last.
         """
-        patches = self.patches(self.source.to_grid(features))
+        grid = self.source.to_grid(features)
+        if hidden is not None:
+            assert token is not None, "something stands where positions are hidden"
+            grid = torch.where(hidden.unsqueeze(-1), token.to(grid.dtype), grid)
+        patches = self.patches(grid)
         batch, height, width, _ = patches.shape
         rows, columns = self.ratio
         image = patches.view(batch, height, width, rows, columns, self.target.width)
         image = image.transpose(2, 3).reshape(batch, height * rows, width * columns, self.target.width)
         return image[:, : self.target.grid[0], : self.target.grid[1]]  # odd grids are padded by the backbone
 
+    def spread(self, positions: Tensor) -> Tensor:
+        """Positions of the output's grid as those of the target's, [B, H, W] to [B, h, w]."""
+        rows, columns = self.ratio
+        spread = positions.repeat_interleave(rows, 1).repeat_interleave(columns, 2)
+        return spread[:, : self.target.grid[0], : self.target.grid[1]]
+
 
 class LinearDecoder(Decoder):
     """Norm, one linear layer, pixel shuffle."""
+
+    mixes_positions = False
 
     def __init__(self, source: Layout, target: Layout) -> None:
         super().__init__(source, target)
@@ -161,6 +179,9 @@ class Classifier(nn.Module, ABC):
     @abstractmethod
     def forward(self, features: Tensor) -> Tensor:
         """Map features in the ``source`` layout to logits [B, num_classes]."""
+
+    def follow(self) -> None:
+        """Called after each update of the module that the classifier serves."""
 
 
 class Pool(nn.Module):
@@ -256,6 +277,74 @@ class TransformerClassifier(Classifier):
         return cast(Tensor, self.head(self.blocks(self.enter(self.norm(tokens)) + self.places).mean(dim=1)))
 
 
+class NextClassifier(Classifier):
+    """The blocks that follow in the model itself, on the module's output; then average pool, norm, linear.
+
+    So the module learns to give what the next ones need. Sources: a classifier made like the layers that follow
+    (AugLocal, arXiv 2402.17318); one whose blocks are a moving average of the next module's (MAN, arXiv 2407.05638).
+    The average moves after the module's update only, never between a forward pass and its backward pass.
+
+    Args:
+        source: layout of the module's output features.
+        num_classes: classes to tell apart.
+        following: the blocks that follow, each with the layout of what it gives.
+        depth: how many of them, at most; always at least one.
+        weights: ``fresh`` (like them, initialised anew, trained), ``copy`` (starts as they start, trained) or ``ema``
+            (follows them, not trained).
+        decay: of the moving average, with ``ema``.
+    """
+
+    def __init__(
+        self,
+        source: Layout,
+        num_classes: int,
+        *,
+        following: Sequence[tuple[nn.Module, Layout]],
+        depth: int = 1,
+        weights: str = "copy",
+        decay: float = 0.99,
+    ) -> None:
+        super().__init__(source, num_classes)
+        if weights not in ("fresh", "copy", "ema"):
+            raise RecipeError(f"classifier_options: weights {weights!r} of 'next' is unknown; take fresh, copy or ema.")
+        if not 0 <= decay < 1:
+            raise RecipeError(f"classifier_options: decay of 'next' must be from 0 to below 1, got {decay}.")
+        taken = following[: _size("depth", depth)]
+        if not taken:
+            raise RecipeError("classifier: 'next' needs blocks that follow, and there are none; take 'transformer'.")
+        self.weights = weights
+        self.decay = decay
+        self._sources = [block for block, _ in taken]  # a list: they are other modules', and stay theirs
+        self.blocks = nn.Sequential(*(copy.deepcopy(block) for block in self._sources))
+        if weights == "fresh":
+            self.blocks.apply(_initialise)
+        if weights == "ema":
+            self.blocks.requires_grad_(requires_grad=False)
+        self.pool = Pool(taken[-1][1])
+        self.head = nn.Linear(self.pool.width, num_classes)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features to logits [B, num_classes]."""
+        return cast(Tensor, self.head(self.pool(self.blocks(features))))
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Take a step towards the blocks that are followed."""
+        if self.weights != "ema":
+            return
+        for mine, source in zip(self.blocks, self._sources, strict=True):
+            pairs = zip((*mine.parameters(), *mine.buffers()), (*source.parameters(), *source.buffers()), strict=True)
+            for own, other in pairs:
+                if own.is_floating_point():
+                    own.lerp_(other.to(own.device), 1 - self.decay)
+
+
+def _initialise(module: nn.Module) -> None:
+    reset = getattr(module, "reset_parameters", None)  # torch's own layers have it
+    if reset is not None and not list(module.children()):
+        reset()
+
+
 def transformer_blocks(width: int, depth: int) -> nn.Sequential:
     """Plain pre-norm transformer blocks of timm: heads of 32 channels, an MLP of twice the width."""
     from timm.models.vision_transformer import Block
@@ -273,6 +362,7 @@ CLASSIFIERS: Mapping[str, Callable[..., Classifier]] = {
     "linear": LinearClassifier,
     "mlp": MlpClassifier,
     "transformer": TransformerClassifier,
+    "next": NextClassifier,
 }
 
 Net = TypeVar("Net", bound=nn.Module)
@@ -293,18 +383,27 @@ def build_decoder(name: str, source: Layout, target: Layout, options: Mapping[st
     return _build("decoder", DECODERS, name, options)(source, target)
 
 
-def build_classifier(name: str, source: Layout, num_classes: int, options: Mapping[str, Any]) -> Classifier:
+def build_classifier(
+    name: str,
+    source: Layout,
+    num_classes: int,
+    options: Mapping[str, Any],
+    following: Sequence[tuple[nn.Module, Layout]] = (),
+) -> Classifier:
     """Make an auxiliary classifier by name.
 
     Args:
-        name: ``linear``, ``mlp`` or ``transformer``.
+        name: ``linear``, ``mlp``, ``transformer`` or ``next``.
         source: layout of the module's output features.
         num_classes: classes to tell apart.
         options: keyword arguments of that classifier's class.
+        following: the model's blocks after the module, for ``next``.
 
     Raises:
         RecipeError: unknown name, or options that this classifier doesn't take.
     """
+    if CLASSIFIERS.get(name) is NextClassifier:
+        options = {**options, "following": following}
     return _build("classifier", CLASSIFIERS, name, options)(source, num_classes)
 
 

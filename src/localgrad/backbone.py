@@ -41,6 +41,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._fake import FakeTensor, fake_copy_with_memo, random_state_kept
@@ -113,6 +114,25 @@ class Layout:
             [B, P, D], a view, or None where there are none.
         """
         return features[:, : self.num_prefix_tokens] if self.num_prefix_tokens else None
+
+    def add(self, features: Tensor, grid: Tensor) -> Tensor:
+        """Features with something added to their spatial part.
+
+        Args:
+            features: as for ``to_grid``.
+            grid: [B, H, W, D].
+
+        Returns:
+            Of the features' own shape.
+        """
+        if self.kind == "NHWC":
+            return features + grid
+        if self.kind == "NCHW":
+            return features + grid.permute(0, 3, 1, 2)
+        tokens = grid.flatten(1, 2)
+        if self.order is not None:
+            tokens = tokens[:, torch.tensor(self.order, device=features.device)]
+        return features + F.pad(tokens, (0, 0, self.num_prefix_tokens, 0))
 
     @cached_property
     def _token_at(self) -> tuple[int, ...]:

@@ -21,9 +21,9 @@ from torch.optim import Optimizer
 from localgrad.backbone import Backbone, split
 from localgrad.errors import BackboneError, DeviceError, RecipeError, did_you_mean
 from localgrad.execution.local_step import check_precision
-from localgrad.learner import LocalLearner, default_input_size, make_plan
+from localgrad.learner import Factories, LocalLearner, default_input_size, make_plan
 from localgrad.objectives.methods import Objective, build_objective
-from localgrad.recipe import ModelSettings, Recipe, validated
+from localgrad.recipe import ModelSettings, Recipe, TrainingSettings, validated
 from localgrad.training.augment import Augment
 from localgrad.training.data import Batches, DataInfo, ImageSet, Splits, load_data
 from localgrad.training.optim import OptimizerFactory, Schedule
@@ -39,7 +39,7 @@ class Job:
     recipe: Recipe
     data: Splits
     learner: LocalLearner
-    optimizer: OptimizerFactory
+    optimizer: Factories
     schedule_for: Callable[[Sequence[Optimizer]], Schedule]
     batches: Batches
     device: torch.device
@@ -75,6 +75,12 @@ def build(recipe: Recipe, *, download: bool = False, has_weights: bool = False, 
         raise RecipeError(
             f"--ema-decay {training.ema_decay}: with --schedule sequential no average of the weights is kept; leave "
             "--ema-decay out, or take --schedule together."
+        )
+    if is_sequential:
+        _refuse_in_sequence(recipe)
+    if training.has_global_steps and execution.offload:
+        raise RecipeError(
+            "--offload: end-to-end steps (--global-every, --global-tail) need all modules on the device; leave one out."
         )
     objective = build_recipe_objective(recipe)
     if execution.num_threads is not None:
@@ -113,8 +119,11 @@ def build(recipe: Recipe, *, download: bool = False, has_weights: bool = False, 
         ema_decay=training.ema_decay,
         offload=execution.offload,
         device=device if execution.offload else None,
+        overlap=method.local.overlap,
+        freeze_from=training.freeze_from,
+        global_checkpoint=execution.global_checkpoint,
     )
-    optimizer = OptimizerFactory(model, name=training.optimizer, lr=training.lr, weight_decay=training.weight_decay)
+    optimizer = optimizers_of(training, model, plan.num_modules)
     if not is_sequential:
         learner.configure_optimizers(optimizer)
     augment = method.augment
@@ -131,10 +140,46 @@ def build(recipe: Recipe, *, download: bool = False, has_weights: bool = False, 
         warmup_epochs=training.warmup_epochs,
         warmup_lr=training.warmup_lr,
         min_lr=training.min_lr,
+        warmup_stagger=training.warmup_stagger,
     )
     # Made once to be checked, and dropped: nothing has been written yet.
     schedule_for([learner.local_step(index, optimizer).optimizer for index in range(plan.num_modules)])
     return Job(recipe, data, learner, optimizer, schedule_for, batches, device)
+
+
+def optimizers_of(training: TrainingSettings, model: nn.Module, num_modules: int) -> Factories:
+    """One optimizer factory for all local modules, or one each where depth has its own settings."""
+    factory = OptimizerFactory(model, name=training.optimizer, lr=training.lr, weight_decay=training.weight_decay)
+    if training.lr_depth == training.weight_decay_depth == (1.0, 1.0):
+        return factory
+
+    def between(ends: tuple[float, float], index: int) -> float:
+        return ends[0] + (ends[1] - ends[0]) * index / max(1, num_modules - 1)
+
+    return [
+        factory.scaled(between(training.lr_depth, index), between(training.weight_decay_depth, index))
+        for index in range(num_modules)
+    ]
+
+
+def _refuse_in_sequence(recipe: Recipe) -> None:
+    """Refuse what needs several modules in one step where modules are trained one after another."""
+    training, local = recipe.method.training, recipe.method.local
+    given = {
+        "--global-every": training.global_every,
+        "--global-tail": training.global_tail,
+        "local.overlap": local.overlap,
+        "training.freeze_from": training.freeze_from is not None,
+        **{f"local.options.{name}": local.options.get(name) for name in ("teacher_share", "reconcile", "context")},
+        "local.options.reconstruct=previous": local.options.get("reconstruct") == "previous",
+        "local.options.classifier=next": local.options.get("classifier") == "next",
+    }
+    for name, value in given.items():
+        if value:
+            raise RecipeError(
+                f"{name}: with --schedule sequential modules never train in one step; leave it out, or take "
+                "--schedule together."
+            )
 
 
 def resolve_device(name: str) -> torch.device:

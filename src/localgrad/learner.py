@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from localgrad.backbone import Backbone, split
 from localgrad.errors import BackboneError, CheckpointError, IsolationError, PartitionError, RecipeError
+from localgrad.execution.global_step import GlobalStep
 from localgrad.execution.local_module import build_local_modules, recomputed_in
 from localgrad.execution.local_step import LocalStep, autocast, check_precision
 from localgrad.execution.offload import HOST, Offloader
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from timm.utils.model_ema import ModelEmaV3
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
+Factories = OptimizerFactory | Sequence[OptimizerFactory]
 CheckpointRequest = bool | str | Checkpointing | Sequence[bool | str | Checkpointing]
 
 
@@ -55,6 +57,10 @@ class LocalLearner:
         offload: keep modules that don't train, their optimizer state and the average in host memory. ``eval()`` brings
             the whole model there.
         device: where to train, with ``offload`` only; by default where the model is. The model may stay on the CPU.
+        overlap: last blocks of the module before that each module's loss trains as well; they run in both.
+        freeze_from: share of the training after which modules stop to learn, the first at once, the last but one
+            at the end; ``at`` tells the learner how much is over.
+        global_checkpoint: what an end-to-end step (``global_step_on``) recomputes, as for ``checkpoint``.
 
     Raises:
         BackboneError: the model can't be split, or a parameter is shared across a boundary.
@@ -77,7 +83,16 @@ class LocalLearner:
         ema_decay: float | None = None,
         offload: bool = False,
         device: torch.device | str | None = None,
+        overlap: int = 0,
+        freeze_from: float | None = None,
+        global_checkpoint: str | Checkpointing = "blocks",
     ) -> None:
+        if isinstance(overlap, bool) or not isinstance(overlap, int) or overlap < 0:
+            raise RecipeError(f"overlap must be a number of blocks, 0 for none, got {overlap!r}.")
+        if overlap and offload:
+            raise RecipeError("overlap: blocks that two modules train can't be offloaded; leave offload out.")
+        if freeze_from is not None and not 0 <= freeze_from <= 1:
+            raise RecipeError(f"freeze_from must be a share of the training, from 0 to 1, got {freeze_from}.")
         if accumulation is not None and accumulation < 1:
             raise RecipeError(f"accumulation must be at least 1, got {accumulation}.")
         if clip_grad is not None and not clip_grad > 0:
@@ -94,7 +109,11 @@ class LocalLearner:
         check_precision(precision, self.device)
         self.objective = objective or FeatureReconstruction()
         self.plan = make_plan(self.backbone, modules, checkpoint=checkpoint)
-        self.modules = build_local_modules(self.backbone, self.plan, self.objective)
+        self.overlap = overlap
+        self.freeze_from = freeze_from
+        self.global_checkpoint = Checkpointing.parse(global_checkpoint)
+        self.modules = build_local_modules(self.backbone, self.plan, self.objective, overlap=overlap)
+        self._check_uses(ema_decay, compiled=compile)
         self.precision = precision
         self.averaged_model: nn.Module | None = None
         self._offloader = None if self._device is None else Offloader(self.modules, self._device)
@@ -108,8 +127,22 @@ class LocalLearner:
             "compile": compile,
         }
         self._executor: SequentialExecutor | None = None
-        self.optimizer_factory: OptimizerFactory | None = None
+        self._global_step: GlobalStep | None = None
+        self.optimizer_factory: Factories | None = None
         self.num_steps = 0
+
+    def uses(self, what: str) -> bool:
+        """Whether a local objective looks at something beside its module's features; see ``Term.uses``."""
+        return any(what in module.objective.uses for module in self.modules)
+
+    def _check_uses(self, ema_decay: float | None, *, compiled: bool) -> None:
+        if self.uses("teacher") and ema_decay is None:
+            raise RecipeError(
+                "teacher_share: the averaged model teaches, and none is kept; add ema_decay (0.999, say)."
+            )
+        if self.uses("gradient") and (compiled or self.overlap):
+            other = "overlap" if self.overlap else "compile"
+            raise RecipeError(f"reconcile and {other} don't go together; leave one of them out.")
 
     @property
     def device(self) -> torch.device:
@@ -130,11 +163,11 @@ class LocalLearner:
         trainable = [parameter for parameter in self.modules[index].parameters() if parameter.requires_grad]
         return sorted(trainable, key=lambda parameter: rank.get(id(parameter), len(rank)))
 
-    def configure_optimizers(self, factory: OptimizerFactory) -> None:
+    def configure_optimizers(self, factory: Factories) -> None:
         """Make one optimizer a local module.
 
         Args:
-            factory: called once for each module with its trainable parameters.
+            factory: called once for each module with its trainable parameters; or one factory a module.
 
         Raises:
             RecipeError: a module has nothing to train.
@@ -145,18 +178,24 @@ class LocalLearner:
             self._offloader.attach([step.optimizer for step in steps])
         self._executor = SequentialExecutor(steps, None if self._offloader is None else self._offloader.training)
 
-    def local_step(self, index: int, factory: OptimizerFactory) -> LocalStep:
+    def local_step(self, index: int, factory: Factories) -> LocalStep:
         """Make the step of one local module alone, on the device where that module is.
 
         The learner keeps neither the step nor its optimizer.
 
         Args:
             index: which module.
-            factory: called with its trainable parameters.
+            factory: called with its trainable parameters; or one a module.
 
         Raises:
             RecipeError: the module has nothing to train.
         """
+        if not callable(factory):
+            if len(factory) != len(self.modules):
+                raise RecipeError(
+                    f"{len(factory)} optimizer factories were given for {len(self.modules)} local modules."
+                )
+            factory = factory[index]
         parameters = self.parameters(index)
         if not parameters:
             raise RecipeError(f"local module {index} has no trainable parameter; unfreeze some, or use fewer modules.")
@@ -194,13 +233,56 @@ class LocalLearner:
                 f"images: got {got}, but this learner was made for "
                 f"[B, {', '.join(map(str, self.backbone.input_size))}]; pass input_size= for another size."
             )
+        if self.uses("teacher"):
+            batch.teacher = self.averaged_logits(batch.images).float().softmax(dim=1)
+        return self._stepped(self._executor.step, batch)
+
+    def global_step_on(self, batch: LocalBatch) -> StepResult:
+        """Train all modules end to end on one batch, recomputing as ``global_checkpoint`` says.
+
+        The task loss of the model's own logits reaches every module; auxiliary nets have no part in it. The optimizers are
+        the modules' own.
+
+        Args:
+            batch: images and labels.
+
+        Returns:
+            Figures of the last module; the others have no losses.
+
+        Raises:
+            RecipeError: no optimizers yet, or modules are offloaded.
+        """
+        if self._executor is None:
+            raise _no_optimizers()
+        if self._offloader is not None:
+            raise RecipeError("an end-to-end step needs all modules on the device; leave offload out, or global steps.")
+        if self._global_step is None:
+            plan = replace(self.plan, checkpoint=(self.global_checkpoint,) * self.plan.num_modules)
+            indices = range(len(self.modules))
+            recomputed = [recomputed_in(self.backbone, plan, index, overlap=self.overlap) for index in indices]
+            self._global_step = GlobalStep(self._executor.steps, recomputed)
+        return self._stepped(self._global_step, batch)
+
+    def _stepped(self, step: Callable[[LocalBatch], StepResult], batch: LocalBatch) -> StepResult:
         if not (self.model.training and self.modules[0].training):
             self.train()
-        result = self._executor.step(batch)
+        result = step(batch)
         self.num_steps += 1
         if self._ema is not None:
             self._ema.update(self.model, step=self.num_steps)
         return result
+
+    def at(self, progress: float) -> None:
+        """Tell the learner how much of its training is over, for what changes over time.
+
+        Args:
+            progress: from 0 to 1.
+        """
+        for index, module in enumerate(self.modules):
+            module.objective.at(progress)
+            if self.freeze_from is not None and self._executor is not None and index < len(self.modules) - 1:
+                share = index / max(1, len(self.modules) - 1)
+                self._executor.steps[index].frozen = progress >= self.freeze_from + (1 - self.freeze_from) * share
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> tuple[Tensor | None, ...]:
@@ -218,8 +300,8 @@ class LocalLearner:
         features = images
         for index, module in enumerate(self.modules):
             with self._on_device(index), autocast(self.device.type, self.precision):
-                features = module.features(features)
-                found.append(module.objective.classify(features))
+                outputs, features, _ = module.walk(features)
+                found.append(module.objective.classify(outputs))
         return tuple(found)
 
     @torch.no_grad()
@@ -238,7 +320,8 @@ class LocalLearner:
         if self.averaged_model is None:
             raise RecipeError("no average of the weights: make the learner with ema_decay=0.9998, say.")
         if self._offloader is None:
-            self.averaged_model.eval()
+            if self.averaged_model.training:
+                self.averaged_model.eval()
             with autocast(images.device.type, self.precision):
                 logits: Tensor = self.averaged_model(images)
             return logits
@@ -269,7 +352,7 @@ class LocalLearner:
         self.plan = plan
         self._settings["accumulation"] = plan.accumulation
         for index, module in enumerate(self.modules):
-            module.recomputed = recomputed_in(self.backbone, plan, index)
+            module.recomputed = recomputed_in(self.backbone, plan, index, overlap=self.overlap)
         for step in self._executor.steps if self._executor else ():
             step.run_as(plan.accumulation)
 
@@ -397,7 +480,12 @@ def end_to_end(learner: LocalLearner) -> LocalLearner:
 
 
 def estimate_step(
-    learner: LocalLearner, batch_size: int, optimizer: OptimizerFactory, device: torch.device | None = None
+    learner: LocalLearner,
+    batch_size: int,
+    optimizer: Factories,
+    device: torch.device | None = None,
+    *,
+    globally: bool = False,
 ) -> MemoryProfile:
     """Predict the memory of one training step on fake tensors; the learner is not touched.
 
@@ -406,14 +494,16 @@ def estimate_step(
         batch_size: images a step.
         optimizer: factory, as for ``configure_optimizers``.
         device: that it will be trained on; by default the one where it is.
+        globally: predict the end-to-end step (``global_step_on``), and not the local one.
     """
     bare = copy.copy(learner)  # without its optimizers and compiled code, which a fake copy can't hold
     bare._executor, bare._settings = None, {**learner._settings, "compile": False}
+    bare._global_step = None
     bare.optimizer_factory = None
     bare._offloader, bare._device = None, None
     return simulate(
         bare,
-        _EstimatedStep(optimizer, (batch_size, *learner.backbone.input_size)),
+        _EstimatedStep(optimizer, (batch_size, *learner.backbone.input_size), globally=globally),
         inputs={"labels": ((batch_size,), torch.int64)},
         device="cuda" if (device or learner.device).type == "cuda" else "cpu",
         host=LocalLearner.host_tensors,
@@ -426,13 +516,15 @@ class _EstimatedStep:
     It makes its images as the data path does, and gives them away, so that they are counted for as long as they live.
     """
 
-    def __init__(self, factory: OptimizerFactory, size: tuple[int, ...]) -> None:
+    def __init__(self, factory: Factories, size: tuple[int, ...], *, globally: bool = False) -> None:
         self.factory = factory
         self.size = size
+        self.globally = globally
         self.configured = False
 
     def __call__(self, learner: LocalLearner, labels: Tensor) -> StepResult:
-        if not self.configured:
+        first = not self.configured
+        if first:
             if learner.offload:  # to fake tensors, which are all on the processor
                 learner._device = HOST
                 learner._offloader = Offloader(learner.modules, HOST)
@@ -441,7 +533,9 @@ class _EstimatedStep:
             self.configured = True
             # The first step only makes optimizer state, which is the same after a few images.
             labels = labels[: 2 * learner._settings["accumulation"]]
-        return learner.step_on(LocalBatch(torch.empty(len(labels), *self.size[1:]), labels))
+        # The first step makes all optimizer state, also that of auxiliary nets, which an end-to-end step leaves alone.
+        step = learner.global_step_on if self.globally and not first else learner.step_on
+        return step(LocalBatch(torch.empty(len(labels), *self.size[1:]), labels))
 
 
 def _annotate_modules(learner: LocalLearner) -> None:
@@ -491,12 +585,16 @@ def check_isolation(learner: LocalLearner, images: Tensor | None = None, labels:
                 torch.arange(2, device=device) % learner.backbone.num_classes if labels is None else labels,
             )
             features = batch.images
+            num_classes = learner.backbone.num_classes
+            batch.teacher = torch.full((len(batch.labels), num_classes), 1 / num_classes, device=device)
             for index, module in enumerate(learner.modules):
                 for _, parameter in named:
                     parameter.grad = None
                 output = module(features, batch)
                 output.loss.backward(retain_graph=True)  # a leak is to be named, not to end in autograd's own error
-                features = output.features
+                batch.previous, features = features, output.features
+                if index + 1 < len(learner.modules):
+                    batch.context = (*batch.context, module.pooled(features))
                 for name, parameter in named:
                     if parameter.grad is not None and id(parameter) not in owners[index]:
                         raise IsolationError(

@@ -27,6 +27,7 @@ from localgrad.training.augment import Augment
 Positive = Annotated[int, Field(ge=1, strict=True)]  # strict: true is no number
 Fraction = Annotated[float, Field(ge=0, lt=1, strict=True)]
 Amount = Annotated[float, Field(ge=0, strict=True)]
+Factor = Annotated[float, Field(gt=0, strict=True)]
 
 
 def _checkpoint(value: str | list[str]) -> str | list[str]:
@@ -92,18 +93,22 @@ class LocalSettings:
         modules: number of local modules (balanced by activation bytes), ``stages``, boundaries, or ``auto``: as many
             as is fastest within a budget.
         objective: feature, image, greedy or contrastive.
-        options: keyword arguments of the objective: ``decoder``, ``classifier``, weights.
+        options: keyword arguments of the objective: ``decoder``, ``classifier``, weights, remedies.
+        overlap: last blocks of the module before that each module's loss trains as well.
     """
 
     __pydantic_config__ = STRICT
     modules: Positive | str | list[int] = 4
     objective: str = "feature"
     options: dict[str, Any] = field(default_factory=dict)
+    overlap: Annotated[int, Field(ge=0, strict=True)] = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
     """Optimization; every local module has its own optimizer and scheduler with these settings.
+
+    A pair of factors goes from the first local module to the last.
 
     Attributes:
         epochs: passes over the training images.
@@ -119,6 +124,12 @@ class TrainingSettings:
         ema_decay: keep and select an average of the weights with this decay; off by default.
         schedule: train the local modules ``together``, or one after another on cached features (``sequential``).
         cached_epochs: in sequential mode, how many differently augmented epochs of features are cached.
+        global_every: each step of that number is end-to-end (recomputing, within the same memory); off by default.
+        global_tail: share of the steps, at the end, that are end-to-end.
+        lr_depth: factors on the learning rate of the first and the last local module.
+        weight_decay_depth: the same on the weight decay.
+        warmup_stagger: epochs by which each module's warm-up is longer than that of the module before.
+        freeze_from: share of the training after which early modules stop to learn, one after another; off by default.
     """
 
     __pydantic_config__ = STRICT
@@ -135,6 +146,22 @@ class TrainingSettings:
     ema_decay: Annotated[float, Field(gt=0, lt=1, strict=True)] | None = None
     schedule: Literal["together", "sequential"] = "together"
     cached_epochs: Positive = 4
+    global_every: Positive | None = None
+    global_tail: Fraction = 0.0
+    lr_depth: tuple[Factor, Factor] = (1.0, 1.0)
+    weight_decay_depth: tuple[Amount, Amount] = (1.0, 1.0)
+    warmup_stagger: Amount = 0.0
+    freeze_from: Fraction | None = None
+
+    def is_global(self, step: int, num_steps: int) -> bool:
+        """Whether a step of the run (from 0) is end-to-end."""
+        every = self.global_every is not None and (step + 1) % self.global_every == 0
+        return every or step >= round((1 - self.global_tail) * num_steps)
+
+    @property
+    def has_global_steps(self) -> bool:
+        """Whether any step is."""
+        return self.global_every is not None or self.global_tail > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +196,7 @@ class Execution:
         accumulation: parts that each batch is cut into (batch norms and the contrastive term see the parts).
         checkpoint: what local modules recompute in their backward pass: ``none``, ``blocks``, ``halves``, ``halves/8``
             (over 8 chunks of the batch), ``halves/8:3`` (the first three blocks); one for all, or a list.
+        global_checkpoint: what end-to-end steps recompute (``training.global_every``, ``global_tail``).
         compile: run each local module through torch.compile.
         offload: keep local modules that don't train, and their optimizer state, in host memory.
         num_workers: processes that decode images of sets too large for memory.
@@ -180,6 +208,7 @@ class Execution:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     accumulation: Positive = 1
     checkpoint: Checkpoint = "none"
+    global_checkpoint: Annotated[str, AfterValidator(_checkpoint)] = "blocks"
     compile: bool = False
     offload: bool = False
     num_workers: Annotated[int, Field(ge=0, strict=True)] = 2

@@ -27,6 +27,7 @@ from localgrad.execution.sequential import out_of_memory
 from localgrad.learner import end_to_end, estimate_step
 from localgrad.partition import Plan
 from localgrad.planned import check_plan_fits, laid_over, plan_recipe, refuse_together, task_on
+from localgrad.planning.memory import MemoryProfile
 from localgrad.recipe import Recipe, difference
 from localgrad.replanning import Replanner
 from localgrad.training.data import DataInfo, load_images_for_prediction
@@ -266,12 +267,13 @@ def _fit(
         stages = estimate_stages(job.learner, settings.batch_size, job.optimizer, job.device)
         profile = max(stages, key=lambda stage: stage.peak_bytes)
     else:
-        profile = estimate_step(job.learner, settings.batch_size, job.optimizer)
+        profile = estimate_run(job)
     peak = profile.peak_bytes
     replanner = Replanner(job, profile, lambda: _observed(job.device))
     if replan and not isinstance(trainer, StagewiseTrainer):
         job.learner.on_out_of_memory(partial(_go_on, replanner, trainer))
-    baseline = estimate_step(end_to_end(job.learner), settings.batch_size, job.optimizer, job.device).peak_bytes
+    factory = job.optimizer if callable(job.optimizer) else job.optimizer[0]
+    baseline = estimate_step(end_to_end(job.learner), settings.batch_size, factory, job.device).peak_bytes
     own = (JsonlSink(folder.path / "metrics.jsonl", epoch), TensorBoardSink(folder.path / "tensorboard", epoch))
     trainer.sinks = (*own, *sinks)
     try:
@@ -296,6 +298,14 @@ def _fit(
     finally:
         for sink in trainer.sinks:
             sink.close()
+
+
+def estimate_run(job: Job) -> MemoryProfile:
+    """Predict the memory of the steps that a job's recipe has: the larger, where some are end-to-end."""
+    settings = job.recipe.method.training
+    kinds = [False, True] if settings.has_global_steps and job.learner.plan.num_modules > 1 else [False]
+    found = [estimate_step(job.learner, settings.batch_size, job.optimizer, globally=kind) for kind in kinds]
+    return max(found, key=lambda profile: profile.peak_bytes)
 
 
 def _go_on(replanner: Replanner, trainer: Trainer, module: int) -> bool:
@@ -339,6 +349,7 @@ def _trainer(job: Job, folder: RunFolder) -> Trainer:
         epochs=settings.epochs,
         folder=folder,
         sinks=(),
+        is_global=settings.is_global if settings.has_global_steps and job.learner.plan.num_modules > 1 else None,
     )
 
 

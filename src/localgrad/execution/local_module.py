@@ -10,116 +10,241 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localgrad._halves import find_pieces, whole_block
-from localgrad.backbone import Backbone, Layout
+from localgrad.backbone import Backbone, Layout, Stem, Tail
 from localgrad.execution.checkpointing import Part, Recomputed
 from localgrad.objectives.base import LocalBatch, LocalObjective, ObjectiveValue, Site
 from localgrad.objectives.methods import Objective
 from localgrad.partition import Checkpointing, Plan
+
+CONTEXT_GRID = 4
+"""Side of the grid that features are pooled to where they are later modules' context."""
 
 
 class LocalOutput(NamedTuple):
     """What a local module gives for one batch.
 
     Attributes:
-        features: its output, detached, for the next module (the model's logits for the last one).
+        features: what it hands on, detached, for the next module (the model's logits for the last one).
         loss: its local objective, a scalar with the graph of this module only.
         terms: each term's own unweighted loss, detached.
         logits: class logits [B, num_classes], detached; ``None`` where the objective has no classifier.
+        gradient: of the loss by what is handed on, once the backward pass is done; where it is asked for.
     """
 
     features: Tensor
     loss: Tensor
     terms: dict[str, Tensor]
     logits: Tensor | None
+    gradient: Tensor | None = None
+
+
+class Walk(NamedTuple):
+    """A pass through a module's parts, with its graph.
+
+    Attributes:
+        outputs: what the last part gives.
+        handed_on: what the next module receives: the same, or with overlap what entered the blocks that overlap.
+        states: what entered each block; empty unless asked for.
+    """
+
+    outputs: Tensor
+    handed_on: Tensor
+    states: list[Tensor]
 
 
 class LocalModule(nn.Module):
     """A run of blocks with its own objective.
+
+    With overlap, the parts of a module start with the last blocks of the module before, which hands on what enters
+    those: so a module's loss trains them too, and they run in both.
 
     Args:
         parts: the stem (first module only), the blocks, the tail (last module only), in order.
         objective: what the module is trained on; owns the auxiliary nets.
         recomputed: by number of a part, what stands in for it in training: the same function, which keeps less and
             recomputes it in the backward pass.
+        layout: of what it hands on; for the last module, anything.
+        shared: parts at the start that belong to the module before.
+        given: parts at the end that the next module runs as well.
     """
 
     def __init__(
-        self, parts: Sequence[nn.Module], objective: LocalObjective, recomputed: Mapping[int, Recomputed] | None = None
+        self,
+        parts: Sequence[nn.Module],
+        objective: LocalObjective,
+        recomputed: Mapping[int, Recomputed] | None = None,
+        *,
+        layout: Layout | None = None,
+        shared: int = 0,
+        given: int = 0,
     ) -> None:
         super().__init__()
         self.parts = nn.ModuleList(parts)
         self.objective = objective
         self.recomputed = dict(recomputed or {})
+        self.layout = layout
+        self.shared = shared
+        self.given = given
+        self.keeps_gradient = False
+        self.gradient: Tensor | None = None
 
-    def features(self, inputs: Tensor) -> Tensor:
-        """Run the parts in order: image or features in, features (or the model's logits) out."""
+    def walk(self, inputs: Tensor, *, with_states: bool = False) -> Walk:
+        """Run the parts in order: image or features in, features (or the model's logits) out.
+
+        Args:
+            inputs: what the module before handed on; the images for the first module.
+            with_states: list what entered each block.
+        """
+        states = []
+        handed_on = None
         for number, part in enumerate(self.parts):
+            if number == len(self.parts) - self.given:
+                handed_on = inputs
+            if with_states and not isinstance(part, (Stem, Tail)):
+                states.append(inputs)
             run: Part = self.recomputed.get(number, part) if self.training else part
             inputs = run(inputs)
+        return Walk(inputs, inputs if handed_on is None else handed_on, states)
+
+    def features(self, inputs: Tensor) -> Tensor:
+        """What the last part gives. Arguments as for ``walk``."""
+        return self.walk(inputs).outputs
+
+    def own(self, inputs: Tensor, recomputed: Mapping[int, Recomputed]) -> Tensor:
+        """Run the module's own parts only, recomputing as a caller says: a step of end-to-end training.
+
+        Args:
+            inputs: what enters the first of them.
+            recomputed: as for the class.
+        """
+        for number, part in enumerate(self.parts):
+            if number >= self.shared:
+                run: Part = recomputed.get(number, part)
+                inputs = run(inputs)
         return inputs
 
     def forward(self, inputs: Tensor, batch: LocalBatch) -> LocalOutput:
         """Compute features and loss.
 
         Args:
-            inputs: what the module before gave; the images [B, C, H, W] for the first one.
+            inputs: what the module before handed on; the images [B, C, H, W] for the first one.
             batch: images and labels.
 
         Returns:
             Detached features, the loss with its graph, and detached figures.
         """
-        outputs = self.features(inputs)
-        value: ObjectiveValue = self.objective(inputs, outputs, batch)
+        entered = self.objective.enter(inputs, batch)
+        outputs, handed_on, states = self.walk(entered, with_states="states" in self.objective.uses)
+        if self.keeps_gradient and outputs.requires_grad:
+            outputs.register_hook(self._keep)  # type: ignore[no-untyped-call]
+        value: ObjectiveValue = self.objective(inputs, outputs, batch, states)
         return LocalOutput(
-            features=outputs.detach(),
+            features=handed_on.detach(),
             loss=value.loss,
             terms={name: term.detach() for name, term in value.terms.items()},
             logits=None if value.logits is None else value.logits.detach(),
         )
 
+    def _keep(self, gradient: Tensor) -> None:
+        self.gradient = gradient
 
-def build_local_modules(backbone: Backbone, plan: Plan, objective: Objective) -> list[LocalModule]:
+    def pooled(self, features: Tensor) -> Tensor:
+        """What later modules get as context: what was handed on, averaged over a small grid, [B, rows, columns, D]."""
+        assert self.layout is not None, "the last module is nobody's context"
+        grid = self.layout.to_grid(features).permute(0, 3, 1, 2)
+        height, width = (min(side, CONTEXT_GRID) for side in self.layout.grid)
+        return F.adaptive_avg_pool2d(grid, (height, width)).permute(0, 2, 3, 1)
+
+
+def site_of(backbone: Backbone, boundaries: Sequence[int], index: int, *, overlap: int = 0) -> Site:
+    """Where in a model a local module stands.
+
+    Args:
+        backbone: a split model.
+        boundaries: the first block of every module but the first.
+        index: number of the module.
+        overlap: blocks of the module before that it trains as well.
+    """
+    num_blocks = len(backbone.blocks)
+    edges = [0, *boundaries, num_blocks]
+    image = Layout(kind="NCHW", width=backbone.input_size[0], grid=backbone.input_size[1:])
+    layouts = backbone.layouts
+    starts = [edge - shared_blocks(edges, number, overlap) for number, edge in enumerate(edges[:-1])]
+    start, stop = starts[index], edges[index + 1]
+    received = [image, *(layouts[number] for number in starts[1:])]
+    return Site(
+        index=index,
+        num_modules=len(edges) - 1,
+        inputs=received[index],
+        outputs=layouts[stop],
+        image=image,
+        num_classes=backbone.num_classes,
+        states=tuple(layouts[start:stop]),
+        previous=received[max(0, index - 1)],
+        context=tuple(received[1 : index + 1]),
+        following=tuple((backbone.blocks[number], layouts[number + 1]) for number in range(stop, num_blocks)),
+    )
+
+
+def shared_blocks(edges: Sequence[int], index: int, overlap: int) -> int:
+    """Blocks of the module before that a module trains as well: at most all that this one has of its own.
+
+    Args:
+        edges: the first block of every module, and the number of blocks.
+        index: of the module; there are none for the first, and none beyond the last.
+        overlap: blocks asked for.
+    """
+    return min(overlap, edges[index] - edges[index - 1]) if 0 < index < len(edges) - 1 else 0
+
+
+def build_local_modules(backbone: Backbone, plan: Plan, objective: Objective, *, overlap: int = 0) -> list[LocalModule]:
     """Make the local modules of a plan from a backbone's parts; auxiliary nets join the backbone's device.
 
     Args:
         backbone: a split model; its parts are shared, not copied.
         plan: boundaries, and which modules checkpoint inside.
         objective: what every module but the last is trained on.
+        overlap: blocks of the module before that each module trains as well.
 
     Raises:
         BackboneError: a parameter is shared across a boundary.
     """
     backbone.check_boundaries(plan.boundaries)
-    image = Layout(kind="NCHW", width=backbone.input_size[0], grid=backbone.input_size[1:])
     device = next(backbone.parameters()).device
+    edges = [0, *plan.boundaries, len(backbone.blocks)]
     modules = []
     for index, span in enumerate(plan.spans):
         first, last = index == 0, index == plan.num_modules - 1
-        site = Site(
-            index=index,
-            num_modules=plan.num_modules,
-            inputs=image if first else backbone.layouts[span.start],
-            outputs=backbone.layouts[span.stop],
-            image=image,
-            num_classes=backbone.num_classes,
-        )
+        site = site_of(backbone, plan.boundaries, index, overlap=overlap)
         stem, tail = [backbone.stem] * first, [backbone.tail] * last
-        recomputed = recomputed_in(backbone, plan, index)
-        parts = [*stem, *(backbone.blocks[i] for i in span), *tail]
-        modules.append(LocalModule(parts, objective.build(site).to(device), recomputed))
+        shared, given = (shared_blocks(edges, number, overlap) for number in (index, index + 1))
+        blocks = [backbone.blocks[number] for number in range(span.start - shared, span.stop)]
+        modules.append(
+            LocalModule(
+                [*stem, *blocks, *tail],
+                objective.build(site).to(device),
+                recomputed_in(backbone, plan, index, overlap=overlap),
+                layout=None if last else backbone.layouts[span.stop - given],
+                shared=shared,
+                given=given,
+            )
+        )
     return modules
 
 
-def recomputed_in(backbone: Backbone, plan: Plan, index: int) -> dict[int, Recomputed]:
+def recomputed_in(backbone: Backbone, plan: Plan, index: int, *, overlap: int = 0) -> dict[int, Recomputed]:
     """What stands in for the parts of a plan's local module in training, by number of the part."""
     how, span = plan.checkpointing(index), plan.spans[index]
     if how.level == "none":
         return {}
     before = 1 if index == 0 else 0  # the stem
-    return {before + number: recompute(backbone, block, how) for number, block in enumerate(span[: how.first])}
+    edges = [0, *plan.boundaries, len(backbone.blocks)]
+    blocks = range(span.start - shared_blocks(edges, index, overlap), span.stop)
+    return {before + number: recompute(backbone, block, how) for number, block in enumerate(blocks[: how.first])}
 
 
 def recompute(backbone: Backbone, index: int, how: Checkpointing) -> Recomputed:

@@ -26,6 +26,8 @@ from localgrad.objectives.base import LocalBatch
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Autocast dtype by the name that recipes use."""
+RELATIVE_STEP = 0.01
+"""Length of the step of a finite difference, as a share of the length of what it is taken at."""
 
 
 class LocalStep:
@@ -63,6 +65,7 @@ class LocalStep:
         self.precision = precision
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=precision == "fp16")
         self.updating = False  # whether weights may have been changed in part
+        self.frozen = False  # whether the module only runs, and learns no more
         self._is_compiled = compile
         self._forward: Callable[..., LocalOutput] = _compiled(module) if compile else module
 
@@ -77,6 +80,9 @@ class LocalStep:
             The module's output, its graph gone: features for the next module, and the figures.
         """
         self.updating = False  # whatever became of the last one
+        if self.frozen:
+            with torch.no_grad(), autocast(self.device_type, self.precision):
+                return self._forward(inputs, batch)
         if self.accumulation == 1:
             output = self._forward_backward(inputs, batch, 1.0)
         else:
@@ -85,20 +91,48 @@ class LocalStep:
         return output
 
     def _forward_backward(self, inputs: Tensor, batch: LocalBatch, share: float) -> LocalOutput:
+        if batch.gradient is not None and self.module.objective.reconcile:
+            return self._reconciled(inputs, batch, batch.gradient, share)
+        return self._once(inputs, batch, share)
+
+    def _once(self, inputs: Tensor, batch: LocalBatch, share: float | Tensor) -> LocalOutput:
         with autocast(self.device_type, self.precision):
             output = self._forward(inputs, batch)
-        loss = output.loss if share == 1.0 else output.loss * share
+        loss = output.loss if isinstance(share, float) and share == 1.0 else output.loss * share
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        return output._replace(loss=output.loss.detach())
+        gradient, self.module.gradient = self.module.gradient, None
+        return output._replace(loss=output.loss.detach(), gradient=gradient)
+
+    def _reconciled(self, inputs: Tensor, batch: LocalBatch, wanted: Tensor, share: float) -> LocalOutput:
+        """As ``_once``, with the pull of successive gradient reconciliation (SGR, arXiv 2406.05222).
+
+        SGR penalises the distance of the gradient g at this module's input from the one at the output of the module
+        before, which needs the gradient of a gradient, and fused attention has none. Here the penalty is
+        1 - cosine of the two, image by image. Its gradient by the parameters is that of g . u, with u the penalty's
+        gradient by g, and so a derivative along u: a central difference of two more passes.
+        """
+        random_state = _random_state(self.device_type)
+        inputs.requires_grad_()
+        output = self._once(inputs, batch, share)
+        after = _random_state(self.device_type)
+        own, inputs.grad = inputs.grad, None
+        inputs.requires_grad_(False)  # noqa: FBT003  # torch's own signature
+        assert own is not None, "the loss depends on the inputs"
+        along = cosine_direction(own, wanted)
+        step = RELATIVE_STEP * inputs.norm() / along.norm().clamp(min=1e-12)
+        weight = share * self.module.objective.reconcile / (2 * step)
+        for sign in (1.0, -1.0):
+            _set_random_state(self.device_type, random_state)  # the same draws of dropout and drop path
+            self._once(inputs + sign * step * along, batch, sign * weight)
+        _set_random_state(self.device_type, after)
+        return output
 
     def _accumulate(self, inputs: Tensor, batch: LocalBatch) -> LocalOutput:
         num_images = len(inputs)
-        chunks = inputs.chunk(self.accumulation)
-        all_images = [None] * len(chunks) if batch.images is None else batch.images.chunk(self.accumulation)
         outputs, shares = [], []
-        for chunk, images, labels in zip(chunks, all_images, batch.labels.chunk(self.accumulation), strict=True):
+        for chunk, part in zip(inputs.chunk(self.accumulation), batch.parts(self.accumulation), strict=True):
             shares.append(len(chunk) / num_images)
-            outputs.append(self._forward_backward(chunk, LocalBatch(images, labels), shares[-1]))
+            outputs.append(self._forward_backward(chunk, part, shares[-1]))
         return _merge(outputs, shares)
 
     def snapshot(self) -> list[Tensor]:
@@ -131,6 +165,7 @@ class LocalStep:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        self.module.objective.follow()
         self.updating = False
 
 
@@ -164,12 +199,23 @@ def _merge(outputs: Sequence[LocalOutput], shares: Sequence[float]) -> LocalOutp
         return torch.stack([value * share for value, share in zip(values, shares, strict=True)]).sum()
 
     logits = [output.logits for output in outputs if output.logits is not None]
+    gradients = [output.gradient for output in outputs if output.gradient is not None]
     return LocalOutput(
         features=torch.cat([output.features for output in outputs]),
         loss=mean([output.loss for output in outputs]),
         terms={name: mean([output.terms[name] for output in outputs]) for name in outputs[0].terms},
         logits=torch.cat(logits) if logits else None,
+        gradient=torch.cat(gradients) if gradients else None,
     )
+
+
+def cosine_direction(own: Tensor, wanted: Tensor) -> Tensor:
+    """The gradient of ``mean over images of (1 - cosine(own, wanted))`` by ``own``; both [B, ...]."""
+    g, d = own.flatten(1).float(), wanted.flatten(1).float()
+    g_norm, d_norm = g.norm(dim=1, keepdim=True).clamp(min=1e-12), d.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    cosine = (g * d).sum(dim=1, keepdim=True) / (g_norm * d_norm)
+    along: Tensor = (cosine * g / g_norm - d / d_norm) / (g_norm * len(g))
+    return along.view_as(own).to(own.dtype)
 
 
 def autocast(device_type: str, precision: str) -> contextlib.AbstractContextManager[None]:

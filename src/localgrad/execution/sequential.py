@@ -63,8 +63,15 @@ class SequentialExecutor:
         self.steps = tuple(steps)
         self.recover: Callable[[int], bool] | None = None
         self.around = around or (lambda _: contextlib.nullcontext())
-        users = [index for index, step in enumerate(self.steps) if step.module.objective.uses_images]
-        self._last_user_of_images = max(users, default=0)
+        self._last_user = {what: self._last(what) for what in ("images", "previous", "context")}
+        for index, step in enumerate(self.steps):
+            following = self.steps[index + 1 : index + 2]
+            step.module.keeps_gradient = any("gradient" in later.module.objective.uses for later in following)
+
+    def _last(self, what: str) -> int:
+        """The last module that looks at something; -1 for none."""
+        users = [index for index, step in enumerate(self.steps) if what in step.module.objective.uses]
+        return max(users, default=-1)
 
     def step(self, batch: LocalBatch) -> StepResult:
         """Train every local module on one batch.
@@ -73,16 +80,21 @@ class SequentialExecutor:
             batch: images and labels; the images are taken out of it on the way.
         """
         assert batch.images is not None, "a step starts with images"
-        features = batch.images
+        features, received = batch.images, None
         losses, terms, logits = [], [], []
         for index, step in enumerate(self.steps):
-            if index > self._last_user_of_images:
+            if index > max(0, self._last_user["images"]):
                 batch.images = None
+            batch.previous = received if index <= self._last_user["previous"] else None
+            received = features if index < self._last_user["previous"] else None
             output = self._run(index, step, features, batch)
-            features = output.features
+            features, batch.gradient = output.features, output.gradient
+            if index < self._last_user["context"]:
+                batch.context = (*batch.context, step.module.pooled(features))
             losses.append(output.loss)
             terms.append(output.terms)
             logits.append(output.logits)
+            del output
         return StepResult(features, tuple(losses), tuple(terms), tuple(logits))
 
     def _run(self, index: int, step: LocalStep, features: Tensor, batch: LocalBatch) -> LocalOutput:

@@ -9,10 +9,12 @@ export simply drops the objective. This file has what both halves need; the obje
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localgrad.backbone import Layout
@@ -33,6 +35,10 @@ class Site:
         outputs: layout of what its last block gives.
         image: layout of the image: NCHW.
         num_classes: classes of the task.
+        states: layouts of what enters each of its blocks.
+        previous: layout of what the module before received; the first module's own input there.
+        context: layouts of what each earlier module hands on.
+        following: the blocks after it, each with the layout of what it gives.
     """
 
     index: int
@@ -41,6 +47,10 @@ class Site:
     outputs: Layout
     image: Layout
     num_classes: int
+    states: tuple[Layout, ...] = ()
+    previous: Layout | None = None
+    context: tuple[Layout, ...] = ()
+    following: tuple[tuple[nn.Module, Layout], ...] = ()
 
     @property
     def is_last(self) -> bool:
@@ -59,13 +69,38 @@ class Site:
 class LocalBatch:
     """What a local objective may look at besides the features that enter and leave the module.
 
+    All but images and labels are there only while an objective looks at them.
+
     Attributes:
         images: [B, C, H, W], normalised; ``None`` once no later module needs them.
         labels: class indices [B], or soft targets [B, num_classes] (mixup, cutmix).
+        teacher: class probabilities [B, num_classes] of the averaged model.
+        previous: what the module before received.
+        context: pooled features of earlier modules, each [B, rows, columns, D].
+        gradient: of the loss of the module before, by what it handed on.
     """
 
     images: Tensor | None
     labels: Tensor
+    teacher: Tensor | None = None
+    previous: Tensor | None = None
+    context: tuple[Tensor, ...] = ()
+    gradient: Tensor | None = None
+
+    def parts(self, count: int) -> list[LocalBatch]:
+        """The batch cut into parts, as ``Tensor.chunk`` cuts."""
+        labels = self.labels.chunk(count)
+
+        def cut(tensor: Tensor | None) -> Sequence[Tensor | None]:
+            return [None] * len(labels) if tensor is None else tensor.chunk(count)
+
+        single = zip(*map(cut, (self.images, self.teacher, self.previous, self.gradient)), strict=True)
+        contexts = zip(*(tensor.chunk(count) for tensor in self.context), strict=True) if self.context else ()
+        cuts = list(contexts) or [()] * len(labels)
+        return [
+            LocalBatch(images, own, teacher, previous, tuple(context), gradient)
+            for own, (images, teacher, previous, gradient), context in zip(labels, single, cuts, strict=True)
+        ]
 
 
 class TermValue(NamedTuple):
@@ -78,17 +113,19 @@ class TermValue(NamedTuple):
 class Term(nn.Module, ABC):
     """One term of a local objective; owns the auxiliary net that it needs."""
 
-    uses_images = False
-    """Whether the term looks at ``batch.images``."""
+    uses: frozenset[str] = frozenset()
+    """What the term looks at besides the module's inputs and outputs: ``images``, ``teacher`` or ``previous`` of the
+    batch, or ``states``."""
 
     @abstractmethod
-    def forward(self, inputs: Tensor, outputs: Tensor, batch: LocalBatch) -> TermValue:
+    def forward(self, inputs: Tensor, outputs: Tensor, batch: LocalBatch, states: Sequence[Tensor] = ()) -> TermValue:
         """Compute the term.
 
         Args:
             inputs: what the module received, detached; the image for the first module.
             outputs: what its last block gave (the model's logits for the last module).
-            batch: image and labels.
+            batch: image and labels, and what else the term uses.
+            states: what entered each of the module's blocks, with its graph; empty unless the term uses it.
 
         Returns:
             A scalar loss, in float32, and logits where there are any.
@@ -97,6 +134,9 @@ class Term(nn.Module, ABC):
     def classify(self, outputs: Tensor) -> Tensor | None:
         """Class logits [B, num_classes] from the module's outputs, ``None`` for a term that has no classifier."""
         return None
+
+    def follow(self) -> None:
+        """Called after each update of the module: what follows other modules' weights takes a step towards them."""
 
 
 class ObjectiveValue(NamedTuple):
@@ -107,34 +147,121 @@ class ObjectiveValue(NamedTuple):
     logits: Tensor | None
 
 
+class ContextSupply(nn.Module):
+    """Adds pooled features of earlier modules to what a module receives, while it is young.
+
+    Context supply (ContSup, arXiv 2312.07636) gives later modules what the modules before them have thrown away. There
+    it stays in the network. Here the result has to be the plain timm model, so the context fades: its factor goes
+    linearly from 1 to 0 over the first part of training, and it never enters in evaluation mode. The projection starts
+    at zero, so that nothing is changed at first.
+
+    Args:
+        site: where the module stands.
+        until: share of the training after which no context enters.
+    """
+
+    factor: Tensor
+
+    def __init__(self, site: Site, until: float) -> None:
+        super().__init__()
+        self.layout = site.inputs
+        self.until = until
+        self.enter = nn.ModuleList(nn.Linear(layout.width, site.inputs.width) for layout in site.context)
+        for linear in self.enter:
+            nn.init.zeros_(linear.weight)  # type: ignore[arg-type]
+            nn.init.zeros_(linear.bias)  # type: ignore[arg-type]
+        self.register_buffer("factor", torch.ones(()), persistent=False)
+        self.is_over = False
+
+    def at(self, progress: float) -> None:
+        """Set the factor for a share of the training that is over."""
+        self.is_over = progress >= self.until
+        self.factor.fill_(max(0.0, 1 - progress / self.until))
+
+    def forward(self, inputs: Tensor, context: Sequence[Tensor]) -> Tensor:
+        """Add the context to features.
+
+        Args:
+            inputs: in the layout of the module's input.
+            context: one for each earlier module, [B, rows, columns, D].
+
+        Returns:
+            Features of the same layout.
+        """
+        total: Tensor | None = None
+        for linear, pooled in zip(self.enter, context, strict=True):
+            grid = F.interpolate(linear(pooled).permute(0, 3, 1, 2), self.layout.grid, mode="nearest")
+            total = grid if total is None else total + grid
+        assert total is not None, "a module with context is not the first"
+        return self.layout.add(inputs, (total * self.factor).permute(0, 2, 3, 1))
+
+
 class LocalObjective(nn.Module):
     """The weighted sum of named terms that one local module is trained on.
 
     Args:
         terms: by name, in the order in which they are computed.
         weights: factor of each term, by the same names.
+        over_time: for some of the names, a second factor at the start and at the end of the training, linear between.
+        context: what the module gets of earlier ones, beside its input.
+        reconcile: weight with which the gradient at the module's input is drawn towards that of the module before.
     """
 
-    def __init__(self, terms: Mapping[str, Term], weights: Mapping[str, float]) -> None:
+    def __init__(
+        self,
+        terms: Mapping[str, Term],
+        weights: Mapping[str, float],
+        *,
+        over_time: Mapping[str, tuple[float, float]] | None = None,
+        context: ContextSupply | None = None,
+        reconcile: float = 0.0,
+    ) -> None:
         super().__init__()
         assert terms.keys() == weights.keys(), "each term has a weight"
         self.terms = nn.ModuleDict(terms)
         self.weights = dict(weights)
+        self.over_time = {name: ends for name, ends in (over_time or {}).items() if name in terms}
+        self.context = context
+        self.reconcile = reconcile
+        for name, (start, _) in self.over_time.items():
+            # A tensor, so that a compiled module is not compiled anew whenever it changes.
+            self.register_buffer(f"factor_of_{name}", torch.tensor(float(start)), persistent=False)
+        uses = [cast(Term, term).uses for term in self.terms.values()]
+        self.uses = frozenset().union(
+            *uses, *([{"context"}] if context else []), *([{"gradient"}] if reconcile else [])
+        )
 
-    def forward(self, inputs: Tensor, outputs: Tensor, batch: LocalBatch) -> ObjectiveValue:
+    def at(self, progress: float) -> None:
+        """Set what changes over time for a share of the training that is over, from 0 to 1."""
+        for name, (start, end) in self.over_time.items():
+            self.get_buffer(f"factor_of_{name}").fill_(start + (end - start) * progress)
+        if self.context is not None:
+            self.context.at(progress)
+
+    def enter(self, inputs: Tensor, batch: LocalBatch) -> Tensor:
+        """What the module's parts are given: what it received, and in training the context."""
+        if self.context is None or self.context.is_over or not self.training:
+            return inputs
+        entered: Tensor = self.context(inputs, batch.context)
+        return entered
+
+    def forward(
+        self, inputs: Tensor, outputs: Tensor, batch: LocalBatch, states: Sequence[Tensor] = ()
+    ) -> ObjectiveValue:
         """Compute every term and their weighted sum. Arguments as in ``Term.forward``."""
-        values: dict[str, TermValue] = {name: term(inputs, outputs, batch) for name, term in self.terms.items()}
-        losses = [_scaled(value.loss, self.weights[name]) for name, value in values.items()]
+        values: dict[str, TermValue] = {name: term(inputs, outputs, batch, states) for name, term in self.terms.items()}
+        losses = [self._weighted(name, value.loss) for name, value in values.items()]
         total = losses[0]
         for loss in losses[1:]:
             total = total + loss
         logits = next((value.logits for value in values.values() if value.logits is not None), None)
         return ObjectiveValue(total, {name: value.loss for name, value in values.items()}, logits)
 
-    @property
-    def uses_images(self) -> bool:
-        """Whether a term looks at the images of the batch."""
-        return any(cast(Term, term).uses_images for term in self.terms.values())
+    def _weighted(self, name: str, loss: Tensor) -> Tensor:
+        if name in self.over_time:
+            loss = loss * self.get_buffer(f"factor_of_{name}")
+        weight = self.weights[name]
+        return loss if weight == 1.0 else loss * weight  # keeps a lone task loss free of one more node
 
     def classify(self, outputs: Tensor) -> Tensor | None:
         """Class logits from the module's outputs; ``None`` where no term has a classifier."""
@@ -144,6 +271,7 @@ class LocalObjective(nn.Module):
                 return logits
         return None
 
-
-def _scaled(loss: Tensor, weight: float) -> Tensor:
-    return loss if weight == 1.0 else loss * weight  # keeps a lone task loss free of one more node
+    def follow(self) -> None:
+        """Let what follows other modules' weights take a step; called after each update."""
+        for term in self.terms.values():
+            cast(Term, term).follow()

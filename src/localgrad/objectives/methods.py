@@ -26,22 +26,44 @@ from typing import Any
 from torch import nn
 
 from localgrad.auxiliary import build_classifier, build_decoder
+from localgrad.backbone import Layout
 from localgrad.errors import RecipeError, did_you_mean
-from localgrad.objectives.base import LocalObjective, Site, Term, Weight
-from localgrad.objectives.reconstruction import Reconstruction
+from localgrad.objectives.base import ContextSupply, LocalObjective, Site, Term, Weight
+from localgrad.objectives.reconstruction import ERRORS, BlockReconstruction, Reconstruction
+from localgrad.objectives.regularisers import SimilarityMatching, Transport
 from localgrad.objectives.supervised import SupervisedContrastive, TaskLoss
 
 Options = Mapping[str, Any]
 
 
+@dataclass(frozen=True, kw_only=True)
 class Objective(ABC):
     """Description of a local objective, without shapes; ``build`` makes the objective of one local module.
 
+    What stands here goes with every objective: remedies for what local training loses. A weight is a number, or two
+    to go linearly from the first local module to the last but one.
+
     Attributes:
         label_smoothing: of every task loss, also the last module's; from 0 to 1.
+        transport_tau: transport penalty over the module's blocks (TRGL, arXiv 2309.17357); off by default.
+        similarity_weight: weight of similarity matching (arXiv 1901.06656).
+        contrastive_weight: weight of the supervised contrastive loss (arXiv 2004.11362).
+        temperature: of the contrastive loss.
+        reconcile: weight with which the gradient at a module's input is drawn towards the one that the module before
+            had at its output (SGR, arXiv 2406.05222); two more passes through the module a step.
+        context: share of the training during which later modules get pooled features of earlier ones (ContSup,
+            arXiv 2312.07636), fading to nothing; 0 for none.
+        over_time: by a term's name, a second factor of its weight at the start and at the end of the training.
     """
 
-    label_smoothing: float
+    label_smoothing: float = 0.0
+    transport_tau: Weight | None = None
+    similarity_weight: Weight = 0.0
+    contrastive_weight: Weight = 0.0
+    temperature: float = 0.1
+    reconcile: Weight = 0.0
+    context: float = 0.0
+    over_time: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @abstractmethod
     def terms(self, site: Site) -> dict[str, tuple[Weight, Term]]:
@@ -51,13 +73,16 @@ class Objective(ABC):
         """Make the objective of the local module at ``site``.
 
         Raises:
-            RecipeError: a weight is no number or negative, every weight is zero, or label smoothing isn't in [0, 1).
+            RecipeError: a weight is no number or negative, every weight is zero, or another option is impossible.
         """
-        if not 0 <= self.label_smoothing < 1:
-            raise RecipeError(f"label_smoothing must be from 0 to below 1, got {self.label_smoothing}.")
+        self._check()
+        reconcile = _at(site, "reconcile", self.reconcile) if site.index else 0.0
+        context = ContextSupply(site, self.context) if self.context and site.index else None
         if site.is_last:
-            return LocalObjective({"task": TaskLoss(nn.Identity(), self.label_smoothing)}, {"task": 1.0})
-        weighted = {name: (_at(site, name, weight), term) for name, (weight, term) in self.terms(site).items()}
+            task = TaskLoss(nn.Identity(), self.label_smoothing)
+            return LocalObjective({"task": task}, {"task": 1.0}, context=context, reconcile=reconcile)
+        described = self.terms(site) | self._regularisers(site)
+        weighted = {name: (_at(site, name, weight), term) for name, (weight, term) in described.items()}
         for name, (weight, _) in weighted.items():
             if weight < 0:
                 raise RecipeError(f"weight of {name!r} is {weight} in local module {site.index}; it can't be negative.")
@@ -66,9 +91,48 @@ class Objective(ABC):
             raise RecipeError(
                 f"local module {site.index} has nothing to learn: every weight of {type(self).__name__} is 0."
             )
+        for name in self.over_time:
+            if name not in described:
+                raise RecipeError(
+                    f"over_time: there is no term {name!r}; here there are {', '.join(described)}."
+                    f"{did_you_mean(name, described)}"
+                )
         return LocalObjective(
-            {name: term for name, (_, term) in kept.items()}, {name: weight for name, (weight, _) in kept.items()}
+            {name: term for name, (_, term) in kept.items()},
+            {name: weight for name, (weight, _) in kept.items()},
+            over_time=self.over_time,
+            context=context,
+            reconcile=reconcile,
         )
+
+    def _check(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise RecipeError(f"label_smoothing must be from 0 to below 1, got {self.label_smoothing}.")
+        if not 0 <= self.context <= 1:
+            raise RecipeError(f"context must be a share of the training, from 0 to 1, got {self.context}.")
+        for name, ends in self.over_time.items():
+            if len(ends) != 2 or not all(isinstance(end, (int, float)) and 0 <= end < math.inf for end in ends):
+                raise RecipeError(
+                    f"over_time: {name} = {list(ends)!r}; give the factors at start and end, such as [1.0, 0.0]."
+                )
+
+    def _regularisers(self, site: Site) -> dict[str, tuple[Weight, Term]]:
+        found: dict[str, tuple[Weight, Term]] = {}
+        if _is_on(self.contrastive_weight):
+            if not 0 < self.temperature < math.inf:
+                raise RecipeError(f"temperature of the contrastive loss must be above 0, got {self.temperature}.")
+            contrastive = SupervisedContrastive(site.outputs, site.num_classes, temperature=self.temperature)
+            found["contrastive"] = self.contrastive_weight, contrastive
+        if _is_on(self.similarity_weight):
+            found["similarity"] = self.similarity_weight, SimilarityMatching(site.outputs, site.num_classes)
+        if self.transport_tau is not None:
+            tau = _at(site, "transport_tau", self.transport_tau)
+            if not tau > 0:
+                raise RecipeError(
+                    f"transport_tau must be above 0, got {self.transport_tau}; leave it out for no penalty."
+                )
+            found["transport"] = 1.0, Transport(tau)
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,21 +140,26 @@ class GreedySupervised(Objective):
     """Each module is trained on its auxiliary classifier's task loss alone.
 
     Attributes:
-        classifier: auxiliary classifier: ``linear``, ``mlp`` or ``transformer``.
-        classifier_options: keyword arguments of that classifier.
+        classifier: auxiliary classifier: ``linear``, ``mlp``, ``transformer``, or ``next`` (the blocks that follow).
+        classifier_options: keyword arguments of that classifier; a pair of whole numbers goes from the first local
+            module to the last but one (``depth = [3, 1]``: shallower towards the output, AugLocal, arXiv 2402.17318).
         task_weight: weight of the task loss.
-        label_smoothing: of every task loss, also the last module's.
+        teacher_share: share of the task loss that is taught by the averaged model (``ema_decay``), and not by labels.
     """
 
     classifier: str = "mlp"
     classifier_options: Options = field(default_factory=dict)
     task_weight: Weight = 1.0
-    label_smoothing: float = 0.0
+    teacher_share: Weight = 0.0
 
     def terms(self, site: Site) -> dict[str, tuple[Weight, Term]]:
         """Make the task term."""
-        classifier = build_classifier(self.classifier, site.outputs, site.num_classes, self.classifier_options)
-        return {"task": (self.task_weight, TaskLoss(classifier, self.label_smoothing))}
+        share = _at(site, "teacher_share", self.teacher_share)
+        if not 0 <= share <= 1:
+            raise RecipeError(f"teacher_share must be from 0 to 1, got {self.teacher_share}.")
+        options = _for_depth(site, self.classifier_options)
+        classifier = build_classifier(self.classifier, site.outputs, site.num_classes, options, site.following)
+        return {"task": (self.task_weight, TaskLoss(classifier, self.label_smoothing, share))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,22 +170,43 @@ class FeatureReconstruction(GreedySupervised):
 
     Attributes:
         decoder: auxiliary decoder: ``linear``, ``conv`` or ``transformer``.
-        decoder_options: keyword arguments of that decoder.
+        decoder_options: keyword arguments of that decoder; pairs as for the classifier.
         reconstruction_weight: weight of the reconstruction error.
         normalise_targets: layer-normalise each position of feature targets (never of pixels).
+        reconstruct: what is reconstructed: what the module received (``inputs``), what the module before received
+            (``previous``), or what entered each of its blocks (``blocks``).
+        reconstruction_error: ``mse``, ``smooth_l1`` or ``cosine``.
+        mask: share of positions that is hidden from the decoder, and alone counts; for decoders that mix positions.
     """
 
     decoder: str = "linear"
     decoder_options: Options = field(default_factory=dict)
     reconstruction_weight: Weight = 1.0
     normalise_targets: bool = True
+    reconstruct: str = "inputs"
+    reconstruction_error: str = "mse"
+    mask: float = 0.0
 
     def terms(self, site: Site) -> dict[str, tuple[Weight, Term]]:
         """Make the task term and the reconstruction term."""
-        decoder = build_decoder(self.decoder, site.outputs, site.inputs, self.decoder_options)
-        features = site.index > 0
-        term = Reconstruction(decoder, of_image=False, normalise=features and self.normalise_targets)
+        term = self._reconstruction(site)
         return super().terms(site) | {"reconstruction": (self.reconstruction_weight, term)}
+
+    def _reconstruction(self, site: Site) -> Term:
+        if self.reconstruct == "blocks":
+            # The first block of a module received what the module received; of the first module, the stem's output.
+            return BlockReconstruction([self._of(site, layout, "inputs") for layout in site.states])
+        if self.reconstruct == "previous":
+            return self._of(site, site.previous or site.inputs, "previous" if site.index else "inputs")
+        if self.reconstruct != "inputs":
+            raise RecipeError(f"reconstruct: unknown {self.reconstruct!r}; take inputs, previous or blocks.")
+        return self._of(site, site.inputs, "inputs")
+
+    def _of(self, site: Site, target: Layout, of: str) -> Reconstruction:
+        normalise = self.normalise_targets
+        return _reconstruction(
+            self, site, target, of=of, error=self.reconstruction_error, mask=self.mask, normalise=normalise
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,16 +217,21 @@ class ImageReconstruction(GreedySupervised):
         decoder: auxiliary decoder: ``linear``, ``conv`` or ``transformer``.
         decoder_options: keyword arguments of that decoder.
         reconstruction_weight: weight of the reconstruction error.
+        reconstruction_error: ``mse``, ``smooth_l1`` or ``cosine``.
+        mask: share of positions that is hidden from the decoder, and alone counts; for decoders that mix positions.
     """
 
     decoder: str = "linear"
     decoder_options: Options = field(default_factory=dict)
     reconstruction_weight: Weight = 1.0
+    reconstruction_error: str = "mse"
+    mask: float = 0.0
 
     def terms(self, site: Site) -> dict[str, tuple[Weight, Term]]:
         """Make the task term and the reconstruction term."""
-        decoder = build_decoder(self.decoder, site.outputs, site.image, self.decoder_options)
-        term = Reconstruction(decoder, of_image=True, normalise=False)
+        term = _reconstruction(
+            self, site, site.image, of="image", error=self.reconstruction_error, mask=self.mask, normalise=False
+        )
         return super().terms(site) | {"reconstruction": (self.reconstruction_weight, term)}
 
 
@@ -151,28 +246,42 @@ class Contrastive(Objective):
         decoder_options: keyword arguments of that decoder.
         reconstruction_weight: weight of the reconstruction error; 0 leaves the decoder out.
         contrastive_weight: weight of the contrastive loss.
-        temperature: of the contrastive loss.
-        label_smoothing: of the last module's task loss.
     """
 
     decoder: str = "linear"
     decoder_options: Options = field(default_factory=dict)
     reconstruction_weight: Weight = 1.0
     contrastive_weight: Weight = 1.0
-    temperature: float = 0.1
-    label_smoothing: float = 0.0
 
     def terms(self, site: Site) -> dict[str, tuple[Weight, Term]]:
-        """Make the contrastive term and the reconstruction term."""
-        if not 0 < self.temperature < math.inf:
-            raise RecipeError(f"temperature of the contrastive loss must be above 0, got {self.temperature}.")
-        contrastive = SupervisedContrastive(site.outputs, site.num_classes, temperature=self.temperature)
-        decoder = build_decoder(self.decoder, site.outputs, site.image, self.decoder_options)
-        reconstruction = Reconstruction(decoder, of_image=True, normalise=False)
-        return {
-            "contrastive": (self.contrastive_weight, contrastive),
-            "reconstruction": (self.reconstruction_weight, reconstruction),
-        }
+        """Make the reconstruction term; the contrastive one is any objective's."""
+        reconstruction = _reconstruction(self, site, site.image, of="image", error="mse", mask=0.0, normalise=False)
+        return {"reconstruction": (self.reconstruction_weight, reconstruction)}
+
+
+def _reconstruction(
+    objective: FeatureReconstruction | ImageReconstruction | Contrastive,
+    site: Site,
+    target: Layout,
+    *,
+    of: str,
+    error: str,
+    mask: float,
+    normalise: bool,
+) -> Reconstruction:
+    if error not in ERRORS:
+        raise RecipeError(
+            f"reconstruction_error: unknown {error!r}; take {', '.join(ERRORS)}.{did_you_mean(error, ERRORS)}"
+        )
+    if not 0 <= mask < 1:
+        raise RecipeError(f"mask must be a share of the positions, from 0 to below 1, got {mask}.")
+    decoder = build_decoder(objective.decoder, site.outputs, target, _for_depth(site, objective.decoder_options))
+    if mask and not decoder.mixes_positions:
+        raise RecipeError(
+            f"mask: the decoder {objective.decoder!r} sees one position at a time, so it can't find a hidden one; take "
+            "conv or transformer."
+        )
+    return Reconstruction(decoder, of=of, normalise=normalise and target != site.image, error=error, mask=mask)
 
 
 OBJECTIVES: Mapping[str, type[Objective]] = {
@@ -181,6 +290,20 @@ OBJECTIVES: Mapping[str, type[Objective]] = {
     "greedy": GreedySupervised,
     "contrastive": Contrastive,
 }
+
+
+def _is_on(weight: Weight) -> bool:
+    return weight not in (0, (0, 0), [0, 0])
+
+
+def _for_depth(site: Site, options: Options) -> dict[str, Any]:
+    """Options in which a pair of whole numbers is its value at this depth."""
+    pairs = {
+        name: round(site.weight(tuple(value)))
+        for name, value in options.items()
+        if isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(end, int) for end in value)
+    }
+    return {**options, **pairs}
 
 
 def _at(site: Site, name: str, weight: Weight) -> float:

@@ -6,38 +6,109 @@ residual stream grows with depth, and early in training it drifts), so by defaul
 layer-normalised without affine parameters, as masked autoencoders normalise their patches (arXiv 2111.06377,
 section 4.1); pixels come normalised from the data path and are taken as they are. The target reaches the term
 already detached: the module received it so.
+
+Variants: other errors (``ERRORS``), targets from further back or from inside the module, and *masked*
+reconstruction, where a share of the positions is hidden from the decoder, which has to find them from the others
+(MAE, arXiv 2111.06377; SimMIM, arXiv 2111.09886). Those hide patches from the encoder; here the module sees all, since
+its output goes on to the next module, and what is hidden is hidden from its decoder only.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from localgrad.auxiliary import Decoder
 from localgrad.objectives.base import LocalBatch, Term, TermValue
 
 
+def _cosine_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """1 - cosine of each position; [..., d] to [..., 1], so that a mean over all is a mean over positions."""
+    return (1 - F.cosine_similarity(prediction, target, dim=-1)).unsqueeze(-1)
+
+
+ERRORS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mse": lambda prediction, target: F.mse_loss(prediction, target, reduction="none"),
+    "smooth_l1": lambda prediction, target: F.smooth_l1_loss(prediction, target, reduction="none"),
+    "cosine": _cosine_error,
+}
+"""Error of a prediction and its target, both [B, h, w, d], at every position."""
+TARGETS = ("inputs", "previous", "blocks", "image")
+
+
 class Reconstruction(Term):
-    """Mean squared error between the decoder's prediction and its target.
+    """Error between the decoder's prediction and its target.
 
     Args:
         decoder: from the module's output layout to the target's.
-        of_image: take the image as the target, and not what the module received.
+        of: the target: what the module received (``inputs``), what the module before received (``previous``), or the
+            ``image``.
         normalise: layer-normalise each position of the target.
+        error: one of ``ERRORS``.
+        mask: share of the output's positions that is hidden from the decoder, and alone counts; 0 for none.
     """
 
-    def __init__(self, decoder: Decoder, *, of_image: bool, normalise: bool) -> None:
+    def __init__(
+        self, decoder: Decoder, *, of: str = "inputs", normalise: bool, error: str = "mse", mask: float = 0.0
+    ) -> None:
         super().__init__()
         self.decoder = decoder
-        self.uses_images = of_image
+        self.of = of
+        self.uses = frozenset({"inputs": (), "image": ("images",), "previous": ("previous",)}[of])
         self.normalise = normalise
+        self.error = error
+        self.mask = mask
+        self.mask_token = nn.Parameter(torch.zeros(decoder.source.width)) if mask else None
 
-    def forward(self, inputs: Tensor, outputs: Tensor, batch: LocalBatch) -> TermValue:
+    def forward(self, inputs: Tensor, outputs: Tensor, batch: LocalBatch, states: Sequence[Tensor] = ()) -> TermValue:
         """Compute the reconstruction error. Arguments as in ``Term.forward``."""
-        source = batch.images if self.uses_images else inputs
-        assert source is not None, "the executor keeps the images for as long as a term uses them"
+        source = {"inputs": inputs, "image": batch.images, "previous": batch.previous}[self.of]
+        assert source is not None, "the executor keeps what a term uses"
+        hidden = None
+        if self.mask_token is not None:
+            grid = self.decoder.source.grid
+            hidden = torch.rand(len(outputs), *grid, device=outputs.device) < self.mask
+        return TermValue(self.compare(self.decoder(outputs, hidden, self.mask_token), source, hidden))
+
+    def compare(self, prediction: Tensor, source: Tensor, hidden: Tensor | None) -> Tensor:
+        """The error of a prediction.
+
+        Args:
+            prediction: [B, h, w, d].
+            source: the target in its own layout.
+            hidden: [B, H, W], the output's positions that count; all by default.
+        """
         target = self.decoder.target.to_grid(source)
         if self.normalise:
             target = F.layer_norm(target, target.shape[-1:])
-        error = F.mse_loss(self.decoder(outputs).float(), target.float())
-        return TermValue(error.clone())  # torch's scalar keeps a storage of the target's size, for as long as it lives
+        if hidden is None and self.error == "mse":
+            # torch's scalar keeps a storage of the target's size, for as long as it lives
+            return F.mse_loss(prediction.float(), target.float()).clone()
+        error = ERRORS[self.error](prediction.float(), target.float())
+        if hidden is None:
+            return error.mean()
+        counts = self.decoder.spread(hidden).unsqueeze(-1).float()
+        return (error * counts).sum() / (counts.sum() * error.shape[-1]).clamp(min=1.0)
+
+
+class BlockReconstruction(Term):
+    """Reconstruction of what entered each block of the module, one decoder each; their mean.
+
+    Args:
+        parts: a reconstruction for each block, first to last.
+    """
+
+    uses = frozenset({"states"})
+
+    def __init__(self, parts: Sequence[Reconstruction]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, inputs: Tensor, outputs: Tensor, batch: LocalBatch, states: Sequence[Tensor] = ()) -> TermValue:
+        """Compute the mean error. Arguments as in ``Term.forward``."""
+        targets = [state.detach() for state in states]  # targets, not features: what goes on keeps its graph
+        errors = [part(target, outputs, batch).loss for part, target in zip(self.parts, targets, strict=True)]
+        return TermValue(torch.stack(errors).mean())

@@ -5,13 +5,14 @@ Both take class indices or soft targets (mixup and cutmix make those).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from localgrad.auxiliary import Pool
+from localgrad.auxiliary import Classifier, Pool
 from localgrad.backbone import Layout
 from localgrad.objectives.base import LocalBatch, Term, TermValue
 
@@ -22,22 +23,36 @@ class TaskLoss(Term):
     Args:
         classifier: maps the module's output to logits; the identity for the last module, whose output they are.
         label_smoothing: from 0 to 1; soft targets come smoothed already and are taken as they are.
+        teacher_share: share of the loss that is cross-entropy with the averaged model's own class probabilities
+            (distillation, Hinton et al., arXiv 1503.02531, section 2, at temperature 1).
     """
 
-    def __init__(self, classifier: nn.Module, label_smoothing: float = 0.0) -> None:
+    def __init__(self, classifier: nn.Module, label_smoothing: float = 0.0, teacher_share: float = 0.0) -> None:
         super().__init__()
         self.classifier = classifier
         self.label_smoothing = label_smoothing
+        self.teacher_share = teacher_share
+        self.uses = frozenset(("teacher",) if teacher_share else ())
 
-    def forward(self, inputs: Tensor, outputs: Tensor, batch: LocalBatch) -> TermValue:
+    def forward(self, inputs: Tensor, outputs: Tensor, batch: LocalBatch, states: Sequence[Tensor] = ()) -> TermValue:
         """Compute the cross-entropy. Arguments as in ``Term.forward``."""
         logits = self.classifier(outputs)
         smoothing = 0.0 if batch.labels.is_floating_point() else self.label_smoothing
-        return TermValue(F.cross_entropy(logits, batch.labels, label_smoothing=smoothing), logits)
+        loss = F.cross_entropy(logits, batch.labels, label_smoothing=smoothing)
+        if self.teacher_share:
+            assert batch.teacher is not None, "the learner asks the teacher where a term uses it"
+            taught = F.cross_entropy(logits, batch.teacher.to(logits.dtype))
+            loss = (1 - self.teacher_share) * loss + self.teacher_share * taught
+        return TermValue(loss, logits)
 
     def classify(self, outputs: Tensor) -> Tensor:
         """Class logits [B, num_classes]."""
         return cast(Tensor, self.classifier(outputs))
+
+    def follow(self) -> None:
+        """Let the classifier follow what it follows."""
+        if isinstance(self.classifier, Classifier):
+            self.classifier.follow()
 
 
 class SupervisedContrastive(Term):
@@ -64,7 +79,7 @@ class SupervisedContrastive(Term):
         self.temperature = temperature
         self.num_classes = num_classes
 
-    def forward(self, inputs: Tensor, outputs: Tensor, batch: LocalBatch) -> TermValue:
+    def forward(self, inputs: Tensor, outputs: Tensor, batch: LocalBatch, states: Sequence[Tensor] = ()) -> TermValue:
         """Compute the contrastive loss. Arguments as in ``Term.forward``."""
         z = F.normalize(self.project(outputs).float(), dim=1)
         with torch.autocast(z.device.type, enabled=False):  # exp of bf16 similarities is too coarse

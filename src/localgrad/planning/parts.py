@@ -549,7 +549,7 @@ def _measure_heads(
                 with shop.fake_mode:
                     built = objective.build(site)
                 built.train()
-                uses_images |= built.uses_images and start > 0
+                uses_images |= "images" in built.uses and start > 0
                 outputs = likes[stop + 1]
                 if last:
                     outputs = (outputs[0][0], backbone.num_classes), outputs[1]

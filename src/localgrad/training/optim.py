@@ -7,6 +7,7 @@ Schedulers count batches, never optimizer steps or calls, so that all modules st
 
 from __future__ import annotations
 
+import copy
 import importlib
 import logging
 from collections.abc import Callable, Sequence
@@ -51,6 +52,12 @@ class OptimizerFactory:
         listed: set[str] = getattr(model, "no_weight_decay", set)()
         groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=listed)
         self._undecayed = {id(p) for group in groups if not group["weight_decay"] for p in group["params"]}
+
+    def scaled(self, lr: float, weight_decay: float) -> OptimizerFactory:
+        """The same factory for one local module, with factors on its learning rate and weight decay."""
+        other = copy.copy(self)
+        other.lr, other.weight_decay = self.lr * lr, self.weight_decay * weight_decay
+        return other
 
     @property
     def cache_key(self) -> str:
@@ -130,6 +137,7 @@ class Schedule:
         warmup_epochs: linear warm-up, at most a fifth of the run.
         warmup_lr: learning rate at its start.
         min_lr: learning rate at the end of the run.
+        warmup_stagger: epochs by which each local module's warm-up is longer than that of the module before.
 
     Raises:
         RecipeError: unknown scheduler.
@@ -145,6 +153,7 @@ class Schedule:
         warmup_epochs: float,
         warmup_lr: float,
         min_lr: float,
+        warmup_stagger: float = 0.0,
     ) -> None:
         from timm.scheduler import create_scheduler_v2
 
@@ -154,6 +163,12 @@ class Schedule:
                 f"{did_you_mean(name, SCHEDULERS)}"
             )
         self.optimizers = tuple(optimizers)
+        longest = min(warmup_epochs, WARMUP_SHARE * epochs) + (len(self.optimizers) - 1) * warmup_stagger
+        if warmup_stagger and longest >= epochs:
+            raise RecipeError(
+                f"training.warmup_stagger: {warmup_stagger} makes the last module's warm-up {longest:g} of {epochs} "
+                "epochs; take less."
+            )
         self._schedulers = [
             create_scheduler_v2(
                 optimizer,
@@ -161,14 +176,14 @@ class Schedule:
                 num_epochs=epochs,
                 decay_epochs=10 * epochs if name == "none" else max(1, epochs // 3),
                 decay_milestones=[epochs // 2, epochs * 3 // 4],
-                warmup_epochs=min(warmup_epochs, WARMUP_SHARE * epochs),
+                warmup_epochs=min(warmup_epochs, WARMUP_SHARE * epochs) + index * warmup_stagger,
                 warmup_lr=warmup_lr,
                 min_lr=min_lr,
                 decay_rate=1.0 if name == "poly" else 0.1,  # timm takes it for poly's power
                 step_on_epochs=False,
                 updates_per_epoch=batches_per_epoch,
             )[0]
-            for optimizer in optimizers
+            for index, optimizer in enumerate(optimizers)
         ]
         self.at(0)
 

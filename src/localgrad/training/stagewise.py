@@ -39,7 +39,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from localgrad.backbone import Layout
 from localgrad.errors import CheckpointError
 from localgrad.execution.local_step import LocalStep, autocast
-from localgrad.learner import LocalLearner, OptimizerFactory
+from localgrad.learner import Factories, LocalLearner
 from localgrad.objectives.base import LocalBatch
 from localgrad.planning.memory import MemoryProfile, simulate
 from localgrad.training.augment import derive_seed
@@ -82,7 +82,7 @@ class StagewiseTrainer(Trainer):
         self,
         *,
         learner: LocalLearner,
-        optimizer: OptimizerFactory,
+        optimizer: Factories,
         schedule_for: Callable[[Sequence[Optimizer]], Schedule],
         train: Batches,
         val: Batches | None,
@@ -262,7 +262,7 @@ class StagewiseTrainer(Trainer):
 
     @property
     def _looks_at_images(self) -> bool:
-        return self.learner.modules[self.index].objective.uses_images
+        return "images" in self.learner.modules[self.index].objective.uses
 
     def _begin_module(self) -> LocalStep:
         """Bring the module to the device, and make its optimizer there."""
@@ -388,7 +388,7 @@ def disk_needed(learner: LocalLearner, train: Batches, num_val: int, cached_epoc
 
 
 def estimate_stages(
-    learner: LocalLearner, batch_size: int, optimizer: OptimizerFactory, device: torch.device
+    learner: LocalLearner, batch_size: int, optimizer: Factories, device: torch.device
 ) -> list[MemoryProfile]:
     """Predict the memory of each local module's step on its own, on fake tensors; the learner is not touched.
 
@@ -402,7 +402,7 @@ def estimate_stages(
 
 
 def _estimate_stage(
-    learner: LocalLearner, index: int, batch_size: int, optimizer: OptimizerFactory, device: torch.device
+    learner: LocalLearner, index: int, batch_size: int, optimizer: Factories, device: torch.device
 ) -> MemoryProfile:
     made = learner.local_step(index, optimizer)
     step = LocalStep(  # the same without compiled code, which a fake copy can't hold
@@ -416,7 +416,7 @@ def _estimate_stage(
     images = (batch_size, *learner.backbone.input_size)
     span = learner.plan.spans[index]
     inputs = images if index == 0 else (batch_size, *feature_shape(learner.backbone.layouts[span.start]))
-    looks = learner.modules[index].objective.uses_images
+    looks = "images" in learner.modules[index].objective.uses
 
     def run(copied: LocalStep, labels: Tensor) -> object:
         if index == 0:

@@ -14,7 +14,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -123,12 +124,17 @@ class EpochSums:
         self.first_bad = torch.full((len(names),), -1, dtype=torch.int64, device=device)
         self.num_correct = torch.zeros((), dtype=torch.int64, device=device)
         self.num_batches = 0
+        self.num_global = 0
         self.num_images = 0
         self.has_logits = False
 
     def add(self, result: Figures, targets: Tensor) -> None:
         """Add one batch, without waiting for the device."""
         losses = torch.stack([term.float() for terms in result.terms for term in terms.values()])
+        missing = len(self.names) - len(losses)
+        if missing:  # an end-to-end step has the last module's losses only
+            losses = F.pad(losses, (missing, 0))
+            self.num_global += 1
         bad = ~torch.isfinite(losses) & (self.first_bad < 0)
         self.first_bad.masked_fill_(bad, self.num_batches)
         self.losses += losses
@@ -141,8 +147,11 @@ class EpochSums:
     def means(self, num_modules: int) -> list[dict[str, float]]:
         """Each module's terms by name, averaged over the batches so far."""
         values: list[dict[str, float]] = [{} for _ in range(num_modules)]
+        last = self.names[-1][0]
         for (module, term), total in zip(self.names, self.losses.tolist(), strict=True):
-            values[module][term] = total / max(1, self.num_batches)
+            count = self.num_batches if module == last else self.num_batches - self.num_global
+            if count:
+                values[module][term] = total / count
         return values
 
     def first_failure(self) -> tuple[int, list[tuple[int, str]]] | None:
@@ -160,6 +169,7 @@ class EpochSums:
             "losses": self.losses.cpu(),
             "num_correct": self.num_correct.cpu(),
             "num_batches": self.num_batches,
+            "num_global": self.num_global,
             "num_images": self.num_images,
             "has_logits": self.has_logits,
         }
@@ -169,6 +179,7 @@ class EpochSums:
         self.losses.copy_(state["losses"])
         self.num_correct.copy_(state["num_correct"])
         self.num_batches = state["num_batches"]
+        self.num_global = state["num_global"]
         self.num_images = state["num_images"]
         self.has_logits = state.get("has_logits", True)  # as it was before modules without a classifier could be alone
 
@@ -186,6 +197,7 @@ class Trainer:
         epochs: length of the run.
         folder: where checkpoints go.
         sinks: take the events.
+        is_global: whether a step is end-to-end, given its number from 0 and how many there are; by default none is.
     """
 
     epochs_per_module: int | None = None
@@ -201,8 +213,10 @@ class Trainer:
         epochs: int,
         folder: RunFolder,
         sinks: Sequence[Sink],
+        is_global: Callable[[int, int], bool] | None = None,
     ) -> None:
         self.learner = learner
+        self.is_global = is_global or (lambda step, num_steps: False)
         self.schedule = schedule
         self.train = train
         self.val = val
@@ -294,6 +308,10 @@ class Trainer:
         return self.position.epoch * len(self.train) + self.position.batch
 
     def _step(self, fed: Fed) -> Figures:
+        step, num_steps = self._num_updates(), self.epochs * len(self.train)
+        self.learner.at(step / num_steps)
+        if self.is_global(step, num_steps):
+            return self.learner.global_step_on(fed.batch)
         return self.learner.step_on(fed.batch)
 
     def _validate(self) -> tuple[float | None, list[float | None]]:

@@ -1,0 +1,82 @@
+"""A step of end-to-end training among local ones, with the same weights, optimizers and memory budget.
+
+Local training keeps one module's activations. End-to-end training that recomputes every block keeps little more, so a
+run may mix the two: now and then (or at its end) a step in which the task loss reaches all modules. Their own
+optimizers take the gradients, so nothing is added to what is static; but all modules' gradients are alive at once.
+
+Auxiliary nets have no part in such a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from localgrad.execution.checkpointing import Recomputed
+from localgrad.execution.local_step import LocalStep, autocast
+from localgrad.execution.sequential import StepResult
+from localgrad.objectives.base import LocalBatch
+
+
+class GlobalStep:
+    """Trains all modules on the last one's loss.
+
+    Args:
+        steps: the local steps of all modules, first to last.
+        recomputed: for each module, by number of a part, what stands in for it.
+    """
+
+    def __init__(self, steps: Sequence[LocalStep], recomputed: Sequence[Mapping[int, Recomputed]]) -> None:
+        self.steps = tuple(steps)
+        self.recomputed = tuple(recomputed)
+        owned = {id(weight): weight for step in self.steps for weight in step.parameters}
+        self.parameters = list(owned.values())
+
+    def __call__(self, batch: LocalBatch) -> StepResult:
+        """Train on one batch.
+
+        Args:
+            batch: images and labels.
+
+        Returns:
+            Figures of the last module; the others have no losses.
+        """
+        last = self.steps[-1]
+        scaler = last.scaler
+        parts = batch.parts(last.accumulation)
+        outputs, losses, terms = [], [], []
+        for part in parts:
+            share = len(part.labels) / len(batch.labels)
+            with autocast(last.device_type, last.precision):
+                logits = self._logits(part.images)
+                value = last.module.objective(logits, logits, part)
+            scaler.scale(value.loss * share).backward()
+            assert value.logits is not None, "the last module ends in the model's own classifier"
+            outputs.append(value.logits.detach())
+            losses.append(value.loss.detach() * share)
+            terms.append({name: term.detach() * share for name, term in value.terms.items()})
+            del logits, value
+        self._update(scaler)
+        nothing: tuple[dict[str, Tensor], ...] = tuple({} for _ in self.steps[:-1])
+        total = {name: torch.stack([found[name] for found in terms]).sum() for name in terms[0]}
+        logits = torch.cat(outputs)
+        return StepResult(logits, (torch.stack(losses).sum(),), (*nothing, total), (*([None] * len(nothing)), logits))
+
+    def _logits(self, images: Tensor | None) -> Tensor:
+        assert images is not None, "a step starts with images"
+        features = images
+        for step, recomputed in zip(self.steps, self.recomputed, strict=True):
+            features = step.module.own(features, recomputed)
+        return features
+
+    def _update(self, scaler: torch.amp.GradScaler) -> None:
+        for step in self.steps if scaler.is_enabled() else ():
+            scaler.unscale_(step.optimizer)
+        if self.steps[-1].clip_grad is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self.steps[-1].clip_grad)
+        for step in self.steps:  # freed one by one: blocks that two modules train are updated by their first alone
+            scaler.step(step.optimizer)
+            step.optimizer.zero_grad(set_to_none=True)
+        scaler.update()

@@ -1,0 +1,74 @@
+"""Terms that shape a module's features beside what they are to tell: transport, and similarity matching."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from localgrad.backbone import Layout
+from localgrad.objectives.base import LocalBatch, Term, TermValue
+
+
+class Transport(Term):
+    """The transport penalty of TRGL (arXiv 2309.17357, section 3): residual blocks should move features little.
+
+    ``sum over blocks of mean((what the block gives - what it received) ** 2) / (2 tau)``. A block is a residual map as
+    a whole, so what its branches add is the difference of its output and input; blocks that change the shape (where a
+    Swin stage begins) don't count. The paper's squared norm is a sum over positions and channels; this is their mean,
+    so that one tau serves every resolution.
+
+    Args:
+        tau: the larger, the freer.
+    """
+
+    uses = frozenset({"states"})
+
+    def __init__(self, tau: float) -> None:
+        super().__init__()
+        self.tau = tau
+
+    def forward(self, inputs: Tensor, outputs: Tensor, batch: LocalBatch, states: Sequence[Tensor] = ()) -> TermValue:
+        """Compute the penalty. Arguments as in ``Term.forward``."""
+        total = torch.zeros((), device=outputs.device)
+        for before, after in pairwise((*states, outputs)):
+            if before.shape == after.shape:
+                total = total + F.mse_loss(after.float(), before.float())
+        return TermValue(total / (2 * self.tau))
+
+
+class SimilarityMatching(Term):
+    """Similarity matching (Nokland and Eidnes, arXiv 1901.06656, section 2.2): images that share a class look alike.
+
+    The mean squared difference of two B x B matrices of cosine similarities: of the labels (one-hot, centred), and of
+    the standard deviations over all positions of a linear map of the features (centred).
+
+    Args:
+        source: layout of the module's output features.
+        num_classes: classes, to make class indices into one-hot rows.
+        width: of the linear map; by default the features' own.
+    """
+
+    def __init__(self, source: Layout, num_classes: int, *, width: int | None = None) -> None:
+        super().__init__()
+        self.source = source
+        self.num_classes = num_classes
+        self.project = nn.Sequential(nn.LayerNorm(source.width), nn.Linear(source.width, width or source.width))
+
+    def forward(self, inputs: Tensor, outputs: Tensor, batch: LocalBatch, states: Sequence[Tensor] = ()) -> TermValue:
+        """Compute the loss. Arguments as in ``Term.forward``."""
+        mapped = self.project(self.source.to_grid(outputs)).flatten(1, 2).float()
+        spread = (mapped.var(dim=1, unbiased=False) + 1e-6).sqrt()
+        labels = batch.labels
+        targets = labels.float() if labels.is_floating_point() else F.one_hot(labels, self.num_classes).float()
+        with torch.autocast(outputs.device.type, enabled=False):
+            return TermValue(F.mse_loss(_similarities(spread), _similarities(targets)))
+
+
+def _similarities(rows: Tensor) -> Tensor:
+    """Cosine similarities of centred rows, [B, D] to [B, B]."""
+    unit = F.normalize(rows - rows.mean(dim=1, keepdim=True), dim=1)
+    return unit @ unit.T
