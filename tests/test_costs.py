@@ -12,6 +12,7 @@ import timm
 import torch
 from torch import nn
 
+from helpers import adamw
 from localgrad._fake import without_initialization
 from localgrad._halves import signature
 from localgrad.backbone import Backbone, outline
@@ -61,10 +62,6 @@ def backbone_of(family: str, drop_path: float = 0.1) -> Backbone:
     model = timm.create_model(name, num_classes=10, drop_path_rate=drop_path, **small)
     side = 64 if family == "resnet" else 32  # batch norms refuse a grid of one position
     return outline(model, (3, side, side))
-
-
-def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters)
 
 
 def composed(costs: Costs, learner: LocalLearner) -> int:

@@ -1,7 +1,5 @@
 """Plans at the command line and in runs: what is printed, what is refused, and what happens when memory runs out."""
 
-# ruff: noqa: F811  # a fixture that is imported
-
 from __future__ import annotations
 
 import gc
@@ -9,7 +7,7 @@ import itertools
 import json
 import shlex
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from helpers import Cli, Recorder, assert_refused
 from localgrad import LocalLearner, Plan, run
 from localgrad import budget as budgets
 from localgrad.budget import plan_to_budget
@@ -29,19 +28,12 @@ from localgrad.execution.local_step import LocalStep
 from localgrad.partition import Checkpointing
 from localgrad.planned import made_for, task_of
 from localgrad.recipe import Recipe, overlay, parse_toml
-from localgrad.training.events import Event, Replanned, Sink
-from test_cli import MICRO, Cli, assert_refused, cli_  # noqa: F401  # the latter is a fixture
+from localgrad.training.events import Replanned
+from test_cli import MICRO
+
+pytestmark = pytest.mark.usefixtures("cost_cache")
 
 SMALL = MICRO.replace("epochs = 2", "epochs = 1")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Nobody's own cache; one for all tests here."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        monkeypatch.setattr(budgets, "_recent", {})
-        yield
 
 
 @pytest.fixture
@@ -476,14 +468,6 @@ def test_other_errors_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     learner.on_out_of_memory(lambda _: True)
     with pytest.raises(RuntimeError, match="shapes don't match"):
         train(learner)
-
-
-class Recorder(Sink):
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-
-    def emit(self, event: Event) -> None:
-        self.events.append(event)
 
 
 @pytest.fixture(scope="module")
