@@ -21,6 +21,7 @@ from helpers import SIZE, Cli, make
 from localgrad import Plan, RecipeError, bench, comparing, contenders, plots, split
 from localgrad.comparing import Comparison, Row, compare, envelope, pareto_front, rotated, summarise
 from localgrad.contenders import Local, Method, PlainLoop, Runner, Stage, default_methods
+from localgrad.errors import MemoryExceeded
 from localgrad.objectives.base import LocalBatch
 
 CPU = torch.device("cpu")
@@ -57,7 +58,7 @@ class Fake(Method):
     takes: float = 1.0
     nbytes: int = 0
     fails_at: int | None = None
-    fails_with: type[BaseException] = ValueError
+    fails_with: Callable[[str], BaseException] = ValueError
 
     @property
     def label(self) -> str:
@@ -128,10 +129,11 @@ def test_every_method_is_first_once() -> None:
     [
         (1, ValueError, "ValueError: it broke"),
         (4, torch.OutOfMemoryError, "out of memory"),
+        (4, functools.partial(MemoryExceeded, 1), "out of memory"),  # as local modules tell it
     ],
 )
 def test_a_method_that_fails_leaves_the_others_their_rows(
-    stage: Stage, fails_at: int, fails_with: type[Exception], said: str
+    stage: Stage, fails_at: int, fails_with: Callable[[str], Exception], said: str
 ) -> None:
     rows = [{"title": "end-to-end"}, {"title": "bad", "fails_at": fails_at, "fails_with": fails_with}]
     methods, turns, clock = fakes(*rows, {"title": "last"})
