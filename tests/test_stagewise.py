@@ -29,7 +29,7 @@ from helpers import (
 )
 from localgrad import run
 from localgrad.build import build
-from localgrad.errors import CheckpointError, RecipeError, RunFolderError
+from localgrad.errors import CheckpointError, DeviceError, RecipeError, RunFolderError
 from localgrad.execution.local_module import LocalModule
 from localgrad.execution.local_step import LocalStep
 from localgrad.learner import LocalLearner, estimate_step
@@ -38,7 +38,7 @@ from localgrad.recipe import Recipe, overlay, preset
 from localgrad.training import feature_cache, stagewise
 from localgrad.training.events import ConsoleSink, EpochEnded, Event, FeaturesCached, RunStarted
 from localgrad.training.folder import RunFolder
-from localgrad.training.stagewise import StagewiseTrainer, disk_needed, estimate_stages, feature_shape, place
+from localgrad.training.stagewise import StagewiseTrainer, disk_needed, estimate_stages, place
 from localgrad.training.trainer import Interrupted
 
 SWIN: dict[str, Any] = {
@@ -445,7 +445,7 @@ def test_the_disk_needed_is_the_most_that_is_ever_taken(
     for span in trainer.learner.plan.spans[:1]:
         with torch.no_grad():
             features = trainer.learner.eval().modules[0].features(torch.zeros(2, 1, 16, 16))
-        assert feature_shape(trainer.learner.backbone.layouts[span.stop]) == tuple(features.shape[1:])
+        assert trainer.learner.backbone.layouts[span.stop].shape == tuple(features.shape[1:])
 
 
 def test_too_small_a_disk_is_refused_before_anything_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -609,3 +609,15 @@ def test_another_schedule_is_another_method(finished: Path) -> None:
     changed = micro({**EVERYTHING, "training.schedule": "together"})
     with pytest.raises(RecipeError, match=r"training\.schedule: 'sequential' -> 'together'"):
         run.resume(finished, changed)
+
+
+def test_memory_that_runs_out_is_told_without_what_sequential_mode_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(LocalStep, "__call__", step)
+    with pytest.raises(DeviceError, match="take --accumulation 2 or --checkpoint halves/8, which") as caught:
+        run.train(micro(), out=tmp_path / "run")
+    assert "--offload" not in str(caught.value)
