@@ -587,6 +587,14 @@ def test_batches_of_a_few_images_are_found(task: Task) -> None:
         assert rows[0]["batch_size"] == size
 
 
+def test_the_largest_batch_of_a_net_with_batch_norms_is_found_without_a_single_image() -> None:
+    """Two images are all that fits, and on one alone (of one position) batch norms refuse to train."""
+    net = task_of(make("resnet", layers=(1, 1, 1, 1), output_stride=32), modules=1)
+    two = Search(net, net.costs(2))
+    usable = two.peak(two.end_to_end())
+    assert budgets._largest_batch(net, lambda search: search.fastest(usable)) == 2
+
+
 def test_no_batch_fits_too_little_and_none_is_beyond_reach(task: Task, whole: Search) -> None:
     rows = largest_batches(task, whole.static_bytes + 1)
     assert [(row["batch_size"], row["time_ratio"]) for row in rows] == [(0, None)] * 6

@@ -23,11 +23,13 @@ from helpers import Cli, Recorder, assert_refused
 from localgrad import LocalLearner, Plan, run
 from localgrad import budget as budgets
 from localgrad.budget import plan_to_budget
-from localgrad.errors import DeviceError, MemoryExceeded
+from localgrad.errors import BudgetError, DeviceError, MemoryExceeded
 from localgrad.execution.local_step import LocalStep
+from localgrad.learner import estimate_step
 from localgrad.partition import Checkpointing
 from localgrad.planned import made_for, task_of
 from localgrad.recipe import Recipe, overlay, parse_toml
+from localgrad.replanning import Replanner
 from localgrad.training.events import Replanned
 from test_cli import MICRO
 
@@ -536,3 +538,18 @@ def test_memory_that_runs_out_elsewhere_is_told(here: Path, cli_: Cli, monkeypat
     monkeypatch.setattr("localgrad.training.trainer.Trainer._validate", validate)
     said = cli_("train", "--recipe", "../micro.toml", "--out", "run")
     assert_refused(said, "out of memory", "--accumulation 2")
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_replanning_keeps_the_parts_that_contrastive_terms_see(accumulation: int) -> None:
+    job = run.build(recipe_of(local__objective="contrastive", execution__accumulation=accumulation))
+    profile = estimate_step(job.learner, 16, job.optimizer)
+    plan = Replanner(job, profile, lambda: (0, "")).next_plan()
+    assert plan is not None
+    assert plan.accumulation == accumulation
+
+
+def test_a_budget_of_nothing_is_refused_not_forgotten(here: Path) -> None:
+    with pytest.raises(BudgetError, match="0 B is less than the weights"):
+        run.train(recipe_of(), out=here / "run", budget=0)
+    assert not (here / "run").exists()
