@@ -57,10 +57,7 @@ def compare(name: str, batch_size: int, *, side: int, **options: Any) -> None:
         estimated = estimate_step(learner, batch_size, adamw).peak_bytes
         settings = Settings(batch_size=batch_size, precision=precision)
         costs = measure_costs(backbone, FeatureReconstruction(), adamw, settings)
-        runs = [(span.start, span.stop) for span in learner.plan.spans]
-        hows = [learner.plan.checkpointing(index) for index in range(modules)]
-        composed = costs.static_bytes + sum(costs.static_of(*run) for run in runs)
-        composed += max(costs.choice(*run, how).peak_bytes for run, how in zip(runs, hows, strict=True))
+        composed = costs.peak_of(learner.plan)
         learner.configure_optimizers(adamw)
         measured = measured_peak(learner, batch_size)
         text = f"{name} K={modules} {how} {precision}: "
