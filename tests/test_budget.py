@@ -43,8 +43,6 @@ from localgrad.planning.planner import UNLIMITED
 from localgrad.units import parse_bytes
 
 BATCH = 48
-
-
 pytestmark = pytest.mark.usefixtures("cost_cache")
 
 
