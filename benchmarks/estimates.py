@@ -49,9 +49,7 @@ def main() -> None:
             for modules, how in itertools.product(MODULES, WAYS):
                 learner = LocalLearner(backbone, modules=modules, checkpoint=how, precision=precision)
                 estimated = estimate(learner, args.batch_size, optimizer=adamw).peak_bytes
-                runs = [(span.start, span.stop) for span in learner.plan.spans]
-                peaks = [costs.choice(*run, learner.plan.checkpointing(i)).peak_bytes for i, run in enumerate(runs)]
-                composed = costs.static_bytes + sum(costs.static_of(*run) for run in runs) + max(peaks)
+                composed = costs.peak_of(learner.plan)
                 learner.configure_optimizers(adamw)
                 measured = measure(learner, images, labels, repeats=1, warmup=1).peak_bytes
                 row = {"model": name, "modules": modules, "checkpoint": how, "precision": precision}

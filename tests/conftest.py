@@ -1,12 +1,19 @@
-"""Shared by all tests: one processor thread, no network, no GPU."""
+"""Shared by all tests: one processor thread, no network, no GPU; fixtures that several files take."""
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from helpers import Cli
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
@@ -19,3 +26,42 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def _no_collector() -> Iterator[None]:
+    """What must die by itself: a cycle that waits for the collector keeps a GPU full."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.fixture(scope="module")
+def cost_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Nobody's own cache of costs; one for all tests of a file."""
+    from localgrad import budget
+
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+        monkeypatch.setattr(budget, "_recent", {})
+        yield folder / "localgrad" / "costs"
+
+
+@pytest.fixture
+def cli_(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Cli:
+    """The console script's own entry, with its true exit status."""
+    from helpers import Said
+    from localgrad import cli
+
+    def call(*arguments: str) -> Said:
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", ["localgrad", *arguments])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return Said(code, *capfd.readouterr())
+
+    return call

@@ -6,14 +6,13 @@ ConvNeXt is left out: on a processor oneDNN reorders its whole feature maps (``p
 
 from __future__ import annotations
 
-import gc
 from typing import Any
 
 import pytest
 import timm
 import torch
-from torch import nn
 
+from helpers import adamw, profiler_peak
 from localgrad.backbone import split
 from localgrad.learner import LocalLearner, estimate_step
 from localgrad.objectives.base import LocalBatch
@@ -36,10 +35,6 @@ SMALL: dict[str, dict[str, Any]] = {
 COMBINATIONS = [(1, "none", "fp32"), (2, "blocks", "bf16"), (4, "halves/2", "fp32"), (4, "none", "bf16")]
 
 
-def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters)
-
-
 def measured_peak(learner: LocalLearner, batch_size: int) -> int:
     """Bytes of real tensors: what is alive before the second step, and what the allocator was asked for in it."""
     labels = torch.arange(batch_size) % learner.backbone.num_classes
@@ -47,16 +42,7 @@ def measured_peak(learner: LocalLearner, batch_size: int) -> int:
     def step() -> None:
         learner.step_on(LocalBatch(torch.rand(batch_size, *learner.backbone.input_size), labels))
 
-    step()
-    gc.collect()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    events = profiler.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), i, e.nbytes()) for i, e in enumerate(events) if e.name() == "[memory]")
-    running = peak = 0
-    for _, _, nbytes in changes:
-        running += nbytes
-        peak = max(peak, running)
+    peak = profiler_peak(step)
     objectives = [module.objective for module in learner.modules]
     held = [tensor for part in (learner.model, *objectives) for tensor in (*part.parameters(), *part.buffers())]
     held += [v for o in learner.optimizers for state in o.state.values() for v in state.values()]
@@ -71,10 +57,7 @@ def compare(name: str, batch_size: int, *, side: int, **options: Any) -> None:
         estimated = estimate_step(learner, batch_size, adamw).peak_bytes
         settings = Settings(batch_size=batch_size, precision=precision)
         costs = measure_costs(backbone, FeatureReconstruction(), adamw, settings)
-        runs = [(span.start, span.stop) for span in learner.plan.spans]
-        hows = [learner.plan.checkpointing(index) for index in range(modules)]
-        composed = costs.static_bytes + sum(costs.static_of(*run) for run in runs)
-        composed += max(costs.choice(*run, how).peak_bytes for run, how in zip(runs, hows, strict=True))
+        composed = costs.peak_of(learner.plan)
         learner.configure_optimizers(adamw)
         measured = measured_peak(learner, batch_size)
         text = f"{name} K={modules} {how} {precision}: "

@@ -6,7 +6,7 @@ import itertools
 import json
 import multiprocessing
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import localgrad
+from helpers import SIZE, make
 from localgrad import Contrastive, FeatureReconstruction, GreedySupervised, ImageReconstruction, LocalLearner, Plan
 from localgrad import budget as budgets
 from localgrad.api import adamw
@@ -41,43 +42,21 @@ from localgrad.planning.memory import MemoryProfile, annotate
 from localgrad.planning.planner import UNLIMITED
 from localgrad.units import parse_bytes
 
-SIZE = (3, 32, 32)
-VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 5, "num_heads": 2, "num_classes": 5}
-SWIN = {
-    "img_size": 32,
-    "patch_size": 2,
-    "window_size": 4,
-    "embed_dim": 16,
-    "depths": (1, 1, 1),
-    "num_heads": (1, 2, 4),
-    "num_classes": 5,
-}
 BATCH = 48
+pytestmark = pytest.mark.usefixtures("cost_cache")
 
 
 def vit(**more: Any) -> nn.Module:
-    torch.manual_seed(0)
-    return timm.create_model("vit_tiny_patch16_224", **(VIT | more))
+    return make("vit", **({"embed_dim": 16, "depth": 5} | more))
 
 
 def swin(**more: Any) -> nn.Module:
-    torch.manual_seed(0)
-    return timm.create_model("swin_tiny_patch4_window7_224", **(SWIN | more))
+    return make("swin", **({"embed_dim": 16, "patch_size": 2} | more))
 
 
 def task_of(model: nn.Module | None = None, **more: Any) -> Task:
     backbone = outline(vit() if model is None else model, SIZE)
     return Task(**({"backbone": backbone, "objective": FeatureReconstruction(), "optimizer": adamw} | more))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Nobody's own cache."""
-    folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-        monkeypatch.setattr(budgets, "_recent", {})
-        yield folder / "localgrad" / "costs"
 
 
 @pytest.fixture(scope="module")
@@ -604,6 +583,14 @@ def test_batches_of_a_few_images_are_found(task: Task) -> None:
         search = Search(task, task.costs(size))
         rows = largest_batches(replace(task, modules=1), search.peak(search.end_to_end()) + 64)
         assert rows[0]["batch_size"] == size
+
+
+def test_the_largest_batch_of_a_net_with_batch_norms_is_found_without_a_single_image() -> None:
+    """Two images are all that fits, and on one alone (of one position) batch norms refuse to train."""
+    net = task_of(make("resnet", layers=(1, 1, 1, 1), output_stride=32), modules=1)
+    two = Search(net, net.costs(2))
+    usable = two.peak(two.end_to_end())
+    assert budgets._largest_batch(net, lambda search: search.fastest(usable)) == 2
 
 
 def test_no_batch_fits_too_little_and_none_is_beyond_reach(task: Task, whole: Search) -> None:

@@ -6,16 +6,16 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from helpers import Cli, assert_refused
 from localgrad import cli, run
 from localgrad.recipe import Recipe, overlay, parse_toml, preset, preset_names
 from localgrad.training import data as data_module
@@ -41,15 +41,6 @@ num_threads = 1
 """
 
 
-class Said(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Cli = Callable[..., Said]
-
-
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working directory, and a micro recipe outside it."""
@@ -61,23 +52,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "here"
 
 
-@pytest.fixture
-def cli_(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Cli:
-    """The console script's own entry, with its true exit status."""
-
-    def call(*arguments: str) -> Said:
-        capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", ["localgrad", *arguments])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return Said(code, *capfd.readouterr())
-
-    return call
-
-
 def write_images(folder: Path, classes: tuple[str, ...] = ("cat", "dog"), count: int = 12) -> Path:
     generator = np.random.default_rng(0)
     for name in classes:
@@ -86,16 +60,6 @@ def write_images(folder: Path, classes: tuple[str, ...] = ("cat", "dog"), count:
             pixels = generator.integers(0, 255, (16, 16, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{index}.png")
     return folder
-
-
-def assert_refused(said: Said, *words: str) -> None:
-    assert said.code == 2, said
-    lines = said.err.splitlines()
-    assert len(lines) == 1, said.err
-    assert lines[0].startswith("localgrad: ")
-    assert "Traceback" not in said.err + said.out
-    for word in words:
-        assert word in said.err, (word, said.err)
 
 
 # ------------------------------------------------------------------------------------- bad input

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from localgrad import Plan, RecipeError, bench, cli, comparing, contenders, plots, split
+from helpers import SIZE, Cli, make
+from localgrad import Plan, RecipeError, bench, comparing, contenders, plots, split
 from localgrad.comparing import Comparison, Row, compare, envelope, pareto_front, rotated, summarise
 from localgrad.contenders import Local, Method, PlainLoop, Runner, Stage, default_methods
+from localgrad.errors import MemoryExceeded
 from localgrad.objectives.base import LocalBatch
 
 CPU = torch.device("cpu")
@@ -33,11 +34,7 @@ def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
 
 @pytest.fixture(scope="module")
 def stage() -> Stage:
-    torch.manual_seed(0)
-    model = timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=5
-    )
-    return Stage(split(model, (3, 32, 32)), sgd, 4, CPU)
+    return Stage(split(make("vit"), SIZE), sgd, 4, CPU)
 
 
 class Clock:
@@ -61,7 +58,7 @@ class Fake(Method):
     takes: float = 1.0
     nbytes: int = 0
     fails_at: int | None = None
-    fails_with: type[BaseException] = ValueError
+    fails_with: Callable[[str], BaseException] = ValueError
 
     @property
     def label(self) -> str:
@@ -132,10 +129,11 @@ def test_every_method_is_first_once() -> None:
     [
         (1, ValueError, "ValueError: it broke"),
         (4, torch.OutOfMemoryError, "out of memory"),
+        (4, functools.partial(MemoryExceeded, 1), "out of memory"),  # as local modules tell it
     ],
 )
 def test_a_method_that_fails_leaves_the_others_their_rows(
-    stage: Stage, fails_at: int, fails_with: type[Exception], said: str
+    stage: Stage, fails_at: int, fails_with: Callable[[str], Exception], said: str
 ) -> None:
     rows = [{"title": "end-to-end"}, {"title": "bad", "fails_at": fails_at, "fails_with": fails_with}]
     methods, turns, clock = fakes(*rows, {"title": "last"})
@@ -479,31 +477,14 @@ def test_the_table_shows_every_row_and_marks_the_front() -> None:
 # The verb --------------------------------------------------------------------------------------------------------
 
 
-class Said(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Cli = Callable[..., Said]
 TINY = ("--model", "test_vit", "--img-size", "32", "--num-classes", "5", "--batch-size", "4", "--device", "cpu")
 
 
 @pytest.fixture
-def cli_(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Cli:
+def compare_(cli_: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Cli:
+    """``localgrad compare``, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str) -> Said:
-        capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", ["localgrad", "compare", *arguments])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return Said(code, *capfd.readouterr())
-
-    return call
+    return functools.partial(cli_, "compare")
 
 
 @pytest.fixture
@@ -515,10 +496,10 @@ def _quick_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_quick_estimates")
-def test_the_verb_from_end_to_end(cli_: Cli, tmp_path: Path) -> None:
+def test_the_verb_from_end_to_end(compare_: Cli, tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(Plan(model="test_vit", num_blocks=6, boundaries=(2,)).to_json())
     files = ("--json", "all.json", "--plot", "plot.svg", "--timeline", "line.png", "--plan", "plan.json")
-    said = cli_(*TINY, "--modules", "2", "--objective", "feature", "--checkpoint", "none", "--repeats", "2", *files)
+    said = compare_(*TINY, "--modules", "2", "--objective", "feature", "--checkpoint", "none", "--repeats", "2", *files)
     assert said.code == 0, said.err
     names = [
         "end-to-end", "end-to-end, timm checkpointing", "K = 1", "K = 1, halves/8", "K = 2, feature",
@@ -544,13 +525,13 @@ def test_the_verb_from_end_to_end(cli_: Cli, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_quick_estimates")
-def test_estimates_alone_run_nothing(cli_: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_estimates_alone_run_nothing(compare_: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PlainLoop, "build", lambda *_: pytest.fail("built"))
     arguments = ("--modules", "1", "--objective", "greedy", "--checkpoint", "none", "--precision", "bf16")
-    said = cli_(*TINY, *arguments, "--estimate-only", "--data", "digits")
+    said = compare_(*TINY, *arguments, "--estimate-only", "--data", "digits")
     assert said.code == 2
     assert "--num-classes" in said.err
-    said = cli_(
+    said = compare_(
         "--model",
         "test_vit",
         "--img-size",
@@ -595,8 +576,10 @@ def test_estimates_alone_run_nothing(cli_: Cli, monkeypatch: pytest.MonkeyPatch)
         ((*TINY, "--optimizer", "adamww"), "--optimizer: timm has no 'adamww'"),
     ],
 )
-def test_bad_input_ends_in_one_line_that_says_what_to_type(cli_: Cli, arguments: tuple[str, ...], said: str) -> None:
-    found = cli_(*arguments)
+def test_bad_input_ends_in_one_line_that_says_what_to_type(
+    compare_: Cli, arguments: tuple[str, ...], said: str
+) -> None:
+    found = compare_(*arguments)
     assert found.code == 2
     assert found.out == ""
     lines = [line for line in found.err.splitlines() if line.strip()]
@@ -604,11 +587,11 @@ def test_bad_input_ends_in_one_line_that_says_what_to_type(cli_: Cli, arguments:
     assert lines[0].startswith(f"localgrad: {said}")
 
 
-def test_a_plan_that_is_none_or_of_another_model(cli_: Cli, tmp_path: Path) -> None:
+def test_a_plan_that_is_none_or_of_another_model(compare_: Cli, tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text("{")
-    assert "localgrad: --plan: bad.json: plan: this is not the JSON of a plan" in cli_("--plan", "bad.json").err
+    assert "localgrad: --plan: bad.json: plan: this is not the JSON of a plan" in compare_("--plan", "bad.json").err
     (tmp_path / "other.json").write_text(Plan(model="other", num_blocks=6, boundaries=(2,)).to_json())
-    said = cli_(*TINY, "--plan", "other.json")
+    said = compare_(*TINY, "--plan", "other.json")
     assert said.code == 2
     assert "localgrad: --plan: it was made for other with 6 blocks" in said.err
 

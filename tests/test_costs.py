@@ -12,6 +12,7 @@ import timm
 import torch
 from torch import nn
 
+from helpers import adamw
 from localgrad._fake import without_initialization
 from localgrad._halves import signature
 from localgrad.backbone import Backbone, outline
@@ -24,7 +25,7 @@ from localgrad.objectives.methods import (
     Objective,
 )
 from localgrad.planning import memory
-from localgrad.planning.costs import Costs, Settings
+from localgrad.planning.costs import Settings
 from localgrad.planning.parts import measure_costs
 from localgrad.training.optim import OptimizerFactory
 
@@ -61,17 +62,6 @@ def backbone_of(family: str, drop_path: float = 0.1) -> Backbone:
     model = timm.create_model(name, num_classes=10, drop_path_rate=drop_path, **small)
     side = 64 if family == "resnet" else 32  # batch norms refuse a grid of one position
     return outline(model, (3, side, side))
-
-
-def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters)
-
-
-def composed(costs: Costs, learner: LocalLearner) -> int:
-    runs = [(span.start, span.stop) for span in learner.plan.spans]
-    hows = [learner.plan.checkpointing(index) for index in range(len(runs))]
-    peaks = [costs.choice(*run, how).peak_bytes for run, how in zip(runs, hows, strict=True)]
-    return costs.static_bytes + sum(costs.static_of(*run) for run in runs) + max(peaks)
 
 
 # Each value of each factor stands at least twice; batches that chunks don't divide are among them.
@@ -119,7 +109,7 @@ def test_composed_costs_are_those_of_the_whole_step(number: int) -> None:
     # BEiT's tables of positions, which don't grow with the batch, leave such small models 1.2 % below.
     # A loop over all weights at once (foreach) goes group by group; the sum over both is a little more.
     above = 0.03 if settings.device == "cuda" else 0.01 * settings.accumulation
-    assert 0.98 < composed(costs, learner) / simulated.peak_bytes < 1 + above
+    assert 0.98 < costs.peak_of(learner.plan) / simulated.peak_bytes < 1 + above
 
 
 def test_choices_are_worth_having_and_agree_with_choice() -> None:

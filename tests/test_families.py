@@ -7,7 +7,6 @@ import functools
 import itertools
 import sys
 import time
-from collections.abc import Iterator
 
 import pytest
 import timm
@@ -78,15 +77,6 @@ FAMILIES: dict[str, tuple[str, dict, tuple[int, ...]]] = {
     "convnext": ("convnext_atto", {"dims": (16, 16, 32, 32), "depths": (1, 1, 2, 1)}, (1, 3, 6)),
     "resnet": ("resnet18", {"channels": (8, 16, 16, 32)}, (2, 4, 6)),
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Nets this small are slower on several threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 SHARED = {"beit shared bias", "eva02 mixed rope"}

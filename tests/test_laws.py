@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ast
 import copy
-import gc
 import importlib
 import inspect
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,59 +22,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import localgrad
+from helpers import MODELS, SIZE, adamw, assert_same, batches, make, train
 from localgrad import Contrastive, FeatureReconstruction, GreedySupervised, ImageReconstruction, LocalLearner
 from localgrad.execution.local_module import LocalModule, LocalOutput
 from localgrad.learner import estimate_step
 from localgrad.objectives.base import LocalBatch
 
-SIZE = (3, 32, 32)
-SWIN = {
-    "model_name": "swin_tiny_patch4_window7_224",
-    "img_size": 32,
-    "patch_size": 4,
-    "window_size": 4,
-    "embed_dim": 32,
-    "depths": (1, 1, 1),
-    "num_heads": (1, 2, 4),
-}
-VIT = {
-    "model_name": "vit_tiny_patch16_224",
-    "img_size": 32,
-    "patch_size": 8,
-    "embed_dim": 32,
-    "depth": 4,
-    "num_heads": 2,
-}
-RESNET = {"model_name": "resnet18", "channels": (8, 8, 16, 16), "output_stride": 8}  # for its batch norms
-MODELS = {"swin": SWIN, "vit": VIT, "resnet": RESNET}
-# Lists its parameters in another order than it uses them; a clipping norm sums in the listed one.
-CAIT = {"model_name": "cait_xxs24_224", "img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
+KINDS = ["swin", "vit", "resnet"]
 OBJECTIVES = {
     "feature": FeatureReconstruction(),
     "image": ImageReconstruction(),
     "greedy": GreedySupervised(),
     "contrastive": Contrastive(),
 }
-
-
-def make(kind: str, **more: Any) -> nn.Module:
-    torch.manual_seed(0)
-    return timm.create_model(**((MODELS | {"cait": CAIT})[kind] | {"num_classes": 5} | more))
-
-
-def batches(count: int, num_images: int = 6, *, soft: bool = False) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    made = []
-    for _ in range(count):
-        labels = torch.randint(5, (num_images,), generator=generator)
-        if soft:
-            labels = torch.rand(num_images, 5, generator=generator).softmax(dim=1)
-        made.append((torch.randn(num_images, *SIZE, generator=generator), labels))
-    return made
-
-
-def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05)
 
 
 def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -91,17 +50,6 @@ def make_learner(
     return learner
 
 
-def train(learner: LocalLearner, data: list[tuple[Tensor, Tensor]]) -> list[localgrad.StepResult]:
-    torch.manual_seed(7)
-    return [learner.step(images, labels) for images, labels in data]
-
-
-def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    assert ours.keys() == theirs.keys()
-    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
-    assert not different
-
-
 # Law 1: isolation ------------------------------------------------------------------------------------------------
 
 
@@ -109,7 +57,7 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("kind", ["swin", "vit"])
 def test_a_modules_loss_reaches_its_own_parameters_and_no_others(kind: str, objective: str) -> None:
     learner = make_learner(kind, objective=OBJECTIVES[objective])
-    images, labels = batches(1)[0]
+    images, labels = batches(1, 6)[0]
     batch, features = LocalBatch(images, labels), images
     for index, module in enumerate(learner.modules):
         output = module(features, batch)
@@ -123,7 +71,7 @@ def test_a_modules_loss_reaches_its_own_parameters_and_no_others(kind: str, obje
         module.zero_grad()
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_check_isolation_passes_and_leaves_everything_as_it_was(kind: str) -> None:
     learner = make_learner(kind, objective=ImageReconstruction(), drop_path=0.3)
     for number, parameter in enumerate(learner.model.parameters()):
@@ -205,11 +153,11 @@ def plain_timm_training(
     [(0.0, None, False), (0.1, 0.5, False), (0.0, 0.5, True)],
     ids=["plain", "smoothed and clipped", "soft labels and clipped"],
 )
-@pytest.mark.parametrize("kind", [*MODELS, "cait"])
+@pytest.mark.parametrize("kind", [*KINDS, "cait"])
 def test_one_module_is_plain_timm_training_bit_for_bit(
     kind: str, smoothing: float, clip: float | None, soft: bool
 ) -> None:
-    data = batches(5, soft=soft)
+    data = batches(5, 6, soft=soft)
     reference = make(kind, drop_path_rate=0.3)
     seen = plain_timm_training(reference, data, smoothing=smoothing, clip=clip)
     objective = FeatureReconstruction(label_smoothing=smoothing)
@@ -251,7 +199,7 @@ def test_sequential_training_equals_a_naive_loop_bit_for_bit(kind: str) -> None:
         auxiliary.append(heads)
         optimizers.append(adamw([p for part in [*parts, *heads] for p in part.parameters()]))
 
-    data = batches(4)
+    data = batches(4, 6)
     torch.manual_seed(7)
     losses = []
     for images, labels in data:
@@ -297,9 +245,9 @@ def learner_order(
     return ordered
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_checkpointing_changes_nothing_at_all(kind: str) -> None:
-    data = batches(3)
+    data = batches(3, 6)
     plain = make_learner(kind, drop_path=0.3)
     saving = make_learner(kind, drop_path=0.3, checkpoint=True)
     assert [str(how) for how in saving.plan.checkpoint] == ["blocks"] * 3
@@ -318,7 +266,7 @@ def test_checkpointing_recomputes_only_the_modules_it_was_asked_for() -> None:
             calls[number] += 1
 
         block.register_forward_pre_hook(count)
-    train(learner, batches(1))
+    train(learner, batches(1, 6))
     assert calls == [1, 2, 1, 1]
 
 
@@ -337,7 +285,7 @@ def test_accumulation_gives_the_whole_batchs_update(objective: str, accumulation
 
 
 def test_accumulation_takes_soft_labels_apart_with_their_images() -> None:
-    data = batches(2, soft=True)
+    data = batches(2, 6, soft=True)
     whole, parts = make_learner("vit", optimizer=sgd), make_learner("vit", optimizer=sgd, accumulation=2)
     for ours, theirs in zip(train(parts, data), train(whole, data), strict=True):
         torch.testing.assert_close(ours.losses, theirs.losses, atol=1e-5, rtol=1e-5)
@@ -347,7 +295,7 @@ def test_accumulation_takes_soft_labels_apart_with_their_images() -> None:
 @pytest.mark.parametrize("objective", ["feature", "contrastive"])
 def test_bf16_stays_within_its_rounding(objective: str) -> None:
     """bf16 keeps 8 bits: losses within 2 %, and updates that point the same way."""
-    data = batches(3)
+    data = batches(3, 6)
     full, low = (
         make_learner("swin", objective=OBJECTIVES[objective], optimizer=sgd, precision=precision)
         for precision in ("fp32", "bf16")
@@ -379,9 +327,9 @@ def test_compiling_stays_within_float_rounding(kind: str, backend: str, monkeypa
 
     original = torch.compile
     monkeypatch.setattr(torch, "compile", compile_with)
-    data = batches(2)
+    data = batches(2, 6)
     if kind == "vit":
-        monkeypatch.setitem(MODELS, "vit", VIT | {"depth": 2})  # compiling takes its time
+        monkeypatch.setitem(MODELS, "vit", MODELS["vit"] | {"depth": 2})  # compiling takes its time
     plain, compiled = make_learner(kind, 2, sgd), make_learner(kind, 2, sgd, compile=True)
     assert [function.__self__ for function in compiled_functions] == compiled.modules
     for ours, theirs in zip(train(compiled, data), train(plain, data), strict=True):
@@ -402,7 +350,7 @@ def test_local_modules_are_compiled_for_their_own_shapes(monkeypatch: pytest.Mon
 @pytest.mark.heavy
 def test_more_modules_than_torch_recompiles_are_all_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """From the ninth variant of one forward's code on, torch would run the rest uncompiled, with a line in a log."""
-    monkeypatch.setitem(MODELS, "swin", SWIN | {"depths": (3, 3, 4), "patch_size": 2})
+    monkeypatch.setitem(MODELS, "swin", MODELS["swin"] | {"depths": (3, 3, 4), "patch_size": 2})
     assert len(compile_and_train(make_compiled("swin", 12), monkeypatch)) > 8
 
 
@@ -430,7 +378,7 @@ def compile_and_train(learner: LocalLearner, monkeypatch: pytest.MonkeyPatch) ->
     original = torch.compile
     monkeypatch.setattr(torch, "compile", lambda module, **options: original(module, backend=backend, **options))
     learner.configure_optimizers(sgd)
-    train(learner, batches(1))
+    train(learner, batches(1, 6))
     return compiled
 
 
@@ -452,14 +400,6 @@ class Planted(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
-
-
-@pytest.fixture
-def _no_collector() -> Iterator[None]:
-    """The graph must die by itself: a cycle that waits for the collector keeps a GPU full."""
-    gc.disable()
-    yield
-    gc.enable()
 
 
 @pytest.mark.parametrize("settings", [{}, {"accumulation": 2}, {"checkpoint": True}, {"precision": "bf16"}], ids=str)
@@ -492,7 +432,7 @@ def test_a_modules_graph_and_gradients_are_gone_before_the_next_one_runs(kind: s
         for part in module.parts:
             part.register_forward_hook(partial(plant, number=number))
         module.register_forward_pre_hook(partial(look, number=number))
-    train(learner, batches(1))
+    train(learner, batches(1, 6))
     assert sorted(set(checked)) == [0, 1, 2]
     look(learner.modules[0], None, number=3)  # after the step, nothing of any module is left
 
@@ -524,7 +464,7 @@ def test_more_modules_need_less_memory() -> None:
 def test_images_that_are_given_away_die_with_their_last_user(objective: str, kept: list[bool]) -> None:
     learner = make_learner("vit", 3, objective=OBJECTIVES[objective])
     alive = []
-    batch = LocalBatch(*batches(1)[0])
+    batch = LocalBatch(*batches(1, 6)[0])
     assert batch.images is not None
     storage = weakref.ref(batch.images.untyped_storage())
     for module in learner.modules:
@@ -537,15 +477,15 @@ def test_images_that_are_given_away_die_with_their_last_user(objective: str, kep
 # Law 4: round trip -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_trained_weights_give_the_same_logits_in_plain_timm(kind: str) -> None:
     learner = make_learner(kind, drop_path=0.3)
-    train(learner, batches(2))
+    train(learner, batches(2, 6))
     fresh = timm.create_model(**(MODELS[kind] | {"num_classes": 5}))
     before = fresh.state_dict()
     assert not torch.equal(next(iter(before.values())), next(iter(learner.model.state_dict().values())))
     fresh.load_state_dict(learner.model.state_dict(), strict=True)
-    images = batches(1)[0][0]
+    images = batches(1, 6)[0][0]
     learner.eval()
     with torch.no_grad():
         expected = fresh.eval()(images)

@@ -14,59 +14,20 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 import localgrad
+from helpers import SIZE, VIT, adamw, assert_same, batches, make, train
 from localgrad import Contrastive, FeatureReconstruction, GreedySupervised, ImageReconstruction, LocalLearner, Plan
 from localgrad.errors import BackboneError, CheckpointError, DeviceError, PartitionError, RecipeError
 from localgrad.learner import end_to_end, make_plan
 from localgrad.partition import Checkpointing
 from localgrad.planning.memory import block_activation_bytes
 
-SIZE = (3, 32, 32)
-VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
-SWIN = {
-    "img_size": 32,
-    "patch_size": 4,
-    "window_size": 4,
-    "embed_dim": 32,
-    "depths": (1, 1, 1),
-    "num_heads": (1, 2, 4),
-    "num_classes": 5,
-}
-
-
-def vit(**more: Any) -> nn.Module:
-    torch.manual_seed(0)
-    return timm.create_model("vit_tiny_patch16_224", **(VIT | more))
-
-
-def swin(**more: Any) -> nn.Module:
-    torch.manual_seed(0)
-    return timm.create_model("swin_tiny_patch4_window7_224", **(SWIN | more))
-
-
-def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-3)
-
 
 def make_learner(model: nn.Module | None = None, modules: Any = 3, optimizer: Any = adamw, **more: Any) -> LocalLearner:
     learner = LocalLearner(
-        vit(drop_path_rate=0.2) if model is None else model, modules=modules, input_size=SIZE, **more
+        make("vit", drop_path_rate=0.2) if model is None else model, modules=modules, input_size=SIZE, **more
     )
     learner.configure_optimizers(optimizer)
     return learner
-
-
-def batches(count: int, num_images: int = 4) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    return [
-        (torch.randn(num_images, *SIZE, generator=generator), torch.randint(5, (num_images,), generator=generator))
-        for _ in range(count)
-    ]
-
-
-def train(learner: LocalLearner, data: list[tuple[Tensor, Tensor]]) -> None:
-    torch.manual_seed(7)
-    for images, labels in data:
-        learner.step(images, labels)
 
 
 def weights(learner: LocalLearner) -> dict[str, Tensor]:
@@ -77,16 +38,11 @@ def weights(learner: LocalLearner) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in found.items()}
 
 
-def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    assert ours.keys() == theirs.keys()
-    assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
-
-
 # The six lines ---------------------------------------------------------------------------------------------------
 
 
 def test_the_six_lines() -> None:
-    model, (images, labels) = swin(), batches(1)[0]
+    model, (images, labels) = make("swin"), batches(1)[0]
     before = copy.deepcopy(model.state_dict())
     learner = localgrad.LocalLearner(
         model, modules=4, objective=localgrad.FeatureReconstruction(), input_size=(3, 32, 32)
@@ -106,7 +62,7 @@ def test_the_six_lines() -> None:
 
 
 def test_the_loss_goes_down() -> None:
-    learner, (images, labels) = make_learner(vit()), batches(1)[0]
+    learner, (images, labels) = make_learner(make("vit")), batches(1)[0]
     losses = [[float(loss) for loss in learner.step(images, labels).losses] for _ in range(15)]
     assert all(last < 0.9 * first for first, last in zip(losses[0], losses[-1], strict=True))
 
@@ -120,7 +76,7 @@ def test_a_loss_is_the_weighted_sum_of_its_terms() -> None:
 
 
 def test_logits_of_a_step_are_those_before_its_update() -> None:
-    learner = make_learner(vit())
+    learner = make_learner(make("vit"))
     images, labels = batches(1)[0]
     with torch.no_grad():
         twin = copy.deepcopy(learner.model)
@@ -131,18 +87,18 @@ def test_logits_of_a_step_are_those_before_its_update() -> None:
 
 
 def test_a_split_backbone_is_taken_as_it_is() -> None:
-    backbone = localgrad.split(vit(), SIZE)
+    backbone = localgrad.split(make("vit"), SIZE)
     learner = LocalLearner(backbone, modules=2)
     assert learner.backbone is backbone
     assert learner.model is backbone.model
 
 
 def test_the_models_own_size_is_the_default() -> None:
-    assert LocalLearner(vit(), modules=1).backbone.input_size == SIZE
+    assert LocalLearner(make("vit"), modules=1).backbone.input_size == SIZE
 
 
 def test_no_step_before_the_optimizers() -> None:
-    learner = LocalLearner(vit(), modules=2)
+    learner = LocalLearner(make("vit"), modules=2)
     assert learner.optimizers == ()
     with pytest.raises(RecipeError, match=r"no optimizers yet: call learner.configure_optimizers"):
         learner.step(*batches(1)[0])
@@ -172,7 +128,7 @@ def test_a_step_puts_the_model_in_training_mode() -> None:
 
 
 def test_ways_to_say_which_modules() -> None:
-    model = swin()
+    model = make("swin")
     backbone = localgrad.split(model, SIZE)
     assert LocalLearner(backbone, modules=1).plan.boundaries == ()
     assert LocalLearner(backbone, modules="stages").plan.boundaries == backbone.stage_boundaries == (1, 3)
@@ -185,7 +141,7 @@ def test_ways_to_say_which_modules() -> None:
 
 
 def test_modules_own_every_block_once_in_order() -> None:
-    learner = make_learner(swin(), modules=(2, 4))
+    learner = make_learner(make("swin"), modules=(2, 4))
     parts = [part for module in learner.modules for part in module.parts]
     backbone = learner.backbone
     assert parts == [backbone.stem, *backbone.blocks, backbone.tail]
@@ -196,13 +152,13 @@ def test_modules_own_every_block_once_in_order() -> None:
 
 @pytest.mark.parametrize("name", ["cait_xxs24_224", "vit_tiny_patch16_224"])
 def test_one_module_has_the_models_parameters_in_the_models_order(name: str) -> None:
-    sizes = VIT | ({"embed_dim": 24, "num_heads": 3} if "cait" in name else {})
+    sizes = VIT | {"num_classes": 5} | ({"embed_dim": 24, "num_heads": 3} if "cait" in name else {})
     learner = LocalLearner(timm.create_model(name, **sizes), modules=1, input_size=SIZE)
     assert [id(p) for p in learner.parameters(0)] == [id(p) for p in learner.model.parameters()]
 
 
 def test_a_count_is_balanced_by_activation_bytes() -> None:
-    backbone = localgrad.split(swin(depths=(2, 3), num_heads=(1, 2)), SIZE)
+    backbone = localgrad.split(make("swin", depths=(2, 3), num_heads=(1, 2)), SIZE)
     plan = make_plan(backbone, 3)
     candidates = [
         make_plan(backbone, (first, second)).activation_bytes
@@ -213,7 +169,7 @@ def test_a_count_is_balanced_by_activation_bytes() -> None:
 
 
 def test_the_stems_bytes_count_to_the_first_block_and_the_tails_to_the_last() -> None:
-    backbone = localgrad.split(swin(), SIZE)
+    backbone = localgrad.split(make("swin"), SIZE)
     images = torch.empty(2, *SIZE, device="meta")
     parts = [backbone.stem, *backbone.blocks, backbone.tail]
     stem, *blocks, tail = block_activation_bytes(parts, images)
@@ -241,23 +197,23 @@ def test_the_stems_bytes_count_to_the_first_block_and_the_tails_to_the_last() ->
 )
 def test_impossible_modules_are_refused(modules: Any, message: str) -> None:
     with pytest.raises(PartitionError, match=message):
-        LocalLearner(vit(), modules=modules)
+        LocalLearner(make("vit"), modules=modules)
 
 
 @pytest.mark.parametrize("change", [{"num_blocks": 5}, {"model": "vit_small_patch16_224"}])
 def test_a_plan_of_another_model_is_refused(change: dict[str, Any]) -> None:
-    plan = LocalLearner(vit(), modules=2).plan
+    plan = LocalLearner(make("vit"), modules=2).plan
     with pytest.raises(PartitionError, match=r"plan: it was made for .* make a new plan"):
-        LocalLearner(vit(), modules=dataclasses.replace(plan, **change))
+        LocalLearner(make("vit"), modules=dataclasses.replace(plan, **change))
 
 
 def test_checkpoint_flags_must_fit_the_modules() -> None:
-    assert LocalLearner(vit(), modules=2, checkpoint=[True, "halves/2:1"]).plan.checkpoint == (
+    assert LocalLearner(make("vit"), modules=2, checkpoint=[True, "halves/2:1"]).plan.checkpoint == (
         Checkpointing("blocks"),
         Checkpointing("halves", 2, 1),
     )
     with pytest.raises(PartitionError, match="checkpoint has 1 entries for 2 local modules"):
-        LocalLearner(vit(), modules=2, checkpoint=[True])
+        LocalLearner(make("vit"), modules=2, checkpoint=[True])
 
 
 def test_a_parameter_shared_across_a_boundary_is_refused() -> None:
@@ -286,16 +242,16 @@ def test_a_model_that_needs_two_images_to_train_is_planned_too() -> None:
 )
 def test_impossible_options_are_refused(option: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match=next(iter(option))):
-        LocalLearner(vit(), modules=2, **option)
+        LocalLearner(make("vit"), modules=2, **option)
 
 
 def test_an_unknown_precision_is_refused() -> None:
     with pytest.raises(DeviceError, match="unknown 'fp8'; take one of fp32, bf16, fp16"):
-        LocalLearner(vit(), modules=2, precision="fp8")
+        LocalLearner(make("vit"), modules=2, precision="fp8")
 
 
 def test_a_frozen_module_is_refused() -> None:
-    learner = LocalLearner(vit(), modules=2)
+    learner = LocalLearner(make("vit"), modules=2)
     for parameter in learner.modules[1].parameters():
         parameter.requires_grad_(False)
     with pytest.raises(RecipeError, match="local module 1 has no trainable parameter; unfreeze some"):
@@ -303,7 +259,7 @@ def test_a_frozen_module_is_refused() -> None:
 
 
 def test_frozen_parameters_are_left_alone() -> None:
-    model = vit()
+    model = make("vit")
     frozen = {name: p for name, p in model.named_parameters() if "attn" in name}
     for parameter in frozen.values():
         parameter.requires_grad_(False)
@@ -319,7 +275,7 @@ def test_clipping_bounds_each_modules_own_gradient() -> None:
     clip = 0.05
     data = batches(1)
     free, clipped = (
-        make_learner(vit(), optimizer=lambda params: torch.optim.SGD(params, lr=1.0), clip_grad=value)
+        make_learner(make("vit"), optimizer=lambda params: torch.optim.SGD(params, lr=1.0), clip_grad=value)
         for value in (None, clip)
     )
     start = [torch.cat([p.detach().flatten() for p in free.parameters(index)]) for index in range(3)]
@@ -357,11 +313,11 @@ def scalers_of(learner: LocalLearner) -> list[torch.amp.GradScaler]:
 
 
 def test_fp16_has_a_scaler_for_each_module() -> None:
-    learner = make_learner(vit(), precision="fp16")
+    learner = make_learner(make("vit"), precision="fp16")
     scalers = scalers_of(learner)
     assert len({id(scaler) for scaler in scalers}) == 3
     assert all(scaler.is_enabled() for scaler in scalers)
-    assert not any(scaler.is_enabled() for scaler in scalers_of(make_learner(vit())))
+    assert not any(scaler.is_enabled() for scaler in scalers_of(make_learner(make("vit"))))
     learner.step(*batches(1)[0])
     scalers[1].update(new_scale=3e38)  # this module's gradients overflow
     before = weights(learner)
@@ -379,7 +335,7 @@ def test_fp16_unscales_before_it_clips() -> None:
     """The norm is the true gradient's: a scaled one would be clipped to nothing."""
     clip = 0.05
     learner = make_learner(
-        vit(), optimizer=lambda params: torch.optim.SGD(params, lr=1.0), precision="fp16", clip_grad=clip
+        make("vit"), optimizer=lambda params: torch.optim.SGD(params, lr=1.0), precision="fp16", clip_grad=clip
     )
     start = [[p.detach().clone() for p in learner.parameters(index)] for index in range(3)]
     train(learner, batches(1))
@@ -402,7 +358,7 @@ def test_fp16_unscales_before_it_clips() -> None:
     ],
 )
 def test_logits_of_every_module(objective: localgrad.Objective, has_classifier: bool, configured: bool) -> None:
-    learner = LocalLearner(swin(drop_path_rate=0.5), modules=3, objective=objective, input_size=SIZE)
+    learner = LocalLearner(make("swin", drop_path_rate=0.5), modules=3, objective=objective, input_size=SIZE)
     if configured:
         learner.configure_optimizers(adamw)
     images = batches(1)[0][0]
@@ -426,7 +382,7 @@ def test_steps_without_classifiers_say_so() -> None:
 
 
 def test_logits_use_the_learners_precision() -> None:
-    learner = make_learner(vit(), precision="bf16").eval()
+    learner = make_learner(make("vit"), precision="bf16").eval()
     assert all(logits is not None and logits.dtype == torch.bfloat16 for logits in learner.logits(batches(1)[0][0]))
 
 
@@ -449,7 +405,7 @@ def test_a_saved_state_goes_on_bit_for_bit(settings: dict[str, Any]) -> None:
     file.seek(0)
 
     torch.manual_seed(99)
-    second = make_learner(vit(drop_path_rate=0.2), **settings)
+    second = make_learner(make("vit", drop_path_rate=0.2), **settings)
     train(second, batches(1))  # a state of its own, to be replaced whole
     second.load_state_dict(torch.load(file, weights_only=True))
     assert second.num_steps == 3
@@ -466,12 +422,12 @@ def test_a_saved_state_goes_on_bit_for_bit(settings: dict[str, Any]) -> None:
 
 
 def test_another_models_state_is_refused_with_names() -> None:
-    state = make_learner(vit(depth=5)).state_dict()
+    state = make_learner(make("vit", depth=5)).state_dict()
     with pytest.raises(CheckpointError, match=r"of another model: 0 weights are missing .*unknown \(blocks\.4\."):
         make_learner().load_state_dict(state)
     with pytest.raises(CheckpointError, match=r"of another model: .* weights are missing \(blocks\.4\."):
-        make_learner(vit(depth=5)).load_state_dict(make_learner().state_dict())
-    state = make_learner(vit(num_classes=6)).state_dict()
+        make_learner(make("vit", depth=5)).load_state_dict(make_learner().state_dict())
+    state = make_learner(make("vit", num_classes=6)).state_dict()
     with pytest.raises(CheckpointError, match=r"head\.weight has shape \[6, 32\], not \[5, 32\]"):
         make_learner().load_state_dict(state)
 
@@ -497,10 +453,10 @@ def test_a_state_without_an_average_is_refused_where_one_is_kept() -> None:
 
 
 def test_a_state_needs_optimizers_on_both_sides() -> None:
-    bare = LocalLearner(vit(), modules=3, input_size=SIZE)
+    bare = LocalLearner(make("vit"), modules=3, input_size=SIZE)
     with pytest.raises(CheckpointError, match="configure optimizers first"):
         bare.load_state_dict(make_learner().state_dict())
-    bare.load_state_dict(LocalLearner(vit(), modules=3, input_size=SIZE).state_dict())
+    bare.load_state_dict(LocalLearner(make("vit"), modules=3, input_size=SIZE).state_dict())
 
 
 def test_deepcopy_gives_a_learner_of_its_own() -> None:
@@ -519,7 +475,7 @@ def test_deepcopy_gives_a_learner_of_its_own() -> None:
 
 
 def test_end_to_end_is_the_same_code_with_one_module() -> None:
-    learner = make_learner(vit(), clip_grad=0.5, precision="bf16", accumulation=2)
+    learner = make_learner(make("vit"), clip_grad=0.5, precision="bf16", accumulation=2)
     baseline = end_to_end(learner)
     assert baseline.model is learner.model
     assert baseline.plan.num_modules == 1

@@ -5,40 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import timm
 import torch
 from torch import Tensor, nn
 
 import localgrad
+from helpers import SIZE, adamw, batches, make
 from localgrad import FeatureReconstruction, GreedySupervised, ImageReconstruction, LocalLearner, RecipeError, measuring
 from localgrad.learner import estimate_step
 from localgrad.objectives.base import LocalBatch
 
-VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 2, "num_classes": 5}
-SWIN = {
-    "img_size": 32,
-    "patch_size": 4,
-    "window_size": 4,
-    "embed_dim": 32,
-    "depths": (1, 1, 1),
-    "num_heads": (1, 2, 4),
-    "num_classes": 5,
-}
-
-
-def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-3)
-
 
 def learner_of(kind: str, **more: Any) -> LocalLearner:
-    torch.manual_seed(0)
-    name, options = {"vit": ("vit_tiny_patch16_224", VIT), "swin": ("swin_tiny_patch4_window7_224", SWIN)}[kind]
-    return LocalLearner(timm.create_model(name, **options), input_size=(3, 32, 32), **more)
-
-
-def batch(num_images: int = 16) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(num_images, 3, 32, 32, generator=generator), torch.arange(num_images) % 5
+    width = {"embed_dim": 64} if kind == "vit" else {}
+    return LocalLearner(make(kind, **width), input_size=SIZE, **more)
 
 
 def test_a_chain_of_linear_layers_is_measured_to_the_byte() -> None:
@@ -86,7 +65,7 @@ def test_measured_is_within_five_percent_of_estimated(kind: str, objective: Any,
     learner = learner_of(kind, modules=modules, objective=objective)
     estimated = estimate_step(learner, 16, adamw)
     learner.configure_optimizers(adamw)
-    images, labels = batch()
+    images, labels = batches(1, 16)[0]
 
     def step(images: Tensor, labels: Tensor) -> None:  # as from a data path, with images of its own to give away
         learner.step_on(LocalBatch(images.clone(), labels))
@@ -101,7 +80,7 @@ def test_measured_is_within_five_percent_of_estimated(kind: str, objective: Any,
 def test_a_learner_tells_itself_what_it_holds() -> None:
     learner = learner_of("vit", modules=2)
     learner.configure_optimizers(adamw)
-    images, labels = batch()
+    images, labels = batches(1, 16)[0]
     told = localgrad.measure(learner, images, labels, repeats=1)
     holds = [*learner.modules, *learner.optimizers]
     assert told.peak_bytes == localgrad.measure(learner.step, images, labels, holds=holds, repeats=1).peak_bytes
@@ -114,7 +93,7 @@ def test_a_reconstruction_does_not_keep_its_target_alive() -> None:
     """torch gives a mean squared error a storage as large as the target; the figures of a step must not hold that."""
     learner = learner_of("vit", modules=3, objective=ImageReconstruction())
     learner.configure_optimizers(adamw)
-    result = learner.step(*batch())
+    result = learner.step(*batches(1, 16)[0])
     sizes = [term.untyped_storage().nbytes() for terms in result.terms for term in terms.values()]
     assert max(sizes) == 4
 
@@ -155,4 +134,4 @@ def test_wrong_arguments_are_refused(wrong: dict[str, Any], said: str) -> None:
 
 def test_a_learner_without_optimizers_is_told_so() -> None:
     with pytest.raises(RecipeError, match="configure_optimizers"):
-        localgrad.measure(learner_of("vit"), *batch())
+        localgrad.measure(learner_of("vit"), *batches(1, 16)[0])

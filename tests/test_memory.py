@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
+from helpers import profiler_peak
 from localgrad import _fake
 from localgrad.planning import memory
 
@@ -55,22 +56,6 @@ def train_step(learner, images, labels, *, bf16=False):
     optimizer.zero_grad()
 
 
-def profiler_peak(step) -> int:
-    """Peak bytes above the start, from the allocator's own events: no code in common with ours."""
-    step()
-    gc.collect()
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-        step()
-    events = profiler.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), i, e.nbytes()) for i, e in enumerate(events) if e.name() == "[memory]")
-    running = peak = 0
-    for _, _, nbytes in changes:
-        running += nbytes
-        peak = max(peak, running)
-    return peak
-
-
 def nbytes_of(*tensors: Tensor) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -79,22 +64,13 @@ def shapes_of(**tensors: Tensor):
     return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
 
-@pytest.fixture
-def one_thread():
-    """Some kernels take a workspace for each thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # -- held against reality ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("build", [mlp, vit, swin])
-def test_simulated_peak_is_the_profilers_peak(build, bf16, checkpointed, one_thread):
+def test_simulated_peak_is_the_profilers_peak(build, bf16, checkpointed):
     model, shape = build()
     if checkpointed:
         if build is mlp:

@@ -14,11 +14,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import timm
 import torch
 from torch import Tensor, nn
 
+import helpers
 import localgrad
+from helpers import MODELS, SIZE, adamw, assert_same, batches, flat, train
 from localgrad import LocalLearner
 from localgrad.errors import RecipeError
 from localgrad.execution.offload import Offloader
@@ -26,35 +27,10 @@ from localgrad.learner import end_to_end, estimate_step
 from localgrad.objectives.base import LocalBatch
 from localgrad.planning import memory
 
-SIZE = (3, 32, 32)
-VIT = {
-    "model_name": "vit_tiny_patch16_224",
-    "img_size": 32,
-    "patch_size": 8,
-    "embed_dim": 32,
-    "depth": 4,
-    "num_heads": 2,
-}
-RESNET = {"model_name": "resnet18", "channels": (8, 8, 16, 16), "output_stride": 8}  # for its batch norms
-EVA = {  # every block reads one rotary embedding's buffers
-    "model_name": "eva02_tiny_patch14_224",
-    "img_size": 32,
-    "patch_size": 8,
-    "embed_dim": 32,
-    "depth": 4,
-    "num_heads": 2,
-}
-MODELS = {"vit": VIT, "resnet": RESNET, "eva": EVA}
-
 
 def make(kind: str = "vit", **more: Any) -> nn.Module:
-    torch.manual_seed(0)
     rate = {} if kind == "resnet" else {"drop_path_rate": 0.3}
-    return timm.create_model(**(MODELS[kind] | {"num_classes": 5} | rate | more))
-
-
-def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05)
+    return helpers.make(kind, **(rate | more))
 
 
 def make_learner(
@@ -64,38 +40,6 @@ def make_learner(
     if optimizer is not None:
         learner.configure_optimizers(optimizer)
     return learner
-
-
-def batches(count: int, num_images: int = 4) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    return [
-        (torch.randn(num_images, *SIZE, generator=generator), torch.randint(5, (num_images,), generator=generator))
-        for _ in range(count)
-    ]
-
-
-def train(learner: LocalLearner, data: list[tuple[Tensor, Tensor]]) -> list[localgrad.StepResult]:
-    torch.manual_seed(7)
-    return [learner.step(images, labels) for images, labels in data]
-
-
-def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested state as one dict."""
-    if isinstance(value, (dict, list, tuple)):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        return {name: leaf for key, inner in items for name, leaf in flat(inner, f"{prefix}{key}.").items()}
-    return {prefix: value.clone() if isinstance(value, Tensor) else value}
-
-
-def assert_same(ours: Any, theirs: Any) -> None:
-    ours, theirs = flat(ours), flat(theirs)
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        if isinstance(value, Tensor):
-            assert torch.equal(value, theirs[name]), name
-            assert value.dtype == theirs[name].dtype, name
-        else:
-            assert value == theirs[name], name
 
 
 # The same results ------------------------------------------------------------------------------------------------
@@ -167,7 +111,7 @@ def test_compiled_modules_see_the_tensors_that_came(backend: str, monkeypatch: p
         return original(function, backend=backend, **options)
 
     monkeypatch.setattr(torch, "compile", counted)
-    monkeypatch.setitem(MODELS, "vit", VIT | {"depth": 2, "drop_path_rate": 0.0})
+    monkeypatch.setitem(MODELS, "vit", MODELS["vit"] | {"depth": 2, "drop_path_rate": 0.0})
     data = batches(3)
     made = [
         LocalLearner(make(drop_path_rate=0.0), modules=2, input_size=SIZE, compile=True, offload=flag)

@@ -1,7 +1,5 @@
 """Plans at the command line and in runs: what is printed, what is refused, and what happens when memory runs out."""
 
-# ruff: noqa: F811  # a fixture that is imported
-
 from __future__ import annotations
 
 import gc
@@ -9,7 +7,7 @@ import itertools
 import json
 import shlex
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,27 +19,23 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from helpers import Cli, Recorder, assert_refused
 from localgrad import LocalLearner, Plan, run
 from localgrad import budget as budgets
 from localgrad.budget import plan_to_budget
-from localgrad.errors import DeviceError, MemoryExceeded
+from localgrad.errors import BudgetError, DeviceError, MemoryExceeded
 from localgrad.execution.local_step import LocalStep
+from localgrad.learner import estimate_step
 from localgrad.partition import Checkpointing
 from localgrad.planned import made_for, task_of
 from localgrad.recipe import Recipe, overlay, parse_toml
-from localgrad.training.events import Event, Replanned, Sink
-from test_cli import MICRO, Cli, assert_refused, cli_  # noqa: F401  # the latter is a fixture
+from localgrad.replanning import Replanner
+from localgrad.training.events import Replanned
+from test_cli import MICRO
+
+pytestmark = pytest.mark.usefixtures("cost_cache")
 
 SMALL = MICRO.replace("epochs = 2", "epochs = 1")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Nobody's own cache; one for all tests here."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        monkeypatch.setattr(budgets, "_recent", {})
-        yield
 
 
 @pytest.fixture
@@ -478,14 +472,6 @@ def test_other_errors_pass(monkeypatch: pytest.MonkeyPatch) -> None:
         train(learner)
 
 
-class Recorder(Sink):
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-
-    def emit(self, event: Event) -> None:
-        self.events.append(event)
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     folder = tmp_path_factory.mktemp("whole") / "run"
@@ -552,3 +538,18 @@ def test_memory_that_runs_out_elsewhere_is_told(here: Path, cli_: Cli, monkeypat
     monkeypatch.setattr("localgrad.training.trainer.Trainer._validate", validate)
     said = cli_("train", "--recipe", "../micro.toml", "--out", "run")
     assert_refused(said, "out of memory", "--accumulation 2")
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_replanning_keeps_the_parts_that_contrastive_terms_see(accumulation: int) -> None:
+    job = run.build(recipe_of(local__objective="contrastive", execution__accumulation=accumulation))
+    profile = estimate_step(job.learner, 16, job.optimizer)
+    plan = Replanner(job, profile, lambda: (0, "")).next_plan()
+    assert plan is not None
+    assert plan.accumulation == accumulation
+
+
+def test_a_budget_of_nothing_is_refused_not_forgotten(here: Path) -> None:
+    with pytest.raises(BudgetError, match="0 B is less than the weights"):
+        run.train(recipe_of(), out=here / "run", budget=0)
+    assert not (here / "run").exists()

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,13 +19,22 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import helpers
+from helpers import (
+    Recorder,
+    assert_same_run,
+    interrupt_at_step,
+    metrics_of,
+    start_training,
+    wait_for_epochs,
+)
 from localgrad import build, run
 from localgrad.errors import CheckpointError, DataError, RecipeError, RunFolderError
 from localgrad.learner import LocalLearner
 from localgrad.recipe import Recipe, overlay
 from localgrad.training.data import load_data, normalise
-from localgrad.training.events import EpochEnded, Event, Sink, accuracies
-from localgrad.training.trainer import EpochSums, Interrupted
+from localgrad.training.events import EpochEnded, Event, accuracies
+from localgrad.training.trainer import Interrupted
 
 CIFAR100 = Path(__file__).parents[2] / "shared" / "data" / "cifar100"
 
@@ -49,68 +57,11 @@ MICRO: dict[str, Any] = {
     "training": {"epochs": 2, "batch_size": 16, "lr": 2e-3},
     "execution": {"device": "cpu", "num_threads": 1},
 }
-EVERYTHING = {
-    "training.ema_decay": 0.9,
-    "training.clip_grad": 1.0,
-    "augment.mixup": 0.4,
-    "augment.cutmix": 1.0,
-    "augment.label_smoothing": 0.1,
-    "augment.crop_padding": 1,
-    "model.drop_path": 0.2,
-}
-"""Whatever has a state or draws numbers."""
-
-TIMES = ("images_per_second", "seconds")
+EVERYTHING = {"training.ema_decay": 0.9, **helpers.EVERYTHING}
 
 
 def micro(changes: dict[str, Any] | None = None) -> Recipe:
     return Recipe.from_dict(overlay(MICRO, changes or {}))
-
-
-def metrics_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def without_times(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key not in TIMES}
-
-
-def assert_same_run(folder: Path, reference: Path) -> None:
-    assert (folder / "model.safetensors").read_bytes() == (reference / "model.safetensors").read_bytes()
-    assert [without_times(line) for line in metrics_of(folder)] == [
-        without_times(line) for line in metrics_of(reference)
-    ]
-    ours, theirs = (json.loads((path / "summary.json").read_text()) for path in (folder, reference))
-    for key in ("test_accuracy", "test_module_accuracy", "val_accuracy", "best_epoch", "losses", "epochs", "plan"):
-        assert ours[key] == theirs[key], key
-
-
-class Recorder(Sink):
-    """Keeps events; calls ``at_event`` with each."""
-
-    def __init__(self, at_event: Any = None) -> None:
-        self.events: list[Event] = []
-        self.at_event = at_event
-
-    def emit(self, event: Event) -> None:
-        self.events.append(event)
-        if self.at_event is not None:
-            self.at_event(event)
-
-
-def interrupt_at_step(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """Send this process SIGTERM at the end of training step ``number``, counted from 1."""
-    count = 0
-    add = EpochSums.add
-
-    def interrupted(self: EpochSums, *arguments: Any) -> None:
-        nonlocal count
-        count += 1
-        if count == number:
-            os.kill(os.getpid(), signal.SIGTERM)
-        add(self, *arguments)
-
-    monkeypatch.setattr(EpochSums, "add", interrupted)
 
 
 @pytest.fixture
@@ -489,27 +440,6 @@ def test_a_finished_run_only_gives_its_summary(finished: Path, monkeypatch: pyte
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "localgrad", "train", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def wait_for_epochs(process: subprocess.Popen[str], folder: Path, count: int) -> None:
-    """Wait until ``count`` epochs are saved and the next one is under way."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        last, metrics = folder / "checkpoints" / "last.pt", folder / "metrics.jsonl"
-        if last.exists() and metrics.exists() and len(metrics.read_text().splitlines()) >= count:
-            time.sleep(0.1)
-            return
-        time.sleep(0.01)
-    raise AssertionError(process.communicate())
-
-
 @pytest.mark.usefixtures("true_estimates")
 def test_real_processes_stopped_in_every_way_go_on_bit_for_bit(tmp_path: Path) -> None:
     """SIGTERM, then SIGKILL, then Ctrl-C, then to the end; and the same weights as of one run without a stop."""
@@ -517,8 +447,8 @@ def test_real_processes_stopped_in_every_way_go_on_bit_for_bit(tmp_path: Path) -
     (tmp_path / "recipe.toml").write_text(recipe.to_toml())
     folder = tmp_path / "a folder"
 
-    process = start("--recipe", str(tmp_path / "recipe.toml"), "--out", str(folder))
-    wait_for_epochs(process, folder, 1)
+    process = start_training("--recipe", str(tmp_path / "recipe.toml"), "--out", str(folder))
+    wait_for_epochs(process, folder, 1, seconds_on=0.1)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 143
@@ -526,14 +456,14 @@ def test_real_processes_stopped_in_every_way_go_on_bit_for_bit(tmp_path: Path) -
         f"localgrad: stopped by SIGTERM, and saved in {folder}; go on with: localgrad train --resume '{folder}'\n"
     )
 
-    process = start("--resume", str(folder))
-    wait_for_epochs(process, folder, 2)
+    process = start_training("--resume", str(folder))
+    wait_for_epochs(process, folder, 2, seconds_on=0.1)
     process.kill()
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
 
-    process = start("--resume", str(folder))
-    wait_for_epochs(process, folder, 3)
+    process = start_training("--resume", str(folder))
+    wait_for_epochs(process, folder, 3, seconds_on=0.1)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
 import signal
 import subprocess
 import sys
-import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,19 +18,28 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from helpers import (
+    EVERYTHING,
+    Recorder,
+    assert_same_run,
+    interrupt_at_step,
+    metrics_of,
+    start_training,
+    wait_for_epochs,
+)
 from localgrad import run
 from localgrad.build import build
-from localgrad.errors import CheckpointError, RecipeError, RunFolderError
+from localgrad.errors import CheckpointError, DeviceError, RecipeError, RunFolderError
 from localgrad.execution.local_module import LocalModule
 from localgrad.execution.local_step import LocalStep
 from localgrad.learner import LocalLearner, estimate_step
 from localgrad.planning import memory
 from localgrad.recipe import Recipe, overlay, preset
 from localgrad.training import feature_cache, stagewise
-from localgrad.training.events import ConsoleSink, EpochEnded, Event, FeaturesCached, RunStarted, Sink
+from localgrad.training.events import ConsoleSink, EpochEnded, Event, FeaturesCached, RunStarted
 from localgrad.training.folder import RunFolder
-from localgrad.training.stagewise import StagewiseTrainer, disk_needed, estimate_stages, feature_shape, place
-from localgrad.training.trainer import EpochSums, Interrupted
+from localgrad.training.stagewise import StagewiseTrainer, disk_needed, estimate_stages, place
+from localgrad.training.trainer import Interrupted
 
 SWIN: dict[str, Any] = {
     "name": "swin_tiny_patch4_window7_224",
@@ -58,53 +65,12 @@ MICRO: dict[str, Any] = {
     "training": {"epochs": 3, "batch_size": 16, "lr": 2e-3, "schedule": "sequential", "cached_epochs": 2},
     "execution": {"device": "cpu", "num_threads": 1},
 }
-EVERYTHING = {
-    "training.clip_grad": 1.0,
-    "augment.mixup": 0.4,
-    "augment.cutmix": 1.0,
-    "augment.label_smoothing": 0.1,
-    "augment.crop_padding": 1,
-    "model.drop_path": 0.2,
-}
-"""Whatever has a state or draws numbers."""
-
 NUM_BATCHES, NUM_MODULES, EPOCHS = 7, 3, 3
-TIMES = ("images_per_second", "seconds")
 CPU = torch.device("cpu")
 
 
 def micro(changes: dict[str, Any] | None = None) -> Recipe:
     return Recipe.from_dict(overlay(MICRO, changes or {}))
-
-
-def without_times(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key not in TIMES}
-
-
-def metrics_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_same_run(folder: Path, reference: Path) -> None:
-    for name in ("model.safetensors", "checkpoints/best.safetensors"):
-        assert (folder / name).read_bytes() == (reference / name).read_bytes(), name
-    assert [without_times(line) for line in metrics_of(folder)] == [
-        without_times(line) for line in metrics_of(reference)
-    ]
-    ours, theirs = (json.loads((path / "summary.json").read_text()) for path in (folder, reference))
-    for key in ("test_accuracy", "test_module_accuracy", "val_accuracy", "best_epochs", "losses", "epochs"):
-        assert ours[key] == theirs[key], key
-
-
-class Recorder(Sink):
-    def __init__(self, at_event: Any = None) -> None:
-        self.events: list[Event] = []
-        self.at_event = at_event
-
-    def emit(self, event: Event) -> None:
-        self.events.append(event)
-        if self.at_event is not None:
-            self.at_event(event)
 
 
 @pytest.fixture
@@ -345,14 +311,6 @@ def test_a_cache_is_used_again_only_for_the_same_weights(folder: RunFolder, monk
 # ------------------------------------------------------------------------------------- one module at a time
 
 
-@pytest.fixture
-def _no_collector() -> Iterator[None]:
-    """State must die by itself: a cycle that waits for the collector keeps a GPU full."""
-    gc.disable()
-    yield
-    gc.enable()
-
-
 @pytest.mark.usefixtures("_no_collector")
 def test_only_the_trained_modules_optimizer_lives(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make(folder)
@@ -487,7 +445,7 @@ def test_the_disk_needed_is_the_most_that_is_ever_taken(
     for span in trainer.learner.plan.spans[:1]:
         with torch.no_grad():
             features = trainer.learner.eval().modules[0].features(torch.zeros(2, 1, 16, 16))
-        assert feature_shape(trainer.learner.backbone.layouts[span.stop]) == tuple(features.shape[1:])
+        assert trainer.learner.backbone.layouts[span.stop].shape == tuple(features.shape[1:])
 
 
 def test_too_small_a_disk_is_refused_before_anything_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -524,20 +482,6 @@ def test_an_average_of_the_weights_is_refused(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------- resuming
-
-
-def interrupt_at_step(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    count = 0
-    add = EpochSums.add
-
-    def interrupted(self: EpochSums, *arguments: Any) -> None:
-        nonlocal count
-        count += 1
-        if count == number:
-            signal.raise_signal(signal.SIGTERM)
-        add(self, *arguments)
-
-    monkeypatch.setattr(EpochSums, "add", interrupted)
 
 
 @pytest.mark.parametrize("step", [21, 22, 60])
@@ -591,21 +535,6 @@ def test_a_signal_while_features_are_cached_stops_the_run(
     assert_same_run(tmp_path / "run", finished)
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "localgrad", "train", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for_epochs(process: subprocess.Popen[str], folder: Path, count: int) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        last, metrics = folder / "checkpoints" / "last.pt", folder / "metrics.jsonl"
-        if last.exists() and metrics.exists() and len(metrics.read_text().splitlines()) >= count:
-            return
-        time.sleep(0.005)
-    raise AssertionError(process.communicate())
-
-
 KILL_WHILE_CACHING = """
 import os, signal, sys
 from pathlib import Path
@@ -631,7 +560,7 @@ def test_real_processes_stopped_in_every_way_go_on_bit_for_bit(tmp_path: Path) -
     (tmp_path / "recipe.toml").write_text(recipe.to_toml())
     folder = tmp_path / "run"
 
-    process = start("--recipe", str(tmp_path / "recipe.toml"), "--out", str(folder))
+    process = start_training("--recipe", str(tmp_path / "recipe.toml"), "--out", str(folder))
     wait_for_epochs(process, folder, 1)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
@@ -642,13 +571,13 @@ def test_real_processes_stopped_in_every_way_go_on_bit_for_bit(tmp_path: Path) -
     assert sorted(path.name for path in (folder / "cache").iterdir()) == [".after-module-1.partial", "after-module-0"]
     assert len(metrics_of(folder)) == 6
 
-    process = start("--resume", str(folder))
+    process = start_training("--resume", str(folder))
     wait_for_epochs(process, folder, 7)
     process.kill()
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
 
-    process = start("--resume", str(folder))
+    process = start_training("--resume", str(folder))
     wait_for_epochs(process, folder, 8)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
@@ -680,3 +609,15 @@ def test_another_schedule_is_another_method(finished: Path) -> None:
     changed = micro({**EVERYTHING, "training.schedule": "together"})
     with pytest.raises(RecipeError, match=r"training\.schedule: 'sequential' -> 'together'"):
         run.resume(finished, changed)
+
+
+def test_memory_that_runs_out_is_told_without_what_sequential_mode_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(LocalStep, "__call__", step)
+    with pytest.raises(DeviceError, match="take --accumulation 2 or --checkpoint halves/8, which") as caught:
+        run.train(micro(), out=tmp_path / "run")
+    assert "--offload" not in str(caught.value)

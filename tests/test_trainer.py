@@ -15,12 +15,13 @@ import pytest
 import timm
 import torch
 
+from helpers import Recorder
 from localgrad.errors import CheckpointError, DivergenceError
 from localgrad.execution.sequential import StepResult
 from localgrad.learner import LocalLearner
 from localgrad.objectives.base import LocalBatch
 from localgrad.training.data import Batches, DataInfo, InMemoryImages
-from localgrad.training.events import EpochEnded, Event, Progressed, Sink
+from localgrad.training.events import EpochEnded, Event, Progressed
 from localgrad.training.folder import RunFolder
 from localgrad.training.optim import OptimizerFactory, Schedule
 from localgrad.training.trainer import (
@@ -35,14 +36,6 @@ from localgrad.training.trainer import (
 )
 
 NUM_CLASSES = 3
-
-
-class Recorder(Sink):
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-
-    def emit(self, event: Event) -> None:
-        self.events.append(event)
 
 
 def batches_of(num_images: int, *, training: bool, batch_size: int = 8) -> Batches:

@@ -92,7 +92,7 @@ class Task:
         ema_decay: whether an average of the weights is kept.
         clip_grad: whether gradients are clipped.
         modules: how many modules, ``stages``, or boundaries; any by default.
-        whole_batches: never cut batches into parts.
+        accumulation: into how many parts batches are cut; by default as few as fit.
     """
 
     backbone: Backbone
@@ -104,7 +104,7 @@ class Task:
     ema_decay: float | None = None
     clip_grad: float | None = None
     modules: Request | None = None
-    whole_batches: bool = False
+    accumulation: int | None = None
     measured: dict[Settings, Costs] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
@@ -227,7 +227,8 @@ def plan_to_budget(task: Task, batch_size: int, budget: int | None = None) -> Pl
     _check_batch(batch_size)
     whole = Search(task, task.costs(batch_size))
     if budget is None:
-        return _confirmed(task, whole, whole.fastest(UNLIMITED), batch_size, None)
+        search = next(_searches(task, whole, batch_size))
+        return _confirmed(task, search, search.fastest(UNLIMITED), batch_size, None)
     _check_static(whole, task.margin.usable(budget), budget)
     for search in _searches(task, whole, batch_size):
         plan = _within(search, batch_size, budget)
@@ -237,10 +238,10 @@ def plan_to_budget(task: Task, batch_size: int, budget: int | None = None) -> Pl
 
 
 def _searches(task: Task, whole: Search, batch_size: int) -> Iterator[Search]:
-    """The search for whole batches, then those for batches in 2, 4, 8 ... parts."""
-    yield whole
-    for parts in () if task.whole_batches else parts_of(batch_size):
-        yield Search(task, task.costs(batch_size, parts))
+    """The search for whole batches, then those for batches in 2, 4, 8 ... parts; or just the one that is asked for."""
+    asked = [1, *parts_of(batch_size)] if task.accumulation is None else [task.accumulation]
+    for parts in asked:
+        yield whole if parts == 1 else Search(task, task.costs(batch_size, parts))
 
 
 def parts_of(batch_size: int) -> list[int]:
@@ -411,7 +412,8 @@ def _largest_batch(task: Task, find: Find, *, exact: bool = True) -> int:
             best = max(best, size)
         if size in (low, high) or (best and not exact):
             break
-        low, high = max(1, min(size - 1, round(size * 0.9))), size
+        high = max(3, size)  # never a single image, on which batch norms refuse to train
+        low = max(2, min(high - 1, round(high * 0.9)))
     return best
 
 

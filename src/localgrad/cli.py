@@ -57,6 +57,32 @@ def _root(
 
 METHOD, DATA, EXECUTION = "Method", "Data", "Execution (doesn't change results)"
 
+# Options that several verbs take alike: each is declared, with its help, here only.
+ModelOption = Annotated[str | None, typer.Option(help="timm's name of the model.", rich_help_panel=METHOD)]
+ImgSizeOption = Annotated[int | None, typer.Option(help="Side of the images in pixels.", rich_help_panel=METHOD)]
+PatchSizeOption = Annotated[int | None, typer.Option(help="Side of a patch in pixels.", rich_help_panel=METHOD)]
+ObjectiveOption = Annotated[
+    str | None, typer.Option(help="feature, image, greedy or contrastive.", rich_help_panel=METHOD)
+]
+DecoderOption = Annotated[
+    str | None, typer.Option(help="Auxiliary decoder: linear, conv or transformer.", rich_help_panel=METHOD)
+]
+ClassifierOption = Annotated[
+    str | None, typer.Option(help="Auxiliary classifier: linear, mlp or transformer.", rich_help_panel=METHOD)
+]
+OptimizerOption = Annotated[str | None, typer.Option(help="timm's name of the optimizer.", rich_help_panel=METHOD)]
+PrecisionOption = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.", rich_help_panel=EXECUTION)]
+CompileOption = Annotated[
+    bool | None, typer.Option("--compile", help="Compile each local module.", rich_help_panel=EXECUTION)
+]
+PresetOption = Annotated[str | None, typer.Option(help="Start from a preset: digits, paper, infopro, greedy.")]
+RecipeOption = Annotated[Path | None, typer.Option(help="Start from a recipe in TOML.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Any value of the recipe: --set training.min_lr=1e-5.")
+]
+RunFolderArgument = Annotated[Path, typer.Argument(help="A folder that `localgrad train` made.")]
+RunDeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1.")]
+
 
 @app.command()
 def train(  # noqa: PLR0917  # one parameter an option
@@ -80,9 +106,9 @@ def train(  # noqa: PLR0917  # one parameter an option
     on_corrupt: Annotated[
         str | None, typer.Option(help="A corrupt image: error, or skip.", rich_help_panel=DATA)
     ] = None,
-    model: Annotated[str | None, typer.Option(help="timm's name of the model.", rich_help_panel=METHOD)] = None,
-    img_size: Annotated[int | None, typer.Option(help="Side of the images in pixels.", rich_help_panel=METHOD)] = None,
-    patch_size: Annotated[int | None, typer.Option(help="Side of a patch in pixels.", rich_help_panel=METHOD)] = None,
+    model: ModelOption = None,
+    img_size: ImgSizeOption = None,
+    patch_size: PatchSizeOption = None,
     drop_path: Annotated[float | None, typer.Option(help="Stochastic depth rate.", rich_help_panel=METHOD)] = None,
     pretrained: Annotated[
         bool | None, typer.Option("--pretrained", help="Start from timm's weights.", rich_help_panel=METHOD)
@@ -94,18 +120,12 @@ def train(  # noqa: PLR0917  # one parameter an option
             rich_help_panel=METHOD,
         ),
     ] = None,
-    objective: Annotated[
-        str | None, typer.Option(help="feature, image, greedy or contrastive.", rich_help_panel=METHOD)
-    ] = None,
-    decoder: Annotated[
-        str | None, typer.Option(help="Auxiliary decoder: linear, conv or transformer.", rich_help_panel=METHOD)
-    ] = None,
-    classifier: Annotated[
-        str | None, typer.Option(help="Auxiliary classifier: linear, mlp or transformer.", rich_help_panel=METHOD)
-    ] = None,
+    objective: ObjectiveOption = None,
+    decoder: DecoderOption = None,
+    classifier: ClassifierOption = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training images.", rich_help_panel=METHOD)] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images an update.", rich_help_panel=METHOD)] = None,
-    optimizer: Annotated[str | None, typer.Option(help="timm's name of the optimizer.", rich_help_panel=METHOD)] = None,
+    optimizer: OptimizerOption = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.", rich_help_panel=METHOD)] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Weight decay.", rich_help_panel=METHOD)] = None,
     scheduler: Annotated[str | None, typer.Option(help="cosine, step, poly, none …", rich_help_panel=METHOD)] = None,
@@ -132,7 +152,7 @@ def train(  # noqa: PLR0917  # one parameter an option
     cutmix: Annotated[float | None, typer.Option(help="Alpha of cutmix.", rich_help_panel=METHOD)] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, order and draws.", rich_help_panel=METHOD)] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1.", rich_help_panel=EXECUTION)] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.", rich_help_panel=EXECUTION)] = None,
+    precision: PrecisionOption = None,
     accumulation: Annotated[
         int | None,
         typer.Option(help="Parts that each batch is cut into, to save memory.", rich_help_panel=EXECUTION),
@@ -144,9 +164,7 @@ def train(  # noqa: PLR0917  # one parameter an option
             rich_help_panel=EXECUTION,
         ),
     ] = None,
-    compile_: Annotated[
-        bool | None, typer.Option("--compile", help="Compile each local module.", rich_help_panel=EXECUTION)
-    ] = None,
+    compile_: CompileOption = None,
     offload: Annotated[
         bool | None,
         typer.Option("--offload", help="Keep modules that don't train in host memory.", rich_help_panel=EXECUTION),
@@ -155,11 +173,9 @@ def train(  # noqa: PLR0917  # one parameter an option
         int | None, typer.Option(help="Processes that decode large data sets.", rich_help_panel=EXECUTION)
     ] = None,
     num_threads: Annotated[int | None, typer.Option(help="Processor threads.", rich_help_panel=EXECUTION)] = None,
-    preset: Annotated[str | None, typer.Option(help="Start from a preset: digits, paper, infopro, greedy.")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="Start from a recipe in TOML.")] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Any value of the recipe: --set training.min_lr=1e-5.")
-    ] = None,
+    preset: PresetOption = None,
+    recipe: RecipeOption = None,
+    set_: SetOption = None,
     plan_: Annotated[
         Path | None, typer.Option("--plan", help="Train as a plan from `localgrad plan --json` says.")
     ] = None,
@@ -252,7 +268,7 @@ def train(  # noqa: PLR0917  # one parameter an option
 
 @app.command()
 def plan(  # noqa: PLR0917  # one parameter an option
-    model: Annotated[str | None, typer.Option(help="timm's name of the model.", rich_help_panel=METHOD)] = None,
+    model: ModelOption = None,
     batch_size: Annotated[
         str | None, typer.Option(help="Images an update, or auto: the largest that fits.", rich_help_panel=METHOD)
     ] = None,
@@ -261,32 +277,24 @@ def plan(  # noqa: PLR0917  # one parameter an option
         int | None, typer.Option(help="By default the data's, or timm's own.", rich_help_panel=METHOD)
     ] = None,
     data: Annotated[str | None, typer.Option(help="Plan for the classes of a data set.", rich_help_panel=DATA)] = None,
-    img_size: Annotated[int | None, typer.Option(help="Side of the images in pixels.", rich_help_panel=METHOD)] = None,
-    patch_size: Annotated[int | None, typer.Option(help="Side of a patch in pixels.", rich_help_panel=METHOD)] = None,
+    img_size: ImgSizeOption = None,
+    patch_size: PatchSizeOption = None,
     modules: Annotated[
         str | None,
         typer.Option(help="Only so many modules, stages, or boundaries; any by default.", rich_help_panel=METHOD),
     ] = None,
-    objective: Annotated[
-        str | None, typer.Option(help="feature, image, greedy or contrastive.", rich_help_panel=METHOD)
-    ] = None,
-    decoder: Annotated[
-        str | None, typer.Option(help="Auxiliary decoder: linear, conv or transformer.", rich_help_panel=METHOD)
-    ] = None,
-    classifier: Annotated[
-        str | None, typer.Option(help="Auxiliary classifier: linear, mlp or transformer.", rich_help_panel=METHOD)
-    ] = None,
-    optimizer: Annotated[str | None, typer.Option(help="timm's name of the optimizer.", rich_help_panel=METHOD)] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.", rich_help_panel=EXECUTION)] = None,
+    objective: ObjectiveOption = None,
+    decoder: DecoderOption = None,
+    classifier: ClassifierOption = None,
+    optimizer: OptimizerOption = None,
+    precision: PrecisionOption = None,
     device: Annotated[
         str, typer.Option(help="auto, cpu or cuda; there need be no GPU to plan for one.", rich_help_panel=EXECUTION)
     ] = "auto",
-    compile_: Annotated[
-        bool | None, typer.Option("--compile", help="Each local module is compiled.", rich_help_panel=EXECUTION)
-    ] = None,
-    preset: Annotated[str | None, typer.Option(help="Start from a preset: digits, paper, infopro, greedy.")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="Start from a recipe in TOML.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Any value of the recipe.")] = None,
+    compile_: CompileOption = None,
+    preset: PresetOption = None,
+    recipe: RecipeOption = None,
+    set_: SetOption = None,
     frontier: Annotated[bool, typer.Option("--frontier", help="Print all plans worth having.")] = False,
     json_: Annotated[Path | None, typer.Option("--json", help="Write the plan, for train --plan.")] = None,
 ) -> None:
@@ -380,9 +388,9 @@ def _print_plan(
 
 @app.command()
 def evaluate(
-    run_folder: Annotated[Path, typer.Argument(help="A folder that `localgrad train` made.")],
+    run_folder: RunFolderArgument,
     part: Annotated[str, typer.Option(help="test, val or train.")] = "test",
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1.")] = None,
+    device: RunDeviceOption = None,
 ) -> None:
     """Accuracy of a run's best weights, of the whole model and of each module's own classifier."""
     from localgrad import run
@@ -398,10 +406,10 @@ def evaluate(
 
 @app.command()
 def predict(
-    run_folder: Annotated[Path, typer.Argument(help="A folder that `localgrad train` made.")],
+    run_folder: RunFolderArgument,
     images: Annotated[Path, typer.Argument(help="An image, or a folder of images.")],
     top: Annotated[int, typer.Option(min=1, help="Classes to name for each image.")] = 3,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1.")] = None,
+    device: RunDeviceOption = None,
 ) -> None:
     """Classify images with a run's best weights."""
     from localgrad import run

@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from localgrad.contenders import END_TO_END, Local, Method, Runner, Stage
-from localgrad.errors import RecipeError
+from localgrad.errors import MemoryExceeded, RecipeError
+from localgrad.execution.sequential import out_of_memory
 from localgrad.measuring import peak_of, timed
 from localgrad.objectives.base import LocalBatch
 from localgrad.planning.memory import MemoryProfile
@@ -287,7 +288,7 @@ class _Failing:
             return False
         said = str(error).strip().split("\n")[0][:200]
         kind_name = type(error).__name__
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        if isinstance(error, MemoryExceeded) or (isinstance(error, RuntimeError) and out_of_memory(error) is not None):
             self.row.error = "out of memory"
         else:
             self.row.error = self.prefix + (said if isinstance(error, _NoRoomError) else f"{kind_name}: {said}")

@@ -49,7 +49,8 @@ class Replanner:
         recipe = replace(self.recipe, method=replace(self.recipe.method, local=local))
         try:
             task = task_on(recipe, self.job.learner.backbone, device=self.job.device.type)
-            task = replace(task, whole_batches=looks_at_whole_batches(task))  # a run's results stay as they are
+            if looks_at_whole_batches(task):  # a run's results stay as they are: so do the parts that are seen together
+                task = replace(task, accumulation=recipe.execution.accumulation)
             budget = task.margin.needed(int(self.profile.peak_bytes * LESS))
             return plan_to_budget(task, recipe.method.training.batch_size, budget)
         except (BudgetError, RecipeError):  # nothing fits, or a run that planners don't plan

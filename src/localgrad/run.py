@@ -70,11 +70,12 @@ def train(
         raise RunFolderError(
             f"--out: {out} already holds a run; continue it with --resume {out}, or choose another folder."
         )
-    if plan is not None or budget is not None:
+    is_planned = plan is not None or budget is not None
+    if is_planned:
         refuse_together(recipe)
     check_writable(out or Path("runs"))
     planning = _Planning(plan, budget)
-    job = build(recipe, download=download, planned=planning if plan or budget else None)
+    job = build(recipe, download=download, planned=planning if is_planned else None)
     path = out or _new_folder(recipe)
     _check_space(job, path)
     folder = RunFolder(path)
@@ -287,9 +288,12 @@ def _fit(
         except RuntimeError as error:
             if out_of_memory(error) is None:
                 raise
+            ways = [f"--accumulation {2 * job.recipe.execution.accumulation}", "--checkpoint halves/8"]
+            if not isinstance(trainer, StagewiseTrainer) and not job.recipe.execution.offload:
+                ways.append("--offload")
             raise DeviceError(
-                f"{job.device} is out of memory; take --accumulation {2 * job.recipe.execution.accumulation}, "
-                "--checkpoint halves/8 or --offload, which don't change results, or more --modules."
+                f"{job.device} is out of memory; take {', '.join(ways[:-1])} or {ways[-1]}, which don't change "
+                "results, or more --modules."
             ) from error
         summary = _finish(job, trainer, {"estimated_peak_bytes": peak, "estimated_end_to_end_peak_bytes": baseline})
         for sink in trainer.sinks:

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
-from localgrad.partition import Checkpointing
+from localgrad.partition import Checkpointing, Plan
 from localgrad.planning.planner import Choice
 
 WAYS = tuple(map(Checkpointing.parse, ("none", "blocks", "blocks/8", "halves", "halves/2", "halves/4", "halves/8")))
@@ -164,6 +164,12 @@ class Costs:
         count = 0 if how.level == "none" else min(num_blocks, how.first or num_blocks)
         peaks, times = self._runs(start, stop, way)
         return Choice(times[count], peaks[count], how)
+
+    def peak_of(self, plan: Plan) -> int:
+        """The peak of a step by a plan, all static bytes included."""
+        runs = [(span.start, span.stop) for span in plan.spans]
+        peaks = [self.choice(*run, plan.checkpointing(index)).peak_bytes for index, run in enumerate(runs)]
+        return self.static_bytes + sum(self.static_of(*run) for run in runs) + max(peaks)
 
     def _runs(self, start: int, stop: int, way: int) -> tuple[list[int], list[int]]:
         """Peak bytes and nanoseconds of a module whose first 0, 1, 2 ... blocks run in ``way``, the others plainly."""

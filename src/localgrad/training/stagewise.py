@@ -36,7 +36,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics.classification import MulticlassAccuracy
 
-from localgrad.backbone import Layout
 from localgrad.errors import CheckpointError
 from localgrad.execution.local_step import LocalStep, autocast
 from localgrad.learner import Factories, LocalLearner
@@ -357,17 +356,6 @@ def gather(learner: LocalLearner, device: torch.device) -> None:
         module.to(device)
 
 
-def feature_shape(layout: Layout) -> tuple[int, ...]:
-    """Shape of one image's features."""
-    match layout.kind:
-        case "NHWC":
-            return (*layout.grid, layout.width)
-        case "NCHW":
-            return (layout.width, *layout.grid)
-        case "tokens":
-            return (layout.num_prefix_tokens + math.prod(layout.grid), layout.width)
-
-
 def disk_needed(learner: LocalLearner, train: Batches, num_val: int, cached_epochs: int) -> int:
     """The most bytes that cached features take at a time: a module's, and those that they are made from.
 
@@ -380,7 +368,7 @@ def disk_needed(learner: LocalLearner, train: Batches, num_val: int, cached_epoc
     soft = train.augment is not None and train.augment.gives_soft_labels
     sizes = [0]
     for span in learner.plan.spans[:-1]:
-        num_values = math.prod(feature_shape(learner.backbone.layouts[span.stop]))
+        num_values = math.prod(learner.backbone.layouts[span.stop].shape)
         num_train = cached_epochs * len(train) * train.batch_size
         own = num_train * row_bytes(num_values, train.info.num_classes if soft else None)
         sizes.append(own + num_val * row_bytes(num_values, None))
@@ -415,7 +403,7 @@ def _estimate_stage(
     )
     images = (batch_size, *learner.backbone.input_size)
     span = learner.plan.spans[index]
-    inputs = images if index == 0 else (batch_size, *feature_shape(learner.backbone.layouts[span.start]))
+    inputs = images if index == 0 else (batch_size, *learner.backbone.layouts[span.start].shape)
     looks = "images" in learner.modules[index].objective.uses
 
     def run(copied: LocalStep, labels: Tensor) -> object:

@@ -1,0 +1,218 @@
+"""What several test files share: small models, seeded data, training, comparisons, the command line, real runs."""
+
+from __future__ import annotations
+
+import gc
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from localgrad.learner import LocalLearner, StepResult
+from localgrad.training.events import Event, Sink
+from localgrad.training.trainer import EpochSums
+
+# Models ----------------------------------------------------------------------------------------------------------
+
+SIZE = (3, 32, 32)
+VIT: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
+SWIN: dict[str, Any] = {
+    "img_size": 32,
+    "patch_size": 4,
+    "window_size": 4,
+    "embed_dim": 32,
+    "depths": (1, 1, 1),
+    "num_heads": (1, 2, 4),
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "swin": {"model_name": "swin_tiny_patch4_window7_224", **SWIN},
+    "vit": {"model_name": "vit_tiny_patch16_224", **VIT},
+    # For its batch norms.
+    "resnet": {"model_name": "resnet18", "channels": (8, 8, 16, 16), "output_stride": 8},
+    # Lists its parameters in another order than it uses them; a clipping norm sums in the listed one.
+    "cait": {"model_name": "cait_xxs24_224", **VIT, "embed_dim": 24, "depth": 2, "num_heads": 3},
+    # Every block reads one rotary embedding's buffers.
+    "eva": {"model_name": "eva02_tiny_patch14_224", **VIT},
+}
+
+
+def make(kind: str = "vit", **more: Any) -> nn.Module:
+    """A small model of five classes; the same weights each time."""
+    torch.manual_seed(0)
+    return timm.create_model(**(MODELS[kind] | {"num_classes": 5} | more))
+
+
+def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05)
+
+
+# Training --------------------------------------------------------------------------------------------------------
+
+
+def batches(count: int, num_images: int = 4, *, soft: bool = False) -> list[tuple[Tensor, Tensor]]:
+    """Images and labels, or soft labels; the same each time."""
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for _ in range(count):
+        images = torch.randn(num_images, *SIZE, generator=generator)
+        labels = torch.randint(5, (num_images,), generator=generator)
+        if soft:
+            labels = torch.rand(num_images, 5, generator=generator).softmax(dim=1)
+        made.append((images, labels))
+    return made
+
+
+def train(learner: LocalLearner, data: list[tuple[Tensor, Tensor]]) -> list[StepResult]:
+    torch.manual_seed(7)
+    return [learner.step(images, labels) for images, labels in data]
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested state as one dict, its tensors copied."""
+    if isinstance(value, (dict, list, tuple)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {name: leaf for key, inner in items for name, leaf in flat(inner, f"{prefix}{key}.").items()}
+    return {prefix: value.clone() if isinstance(value, Tensor) else value}
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    """Two states, however nested, bit for bit."""
+    ours, theirs = flat(ours), flat(theirs)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        if isinstance(value, Tensor):
+            assert torch.equal(value, theirs[name]), name
+            assert value.dtype == theirs[name].dtype, name
+        else:
+            assert value == theirs[name], name
+
+
+# Memory ----------------------------------------------------------------------------------------------------------
+
+
+def profiler_peak(step: Callable[[], object]) -> int:
+    """Peak bytes of a second step above its start, from the allocator's own events: no code in common with ours."""
+    step()
+    gc.collect()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        step()
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), i, e.nbytes()) for i, e in enumerate(events) if e.name() == "[memory]")
+    running = peak = 0
+    for _, _, nbytes in changes:
+        running += nbytes
+        peak = max(peak, running)
+    return peak
+
+
+# The command line ------------------------------------------------------------------------------------------------
+
+
+class Said(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Cli = Callable[..., Said]
+"""What the fixture ``cli_`` gives: arguments in, what was said out."""
+
+
+def assert_refused(said: Said, *words: str) -> None:
+    assert said.code == 2, said
+    lines = said.err.splitlines()
+    assert len(lines) == 1, said.err
+    assert lines[0].startswith("localgrad: ")
+    assert "Traceback" not in said.err + said.out
+    for word in words:
+        assert word in said.err, (word, said.err)
+
+
+# Runs ------------------------------------------------------------------------------------------------------------
+
+TIMES = ("images_per_second", "seconds")
+EVERYTHING: dict[str, Any] = {
+    "training.clip_grad": 1.0,
+    "augment.mixup": 0.4,
+    "augment.cutmix": 1.0,
+    "augment.label_smoothing": 0.1,
+    "augment.crop_padding": 1,
+    "model.drop_path": 0.2,
+}
+"""Changes to a recipe: whatever has a state or draws numbers."""
+
+
+class Recorder(Sink):
+    """Keeps events; calls ``at_event`` with each."""
+
+    def __init__(self, at_event: Callable[[Event], object] | None = None) -> None:
+        self.events: list[Event] = []
+        self.at_event = at_event
+
+    def emit(self, event: Event) -> None:
+        self.events.append(event)
+        if self.at_event is not None:
+            self.at_event(event)
+
+
+def without_times(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in TIMES}
+
+
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(folder: Path, reference: Path) -> None:
+    """Two finished runs, bit for bit in all but how long they took, their memory, and where they lie."""
+    for name in ("model.safetensors", "checkpoints/best.safetensors"):
+        assert (folder / name).read_bytes() == (reference / name).read_bytes(), name
+    assert [without_times(line) for line in metrics_of(folder)] == [
+        without_times(line) for line in metrics_of(reference)
+    ]
+    ours, theirs = (without_times(json.loads((path / "summary.json").read_text())) for path in (folder, reference))
+    for own in ("folder", "measured_peak_bytes", "estimated_peak_bytes", "estimated_end_to_end_peak_bytes"):
+        del ours[own], theirs[own]
+    assert ours == theirs
+
+
+def interrupt_at_step(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Send this process SIGTERM at the end of training step ``number``, counted from 1."""
+    count = 0
+    add = EpochSums.add
+
+    def interrupted(self: EpochSums, *arguments: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == number:
+            signal.raise_signal(signal.SIGTERM)
+        add(self, *arguments)
+
+    monkeypatch.setattr(EpochSums, "add", interrupted)
+
+
+def start_training(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "localgrad", "train", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_epochs(process: subprocess.Popen[str], folder: Path, count: int, *, seconds_on: float = 0.0) -> None:
+    """Wait until ``count`` epochs are saved, and so long into the next one."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        last, metrics = folder / "checkpoints" / "last.pt", folder / "metrics.jsonl"
+        if last.exists() and metrics.exists() and len(metrics.read_text().splitlines()) >= count:
+            time.sleep(seconds_on)
+            return
+        time.sleep(0.005)
+    raise AssertionError(process.communicate())
