@@ -31,6 +31,7 @@ from localgrad.objectives.base import LocalBatch
 from localgrad.training.data import Batches
 from localgrad.training.events import EpochEnded, Event, Progressed, Sink
 from localgrad.training.folder import RunFolder, load_saved_weights, save_weights
+from localgrad.training.health import HealthCheck
 from localgrad.training.optim import Schedule
 
 SECONDS_BETWEEN_READINGS = 1.0
@@ -186,6 +187,9 @@ class Trainer:
         epochs: length of the run.
         folder: where checkpoints go.
         sinks: take the events.
+
+    Attributes:
+        health: what measures the modules' health after some epochs; nothing by default.
     """
 
     epochs_per_module: int | None = None
@@ -209,6 +213,7 @@ class Trainer:
         self.epochs = epochs
         self.folder = folder
         self.sinks = tuple(sinks)
+        self.health: HealthCheck | None = None
         self.position = Position()
         self._sums = self._new_sums()
         self._signal: int | None = None
@@ -307,6 +312,11 @@ class Trainer:
         self.position.last_losses = losses
         self.position.epoch, self.position.batch = self.position.epoch + 1, 0
 
+    def _measure_health(self, check: HealthCheck, event: EpochEnded) -> None:
+        start = time.perf_counter()
+        self._emit(check(event))
+        self.position.seconds += time.perf_counter() - start
+
     # ------------------------------------------------------------------------------------------------ the loop
 
     def _train_epoch(self) -> None:
@@ -359,6 +369,8 @@ class Trainer:
         )
         self._emit(event)  # before saving: a line too many is dropped on resuming, one too few would be missing
         position.seconds += seconds
+        if self.health is not None and self.health.is_due(event.epoch, self.epochs_per_module or self.epochs):
+            self._measure_health(self.health, event)
         self._close_epoch(losses)
         self._sums = self._new_sums()
         self.folder.save_last(self.state_dict())
