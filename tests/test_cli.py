@@ -127,6 +127,9 @@ BAD_OPTIONS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("--precision", "fp8"), ("execution.precision = 'fp8'", "'fp32', 'bf16' or 'fp16'")),
     (("--accumulation", "0"), ("execution.accumulation = 0",)),
     (("--num-workers", "-1"), ("execution.num_workers = -1",)),
+    (("--health", "-1"), ("execution.health_every = -1", "greater than or equal to 0")),
+    (("--health-reference", "nowhere"), ("--health-reference", "give --health 1 too")),
+    (("--health", "1", "--health-reference", "nowhere"), ("--health-reference nowhere: no run there",)),
     # --set
     (("--set", "training.epoch=3"), ("unknown key 'training.epoch'", "Nearest: epochs")),
     (("--set", "trainings.epochs=3"), ("unknown key 'trainings'", "execution", "Nearest: training")),

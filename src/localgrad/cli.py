@@ -173,6 +173,14 @@ def train(  # noqa: PLR0917  # one parameter an option
         int | None, typer.Option(help="Processes that decode large data sets.", rich_help_panel=EXECUTION)
     ] = None,
     num_threads: Annotated[int | None, typer.Option(help="Processor threads.", rich_help_panel=EXECUTION)] = None,
+    health: Annotated[
+        int | None,
+        typer.Option(help="Every so many epochs, measure where accuracy is lost.", rich_help_panel=EXECUTION),
+    ] = None,
+    health_reference: Annotated[
+        str | None,
+        typer.Option(help="With --health: an end-to-end run, to compare features with.", rich_help_panel=EXECUTION),
+    ] = None,
     preset: PresetOption = None,
     recipe: RecipeOption = None,
     set_: SetOption = None,
@@ -229,6 +237,8 @@ def train(  # noqa: PLR0917  # one parameter an option
         "execution.offload": offload,
         "execution.num_workers": num_workers,
         "execution.num_threads": num_threads,
+        "execution.health_every": health,
+        "execution.health_reference": health_reference,
     }
     changes: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
     changes |= parse_assignments(set_ or [])

@@ -201,6 +201,8 @@ class Execution:
         offload: keep local modules that don't train, and their optimizer state, in host memory.
         num_workers: processes that decode images of sets too large for memory.
         num_threads: processor threads; by default torch's choice.
+        health_every: measure the modules' health after every so many epochs, and the last; 0 is never.
+        health_reference: folder of an end-to-end run of the same model, for CKA with its features.
     """
 
     __pydantic_config__ = STRICT
@@ -213,6 +215,8 @@ class Execution:
     offload: bool = False
     num_workers: Annotated[int, Field(ge=0, strict=True)] = 2
     num_threads: Positive | None = None
+    health_every: Annotated[int, Field(ge=0, strict=True)] = 0
+    health_reference: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

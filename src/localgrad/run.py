@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from localgrad.backbone import Backbone
 from localgrad.build import Job, build, create_model, input_size_of, resolve_device
-from localgrad.errors import CheckpointError, DeviceError, MemoryExceeded, RecipeError, RunFolderError
+from localgrad.errors import CheckpointError, DeviceError, LocalgradError, MemoryExceeded, RecipeError, RunFolderError
 from localgrad.execution.sequential import out_of_memory
 from localgrad.learner import end_to_end, estimate_step
 from localgrad.partition import Plan
@@ -34,6 +34,7 @@ from localgrad.training.data import DataInfo, load_images_for_prediction
 from localgrad.training.events import JsonlSink, Replanned, RunEnded, RunStarted, Sink, TensorBoardSink
 from localgrad.training.feature_cache import check_space
 from localgrad.training.folder import RunFolder, check_writable, load_saved_weights, save_weights
+from localgrad.training.health import HealthCheck
 from localgrad.training.stagewise import StagewiseTrainer, disk_needed, estimate_stages, gather
 from localgrad.training.trainer import Trainer, evaluate, load_best_weights
 from localgrad.units import format_bytes
@@ -78,13 +79,14 @@ def train(
     job = build(recipe, download=download, planned=planning if is_planned else None)
     path = out or _new_folder(recipe)
     _check_space(job, path)
+    health = _health_check(job)
     folder = RunFolder(path)
     try:
         folder.write_text("recipe.toml", job.recipe.to_toml())
         folder.write_json("data.json", asdict(job.data.info))
         if planning.plan is not None:
             folder.write_text("plan.json", planning.plan.to_json())
-        return _fit(job, folder, sinks, replan=on_oom == "replan")
+        return _fit(job, folder, sinks, health=health, replan=on_oom == "replan")
     finally:
         folder.release()
 
@@ -146,7 +148,7 @@ def resume(
         state = folder.load_last() if folder.last.exists() else None
         job = build(recipe, has_weights=state is not None)
         _check_space(job, path)
-        return _fit(job, folder, sinks, state, replan=on_oom == "replan")
+        return _fit(job, folder, sinks, state, health=_health_check(job), replan=on_oom == "replan")
     finally:
         folder.release()
 
@@ -247,8 +249,13 @@ def load_model_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Put the model's part of a run's best weights into a plain model."""
     from localgrad.learner import load_weights
 
+    load_weights(model, model_weights(weights))
+
+
+def model_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The model's part of a run's best weights, without the auxiliary nets'."""
     prefix = "model."
-    load_weights(model, {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)})
+    return {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
 
 
 def _fit(
@@ -257,10 +264,12 @@ def _fit(
     sinks: Sequence[Sink],
     state: dict[str, Any] | None = None,
     *,
+    health: HealthCheck | None = None,
     replan: bool = False,
 ) -> dict[str, Any]:
     settings = job.recipe.method.training
     trainer = _trainer(job, folder)
+    trainer.health = health
     if state is not None:
         trainer.load_state_dict(state)
     epoch = trainer.position.epoch
@@ -355,6 +364,49 @@ def _trainer(job: Job, folder: RunFolder) -> Trainer:
         sinks=(),
         is_global=settings.is_global if settings.has_global_steps and job.learner.plan.num_modules > 1 else None,
     )
+
+
+def _health_check(job: Job) -> HealthCheck | None:
+    """What measures the modules' health, where the recipe asks for it; refused if its reference is no good."""
+    execution, val = job.recipe.execution, job.data.val
+    if execution.health_reference is not None and not execution.health_every:
+        raise RecipeError("--health-reference: health is not measured in this run; give --health 1 too.")
+    if not execution.health_every:
+        return None
+    reference = None
+    if execution.health_reference is not None:
+        reference = _end_to_end_weights(Path(execution.health_reference), job.recipe)
+    try:
+        return HealthCheck(
+            job.learner,
+            job.batches,
+            None if val is None else job.evaluation_batches(val),
+            execution.health_every,
+            reference=reference,
+        )
+    except CheckpointError as error:
+        raise _bad_reference(execution.health_reference, error) from error
+
+
+def _end_to_end_weights(path: Path, recipe: Recipe) -> dict[str, Tensor]:
+    """The best weights of an end-to-end run of a recipe's model."""
+    try:
+        found = read_recipe(path)
+        weights = load_saved_weights(path / "checkpoints" / "best.safetensors")
+    except LocalgradError as error:
+        raise _bad_reference(path, error) from error
+    free = ("model.drop_path", "model.pretrained")  # these don't change what features are
+    different = [line for line in difference(found, recipe) if line.startswith("model.") and not line.startswith(free)]
+    if different:
+        raise _bad_reference(path, f"it is a run of another model ({'; '.join(different)}).")
+    if found.method.local.modules not in (1, []):
+        raise _bad_reference(path, "it was trained with local modules; name a run with --modules 1.")
+    return model_weights(weights)
+
+
+def _bad_reference(path: object, reason: object) -> RecipeError:
+    text = str(reason).removeprefix(f"{path}: ").removeprefix("checkpoint: ")
+    return RecipeError(f"--health-reference {path}: {text}")
 
 
 def _check_space(job: Job, path: Path) -> None:

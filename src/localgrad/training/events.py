@@ -101,6 +101,19 @@ class EpochEnded:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HealthMeasured:
+    """The health of each local module was measured after an epoch; see ``health.py``.
+
+    Attributes:
+        epoch: from 0.
+        modules: each module's figures by name; what can't be measured is left out.
+    """
+
+    epoch: int
+    modules: tuple[dict[str, float], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Replanned:
     """Memory ran out, and the run goes on with a plan that needs less.
 
@@ -137,7 +150,7 @@ class RunEnded:
     summary: Mapping[str, Any]
 
 
-Event = RunStarted | Progressed | EpochEnded | FeaturesCached | Replanned | RunEnded
+Event = RunStarted | Progressed | EpochEnded | HealthMeasured | FeaturesCached | Replanned | RunEnded
 
 
 class Sink(ABC):
@@ -152,7 +165,7 @@ class Sink(ABC):
 
 
 class JsonlSink(Sink):
-    """One JSON object an epoch, appended to a file.
+    """One JSON object an epoch, and one a health check (it has ``health``), appended to a file.
 
     Args:
         path: the file.
@@ -169,9 +182,15 @@ class JsonlSink(Sink):
 
     def emit(self, event: Event) -> None:
         """Write an epoch's figures."""
-        if isinstance(event, EpochEnded):
-            self._file.write(json.dumps(asdict(event)) + "\n")
-            self._file.flush()
+        match event:
+            case EpochEnded():
+                line = asdict(event)
+            case HealthMeasured():
+                line = {"epoch": event.epoch, "health": event.modules}
+            case _:
+                return
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
@@ -186,7 +205,7 @@ def _epoch_of(line: str) -> float:
 
 
 class TensorBoardSink(Sink):
-    """TensorBoard event files: losses by module and term, accuracies, learning rate, speed.
+    """TensorBoard event files: losses by module and term, accuracies, learning rate, speed, health by module.
 
     Args:
         folder: where the event files go.
@@ -200,8 +219,15 @@ class TensorBoardSink(Sink):
 
     def emit(self, event: Event) -> None:
         """Write an epoch's figures."""
-        if not isinstance(event, EpochEnded):
-            return
+        match event:
+            case EpochEnded():
+                self._write(event.epoch, self._figures(event))
+            case HealthMeasured():
+                modules = enumerate(event.modules)
+                figures = {f"health/module{i}/{name}": value for i, own in modules for name, value in own.items()}
+                self._write(event.epoch, figures)
+
+    def _figures(self, event: EpochEnded) -> dict[str, float | None]:
         figures: dict[str, float | None] = {
             "accuracy/train": event.train_accuracy,
             "accuracy/val": event.val_accuracy,
@@ -212,9 +238,12 @@ class TensorBoardSink(Sink):
             figures |= {f"loss/module{index}/{name}": value for name, value in terms.items()}
         for index, accuracy in enumerate(event.val_module_accuracy):
             figures[f"accuracy/val_module{index}"] = accuracy
+        return figures
+
+    def _write(self, epoch: int, figures: Mapping[str, float | None]) -> None:
         for name, value in figures.items():
             if value is not None:
-                self._writer.add_scalar(name, value, event.epoch)
+                self._writer.add_scalar(name, value, epoch)
         self._writer.flush()  # else a killed process would take the last two minutes with it
 
     def close(self) -> None:
@@ -245,6 +274,8 @@ class ConsoleSink(Sink):
                 self._advance(event)
             case EpochEnded():
                 self._end_epoch(event)
+            case HealthMeasured():
+                self._print(f"  health: {health(event.modules)}")
             case Replanned():
                 peak = format_bytes(event.peak_bytes)
                 self._print(f"memory ran out in local module {event.module}; going on with {event.how}: {peak}")
@@ -337,6 +368,20 @@ class ConsoleSink(Sink):
 def accuracies(values: Sequence[float | None]) -> str:
     """Print accuracies in a row: ``91.2% 94.0%``, a dash where a module has no classifier."""
     return " ".join("–" if value is None else f"{value:.1%}" for value in values)  # noqa: RUF001  # a dash is meant
+
+
+def health(modules: Sequence[Mapping[str, float]]) -> str:
+    """Print health figures in a row, name by name; accuracies of the modules' own classifiers stand elsewhere."""
+    names = dict.fromkeys(name for own in modules for name in own if name != "local_accuracy")
+    parts = []
+    for name in names:
+        values = [own.get(name) for own in modules]
+        if name.endswith("_accuracy"):
+            parts.append(f"{name.removesuffix('_accuracy').replace('_', ' ')} {accuracies(values)}")
+        else:
+            figures = " ".join("–" if value is None else f"{value:.2f}" for value in values)  # noqa: RUF001  # likewise
+            parts.append(f"{name.replace('_', ' ').replace('cka', 'CKA')} {figures}")
+    return "  ".join(parts) or "nothing to measure yet"
 
 
 def print_summary(console: Console, summary: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 ::
 
     recipe.toml                what was asked for, whole
-    metrics.jsonl              one line an epoch
+    metrics.jsonl              one line an epoch, and one a health check
     tensorboard/               the same for TensorBoard
     checkpoints/last.pt        everything that resuming needs
     checkpoints/best.safetensors   model and auxiliary nets of the best epoch

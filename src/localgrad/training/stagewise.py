@@ -38,14 +38,16 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from localgrad.errors import CheckpointError
 from localgrad.execution.local_step import LocalStep, autocast
+from localgrad.execution.offload import HOST
 from localgrad.learner import Factories, LocalLearner
 from localgrad.objectives.base import LocalBatch
 from localgrad.planning.memory import MemoryProfile, simulate
 from localgrad.training.augment import derive_seed
 from localgrad.training.data import Batches
-from localgrad.training.events import FeaturesCached, Sink
+from localgrad.training.events import EpochEnded, FeaturesCached, Sink
 from localgrad.training.feature_cache import FeatureCache, Rows, open_cache, row_bytes, write_cache
 from localgrad.training.folder import RunFolder
+from localgrad.training.health import HealthCheck
 from localgrad.training.optim import Schedule
 from localgrad.training.trainer import Fed, Interrupted, Trainer, evaluate
 from localgrad.units import format_bytes
@@ -252,6 +254,11 @@ class StagewiseTrainer(Trainer):
         position.best_epoch = position.best_accuracy = None
         super().load_best()
         self._end_module()
+
+    def _measure_health(self, check: HealthCheck, event: EpochEnded) -> None:
+        """Measure on the processor, where the whole model has room; the module comes back for its next epoch."""
+        gather(self.learner, HOST)
+        super()._measure_health(check, event)
 
     # ------------------------------------------------------------------------------------ modules and features
 

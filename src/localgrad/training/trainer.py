@@ -32,6 +32,7 @@ from localgrad.objectives.base import LocalBatch
 from localgrad.training.data import Batches
 from localgrad.training.events import EpochEnded, Event, Progressed, Sink
 from localgrad.training.folder import RunFolder, load_saved_weights, save_weights
+from localgrad.training.health import HealthCheck
 from localgrad.training.optim import Schedule
 
 SECONDS_BETWEEN_READINGS = 1.0
@@ -187,17 +188,20 @@ class EpochSums:
 class Trainer:
     """Trains a learner on batches, validates, selects and saves.
 
-    What is trained in a step is said by a few methods that a subclass may say otherwise (``stagewise.py``).
+        What is trained in a step is said by a few methods that a subclass may say otherwise (``stagewise.py``).
 
-    Args:
-        learner: with its optimizers configured.
-        schedule: of the learning rates.
-        train: training batches.
-        val: validation batches, or ``None``: then the last epoch is the best.
-        epochs: length of the run.
-        folder: where checkpoints go.
-        sinks: take the events.
+        Args:
+            learner: with its optimizers configured.
+            schedule: of the learning rates.
+            train: training batches.
+            val: validation batches, or ``None``: then the last epoch is the best.
+            epochs: length of the run.
+            folder: where checkpoints go.
+            sinks: take the events.
         is_global: whether a step is end-to-end, given its number from 0 and how many there are; by default none is.
+
+    Attributes:
+        health: what measures the modules' health after some epochs; nothing by default.
     """
 
     epochs_per_module: int | None = None
@@ -223,6 +227,7 @@ class Trainer:
         self.epochs = epochs
         self.folder = folder
         self.sinks = tuple(sinks)
+        self.health: HealthCheck | None = None
         self.position = Position()
         self._sums = self._new_sums()
         self._signal: int | None = None
@@ -325,6 +330,11 @@ class Trainer:
         self.position.last_losses = losses
         self.position.epoch, self.position.batch = self.position.epoch + 1, 0
 
+    def _measure_health(self, check: HealthCheck, event: EpochEnded) -> None:
+        start = time.perf_counter()
+        self._emit(check(event))
+        self.position.seconds += time.perf_counter() - start
+
     # ------------------------------------------------------------------------------------------------ the loop
 
     def _train_epoch(self) -> None:
@@ -377,6 +387,8 @@ class Trainer:
         )
         self._emit(event)  # before saving: a line too many is dropped on resuming, one too few would be missing
         position.seconds += seconds
+        if self.health is not None and self.health.is_due(event.epoch, self.epochs_per_module or self.epochs):
+            self._measure_health(self.health, event)
         self._close_epoch(losses)
         self._sums = self._new_sums()
         self.folder.save_last(self.state_dict())
