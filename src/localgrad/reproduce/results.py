@@ -39,7 +39,7 @@ KEYS = (
 """What every row has; others may be added."""
 
 IDENTITY = ("data", "method", "modules", "seed", "epochs", "recipe", "data_source")
-"""What makes two rows of one profile the same cell."""
+"""What makes two rows of one profile the same cell. The last two alone make them the same run."""
 
 
 def path_of(results: Path, table: str, profile: str) -> Path:
@@ -75,9 +75,10 @@ def identity_of(cell: Cell, profile: Profile, data_source: str) -> tuple[Any, ..
     return cell.data, cell.method, cell.modules, cell.seed, cell.epochs, recipe, data_source
 
 
-def known_rows(results: Path, profile: str) -> dict[tuple[Any, ...], Row]:
-    """Every row of a profile by its identity: tables share cells."""
-    return {identity(row): row for table in TABLES for row in load_rows(path_of(results, table, profile))}
+def known_runs(results: Path, profile: str) -> dict[tuple[Any, ...], Row]:
+    """Every row of a profile by its recipe and images: tables share runs, and so do two names of one method."""
+    rows = [row for table in TABLES for row in load_rows(path_of(results, table, profile))]
+    return {identity(row)[-2:]: row for row in rows}
 
 
 def store(results: Path, cell: Cell, profile: Profile, row: Row) -> None:

@@ -27,6 +27,7 @@ from localgrad.reproduce.tables import Cell, fingerprint, recipe_of
 from localgrad.training.folder import write_atomically
 
 RUNS = Path("runs/reproduce")
+TRAIN = (sys.executable, "-m", "localgrad", "train")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _POLL_SECONDS = 0.1
 _SAVING_SECONDS = 120.0  # what a run gets to save itself before it is killed
@@ -100,7 +101,7 @@ class Errand:
                 how += ["--set", f"{key}={json.dumps(value)}"]
         with self.beside(".log").open("wb") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "localgrad", "train", *how],
+                [*TRAIN, *how],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

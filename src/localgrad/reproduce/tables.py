@@ -12,6 +12,7 @@ import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import PurePath
 from typing import Any
 
@@ -141,15 +142,19 @@ def interleaved(cells: Iterable[Cell]) -> list[Cell]:
 
 def recipe_of(cell: Cell, profile: Profile) -> dict[str, Any]:
     """The recipe of a cell as nested plain values, without what belongs to a machine (where data lies, the device)."""
-    base = preset(profile.preset) if profile.preset else {}
-    base.pop("local", None)  # the method's to say
-    values = overlay(base, profile.settings)
+    values = overlay(_base(profile.preset), profile.settings)
     values = overlay(values, profile.models[TABLES[cell.table].model])
     values = overlay(values, DATA[cell.data])
     values = overlay(values, {"local.modules": cell.modules, **overlay_of(cell.method)})
     warmup = values["training"]["warmup_epochs"] * cell.epochs / profile.epochs  # a shorter run of the same shape
     own = {"data.name": cell.data, "seed": cell.seed, "training.epochs": cell.epochs, "training.warmup_epochs": warmup}
     return overlay(values, own)
+
+
+@cache
+def _base(name: str | None) -> dict[str, Any]:
+    """What a profile is laid over: a preset without its local modules, which are the method's to say."""
+    return {} if name is None else {key: value for key, value in preset(name).items() if key != "local"}
 
 
 def fingerprint(values: Mapping[str, Any]) -> str:

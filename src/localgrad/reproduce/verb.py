@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from localgrad.build import resolve_device
-from localgrad.errors import DataError, RecipeError, did_you_mean
+from localgrad.errors import DataError, RecipeError, RunFolderError, did_you_mean
 from localgrad.reproduce.methods import BASELINES, METHODS, REMEDIES
 from localgrad.reproduce.profiles import DATA, PROFILES, Profile
-from localgrad.reproduce.results import Row, identity_of, known_rows, load_rows, path_of, store
+from localgrad.reproduce.results import Row, identity, identity_of, known_runs, load_rows, path_of, store
 from localgrad.reproduce.runner import Errand, run_errands
 from localgrad.reproduce.sources import OFFICIAL, Source
 from localgrad.reproduce.tables import TABLES, cells_of, command_of, interleaved
@@ -102,14 +102,10 @@ def chosen_errands(settings: Settings) -> list[Errand]:
 def list_cells(settings: Settings, say: Say) -> None:
     """List the cells that were asked for: whether each is done, and its command."""
     errands = chosen_errands(settings)
-    known = known_rows(settings.results, errands[0].profile.name)
+    known = known_runs(settings.results, errands[0].profile.name)
     for errand in errands:
-        if _identity(errand) in known:
-            state = "done"
-        elif errand.is_finished:
-            state = "run"
-        else:
-            state = "begun" if errand.is_begun else "not run"
+        is_done = _run(errand) in known or errand.is_finished
+        state = "done" if is_done else "begun" if errand.is_begun else "not run"
         say(f"{state:8} {command_of(errand.cell, errand.profile, errand.source.path)}")
 
 
@@ -121,15 +117,18 @@ def fill(settings: Settings, say: Say) -> int:
     """
     errands = chosen_errands(settings)
     profile = errands[0].profile
-    check_writable(settings.results)
-    known = known_rows(settings.results, profile.name)
+    try:
+        check_writable(settings.results)
+    except RunFolderError as error:
+        raise RunFolderError(str(error).replace("--out", "--results")) from error
+    known = known_runs(settings.results, profile.name)
     missing = []
     for errand in errands:
-        row = known.get(_identity(errand))
+        row = known.get(_run(errand))
         if row is None:
             missing.append(errand)
-        elif row not in load_rows(path_of(settings.results, errand.cell.table, profile.name)):
-            store(settings.results, errand.cell, profile, row)  # another table's cell is the same run
+        else:
+            _adopt(errand, row, settings.results)
     done, failed = len(errands) - len(missing), 0
     say(f"{len(errands)} cells, {done} done")
     ready, unready = _split_by_data(missing, download=settings.download)
@@ -144,7 +143,6 @@ def fill(settings: Settings, say: Say) -> int:
             say(f"failed   {errand.cell}: {error} (more in {errand.beside('.log')})")
             return
         row = errand.row()
-        known[_identity(errand)] = row
         store(settings.results, errand.cell, profile, row)
         done += 1
         say(f"{done:>3}/{len(errands)}  {errand.cell}: {_told(row)}")
@@ -166,8 +164,17 @@ def _told(row: Row) -> str:
     return f"{row['test_accuracy']:.2%}, peak {row['peak_ratio']:.2f} x end-to-end, {format_seconds(row['seconds'])}"
 
 
-def _identity(errand: Errand) -> tuple[Any, ...]:
-    return identity_of(errand.cell, errand.profile, errand.source.label)
+def _run(errand: Errand) -> tuple[Any, ...]:
+    return identity_of(errand.cell, errand.profile, errand.source.label)[-2:]
+
+
+def _adopt(errand: Errand, row: Row, results: Path) -> None:
+    """Take the row of the same run, of another table or by another name, into the cell's own table."""
+    cell, profile = errand.cell, errand.profile
+    known = load_rows(path_of(results, cell.table, profile.name))
+    own = {**row, "method": cell.method, "command": command_of(cell, profile, errand.source.path)}
+    if identity(own) not in map(identity, known):
+        store(results, cell, profile, own)
 
 
 def _split_by_data(errands: Iterable[Errand], *, download: bool) -> tuple[list[Errand], list[tuple[Errand, str]]]:
