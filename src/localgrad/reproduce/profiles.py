@@ -111,10 +111,10 @@ CPU = Profile(
             "model.name": VIT,
             "model.img_size": 32,
             "model.patch_size": 4,
-            "model.options": {"embed_dim": 96, "depth": 12, "num_heads": 3},
+            "model.options": {"embed_dim": 96, "depth": 6, "num_heads": 3},
         },
     },
-    num_blocks={"swin": 10, "vit": 12},
+    num_blocks={"swin": 10, "vit": 6},
 )
 
 GPU = Profile(
