@@ -524,6 +524,7 @@ LAYERS = (
     ("replanning",),
     ("run",),
     ("bench",),
+    ("reproduce",),
     ("cli",),
     ("__main__",),
 )
@@ -645,7 +646,7 @@ def test_cli_verbs_are_frozen() -> None:
     from localgrad.cli import app
 
     verbs = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
-    assert sorted(verbs) == ["compare", "evaluate", "plan", "predict", "train"]
+    assert sorted(verbs) == ["compare", "evaluate", "plan", "predict", "reproduce", "train"]
     assert not app.registered_groups
 
 

@@ -188,16 +188,16 @@ class EpochSums:
 class Trainer:
     """Trains a learner on batches, validates, selects and saves.
 
-        What is trained in a step is said by a few methods that a subclass may say otherwise (``stagewise.py``).
+    What is trained in a step is said by a few methods that a subclass may say otherwise (``stagewise.py``).
 
-        Args:
-            learner: with its optimizers configured.
-            schedule: of the learning rates.
-            train: training batches.
-            val: validation batches, or ``None``: then the last epoch is the best.
-            epochs: length of the run.
-            folder: where checkpoints go.
-            sinks: take the events.
+    Args:
+        learner: with its optimizers configured.
+        schedule: of the learning rates.
+        train: training batches.
+        val: validation batches, or ``None``: then the last epoch is the best.
+        epochs: length of the run.
+        folder: where checkpoints go.
+        sinks: take the events.
         is_global: whether a step is end-to-end, given its number from 0 and how many there are; by default none is.
 
     Attributes:

@@ -1,0 +1,129 @@
+"""How large a reproduction is: ``smoke`` shows that it works, ``cpu`` compares methods on two cores, ``gpu`` is it all.
+
+A profile sets everything but the method, the data set and the seed, so that all methods of a table are trained alike.
+It is part of every figure: figures of different profiles are never put into one table. Values are recipe keys, dotted
+as in ``localgrad train --set``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+Settings = dict[str, Any]
+
+SWIN, VIT = "swin_tiny_patch4_window7_224", "vit_tiny_patch16_224"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """One size of a reproduction.
+
+    Attributes:
+        name: as typed.
+        about: what a reader of its figures must know, a phrase.
+        preset: what the settings are laid over; all but its local modules and objective.
+        settings: for every cell, ``training.epochs`` among them.
+        models: for each of the two models, what it is.
+        num_blocks: of each model; a table's larger K are left out.
+        seeds: by default.
+    """
+
+    name: str
+    about: str
+    preset: str | None = None
+    settings: Settings
+    models: dict[str, Settings]
+    num_blocks: dict[str, int]
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of a whole run."""
+        return int(self.settings["training.epochs"])
+
+
+DATA: dict[str, Settings] = {
+    "cifar10": {},
+    "cifar100": {},
+    "stl10": {},
+    "svhn": {"augment.flip": False},  # a mirrored digit is another one, or none
+}
+"""What a data set changes, whatever the profile."""
+
+SMOKE = Profile(
+    name="smoke",
+    about="seconds a run, to see that everything works; its accuracies mean nothing",
+    settings={
+        "data.val_fraction": 0.1,
+        "data.limit": 64,
+        "training.epochs": 2,
+        "training.batch_size": 16,
+        "training.lr": 1e-3,
+        "training.warmup_epochs": 0.0,
+    },
+    models={
+        "swin": {
+            "model.name": SWIN,
+            "model.img_size": 16,
+            "model.patch_size": 2,
+            "model.options": {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 2], "window_size": 4},
+        },
+        "vit": {
+            "model.name": VIT,
+            "model.img_size": 16,
+            "model.patch_size": 4,
+            "model.options": {"embed_dim": 32, "depth": 4, "num_heads": 2},
+        },
+    },
+    num_blocks={"swin": 4, "vit": 4},
+    seeds=(0,),
+)
+
+CPU = Profile(
+    name="cpu",
+    about="a reduced run for two processor cores: a small model, 32 x 32 pixels, 10,000 training images, 50 epochs",
+    settings={
+        "data.val_fraction": 0.1,
+        "data.limit": 10_000,
+        "augment.crop_padding": 4,
+        "augment.flip": True,
+        "training.epochs": 50,
+        "training.batch_size": 128,
+        "training.lr": 1e-3,
+        "training.weight_decay": 0.05,
+        "training.warmup_epochs": 5.0,
+        "execution.precision": "bf16",
+    },
+    models={
+        "swin": {
+            "model.name": SWIN,
+            "model.img_size": 32,
+            "model.patch_size": 2,
+            "model.options": {
+                "embed_dim": 48,
+                "depths": [2, 2, 4, 2],
+                "num_heads": [2, 4, 8, 16],
+                "window_size": 4,
+            },
+        },
+        "vit": {
+            "model.name": VIT,
+            "model.img_size": 32,
+            "model.patch_size": 4,
+            "model.options": {"embed_dim": 96, "depth": 6, "num_heads": 3},
+        },
+    },
+    num_blocks={"swin": 10, "vit": 6},
+)
+
+GPU = Profile(
+    name="gpu",
+    about="the full recipe, the preset `paper` in bf16: 224 x 224 pixels, all training images, 300 epochs",
+    preset="paper",
+    settings={"training.epochs": 300, "execution.precision": "bf16"},
+    models={"swin": {"model.name": SWIN}, "vit": {"model.name": VIT}},
+    num_blocks={"swin": 12, "vit": 12},
+)
+
+PROFILES: dict[str, Profile] = {profile.name: profile for profile in (SMOKE, CPU, GPU)}

@@ -1,0 +1,172 @@
+"""Results on disk: ``results/TABLE-PROFILE.json``, a list of cells, each with what tells where its figures are from."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import localgrad
+from localgrad.errors import RecipeError
+from localgrad.reproduce.profiles import Profile
+from localgrad.reproduce.tables import TABLES, Cell, command_of, fingerprint, model_of, recipe_of
+from localgrad.training.folder import write_atomically
+
+Row = dict[str, Any]
+
+KEYS = (
+    "data",
+    "model",
+    "profile",
+    "method",
+    "modules",
+    "seed",
+    "epochs",
+    "test_accuracy",
+    "peak_bytes",
+    "peak_ratio",
+    "seconds",
+    "device",
+    "commit",
+    "command",
+)
+"""What every row has; others may be added."""
+
+IDENTITY = ("data", "method", "modules", "seed", "epochs", "recipe", "data_source")
+"""What makes two rows of one profile the same cell. The last two alone make them the same run."""
+
+
+def path_of(results: Path, table: str, profile: str) -> Path:
+    """The file of a table."""
+    return results / f"{table}-{profile}.json"
+
+
+def load_rows(path: Path) -> list[Row]:
+    """Read a table's rows; none where there is no file.
+
+    Raises:
+        RecipeError: it isn't a list of cells.
+    """
+    if not path.exists():
+        return []
+    try:
+        rows = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"--results: {path} can't be read ({error}); restore it, or move it away.") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and set(KEYS) <= row.keys() for row in rows):
+        raise RecipeError(f"--results: {path} is no list of cells with the keys {', '.join(KEYS)}; move it away.")
+    return rows
+
+
+def identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What makes a row the cell that it is, whatever its table."""
+    return tuple(row.get(key) for key in IDENTITY)
+
+
+def identity_of(cell: Cell, profile: Profile, data_source: str) -> tuple[Any, ...]:
+    """The identity that a cell's row has, or will have."""
+    recipe = fingerprint(recipe_of(cell, profile))
+    return cell.data, cell.method, cell.modules, cell.seed, cell.epochs, recipe, data_source
+
+
+def known_runs(results: Path, profile: str) -> dict[tuple[Any, ...], Row]:
+    """Every row of a profile by its recipe and images: tables share runs, and so do two names of one method."""
+    rows = [row for table in TABLES for row in load_rows(path_of(results, table, profile))]
+    return {identity(row)[-2:]: row for row in rows}
+
+
+def store(results: Path, cell: Cell, profile: Profile, row: Row) -> None:
+    """Put a row into its table's file, in place of the same cell's older one; whole or not at all."""
+    path = path_of(results, cell.table, profile.name)
+    results.mkdir(parents=True, exist_ok=True)
+    with _locked(results):
+        rows = {identity(known): known for known in load_rows(path)} | {identity(row): row}
+        ordered = sorted(rows.values(), key=lambda row: tuple(row[key] for key in IDENTITY[:5]))
+        text = json.dumps(ordered, indent=1) + "\n"
+        write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Let nobody else rewrite the folder's files meanwhile."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def row_of(cell: Cell, profile: Profile, folder: Path, *, data_source: str, path: str | None, commit: str) -> Row:
+    """The row of a finished run.
+
+    Args:
+        cell: which.
+        profile: its size.
+        folder: the run folder.
+        data_source: what the images are copies of.
+        path: where they were, if not where torchvision puts them.
+        commit: of the code that ran.
+    """
+    summary = json.loads((folder / "summary.json").read_text())
+    info = json.loads((folder / "data.json").read_text())
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    best: Row = next((line for line in lines if line["epoch"] == summary["best_epoch"]), {})
+    values = recipe_of(cell, profile)
+    peak = summary["estimated_peak_bytes"]
+    return {
+        "data": cell.data,
+        "model": model_of(values),
+        "profile": profile.name,
+        "method": cell.method,
+        "modules": cell.modules,
+        "seed": cell.seed,
+        "epochs": cell.epochs,
+        "test_accuracy": summary["test_accuracy"],
+        "peak_bytes": peak,
+        "peak_ratio": peak / summary["estimated_end_to_end_peak_bytes"],
+        "seconds": summary["seconds"],
+        "device": summary["device"],
+        "commit": commit,
+        "command": command_of(cell, profile, path),
+        "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
+        "hours": summary["seconds"] / 3600,
+        "val_accuracy": summary["val_accuracy"],
+        "train_accuracy": best.get("train_accuracy"),
+        "module_accuracy": summary["test_module_accuracy"],
+        "best_epoch": summary["best_epoch"],
+        "measured_peak_bytes": summary["measured_peak_bytes"],
+        "measured_peak_of": summary["measured_peak_of"],
+        "images_per_second": summary["images_per_second"],
+        "num_train": info["num_train"],
+        "num_val": info["num_val"],
+        "num_test": info["num_test"],
+        "data_source": data_source,
+        "recipe": fingerprint(values),
+        "versions": summary["versions"],
+    }
+
+
+def commit_of_code() -> str:
+    """The commit of the running package, with ``+`` where its files were changed since; its version without git."""
+    package = Path(localgrad.__file__).parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(package), *arguments], capture_output=True, text=True, check=False, timeout=10
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    if not git("ls-files", "__init__.py"):  # installed into an environment below somebody's repository
+        return str(localgrad.__version__)
+    changed = git("status", "--porcelain", "--", ".")
+    return f"{git('rev-parse', '--short', 'HEAD')}{'+' if changed else ''}"
