@@ -240,8 +240,8 @@ class LocalLearner:
     def global_step_on(self, batch: LocalBatch) -> StepResult:
         """Train all modules end to end on one batch, recomputing as ``global_checkpoint`` says.
 
-        The task loss of the model's own logits reaches every module; auxiliary nets have no part in it. The optimizers are
-        the modules' own.
+        The task loss of the model's own logits reaches every module; auxiliary nets have no part in it. The
+        optimizers are the modules' own.
 
         Args:
             batch: images and labels.
