@@ -33,7 +33,7 @@ from localgrad.errors import BudgetError
 from localgrad.learner import LocalLearner, OptimizerFactory, estimate_step, model_name
 from localgrad.objectives.methods import Contrastive, Objective
 from localgrad.partition import Boundaries, Checkpointing, Plan, Request, resolve
-from localgrad.planning.costs import Costs, Settings, interpolated
+from localgrad.planning.costs import WAYS, Costs, Settings, interpolated
 from localgrad.planning.memory import MemoryProfile
 from localgrad.planning.parts import measure_costs
 from localgrad.planning.planner import UNLIMITED, Choice, Solution, fastest, frontier, smallest
@@ -92,6 +92,8 @@ class Task:
         ema_decay: whether an average of the weights is kept.
         clip_grad: whether gradients are clipped.
         modules: how many modules, ``stages``, or boundaries; any by default.
+        overlap: blocks of the module before that each module trains as well.
+        global_share: share of the steps that are end-to-end; they recompute whatever makes them fit.
         accumulation: into how many parts batches are cut; by default as few as fit.
     """
 
@@ -104,6 +106,8 @@ class Task:
     ema_decay: float | None = None
     clip_grad: float | None = None
     modules: Request | None = None
+    overlap: int = 0
+    global_share: float = 0.0
     accumulation: int | None = None
     measured: dict[Settings, Costs] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -134,14 +138,18 @@ class Task:
     def costs(self, batch_size: int, accumulation: int = 1) -> Costs:
         """Measure the costs, or take them from the cache."""
         settings = Settings(
-            batch_size=batch_size, precision=self.precision, accumulation=accumulation, device=self.device
+            batch_size=batch_size,
+            precision=self.precision,
+            accumulation=accumulation,
+            device=self.device,
+            overlap=self.overlap,
         )
         if settings not in self.measured:  # an optimizer that the cache doesn't know is measured once all the same
             self.measured[settings] = _cached_costs(self, settings)
         return self.measured[settings]
 
-    def confirm(self, plan: Plan, batch_size: int) -> MemoryProfile:
-        """Simulate one whole step of a plan."""
+    def confirm(self, plan: Plan, batch_size: int, globally: Checkpointing | None = None) -> MemoryProfile:
+        """Simulate one whole step of a plan; an end-to-end one that recomputes in some way, where that is given."""
         learner = LocalLearner(
             self.backbone,
             modules=plan,
@@ -149,8 +157,11 @@ class Task:
             precision=self.precision,
             clip_grad=self.clip_grad,
             ema_decay=self.ema_decay,
+            overlap=self.overlap,
+            global_checkpoint=globally or Checkpointing(),
         )
-        return estimate_step(learner, batch_size, self.optimizer, torch.device(self.device))
+        device = torch.device(self.device)
+        return estimate_step(learner, batch_size, self.optimizer, device, globally=globally is not None)
 
 
 class Search:
@@ -292,19 +303,44 @@ def _confirmed(task: Task, search: Search, solution: Solution | None, batch_size
                 "time_share": choice.nanoseconds / solution.nanoseconds,
             }
         )
+    time = float(solution.nanoseconds)
+    found = None
+    if task.global_share and plan.num_modules > 1:
+        usable = UNLIMITED if budget is None else task.margin.usable(budget)
+        found = _global_steps(task, search, plan, batch_size, usable)
+        time = (1 - task.global_share) * time + task.global_share * found.nanoseconds
+    peak = max(profile.peak_bytes, 0 if found is None else found.peak_bytes)
     forecast = {
-        "peak_bytes": profile.peak_bytes,
+        "peak_bytes": peak,
         "composed_peak_bytes": search.peak(solution),
         "static_bytes": profile.static_bytes,
-        "needed_bytes": task.margin.needed(profile.peak_bytes),
+        "needed_bytes": task.margin.needed(peak),
         "budget_bytes": budget,
-        "time_ratio": solution.nanoseconds / base,
+        "time_ratio": time / base,
+        **({} if found is None else {"global_checkpoint": str(found.how), "global_peak_bytes": found.peak_bytes}),
         "modules": modules,
         "peak_module": max(range(len(modules)), key=lambda index: modules[index]["peak_bytes"]),
         "rivals": _rivals(task, batch_size, base),
         "notes": [*task.margin.reasons, *_notes(task, plan)],
     }
     return replace(plan, forecast=forecast)
+
+
+def _global_steps(task: Task, search: Search, plan: Plan, batch_size: int, usable: int) -> Choice:
+    """The fastest way to run a plan's end-to-end steps that is usable, confirmed; if none is, the smallest found."""
+    num_blocks = search.costs.num_blocks
+    ways = [search.costs.choice(0, num_blocks, how) for how in WAYS]
+    found: list[Choice] = []
+    for way in sorted(ways):
+        if found and way.peak_bytes >= found[-1].peak_bytes:
+            continue
+        composed = search.static_bytes + way.peak_bytes
+        if composed > 1.1 * usable and way.peak_bytes > min(ways, key=lambda other: other.peak_bytes).peak_bytes:
+            continue
+        found.append(way._replace(peak_bytes=task.confirm(plan, batch_size, way.how).peak_bytes))
+        if found[-1].peak_bytes <= usable:
+            return found[-1]
+    return min(found, key=lambda way: way.peak_bytes)
 
 
 def _notes(task: Task, plan: Plan) -> list[str]:

@@ -68,8 +68,19 @@ DecoderOption = Annotated[
     str | None, typer.Option(help="Auxiliary decoder: linear, conv or transformer.", rich_help_panel=METHOD)
 ]
 ClassifierOption = Annotated[
-    str | None, typer.Option(help="Auxiliary classifier: linear, mlp or transformer.", rich_help_panel=METHOD)
+    str | None, typer.Option(help="Auxiliary classifier: linear, mlp, transformer or next.", rich_help_panel=METHOD)
 ]
+OverlapOption = Annotated[
+    int | None,
+    typer.Option(help="Last blocks of the module before that each module trains as well.", rich_help_panel=METHOD),
+]
+GlobalEveryOption = Annotated[
+    int | None, typer.Option(help="Every step of that number is end-to-end, recomputing.", rich_help_panel=METHOD)
+]
+GlobalTailOption = Annotated[
+    float | None, typer.Option(help="Share of the steps, at the end, that are end-to-end.", rich_help_panel=METHOD)
+]
+EmaOption = Annotated[float | None, typer.Option(help="Keep an average of the weights.", rich_help_panel=METHOD)]
 OptimizerOption = Annotated[str | None, typer.Option(help="timm's name of the optimizer.", rich_help_panel=METHOD)]
 PrecisionOption = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.", rich_help_panel=EXECUTION)]
 CompileOption = Annotated[
@@ -123,6 +134,9 @@ def train(  # noqa: PLR0917  # one parameter an option
     objective: ObjectiveOption = None,
     decoder: DecoderOption = None,
     classifier: ClassifierOption = None,
+    overlap: OverlapOption = None,
+    global_every: GlobalEveryOption = None,
+    global_tail: GlobalTailOption = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training images.", rich_help_panel=METHOD)] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images an update.", rich_help_panel=METHOD)] = None,
     optimizer: OptimizerOption = None,
@@ -133,9 +147,7 @@ def train(  # noqa: PLR0917  # one parameter an option
     clip_grad: Annotated[
         float | None, typer.Option(help="Largest norm of each module's gradient.", rich_help_panel=METHOD)
     ] = None,
-    ema_decay: Annotated[
-        float | None, typer.Option(help="Keep an average of the weights.", rich_help_panel=METHOD)
-    ] = None,
+    ema_decay: EmaOption = None,
     schedule: Annotated[
         str | None,
         typer.Option(
@@ -216,6 +228,9 @@ def train(  # noqa: PLR0917  # one parameter an option
         "local.options.classifier": classifier,
         "training.epochs": epochs,
         "training.batch_size": batch_size,
+        "local.overlap": overlap,
+        "training.global_every": global_every,
+        "training.global_tail": global_tail,
         "training.optimizer": optimizer,
         "training.lr": lr,
         "training.weight_decay": weight_decay,
@@ -296,6 +311,9 @@ def plan(  # noqa: PLR0917  # one parameter an option
     objective: ObjectiveOption = None,
     decoder: DecoderOption = None,
     classifier: ClassifierOption = None,
+    overlap: OverlapOption = None,
+    global_every: GlobalEveryOption = None,
+    global_tail: GlobalTailOption = None,
     optimizer: OptimizerOption = None,
     precision: PrecisionOption = None,
     device: Annotated[
@@ -320,6 +338,9 @@ def plan(  # noqa: PLR0917  # one parameter an option
         "local.options.decoder": decoder,
         "local.options.classifier": classifier,
         "training.batch_size": None if batch_size in (None, "auto") else _whole("--batch-size", batch_size),
+        "local.overlap": overlap,
+        "training.global_every": global_every,
+        "training.global_tail": global_tail,
         "training.optimizer": optimizer,
         "execution.precision": precision,
         "execution.compile": compile_,

@@ -40,6 +40,11 @@ def print_plan(plan: Plan, console: Console) -> None:
         f"[bold]{count}[/]{parts}: needs {format_bytes(forecast['needed_bytes'])}{room}; "
         f"a step takes {forecast['time_ratio']:.2f} x the time of end-to-end training (predicted)"
     )
+    if "global_checkpoint" in forecast:
+        console.print(
+            f"end-to-end steps recompute {forecast['global_checkpoint']}, and need "
+            f"{format_bytes(forecast['global_peak_bytes'])}"
+        )
     scale = max(forecast["peak_bytes"], *(row["peak_bytes"] for row in forecast["rivals"]))
     console.print(_modules(plan, forecast["peak_bytes"]))
     console.print(_categories(plan))

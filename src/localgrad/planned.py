@@ -25,7 +25,8 @@ CLASSES = {"digits": (10, 1), "cifar10": (10, 3), "cifar100": (100, 3), "stl10":
 
 REMEMBERED = (
     *("model.name", "model.img_size", "model.patch_size", "model.drop_path", "model.options", "training.batch_size"),
-    *("training.optimizer", "training.ema_decay", "local.objective", "local.options"),
+    *("training.optimizer", "training.ema_decay", "training.clip_grad", "training.global_every"),
+    *("training.global_tail", "local.objective", "local.options", "local.overlap"),
     *("execution.precision", "execution.compile"),
 )
 """What a plan's figures depend on, by the recipe's keys."""
@@ -66,6 +67,8 @@ def task_on(recipe: Recipe, backbone: Backbone, *, device: str) -> Task:
         ema_decay=training.ema_decay,
         clip_grad=training.clip_grad,
         modules=None if local.modules == "auto" else local.modules,
+        overlap=local.overlap,
+        global_share=training.global_share,
     )
 
 
@@ -149,6 +152,7 @@ def how_to_run(plan: Plan) -> dict[str, Any]:
         "local.modules": list(plan.boundaries) if plan.boundaries else 1,
         "execution.checkpoint": [str(how) for how in plan.checkpoint] or "none",
         "execution.accumulation": plan.accumulation,
+        **({"execution.global_checkpoint": found} if (found := plan.forecast.get("global_checkpoint")) else {}),
     }
 
 

@@ -12,6 +12,7 @@ with the key's name; settings of timm's own (optimizers, schedulers, model optio
 from __future__ import annotations
 
 import copy
+import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -157,6 +158,11 @@ class TrainingSettings:
         """Whether a step of the run (from 0) is end-to-end."""
         every = self.global_every is not None and (step + 1) % self.global_every == 0
         return every or step >= round((1 - self.global_tail) * num_steps)
+
+    @property
+    def global_share(self) -> float:
+        """Share of the steps that is."""
+        return self.global_tail + (1 - self.global_tail) / (self.global_every or math.inf)
 
     @property
     def has_global_steps(self) -> bool:

@@ -65,6 +65,11 @@ class Objective(ABC):
     context: float = 0.0
     over_time: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
+    @property
+    def looks_inside(self) -> bool:
+        """Whether what is built depends on more than the layouts of a module's inputs and outputs."""
+        return self.transport_tau is not None or self.context > 0
+
     @abstractmethod
     def terms(self, site: Site) -> dict[str, tuple[Weight, Term]]:
         """Make the terms of every local module but the last, by name, each with its weight."""
@@ -152,6 +157,11 @@ class GreedySupervised(Objective):
     task_weight: Weight = 1.0
     teacher_share: Weight = 0.0
 
+    @property
+    def looks_inside(self) -> bool:
+        """Whether what is built depends on more than the layouts of a module's inputs and outputs."""
+        return super().looks_inside or self.classifier == "next"
+
     def terms(self, site: Site) -> dict[str, tuple[Weight, Term]]:
         """Make the task term."""
         share = _at(site, "teacher_share", self.teacher_share)
@@ -186,6 +196,11 @@ class FeatureReconstruction(GreedySupervised):
     reconstruct: str = "inputs"
     reconstruction_error: str = "mse"
     mask: float = 0.0
+
+    @property
+    def looks_inside(self) -> bool:
+        """Whether what is built depends on more than the layouts of a module's inputs and outputs."""
+        return super().looks_inside or self.reconstruct == "blocks"
 
     def terms(self, site: Site) -> dict[str, tuple[Weight, Term]]:
         """Make the task term and the reconstruction term."""

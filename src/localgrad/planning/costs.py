@@ -53,12 +53,14 @@ class Settings:
         precision: ``fp32``, ``bf16`` or ``fp16`` autocast.
         accumulation: parts that the batch is cut into.
         device: ``cpu`` or ``cuda``.
+        overlap: blocks of the module before that each module trains as well.
     """
 
     batch_size: int
     precision: str = "fp32"
     accumulation: int = 1
     device: str = "cpu"
+    overlap: int = 0
 
     @property
     def part_size(self) -> int:
@@ -67,11 +69,12 @@ class Settings:
 
 
 class Head(NamedTuple):
-    """A module's objective: what it costs, and its own static bytes and those of its update."""
+    """A module's objective: what it costs, its own static bytes and those of its update, and passes a step."""
 
     cost: PartCost
     static: int
     temporary: int
+    passes: int = 1
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ class Costs:
         heads: every distinct objective.
         head_of: number of the head of blocks ``start .. stop - 1``, as ``head_of[start][stop - start - 1]``.
         static: for each part, bytes of parameters, buffers and optimizer state.
+        state: for each part, bytes of optimizer state alone.
         temporary: for each part, bytes of the optimizer's temporaries.
         temporary_adds: whether those add up over parts (``foreach``), or the largest counts.
         inputs: for each block, bytes of what enters it for the whole batch, and of what enters the tail.
@@ -100,6 +104,7 @@ class Costs:
     heads: list[Head]
     head_of: list[list[int]]
     static: list[int]
+    state: list[int]
     temporary: list[int]
     temporary_adds: bool
     inputs: list[int]
@@ -114,7 +119,7 @@ class Costs:
     def from_dict(cls, values: dict[str, Any]) -> Costs:
         """Take up what ``to_dict`` gave."""
         parts, leading = ([[PartCost(*cost) for cost in row] for row in values[key]] for key in ("parts", "leading"))
-        heads = [Head(PartCost(*cost), static, temporary) for cost, static, temporary in values["heads"]]
+        heads = [Head(PartCost(*cost), *others) for cost, *others in values["heads"]]
         settings = Settings(**values["settings"])
         return cls(**{**values, "settings": settings, "parts": parts, "leading": leading, "heads": heads})
 
@@ -133,8 +138,12 @@ class Costs:
         return self.heads[self.head_of[start][stop - start - 1]]
 
     def static_of(self, start: int, stop: int) -> int:
-        """Static bytes that the module's objective adds."""
-        return self.head(start, stop).static
+        """Static bytes that the module's objective adds, and its own optimizer state of blocks that overlap."""
+        return self.head(start, stop).static + sum(self.state[self.begin(start) + 1 : start + 1])
+
+    def begin(self, start: int) -> int:
+        """The first block that a module runs: before its own first one, with overlap."""
+        return max(0, start - self.settings.overlap)
 
     def choices(self, start: int, stop: int) -> list[Choice]:
         """Every way to run the module of blocks ``start .. stop - 1`` that no other beats in time and peak.
@@ -145,7 +154,7 @@ class Costs:
         found = []
         for number, how in enumerate(WAYS):
             peaks, times = self._runs(start, stop, number)
-            num_blocks = stop - start
+            num_blocks = stop - self.begin(start)
             for count, (peak, time) in enumerate(zip(peaks, times, strict=True)):
                 if (count == 0) == (how.level == "none"):
                     first = None if count in (0, num_blocks) else count
@@ -160,7 +169,7 @@ class Costs:
     def choice(self, start: int, stop: int, how: Checkpointing) -> Choice:
         """What one way to run a module costs; one of ``WAYS``, on all blocks or on the first few."""
         way = WAYS.index(Checkpointing(how.level, how.chunks))
-        num_blocks = stop - start
+        num_blocks = stop - self.begin(start)
         count = 0 if how.level == "none" else min(num_blocks, how.first or num_blocks)
         peaks, times = self._runs(start, stop, way)
         return Choice(times[count], peaks[count], how)
@@ -174,11 +183,13 @@ class Costs:
     def _runs(self, start: int, stop: int, way: int) -> tuple[list[int], list[int]]:
         """Peak bytes and nanoseconds of a module whose first 0, 1, 2 ... blocks run in ``way``, the others plainly."""
         first, last = start == 0, stop == self.num_blocks
-        units = range(0 if first else start + 1, stop + (2 if last else 1))
+        begin = self.begin(start)
+        units = range(0 if first else begin + 1, stop + (2 if last else 1))
         lead = units[0]
         plain = [self._part(0, unit, lead) for unit in units]
         other = [self._part(way if 0 < unit <= self.num_blocks else 0, unit, lead) for unit in units]
         head, skipped = self.head(start, stop).cost, 1 if first else 0  # the stem runs plainly
+        passes = self.head(start, stop).passes * self.settings.accumulation
         gradients = [0, *itertools.accumulate(part.gradients for part in plain)]
         all_gradients = gradients[-1] + head.gradients
         accumulates = self.settings.accumulation > 1
@@ -196,7 +207,7 @@ class Costs:
         plain_kept = [0, *itertools.accumulate(part.kept for part in plain)]
         plain_in_autocast = [0, *itertools.accumulate(part.kept_in_autocast for part in plain)]
         time = sum(part.forward_ns + part.backward_ns for part in plain) + head.forward_ns + head.backward_ns
-        num_blocks = stop - start
+        num_blocks = stop - begin
         for count in range(-skipped, num_blocks + 1):
             done = count + skipped  # units that run in the other way (the stem among them)
             if done:
@@ -221,7 +232,7 @@ class Costs:
                 update,
             )
             peaks.append(around + peak)
-            times.append(time * self.settings.accumulation)
+            times.append(time * passes)
         return peaks, times
 
     def _part(self, way: int, unit: int, lead: int) -> PartCost:
@@ -232,10 +243,10 @@ class Costs:
         last = stop == self.num_blocks
         images = self.images if start == 0 or (self.uses_images and not last) else 0
         earlier = output * (self.settings.accumulation - 1)
-        return images + (self.inputs[start] if start else 0) + earlier
+        return images + (self.inputs[self.begin(start)] if start else 0) + earlier
 
     def _temporary(self, start: int, stop: int) -> int:
-        first, last = 0 if start == 0 else start + 1, stop + (2 if stop == self.num_blocks else 1)
+        first, last = 0 if start == 0 else self.begin(start) + 1, stop + (2 if stop == self.num_blocks else 1)
         found = [*self.temporary[first:last], self.head(start, stop).temporary]
         return sum(found) if self.temporary_adds else max(found)
 

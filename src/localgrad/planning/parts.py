@@ -28,8 +28,9 @@ from torch.utils.flop_counter import flop_registry
 
 from localgrad._fake import FakeTensorMode, fake_copy, random_state_kept
 from localgrad._halves import Branch, Piece, find_pieces, signature, whole_block
-from localgrad.backbone import Backbone, Layout
+from localgrad.backbone import Backbone
 from localgrad.execution.checkpointing import Recomputed, checkpointed
+from localgrad.execution.local_module import site_of
 from localgrad.execution.local_step import autocast
 from localgrad.objectives.base import LocalBatch, LocalObjective, Site
 from localgrad.objectives.methods import Objective
@@ -217,8 +218,10 @@ class _Workshop:
         return self.nbytes(*module.parameters(), *module.buffers())
 
     def _input(self, shape: Sequence[int], dtype: torch.dtype, *, needs_gradient: bool) -> Tensor:
-        if not needs_gradient:
-            return torch.empty(tuple(shape), dtype=dtype)
+        return self.source(shape, dtype) if needs_gradient else torch.empty(tuple(shape), dtype=dtype)
+
+    def source(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor that needs a gradient and drops it."""
         source: Tensor = _Source.apply(self.anchor, shape, dtype)
         return source
 
@@ -482,7 +485,7 @@ def _measure_all(
     units = [backbone.stem, *backbone.blocks, backbone.tail]
     parts: list[list[PartCost]] = [[] for _ in WAYS]
     leading: list[list[PartCost]] = [[] for _ in WAYS]
-    static, temporary, likes = [], [], []
+    static, states, temporary, likes = [], [], [], []
     like: Like = ((size, *backbone.input_size), dtype)
     for number, unit in enumerate(units):
         likes.append(like)
@@ -501,6 +504,7 @@ def _measure_all(
             leading[way].append(cost if stem else _leading(cost, shop.nbytes_of(like), kept))
         update = shop.update(weights, optimizer)
         static.append(shop.static_bytes(unit) + update.state)
+        states.append(update.state)
         temporary.append(update.temporary)
         like = plain.shape, plain.dtype
     heads, head_of, uses_images = _measure_heads(shop, backbone, objective, optimizer, likes)
@@ -513,6 +517,7 @@ def _measure_all(
         heads=heads,
         head_of=head_of,
         static=static,
+        state=states,
         temporary=temporary,
         temporary_adds=shop.temporaries_add(trained, optimizer),
         inputs=inputs,
@@ -525,8 +530,7 @@ def _measure_heads(
     shop: _Workshop, backbone: Backbone, objective: Objective, optimizer: OptimizerFactory, likes: Sequence[Like]
 ) -> tuple[list[Head], list[list[int]], bool]:
     """Measure the objectives of all modules that partitions can have: one for each pair of layouts."""
-    num_blocks = len(backbone.blocks)
-    image = Layout(kind="NCHW", width=backbone.input_size[0], grid=backbone.input_size[1:])
+    num_blocks, overlap = len(backbone.blocks), shop.settings.overlap
     numbers: dict[Any, int] = {}
     heads: list[Head] = []
     head_of: list[list[int]] = []
@@ -535,17 +539,13 @@ def _measure_heads(
         row = []
         for stop in range(start + 1, num_blocks + 1):
             last = stop == num_blocks
-            inputs = image if start == 0 else backbone.layouts[start]
-            key = ("last",) if last else (start == 0, inputs, backbone.layouts[stop])
+            # How many modules there are besides isn't known: one before and one behind stand for all.
+            edges = [start] * (start > 0) + [stop] * (not last)
+            site = site_of(backbone, edges, min(start, 1), overlap=overlap)
+            key: tuple[Any, ...] = ("last", start == 0) if last else (start == 0, site.inputs, site.outputs)
+            if objective.looks_inside:
+                key = start, stop
             if key not in numbers:
-                site = Site(
-                    index=2 if last else min(start, 1),
-                    num_modules=3,
-                    inputs=inputs,
-                    outputs=backbone.layouts[stop],
-                    image=image,
-                    num_classes=backbone.num_classes,
-                )
                 with shop.fake_mode:
                     built = objective.build(site)
                 built.train()
@@ -554,26 +554,38 @@ def _measure_heads(
                 if last:
                     outputs = (outputs[0][0], backbone.num_classes), outputs[1]
                 numbers[key] = len(heads)
-                around = likes[0], likes[start + 1 if start else 0], outputs
-                heads.append(_measure_head(shop, built, optimizer, around))
+                begin = max(0, start - overlap)
+                around = likes[0], likes[begin + 1 if start else 0], outputs
+                states = likes[begin + 1 : stop + 1]
+                heads.append(_measure_head(shop, built, optimizer, site, likes=around, states_like=states))
             row.append(numbers[key])
         head_of.append(row)
     return heads, head_of, uses_images
 
 
 def _measure_head(
-    shop: _Workshop, objective: LocalObjective, optimizer: OptimizerFactory, likes: tuple[Like, Like, Like]
+    shop: _Workshop,
+    objective: LocalObjective,
+    optimizer: OptimizerFactory,
+    site: Site,
+    *,
+    likes: tuple[Like, Like, Like],
+    states_like: Sequence[Like],
 ) -> Head:
-    """Measure an objective, given what images, its module's inputs and outputs are like."""
+    """Measure an objective, given what images, its module's inputs, outputs and what enters its blocks are like."""
     images_like, inputs_like, outputs_like = likes
     with shop.fake_mode:
         images = torch.empty(images_like[0], dtype=images_like[1])
         inputs = torch.empty(inputs_like[0], dtype=inputs_like[1])
         labels = torch.empty(images_like[0][0], dtype=torch.int64)
-    batch = LocalBatch(images, labels)
-    weights = [weight for weight in objective.parameters() if weight.requires_grad]
+        batch = LocalBatch(images, labels, teacher=torch.empty(images_like[0][0], site.num_classes))
+        if site.previous is not None and "previous" in objective.uses:
+            batch.previous = torch.empty(images_like[0][0], *site.previous.shape)
+        states = [shop.source(*like) for like in states_like] if "states" in objective.uses else []
+    terms = [weight for weight in objective.terms.parameters() if weight.requires_grad]
     cost = shop.measure(
-        lambda outputs: objective(inputs, outputs, batch).loss, outputs_like, weights, present=True
+        lambda outputs: objective(inputs, outputs, batch, states).loss, outputs_like, terms, present=True
     ).cost
-    update = shop.update(weights, optimizer)
-    return Head(cost, shop.static_bytes(objective) + update.state, update.temporary)
+    update = shop.update([weight for weight in objective.parameters() if weight.requires_grad], optimizer)
+    passes = 3 if objective.reconcile else 1
+    return Head(cost, shop.static_bytes(objective) + update.state, update.temporary, passes)

@@ -39,10 +39,44 @@ METHODS: dict[str, Overlay] = {
 }
 """The methods of the published tables."""
 
+def _remedy(classifier: str = "transformer", **options: Any) -> Overlay:
+    return _local("feature", decoder="linear", classifier=classifier, **options)
+
+
 REMEDIES: dict[str, Overlay] = {
-    "greedy-mlp": _local("greedy", classifier="mlp"),
+    # The auxiliary classifier.
+    "classifier-mlp": _remedy("mlp"),
+    "classifier-transformer": _remedy(),
+    "classifier-transformer-3-1": _remedy(classifier_options={"depth": [3, 1]}),
+    "classifier-next": _remedy("next"),
+    "classifier-next-ema": _remedy("next", classifier_options={"weights": "ema"}),
     "greedy-transformer": _local("greedy", classifier="transformer"),
-    "feature-mlp": _local("feature", decoder="linear", classifier="mlp"),
+    # Reconstruction.
+    "reconstruct-blocks": _remedy(reconstruct="blocks"),
+    "reconstruct-previous": _remedy(reconstruct="previous"),
+    "reconstruct-cosine": _remedy(reconstruction_error="cosine"),
+    "reconstruct-masked": {
+        "local.objective": "feature",
+        "local.options": {"decoder": "conv", "classifier": "transformer", "mask": 0.6},
+    },
+    "reconstruct-fading": _remedy(over_time={"reconstruction": [1.0, 0.0]}),
+    # Other terms.
+    "transport": _remedy(transport_tau=1.0),
+    "contrastive": _remedy(contrastive_weight=0.5),
+    "similarity": _remedy(similarity_weight=1.0),
+    "teacher": {**_remedy(teacher_share=0.5), "training.ema_decay": 0.998},
+    # Between modules.
+    "context": _remedy(context=0.5),
+    "overlap-1": {**_remedy(), "local.overlap": 1},
+    "reconcile": _remedy(reconcile=0.5),
+    # End-to-end steps, recomputing.
+    "global-every-8": {**_remedy(), "training.global_every": 8},
+    "global-tail-10": {**_remedy(), "training.global_tail": 0.1},
+    "global-tail-20": {**_remedy(), "training.global_tail": 0.2},
+    # The schedule over depth.
+    "lr-depth": {**_remedy(), "training.lr_depth": [0.5, 1.0]},
+    "warmup-stagger": {**_remedy(), "training.warmup_stagger": 2.0},
+    "freeze": {**_remedy(), "training.freeze_from": 0.8},
 }
 """Further ones, for the table ``ranking`` alone."""
 
