@@ -48,7 +48,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(run, "estimate_step", lambda *_: SimpleNamespace(peak_bytes=2**20))  # test_memory.py's matter
+    estimate = SimpleNamespace(peak_bytes=2**20)  # test_memory.py's matter
+    monkeypatch.setattr(run, "estimate_step", lambda *_, **__: estimate)
     return tmp_path / "here"
 
 

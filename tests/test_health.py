@@ -416,7 +416,7 @@ def test_a_line_of_json_that_resuming_drops_with_its_epoch(tmp_path: Path) -> No
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Estimating takes longer than a micro run."""
-    monkeypatch.setattr(run, "estimate_step", lambda *_: SimpleNamespace(peak_bytes=2**20))
+    monkeypatch.setattr(run, "estimate_step", lambda *_, **__: SimpleNamespace(peak_bytes=2**20))
     monkeypatch.setattr(run, "estimate_stages", lambda *_: [SimpleNamespace(peak_bytes=2**20)])
 
 
@@ -434,7 +434,7 @@ def lines_of(folder: Path, *, health: bool) -> list[dict[str, Any]]:
 def end_to_end(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reference") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "estimate_step", lambda *_: SimpleNamespace(peak_bytes=2**20))
+        patch.setattr(run, "estimate_step", lambda *_, **__: SimpleNamespace(peak_bytes=2**20))
         run.train(micro({"local.modules": 1, "training.epochs": 1}), out=folder)
     return folder
 

@@ -73,7 +73,7 @@ def true_estimates() -> None:
 def _quick_estimates(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Estimating takes longer than a micro run; test_memory.py is about it."""
     if "true_estimates" not in request.fixturenames:
-        monkeypatch.setattr(run, "estimate_step", lambda *_: SimpleNamespace(peak_bytes=2**20))
+        monkeypatch.setattr(run, "estimate_step", lambda *_, **__: SimpleNamespace(peak_bytes=2**20))
 
 
 @pytest.fixture(scope="module")

@@ -80,7 +80,7 @@ def true_estimates() -> None:
 
 def quick_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Estimating takes longer than a micro run."""
-    monkeypatch.setattr(run, "estimate_step", lambda *_: SimpleNamespace(peak_bytes=2**20))
+    monkeypatch.setattr(run, "estimate_step", lambda *_, **__: SimpleNamespace(peak_bytes=2**20))
     monkeypatch.setattr(run, "estimate_stages", lambda *_: [SimpleNamespace(peak_bytes=2**20)])
 
 

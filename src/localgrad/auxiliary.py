@@ -19,6 +19,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -402,9 +403,8 @@ def build_classifier(
     Raises:
         RecipeError: unknown name, or options that this classifier doesn't take.
     """
-    if CLASSIFIERS.get(name) is NextClassifier:
-        options = {**options, "following": following}
-    return _build("classifier", CLASSIFIERS, name, options)(source, num_classes)
+    known: dict[str, Callable[..., Classifier]] = {**CLASSIFIERS, "next": partial(NextClassifier, following=following)}
+    return _build("classifier", known, name, options)(source, num_classes)
 
 
 def _build(

@@ -170,6 +170,7 @@ def _refuse_in_sequence(recipe: Recipe) -> None:
         "--global-tail": training.global_tail,
         "local.overlap": local.overlap,
         "training.freeze_from": training.freeze_from is not None,
+        "training.warmup_stagger": training.warmup_stagger,
         **{f"local.options.{name}": local.options.get(name) for name in ("teacher_share", "reconcile", "context")},
         "local.options.reconstruct=previous": local.options.get("reconstruct") == "previous",
         "local.options.classifier=next": local.options.get("classifier") == "next",

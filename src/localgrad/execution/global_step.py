@@ -33,6 +33,7 @@ class GlobalStep:
         self.recomputed = tuple(recomputed)
         owned = {id(weight): weight for step in self.steps for weight in step.parameters}
         self.parameters = list(owned.values())
+        self._together = _Together(self.parameters, self.steps)
 
     def __call__(self, batch: LocalBatch) -> StepResult:
         """Train on one batch.
@@ -72,11 +73,28 @@ class GlobalStep:
         return features
 
     def _update(self, scaler: torch.amp.GradScaler) -> None:
-        for step in self.steps if scaler.is_enabled() else ():
-            scaler.unscale_(step.optimizer)
         if self.steps[-1].clip_grad is not None:
+            scaler.unscale_(self._together)
             nn.utils.clip_grad_norm_(self.parameters, self.steps[-1].clip_grad)
-        for step in self.steps:  # freed one by one: blocks that two modules train are updated by their first alone
-            scaler.step(step.optimizer)
-            step.optimizer.zero_grad(set_to_none=True)
+        scaler.step(self._together)
+        self._together.zero_grad(set_to_none=True)  # of auxiliary nets there are none; of a step held back, all
         scaler.update()
+
+
+class _Together(torch.optim.Optimizer):
+    """The optimizers of all modules as one, for the gradient scaler: what isn't finite anywhere holds back all.
+
+    Args:
+        parameters: of all modules, each once, also where two train it.
+        steps: the modules' own.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], steps: Sequence[LocalStep]) -> None:
+        super().__init__(parameters, {})
+        self.steps = steps
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        """Update every module; blocks that two modules train are updated by their first alone."""
+        for step in self.steps:
+            step.optimizer.step()
+            step.optimizer.zero_grad(set_to_none=True)

@@ -118,12 +118,12 @@ class LocalStep:
         own, inputs.grad = inputs.grad, None
         inputs.requires_grad_(False)  # noqa: FBT003  # torch's own signature
         assert own is not None, "the loss depends on the inputs"
-        along = cosine_direction(own, wanted)
-        step = RELATIVE_STEP * inputs.norm() / along.norm().clamp(min=1e-12)
+        along = cosine_direction(own.float() / (share * self.scaler.get_scale()), wanted)
+        step = RELATIVE_STEP * inputs.float().norm() / along.norm().clamp(min=1e-12)
         weight = share * self.module.objective.reconcile / (2 * step)
         for sign in (1.0, -1.0):
             _set_random_state(self.device_type, random_state)  # the same draws of dropout and drop path
-            self._once(inputs + sign * step * along, batch, sign * weight)
+            self._once(inputs + (sign * step * along).to(inputs.dtype), batch, sign * weight)
         _set_random_state(self.device_type, after)
         return output
 

@@ -82,6 +82,8 @@ class Objective(ABC):
         """
         self._check()
         reconcile = _at(site, "reconcile", self.reconcile) if site.index else 0.0
+        if reconcile < 0:
+            raise RecipeError(f"reconcile is {reconcile} in local module {site.index}; it can't be negative.")
         context = ContextSupply(site, self.context) if self.context and site.index else None
         if site.is_last:
             task = TaskLoss(nn.Identity(), self.label_smoothing)

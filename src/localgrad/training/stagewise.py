@@ -221,6 +221,8 @@ class StagewiseTrainer(Trainer):
         assert self._local_step is not None
         assert fed.features is not None
         inputs, fed.features = fed.features, None
+        progress = self._num_updates() / (self._own_epochs * len(self.train))
+        self.learner.modules[self.index].objective.at(progress)
         output = self._local_step(inputs, fed.batch)
         return StageFigures((output.loss,), (output.terms,), output.logits)
 
