@@ -131,12 +131,14 @@ def quick_view(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     PyTorch makes the view itself of up to ten operators in Python.
     """
     if not tensor.is_contiguous() or tensor.numel() == 0:
-        return torch.ops.aten.view.default(tensor, shape)
+        plain: Tensor = torch.ops.aten.view.default(tensor, shape)
+        return plain
     sizes = list(shape)
     if -1 in sizes:
         sizes[sizes.index(-1)] = tensor.numel() // -math.prod(sizes)
     strides = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
-    return torch.ops.aten.as_strided.default(tensor, sizes, strides, tensor.storage_offset())
+    view: Tensor = torch.ops.aten.as_strided.default(tensor, sizes, strides, tensor.storage_offset())
+    return view
 
 
 def fake_copy(obj: T) -> tuple[FakeTensorMode, T]:
