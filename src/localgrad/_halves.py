@@ -119,7 +119,7 @@ def find_pieces(block: nn.Module, example: Tensor, *, halves: bool = True) -> li
         return [whole_block(block)]  # batch statistics: a half would see another batch than the block does
     alike = signature(block), example.shape[1:], example.dtype, example.device.type
     if alike not in _known_cuts:
-        with torch.no_grad(), _random_state_kept(example.device):
+        with torch.no_grad(), _random_state_kept(example.device), _one_thread():
             _known_cuts[alike] = _find_cuts(block, example)
     pieces: list[Piece] = []
     for step, (number, found) in zip(_steps(block), _known_cuts[alike][halves], strict=True):
@@ -147,19 +147,20 @@ def _find_cuts(block: nn.Module, example: Tensor) -> dict[bool, _Cuts]:
     twin = _with_random_weights(copy.deepcopy(block))
     cuts: dict[bool, _Cuts] = {True: [], False: []}
     for step in _steps(twin):
-        before = _random_state(example.device)
-        outputs = step.train()(example)
-        draws = not torch.equal(before, _random_state(example.device))
-        candidates = list(_candidates(step))
-        tried = (n for n, c in enumerate(candidates[:-1]) if _same_results(step, c, example, before, outputs))
-        whole = len(candidates) - 1
-        for halves, number in ((True, next(tried, whole)), (False, whole)):
-            step.train()
-            found, features = [], example
-            for piece in candidates[number]:
-                how, features = _how_it_draws(piece, features, draws=draws)
-                found.append(how)
-            cuts[halves].append((number, found))
+        *candidates, whole = _candidates(step)
+        state = _random_state(example.device)
+        step.train()
+        outputs, noted = _run_noting(whole, example)
+        number, noted_of_halves = len(candidates), noted
+        alone = step.eval()(example[:1]) if candidates else example
+        for n, pieces in enumerate(candidates):
+            proved = _noted_if_same(step, pieces, example, (alone, state, outputs))
+            if proved is not None:
+                number, noted_of_halves = n, proved
+                break
+        step.train()
+        cuts[True].append((number, [_how_it_draws(*found) for found in noted_of_halves]))
+        cuts[False].append((len(candidates), [_how_it_draws(*found) for found in noted]))
         example = outputs
     return cuts
 
@@ -273,19 +274,30 @@ class _Chain:
         return features
 
 
-def _same_results(step: nn.Module, pieces: Sequence[Piece], example: Tensor, state: Tensor, outputs: Tensor) -> bool:
-    """Whether pieces give a step's bits: of one image where nothing is dropped, and in training from a random state."""
+def _noted_if_same(
+    step: nn.Module, pieces: Sequence[Piece], example: Tensor, given: tuple[Tensor, Tensor, Tensor]
+) -> list[_Noted] | None:
+    """What `_run_noting` notes, if pieces give a step's bits; ``None`` if they don't.
+
+    Args:
+        step: the step.
+        pieces: a way to cut it.
+        example: features that enter it.
+        given: by the step: of one image where nothing is dropped; the random state before it trained; in training.
+    """
+    alone, state, outputs = given
     try:
         step.eval()
-        if not torch.equal(_through(pieces, example[:1]), step(example[:1])):
-            return False
+        if not torch.equal(_through(pieces, example[:1]), alone):
+            return None
         step.train()
         _set_random_state(example.device, state)
-        return torch.equal(_through(pieces, example), outputs)
+        found, noted = _run_noting(pieces, example)
+        return noted if torch.equal(found, outputs) else None
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, TypeError, ValueError, RuntimeError):  # the form was another block's
-        return False
+        return None
 
 
 def _through(pieces: Sequence[Piece], features: Tensor) -> Tensor:
@@ -298,6 +310,17 @@ def _through(pieces: Sequence[Piece], features: Tensor) -> Tensor:
 def _random_state_kept(device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute with a single thread: for two images, more of them wait for each other most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -334,20 +357,29 @@ def _set_random_state(device: torch.device, state: Tensor) -> None:
         torch.set_rng_state(state)
 
 
-def _how_it_draws(piece: Piece, example: Tensor, *, draws: bool) -> tuple[_Found, Tensor]:
-    """How a piece draws: by image, or (dropout on a table of positions) once for the whole batch; and what it gives."""
-    if not draws:
-        return _Found(per_image=True, draws=()), example
-    with _Draws() as two:
-        output = piece.branch(example)
-    given = output if piece.drop_path is None else example + piece.drop_path(output)
-    if not two.seen:
-        return _Found(per_image=True, draws=()), given
+_Noted = tuple[Piece, Tensor, _Draws]  # a piece, what entered it, and what it drew
+
+
+def _run_noting(pieces: Sequence[Piece], features: Tensor) -> tuple[Tensor, list[_Noted]]:
+    """Run pieces in order, and note what each draws."""
+    noted = []
+    for piece in pieces:
+        with _Draws() as draws:
+            output = piece.branch(features)
+        noted.append((piece, features, draws))
+        features = output if piece.drop_path is None else features + piece.drop_path(output)
+    return features, noted
+
+
+def _how_it_draws(piece: Piece, example: Tensor, drawn: _Draws) -> _Found:
+    """How a piece draws: by image, or (dropout on a table of positions) once for the whole batch."""
+    if not drawn.seen:
+        return _Found(per_image=True, draws=())
     with _Draws() as one:
         piece.branch(example[:1])
     by_image = [
         (func, (len(example) * shape[0], *shape[1:]) if shape else None) for func, shape in one.seen
-    ] == two.seen
+    ] == drawn.seen
     # On a processor only this operator's rows can be had without the others (``execution.checkpointing``).
-    known = example.device.type != "cpu" or all(func is DRAW_OF_ROWS for func, _ in two.seen)
-    return _Found(by_image and known, tuple(two.layouts)), given
+    known = example.device.type != "cpu" or all(func is DRAW_OF_ROWS for func, _ in drawn.seen)
+    return _Found(by_image and known, tuple(drawn.layouts))

@@ -56,11 +56,13 @@ from torch.optim.optimizer import (
 
 from localgrad._fake import (
     DataDependentOutputException,
+    FakeTensor,
     TorchDispatchMode,
     TorchFunctionMode,
     backward_under_modes,
     fake_copy,
     fake_copy_with_memo,
+    quick_view,
     random_state_kept,
 )
 
@@ -343,12 +345,19 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run one operator, and count what it touched and what it made."""
+        if func is _DEVICE_OF and isinstance(args[0], FakeTensor):  # a question, asked twice for each operator
+            return args[0].device
         self._num_operators += 1
         self.is_in_operator = True
         try:
-            return self._run(func, args, kwargs)
+            result = self._run(func, args, kwargs)
         finally:
             self.is_in_operator = False
+        self.ran(func, args, kwargs or {}, result)
+        return result
+
+    def ran(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """An operator ran; for those who want to know more of it than its memory."""
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
         for argument in args:
@@ -358,8 +367,9 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 for item in argument:
                     if isinstance(item, Tensor):
                         self._touch(item)
+        call = quick_view if func in _VIEWS and isinstance(args[0], FakeTensor) else func
         try:
-            result = func(*args, **kwargs) if kwargs else func(*args)
+            result = call(*args, **kwargs) if kwargs else call(*args)
         except DataDependentOutputException:
             # A fake tensor has no values. A step that reads its loss, or asks whether a gradient was
             # infinite, gets the harmless answer; any other question about values stays an error.
@@ -467,6 +477,8 @@ def autocast_of(device: str) -> contextlib.AbstractContextManager[object]:
     return CudaAutocast() if device == "cuda" else contextlib.nullcontext()
 
 
+_DEVICE_OF = torch.ops.prim.device.default
+_VIEWS = {torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default}
 _FULL_SIZE_LOSSES = {torch.ops.aten.mse_loss.default, torch.ops.aten.smooth_l1_loss.default}
 """Losses that write every element's error, twice, and return its mean at the beginning of one of the two."""
 
