@@ -39,6 +39,7 @@ METHODS: dict[str, Overlay] = {
 }
 """The methods of the published tables."""
 
+
 def _remedy(classifier: str = "transformer", **options: Any) -> Overlay:
     return _local("feature", decoder="linear", classifier=classifier, **options)
 

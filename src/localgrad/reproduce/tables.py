@@ -82,7 +82,7 @@ _ALL = (
         name="ranking",
         title="What helps, at K = 4",
         data=("cifar10",),
-        methods=(END_TO_END, "greedy", "feature-linear", DEFAULT, *REMEDIES),
+        methods=(END_TO_END, "greedy", "feature-linear", "image", "trgl", DEFAULT, *REMEDIES),
         modules=(4,),
         has_published=False,
         is_ranked=True,
