@@ -40,6 +40,7 @@ __all__ = [
     "TorchDispatchMode",
     "TorchFunctionMode",
     "backward_under_modes",
+    "copies_within",
     "fake_copy",
     "fake_copy_with_memo",
     "quick_view",
@@ -101,6 +102,11 @@ class _FakeCopier(TorchFunctionMode):
                 return torch.empty(0, dtype=tensor.dtype).set_(
                     known[1].untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride()
                 )
+
+
+def copies_within(fake_mode: FakeTensorMode) -> contextlib.AbstractContextManager[Any]:
+    """While active, deep copies of fake tensors stay in their mode; a plain deep copy would copy the mode as well."""
+    return _FakeCopier(fake_mode)
 
 
 def _has_a_value_to_keep(tensor: Tensor) -> bool:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.flop_counter import flop_registry
 
-from localgrad._fake import FakeTensorMode, fake_copy, random_state_kept
+from localgrad._fake import FakeTensorMode, copies_within, fake_copy, random_state_kept
 from localgrad._halves import Branch, Piece, find_pieces, signature, whole_block
 from localgrad.backbone import Backbone
 from localgrad.execution.checkpointing import Recomputed, checkpointed
@@ -558,7 +558,7 @@ def _measure_heads(
             if objective.looks_inside:
                 key = start, stop
             if key not in numbers:
-                with shop.fake_mode:
+                with shop.fake_mode, copies_within(shop.fake_mode):
                     built = objective.build(site)
                 built.train()
                 uses_images |= "images" in built.uses and start > 0
