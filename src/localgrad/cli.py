@@ -380,6 +380,7 @@ def _print_plan(
     from dataclasses import replace
 
     from rich.console import Console
+    from rich.markup import escape
 
     from localgrad import budget as budgets
     from localgrad import plan_table, planned
@@ -414,7 +415,8 @@ def _print_plan(
     plan_table.print_plan(found, console)
     if json is not None:
         json.write_text(found.to_json())
-        console.print(f"[dim]written: {json}; train with: localgrad train --plan {shlex.quote(str(json))} --data …[/]")
+        path = escape(shlex.quote(str(json)))
+        console.print(f"[dim]written: {path}; train with: localgrad train --plan {path} --data …[/]")
 
 
 @app.command()

@@ -99,6 +99,8 @@ class LocalLearner:
             raise RecipeError(f"clip_grad must be above 0, got {clip_grad}; leave it out for no clipping.")
         if device is not None and not offload:
             raise RecipeError(f"device: {device} needs offload=True; without it, move the model: model.to({device!r}).")
+        if isinstance(model, Backbone) and input_size not in (None, model.input_size):
+            raise BackboneError(f"input_size: {input_size}, but the backbone was split for {model.input_size}.")
         self.backbone = model if isinstance(model, Backbone) else split(model, input_size or default_input_size(model))
         self.model = self.backbone.model
         self.offload = offload
@@ -201,7 +203,7 @@ class LocalLearner:
             raise RecipeError(f"local module {index} has no trainable parameter; unfreeze some, or use fewer modules.")
         device = self._device or parameters[0].device
         optimizer = factory(parameters)
-        return LocalStep(self.modules[index], parameters, optimizer, device_type=device.type, **self._settings)
+        return LocalStep(self.modules[index], parameters, optimizer, device=device, **self._settings)
 
     def step(self, images: Tensor, labels: Tensor) -> StepResult:
         """Train every local module on one batch: K forwards, K losses, K backwards, K updates.

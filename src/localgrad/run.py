@@ -71,6 +71,8 @@ def train(
         raise RunFolderError(
             f"--out: {out} already holds a run; continue it with --resume {out}, or choose another folder."
         )
+    if plan is not None and budget is not None:
+        raise RecipeError("plan and budget: a plan has its budget already; give one of them.")
     is_planned = plan is not None or budget is not None
     if is_planned:
         refuse_together(recipe)

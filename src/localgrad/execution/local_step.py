@@ -41,7 +41,7 @@ class LocalStep:
         clip_grad: largest norm of the module's gradient, or ``None``.
         accumulation: parts that a batch is cut into.
         compile: run the module through ``torch.compile``.
-        device_type: where it runs; by default where its parameters are (offloaded ones are on the host in between).
+        device: where it runs; by default where its parameters are (offloaded ones are on the host in between).
     """
 
     def __init__(
@@ -54,14 +54,15 @@ class LocalStep:
         clip_grad: float | None = None,
         accumulation: int = 1,
         compile: bool = False,
-        device_type: str | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.module = module
         self.parameters = list(parameters)
         self.optimizer = optimizer
         self.clip_grad = clip_grad
         self.accumulation = accumulation
-        self.device_type = device_type or self.parameters[0].device.type
+        self.device = device or self.parameters[0].device
+        self.device_type = self.device.type
         self.precision = precision
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=precision == "fp16")
         self.updating = False  # whether weights may have been changed in part
@@ -111,10 +112,10 @@ class LocalStep:
         1 - cosine of the two, image by image. Its gradient by the parameters is that of g . u, with u the penalty's
         gradient by g, and so a derivative along u: a central difference of two more passes.
         """
-        random_state = _random_state(self.device_type)
+        random_state = _random_state(self.device)
         inputs.requires_grad_()
         output = self._once(inputs, batch, share)
-        after = _random_state(self.device_type)
+        after = _random_state(self.device)
         own, inputs.grad = inputs.grad, None
         inputs.requires_grad_(False)  # noqa: FBT003  # torch's own signature
         assert own is not None, "the loss depends on the inputs"
@@ -122,9 +123,9 @@ class LocalStep:
         step = RELATIVE_STEP * inputs.float().norm() / along.norm().clamp(min=1e-12)
         weight = share * self.module.objective.reconcile / (2 * step)
         for sign in (1.0, -1.0):
-            _set_random_state(self.device_type, random_state)  # the same draws of dropout and drop path
+            _set_random_state(self.device, random_state)  # the same draws of dropout and drop path
             self._once(inputs + (sign * step * along).to(inputs.dtype), batch, sign * weight)
-        _set_random_state(self.device_type, after)
+        _set_random_state(self.device, after)
         return output
 
     def _accumulate(self, inputs: Tensor, batch: LocalBatch) -> LocalOutput:
@@ -137,13 +138,13 @@ class LocalStep:
 
     def snapshot(self) -> list[Tensor]:
         """What a step changes before its update: the random state, and running statistics."""
-        return [_random_state(self.device_type), *(buffer.clone() for buffer in self._statistics())]
+        return [_random_state(self.device), *(buffer.clone() for buffer in self._statistics())]
 
     @torch.no_grad()
     def go_back(self, state: list[Tensor]) -> None:
         """Undo an unfinished step: gradients are dropped, statistics and random state are as in the snapshot."""
         self.optimizer.zero_grad(set_to_none=True)
-        _set_random_state(self.device_type, state[0])
+        _set_random_state(self.device, state[0])
         for buffer, value in zip(self._statistics(), state[1:], strict=True):
             buffer.copy_(value)
 
@@ -169,13 +170,13 @@ class LocalStep:
         self.updating = False
 
 
-def _random_state(device_type: str) -> Tensor:
-    return torch.cuda.get_rng_state() if device_type == "cuda" else torch.get_rng_state()
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
-def _set_random_state(device_type: str, state: Tensor) -> None:
-    if device_type == "cuda":
-        torch.cuda.set_rng_state(state)
+def _set_random_state(device: torch.device, state: Tensor) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
     else:
         torch.set_rng_state(state)
 
