@@ -1,0 +1,69 @@
+"""What each remedy costs in memory and predicted time: the table of docs/accuracy.md.
+
+    python benchmarks/remedies.py                  # Swin-T, 224 px, batch 64, fp32, K = 4
+    python benchmarks/remedies.py --profile cpu    # the model and batch of `localgrad reproduce --profile cpu`
+
+Estimates on fake tensors, as `localgrad plan --modules 4` gives them (nothing recomputed inside modules; end-to-end
+steps recompute blocks); no time is measured. Both are held against end-to-end training of the same model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+from typing import Any
+
+import torch
+
+from localgrad.budget import Search, Task
+from localgrad.learner import make_plan
+from localgrad.partition import Checkpointing
+from localgrad.planned import task_of
+from localgrad.recipe import Recipe, overlay
+from localgrad.reproduce.methods import BASELINES, METHODS, REMEDIES
+from localgrad.reproduce.profiles import CPU
+
+SWIN_T: dict[str, Any] = {"model.name": "swin_tiny_patch4_window7_224", "training.batch_size": 64}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--profile", choices=["cpu"])
+    parser.add_argument("--modules", type=int, default=4)
+    options = parser.parse_args()
+    base = SWIN_T if options.profile is None else {**CPU.settings, **CPU.models["swin"]}
+    print(f"K = {options.modules}, {base['model.name']}, torch {torch.__version__}, {datetime.date.today()}")
+    print("| method | peak, x end-to-end | predicted time, x end-to-end |")
+    print("|---|---|---|")
+    whole = Search(task := task_for(base, "greedy", {}), task.costs(base["training.batch_size"]))
+    end_to_end = whole.end_to_end()
+    peak = whole.peak(end_to_end)
+    for name, changes in {**METHODS, **REMEDIES}.items():
+        if name in BASELINES:
+            continue
+        nbytes, nanoseconds = cost_of(task_for(base, name, changes), base["training.batch_size"], options.modules)
+        print(f"| {name} | {nbytes / peak:.3f} | {nanoseconds / end_to_end.nanoseconds:.2f} |", flush=True)
+
+
+def task_for(base: dict[str, Any], name: str, changes: dict[str, Any]) -> Task:
+    recipe = Recipe.from_dict(overlay({}, {**base, **(changes or METHODS[name])}))
+    return task_of(recipe, device="cpu", num_classes=10)
+
+
+def cost_of(task: Task, batch_size: int, modules: int) -> tuple[int, float]:
+    """Confirmed peak bytes and predicted nanoseconds of the balanced partition."""
+    plan = make_plan(task.backbone, modules)
+    search = Search(task, task.costs(batch_size))
+    choices = [search.costs.choice(span.start, span.stop, Checkpointing()) for span in plan.spans]
+    nanoseconds = float(sum(choice.nanoseconds for choice in choices))
+    peak = task.confirm(plan, batch_size).peak_bytes
+    if task.global_share:
+        how = Checkpointing("blocks")
+        peak = max(peak, task.confirm(plan, batch_size, how).peak_bytes)
+        nanoseconds *= 1 - task.global_share
+        nanoseconds += task.global_share * search.end_to_end(how).nanoseconds
+    return peak, nanoseconds
+
+
+if __name__ == "__main__":
+    main()
