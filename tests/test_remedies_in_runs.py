@@ -1,0 +1,603 @@
+"""Remedies of a schedule: end-to-end steps among local ones, freezing, rates that go with depth; and all in runs."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import localgrad
+from helpers import (
+    SIZE,
+    Cli,
+    Recorder,
+    assert_refused,
+    assert_same,
+    assert_same_run,
+    batches,
+    interrupt_at_step,
+    make,
+    metrics_of,
+    profiler_peak,
+)
+from localgrad import FeatureReconstruction, GreedySupervised, LocalLearner, run
+from localgrad.build import build, optimizers_of
+from localgrad.errors import RecipeError
+from localgrad.learner import estimate_step
+from localgrad.measuring import resident_bytes
+from localgrad.objectives.base import LocalBatch
+from localgrad.recipe import Recipe, TrainingSettings, overlay
+from localgrad.training.events import EpochEnded
+from localgrad.training.health import gradient_cosine
+from localgrad.training.optim import OptimizerFactory, Schedule
+from localgrad.training.trainer import Interrupted
+
+
+def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05)
+
+
+def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+
+
+def make_learner(
+    model: nn.Module | None = None, modules: Any = 3, optimizer: Callable[..., Any] = adamw, **more: Any
+) -> LocalLearner:
+    torch.manual_seed(1)
+    learner = LocalLearner(make() if model is None else model, modules=modules, input_size=SIZE, **more)
+    learner.configure_optimizers(optimizer)
+    return learner
+
+
+def train_globally(learner: LocalLearner, count: int = 3) -> list[Any]:
+    torch.manual_seed(7)
+    return [learner.global_step_on(LocalBatch(images, labels)) for images, labels in batches(count)]
+
+
+def copied(weights: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in weights.state_dict().items()}
+
+
+# End-to-end steps ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("clip", "overlap"), [(None, 0), (0.5, 0), (0.5, 1)])
+@pytest.mark.parametrize("kind", ["vit", "swin"])
+def test_global_steps_are_end_to_end_training(kind: str, clip: float | None, overlap: int) -> None:
+    model = make(kind, drop_path_rate=0.2)
+    twin = copy.deepcopy(model).train()
+    learner = make_learner(model, objective=GreedySupervised(label_smoothing=0.1), clip_grad=clip, overlap=overlap)
+    before = [copied(module.objective) for module in learner.modules]
+    results = train_globally(learner)
+    # Overlap: blocks that two modules train are updated by their first.
+    mine, taken, optimizers = dict(twin.named_parameters()), set(), []
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    for index in range(3):
+        listed = [names[id(p)] for p in learner.parameters(index) if id(p) in names]
+        own = [name for name in listed if name not in taken]
+        taken.update(own)
+        optimizers.append(adamw([mine[name] for name in own]))
+    assert taken == mine.keys()
+    torch.manual_seed(7)
+    for (images, labels), result in zip(batches(3), results, strict=True):
+        logits = twin(images)
+        loss = F.cross_entropy(logits, labels, label_smoothing=0.1)
+        loss.backward()
+        if clip is not None:
+            norm = nn.utils.clip_grad_norm_(twin.parameters(), clip)
+            assert norm > clip
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        assert torch.equal(result.logits, logits.detach())
+        assert torch.equal(result.losses[0], loss.detach())
+        assert result.terms == ({}, {}, {"task": result.losses[0]})
+        assert [logits is None for logits in result.module_logits] == [True, True, False]
+    for name, value in copied(twin).items():
+        assert torch.equal(copied(model)[name], value), name
+    for module, objective in zip(learner.modules, before, strict=True):
+        assert_same(copied(module.objective), objective)
+    assert learner.num_steps == 3
+
+
+def test_levels_of_checkpointing_agree_in_global_steps() -> None:
+    found = {}
+    for how in ("none", "blocks", "halves", "halves/2", "blocks/2"):
+        learner = make_learner(make(drop_path_rate=0.2), optimizer=sgd, global_checkpoint=how)
+        train_globally(learner)
+        found[how] = copied(learner.model)
+    for how in ("blocks", "halves"):
+        assert_same(found[how], found["none"])
+    for how in ("halves/2", "blocks/2"):
+        for name, value in found[how].items():
+            torch.testing.assert_close(value, found["none"][name], rtol=1e-4, atol=1e-6)
+
+
+def test_global_steps_may_be_cut_in_parts() -> None:
+    found = []
+    for accumulation in (1, 2):
+        learner = make_learner(optimizer=sgd, accumulation=accumulation, clip_grad=0.5)
+        results = train_globally(learner)
+        found.append((copied(learner.model), results[-1]))
+    for name, value in found[0][0].items():
+        torch.testing.assert_close(found[1][0][name], value, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found[1][1].logits, found[0][1].logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[1][1].losses, found[0][1].losses, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_the_loss_scale_changes_nothing_in_global_steps(clip: float | None, overlap: int) -> None:
+    found = []
+    for scale in (1.0, 256.0):  # powers of two: exact
+        learner = make_learner(optimizer=sgd, clip_grad=clip, overlap=overlap)
+        assert learner._executor is not None
+        learner._executor.steps[-1].scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale != 1)
+        train_globally(learner)
+        found.append(copied(learner.model))
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-5, atol=1e-7)
+
+
+def test_a_global_step_in_fp16_trains() -> None:
+    learner = make_learner(precision="fp16", clip_grad=1.0, overlap=1)
+    before = copied(learner.model)
+    train_globally(learner, 1)
+    assert learner.state_dict()["scalers"][-1]["scale"] == 65536.0
+    after = copied(learner.model)
+    assert not [name for name in after if torch.equal(after[name], before[name])]
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_one_bad_gradient_holds_back_all_modules(bad: float, clip: float | None) -> None:
+    learner = make_learner(clip_grad=clip)
+    assert learner._executor is not None
+    scaler = learner._executor.steps[-1].scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    train_globally(learner, 1)
+    before = copied(learner.model)
+    handle = learner.backbone.blocks[0].attn.qkv.weight.register_hook(  # type: ignore[union-attr]
+        lambda gradient: torch.full_like(gradient, bad)
+    )
+    train_globally(learner, 1)
+    handle.remove()
+    assert_same(copied(learner.model), before)
+    assert all(p.grad is None for module in learner.modules for p in module.parameters())
+    assert scaler.get_scale() == 512.0
+    train_globally(learner, 1)
+    after = copied(learner.model)
+    assert all(torch.isfinite(value).all() for value in after.values())
+    assert not [name for name in after if torch.equal(after[name], before[name])]
+
+
+def test_local_and_global_steps_share_state_and_resume_bit_for_bit() -> None:
+    def mixed(learner: LocalLearner) -> None:
+        torch.manual_seed(3)
+        for number, (images, labels) in enumerate(batches(4)):
+            batch = LocalBatch(images, labels)
+            (learner.global_step_on if number % 2 else learner.step_on)(batch)
+
+    learners = [make_learner(make(drop_path_rate=0.2), ema_decay=0.9) for _ in range(2)]
+    mixed(learners[0])
+    learners[1].load_state_dict(copy.deepcopy(learners[0].state_dict()))
+    for learner in learners:
+        mixed(learner)
+    assert_same(learners[1].state_dict(), learners[0].state_dict())
+    assert learners[0].num_steps == 8
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("vit", {}),
+        ("swin", {"precision": "bf16"}),
+        ("vit", {"overlap": 1, "global_checkpoint": "halves"}),
+        ("vit", {"global_checkpoint": "none", "accumulation": 2}),
+    ],
+    ids=str,
+)
+def test_the_memory_of_a_global_step_is_foreseen(kind: str, more: dict[str, Any]) -> None:
+    wide = {"embed_dim": 96, "num_heads": 3} if kind == "vit" else {"embed_dim": 48, "depths": (2, 2)}
+    extra = {"patch_size": 4} if kind == "vit" else {"patch_size": 2, "num_heads": (2, 4)}
+    learner = make_learner(make(kind, **wide, **extra), 2, **more)
+    estimated = estimate_step(learner, 8, adamw, globally=True).peak_bytes
+    labels = torch.arange(8) % 5
+    learner.step_on(LocalBatch(torch.rand(8, *SIZE), labels))  # all optimizer state
+    rise = profiler_peak(lambda: learner.global_step_on(LocalBatch(torch.rand(8, *SIZE), labels)))
+    measured = resident_bytes([*learner.modules, *learner.optimizers, labels]) + rise
+    assert estimated == pytest.approx(measured, rel=0.05)
+
+
+def test_new_optimizers_are_those_of_global_steps_too() -> None:
+    learner = make_learner(optimizer=sgd)
+    train_globally(learner, 1)
+    learner.configure_optimizers(lambda parameters: torch.optim.SGD(parameters, lr=0.0))
+    before = copied(learner.model)
+    train_globally(learner, 1)
+    assert_same(copied(learner.model), before)
+
+
+def test_global_steps_are_refused_without_optimizers_or_with_offloading() -> None:
+    images, labels = batches(1)[0]
+    with pytest.raises(RecipeError, match="no optimizers yet"):
+        LocalLearner(make(), input_size=SIZE).global_step_on(LocalBatch(images, labels))
+    with pytest.raises(RecipeError, match="leave offload out"):
+        make_learner(offload=True).global_step_on(LocalBatch(images, labels))
+
+
+# Freezing --------------------------------------------------------------------------------------------------------
+
+
+def test_modules_freeze_one_after_another() -> None:
+    learner = make_learner(make(drop_path_rate=0.2), modules=4, freeze_from=0.4, ema_decay=0.9)
+    frozen = []
+    for progress in (0.0, 0.39, 0.4, 0.59, 0.6, 0.79, 0.8, 0.99):
+        learner.at(progress)
+        before = [copied(module) for module in learner.modules]
+        result = learner.step(*batches(1)[0])
+        same = [
+            all(torch.equal(old[k], v) for k, v in copied(m).items())
+            for old, m in zip(before, learner.modules, strict=True)
+        ]
+        moved = [
+            not any(torch.equal(old[k], v) for k, v in copied(m).items())
+            for old, m in zip(before, learner.modules, strict=True)
+        ]
+        assert [not still for still in same] == moved
+        assert len(result.losses) == 4
+        assert all(torch.isfinite(loss) for loss in result.losses)
+        frozen.append(sum(same))
+    assert frozen == [0, 0, 1, 1, 2, 2, 3, 3]  # from 0.4 on one each fifth; the last never
+
+
+def test_a_frozen_module_gives_the_same_features() -> None:
+    learner = make_learner(modules=[2], freeze_from=0.0)
+    images, labels = batches(1)[0]
+    with torch.no_grad():
+        expected = learner.model.train()(images)
+    learner.at(0.0)
+    assert torch.equal(learner.step(images, labels).logits, expected)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
+def test_a_bad_share_of_freezing_is_refused(share: float) -> None:
+    with pytest.raises(RecipeError, match="freeze_from must be a share"):
+        make_learner(freeze_from=share)
+
+
+# Rates by depth, and which steps are end to end ------------------------------------------------------------------
+
+
+def test_rates_and_decays_go_with_depth() -> None:
+    settings = TrainingSettings(lr=0.01, weight_decay=0.1, lr_depth=(0.5, 2.0), weight_decay_depth=(0.0, 1.0))
+    model = make()
+    learner = make_learner(model, modules=4, optimizer=optimizers_of(settings, model, 4))
+    assert [optimizer.param_groups[0]["lr"] for optimizer in learner.optimizers] == [0.005, 0.01, 0.015, 0.02]
+    decays = [sorted({group["weight_decay"] for group in o.param_groups}) for o in learner.optimizers]
+    assert decays == [[0.0], [0.0, pytest.approx(0.1 / 3)], [0.0, pytest.approx(0.2 / 3)], [0.0, 0.1]]
+    assert isinstance(optimizers_of(TrainingSettings(), model, 4), OptimizerFactory)
+    with pytest.raises(RecipeError, match="2 optimizer factories were given for 3 local modules"):
+        make_learner(optimizer=[adamw, adamw])
+
+
+def test_warm_ups_are_staggered() -> None:
+    learner = make_learner(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0))
+    schedule = Schedule(
+        learner.optimizers,
+        name="none",
+        epochs=20,
+        batches_per_epoch=10,
+        warmup_epochs=2,
+        warmup_lr=0.0,
+        min_lr=0.0,
+        warmup_stagger=1.0,
+    )
+    schedule.at(10)
+    assert [o.param_groups[0]["lr"] for o in learner.optimizers] == pytest.approx([1 / 2, 1 / 3, 1 / 4])
+    schedule.at(40)
+    assert [o.param_groups[0]["lr"] for o in learner.optimizers] == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("every", "tail", "expected"),
+    [
+        (None, 0.0, []),
+        (3, 0.0, [2, 5, 8]),
+        (None, 0.2, [8, 9]),
+        (4, 0.25, [3, 7, 8, 9]),  # round(7.5) is 8
+        (1, 0.0, list(range(10))),
+    ],
+)
+def test_which_steps_are_end_to_end(every: int | None, tail: float, expected: list[int]) -> None:
+    settings = TrainingSettings(global_every=every, global_tail=tail)
+    assert [step for step in range(10) if settings.is_global(step, 10)] == expected
+    assert settings.has_global_steps == bool(expected)
+
+
+# Runs ------------------------------------------------------------------------------------------------------------
+
+MICRO: dict[str, Any] = {
+    "model": {
+        "name": "vit_tiny_patch16_224",
+        "img_size": 16,
+        "patch_size": 4,
+        "options": {"embed_dim": 16, "depth": 3, "num_heads": 2},
+    },
+    "data": {"name": "digits", "limit": 72},
+    "local": {"modules": 3},
+    "training": {"epochs": 2, "batch_size": 16, "lr": 2e-3},
+    "execution": {"device": "cpu", "num_threads": 1},
+}
+
+
+def micro(**changes: Any) -> Recipe:
+    return Recipe.from_dict(overlay(MICRO, {key.replace("__", "."): value for key, value in changes.items()}))
+
+
+@pytest.fixture
+def _quick_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "estimate_step", lambda *_, **__: SimpleNamespace(peak_bytes=2**20))
+
+
+@pytest.fixture
+def kinds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which kind each step of a run was."""
+    seen: list[str] = []
+    local, end_to_end = LocalLearner.step_on, LocalLearner.global_step_on
+    monkeypatch.setattr(LocalLearner, "step_on", lambda *given: seen.append("l") or local(*given))
+    monkeypatch.setattr(LocalLearner, "global_step_on", lambda *given: seen.append("g") or end_to_end(*given))
+    return seen
+
+
+@pytest.mark.usefixtures("_quick_estimates")
+def test_a_run_mixes_local_and_global_steps(tmp_path: Path, kinds: list[str]) -> None:
+    sink = Recorder()
+    recipe = micro(training__global_every=2, training__global_tail=0.5, training__clip_grad=1.0)
+    summary = run.train(recipe, out=tmp_path / "run", sinks=[sink])
+    assert "".join(kinds) == "lglg" + "gggg"
+    ended = [event for event in sink.events if isinstance(event, EpochEnded)]
+    assert [sorted(terms) for terms in ended[0].losses] == [["reconstruction", "task"]] * 2 + [["task"]]
+    assert [sorted(terms) for terms in ended[1].losses] == [[], [], ["task"]]
+    assert summary["losses"] == json.loads(json.dumps(ended[1].losses))
+    assert 0 < summary["test_accuracy"] <= 1
+
+
+@pytest.mark.usefixtures("_quick_estimates")
+@pytest.mark.parametrize("at", [3, 6])
+def test_a_mixed_run_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    changes: dict[str, Any] = {
+        "training__global_every": 2,
+        "training__freeze_from": 0.3,
+        "training__ema_decay": 0.9,
+        "training__lr_depth": [0.5, 1.0],
+        "training__warmup_stagger": 0.5,
+        "local__overlap": 1,
+        "local__options": {
+            "context": 0.6,
+            "reconstruct": "previous",
+            "teacher_share": 0.3,
+            "classifier": "next",
+            "classifier_options": {"weights": "ema"},
+            "over_time": {"reconstruction": [1.0, 0.0]},
+        },
+    }
+    run.train(micro(**changes), out=tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupt_at_step(patch, at)
+        with pytest.raises(Interrupted):
+            run.train(micro(**changes), out=tmp_path / "run")
+    run.resume(tmp_path / "run")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("_quick_estimates")
+def test_losses_of_an_epoch_are_means_over_the_steps_that_had_them(tmp_path: Path) -> None:
+    found = []
+    step_on = LocalLearner.step_on
+
+    def noted(self: LocalLearner, batch: LocalBatch) -> Any:
+        result = step_on(self, batch)
+        found.append([float(loss) for loss in result.losses])
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalLearner, "step_on", noted)
+        run.train(micro(training__global_every=4, training__epochs=1, local__objective="greedy"), out=tmp_path / "run")
+    losses = metrics_of(tmp_path / "run")[0]["losses"]
+    assert len(found) == 3
+    for index in (0, 1):
+        assert losses[index]["task"] == pytest.approx(sum(step[index] for step in found) / 3, rel=1e-5)
+
+
+def test_the_peak_of_a_run_counts_its_global_steps(tmp_path: Path) -> None:
+    recipe = micro(training__global_tail=0.5, execution__global_checkpoint="none", training__batch_size=32)
+    job = build(recipe)
+    local, end_to_end = (
+        estimate_step(job.learner, 32, job.optimizer, globally=kind).peak_bytes for kind in (False, True)
+    )
+    assert end_to_end > local
+    assert run.estimate_run(job).peak_bytes == end_to_end
+    assert run.estimate_run(build(micro(training__batch_size=32))).peak_bytes == local
+
+
+@pytest.mark.usefixtures("_quick_estimates")
+def test_weights_change_over_time_in_sequential_mode_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, float]] = []
+    at = localgrad.objectives.base.LocalObjective.at  # type: ignore[attr-defined]
+
+    def noted(self: Any, progress: float) -> None:
+        at(self, progress)
+        seen.append((id(self), progress))
+
+    monkeypatch.setattr(localgrad.objectives.base.LocalObjective, "at", noted)  # type: ignore[attr-defined]
+    options = {"over_time": {"reconstruction": [1.0, 0.0]}}
+    run.train(micro(training__schedule="sequential", local__options=options), out=tmp_path / "run")
+    modules = list(dict.fromkeys(module for module, _ in seen))
+    assert len(modules) == 3
+    for module in modules:
+        assert [progress for of, progress in seen if of == module] == [number / 8 for number in range(8)]
+
+
+# What is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"transport_tau": 0}, "transport_tau must be above 0"),
+        ({"transport_tau": [1.0, -1.0]}, "transport_tau must be above 0"),
+        ({"similarity_weight": -1.0}, "'similarity' is -1.0"),
+        ({"contrastive_weight": -1.0}, "'contrastive' is -1.0"),
+        ({"contrastive_weight": 1.0, "temperature": 0.0}, "temperature of the contrastive loss"),
+        ({"reconcile": -1.0}, "reconcile is -1.0"),
+        ({"context": 1.5}, "context must be a share"),
+        ({"over_time": {"task": [1.0, -1.0]}}, "over_time: task"),
+        ({"over_time": {"tusk": [1.0, 0.0]}}, "there is no term 'tusk'"),
+        ({"teacher_share": 1.5}, "teacher_share must be from 0 to 1"),
+        ({"teacher_share": 0.5}, "add ema_decay"),
+        ({"reconstruct": "next"}, "take inputs, previous or blocks"),
+        ({"reconstruction_error": "l1"}, "unknown 'l1'"),
+        ({"mask": 1.0, "decoder": "conv"}, "mask must be a share"),
+        ({"mask": 0.5, "decoder": "linear"}, "conv or transformer"),
+        ({"reconstruction_weight": 0, "task_weight": 0}, "nothing to learn"),
+    ],
+    ids=str,
+)
+def test_bad_options_are_refused_in_one_line(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(RecipeError) as refused:
+        build(micro(local__options=options))
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+SEQUENTIAL = {"training.schedule": "sequential"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"local.overlap": -1}, "local.overlap = -1"),
+        ({"local.overlap": True}, "local.overlap = True"),
+        ({"training.global_every": 0}, "training.global_every = 0"),
+        ({"training.global_tail": 1.0}, "training.global_tail = 1.0"),
+        ({"training.freeze_from": -0.5}, "training.freeze_from = -0.5"),
+        ({"training.lr_depth": [0.0, 1.0]}, "training.lr_depth"),
+        ({"training.lr_depth": [1.0]}, "training.lr_depth"),
+        ({"training.weight_decay_depth": [-1.0, 1.0]}, "training.weight_decay_depth"),
+        ({"training.warmup_stagger": -1.0}, "training.warmup_stagger = -1.0"),
+        ({"training.warmup_stagger": 1.0}, "training.warmup_stagger: 1.0 makes"),
+        ({"execution.global_checkpoint": "nine"}, "execution.global_checkpoint"),
+        ({"execution.offload": True, "local.overlap": 1}, "leave offload out"),
+        ({"execution.offload": True, "training.global_every": 2}, "--offload: end-to-end steps"),
+        ({"execution.offload": True, "training.global_tail": 0.5}, "--offload: end-to-end steps"),
+        ({"execution.compile": True, "local.options.reconcile": 1.0}, "reconcile and compile"),
+        ({"local.overlap": 1, "local.options.reconcile": 1.0}, "reconcile and overlap"),
+        ({**SEQUENTIAL, "training.global_every": 2}, "--global-every"),
+        ({**SEQUENTIAL, "training.global_tail": 0.5}, "--global-tail"),
+        ({**SEQUENTIAL, "local.overlap": 1}, "local.overlap"),
+        ({**SEQUENTIAL, "training.freeze_from": 0.0}, "training.freeze_from"),
+        ({**SEQUENTIAL, "training.warmup_stagger": 0.1}, "training.warmup_stagger"),
+        ({**SEQUENTIAL, "local.options.teacher_share": 0.5}, "local.options.teacher_share"),
+        ({**SEQUENTIAL, "local.options.reconcile": 1.0}, "local.options.reconcile"),
+        ({**SEQUENTIAL, "local.options.context": 0.5}, "local.options.context"),
+        ({**SEQUENTIAL, "local.options.reconstruct": "previous"}, "local.options.reconstruct=previous"),
+        ({**SEQUENTIAL, "local.options.classifier": "next"}, "local.options.classifier=next"),
+    ],
+    ids=str,
+)
+def test_what_doesnt_go_together_is_refused_in_one_line(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(RecipeError) as refused:
+        build(Recipe.from_dict(overlay(MICRO, changes)))
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+# From the command line, and from Python --------------------------------------------------------------------------
+
+REACHABLE: list[list[str]] = [
+    [
+        "local.options.transport_tau=1.0",
+        "local.options.similarity_weight=0.1",
+        "local.options.contrastive_weight=[0.1, 0]",
+    ],
+    ["local.options.classifier=next", "local.options.classifier_options={ weights = 'ema', depth = [2, 1] }"],
+    ["local.options.reconstruct=blocks", "local.options.decoder=conv", "local.options.mask=0.5"],
+    ["local.options.reconstruct=previous", "local.options.reconstruction_error=cosine"],
+    ["local.options.context=0.5", "local.options.over_time={ task = [0.5, 1.0] }", "local.overlap=1"],
+    ["local.options.teacher_share=[0.1, 0.5]", "training.ema_decay=0.9"],
+    ["local.options.reconcile=0.5", "training.lr_depth=[0.5, 1]", "training.weight_decay_depth=[1, 0]"],
+    ["training.global_every=2", "training.global_tail=0.25", "execution.global_checkpoint=halves"],
+    ["training.freeze_from=0.25", "training.warmup_stagger=0.1"],
+]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "micro.toml").write_text(micro(training__epochs=1).to_toml())
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.usefixtures("_quick_estimates")
+@pytest.mark.parametrize("settings", REACHABLE, ids=lambda settings: settings[0].split("=")[0])
+def test_every_remedy_can_be_typed(here: Path, cli_: Cli, settings: list[str]) -> None:
+    options = [word for setting in settings for word in ("--set", setting)]
+    said = cli_("train", "--recipe", "micro.toml", *options, "--out", "run")
+    assert said.code == 0, said
+    assert (here / "run" / "model.safetensors").exists()
+    written = (here / "run" / "recipe.toml").read_text()
+    for setting in settings:
+        assert setting.split("=")[0].split(".")[-1] in written
+
+
+def test_a_mistake_in_a_remedy_is_one_line(here: Path, cli_: Cli) -> None:
+    said = cli_("train", "--recipe", "micro.toml", "--set", "local.options.transport_tua=1.0")
+    assert_refused(said, "transport_tua")
+    assert_refused(cli_("train", "--recipe", "micro.toml", "--set", "local.options.mask=0.5"), "conv or transformer")
+    assert not (here / "runs").exists()
+
+
+def test_every_remedy_can_be_had_from_python() -> None:
+    objective = localgrad.FeatureReconstruction(
+        transport_tau=(1.0, 2.0),
+        similarity_weight=0.1,
+        contrastive_weight=0.1,
+        context=0.5,
+        over_time={"reconstruction": (1.0, 0.0)},
+        teacher_share=0.3,
+        classifier="next",
+        classifier_options={"weights": "ema"},
+        decoder="conv",
+        reconstruct="blocks",
+        reconstruction_error="smooth_l1",
+        mask=0.3,
+    )
+    learner = make_learner(make(drop_path_rate=0.1), objective=objective, overlap=1, ema_decay=0.9, freeze_from=0.9)
+    localgrad.check_isolation(learner)
+    losses = []
+    for number in range(8):
+        learner.at(number / 8)
+        losses.append(float(learner.step(*batches(1)[0]).losses[-1]))
+    assert losses[-1] < losses[0]
+    assert estimate_step(learner, 4, adamw).peak_bytes > 0
+    reconciled = make_learner(objective=FeatureReconstruction(reconcile=0.5))
+    assert estimate_step(reconciled, 4, adamw).peak_bytes > 0
+
+
+def test_health_is_measured_whatever_an_objective_looks_at() -> None:
+    options: dict[str, Any] = {"teacher_share": 0.5, "context": 0.5, "transport_tau": 1.0}
+    objective = FeatureReconstruction(reconstruct="previous", **options)
+    learner = make_learner(modules=4, objective=objective, ema_decay=0.9, overlap=1)
+    learner.step(*batches(1)[0])
+    found = gradient_cosine(learner, LocalBatch(*batches(1)[0]))
+    assert found[-1] == pytest.approx(1, abs=1e-5)
+    assert all(-1 < cosine < 1 for cosine in found[:-1])
