@@ -29,11 +29,14 @@ from helpers import (
     profiler_peak,
 )
 from localgrad import FeatureReconstruction, GreedySupervised, LocalLearner, run
+from localgrad.budget import Task, looks_at_whole_batches
 from localgrad.build import build, optimizers_of
 from localgrad.errors import RecipeError
 from localgrad.learner import estimate_step
 from localgrad.measuring import resident_bytes
 from localgrad.objectives.base import LocalBatch
+from localgrad.objectives.methods import Objective
+from localgrad.planned import plan_recipe, task_of
 from localgrad.recipe import Recipe, TrainingSettings, overlay
 from localgrad.training.events import EpochEnded
 from localgrad.training.health import gradient_cosine
@@ -519,6 +522,43 @@ def test_what_doesnt_go_together_is_refused_in_one_line(changes: dict[str, Any],
         build(Recipe.from_dict(overlay(MICRO, changes)))
     assert words in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"local.overlap": 1},
+        {"training.global_every": 2},
+        {"training.global_tail": 0.5},
+        {"local.options.reconstruct": "blocks"},
+        {"local.options.reconstruct": "previous"},
+        {"local.options.classifier": "next"},
+        {"local.options.teacher_share": 0.5, "training.ema_decay": 0.9},
+    ],
+    ids=str,
+)
+def test_what_cant_be_planned_is_refused_in_one_line(changes: dict[str, Any]) -> None:
+    recipe = Recipe.from_dict(overlay(MICRO, {"local.modules": "auto", **changes}))
+    with pytest.raises(RecipeError, match="plans to a budget") as refused:
+        plan_recipe(recipe, task_of(recipe, device="cpu", num_classes=10), 2**30)
+    assert next(iter(changes)).split(".")[-1] in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("objective", "compares"),
+    [
+        (GreedySupervised(), False),
+        (GreedySupervised(contrastive_weight=0.1), True),
+        (FeatureReconstruction(similarity_weight=(0.0, 0.1)), True),
+        (localgrad.Contrastive(), True),
+        (localgrad.ImageReconstruction(similarity_weight=(0, 0)), False),
+    ],
+    ids=str,
+)
+def test_replanning_keeps_batches_whole_for_terms_that_compare_images(objective: Objective, compares: bool) -> None:
+    backbone = localgrad.split(make(), SIZE)
+    assert looks_at_whole_batches(Task(backbone=backbone, objective=objective, optimizer=adamw)) == compares
 
 
 # From the command line, and from Python --------------------------------------------------------------------------

@@ -29,9 +29,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from localgrad._halves import signature
 from localgrad.backbone import Backbone
-from localgrad.errors import BudgetError
+from localgrad.errors import BudgetError, RecipeError
 from localgrad.learner import LocalLearner, OptimizerFactory, estimate_step, model_name
-from localgrad.objectives.methods import Contrastive, Objective
+from localgrad.objectives.methods import Objective
 from localgrad.partition import Boundaries, Checkpointing, Plan, Request, resolve
 from localgrad.planning.costs import Costs, Settings, interpolated
 from localgrad.planning.memory import MemoryProfile
@@ -225,6 +225,11 @@ def plan_to_budget(task: Task, batch_size: int, budget: int | None = None) -> Pl
         BudgetError: no plan fits; the message says the least that does, and what to change.
     """
     _check_batch(batch_size)
+    refused = task.objective.unplanned()
+    if refused is not None:
+        raise RecipeError(
+            f"{refused}: plans to a budget can't measure it; leave it out, or take --modules and no budget."
+        )
     whole = Search(task, task.costs(batch_size))
     if budget is None:
         search = next(_searches(task, whole, batch_size))
@@ -318,7 +323,7 @@ def _notes(task: Task, plan: Plan) -> list[str]:
 def looks_at_whole_batches(task: Task) -> bool:
     """Whether results depend on which images are in a part of a batch together."""
     norms = any(isinstance(module, _BatchNorm) for module in task.backbone.modules())
-    return norms or isinstance(task.objective, Contrastive)
+    return norms or task.objective.compares_images
 
 
 def _rivals(task: Task, batch_size: int, base: int) -> list[dict[str, Any]]:

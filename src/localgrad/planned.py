@@ -79,7 +79,17 @@ def refuse_together(recipe: Recipe) -> None:
         raise RecipeError(
             "--offload: plans to a budget don't count on it; leave it out, or take --modules and no budget."
         )
-    if recipe.method.training.schedule == "sequential":
+    training, local = recipe.method.training, recipe.method.local
+    for name, value in (
+        ("local.overlap", local.overlap),
+        ("training.global_every", training.global_every),
+        ("training.global_tail", training.global_tail),
+    ):
+        if value:
+            raise RecipeError(
+                f"{name}: plans to a budget don't count on it; leave it out, or take --modules and no budget."
+            )
+    if training.schedule == "sequential":
         raise RecipeError(
             "--schedule sequential: plans to a budget are for modules that train together; leave one of them out."
         )

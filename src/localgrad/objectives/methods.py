@@ -69,6 +69,15 @@ class Objective(ABC):
     def terms(self, site: Site) -> dict[str, tuple[Weight, Term]]:
         """Make the terms of every local module but the last, by name, each with its weight."""
 
+    @property
+    def compares_images(self) -> bool:
+        """Whether a term compares the images of a batch with one another, so that it matters how a batch is cut."""
+        return _is_on(self.contrastive_weight) or _is_on(self.similarity_weight)
+
+    def unplanned(self) -> str | None:
+        """An option that can't be measured apart from its model's other parts, as plans need it; mostly none."""
+        return None
+
     def build(self, site: Site) -> LocalObjective:
         """Make the objective of the local module at ``site``.
 
@@ -154,6 +163,12 @@ class GreedySupervised(Objective):
     task_weight: Weight = 1.0
     teacher_share: Weight = 0.0
 
+    def unplanned(self) -> str | None:
+        """The teacher and the blocks that follow are elsewhere in the model."""
+        if _is_on(self.teacher_share):
+            return "teacher_share"
+        return "classifier 'next'" if self.classifier == "next" else None
+
     def terms(self, site: Site) -> dict[str, tuple[Weight, Term]]:
         """Make the task term."""
         share = _at(site, "teacher_share", self.teacher_share)
@@ -188,6 +203,10 @@ class FeatureReconstruction(GreedySupervised):
     reconstruct: str = "inputs"
     reconstruction_error: str = "mse"
     mask: float = 0.0
+
+    def unplanned(self) -> str | None:
+        """Other targets than what comes in are elsewhere in the model."""
+        return super().unplanned() or (None if self.reconstruct == "inputs" else f"reconstruct {self.reconstruct!r}")
 
     def terms(self, site: Site) -> dict[str, tuple[Weight, Term]]:
         """Make the task term and the reconstruction term."""
