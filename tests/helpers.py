@@ -76,6 +76,19 @@ def train(learner: LocalLearner, data: list[tuple[Tensor, Tensor]]) -> list[Step
     return [learner.step(images, labels) for images, labels in data]
 
 
+def walk(learner: LocalLearner, images: Tensor) -> list[list[Tensor]]:
+    """For each module what entered each part and what left the last, by a plain pass through the parts."""
+    found, x = [], images
+    with torch.no_grad():
+        for module in learner.modules:
+            states = [x]
+            for part in module.parts:
+                states.append(part(states[-1]))
+            found.append(states)
+            x = states[-1]
+    return found
+
+
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     """A nested state as one dict, its tensors copied."""
     if isinstance(value, (dict, list, tuple)):

@@ -30,7 +30,7 @@ from helpers import (
 from localgrad import run
 from localgrad.build import build
 from localgrad.errors import CheckpointError, DeviceError, RecipeError, RunFolderError
-from localgrad.execution.local_module import LocalModule
+from localgrad.execution.local_module import LocalModule, Walk
 from localgrad.execution.local_step import LocalStep
 from localgrad.learner import LocalLearner, estimate_step
 from localgrad.planning import memory
@@ -359,7 +359,7 @@ def test_only_the_trained_modules_weights_are_on_the_device(folder: RunFolder, m
     device = torch.device("cpu:0")  # another name for the same, so that one can be told from the other
     trainer.train.device = device
     indices = {id(module): index for index, module in enumerate(trainer.learner.modules)}
-    move, features_of = LocalModule.to, LocalModule.features
+    move, walk = LocalModule.to, LocalModule.walk
     seen = set()
 
     def noted(self: LocalModule, target: Any) -> LocalModule:
@@ -367,13 +367,13 @@ def test_only_the_trained_modules_weights_are_on_the_device(folder: RunFolder, m
         assert list(where.values()).count("cpu:0") <= 1, "the others go away first"
         return move(self, target)
 
-    def looked(self: LocalModule, inputs: Tensor) -> Tensor:
+    def looked(self: LocalModule, inputs: Tensor, **more: Any) -> Walk:
         assert [index for index, place_ in where.items() if place_ == "cpu:0"] == [indices[id(self)]]
         seen.add((indices[id(self)], self.training))
-        return features_of(self, inputs)
+        return walk(self, inputs, **more)
 
     monkeypatch.setattr(LocalModule, "to", noted)
-    monkeypatch.setattr(LocalModule, "features", looked)
+    monkeypatch.setattr(LocalModule, "walk", looked)
     trainer.fit()
     assert seen == {(index, mode) for index in range(NUM_MODULES) for mode in (True, False)}
     monkeypatch.setattr(LocalModule, "to", lambda self, target: where.update({indices[id(self)]: str(target)}))

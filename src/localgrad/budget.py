@@ -31,7 +31,7 @@ from localgrad._halves import signature
 from localgrad.backbone import Backbone
 from localgrad.errors import BudgetError
 from localgrad.learner import LocalLearner, OptimizerFactory, estimate_step, model_name
-from localgrad.objectives.methods import Contrastive, Objective
+from localgrad.objectives.methods import Objective
 from localgrad.partition import Boundaries, Checkpointing, Plan, Request, resolve
 from localgrad.planning.costs import WAYS, Costs, Settings, interpolated
 from localgrad.planning.memory import MemoryProfile
@@ -354,7 +354,7 @@ def _notes(task: Task, plan: Plan) -> list[str]:
 def looks_at_whole_batches(task: Task) -> bool:
     """Whether results depend on which images are in a part of a batch together."""
     norms = any(isinstance(module, _BatchNorm) for module in task.backbone.modules())
-    return norms or isinstance(task.objective, Contrastive)
+    return norms or task.objective.compares_images
 
 
 def _rivals(task: Task, batch_size: int, base: int) -> list[dict[str, Any]]:

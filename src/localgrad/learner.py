@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from localgrad.backbone import Backbone, split
 from localgrad.errors import BackboneError, CheckpointError, IsolationError, PartitionError, RecipeError
+from localgrad.execution.checkpointing import Recomputed
 from localgrad.execution.global_step import GlobalStep
 from localgrad.execution.local_module import build_local_modules, recomputed_in
 from localgrad.execution.local_step import LocalStep, autocast, check_precision
@@ -58,8 +59,8 @@ class LocalLearner:
             the whole model there.
         device: where to train, with ``offload`` only; by default where the model is. The model may stay on the CPU.
         overlap: last blocks of the module before that each module's loss trains as well; they run in both.
-        freeze_from: share of the training after which modules stop to learn, the first at once, the last but one
-            at the end; ``at`` tells the learner how much is over.
+        freeze_from: share of the training after which modules stop to learn, the first one then, each next one later, the
+            last never; ``at`` tells the learner how much is over.
         global_checkpoint: what an end-to-end step (``global_step_on``) recomputes, as for ``checkpoint``.
 
     Raises:
@@ -130,6 +131,7 @@ class LocalLearner:
         }
         self._executor: SequentialExecutor | None = None
         self._global_step: GlobalStep | None = None
+        self._global_recomputed: list[dict[int, Recomputed]] | None = None
         self.optimizer_factory: Factories | None = None
         self.num_steps = 0
 
@@ -175,6 +177,7 @@ class LocalLearner:
             RecipeError: a module has nothing to train.
         """
         self.optimizer_factory = factory
+        self._global_step = None  # it holds the optimizers of before
         steps = [self.local_step(index, factory) for index in range(len(self.modules))]
         if self._offloader is not None:
             self._offloader.attach([step.optimizer for step in steps])
@@ -259,11 +262,16 @@ class LocalLearner:
         if self._offloader is not None:
             raise RecipeError("an end-to-end step needs all modules on the device; leave offload out, or global steps.")
         if self._global_step is None:
+            self._global_step = GlobalStep(self._executor.steps, self._recomputed_globally())
+        return self._stepped(self._global_step, batch)
+
+    def _recomputed_globally(self) -> list[dict[int, Recomputed]]:
+        if self._global_recomputed is None:
             plan = replace(self.plan, checkpoint=(self.global_checkpoint,) * self.plan.num_modules)
             indices = range(len(self.modules))
-            recomputed = [recomputed_in(self.backbone, plan, index, overlap=self.overlap) for index in indices]
-            self._global_step = GlobalStep(self._executor.steps, recomputed)
-        return self._stepped(self._global_step, batch)
+            found = [recomputed_in(self.backbone, plan, index, overlap=self.overlap) for index in indices]
+            self._global_recomputed = found
+        return self._global_recomputed
 
     def _stepped(self, step: Callable[[LocalBatch], StepResult], batch: LocalBatch) -> StepResult:
         if not (self.model.training and self.modules[0].training):
@@ -498,6 +506,8 @@ def estimate_step(
         device: that it will be trained on; by default the one where it is.
         globally: predict the end-to-end step (``global_step_on``), and not the local one.
     """
+    if globally:
+        learner._recomputed_globally()  # made of real blocks; fake ones can't be taken apart
     bare = copy.copy(learner)  # without its optimizers and compiled code, which a fake copy can't hold
     bare._executor, bare._settings = None, {**learner._settings, "compile": False}
     bare._global_step = None

@@ -74,6 +74,11 @@ class Objective(ABC):
     def terms(self, site: Site) -> dict[str, tuple[Weight, Term]]:
         """Make the terms of every local module but the last, by name, each with its weight."""
 
+    @property
+    def compares_images(self) -> bool:
+        """Whether a term compares the images of a batch with one another, so that it matters how a batch is cut."""
+        return _is_on(self.contrastive_weight) or _is_on(self.similarity_weight)
+
     def build(self, site: Site) -> LocalObjective:
         """Make the objective of the local module at ``site``.
 

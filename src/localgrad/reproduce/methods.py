@@ -1,7 +1,8 @@
 """The methods that are compared: what each changes in a recipe, and nothing that another one keeps.
 
-A method may set the local objective and, for end-to-end training, what is recomputed. Model, data, augmentation, epochs
-and seed are the profile's, the table's and the cell's.
+A method may set the local objective and what is recomputed; a remedy also what it is a remedy of (end-to-end steps, an
+average that teaches, factors over depth). Model, data, augmentation, epochs and seed are the profile's, the table's and
+the cell's.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ METHODS: dict[str, Overlay] = {
     "greedy": _local("greedy", classifier="linear"),
     # arXiv 2309.17357; its value of tau for Swin isn't told in the copies that can be had.
     "trgl": _local("greedy", classifier="linear", transport_tau=1.0),
-    # Our best. What is recomputed changes no result: it brings the small models of the cpu profile below 0.40 x the memory.
+    # Our best. What is recomputed changes no result; small models come below 0.40 x the memory by it.
     DEFAULT: {**_local("feature", decoder="linear", classifier="transformer"), "execution.checkpoint": "halves/2"},
 }
 """The methods of the published tables."""

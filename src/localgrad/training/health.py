@@ -155,15 +155,17 @@ def gradient_cosine(learner: LocalLearner, batch: LocalBatch, *, chunk: int = 8)
     assert batch.images is not None, "gradients are of images"
     of_model = set(map(id, learner.model.parameters()))
     found = []
+    teacher = learner.averaged_logits(batch.images).float().softmax(dim=1) if learner.uses("teacher") else None
     with _at_rest(learner) as device, torch.enable_grad():
         batch = LocalBatch(batch.images.to(device), batch.labels.to(device))
         whole = _end_to_end_gradient(learner, batch, chunk)
         assert batch.images is not None
-        features = batch.images
+        features, previous = batch.images, None
+        given = None if teacher is None else teacher.to(device)
         for index, module in enumerate(learner.modules):
             own = [parameter for parameter in learner.parameters(index) if id(parameter) in of_model]
-            output = module(features, LocalBatch(batch.images, batch.labels))
-            features = output.features
+            output = module(features, LocalBatch(batch.images, batch.labels, given, previous))
+            previous, features = features, output.features
             gradient = _gradient(output.loss, own)
             del output  # with it the module's graph
             found.append(_cosine(gradient, [whole[id(parameter)] for parameter in own]))

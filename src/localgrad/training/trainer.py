@@ -180,7 +180,7 @@ class EpochSums:
         self.losses.copy_(state["losses"])
         self.num_correct.copy_(state["num_correct"])
         self.num_batches = state["num_batches"]
-        self.num_global = state["num_global"]
+        self.num_global = state.get("num_global", 0)
         self.num_images = state["num_images"]
         self.has_logits = state.get("has_logits", True)  # as it was before modules without a classifier could be alone
 

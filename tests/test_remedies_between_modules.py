@@ -1,0 +1,414 @@
+"""What passes between modules: the next blocks as a classifier, context, reconciled gradients."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import localgrad
+from helpers import SIZE, assert_same, batches, make, train, walk
+from localgrad import GreedySupervised, Layout, LocalLearner
+from localgrad.auxiliary import NextClassifier, build_classifier
+from localgrad.errors import RecipeError
+from localgrad.execution import local_step
+from localgrad.execution.local_module import site_of
+from localgrad.execution.local_step import LocalStep, cosine_direction
+from localgrad.objectives.base import ContextSupply, LocalBatch, LocalObjective
+
+SWIN: dict[str, Any] = {"depths": (2, 2, 1), "drop_path_rate": 0.0}  # timm gives a Swin 0.1
+
+
+def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-2)  # far enough for moving averages to lag visibly
+
+
+def make_learner(
+    model: nn.Module | None = None, modules: Any = 3, optimizer: Callable[..., Any] = adamw, **more: Any
+) -> LocalLearner:
+    torch.manual_seed(1)
+    learner = LocalLearner(make() if model is None else model, modules=modules, input_size=SIZE, **more)
+    learner.configure_optimizers(optimizer)
+    return learner
+
+
+def copied(weights: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in weights.state_dict().items()}
+
+
+def term_of(objective: LocalObjective, name: str) -> Any:
+    return objective.terms[name]
+
+
+# The next blocks as a classifier ---------------------------------------------------------------------------------
+
+
+def next_learner(weights: str, decay: float = 0.9, **more: Any) -> tuple[LocalLearner, NextClassifier]:
+    options = {"weights": weights, "decay": decay, "depth": 2}
+    objective = GreedySupervised(classifier="next", classifier_options=options)
+    learner = make_learner(objective=objective, modules=[1, 2], **more)
+    return learner, term_of(learner.modules[0].objective, "task").classifier
+
+
+def followed(learner: LocalLearner) -> dict[str, Tensor]:
+    return copied(nn.Sequential(*learner.backbone.blocks[1:3]))
+
+
+@pytest.mark.parametrize("weights", ["fresh", "copy", "ema"])
+def test_next_is_made_like_the_blocks_that_follow(weights: str) -> None:
+    learner, classifier = next_learner(weights)
+    mine, theirs = copied(classifier.blocks), followed(learner)
+    if weights == "fresh":
+        matrices = [name for name in mine if mine[name].ndim > 1]
+        assert len(matrices) == 8
+        assert not [name for name in matrices if torch.equal(mine[name], theirs[name])]
+        assert [mine[name].shape for name in mine] == [theirs[name].shape for name in theirs]
+    else:
+        assert_same(mine, theirs)
+    own = {id(p) for p in learner.modules[0].parameters()}
+    assert not own & {id(p) for block in learner.backbone.blocks[1:] for p in block.parameters()}
+    assert not [name for name in classifier.state_dict() if "source" in name]
+    assert len(term_of(learner.modules[1].objective, "task").classifier.blocks) == 2  # depth 2 of 2 that follow
+
+
+def test_next_takes_no_more_blocks_than_follow() -> None:
+    backbone = localgrad.split(make(), SIZE)
+    following = site_of(backbone, (1, 3), 1).following
+    assert len(following) == 1
+    classifier = build_classifier("next", backbone.layouts[3], 5, {"depth": 7}, following)
+    assert isinstance(classifier, NextClassifier)
+    assert len(classifier.blocks) == 1
+    with pytest.raises(RecipeError, match="needs blocks that follow"):
+        build_classifier("next", backbone.layouts[3], 5, {}, ())
+
+
+def test_next_across_a_change_of_resolution_ends_in_the_layout_there() -> None:
+    learner = make_learner(make("swin", **SWIN), modules=[2, 4], objective=GreedySupervised(classifier="next"))
+    classifier = term_of(learner.modules[0].objective, "task").classifier
+    assert classifier.pool.width == learner.backbone.layouts[3].width == 64
+    images, labels = batches(1)[0]
+    with torch.no_grad():
+        x = walk(learner, images)[0][-1]
+        expected = classifier.head(classifier.pool.norm(classifier.blocks(x).mean((1, 2))))
+    found = learner.step(images, labels).module_logits[0]
+    assert found is not None
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("weights", ["fresh", "copy"])
+def test_fresh_and_copied_blocks_are_trained(weights: str) -> None:
+    learner, classifier = next_learner(weights)
+    before = copied(classifier.blocks)
+    train(learner, batches(1))
+    after = copied(classifier.blocks)
+    assert [name for name in after if torch.equal(before[name], after[name])] == []
+
+
+def test_the_average_moves_after_the_update_only() -> None:
+    learner, classifier = next_learner("ema", decay=0.75)
+    held = {id(p) for optimizer in learner.optimizers for group in optimizer.param_groups for p in group["params"]}
+    assert not held & {id(p) for p in classifier.blocks.parameters()}
+    seen: list[dict[str, Tensor]] = []
+
+    def at_forward(module: nn.Module, inputs: Any, outputs: Tensor) -> None:
+        seen.append(copied(classifier.blocks))
+        outputs.register_hook(lambda gradient: seen.append(copied(classifier.blocks)))
+
+    classifier.blocks.register_forward_hook(at_forward)
+    for images, labels in batches(3):
+        mine, theirs = copied(classifier.blocks), followed(learner)  # this module's update comes before theirs
+        seen.clear()
+        learner.step(images, labels)
+        assert len(seen) == 2
+        assert_same(seen[0], mine)
+        assert_same(seen[1], mine)
+        for name, value in copied(classifier.blocks).items():
+            torch.testing.assert_close(value, mine[name] + 0.25 * (theirs[name] - mine[name]), rtol=1e-5, atol=1e-7)
+    assert not torch.equal(classifier.blocks[0].attn.qkv.weight, learner.backbone.blocks[1].attn.qkv.weight)
+
+
+def test_an_average_is_resumed_bit_for_bit() -> None:
+    learner, classifier = next_learner("ema")
+    train(learner, batches(3))
+    state = copy.deepcopy(learner.state_dict())
+    train(learner, batches(2))
+    other, its = next_learner("ema")
+    other.load_state_dict(state)
+    train(other, batches(2))
+    assert_same(copied(its), copied(classifier))
+    assert_same(copied(other.model), copied(learner.model))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"weights": "frozen"}, "take fresh, copy or ema"),
+        ({"decay": 1.0}, "decay of 'next'"),
+        ({"decay": -0.1}, "decay of 'next'"),
+        ({"depth": 0}, "depth of a decoder or classifier"),
+        ({"width": 3}, "'next' can't take"),
+    ],
+)
+def test_bad_options_of_next_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(RecipeError, match=words) as refused:
+        make_learner(objective=GreedySupervised(classifier="next", classifier_options=options))
+    assert "\n" not in str(refused.value)
+    assert "object at" not in str(refused.value)
+
+
+# Context ----------------------------------------------------------------------------------------------------------
+
+
+def context_learner(model: nn.Module | None = None, **more: Any) -> LocalLearner:
+    return make_learner(model, modules=4, objective=GreedySupervised(context=0.5), **more)
+
+
+def features_and_context(learner: LocalLearner, images: Tensor) -> list[tuple[Tensor, tuple[Tensor, ...]]]:
+    found: list[tuple[Tensor, tuple[Tensor, ...]]] = [(images, ())]
+    for module, states in zip(learner.modules[:-1], walk(learner, images), strict=False):
+        found.append((states[-1], (*found[-1][1], module.pooled(states[-1]))))
+    return found
+
+
+def test_context_changes_nothing_at_first_and_learns_at_once() -> None:
+    learner = context_learner()
+    images, labels = batches(1)[0]
+    last = walk(learner, images)[-1][-1]
+    assert torch.equal(learner.step(images, labels).logits, last)
+    supplies = [module.objective.context for module in learner.modules]
+    assert supplies[0] is None
+    assert [len(supply.enter) for supply in supplies[1:] if supply is not None] == [1, 2, 3]
+    for supply in supplies[1:]:
+        assert supply is not None
+        assert all(linear.weight.abs().sum() > 0 for linear in supply.enter)  # type: ignore[union-attr, operator]
+
+
+def test_context_is_a_projection_of_pooled_features() -> None:
+    layout = Layout(kind="tokens", width=8, grid=(4, 4), num_prefix_tokens=1)
+    earlier = Layout(kind="NHWC", width=6, grid=(8, 8))
+    site = site_of(localgrad.split(make(), SIZE), (1, 2), 1)
+    site = type(site)(**{**site.__dict__, "inputs": layout, "context": (earlier,)})
+    torch.manual_seed(0)
+    supply = ContextSupply(site, until=0.5)
+    nn.init.normal_(supply.enter[0].weight)  # type: ignore[arg-type]
+    nn.init.normal_(supply.enter[0].bias)  # type: ignore[arg-type]
+    supply.at(0.125)
+    features, pooled = torch.randn(2, 17, 8), torch.randn(2, 2, 2, 6)
+    found = supply(features, (pooled,)).detach()
+    expected = features.clone()
+    weight, bias = supply.enter[0].weight.detach(), supply.enter[0].bias.detach()  # type: ignore[union-attr, operator]
+    for b, i, j in np.ndindex(2, 4, 4):
+        expected[b, 1 + 4 * i + j] += 0.75 * (weight @ pooled[b, i // 2, j // 2] + bias)
+    torch.testing.assert_close(found, expected)
+
+
+def test_pooled_features_are_means_of_patches() -> None:
+    learner = context_learner(make("swin", **SWIN))
+    states = walk(learner, batches(1)[0][0])[0][-1]  # [4, 8, 8, 32]
+    assert states.shape[1:3] == (8, 8)
+    pooled = learner.modules[0].pooled(states)
+    assert pooled.shape == (4, 4, 4, 32)
+    torch.testing.assert_close(pooled[:, 1, 2], states[:, 2:4, 4:6].mean((1, 2)))
+
+
+def test_context_fades_and_is_never_there_in_evaluation() -> None:
+    learner = context_learner()
+    train(learner, batches(3))
+    images, _ = batches(1)[0]
+    inputs, context = features_and_context(learner, images)[2]
+    objective, batch = learner.modules[2].objective, LocalBatch(None, torch.arange(4), context=context)
+    learner.train()
+    moved = []
+    with torch.no_grad():
+        for progress in (0.0, 0.25, 0.4):
+            learner.at(progress)
+            moved.append(objective.enter(inputs, batch) - inputs)
+        torch.testing.assert_close(moved[1], 0.5 * moved[0], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(moved[2], 0.2 * moved[0], rtol=1e-4, atol=1e-6)
+        assert moved[0].abs().max() > 1e-3
+        learner.at(0.5)
+        assert objective.enter(inputs, batch) is inputs
+        learner.at(0.0)
+        learner.eval()
+        assert objective.enter(inputs, batch) is inputs
+        assert torch.equal(learner.logits(images)[-1], learner.model(images))  # type: ignore[arg-type]
+
+
+def test_context_keeps_modules_isolated_and_the_model_plain() -> None:
+    learner = context_learner()
+    train(learner, batches(2))
+    localgrad.check_isolation(learner)
+    assert learner.model.state_dict().keys() == make().state_dict().keys()
+    fresh = make().eval()
+    fresh.load_state_dict(learner.model.state_dict())
+    images, _ = batches(1)[0]
+    learner.eval()
+    with torch.no_grad():
+        assert torch.equal(fresh(images), learner.logits(images)[-1])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("order", [None, (3, 0, 5, 1, 2, 4)])
+@pytest.mark.parametrize("kind", ["tokens", "NHWC", "NCHW"])
+def test_a_layout_adds_to_its_grid_only(kind: Any, order: tuple[int, ...] | None) -> None:
+    tokens = kind == "tokens"
+    layout = Layout(kind=kind, width=5, grid=(2, 3), num_prefix_tokens=2 * tokens, order=order if tokens else None)
+    features, grid = torch.randn(4, *layout.shape), torch.randn(4, 2, 3, 5)
+    found = layout.add(features, grid)
+    torch.testing.assert_close(layout.to_grid(found), layout.to_grid(features) + grid)
+    assert not tokens or torch.equal(found[:, :2], features[:, :2])
+
+
+# Reconciled gradients --------------------------------------------------------------------------------------------
+
+
+def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.05)
+
+
+def second_step(
+    weight: float, *, accumulation: int, kind: str, drop_path: float
+) -> tuple[LocalStep, LocalBatch, Tensor]:
+    """The step of a second module on its own, a batch with a gradient that it is to be like, and its inputs."""
+    objective = GreedySupervised(reconcile=weight)
+    model = make(kind, drop_path_rate=drop_path)
+    learner = make_learner(model, [2], optimizer=sgd, objective=objective, accumulation=accumulation)
+    model.double()
+    inputs = walk(learner, batches(1)[0][0].double())[0][-1]
+    generator = torch.Generator().manual_seed(2)
+    batch = LocalBatch(None, torch.tensor([0, 3, 1, 4]))
+    batch.gradient = torch.randn(inputs.shape, generator=generator, dtype=torch.double)
+    learner.train()
+    return learner.local_step(1, sgd), batch, inputs
+
+
+def gradients_of(step: LocalStep, batch: LocalBatch, inputs: Tensor) -> dict[str, Tensor]:
+    """What a step's optimizer is given."""
+    found: dict[str, Tensor] = {}
+
+    def note(*_: Any) -> None:
+        named = step.module.named_parameters()
+        found.update({name: weight.grad.clone() for name, weight in named if weight.grad is not None})
+
+    handle = step.optimizer.register_step_pre_hook(note)
+    torch.manual_seed(5)
+    step(inputs, batch)
+    handle.remove()
+    return found
+
+
+def reference(step: LocalStep, batch: LocalBatch, inputs: Tensor, weight: float) -> dict[str, Tensor]:
+    """The same by autograd alone: the gradient of loss + weight * mean(1 - cosine), differentiated twice."""
+    assert batch.gradient is not None
+    torch.manual_seed(5)
+    x = inputs.clone().requires_grad_()
+    weights = dict(step.module.named_parameters())
+    with sdpa_kernel(SDPBackend.MATH):
+        loss = step.module(x, batch).loss
+        (own,) = torch.autograd.grad(loss, x, create_graph=True)
+        penalty = (1 - F.cosine_similarity(own.flatten(1), batch.gradient.flatten(1), dim=1)).mean()
+        found = torch.autograd.grad(loss + weight * penalty, list(weights.values()), allow_unused=True)
+    return {name: gradient for name, gradient in zip(weights, found, strict=True) if gradient is not None}
+
+
+def flattened(gradients: dict[str, Tensor]) -> Tensor:
+    return torch.cat([gradients[name].flatten() for name in sorted(gradients)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "accumulation", "scale", "drop_path"),
+    [("vit", 1, 1.0, 0.0), ("vit", 1, 1.0, 0.3), ("swin", 1, 1.0, 0.0), ("vit", 2, 1.0, 0.0), ("vit", 1, 1024.0, 0.0)],
+)
+def test_the_pull_is_the_second_derivative(
+    kind: str, accumulation: int, scale: float, drop_path: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A central difference: right to 5 % of its length, and the error falls with the square of the step."""
+    made = partial(second_step, accumulation=accumulation, kind=kind, drop_path=drop_path)
+    plain = flattened(reference(*made(0.5), 0.0))
+    expected = flattened(reference(*made(0.5), 0.5)) - plain
+    assert expected.norm() > 0.01 * plain.norm()
+    errors = []
+    for length in (0.01, 0.001):
+        monkeypatch.setattr(local_step, "RELATIVE_STEP", length)
+        given = made(0.5)
+        given[0].scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale != 1)
+        pull = flattened(gradients_of(*given)) - plain
+        errors.append(((pull - expected).norm() / expected.norm()).item())
+    assert errors[0] < 0.05
+    assert errors[1] < max(0.02 * errors[0], 1e-5)
+
+
+def test_the_direction_is_the_gradient_of_one_minus_cosine() -> None:
+    torch.manual_seed(0)
+    own, wanted = torch.randn(3, 5, 4, requires_grad=True), torch.randn(3, 5, 4)
+    penalty = (1 - F.cosine_similarity(own.flatten(1), wanted.flatten(1), dim=1)).mean()
+    (expected,) = torch.autograd.grad(penalty, own)
+    torch.testing.assert_close(cosine_direction(own.detach(), wanted), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_module_is_given_the_gradient_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = make_learner(objective=GreedySupervised(reconcile=(0.5, 1.0)))
+    images, labels = batches(1)[0]
+    given: list[Tensor | None] = []
+    once = LocalStep._forward_backward
+
+    def watched(self: LocalStep, inputs: Tensor, batch: LocalBatch, share: float) -> Any:
+        given.append(batch.gradient)
+        return once(self, inputs, batch, share)
+
+    expected = []
+    for module, states in zip(learner.modules[:-1], walk(learner, images), strict=False):
+        output = states[-1].clone().requires_grad_()
+        F.cross_entropy(term_of(module.objective, "task").classifier(output), labels).backward()
+        expected.append(output.grad)
+    monkeypatch.setattr(LocalStep, "_forward_backward", watched)
+    learner.step(images, labels)
+    assert given[0] is None
+    for found, gradient in zip(given[1:], expected, strict=True):
+        torch.testing.assert_close(found, gradient)
+    assert [module.objective.reconcile for module in learner.modules] == [0.0, 1.0, 1.0]
+
+
+def test_reconciling_draws_nothing_more() -> None:
+    states = []
+    for weight in (0.0, 1.0):
+        learner = make_learner(make(drop_path_rate=0.3), objective=GreedySupervised(reconcile=weight))
+        result = train(learner, batches(1))[0]
+        states.append((torch.get_rng_state(), result.logits, result.losses))
+    assert_same(states[0], states[1])  # figures are those of the first pass
+
+
+def test_reconciled_gradients_come_to_agree() -> None:
+    cosines = []
+    for weight in (0.0, 10.0):
+        learner = make_learner(modules=[2], optimizer=sgd, objective=GreedySupervised(reconcile=weight))
+        images, labels = batches(1)[0]
+        for _ in range(15):
+            learner.step(images, labels)
+        gradient = []
+        states = walk(learner, images)
+        features = states[0][-1].clone().requires_grad_()
+        for parts, objective in (([], learner.modules[0]), (learner.modules[1].parts, learner.modules[1])):
+            outputs = features
+            for part in parts:
+                outputs = part(outputs)
+            loss = F.cross_entropy(term_of(objective.objective, "task").classifier(outputs), labels)
+            gradient.append(torch.autograd.grad(loss, features)[0].flatten(1))
+        cosines.append(F.cosine_similarity(*gradient).mean().item())
+    assert cosines[1] > cosines[0] + 0.1
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [({"compile": True}, "reconcile and compile"), ({"overlap": 1}, "reconcile and overlap")],
+)
+def test_reconciling_doesnt_go_with_everything(more: dict[str, Any], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        make_learner(objective=GreedySupervised(reconcile=1.0), **more)
