@@ -94,7 +94,8 @@ class _Together(torch.optim.Optimizer):
         self.steps = steps
 
     def step(self, closure: object = None) -> None:  # type: ignore[override]
-        """Update every module; blocks that two modules train are updated by their first alone."""
+        """Update every module that still learns; blocks that two modules train are updated by their first alone."""
         for step in self.steps:
-            step.optimizer.step()
+            if not step.frozen:
+                step.optimizer.step()
             step.optimizer.zero_grad(set_to_none=True)
