@@ -18,9 +18,9 @@ import timm
 import torch
 
 from localgrad import FeatureReconstruction, LocalLearner, estimate, measure, split
-from localgrad.api import adamw
 from localgrad.planning.costs import Settings
 from localgrad.planning.parts import measure_costs
+from localgrad.plans.api import adamw
 from localgrad.run import device_name
 
 MODELS = ("swin_tiny_patch4_window7_224", "vit_small_patch16_224", "pvt_v2_b1")

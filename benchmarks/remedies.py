@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from localgrad.budget import Search, Task
 from localgrad.learner import make_plan
 from localgrad.partition import Checkpointing
-from localgrad.planned import task_of
+from localgrad.plans.budget import Search, Task
+from localgrad.plans.recipes import task_of
 from localgrad.recipe import Recipe, overlay
 from localgrad.reproduce.methods import BASELINES, METHODS, REMEDIES
 from localgrad.reproduce.profiles import CPU

@@ -47,7 +47,7 @@ def one(name: str, batch_size: int) -> None:
     from localgrad import FeatureReconstruction
     from localgrad._fake import without_initialization
     from localgrad.backbone import outline
-    from localgrad.budget import Search, Task
+    from localgrad.plans.budget import Search, Task
     from localgrad.units import format_bytes
 
     def adamw(parameters: list[nn.Parameter]) -> optim.Optimizer:  # not known to the cache

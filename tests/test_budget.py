@@ -21,10 +21,16 @@ from torch import Tensor, nn
 import localgrad
 from helpers import SIZE, make
 from localgrad import Contrastive, FeatureReconstruction, GreedySupervised, ImageReconstruction, LocalLearner, Plan
-from localgrad import budget as budgets
-from localgrad.api import adamw
 from localgrad.backbone import outline
-from localgrad.budget import (
+from localgrad.errors import BackboneError, BudgetError, PartitionError, RecipeError
+from localgrad.learner import estimate_step
+from localgrad.partition import Checkpointing
+from localgrad.planning.costs import WAYS
+from localgrad.planning.memory import MemoryProfile, annotate
+from localgrad.planning.planner import UNLIMITED
+from localgrad.plans import budget as budgets
+from localgrad.plans.api import adamw
+from localgrad.plans.budget import (
     RIVALS,
     Margin,
     Search,
@@ -34,12 +40,6 @@ from localgrad.budget import (
     plan_to_budget,
     worth_having,
 )
-from localgrad.errors import BackboneError, BudgetError, PartitionError, RecipeError
-from localgrad.learner import estimate_step
-from localgrad.partition import Checkpointing
-from localgrad.planning.costs import WAYS
-from localgrad.planning.memory import MemoryProfile, annotate
-from localgrad.planning.planner import UNLIMITED
 from localgrad.units import parse_bytes
 
 BATCH = 48

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import localgrad
 from helpers import SIZE, adamw, batches, make
-from localgrad import FeatureReconstruction, GreedySupervised, ImageReconstruction, LocalLearner, RecipeError, measuring
+from localgrad import FeatureReconstruction, GreedySupervised, ImageReconstruction, LocalLearner, RecipeError
+from localgrad.comparing import measuring
 from localgrad.learner import estimate_step
 from localgrad.objectives.base import LocalBatch
 

@@ -25,13 +25,13 @@ from helpers import (
     metrics_of,
 )
 from localgrad import FeatureReconstruction, GreedySupervised, LocalLearner, run
-from localgrad.budget import Task, looks_at_whole_batches
 from localgrad.build import build
 from localgrad.errors import RecipeError
 from localgrad.learner import estimate_step
 from localgrad.objectives.base import LocalBatch
 from localgrad.objectives.methods import Objective
-from localgrad.planned import plan_recipe, task_of
+from localgrad.plans.budget import Task, looks_at_whole_batches
+from localgrad.plans.recipes import plan_recipe, task_of
 from localgrad.recipe import Recipe, overlay
 from localgrad.training.events import EpochEnded
 from localgrad.training.health import gradient_cosine

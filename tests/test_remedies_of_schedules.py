@@ -20,9 +20,9 @@ from helpers import (
 )
 from localgrad import GreedySupervised, LocalLearner
 from localgrad.build import optimizers_of
+from localgrad.comparing.measuring import resident_bytes
 from localgrad.errors import RecipeError
 from localgrad.learner import estimate_step
-from localgrad.measuring import resident_bytes
 from localgrad.objectives.base import LocalBatch
 from localgrad.recipe import TrainingSettings
 from localgrad.training.optim import OptimizerFactory, Schedule

@@ -10,8 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from localgrad.api import estimate, plan
     from localgrad.backbone import Backbone, Layout, split
+    from localgrad.comparing.measuring import Measurement, measure
     from localgrad.errors import (
         BackboneError,
         BudgetError,
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     )
     from localgrad.execution.sequential import StepResult
     from localgrad.learner import LocalLearner, check_isolation
-    from localgrad.measuring import Measurement, measure
     from localgrad.objectives.methods import (
         Contrastive,
         FeatureReconstruction,
@@ -36,9 +35,10 @@ if TYPE_CHECKING:
         Objective,
     )
     from localgrad.partition import Plan, balance
+    from localgrad.plans.api import estimate, plan
 
 _HOMES = {
-    "localgrad.api": ("estimate", "plan"),
+    "localgrad.plans.api": ("estimate", "plan"),
     "localgrad.backbone": ("Backbone", "Layout", "split"),
     "localgrad.errors": (
         "BackboneError",
@@ -55,7 +55,7 @@ _HOMES = {
     ),
     "localgrad.execution.sequential": ("StepResult",),
     "localgrad.learner": ("LocalLearner", "check_isolation"),
-    "localgrad.measuring": ("Measurement", "measure"),
+    "localgrad.comparing.measuring": ("Measurement", "measure"),
     "localgrad.objectives.methods": (
         "Contrastive",
         "FeatureReconstruction",

@@ -382,10 +382,10 @@ def _print_plan(
     from rich.console import Console
     from rich.markup import escape
 
-    from localgrad import budget as budgets
-    from localgrad import plan_table, planned
+    from localgrad.comparing.plots import check_writable
     from localgrad.errors import RecipeError
-    from localgrad.plots import check_writable
+    from localgrad.plans import budget as budgets
+    from localgrad.plans import recipes, table
     from localgrad.recipe import Recipe, overlay
 
     recipe = Recipe.from_dict(overlay(base, changes))
@@ -396,23 +396,23 @@ def _print_plan(
     if num_classes is not None and num_classes < 2:
         raise RecipeError(f"--num-classes: a classifier needs at least 2 classes, got {num_classes}.")
     named = recipe.method.data.name if "name" in overlay(base, changes).get("data", {}) else ""
-    classes, channels = planned.CLASSES.get(named, (None, 3))
-    kind = planned.kind_of(recipe.execution.device if device == "auto" else device)
-    task = planned.task_of(recipe, device=kind, num_classes=num_classes or classes, num_channels=channels)
+    classes, channels = recipes.CLASSES.get(named, (None, 3))
+    kind = recipes.kind_of(recipe.execution.device if device == "auto" else device)
+    task = recipes.task_of(recipe, device=kind, num_classes=num_classes or classes, num_channels=channels)
     console = Console()
     if largest_batch:
         assert budget is not None, "checked above"
         rows = budgets.largest_batches(task, budget)
-        plan_table.print_batches(rows, console)
+        table.print_batches(rows, console)
         size = rows[-1]["batch_size"]
         if not size:
             raise RecipeError("--batch-size auto: not even two images fit this budget; take a larger one.")
         training = replace(recipe.method.training, batch_size=size)
         recipe = replace(recipe, method=replace(recipe.method, training=training))
     if frontier:
-        plan_table.print_frontier(budgets.worth_having(task, recipe.method.training.batch_size), console)
-    found = planned.plan_recipe(recipe, task, budget)
-    plan_table.print_plan(found, console)
+        table.print_frontier(budgets.worth_having(task, recipe.method.training.batch_size), console)
+    found = recipes.plan_recipe(recipe, task, budget)
+    table.print_plan(found, console)
     if json is not None:
         json.write_text(found.to_json())
         path = escape(shlex.quote(str(json)))
@@ -492,7 +492,7 @@ def compare(  # noqa: PLR0917  # one parameter an option
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from localgrad import bench
+    from localgrad.comparing import options as bench
 
     settings = bench.Settings(
         model=model,
@@ -657,7 +657,7 @@ def _planned(path: Path, preset: str | None, recipe: Path | None, changes: dict[
     """A plan from its file, and the recipe to train by it; refused where options contradict the plan."""
     from localgrad.errors import BudgetError, PartitionError
     from localgrad.partition import Plan
-    from localgrad.planned import changes_of, check_plan_is_for
+    from localgrad.plans.recipes import changes_of, check_plan_is_for
     from localgrad.recipe import Recipe, overlay
 
     try:

@@ -59,8 +59,8 @@ class LocalLearner:
             the whole model there.
         device: where to train, with ``offload`` only; by default where the model is. The model may stay on the CPU.
         overlap: last blocks of the module before that each module's loss trains as well; they run in both.
-        freeze_from: share of the training after which modules stop to learn, the first one then, each next one later, the
-            last never; ``at`` tells the learner how much is over.
+        freeze_from: share of the training after which modules stop to learn: the first one then, each next one later,
+            the last never; ``at`` tells the learner how much is over.
         global_checkpoint: what an end-to-end step (``global_step_on``) recomputes, as for ``checkpoint``.
 
     Raises:

@@ -26,10 +26,10 @@ from localgrad.errors import CheckpointError, DeviceError, LocalgradError, Memor
 from localgrad.execution.sequential import out_of_memory
 from localgrad.learner import end_to_end, estimate_step
 from localgrad.partition import Plan
-from localgrad.planned import check_plan_fits, laid_over, plan_recipe, refuse_together, task_on
 from localgrad.planning.memory import MemoryProfile
+from localgrad.plans.recipes import check_plan_fits, laid_over, plan_recipe, refuse_together, task_on
+from localgrad.plans.replanning import Replanner
 from localgrad.recipe import Recipe, difference
-from localgrad.replanning import Replanner
 from localgrad.training.data import DataInfo, load_images_for_prediction
 from localgrad.training.events import JsonlSink, Replanned, RunEnded, RunStarted, Sink, TensorBoardSink
 from localgrad.training.feature_cache import check_space

@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localgrad.backbone import Backbone
+from localgrad.comparing.measuring import Held, tensors_of
 from localgrad.execution.local_step import PRECISIONS
 from localgrad.learner import LocalLearner, OptimizerFactory, estimate_step, make_plan
-from localgrad.measuring import Held, tensors_of
 from localgrad.objectives.base import LocalBatch
 from localgrad.objectives.methods import build_objective
 from localgrad.partition import Checkpointing, Plan

@@ -13,10 +13,10 @@ from typing import Any
 
 from localgrad._fake import without_initialization
 from localgrad.backbone import Backbone, outline
-from localgrad.budget import Task, plan_to_budget
 from localgrad.build import build_recipe_objective, check_model_name, check_patches, create_model, input_size_of
 from localgrad.errors import BudgetError, RecipeError
 from localgrad.partition import Plan
+from localgrad.plans.budget import Task, plan_to_budget
 from localgrad.recipe import Recipe, overlay
 from localgrad.training.optim import OptimizerFactory
 

@@ -20,13 +20,13 @@ from torch import Tensor
 from localgrad.auxiliary import DECODERS
 from localgrad.backbone import split
 from localgrad.build import check_model_name, create_model, input_size_of, resolve_device
-from localgrad.comparing import Comparison, Report, Row, compare
-from localgrad.contenders import Local, Method, Stage, default_methods
+from localgrad.comparing.contenders import Local, Method, Stage, default_methods
+from localgrad.comparing.plots import check_path, check_writable, plot_timeline, plot_trade_off
+from localgrad.comparing.side_by_side import Comparison, Report, Row, compare
 from localgrad.errors import LocalgradError, PartitionError, RecipeError, did_you_mean
 from localgrad.execution.local_step import check_precision
 from localgrad.objectives.methods import OBJECTIVES
 from localgrad.partition import Checkpointing, Plan
-from localgrad.plots import check_path, check_writable, plot_timeline, plot_trade_off
 from localgrad.recipe import ModelSettings
 from localgrad.run import device_name, versions
 from localgrad.training.data import Batches, DataInfo, load_data

@@ -28,10 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from localgrad.contenders import END_TO_END, Local, Method, Runner, Stage
+from localgrad.comparing.contenders import END_TO_END, Local, Method, Runner, Stage
+from localgrad.comparing.measuring import peak_of, timed
 from localgrad.errors import MemoryExceeded, RecipeError
 from localgrad.execution.sequential import out_of_memory
-from localgrad.measuring import peak_of, timed
 from localgrad.objectives.base import LocalBatch
 from localgrad.planning.memory import MemoryProfile
 from localgrad.units import format_bytes

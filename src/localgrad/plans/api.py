@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 from localgrad._fake import without_initialization
 from localgrad.backbone import Backbone, outline
-from localgrad.budget import Task, plan_to_budget
 from localgrad.build import check_model_name
 from localgrad.errors import RecipeError
 from localgrad.execution.local_step import PRECISIONS
 from localgrad.learner import LocalLearner, OptimizerFactory, default_input_size, estimate_step
 from localgrad.objectives.methods import FeatureReconstruction, Objective
 from localgrad.partition import Plan, Request
-from localgrad.planned import kind_of
 from localgrad.planning.memory import MemoryProfile, simulate
+from localgrad.plans.budget import Task, plan_to_budget
+from localgrad.plans.recipes import kind_of
 from localgrad.units import parse_bytes
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from localgrad.comparing import Comparison, Row
+from localgrad.comparing.side_by_side import Comparison, Row
 from localgrad.errors import RecipeError
 from localgrad.units import format_bytes
 

@@ -578,7 +578,7 @@ def _cache_key(task: Task, settings: Settings) -> str | None:
 def _own_version() -> str:
     """A digest of the package's own code: a figure of another version is never taken for this one's."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

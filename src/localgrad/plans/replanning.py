@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
-from localgrad.budget import looks_at_whole_batches, plan_to_budget
 from localgrad.build import Job
 from localgrad.errors import BudgetError, DeviceError, MemoryExceeded, RecipeError
 from localgrad.partition import Plan
-from localgrad.planned import laid_over, task_on
 from localgrad.planning.memory import MemoryProfile
+from localgrad.plans.budget import looks_at_whole_batches, plan_to_budget
+from localgrad.plans.recipes import laid_over, task_on
 from localgrad.recipe import Recipe
 from localgrad.units import format_bytes
 

@@ -1,0 +1,1 @@
+"""Methods side by side: time and memory of their steps, observed; ratios, the Pareto front, pictures."""
