@@ -1,4 +1,4 @@
-"""What each remedy costs in memory and predicted time: the table of docs/accuracy.md.
+"""What each remedy costs in memory and predicted time: the last columns of docs/accuracy.md's list.
 
     python benchmarks/remedies.py                  # Swin-T, 224 px, batch 64, fp32, K = 4
     python benchmarks/remedies.py --profile cpu    # the model and batch of `localgrad reproduce --profile cpu`

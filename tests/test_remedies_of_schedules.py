@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -308,3 +309,60 @@ def test_which_steps_are_end_to_end(every: int | None, tail: float, expected: li
     settings = TrainingSettings(global_every=every, global_tail=tail)
     assert [step for step in range(10) if settings.is_global(step, 10)] == expected
     assert settings.has_global_steps == bool(expected)
+
+
+# What a review found -----------------------------------------------------------------------------------------------
+
+
+def test_a_frozen_module_runs_in_parts_too() -> None:
+    learner = make_learner(accumulation=2, freeze_from=0.5)
+    sizes: list[int] = []
+    learner.modules[0].register_forward_hook(lambda module, args, output: sizes.append(len(args[0])))
+    (images, labels), *_ = batches(1)
+    for progress in (0.0, 0.9):
+        learner.at(progress)
+        learner.step(images, labels)
+    assert sizes == [len(images) // 2] * 4
+
+
+def test_a_frozen_modules_gradients_are_not_clipped_with_the_others() -> None:
+    ours, theirs = (make_learner(clip_grad=1e-3, freeze_from=0.5, optimizer=sgd) for _ in range(2))
+    ours.at(0.99)  # the first two are frozen
+    for step in theirs._executor.steps[:2]:  # type: ignore[union-attr]
+        step.frozen = True
+        for weight in step.parameters:
+            weight.requires_grad_(False)
+    for learner in (ours, theirs):
+        train_globally(learner, 1)
+    assert all(torch.equal(a, b) for a, b in zip(ours.model.parameters(), theirs.model.parameters(), strict=True))
+
+
+def test_replanning_reaches_end_to_end_steps() -> None:
+    learner = make_learner(global_checkpoint="none")
+    asked: list[int] = []
+    (images, labels), *_ = batches(1)
+    learner.global_step_on(LocalBatch(images, labels))
+    own = type(learner.modules[0]).own
+    failing = iter([True, False])
+
+    def recover(index: int) -> bool:
+        asked.append(index)
+        learner.run_as(dataclasses.replace(learner.plan, forecast={"global_checkpoint": "blocks"}))
+        return True
+
+    def short(self: Any, inputs: Tensor, recomputed: Any) -> Tensor:
+        if self is learner.modules[-1] and next(failing, False):
+            raise torch.OutOfMemoryError("CUDA out of memory: a test")
+        return own(self, inputs, recomputed)
+
+    learner.on_out_of_memory(recover)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(learner.modules[0]), "own", short)
+        learner.global_step_on(LocalBatch(images, labels))
+    assert asked == [len(learner.modules)]
+    assert str(learner.global_checkpoint) == "blocks"
+
+
+def test_overlap_and_freezing_are_refused_together() -> None:
+    with pytest.raises(RecipeError, match="overlap"):
+        make_learner(overlap=1, freeze_from=0.5)

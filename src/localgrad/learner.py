@@ -40,6 +40,9 @@ CheckpointRequest = bool | str | Checkpointing | Sequence[bool | str | Checkpoin
 class LocalLearner:
     """Trains a timm model as gradient-isolated local modules.
 
+    Where something changes over the training (an objective's ``over_time`` and ``context``, ``freeze_from``), call
+    ``at`` before each step.
+
     Args:
         model: any timm model that ``localgrad.split`` takes, on its device; or a backbone that is split already.
         modules: how many local modules (balanced by activation bytes), ``"stages"``, explicit boundaries (the
@@ -90,6 +93,8 @@ class LocalLearner:
     ) -> None:
         if isinstance(overlap, bool) or not isinstance(overlap, int) or overlap < 0:
             raise RecipeError(f"overlap must be a number of blocks, 0 for none, got {overlap!r}.")
+        if overlap and freeze_from is not None:
+            raise RecipeError("overlap: a frozen module's last blocks would go on learning; leave freeze_from out.")
         if overlap and offload:
             raise RecipeError("overlap: blocks that two modules train can't be offloaded; leave offload out.")
         if freeze_from is not None and not 0 <= freeze_from <= 1:
@@ -261,9 +266,17 @@ class LocalLearner:
             raise _no_optimizers()
         if self._offloader is not None:
             raise RecipeError("an end-to-end step needs all modules on the device; leave offload out, or global steps.")
-        if self._global_step is None:
-            self._global_step = GlobalStep(self._executor.steps, self._recomputed_globally())
-        return self._stepped(self._global_step, batch)
+        executor = self._executor
+        steps = executor.steps
+
+        def run() -> StepResult:
+            if self._global_step is None:
+                self._global_step = GlobalStep(steps, self._recomputed_globally())
+            return self._global_step(batch)
+
+        for step in steps:
+            step.updating = False  # whatever became of the last one
+        return self._stepped(lambda _: executor.recovering(len(steps), steps, run), batch)
 
     def _recomputed_globally(self) -> list[dict[int, Recomputed]]:
         if self._global_recomputed is None:
@@ -361,6 +374,9 @@ class LocalLearner:
             raise PartitionError(f"plan: its boundaries are {list(plan.boundaries)}, not {list(self.plan.boundaries)}.")
         self.plan = plan
         self._settings["accumulation"] = plan.accumulation
+        if "global_checkpoint" in plan.forecast:
+            self.global_checkpoint = Checkpointing.parse(plan.forecast["global_checkpoint"])
+            self._global_step = self._global_recomputed = None
         for index, module in enumerate(self.modules):
             module.recomputed = recomputed_in(self.backbone, plan, index, overlap=self.overlap)
         for step in self._executor.steps if self._executor else ():

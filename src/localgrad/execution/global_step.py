@@ -32,8 +32,7 @@ class GlobalStep:
         self.steps = tuple(steps)
         self.recomputed = tuple(recomputed)
         owned = {id(weight): weight for step in self.steps for weight in step.parameters}
-        self.parameters = list(owned.values())
-        self._together = _Together(self.parameters, self.steps)
+        self._together = _Together(list(owned.values()), self.steps)
 
     def __call__(self, batch: LocalBatch) -> StepResult:
         """Train on one batch.
@@ -73,12 +72,20 @@ class GlobalStep:
         return features
 
     def _update(self, scaler: torch.amp.GradScaler) -> None:
+        for step in self.steps:
+            step.updating = True
+            if step.frozen:
+                step.optimizer.zero_grad(set_to_none=True)
         if self.steps[-1].clip_grad is not None:
             scaler.unscale_(self._together)
-            nn.utils.clip_grad_norm_(self.parameters, self.steps[-1].clip_grad)
+            learning = [weight for weight in self._together.param_groups[0]["params"] if weight.grad is not None]
+            nn.utils.clip_grad_norm_(learning, self.steps[-1].clip_grad)
         scaler.step(self._together)
         self._together.zero_grad(set_to_none=True)  # of auxiliary nets there are none; of a step held back, all
         scaler.update()
+        for step in self.steps:
+            step.module.objective.follow()
+            step.updating = False
 
 
 class _Together(torch.optim.Optimizer):

@@ -81,17 +81,18 @@ class LocalStep:
             The module's output, its graph gone: features for the next module, and the figures.
         """
         self.updating = False  # whatever became of the last one
-        if self.frozen:
-            with torch.no_grad(), autocast(self.device_type, self.precision):
-                return self._forward(inputs, batch)
         if self.accumulation == 1:
             output = self._forward_backward(inputs, batch, 1.0)
         else:
             output = self._accumulate(inputs, batch)
-        self._update()
+        if not self.frozen:
+            self._update()
         return output
 
     def _forward_backward(self, inputs: Tensor, batch: LocalBatch, share: float) -> LocalOutput:
+        if self.frozen:
+            with torch.no_grad(), autocast(self.device_type, self.precision):
+                return self._forward(inputs, batch)
         if batch.gradient is not None and self.module.objective.reconcile:
             return self._reconciled(inputs, batch, batch.gradient, share)
         return self._once(inputs, batch, share)

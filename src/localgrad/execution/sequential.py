@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ from localgrad.errors import MemoryExceeded
 from localgrad.execution.local_module import LocalOutput
 from localgrad.execution.local_step import LocalStep
 from localgrad.objectives.base import LocalBatch
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -98,22 +101,40 @@ class SequentialExecutor:
         return StepResult(features, tuple(losses), tuple(terms), tuple(logits))
 
     def _run(self, index: int, step: LocalStep, features: Tensor, batch: LocalBatch) -> LocalOutput:
-        """Run one module's step; where memory runs out before its update, once more if someone can recover."""
+        def run() -> LocalOutput:
+            with self.around(index):
+                return step(features, batch)
+
+        return self.recovering(index, [step], run)
+
+    def recovering(self, index: int, steps: Sequence[LocalStep], run: Callable[[], T]) -> T:
+        """Run something; where memory runs out before an update, once more if someone can recover.
+
+        Args:
+            index: of the module that it is; as many as there are for an end-to-end step.
+            steps: what it may change.
+            run: the step or steps.
+
+        Raises:
+            MemoryExceeded: memory ran out, and nobody could help.
+        """
         while True:
-            before = None if self.recover is None else step.snapshot()
+            before = None if self.recover is None else [step.snapshot() for step in steps]
             try:
-                with self.around(index):
-                    return step(features, batch)
+                return run()
             except RuntimeError as error:
                 reason = out_of_memory(error)
                 if reason is None:
                     raise
             # The exception is gone here, and with its frames the graph that they held. Gradients go before anyone is
             # asked: room is needed, estimates would count them, and whoever goes on starts from none.
-            step.optimizer.zero_grad(set_to_none=True)
-            if before is None or step.updating or self.recover is None or not self.recover(index):
+            for step in steps:
+                step.optimizer.zero_grad(set_to_none=True)
+            updating = any(step.updating for step in steps)
+            if before is None or updating or self.recover is None or not self.recover(index):
                 raise MemoryExceeded(index, reason)
-            step.go_back(before)
+            for step, state in zip(steps, before, strict=True):
+                step.go_back(state)
 
 
 def out_of_memory(error: RuntimeError) -> str | None:

@@ -52,8 +52,9 @@ class Objective(ABC):
         reconcile: weight with which the gradient at a module's input is drawn towards the one that the module before
             had at its output (SGR, arXiv 2406.05222); two more passes through the module a step.
         context: share of the training during which later modules get pooled features of earlier ones (ContSup,
-            arXiv 2312.07636), fading to nothing; 0 for none.
-        over_time: by a term's name, a second factor of its weight at the start and at the end of the training.
+            arXiv 2312.07636), fading to nothing; 0 for none. In your own loop call ``LocalLearner.at``.
+        over_time: by a term's name, a second factor of its weight at the start and at the end of the training; in your
+            own loop call ``LocalLearner.at``.
     """
 
     label_smoothing: float = 0.0

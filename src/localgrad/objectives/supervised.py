@@ -41,7 +41,7 @@ class TaskLoss(Term):
         loss = F.cross_entropy(logits, batch.labels, label_smoothing=smoothing)
         if self.teacher_share:
             assert batch.teacher is not None, "the learner asks the teacher where a term uses it"
-            taught = F.cross_entropy(logits, batch.teacher.to(logits.dtype))
+            taught = F.cross_entropy(logits.float(), batch.teacher)
             loss = (1 - self.teacher_share) * loss + self.teacher_share * taught
         return TermValue(loss, logits)
 

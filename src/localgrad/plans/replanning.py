@@ -70,8 +70,10 @@ class Replanner:
     def explain(self, error: MemoryExceeded, folder: Path) -> DeviceError:
         """An error that names the module, the plan's figure, the observed one, and the command that goes on."""
         learner = self.job.learner
-        span = learner.plan.spans[error.module]
-        names = learner.backbone.block_names
+        where = "an end-to-end step"
+        if error.module < learner.plan.num_modules:
+            span, names = learner.plan.spans[error.module], learner.backbone.block_names
+            where = f"local module {error.module} ({names[span.start]} … {names[span.stop - 1]})"
         planned = self.profile.peak_by_label.get(f"module {error.module}", self.profile.peak_bytes)
         observed, what = self.measured()
         plan = self.next_plan()
@@ -79,13 +81,14 @@ class Replanner:
             advice = "nothing with these boundaries needs less: take more --modules or a smaller --batch-size"
         else:
             values = ",".join(str(how) for how in plan.checkpoint)
+            if "global_checkpoint" in plan.forecast:
+                values += f" --set execution.global_checkpoint={plan.forecast['global_checkpoint']}"
             advice = (
                 f"the next plan that fits needs {format_bytes(plan.forecast['peak_bytes'])}: localgrad train --resume "
                 f"{shlex.quote(str(folder))} --checkpoint {values} --accumulation {plan.accumulation} "
                 "(or --on-oom replan)"
             )
         return DeviceError(
-            f"{self.job.device}: memory ran out in local module {error.module} ({names[span.start]} … "
-            f"{names[span.stop - 1]}): planned {format_bytes(planned)}, observed {format_bytes(observed)} ({what}); "
-            f"{advice}."
+            f"{self.job.device}: memory ran out in {where}: planned {format_bytes(planned)}, observed "
+            f"{format_bytes(observed)} ({what}); {advice}."
         )
