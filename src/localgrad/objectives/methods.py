@@ -121,12 +121,16 @@ class Objective(ABC):
     def _check(self) -> None:
         if not 0 <= self.label_smoothing < 1:
             raise RecipeError(f"label_smoothing must be from 0 to below 1, got {self.label_smoothing}.")
-        if not 0 <= self.context <= 1:
+        if isinstance(self.context, str) or not 0 <= self.context <= 1:
             raise RecipeError(f"context must be a share of the training, from 0 to 1, got {self.context}.")
         for name, ends in self.over_time.items():
-            if len(ends) != 2 or not all(isinstance(end, (int, float)) and 0 <= end < math.inf for end in ends):
+            if (
+                not isinstance(ends, (tuple, list))
+                or len(ends) != 2
+                or not all(isinstance(end, (int, float)) and 0 <= end < math.inf for end in ends)
+            ):
                 raise RecipeError(
-                    f"over_time: {name} = {list(ends)!r}; give the factors at start and end, such as [1.0, 0.0]."
+                    f"over_time: {name} = {ends!r}; give the factors at start and end, such as [1.0, 0.0]."
                 )
 
     def _regularisers(self, site: Site) -> dict[str, tuple[Weight, Term]]:
@@ -296,7 +300,7 @@ def _reconstruction(
         raise RecipeError(
             f"reconstruction_error: unknown {error!r}; take {', '.join(ERRORS)}.{did_you_mean(error, ERRORS)}"
         )
-    if not 0 <= mask < 1:
+    if isinstance(mask, str) or not 0 <= mask < 1:
         raise RecipeError(f"mask must be a share of the positions, from 0 to below 1, got {mask}.")
     decoder = build_decoder(objective.decoder, site.outputs, target, _for_depth(site, objective.decoder_options))
     if mask and not decoder.mixes_positions:

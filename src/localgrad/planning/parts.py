@@ -306,8 +306,8 @@ class _Workshop:
         stand_ins, cached, forward_ns, backward_ns = [], 0, 0, 0
         shape, dtype = like
         for piece in pieces:
-            times = min(chunks, shape[0]) if piece.per_image else 1
-            size = math.ceil(shape[0] / times)
+            size = math.ceil(shape[0] / chunks) if piece.per_image else shape[0]
+            times = math.ceil(shape[0] / size)  # as Tensor.chunk cuts: 9 images in 8 chunks are 5
             chunk = self._chunk(piece, ((size, *shape[1:]), dtype), shape[0])
             with self.fake_mode:
                 weight = nn.Parameter(torch.empty(max(1, chunk.cost.gradients // 4)))
