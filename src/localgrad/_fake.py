@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import copyreg
+import inspect
 import math
 import random
 from collections.abc import Iterator, Sequence
@@ -23,15 +24,12 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    FakeTensor,
-    FakeTensorMode,
-)
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily as real_tensors
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils import _python_dispatch
 
 __all__ = [
     "DataDependentOutputException",
@@ -50,6 +48,28 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+
+
+class TorchDispatchMode(_python_dispatch.TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """PyTorch's own, of which the compiler needs to know nothing.
+
+    PyTorch wraps the dispatch of every mode so that the compiler leaves it alone. Nothing is compiled under the modes
+    of this package; unwrapped, an operator costs less, and the compiler, which takes seconds, isn't imported.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+class FakeTensorMode(fake_tensor.FakeTensorMode):  # type: ignore[no-untyped-call]
+    """PyTorch's own, without that wrapper."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    __torch_dispatch__ = inspect.unwrap(fake_tensor.FakeTensorMode.__torch_dispatch__)
 
 
 class _FakeCopier(TorchFunctionMode):
