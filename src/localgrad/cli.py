@@ -561,6 +561,7 @@ def reproduce(  # noqa: PLR0917  # one parameter an option
         int | None, typer.Option(help="Processor threads of each; by default all cores, shared out.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
+    again: Annotated[bool, typer.Option("--again", help="Run cells that are done, too, in fresh folders.")] = False,
     results: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("results"),
     docs: Annotated[Path, typer.Option(help="File whose tables --report writes.")] = Path("docs/accuracy.md"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells and their commands, and stop.")] = False,
@@ -598,6 +599,7 @@ def reproduce(  # noqa: PLR0917  # one parameter an option
         jobs=jobs,
         num_threads=num_threads,
         device=device,
+        again=again,
         results=results,
     )
 

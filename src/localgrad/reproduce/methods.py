@@ -66,6 +66,7 @@ REMEDIES: dict[str, Overlay] = {
     "transport": _remedy(transport_tau=1.0),
     "contrastive": _remedy(contrastive_weight=0.5),
     "similarity": _remedy(similarity_weight=1.0),
+    "average": {**_remedy(), "training.ema_decay": 0.998},  # alone, as `teacher` is evaluated on one too
     "teacher": {**_remedy(teacher_share=0.5), "training.ema_decay": 0.998},
     # Between modules.
     "context": _remedy(context=0.5),
@@ -86,3 +87,8 @@ REMEDIES: dict[str, Overlay] = {
 def overlay_of(method: str) -> Overlay:
     """What a method or remedy changes in a recipe."""
     return {**METHODS, **REMEDIES}[method]
+
+
+def keeps_average(method: str) -> bool:
+    """Whether a method keeps an average of the weights, which takes memory."""
+    return "training.ema_decay" in overlay_of(method)

@@ -21,7 +21,8 @@ class Profile:
 
     Attributes:
         name: as typed.
-        about: what a reader of its figures must know, a phrase.
+        about: what a reader of its figures must know of either model, a phrase.
+        size: what follows the name of a model of that size.
         preset: what the settings are laid over; all but its local modules and objective.
         settings: for every cell, ``training.epochs`` among them.
         models: for each of the two models, what it is.
@@ -31,6 +32,7 @@ class Profile:
 
     name: str
     about: str
+    size: str = ""
     preset: str | None = None
     settings: Settings
     models: dict[str, Settings]
@@ -82,7 +84,7 @@ SMOKE = Profile(
 
 CPU = Profile(
     name="cpu",
-    about="a reduced run for two processor cores: a Swin of 2.7 million weights, 32 x 32 pixels, 4,000 training images",
+    about="a reduced run for two processor cores: a small model, 32 x 32 pixels, 4,000 training images",
     settings={
         "data.val_fraction": 0.02,
         "data.limit": 4_000,
@@ -119,6 +121,7 @@ CPU = Profile(
 
 GPU = Profile(
     name="gpu",
+    size="-T",
     about="the full recipe, the preset `paper` in bf16: 224 x 224 pixels, all training images, 300 epochs",
     preset="paper",
     settings={"training.epochs": 300, "execution.precision": "bf16"},

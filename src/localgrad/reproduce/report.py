@@ -7,8 +7,8 @@
     <!-- end -->
 
 A row is a method with K modules (and a number of epochs), over its seeds: mean and sample standard deviation. The gap
-to end-to-end training is taken seed by seed, among runs of the same epochs and the same images. Results whose recipe
-has changed since are left out, and counted.
+to end-to-end training is taken seed by seed, among runs of the same epochs, the same images and one kind of device.
+Results whose recipe has changed since are left out, and counted.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from localgrad.errors import RecipeError, did_you_mean
-from localgrad.reproduce.methods import END_TO_END
+from localgrad.reproduce.methods import DEFAULT, END_TO_END, keeps_average
 from localgrad.reproduce.profiles import PROFILES, Profile
 from localgrad.reproduce.published import Published, published_for
-from localgrad.reproduce.results import Row, identity, identity_of, load_rows, path_of
+from localgrad.reproduce.results import Row, device_kind, identity, identity_of, load_rows, path_of
 from localgrad.reproduce.tables import TABLES, Cell, Table, cells_of, epochs_of
 from localgrad.training.folder import write_atomically
 from localgrad.units import format_bytes
 
 DOCS = Path("docs/accuracy.md")
 NOT_RUN = "not run"
+DAGGER = "†"
 _MARKED = re.compile(r"(<!-- table: (\S+) (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -44,9 +45,24 @@ class Group:
     rows: tuple[Row, ...] = ()
 
     @property
-    def accuracy(self) -> float:
-        """Mean test accuracy; below all others where nothing was run."""
-        return statistics.fmean(row["test_accuracy"] for row in self.rows) if self.rows else -1.0
+    def validation(self) -> tuple[float, ...]:
+        """Accuracies in percent on validation images, of the runs that had any."""
+        return tuple(100 * row["val_accuracy"] for row in self.rows if row["val_accuracy"] is not None)
+
+    @property
+    def merit(self) -> float:
+        """What a ranking goes by; those that were run without validation images come last, but before the others."""
+        return statistics.fmean(self.validation) if self.validation else -1.0 if self.rows else -2.0
+
+    @property
+    def is_of_changed_code(self) -> bool:
+        """Whether a run's code was no commit's."""
+        return any("+" in row["commit"] for row in self.rows)
+
+    @property
+    def peak_bytes(self) -> float:
+        """Mean estimated peak."""
+        return statistics.fmean(row["peak_bytes"] for row in self.rows)
 
 
 def rewrite(docs: Path, results: Path) -> bool:
@@ -102,7 +118,7 @@ def _filled(text: str, results: Path) -> str:
 
 
 def markdown(table: Table, profile: Profile, rows: Iterable[Row]) -> str:
-    """A table of results; one for each kind of copies that the images were read from.
+    """A table of results; one for each kind of device, and of copies that the images were read from.
 
     Args:
         table: which.
@@ -111,21 +127,43 @@ def markdown(table: Table, profile: Profile, rows: Iterable[Row]) -> str:
     """
     rows = list(rows)
     current = [row for row in rows if _is_current(table, profile, row)]
-    sources = sorted({row["data_source"] for row in current}) or [""]
-    parts = [f"*{table.title}; profile `{profile.name}`: {profile.about}.*"]
-    for source in sources:
-        mine = [row for row in current if row["data_source"] == source]
+    parts = [f"*{_title(table, profile, current)}; profile `{profile.name}`: {profile.about}.*"]
+    for mine in _alike(current) or [[]]:
         parts += [_circumstances(table, profile, mine), _table(table, profile, mine)]
     if len(rows) > len(current):
         parts.append(f"{len(rows) - len(current)} runs of recipes that have changed since are left out.")
     return "\n\n".join(parts) + "\n"
 
 
+def _title(table: Table, profile: Profile, rows: Sequence[Row]) -> str:
+    title = table.title.format(size=profile.size)
+    counts = sorted({row["num_parameters"] for row in rows if row.get("num_parameters")})
+    told = [f"{count / 1e6:.3g} million" if count >= 1e6 else f"{count:,}" for count in counts]
+    return f"{title}; {' or '.join(dict.fromkeys(told))} parameters" if told else title
+
+
+def _alike(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows that may stand in one table: one kind of device, of copies, and one lot of images of each data set."""
+
+    def lot(row: Row) -> tuple[str, ...]:
+        return row["data_digest"], *(str(row[f"num_{part}"]) for part in ("train", "val", "test"))
+
+    lots: dict[str, list[tuple[str, ...]]] = {}
+    for row in rows:
+        if lot(row) not in lots.setdefault(row["data"], []):
+            lots[row["data"]].append(lot(row))
+    alike: dict[tuple[str, str, int], list[Row]] = {}
+    for row in rows:
+        key = row["data_source"], device_kind(row["device"]), sorted(lots[row["data"]]).index(lot(row))
+        alike.setdefault(key, []).append(row)
+    return [alike[key] for key in sorted(alike)]
+
+
 def _is_current(table: Table, profile: Profile, row: Row) -> bool:
     if row["method"] not in table.methods or row["data"] not in table.data:
         return False
     cell = Cell(table.name, row["data"], row["method"], row["modules"], row["seed"], row["epochs"])
-    return identity(row) == identity_of(cell, profile, row["data_source"])
+    return identity(row) == identity_of(cell, profile, row["data_source"], row.get("data_digest", ""))
 
 
 def _circumstances(table: Table, profile: Profile, rows: Sequence[Row]) -> str:
@@ -136,21 +174,30 @@ def _circumstances(table: Table, profile: Profile, rows: Sequence[Row]) -> str:
     def listed(key: str) -> str:
         return ", ".join(sorted({str(row[key]) for row in rows}))
 
-    images = ", ".join(
-        f"{data}: {' or '.join(sorted({format(row['num_train'], ',') for row in rows if row['data'] == data}))}"
-        for data in dict.fromkeys(row["data"] for row in rows)
-    )
     return (
-        f"{listed('model')}; images from {listed('data_source')}; training images: {images}; {listed('device')}; "
+        f"{listed('model')}; images from {listed('data_source')}; {_images(rows)}; {listed('device')}; "
         f"commit {listed('commit')}; {listed('date')}. Made by {command}; each cell's own command, commit, device, "
         f"date and seconds are in `results/{table.name}-{profile.name}.json`."
     )
 
 
+def _images(rows: Sequence[Row]) -> str:
+    """How many images there were of each data set, which, and what was done to them."""
+    told = []
+    for data in dict.fromkeys(row["data"] for row in rows):
+        own = [row for row in rows if row["data"] == data]
+        train, val, test = (f"{own[0][f'num_{part}']:,}" for part in ("train", "val", "test"))
+        files = "" if own[0]["data_digest"] == "official" else f", files {own[0]['data_digest']}"
+        notes = dict.fromkeys(note.rstrip(".") for row in own for note in row.get("notes", ()))
+        remarks = "".join(f" ({note})" for note in notes)
+        told.append(f"{data}: {train} to train on, {val} to select by, {test} to test on{files}{remarks}")
+    return "; ".join(told)
+
+
 def _table(table: Table, profile: Profile, rows: Sequence[Row]) -> str:
     groups = _groups(table, profile, rows)
     if table.is_ranked:
-        groups.sort(key=lambda group: -group.accuracy)
+        groups.sort(key=lambda group: -group.merit)
     sources: list[str] = []
     several_data = len(table.data) > 1
     several_epochs = len({group.epochs for group in groups}) > 1
@@ -159,16 +206,28 @@ def _table(table: Table, profile: Profile, rows: Sequence[Row]) -> str:
         for group in groups
     }
     head = [*(["data"] if several_data else []), "method", "K", *(["epochs"] if several_epochs else [])]
+    head += ["validation, %"] if table.is_ranked else []
     head += ["test accuracy, %", "seeds", "gap, points", "peak", "measured", "hours a run"]
     head += ["published, other settings"] if any(published.values()) else []
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for group, modules in _merged(groups, [group for group in groups if published[id(group)]]):
-        cells = [*([group.data] if several_data else []), group.method, modules]
+        name = f"{group.method} {DAGGER}" if group.is_of_changed_code else group.method
+        cells = [*([group.data] if several_data else []), name, modules]
         cells += [str(group.epochs)] if several_epochs else []
+        cells += [_spread(group.validation) if group.validation else ""] if table.is_ranked else []
         cells += _figures(group, _baseline(group, groups))
         cells += [_cited(published[id(group)], sources)] if any(published.values()) else []
         lines.append(f"| {' | '.join(cells)} |")
     notes = [f"[{number}] {source}." for number, source in enumerate(sources, 1)]
+    if any(group.is_of_changed_code for group in groups):
+        notes.append(f"{DAGGER} Run by code with changes that no commit holds.")
+    if table.is_ranked:
+        notes.append(
+            f"The order, and the choice of `{DEFAULT}`, go by validation accuracy; test accuracy is read once and "
+            "decides nothing."
+        )
+    if any(group.rows and keeps_average(group.method) and _baseline(group, groups) for group in groups):
+        notes.append("What keeps an average of the weights is held against the end-to-end peak without one.")
     return "\n".join([*lines, *(["", " ".join(notes)] if notes else [])])
 
 
@@ -200,8 +259,9 @@ def _merged(groups: Sequence[Group], alone: Sequence[Group]) -> list[tuple[Group
 
 
 def _baseline(group: Group, groups: Sequence[Group]) -> Group | None:
+    """The end-to-end runs of the same images and epochs, if there are any."""
     same = (group.data, END_TO_END, group.epochs)
-    return next((other for other in groups if (other.data, other.method, other.epochs) == same), None)
+    return next((other for other in groups if other.rows and (other.data, other.method, other.epochs) == same), None)
 
 
 def _figures(group: Group, baseline: Group | None) -> list[str]:
@@ -213,11 +273,14 @@ def _figures(group: Group, baseline: Group | None) -> list[str]:
     theirs = {row["seed"]: 100 * row["test_accuracy"] for row in baseline.rows} if baseline else {}
     gaps = [own[seed] - theirs[seed] for seed in own if seed in theirs]
     gap = f"baseline {NOT_RUN}" if not gaps else _spread(gaps, sign="+")
+    ratio = statistics.fmean(row["peak_ratio"] for row in rows)
+    if baseline and keeps_average(group.method):  # its own reckoning gives end-to-end training an average, too
+        ratio = group.peak_bytes / baseline.peak_bytes
     return [
         _spread(list(own.values())),
         str(len(rows)),
         "" if group.method == END_TO_END else gap,
-        f"{statistics.fmean(row['peak_ratio'] for row in rows):.2f} x",
+        f"{ratio:.2f} x",
         format_bytes(max(row["measured_peak_bytes"] for row in rows)),
         f"{statistics.fmean(row['seconds'] for row in rows) / 3600:.2g}",
     ]

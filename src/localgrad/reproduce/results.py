@@ -6,7 +6,10 @@ import contextlib
 import datetime
 import fcntl
 import json
+import math
 import os
+import re
+import struct
 import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,8 +17,9 @@ from typing import Any
 
 import localgrad
 from localgrad.errors import RecipeError
+from localgrad.recipe import parse_toml
 from localgrad.reproduce.profiles import Profile
-from localgrad.reproduce.tables import TABLES, Cell, command_of, fingerprint, model_of, recipe_of
+from localgrad.reproduce.tables import TABLES, Cell, fingerprint, model_of, recipe_of, repeating_command_of
 from localgrad.training.folder import write_atomically
 
 Row = dict[str, Any]
@@ -38,8 +42,11 @@ KEYS = (
 )
 """What every row has; others may be added."""
 
-IDENTITY = ("data", "method", "modules", "seed", "epochs", "recipe", "data_source")
-"""What makes two rows of one profile the same cell. The last two alone make them the same run."""
+RUN = ("recipe", "data_source", "data_digest")
+"""What makes two rows of one profile the same run, by whatever names."""
+
+IDENTITY = ("data", "method", "modules", "seed", "epochs", *RUN)
+"""What makes two rows of one profile the same cell."""
 
 
 def path_of(results: Path, table: str, profile: str) -> Path:
@@ -69,16 +76,32 @@ def identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(row.get(key) for key in IDENTITY)
 
 
-def identity_of(cell: Cell, profile: Profile, data_source: str) -> tuple[Any, ...]:
+def identity_of(cell: Cell, profile: Profile, data_source: str, data_digest: str) -> tuple[Any, ...]:
     """The identity that a cell's row has, or will have."""
     recipe = fingerprint(recipe_of(cell, profile))
-    return cell.data, cell.method, cell.modules, cell.seed, cell.epochs, recipe, data_source
+    return cell.data, cell.method, cell.modules, cell.seed, cell.epochs, recipe, data_source, data_digest
+
+
+def run_of(row_identity: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The part of an identity that makes a run what it is."""
+    return row_identity[-len(RUN) :]
+
+
+def device_kind(device: str) -> str:
+    """What a run's device is, however many threads it had; never averaged with another one."""
+    return re.sub(r", \d+ threads?$", "", device)
+
+
+def command_of_row(cell: Cell, profile: Profile, path: str | None, row: Mapping[str, Any]) -> str:
+    """What repeats a row's run as this cell."""
+    device = "cpu" if device_kind(row["device"]).endswith("processor") else "cuda"
+    return repeating_command_of(cell, profile, path, device=device, num_threads=row.get("num_threads"))
 
 
 def known_runs(results: Path, profile: str) -> dict[tuple[Any, ...], Row]:
     """Every row of a profile by its recipe and images: tables share runs, and so do two names of one method."""
     rows = [row for table in TABLES for row in load_rows(path_of(results, table, profile))]
-    return {identity(row)[-2:]: row for row in rows}
+    return {run_of(identity(row)): row for row in rows}
 
 
 def store(results: Path, cell: Cell, profile: Profile, row: Row) -> None:
@@ -103,7 +126,9 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def row_of(cell: Cell, profile: Profile, folder: Path, *, data_source: str, path: str | None, commit: str) -> Row:
+def row_of(
+    cell: Cell, profile: Profile, folder: Path, *, data_source: str, data_digest: str, path: str | None, commit: str
+) -> Row:
     """The row of a finished run.
 
     Args:
@@ -111,6 +136,7 @@ def row_of(cell: Cell, profile: Profile, folder: Path, *, data_source: str, path
         profile: its size.
         folder: the run folder.
         data_source: what the images are copies of.
+        data_digest: what tells their files apart.
         path: where they were, if not where torchvision puts them.
         commit: of the code that ran.
     """
@@ -119,8 +145,9 @@ def row_of(cell: Cell, profile: Profile, folder: Path, *, data_source: str, path
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     best: Row = next((line for line in lines if line["epoch"] == summary["best_epoch"]), {})
     values = recipe_of(cell, profile)
+    execution = parse_toml((folder / "recipe.toml").read_text(), "recipe.toml").get("execution", {})
     peak = summary["estimated_peak_bytes"]
-    return {
+    row = {
         "data": cell.data,
         "model": model_of(values),
         "profile": profile.name,
@@ -134,7 +161,6 @@ def row_of(cell: Cell, profile: Profile, folder: Path, *, data_source: str, path
         "seconds": summary["seconds"],
         "device": summary["device"],
         "commit": commit,
-        "command": command_of(cell, profile, path),
         "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
         "hours": summary["seconds"] / 3600,
         "val_accuracy": summary["val_accuracy"],
@@ -147,10 +173,25 @@ def row_of(cell: Cell, profile: Profile, folder: Path, *, data_source: str, path
         "num_train": info["num_train"],
         "num_val": info["num_val"],
         "num_test": info["num_test"],
+        "notes": info["notes"],
         "data_source": data_source,
+        "data_digest": data_digest,
+        "num_parameters": num_parameters(folder / "model.safetensors"),
+        "num_threads": execution.get("num_threads"),
+        "peak_of": "estimate",
         "recipe": fingerprint(values),
         "versions": summary["versions"],
     }
+    return row | {"command": command_of_row(cell, profile, path, row)}
+
+
+def num_parameters(weights: Path) -> int:
+    """How many numbers a file of weights holds, read from its header."""
+    with weights.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    tensors = [entry for name, entry in header.items() if name != "__metadata__"]
+    return sum(math.prod(entry["shape"]) for entry in tensors if "F" in entry["dtype"])  # no indices, no counts
 
 
 def commit_of_code() -> str:

@@ -14,16 +14,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from localgrad.errors import LocalgradError
 from localgrad.recipe import Recipe, overlay
 from localgrad.reproduce.profiles import Profile
-from localgrad.reproduce.results import Row, commit_of_code, row_of
+from localgrad.reproduce.results import Row, commit_of_code, identity_of, row_of
 from localgrad.reproduce.sources import Source
-from localgrad.reproduce.tables import Cell, fingerprint, recipe_of
+from localgrad.reproduce.tables import Cell, digest, recipe_of
 from localgrad.training.folder import write_atomically
 
 RUNS = Path("runs/reproduce")
@@ -42,20 +43,31 @@ class Errand:
         profile: its size.
         source: where its images are.
         execution: recipe keys of this machine: device, threads.
+        repetition: 0 is the first run of the cell; each has a folder of its own.
     """
 
     cell: Cell
     profile: Profile
     source: Source
     execution: dict[str, Any]
+    repetition: int = 0
 
-    @property
+    @cached_property
     def folder(self) -> Path:
         """The run folder; its name changes with whatever changes results."""
         cell = self.cell
-        own = fingerprint({**recipe_of(cell, self.profile), "source": [self.source.label, self.source.path]})
+        source = self.source
+        own = digest([*identity_of(cell, self.profile, source.label, source.digest), source.path])
         name = f"{cell.data}-{cell.method}-k{cell.modules}-seed{cell.seed}-{cell.epochs}-epochs-{own}"
-        return RUNS / self.profile.name / name
+        again = f"-again{self.repetition}" if self.repetition else ""
+        return RUNS / self.profile.name / (name + again)
+
+    def again(self) -> Errand:
+        """The same cell in a folder where no run is complete."""
+        errand = self
+        while errand.is_finished:
+            errand = replace(errand, repetition=errand.repetition + 1)
+        return errand
 
     @property
     def is_finished(self) -> bool:
@@ -78,6 +90,7 @@ class Errand:
             self.profile,
             self.folder,
             data_source=self.source.label,
+            data_digest=self.source.digest,
             path=self.source.path,
             commit=" then ".join(dict.fromkeys(self._commits())),
         )
@@ -128,7 +141,7 @@ def run_errands(
     started: Callable[[Errand], None],
     ended: Callable[[Errand, str | None], None],
 ) -> int | None:
-    """Run cells, some at a time; one that fails doesn't stop the others.
+    """Run cells, some at a time, never two in one folder; one that fails doesn't stop the others.
 
     Args:
         errands: in order.
@@ -150,8 +163,13 @@ def run_errands(
     with _noting_signals() as noted:
         try:
             while (waiting or running) and not noted:
-                while waiting and len(running) < at_once and not noted:
+                for _ in range(len(waiting)):
+                    if len(running) >= at_once or noted:
+                        break
                     errand = waiting.popleft()
+                    if any(errand.folder == other.folder for other in running.values()):
+                        waiting.append(errand)  # the same run for another table: it is read when it is there
+                        continue
                     if errand.is_finished:
                         ended(errand, None)
                         continue

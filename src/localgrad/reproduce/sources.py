@@ -6,12 +6,14 @@ what lies there may be copies that lost something, so it is looked at, and named
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from localgrad.errors import DataError
+from localgrad.reproduce.tables import digest
 from localgrad.training.loading import FileImages, find
 
 OFFICIAL = "official files, read by torchvision"
@@ -51,6 +53,21 @@ class Source:
         rows = sorted({0, len(images) // 2, len(images) - 1})
         kinds = sorted({image_format(encoded) for _, encoded in images.files.encoded(rows)})
         return f"a folder of {' and '.join(kinds)} copies, not compared with the official pixels"
+
+    @cached_property
+    def digest(self) -> str:
+        """What tells folders of images apart: names and sizes of their files, wherever they lie."""
+        if self.path is None:
+            return "official"
+        top = Path(self.path).expanduser()
+        if top.is_file():
+            return digest([(top.name, top.stat().st_size)])
+        files = []
+        for folder, below, names in os.walk(top, followlinks=True):
+            below[:] = [name for name in below if not name.startswith(".")]
+            paths = [Path(folder, name) for name in names if not name.startswith(".")]
+            files += [(path.relative_to(top).as_posix(), path.stat().st_size) for path in paths if path.is_file()]
+        return digest(sorted(files))
 
     def check(self, *, download: bool) -> None:
         """See that the data set is there; fetch the official files if that is allowed.

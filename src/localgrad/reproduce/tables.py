@@ -1,8 +1,8 @@
 """The tables, their cells, and the recipe and the command of a cell: pure functions of names and numbers.
 
 A cell is one run: a method with K modules and a seed on a data set, with a table's model, in a profile's size. What its
-recipe comes to is hashed into a fingerprint, which stands in every result: when a method or a profile is changed, what
-was measured before is no longer shown as its result, and its cells are run again.
+recipe comes to, defaults included, is hashed into a fingerprint, which stands in every result: when a method, a profile
+or a default is changed, what was measured before is no longer shown as its result, and its cells are run again.
 """
 
 from __future__ import annotations
@@ -16,9 +16,14 @@ from functools import cache
 from pathlib import PurePath
 from typing import Any
 
-from localgrad.recipe import overlay, preset
+from localgrad.recipe import Recipe, overlay, preset
 from localgrad.reproduce.methods import BASELINES, DEFAULT, END_TO_END, METHODS, REMEDIES, overlay_of
 from localgrad.reproduce.profiles import DATA, Profile
+
+REVISION = 1
+"""To be raised by hand when code changes what a method means under the same recipe: all results are made anew."""
+
+_OF_MACHINES = ("device", "num_threads")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +32,7 @@ class Table:
 
     Attributes:
         name: as typed, and of its files.
-        title: what it shows, a phrase.
+        title: what it shows, a phrase; ``{size}`` follows the name of a model.
         data: data sets.
         model: ``swin`` or ``vit``.
         methods: rows, baselines among them.
@@ -73,11 +78,11 @@ class Cell:
 
 
 _ALL = (
-    Table(name="cifar10", title="Swin-T on CIFAR-10", data=("cifar10",)),
-    Table(name="cifar100", title="Swin-T on CIFAR-100", data=("cifar100",)),
-    Table(name="stl10", title="Swin-T on STL-10", data=("stl10",)),
-    Table(name="svhn", title="Swin-T on SVHN", data=("svhn",)),
-    Table(name="vit", title="ViT-T on all four data sets", data=tuple(DATA), model="vit", has_published=False),
+    Table(name="cifar10", title="Swin{size} on CIFAR-10", data=("cifar10",)),
+    Table(name="cifar100", title="Swin{size} on CIFAR-100", data=("cifar100",)),
+    Table(name="stl10", title="Swin{size} on STL-10", data=("stl10",)),
+    Table(name="svhn", title="Swin{size} on SVHN", data=("svhn",)),
+    Table(name="vit", title="ViT{size} on all four data sets", data=tuple(DATA), model="vit", has_published=False),
     Table(
         name="ranking",
         title="What helps, at K = 4",
@@ -158,9 +163,15 @@ def _base(name: str | None) -> dict[str, Any]:
 
 
 def fingerprint(values: Mapping[str, Any]) -> str:
-    """Eight hexadecimal digits that tell recipes apart."""
-    text = json.dumps(values, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    """Eight hexadecimal digits that tell recipes apart, wherever they are run."""
+    recipe = Recipe.from_dict(values).to_dict()
+    execution = {key: value for key, value in recipe["execution"].items() if key not in _OF_MACHINES}
+    return digest({"revision": REVISION, "recipe": {**recipe, "execution": execution}})
+
+
+def digest(value: object) -> str:
+    """Eight hexadecimal digits that tell plain values apart."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def model_of(values: Mapping[str, Any]) -> str:
@@ -191,3 +202,21 @@ def command_of(cell: Cell, profile: Profile, path: str | None) -> str:
         is_elsewhere = PurePath(path).is_absolute() or path.startswith("~")
         words += ["--data-path", f"{cell.data}={'FOLDER' if is_elsewhere else shlex.quote(path)}"]
     return " ".join(words)
+
+
+def repeating_command_of(
+    cell: Cell, profile: Profile, path: str | None, *, device: str, num_threads: int | None
+) -> str:
+    """What repeats a cell as it was run, even where its result lies already.
+
+    Args:
+        cell: which.
+        profile: its size.
+        path: as for ``command_of``.
+        device: kind of it; the processor goes without saying.
+        num_threads: of the run, if known.
+    """
+    words = [command_of(cell, profile, path)]
+    words += [] if device == "cpu" else ["--device", device]
+    words += [] if num_threads is None else ["--num-threads", str(num_threads)]
+    return " ".join([*words, "--again"])

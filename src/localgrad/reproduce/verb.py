@@ -16,7 +16,17 @@ from localgrad.build import resolve_device
 from localgrad.errors import DataError, RecipeError, RunFolderError, did_you_mean
 from localgrad.reproduce.methods import BASELINES, METHODS, REMEDIES
 from localgrad.reproduce.profiles import DATA, PROFILES, Profile
-from localgrad.reproduce.results import Row, identity, identity_of, known_runs, load_rows, path_of, store
+from localgrad.reproduce.results import (
+    Row,
+    command_of_row,
+    identity,
+    identity_of,
+    known_runs,
+    load_rows,
+    path_of,
+    run_of,
+    store,
+)
 from localgrad.reproduce.runner import Errand, run_errands
 from localgrad.reproduce.sources import OFFICIAL, Source
 from localgrad.reproduce.tables import TABLES, cells_of, command_of, interleaved
@@ -44,6 +54,7 @@ class Settings:
         jobs: processes at a time.
         num_threads: of each process; by default the cores shared out.
         device: auto, cpu, cuda, cuda:N.
+        again: run cells that are done, too, in fresh folders.
         results: folder of the results.
     """
 
@@ -60,6 +71,7 @@ class Settings:
     jobs: int = 1
     num_threads: int | None = None
     device: str = "auto"
+    again: bool = False
     results: Path = Path("results")
 
 
@@ -96,13 +108,14 @@ def chosen_errands(settings: Settings) -> list[Errand]:
         )
     threads = settings.num_threads or max(1, (os.cpu_count() or 1) // settings.jobs)
     execution: dict[str, Any] = {"execution.device": settings.device, "execution.num_threads": threads}
-    return [Errand(cell, profile, sources[cell.data], execution) for cell in cells]
+    errands = [Errand(cell, profile, sources[cell.data], execution) for cell in cells]
+    return [errand.again() for errand in errands] if settings.again else errands
 
 
 def list_cells(settings: Settings, say: Say) -> None:
     """List the cells that were asked for: whether each is done, and its command."""
     errands = chosen_errands(settings)
-    known = known_runs(settings.results, errands[0].profile.name)
+    known = {} if settings.again else known_runs(settings.results, errands[0].profile.name)
     for errand in errands:
         is_done = _run(errand) in known or errand.is_finished
         state = "done" if is_done else "begun" if errand.is_begun else "not run"
@@ -121,7 +134,7 @@ def fill(settings: Settings, say: Say) -> int:
         check_writable(settings.results)
     except RunFolderError as error:
         raise RunFolderError(str(error).replace("--out", "--results")) from error
-    known = known_runs(settings.results, profile.name)
+    known = {} if settings.again else known_runs(settings.results, profile.name)
     missing = []
     for errand in errands:
         row = known.get(_run(errand))
@@ -165,14 +178,14 @@ def _told(row: Row) -> str:
 
 
 def _run(errand: Errand) -> tuple[Any, ...]:
-    return identity_of(errand.cell, errand.profile, errand.source.label)[-2:]
+    return run_of(identity_of(errand.cell, errand.profile, errand.source.label, errand.source.digest))
 
 
 def _adopt(errand: Errand, row: Row, results: Path) -> None:
     """Take the row of the same run, of another table or by another name, into the cell's own table."""
     cell, profile = errand.cell, errand.profile
     known = load_rows(path_of(results, cell.table, profile.name))
-    own = {**row, "method": cell.method, "command": command_of(cell, profile, errand.source.path)}
+    own = {**row, "method": cell.method, "command": command_of_row(cell, profile, errand.source.path, row)}
     if identity(own) not in map(identity, known):
         store(results, cell, profile, own)
 
