@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from localgrad.learner import LocalLearner, StepResult
+from localgrad.objectives.base import LocalObjective
 from localgrad.training.events import Event, Sink
 from localgrad.training.trainer import EpochSums
 
@@ -53,6 +54,27 @@ def make(kind: str = "vit", **more: Any) -> nn.Module:
 
 def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05)
+
+
+def quick_adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-2)  # far enough for moving averages to lag visibly
+
+
+def make_learner(model: nn.Module | None = None, modules: Any = 3, optimizer: Any = adamw, **more: Any) -> LocalLearner:
+    """A learner with optimizers, of a small ViT by default; the same weights each time."""
+    torch.manual_seed(1)
+    learner = LocalLearner(make() if model is None else model, modules=modules, input_size=SIZE, **more)
+    learner.configure_optimizers(optimizer)
+    return learner
+
+
+def copied(weights: nn.Module) -> dict[str, Tensor]:
+    """A module's state, copied."""
+    return {name: value.detach().clone() for name, value in weights.state_dict().items()}
+
+
+def term_of(objective: LocalObjective, name: str) -> Any:
+    return objective.terms[name]
 
 
 # Training --------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,33 +12,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import localgrad
-from helpers import SIZE, assert_same, batches, make, train
-from localgrad import FeatureReconstruction, LocalLearner
+from helpers import (
+    assert_same,
+    batches,
+    copied,
+    make,
+    make_learner,
+    quick_adamw,
+    term_of,
+    train,
+)
+from localgrad import FeatureReconstruction
 from localgrad.errors import RecipeError
-from localgrad.objectives.base import LocalObjective
 
 SWIN: dict[str, Any] = {"depths": (2, 2, 1), "drop_path_rate": 0.0}  # timm gives a Swin 0.1
 
-
-def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-2)  # far enough for moving averages to lag visibly
-
-
-def make_learner(
-    model: nn.Module | None = None, modules: Any = 3, optimizer: Callable[..., Any] = adamw, **more: Any
-) -> LocalLearner:
-    torch.manual_seed(1)
-    learner = LocalLearner(make() if model is None else model, modules=modules, input_size=SIZE, **more)
-    learner.configure_optimizers(optimizer)
-    return learner
-
-
-def copied(weights: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in weights.state_dict().items()}
-
-
-def term_of(objective: LocalObjective, name: str) -> Any:
-    return objective.terms[name]
+learner_of = partial(make_learner, optimizer=quick_adamw)
 
 
 def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -46,7 +35,7 @@ def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 def test_overlap_is_what_a_plain_loop_does() -> None:
-    learner = make_learner(make(depth=6), [2, 4], objective=FeatureReconstruction(), overlap=1)
+    learner = learner_of(make(depth=6), [2, 4], objective=FeatureReconstruction(), overlap=1)
     model = copy.deepcopy(learner.model)
     extra = [copy.deepcopy(module.objective) for module in learner.modules]
     blocks = model.blocks
@@ -56,7 +45,7 @@ def test_overlap_is_what_a_plain_loop_does() -> None:
         [*blocks[1:4].parameters(), *extra[1].parameters()],
         [*blocks[3:].parameters(), *model.norm.parameters(), *model.head.parameters()],
     ]
-    optimizers = [adamw(parameters) for parameters in owned]
+    optimizers = [quick_adamw(parameters) for parameters in owned]
 
     def update(index: int, y: Tensor, target: Tensor, labels: Tensor) -> None:
         task, reconstruction = extra[index].terms["task"], extra[index].terms["reconstruction"]
@@ -89,7 +78,7 @@ def test_overlap_is_what_a_plain_loop_does() -> None:
 
 
 def test_with_overlap_the_model_stays_plain_and_isolated() -> None:
-    learner = make_learner(overlap=1, objective=FeatureReconstruction(context=0.5, reconstruct="previous"))
+    learner = learner_of(overlap=1, objective=FeatureReconstruction(context=0.5, reconstruct="previous"))
     train(learner, batches(2))
     localgrad.check_isolation(learner)
     plain = make().eval()
@@ -105,7 +94,7 @@ def test_with_overlap_the_model_stays_plain_and_isolated() -> None:
 
 @pytest.mark.parametrize(("boundaries", "shared"), [([1, 2, 3], [0, 1, 1, 1]), ([3], [0, 3]), ([2, 3], [0, 2, 1])])
 def test_overlap_is_at_most_the_module_before(boundaries: list[int], shared: list[int]) -> None:
-    learner = make_learner(modules=boundaries, overlap=7)
+    learner = learner_of(modules=boundaries, overlap=7)
     assert [module.shared for module in learner.modules] == shared
     assert [module.given for module in learner.modules] == [*shared[1:], 0]
     entered: list[Tensor] = []
@@ -123,7 +112,7 @@ def test_overlap_is_at_most_the_module_before(boundaries: list[int], shared: lis
 
 
 def test_overlap_across_a_change_of_resolution() -> None:
-    learner = make_learner(make("swin", **SWIN), [2, 4], objective=FeatureReconstruction(), overlap=1)
+    learner = learner_of(make("swin", **SWIN), [2, 4], objective=FeatureReconstruction(), overlap=1)
     layouts = learner.backbone.layouts
     targets = [term_of(module.objective, "reconstruction").decoder.target for module in learner.modules[:-1]]
     assert targets[1] == layouts[1]
@@ -137,7 +126,7 @@ def test_overlap_across_a_change_of_resolution() -> None:
 def test_overlap_may_be_recomputed_and_cut_in_parts() -> None:
     found = {}
     for checkpoint, accumulation in [("none", 1), ("blocks", 1), ("halves", 1), ("blocks", 2), ("halves/2:1", 2)]:
-        learner = make_learner(optimizer=sgd, overlap=1, checkpoint=checkpoint, accumulation=accumulation)
+        learner = learner_of(optimizer=sgd, overlap=1, checkpoint=checkpoint, accumulation=accumulation)
         train(learner, batches(2))
         found[checkpoint, accumulation] = copied(learner.model)
     expected = found.pop(("none", 1))
@@ -149,11 +138,11 @@ def test_overlap_may_be_recomputed_and_cut_in_parts() -> None:
 
 def test_overlap_resumes_bit_for_bit() -> None:
     settings: dict[str, Any] = {"overlap": 1, "clip_grad": 0.5, "ema_decay": 0.9}
-    learner = make_learner(make(drop_path_rate=0.2), **settings)
+    learner = learner_of(make(drop_path_rate=0.2), **settings)
     train(learner, batches(2))
     state = copy.deepcopy(learner.state_dict())
     train(learner, batches(2))
-    other = make_learner(make(drop_path_rate=0.2), **settings)
+    other = learner_of(make(drop_path_rate=0.2), **settings)
     other.load_state_dict(state)
     train(other, batches(2))
     assert_same(other.state_dict(), learner.state_dict())
@@ -162,9 +151,9 @@ def test_overlap_resumes_bit_for_bit() -> None:
 @pytest.mark.parametrize("overlap", [-1, True, 0.5])
 def test_a_bad_overlap_is_refused(overlap: Any) -> None:
     with pytest.raises(RecipeError, match="overlap must be a number of blocks"):
-        make_learner(overlap=overlap)
+        learner_of(overlap=overlap)
 
 
 def test_overlap_doesnt_go_with_offloading() -> None:
     with pytest.raises(RecipeError, match="leave offload out"):
-        make_learner(overlap=1, offload=True)
+        learner_of(overlap=1, offload=True)

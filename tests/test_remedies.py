@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -12,11 +13,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from helpers import SIZE, make, walk
+from helpers import (
+    SIZE,
+    make,
+    make_learner,
+    quick_adamw,
+    term_of,
+    walk,
+)
 from localgrad import Contrastive, FeatureReconstruction, GreedySupervised, ImageReconstruction, Layout, LocalLearner
 from localgrad.auxiliary import ConvDecoder, Decoder, TransformerDecoder
 from localgrad.errors import RecipeError
-from localgrad.objectives.base import LocalBatch, LocalObjective
+from localgrad.objectives.base import LocalBatch
 from localgrad.objectives.reconstruction import BlockReconstruction, Reconstruction
 from localgrad.objectives.regularisers import SimilarityMatching
 from localgrad.objectives.supervised import TaskLoss
@@ -24,19 +32,10 @@ from localgrad.objectives.supervised import TaskLoss
 FEATURES = Layout(kind="tokens", width=8, grid=(4, 4), num_prefix_tokens=1)
 DEEP = Layout(kind="NHWC", width=16, grid=(2, 2))
 
+learner_of = partial(make_learner, optimizer=quick_adamw)
+
 
 SWIN: dict[str, Any] = {"depths": (2, 2, 1), "drop_path_rate": 0.0}  # timm gives a Swin 0.1
-
-
-def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-2)  # far enough for moving averages to lag visibly
-
-
-def make_learner(model: nn.Module | None = None, modules: Any = 3, **more: Any) -> LocalLearner:
-    torch.manual_seed(1)
-    learner = LocalLearner(make() if model is None else model, modules=modules, input_size=SIZE, **more)
-    learner.configure_optimizers(adamw)
-    return learner
 
 
 def a_batch(seed: int = 1, num_images: int = 4) -> tuple[Tensor, Tensor]:
@@ -48,10 +47,6 @@ def train(learner: LocalLearner, num_steps: int, seed: int = 7) -> None:
     torch.manual_seed(seed)
     for number in range(num_steps):
         learner.step(*a_batch(number))
-
-
-def term_of(objective: LocalObjective, name: str) -> Any:
-    return objective.terms[name]
 
 
 def normalised(grid: np.ndarray) -> np.ndarray:
@@ -76,7 +71,7 @@ def test_transport_is_the_mean_square_of_what_blocks_add(
     kind: str, boundaries: list[int], same_shape: list[int]
 ) -> None:
     model = make(kind, **(SWIN if kind == "swin" else {}))
-    learner = make_learner(model, boundaries, objective=GreedySupervised(transport_tau=0.7))
+    learner = learner_of(model, boundaries, objective=GreedySupervised(transport_tau=0.7))
     images, labels = a_batch()
     found = walk(learner, images)
     result = learner.step(images, labels)
@@ -88,7 +83,7 @@ def test_transport_is_the_mean_square_of_what_blocks_add(
 
 
 def test_transport_reaches_the_blocks() -> None:
-    learner = make_learner(modules=2, objective=GreedySupervised(task_weight=0.0, transport_tau=2.0))
+    learner = learner_of(modules=2, objective=GreedySupervised(task_weight=0.0, transport_tau=2.0))
     module = learner.modules[0]
     images, labels = a_batch()
     module(images, LocalBatch(images, labels)).loss.backward()
@@ -105,7 +100,7 @@ def test_transport_reaches_the_blocks() -> None:
 
 
 def test_tau_goes_with_depth() -> None:
-    learner = make_learner(modules=4, objective=GreedySupervised(transport_tau=(1.0, 3.0)))
+    learner = learner_of(modules=4, objective=GreedySupervised(transport_tau=(1.0, 3.0)))
     assert [term_of(module.objective, "transport").tau for module in learner.modules[:-1]] == [1.0, 2.0, 3.0]
 
 
@@ -120,7 +115,7 @@ def mean_square(prediction: Tensor, target: Tensor, layout: Layout, *, norm: boo
 @pytest.mark.parametrize("norm", [True, False])
 def test_blocks_are_reconstructed_from_the_modules_output(norm: bool) -> None:
     objective = FeatureReconstruction(reconstruct="blocks", normalise_targets=norm, decoder="conv")
-    learner = make_learner(modules=2, objective=objective)
+    learner = learner_of(modules=2, objective=objective)
     images, labels = a_batch()
     *states, outputs = walk(learner, images)[0][1:]  # the first module's stem is no block
     term = term_of(learner.modules[0].objective, "reconstruction")
@@ -134,7 +129,7 @@ def test_blocks_are_reconstructed_from_the_modules_output(norm: bool) -> None:
 
 
 def test_previous_is_what_the_module_before_received() -> None:
-    learner = make_learner(modules=4, objective=FeatureReconstruction(reconstruct="previous"))
+    learner = learner_of(modules=4, objective=FeatureReconstruction(reconstruct="previous"))
     images, labels = a_batch()
     entered = [states[0] for states in walk(learner, images)]
     outputs = [states[-1] for states in walk(learner, images)]
@@ -168,7 +163,7 @@ def test_targets_arrive_detached(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Reconstruction, "forward", watched)
     for reconstruct in ("inputs", "previous", "blocks"):
-        train(make_learner(modules=4, objective=FeatureReconstruction(reconstruct=reconstruct)), 1)
+        train(learner_of(modules=4, objective=FeatureReconstruction(reconstruct=reconstruct)), 1)
     assert len(seen) == 9
     assert not any(seen)
 
@@ -245,7 +240,7 @@ def test_nothing_hidden_is_no_loss() -> None:
 
 
 def test_an_image_may_be_masked_too() -> None:
-    learner = make_learner(objective=ImageReconstruction(decoder="conv", mask=0.6, reconstruction_error="smooth_l1"))
+    learner = learner_of(objective=ImageReconstruction(decoder="conv", mask=0.6, reconstruction_error="smooth_l1"))
     before = copy.deepcopy(learner.modules[0].objective.state_dict())
     train(learner, 1)
     after = learner.modules[0].objective.state_dict()
@@ -258,7 +253,7 @@ def test_an_image_may_be_masked_too() -> None:
 @pytest.mark.parametrize(("progress", "factor"), [(0.0, 2.0), (0.5, 1.25), (1.0, 0.5)])
 def test_weights_change_over_time(progress: float, factor: float) -> None:
     objective = FeatureReconstruction(over_time={"reconstruction": (2.0, 0.5)}, reconstruction_weight=3.0)
-    learner = make_learner(objective=objective)
+    learner = learner_of(objective=objective)
     learner.at(progress)
     result = learner.step(*a_batch())
     for loss, terms in zip(result.losses[:-1], result.terms[:-1], strict=True):
@@ -267,7 +262,7 @@ def test_weights_change_over_time(progress: float, factor: float) -> None:
 
 
 def test_before_anyone_tells_the_time_it_is_the_start() -> None:
-    learner = make_learner(objective=GreedySupervised(over_time={"task": (0.25, 1.0)}))
+    learner = learner_of(objective=GreedySupervised(over_time={"task": (0.25, 1.0)}))
     result = learner.step(*a_batch())
     torch.testing.assert_close(result.losses[0], 0.25 * result.terms[0]["task"])
 
@@ -279,7 +274,7 @@ def test_pairs_of_options_go_with_depth() -> None:
         classifier="next",
         classifier_options={"depth": [3, 1]},
     )
-    learner = make_learner(make(depth=5), modules=[1, 2, 3], objective=objective)
+    learner = learner_of(make(depth=5), modules=[1, 2, 3], objective=objective)
     objectives = [module.objective for module in learner.modules[:-1]]
     assert [len(term_of(o, "task").classifier.blocks) for o in objectives] == [3, 2, 1]
     assert [len(term_of(o, "reconstruction").decoder.blocks) for o in objectives] == [1, 2, 2]  # round(1.5) is 2
@@ -318,7 +313,7 @@ def test_similarity_matching_is_the_papers_formula(soft: bool) -> None:
 def test_any_objective_takes_the_regularisers() -> None:
     more: dict[str, Any] = {"similarity_weight": (1.0, 0.0), "contrastive_weight": 0.5, "transport_tau": 1.0}
     for kind in (GreedySupervised, FeatureReconstruction, ImageReconstruction, Contrastive):
-        result = make_learner(objective=kind(**more)).step(*a_batch())
+        result = learner_of(objective=kind(**more)).step(*a_batch())
         assert {"contrastive", "similarity", "transport"} <= result.terms[0].keys()
         assert "similarity" not in result.terms[1]  # its weight is 0 there
         assert list(result.terms[2]) == ["task"]
@@ -331,7 +326,7 @@ def test_any_objective_takes_the_regularisers() -> None:
 
 def test_the_teacher_is_the_averaged_model_before_the_step() -> None:
     objective = GreedySupervised(teacher_share=(0.3, 0.6), label_smoothing=0.1)
-    learner = make_learner(make(drop_path_rate=0.5), objective=objective, ema_decay=0.5)
+    learner = learner_of(make(drop_path_rate=0.5), objective=objective, ema_decay=0.5)
     train(learner, 3)
     images, labels = a_batch(9)
     average = copy.deepcopy(learner.averaged_model)
@@ -354,7 +349,7 @@ def test_the_teacher_is_the_averaged_model_before_the_step() -> None:
 
 def test_no_teacher_without_an_average() -> None:
     with pytest.raises(RecipeError, match=r"teacher_share: .* add ema_decay"):
-        make_learner(objective=GreedySupervised(teacher_share=0.5))
+        learner_of(objective=GreedySupervised(teacher_share=0.5))
 
 
 def test_teacher_share_is_a_mixture() -> None:
@@ -393,7 +388,7 @@ def test_parts_of_a_batch_give_the_whole_steps_gradient() -> None:
     objective = FeatureReconstruction(context=1.0, reconstruct="previous", teacher_share=0.5, transport_tau=1.0)
     found = []
     for accumulation in (1, 2):
-        learner = make_learner(objective=objective, ema_decay=0.9, accumulation=accumulation)
+        learner = learner_of(objective=objective, ema_decay=0.9, accumulation=accumulation)
         learner.configure_optimizers(lambda parameters: torch.optim.SGD(parameters, lr=0.05))
         train(learner, 2)
         found.append(learner.model.state_dict())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,37 +14,29 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import localgrad
-from helpers import SIZE, assert_same, batches, make, train, walk
+from helpers import (
+    SIZE,
+    assert_same,
+    batches,
+    copied,
+    make,
+    make_learner,
+    quick_adamw,
+    term_of,
+    train,
+    walk,
+)
 from localgrad import GreedySupervised, Layout, LocalLearner
 from localgrad.auxiliary import NextClassifier, build_classifier
 from localgrad.errors import RecipeError
 from localgrad.execution import local_step
 from localgrad.execution.local_module import site_of
 from localgrad.execution.local_step import LocalStep, cosine_direction
-from localgrad.objectives.base import ContextSupply, LocalBatch, LocalObjective
+from localgrad.objectives.base import ContextSupply, LocalBatch
 
 SWIN: dict[str, Any] = {"depths": (2, 2, 1), "drop_path_rate": 0.0}  # timm gives a Swin 0.1
 
-
-def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-2)  # far enough for moving averages to lag visibly
-
-
-def make_learner(
-    model: nn.Module | None = None, modules: Any = 3, optimizer: Callable[..., Any] = adamw, **more: Any
-) -> LocalLearner:
-    torch.manual_seed(1)
-    learner = LocalLearner(make() if model is None else model, modules=modules, input_size=SIZE, **more)
-    learner.configure_optimizers(optimizer)
-    return learner
-
-
-def copied(weights: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in weights.state_dict().items()}
-
-
-def term_of(objective: LocalObjective, name: str) -> Any:
-    return objective.terms[name]
+learner_of = partial(make_learner, optimizer=quick_adamw)
 
 
 # The next blocks as a classifier ---------------------------------------------------------------------------------
@@ -54,7 +45,7 @@ def term_of(objective: LocalObjective, name: str) -> Any:
 def next_learner(weights: str, decay: float = 0.9, **more: Any) -> tuple[LocalLearner, NextClassifier]:
     options = {"weights": weights, "decay": decay, "depth": 2}
     objective = GreedySupervised(classifier="next", classifier_options=options)
-    learner = make_learner(objective=objective, modules=[1, 2], **more)
+    learner = learner_of(objective=objective, modules=[1, 2], **more)
     return learner, term_of(learner.modules[0].objective, "task").classifier
 
 
@@ -91,7 +82,7 @@ def test_next_takes_no_more_blocks_than_follow() -> None:
 
 
 def test_next_across_a_change_of_resolution_ends_in_the_layout_there() -> None:
-    learner = make_learner(make("swin", **SWIN), modules=[2, 4], objective=GreedySupervised(classifier="next"))
+    learner = learner_of(make("swin", **SWIN), modules=[2, 4], objective=GreedySupervised(classifier="next"))
     classifier = term_of(learner.modules[0].objective, "task").classifier
     assert classifier.pool.width == learner.backbone.layouts[3].width == 64
     images, labels = batches(1)[0]
@@ -159,7 +150,7 @@ def test_an_average_is_resumed_bit_for_bit() -> None:
 )
 def test_bad_options_of_next_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(RecipeError, match=words) as refused:
-        make_learner(objective=GreedySupervised(classifier="next", classifier_options=options))
+        learner_of(objective=GreedySupervised(classifier="next", classifier_options=options))
     assert "\n" not in str(refused.value)
     assert "object at" not in str(refused.value)
 
@@ -168,7 +159,7 @@ def test_bad_options_of_next_are_refused(options: dict[str, Any], words: str) ->
 
 
 def context_learner(model: nn.Module | None = None, **more: Any) -> LocalLearner:
-    return make_learner(model, modules=4, objective=GreedySupervised(context=0.5), **more)
+    return learner_of(model, modules=4, objective=GreedySupervised(context=0.5), **more)
 
 
 def features_and_context(learner: LocalLearner, images: Tensor) -> list[tuple[Tensor, tuple[Tensor, ...]]]:
@@ -279,7 +270,7 @@ def second_step(
     """The step of a second module on its own, a batch with a gradient that it is to be like, and its inputs."""
     objective = GreedySupervised(reconcile=weight)
     model = make(kind, drop_path_rate=drop_path)
-    learner = make_learner(model, [2], optimizer=sgd, objective=objective, accumulation=accumulation)
+    learner = learner_of(model, [2], optimizer=sgd, objective=objective, accumulation=accumulation)
     model.double()
     inputs = walk(learner, batches(1)[0][0].double())[0][-1]
     generator = torch.Generator().manual_seed(2)
@@ -354,7 +345,7 @@ def test_the_direction_is_the_gradient_of_one_minus_cosine() -> None:
 
 
 def test_a_module_is_given_the_gradient_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    learner = make_learner(objective=GreedySupervised(reconcile=(0.5, 1.0)))
+    learner = learner_of(objective=GreedySupervised(reconcile=(0.5, 1.0)))
     images, labels = batches(1)[0]
     given: list[Tensor | None] = []
     once = LocalStep._forward_backward
@@ -379,7 +370,7 @@ def test_a_module_is_given_the_gradient_of_the_one_before(monkeypatch: pytest.Mo
 def test_reconciling_draws_nothing_more() -> None:
     states = []
     for weight in (0.0, 1.0):
-        learner = make_learner(make(drop_path_rate=0.3), objective=GreedySupervised(reconcile=weight))
+        learner = learner_of(make(drop_path_rate=0.3), objective=GreedySupervised(reconcile=weight))
         result = train(learner, batches(1))[0]
         states.append((torch.get_rng_state(), result.logits, result.losses))
     assert_same(states[0], states[1])  # figures are those of the first pass
@@ -388,7 +379,7 @@ def test_reconciling_draws_nothing_more() -> None:
 def test_reconciled_gradients_come_to_agree() -> None:
     cosines = []
     for weight in (0.0, 10.0):
-        learner = make_learner(modules=[2], optimizer=sgd, objective=GreedySupervised(reconcile=weight))
+        learner = learner_of(modules=[2], optimizer=sgd, objective=GreedySupervised(reconcile=weight))
         images, labels = batches(1)[0]
         for _ in range(15):
             learner.step(images, labels)
@@ -411,4 +402,4 @@ def test_reconciled_gradients_come_to_agree() -> None:
 )
 def test_reconciling_doesnt_go_with_everything(more: dict[str, Any], words: str) -> None:
     with pytest.raises(RecipeError, match=words):
-        make_learner(objective=GreedySupervised(reconcile=1.0), **more)
+        learner_of(objective=GreedySupervised(reconcile=1.0), **more)

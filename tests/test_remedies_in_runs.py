@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor, nn
 
 import localgrad
 from helpers import (
     SIZE,
     Cli,
     Recorder,
+    adamw,
     assert_refused,
     assert_same_run,
     batches,
     interrupt_at_step,
     make,
+    make_learner,
     metrics_of,
 )
 from localgrad import FeatureReconstruction, GreedySupervised, LocalLearner, run
@@ -36,33 +35,6 @@ from localgrad.recipe import Recipe, overlay
 from localgrad.training.events import EpochEnded
 from localgrad.training.health import gradient_cosine
 from localgrad.training.trainer import Interrupted
-
-
-def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05)
-
-
-def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
-
-
-def make_learner(
-    model: nn.Module | None = None, modules: Any = 3, optimizer: Callable[..., Any] = adamw, **more: Any
-) -> LocalLearner:
-    torch.manual_seed(1)
-    learner = LocalLearner(make() if model is None else model, modules=modules, input_size=SIZE, **more)
-    learner.configure_optimizers(optimizer)
-    return learner
-
-
-def train_globally(learner: LocalLearner, count: int = 3) -> list[Any]:
-    torch.manual_seed(7)
-    return [learner.global_step_on(LocalBatch(images, labels)) for images, labels in batches(count)]
-
-
-def copied(weights: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in weights.state_dict().items()}
-
 
 # Runs ------------------------------------------------------------------------------------------------------------
 

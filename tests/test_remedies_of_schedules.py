@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,9 +13,12 @@ from torch import Tensor, nn
 
 from helpers import (
     SIZE,
+    adamw,
     assert_same,
     batches,
+    copied,
     make,
+    make_learner,
     profiler_peak,
 )
 from localgrad import GreedySupervised, LocalLearner
@@ -29,30 +31,13 @@ from localgrad.recipe import TrainingSettings
 from localgrad.training.optim import OptimizerFactory, Schedule
 
 
-def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05)
-
-
 def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
-
-
-def make_learner(
-    model: nn.Module | None = None, modules: Any = 3, optimizer: Callable[..., Any] = adamw, **more: Any
-) -> LocalLearner:
-    torch.manual_seed(1)
-    learner = LocalLearner(make() if model is None else model, modules=modules, input_size=SIZE, **more)
-    learner.configure_optimizers(optimizer)
-    return learner
 
 
 def train_globally(learner: LocalLearner, count: int = 3) -> list[Any]:
     torch.manual_seed(7)
     return [learner.global_step_on(LocalBatch(images, labels)) for images, labels in batches(count)]
-
-
-def copied(weights: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in weights.state_dict().items()}
 
 
 # End-to-end steps ------------------------------------------------------------------------------------------------
