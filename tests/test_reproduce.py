@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shlex
@@ -94,8 +95,8 @@ def test_a_method_changes_nothing_that_all_have_in_common(method: str) -> None:
 @pytest.mark.parametrize("profile", PROFILES.values(), ids=lambda profile: profile.name)
 def test_recipes_of_one_table_differ_in_their_local_modules_alone(profile: Any) -> None:
     for table in TABLES.values():
-        for data in table.data:
-            cells = [cell for cell in cells_of(table, profile) if cell.data == data and cell.epochs == profile.epochs]
+        for data, epochs in itertools.product(table.data, epochs_of(table, profile)):
+            cells = [cell for cell in cells_of(table, profile) if (cell.data, cell.epochs) == (data, epochs)]
             shared = []
             for cell in cells:
                 values = overlay(recipe_of(cell, profile), {"seed": 0, "local": None})

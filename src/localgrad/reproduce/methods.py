@@ -81,7 +81,7 @@ REMEDIES: dict[str, Overlay] = {
     "warmup-stagger": {**_remedy(), "training.warmup_stagger": 2.0},
     "freeze": {**_remedy(), "training.freeze_from": 0.8},
 }
-"""Further ones, for the table ``ranking`` alone."""
+"""Further ones, for the tables ``ranking`` and ``images`` alone."""
 
 
 def overlay_of(method: str) -> Overlay:

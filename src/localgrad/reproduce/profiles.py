@@ -84,7 +84,7 @@ SMOKE = Profile(
 
 CPU = Profile(
     name="cpu",
-    about="a reduced run for two processor cores: a small model, 32 x 32 pixels, 4,000 training images",
+    about="a reduced run for two processor cores: a small model and 32 x 32 pixels",
     settings={
         "data.val_fraction": 0.02,
         "data.limit": 4_000,
