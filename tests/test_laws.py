@@ -25,6 +25,7 @@ import localgrad
 from helpers import MODELS, SIZE, adamw, assert_same, batches, make, train
 from localgrad import Contrastive, FeatureReconstruction, GreedySupervised, ImageReconstruction, LocalLearner
 from localgrad.execution.local_module import LocalModule, LocalOutput
+from localgrad.execution.local_step import drawing_from
 from localgrad.learner import estimate_step
 from localgrad.objectives.base import LocalBatch
 
@@ -202,13 +203,14 @@ def test_sequential_training_equals_a_naive_loop_bit_for_bit(kind: str) -> None:
     data = batches(4, 6)
     torch.manual_seed(7)
     losses = []
-    for images, labels in data:
+    for step, (images, labels) in enumerate(data):
         features = images
         for number, parts in enumerate(modules):
             inputs = features.detach()
             outputs = inputs
-            for part in parts:
-                outputs = part(outputs)
+            with drawing_from(torch.device("cpu"), (learner.seed, number, step)):  # what a module draws is its own
+                for part in parts:
+                    outputs = part(outputs)
             if number == 2:
                 loss = F.cross_entropy(outputs, labels, label_smoothing=0.1)
             else:
@@ -510,10 +512,12 @@ LAYERS = (
     ("execution",),
     ("planning",),
     ("learner",),
+    ("parallel",),
     ("training",),
     ("recipe",),
     ("build",),
     ("plans",),
+    ("together",),
     ("run",),
     ("comparing",),
     ("reproduce",),
@@ -598,11 +602,15 @@ PUBLIC = [
     "LocalgradError",
     "Measurement",
     "Objective",
+    "ParallelError",
+    "ParallelLearner",
     "PartitionError",
     "Plan",
     "RecipeError",
     "RunFolderError",
+    "ShareResult",
     "StepResult",
+    "Team",
     "__version__",
     "balance",
     "check_isolation",

@@ -519,9 +519,8 @@ def test_a_smoke_cell_from_its_command_to_the_docs(tmp_path: Path, monkeypatch: 
     Path("docs.md").write_text("<!-- table: cifar10 smoke -->\n<!-- end -->\n")
     said = CliRunner().invoke(cli.app, ["reproduce", "--report", "--docs", "docs.md"])
     assert said.output == "docs.md: rewritten\n"
-    assert (
-        f"| greedy | 2 | 1 | {100 * row['test_accuracy']:.2f} | 1 | baseline not run |" in Path("docs.md").read_text()
-    )
+    text = Path("docs.md").read_text().replace(f" {report.DAGGER}", "")  # code that no commit holds yet
+    assert f"| greedy | 2 | 1 | {100 * row['test_accuracy']:.2f} | 1 | baseline not run |" in text
     assert CliRunner().invoke(cli.app, ["reproduce", "--report", "--check", "--docs", "docs.md"]).exit_code == 0
 
 

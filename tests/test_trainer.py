@@ -28,11 +28,11 @@ from localgrad.training.trainer import (
     EpochSums,
     Interrupted,
     Trainer,
-    _random_state,
     _restore_random_state,
     best_weights,
     evaluate,
     load_best_weights,
+    random_state,
 )
 
 NUM_CLASSES = 3
@@ -339,7 +339,7 @@ def test_all_random_states_come_back(folder: RunFolder) -> None:
 
     np.random.randn()  # leaves a second normal number cached
     random.gauss(0, 1)
-    folder.save_last({"random": _random_state()})
+    folder.save_last({"random": random_state()})
     expected = draw()
     draw()
     _restore_random_state(folder.load_last()["random"])

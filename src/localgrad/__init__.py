@@ -21,11 +21,14 @@ if TYPE_CHECKING:
         DivergenceError,
         IsolationError,
         LocalgradError,
+        ParallelError,
         PartitionError,
         RecipeError,
         RunFolderError,
     )
+    from localgrad.execution.pipeline import ShareResult
     from localgrad.execution.sequential import StepResult
+    from localgrad.execution.team import Team
     from localgrad.learner import LocalLearner, check_isolation
     from localgrad.objectives.methods import (
         Contrastive,
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
         ImageReconstruction,
         Objective,
     )
+    from localgrad.parallel import ParallelLearner
     from localgrad.partition import Plan, balance
     from localgrad.plans.api import estimate, plan
 
@@ -49,11 +53,14 @@ _HOMES = {
         "DivergenceError",
         "IsolationError",
         "LocalgradError",
+        "ParallelError",
         "PartitionError",
         "RecipeError",
         "RunFolderError",
     ),
+    "localgrad.execution.pipeline": ("ShareResult",),
     "localgrad.execution.sequential": ("StepResult",),
+    "localgrad.execution.team": ("Team",),
     "localgrad.learner": ("LocalLearner", "check_isolation"),
     "localgrad.comparing.measuring": ("Measurement", "measure"),
     "localgrad.objectives.methods": (
@@ -63,6 +70,7 @@ _HOMES = {
         "ImageReconstruction",
         "Objective",
     ),
+    "localgrad.parallel": ("ParallelLearner",),
     "localgrad.partition": ("Plan", "balance"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -86,11 +94,15 @@ __all__ = [
     "LocalgradError",
     "Measurement",
     "Objective",
+    "ParallelError",
+    "ParallelLearner",
     "PartitionError",
     "Plan",
     "RecipeError",
     "RunFolderError",
+    "ShareResult",
     "StepResult",
+    "Team",
     "__version__",
     "balance",
     "check_isolation",

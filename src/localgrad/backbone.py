@@ -262,11 +262,17 @@ class Backbone(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Backbone:  # noqa: FBT001, FBT002
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # Most parameters change in place; where torch makes new ones, the model's own must follow.
+        self.follow_parts()
+        return self
+
+    def follow_parts(self) -> None:
+        """Give ``model`` the tensors of its stem and tail, after these were moved.
+
+        Most parameters change in place; where torch makes new ones, the model's own must follow.
+        """
         for part in (self.stem.part, self.tail.part):
             _adopt(self.model._parameters, part._parameters)  # type: ignore[union-attr]
             _adopt(self.model._buffers, part._buffers)  # type: ignore[union-attr]
-        return self
 
     def example(self, index: int) -> Tensor:
         """Random features such as enter block ``index``, for two images; the random state stays as it was."""

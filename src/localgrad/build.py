@@ -21,8 +21,10 @@ from torch.optim import Optimizer
 from localgrad.backbone import Backbone, split
 from localgrad.errors import BackboneError, DeviceError, RecipeError, did_you_mean
 from localgrad.execution.local_step import check_precision
+from localgrad.execution.team import Team
 from localgrad.learner import Factories, LocalLearner, default_input_size, make_plan
 from localgrad.objectives.methods import Objective, build_objective
+from localgrad.parallel import ParallelLearner
 from localgrad.recipe import ModelSettings, Recipe, TrainingSettings, validated
 from localgrad.training.augment import Augment
 from localgrad.training.data import Batches, DataInfo, ImageSet, Splits, load_data
@@ -43,14 +45,30 @@ class Job:
     schedule_for: Callable[[Sequence[Optimizer]], Schedule]
     batches: Batches
     device: torch.device
+    team: Team | None = None
 
     def evaluation_batches(self, images: ImageSet) -> Batches:
         """Batches of one part of the data, in order and not augmented."""
         size = self.learner.backbone.input_size
-        return _batches(self.recipe, self.data.info, images, batch_size=EVALUATION_BATCH, size=size, device=self.device)
+        return _batches(
+            self.recipe,
+            self.data.info,
+            images,
+            batch_size=EVALUATION_BATCH,
+            size=size,
+            device=self.device,
+            team=self.team,
+        )
 
 
-def build(recipe: Recipe, *, download: bool = False, has_weights: bool = False, planned: Planned | None = None) -> Job:
+def build(
+    recipe: Recipe,
+    *,
+    download: bool = False,
+    has_weights: bool = False,
+    planned: Planned | None = None,
+    team: Team | None = None,
+) -> Job:
     """Build what a recipe names, and check all of it; nothing is written.
 
     Args:
@@ -58,26 +76,20 @@ def build(recipe: Recipe, *, download: bool = False, has_weights: bool = False, 
         download: let torchvision fetch a data set that is missing.
         has_weights: weights will be loaded, so pretrained ones aren't needed.
         planned: gives the recipe with its modules and how they run, once the model is there.
+        team: the processes that train it together.
     """
     if recipe.method.local.modules == "auto" and planned is None:
         raise RecipeError("--modules auto: how many is found within a budget; add --budget, or give a number.")
     method, execution = recipe.method, recipe.execution
-    device = resolve_device(execution.device)
+    device = resolve_device(execution.device) if team is None else team.device
     check_precision(execution.precision, device)
     check_model_name(method.model.name)
     training = method.training
     is_sequential = training.schedule == "sequential"
-    if is_sequential and execution.offload:
-        raise RecipeError(
-            "--offload: with --schedule sequential only one module is on the device anyway; leave one of them out."
-        )
-    if is_sequential and training.ema_decay is not None:
-        raise RecipeError(
-            f"--ema-decay {training.ema_decay}: with --schedule sequential no average of the weights is kept; leave "
-            "--ema-decay out, or take --schedule together."
-        )
     if is_sequential:
         _refuse_in_sequence(recipe)
+    if execution.parallel != "none":
+        _refuse_in_parallel(recipe)
     if training.has_global_steps and execution.offload:
         raise RecipeError(
             "--offload: end-to-end steps (--global-every, --global-tail) need all modules on the device; leave one out."
@@ -103,26 +115,35 @@ def build(recipe: Recipe, *, download: bool = False, has_weights: bool = False, 
     model = create_model(settings_of_model, num_classes=data.info.num_classes, num_channels=channels)
     size = input_size_of(model, method.model, channels)
     check_patches(model, size[1:])
-    backbone = split(model if is_sequential or execution.offload else model.to(device), size)
+    waits = is_sequential or execution.offload or team is not None  # on the processor, until its modules are made
+    backbone = split(model if waits else model.to(device), size)
     if planned is not None:
         recipe = planned(recipe, backbone)
         method, execution = recipe.method, recipe.execution
     plan = make_plan(backbone, method.local.modules, checkpoint=execution.checkpoint)
-    learner = LocalLearner(
-        backbone,
-        modules=plan,
-        objective=objective,
-        precision=execution.precision,
-        compile=execution.compile,
-        accumulation=execution.accumulation,
-        clip_grad=training.clip_grad,
-        ema_decay=training.ema_decay,
-        offload=execution.offload,
-        device=device if execution.offload else None,
-        overlap=method.local.overlap,
-        freeze_from=training.freeze_from,
-        global_checkpoint=execution.global_checkpoint,
-    )
+    settings_of_learner: dict[str, Any] = {
+        "modules": plan,
+        "objective": objective,
+        "precision": execution.precision,
+        "compile": execution.compile,
+        "accumulation": execution.accumulation,
+        "clip_grad": training.clip_grad,
+        "ema_decay": training.ema_decay,
+        "offload": execution.offload,
+        "overlap": method.local.overlap,
+        "freeze_from": training.freeze_from,
+    }
+    if team is None:
+        learner = LocalLearner(
+            backbone,
+            device=device if execution.offload else None,
+            global_checkpoint=execution.global_checkpoint,
+            **settings_of_learner,
+        )
+    else:
+        learner = ParallelLearner(
+            backbone, team=team, num_buffers=execution.buffers, wire=execution.wire, **settings_of_learner
+        )
     optimizer = optimizers_of(training, model, plan.num_modules)
     if not is_sequential:
         learner.configure_optimizers(optimizer)
@@ -130,7 +151,14 @@ def build(recipe: Recipe, *, download: bool = False, has_weights: bool = False, 
     if not (augment.mixup or augment.cutmix):  # the losses smooth hard labels by themselves
         augment = replace(augment, label_smoothing=0.0)
     batches = _batches(
-        recipe, data.info, data.train, batch_size=training.batch_size, size=size, device=device, augment=augment
+        recipe,
+        data.info,
+        data.train,
+        batch_size=training.batch_size,
+        size=size,
+        device=device,
+        augment=augment,
+        team=team,
     )
     schedule_for = partial(
         Schedule,
@@ -141,10 +169,18 @@ def build(recipe: Recipe, *, download: bool = False, has_weights: bool = False, 
         warmup_lr=training.warmup_lr,
         min_lr=training.min_lr,
         warmup_stagger=training.warmup_stagger,
+        first=learner.own.start,
     )
     # Made once to be checked, and dropped: nothing has been written yet.
-    schedule_for([learner.local_step(index, optimizer).optimizer for index in range(plan.num_modules)])
-    return Job(recipe, data, learner, optimizer, schedule_for, batches, device)
+    schedule_for([_optimizer_alone(learner, index, optimizer) for index in learner.own])
+    return Job(recipe, data, learner, optimizer, schedule_for, batches, device, team)
+
+
+def _optimizer_alone(learner: LocalLearner, index: int, optimizer: Factories) -> Optimizer:
+    """An optimizer of one local module that nobody keeps."""
+    if isinstance(learner, ParallelLearner):  # a whole step would meet its twins
+        return (optimizer if callable(optimizer) else optimizer[index])(learner.parameters(index))
+    return learner.local_step(index, optimizer).optimizer
 
 
 def optimizers_of(training: TrainingSettings, model: nn.Module, num_modules: int) -> Factories:
@@ -162,9 +198,37 @@ def optimizers_of(training: TrainingSettings, model: nn.Module, num_modules: int
     ]
 
 
+def _refuse_in_parallel(recipe: Recipe) -> None:
+    """Refuse what needs all local modules in one process."""
+    training, local, execution = recipe.method.training, recipe.method.local, recipe.execution
+    given = {
+        "--schedule sequential": training.schedule == "sequential",
+        "--global-every": training.global_every,
+        "--global-tail": training.global_tail,
+        "--overlap": local.overlap,
+        "--offload": execution.offload,
+        "--health": execution.health_every,
+        "local.options.teacher_share": local.options.get("teacher_share"),
+    }
+    for name, value in given.items():
+        if value:
+            raise RecipeError(
+                f"{name}: with --parallel modules no process has all local modules; leave it out, or --parallel."
+            )
+
+
 def _refuse_in_sequence(recipe: Recipe) -> None:
     """Refuse what needs several modules in one step where modules are trained one after another."""
     training, local = recipe.method.training, recipe.method.local
+    if recipe.execution.offload:
+        raise RecipeError(
+            "--offload: with --schedule sequential only one module is on the device anyway; leave one of them out."
+        )
+    if training.ema_decay is not None:
+        raise RecipeError(
+            f"--ema-decay {training.ema_decay}: with --schedule sequential no average of the weights is kept; leave "
+            "--ema-decay out, or take --schedule together."
+        )
     given = {
         "--global-every": training.global_every,
         "--global-tail": training.global_tail,
@@ -305,6 +369,7 @@ def _batches(
     size: tuple[int, int, int],
     device: torch.device,
     augment: Augment | None = None,
+    team: Team | None = None,
 ) -> Batches:
     return Batches(
         images,
@@ -316,6 +381,7 @@ def _batches(
         seed=recipe.method.seed,
         drop_last=True,
         num_workers=recipe.execution.num_workers,
+        shard=(0, 1) if team is None else (team.replica, team.num_replicas),
     )
 
 

@@ -31,8 +31,12 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line; the console script's entry."""
+    if os.environ.get("RANK", "0") != "0":  # one of several processes: the first one speaks for all
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123  # for the rest of the process
     try:
         app()
+    except SystemExit as stop:
+        _leave(stop.code if isinstance(stop.code, int) else int(stop.code is not None))
     except LocalgradError as error:
         _refuse(str(error))
     except OSError as error:  # what no check foresaw: a name too long, no permission, a full disk
@@ -41,7 +45,18 @@ def main() -> None:
 
 def _refuse(message: str) -> None:
     print(f"localgrad: {message}", file=sys.stderr)  # noqa: T201
-    sys.exit(2)
+    _leave(2)
+
+
+def _leave(status: int) -> None:
+    """Exit, in one of several processes without waiting for what others may never send."""
+    if "RANK" not in os.environ:
+        sys.exit(status)
+    from localgrad.execution.team import exit_status
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_status(status))
 
 
 @app.callback(invoke_without_command=True)
@@ -185,6 +200,18 @@ def train(  # noqa: PLR0917  # one parameter an option
         int | None, typer.Option(help="Processes that decode large data sets.", rich_help_panel=EXECUTION)
     ] = None,
     num_threads: Annotated[int | None, typer.Option(help="Processor threads.", rich_help_panel=EXECUTION)] = None,
+    parallel: Annotated[
+        str | None,
+        typer.Option(help="modules: share the local modules out among processes.", rich_help_panel=EXECUTION),
+    ] = None,
+    num_processes: Annotated[
+        int | None,
+        typer.Option(help="With --parallel: start so many here; or use torchrun.", rich_help_panel=EXECUTION),
+    ] = None,
+    replicas: Annotated[
+        int | None,
+        typer.Option(help="With --parallel: how often the whole model is there.", rich_help_panel=EXECUTION),
+    ] = None,
     health: Annotated[
         int | None,
         typer.Option(help="Every so many epochs, measure where accuracy is lost.", rich_help_panel=EXECUTION),
@@ -252,6 +279,8 @@ def train(  # noqa: PLR0917  # one parameter an option
         "execution.offload": offload,
         "execution.num_workers": num_workers,
         "execution.num_threads": num_threads,
+        "execution.parallel": parallel,
+        "execution.replicas": replicas,
         "execution.health_every": health,
         "execution.health_reference": health_reference,
     }
@@ -274,6 +303,8 @@ def train(  # noqa: PLR0917  # one parameter an option
     if dry_run:
         typer.echo(wanted.to_toml(), nl=False)
         return
+    if num_processes is not None:
+        _start_processes(num_processes, wanted.execution.parallel)
     from localgrad import run
 
     with _saying_how_to_resume():
@@ -289,6 +320,20 @@ def train(  # noqa: PLR0917  # one parameter an option
                 budget=num_bytes,
                 on_oom=on_oom,
             )
+
+
+def _start_processes(count: int, parallel: str) -> None:
+    """Start this command again in several processes, unless this is one of them; doesn't come back then."""
+    from localgrad.errors import RecipeError
+    from localgrad.execution.launching import run_processes
+    from localgrad.execution.team import in_team
+
+    if parallel != "modules":
+        raise RecipeError(f"--num-processes {count}: say what they share; add --parallel modules.")
+    if count < 1:
+        raise RecipeError(f"--num-processes: {count} is no number of processes; take 1 or more.")
+    if not in_team():
+        raise SystemExit(run_processes(count, sys.argv[1:]))
 
 
 @app.command()

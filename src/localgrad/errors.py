@@ -43,6 +43,10 @@ class DeviceError(LocalgradError, RuntimeError):
     """A device or precision that this machine does not have."""
 
 
+class ParallelError(LocalgradError, RuntimeError):
+    """Processes that can't train together, or one of them that was lost."""
+
+
 class MemoryExceeded(DeviceError):  # noqa: N818  # what happened, as torch's own name says
     """Memory ran out in the step of one local module.
 

@@ -31,6 +31,7 @@ from localgrad.planning.memory import MemoryProfile, annotate, block_activation_
 
 if TYPE_CHECKING:
     from timm.utils.model_ema import ModelEmaV3
+    from torch.distributed import ProcessGroup
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
 Factories = OptimizerFactory | Sequence[OptimizerFactory]
@@ -134,11 +135,13 @@ class LocalLearner:
             "accumulation": accumulation or self.plan.accumulation,
             "compile": compile,
         }
+        self._twins: ProcessGroup | None = None  # processes that train the same modules on other images
         self._executor: SequentialExecutor | None = None
         self._global_step: GlobalStep | None = None
         self._global_recomputed: list[dict[int, Recomputed]] | None = None
         self.optimizer_factory: Factories | None = None
         self.num_steps = 0
+        self.seed = torch.initial_seed()  # with the batch's number, of what each of several modules draws
 
     def uses(self, what: str) -> bool:
         """Whether a local objective looks at something beside its module's features; see ``Term.uses``."""
@@ -157,6 +160,11 @@ class LocalLearner:
     def device(self) -> torch.device:
         """Where the model trains; without offloading, where it is."""
         return self._device or next(self.model.parameters()).device
+
+    @property
+    def own(self) -> range:
+        """The local modules that this process trains: all of them."""
+        return range(len(self.modules))
 
     @property
     def optimizers(self) -> tuple[Optimizer, ...]:
@@ -183,10 +191,16 @@ class LocalLearner:
         """
         self.optimizer_factory = factory
         self._global_step = None  # it holds the optimizers of before
-        steps = [self.local_step(index, factory) for index in range(len(self.modules))]
+        steps = [self.local_step(index, factory) for index in self.own]
+        self._seed(steps)
         if self._offloader is not None:
             self._offloader.attach([step.optimizer for step in steps])
         self._executor = SequentialExecutor(steps, None if self._offloader is None else self._offloader.training)
+
+    def _seed(self, steps: Sequence[LocalStep]) -> None:
+        """Make what each module draws its own, wherever it runs; one module draws as any PyTorch loop does."""
+        for index, step in zip(self.own, steps, strict=True):
+            step.seed = (self.seed, index) if len(self.modules) > 1 else None
 
     def local_step(self, index: int, factory: Factories) -> LocalStep:
         """Make the step of one local module alone, on the device where that module is.
@@ -211,7 +225,7 @@ class LocalLearner:
             raise RecipeError(f"local module {index} has no trainable parameter; unfreeze some, or use fewer modules.")
         device = self._device or parameters[0].device
         optimizer = factory(parameters)
-        return LocalStep(self.modules[index], parameters, optimizer, device=device, **self._settings)
+        return LocalStep(self.modules[index], parameters, optimizer, device=device, twins=self._twins, **self._settings)
 
     def step(self, images: Tensor, labels: Tensor) -> StepResult:
         """Train every local module on one batch: K forwards, K losses, K backwards, K updates.
@@ -243,6 +257,7 @@ class LocalLearner:
                 f"images: got {got}, but this learner was made for "
                 f"[B, {', '.join(map(str, self.backbone.input_size))}]; pass input_size= for another size."
             )
+        batch.number = self.num_steps
         if self.uses("teacher"):
             batch.teacher = self.averaged_logits(batch.images).float().softmax(dim=1)
         return self._stepped(self._executor.step, batch)
@@ -301,11 +316,13 @@ class LocalLearner:
         Args:
             progress: from 0 to 1.
         """
-        for index, module in enumerate(self.modules):
-            module.objective.at(progress)
-            if self.freeze_from is not None and self._executor is not None and index < len(self.modules) - 1:
+        for index in self.own:
+            self.modules[index].objective.at(progress)
+        steps = () if self._executor is None else self._executor.steps
+        for index, step in zip(self.own, steps, strict=False):
+            if self.freeze_from is not None and index < len(self.modules) - 1:
                 share = index / max(1, len(self.modules) - 1)
-                self._executor.steps[index].frozen = progress >= self.freeze_from + (1 - self.freeze_from) * share
+                step.frozen = progress >= self.freeze_from + (1 - self.freeze_from) * share
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> tuple[Tensor | None, ...]:
@@ -418,6 +435,7 @@ class LocalLearner:
             "scalers": [step.scaler.state_dict() for step in steps],
             "averaged_model": None if self.averaged_model is None else self.averaged_model.state_dict(),
             "num_steps": self.num_steps,
+            "seed": self.seed,
             "boundaries": list(self.plan.boundaries),
         }
 
@@ -451,6 +469,8 @@ class LocalLearner:
         if self.averaged_model is not None:
             load_weights(self.averaged_model, state["averaged_model"])
         self.num_steps = state["num_steps"]
+        self.seed = state["seed"]
+        self._seed(steps)
 
 
 def make_plan(backbone: Backbone, modules: Request | Plan, *, checkpoint: CheckpointRequest = False) -> Plan:

@@ -207,6 +207,11 @@ class Execution:
         offload: keep local modules that don't train, and their optimizer state, in host memory.
         num_workers: processes that decode images of sets too large for memory.
         num_threads: processor threads; by default torch's choice.
+        parallel: ``modules`` shares the local modules out among the processes that torchrun started; by default one
+            process trains them all.
+        replicas: how often the whole model is there, each with a part of every batch (``parallel``).
+        buffers: batches that may be on their way at each end of a link between two processes.
+        wire: how features travel between processes: ``same``, or ``bf16`` in half the bytes.
         health_every: measure the modules' health after every so many epochs, and the last; 0 is never.
         health_reference: folder of an end-to-end run of the same model, for CKA with its features.
     """
@@ -221,6 +226,10 @@ class Execution:
     offload: bool = False
     num_workers: Annotated[int, Field(ge=0, strict=True)] = 2
     num_threads: Positive | None = None
+    parallel: Literal["none", "modules"] = "none"
+    replicas: Positive = 1
+    buffers: Positive = 2
+    wire: Literal["same", "bf16"] = "same"
     health_every: Annotated[int, Field(ge=0, strict=True)] = 0
     health_reference: str | None = None
 

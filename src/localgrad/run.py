@@ -24,17 +24,21 @@ from localgrad.backbone import Backbone
 from localgrad.build import Job, build, create_model, input_size_of, resolve_device
 from localgrad.errors import CheckpointError, DeviceError, LocalgradError, MemoryExceeded, RecipeError, RunFolderError
 from localgrad.execution.sequential import out_of_memory
+from localgrad.execution.team import Team, was_restarted
 from localgrad.learner import end_to_end, estimate_step
+from localgrad.parallel import ParallelLearner, estimate_share
 from localgrad.partition import Plan
 from localgrad.planning.memory import MemoryProfile
 from localgrad.plans.recipes import check_plan_fits, laid_over, plan_recipe, refuse_together, task_on
 from localgrad.plans.replanning import Replanner
 from localgrad.recipe import Recipe, difference
+from localgrad.together import team_of, together
 from localgrad.training.data import DataInfo, load_images_for_prediction
 from localgrad.training.events import JsonlSink, Replanned, RunEnded, RunStarted, Sink, TensorBoardSink
 from localgrad.training.feature_cache import check_space
 from localgrad.training.folder import RunFolder, check_writable, load_saved_weights, save_weights
 from localgrad.training.health import HealthCheck
+from localgrad.training.parallel import ParallelTrainer, name_of, whole
 from localgrad.training.stagewise import StagewiseTrainer, disk_needed, estimate_stages, gather
 from localgrad.training.trainer import Trainer, evaluate, load_best_weights
 from localgrad.units import format_bytes
@@ -68,29 +72,51 @@ def train(
         LocalgradError: anything that can't be as the recipe says.
     """
     if out is not None and (out / "recipe.toml").exists():
+        if was_restarted():
+            return resume(out, recipe, sinks=sinks, on_oom=on_oom)
         raise RunFolderError(
             f"--out: {out} already holds a run; continue it with --resume {out}, or choose another folder."
         )
     if plan is not None and budget is not None:
         raise RecipeError("plan and budget: a plan has its budget already; give one of them.")
+    _refuse_in_parallel(recipe, budget=budget, on_oom=on_oom)
     is_planned = plan is not None or budget is not None
     if is_planned:
         refuse_together(recipe)
     check_writable(out or Path("runs"))
     planning = _Planning(plan, budget)
-    job = build(recipe, download=download, planned=planning if is_planned else None)
-    path = out or _new_folder(recipe)
-    _check_space(job, path)
-    health = _health_check(job)
-    folder = RunFolder(path)
-    try:
-        folder.write_text("recipe.toml", job.recipe.to_toml())
-        folder.write_json("data.json", asdict(job.data.info))
-        if planning.plan is not None:
-            folder.write_text("plan.json", planning.plan.to_json())
-        return _fit(job, folder, sinks, health=health, replan=on_oom == "replan")
-    finally:
-        folder.release()
+    with team_of(recipe) as team:
+        job = together(
+            team, lambda: build(recipe, download=download, planned=planning if is_planned else None, team=team)
+        )
+        path = out or _new_folder(recipe)
+        path = path if team is None else team.everyone(path)[0]
+        _check_space(job, path)
+        health = _health_check(job)
+        folder = together(team, lambda: RunFolder(path, is_guest=team is not None and not team.is_speaker))
+        try:
+            if team is None or team.is_speaker:
+                folder.write_text("recipe.toml", job.recipe.to_toml())
+                folder.write_json("data.json", asdict(job.data.info))
+                if planning.plan is not None:
+                    folder.write_text("plan.json", planning.plan.to_json())
+            if team is not None:
+                return _fit_together(job, team, folder, sinks)
+            return _fit(job, folder, sinks, health=health, replan=on_oom == "replan")
+        finally:
+            folder.release()
+
+
+def _refuse_in_parallel(recipe: Recipe, *, budget: int | None, on_oom: str) -> None:
+    if recipe.execution.parallel == "none":
+        return
+    if budget is not None:
+        raise RecipeError(
+            "--budget: with --parallel modules, plan first (localgrad plan --parallel N --budget BYTES --json FILE), "
+            "then give --plan FILE."
+        )
+    if on_oom == "replan":
+        raise RecipeError("--on-oom replan: not with --parallel modules; resume with another --checkpoint instead.")
 
 
 class _Planning:
@@ -139,20 +165,24 @@ def resume(
                 "or start a new run."
             )
         recipe = changes
+    _refuse_in_parallel(recipe, budget=None, on_oom=on_oom)
     finished = _read_summary(path)
     if finished is not None:
         for sink in sinks:
             sink.emit(RunEnded(summary=finished))
             sink.close()
         return finished
-    folder = RunFolder(path)
-    try:
-        state = folder.load_last() if folder.last.exists() else None
-        job = build(recipe, has_weights=state is not None)
-        _check_space(job, path)
-        return _fit(job, folder, sinks, state, health=_health_check(job), replan=on_oom == "replan")
-    finally:
-        folder.release()
+    with team_of(recipe) as team:
+        folder = together(team, lambda: RunFolder(path, is_guest=team is not None and not team.is_speaker))
+        try:
+            state = together(team, lambda: whole(folder.load_last()) if folder.last.exists() else None)
+            job = together(team, lambda: build(recipe, has_weights=state is not None, team=team))
+            _check_space(job, path)
+            if team is not None:
+                return _fit_together(job, team, folder, sinks, state)
+            return _fit(job, folder, sinks, state, health=_health_check(job), replan=on_oom == "replan")
+        finally:
+            folder.release()
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -315,6 +345,69 @@ def _fit(
             sink.close()
 
 
+def _fit_together(
+    job: Job, team: Team, folder: RunFolder, sinks: Sequence[Sink], state: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """As ``_fit``, in every one of several processes; rank 0 writes and speaks."""
+    learner, settings = job.learner, job.recipe.method.training
+    assert isinstance(learner, ParallelLearner), "a team has parallel learners"
+    trainer = ParallelTrainer(
+        learner=learner,
+        schedule=job.schedule_for(learner.optimizers),
+        train=job.batches,
+        val=None if job.data.val is None else job.evaluation_batches(job.data.val),
+        epochs=settings.epochs,
+        folder=folder,
+        sinks=(),
+    )
+    if state is not None:
+        together(team, lambda: trainer.load_state_dict(state))
+    batch_size = settings.batch_size // team.num_replicas
+    peaks = team.everyone(estimate_share(learner, batch_size, job.optimizer, job.device).peak_bytes)
+    if team.is_speaker:
+        factory = job.optimizer if callable(job.optimizer) else job.optimizer[0]
+        baseline = estimate_step(end_to_end(learner), batch_size, factory, job.device).peak_bytes
+        epoch = trainer.position.epoch
+        own = (JsonlSink(folder.path / "metrics.jsonl", epoch), TensorBoardSink(folder.path / "tensorboard", epoch))
+        trainer.sinks = (*own, *sinks)
+        _emit_start(job, trainer, max(peaks), baseline)
+    try:
+        if job.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(job.device)
+
+        def run() -> dict[str, Any]:
+            trainer.fit()
+            measured = team.everyone(_rank_figures(job, team, learner))
+            ranks = [{**figures, "estimated_peak_bytes": peak} for figures, peak in zip(measured, peaks, strict=True)]
+            more = {"estimated_peak_bytes": max(peaks), "ranks": ranks}
+            if team.is_speaker:
+                more["estimated_end_to_end_peak_bytes"] = baseline
+            summary = _finish(job, trainer, more)
+            team.everyone(None)  # rank 0 has written it all
+            return summary
+
+        summary: dict[str, Any] = trainer.watched(run)
+        for sink in trainer.sinks:
+            sink.emit(RunEnded(summary=summary))
+        return summary
+    finally:
+        for sink in trainer.sinks:
+            sink.close()
+
+
+def _rank_figures(job: Job, team: Team, learner: ParallelLearner) -> dict[str, Any]:
+    """What one process of a parallel run measured of itself."""
+    sender = learner.links.sender
+    return {
+        "rank": team.rank,
+        "replica": team.replica,
+        "modules": list(learner.own),
+        "sent_bytes_per_step": 0 if sender is None else sender.packet_bytes,
+        "waited_seconds": learner.links.waited_seconds,
+        **_measured_peak(job.device),
+    }
+
+
 def estimate_run(job: Job) -> MemoryProfile:
     """Predict the memory of the steps that a job's recipe has: the larger, where some are end-to-end."""
     settings = job.recipe.method.training
@@ -433,6 +526,7 @@ def _emit_start(job: Job, trainer: Trainer, peak: int, baseline: int) -> None:
         *info.notes,
         f"modules: {spans}",
         f"estimated peak {format_bytes(peak)}, end-to-end {format_bytes(baseline)}",
+        *([] if not isinstance(learner, ParallelLearner) else [_shared_out(learner)]),
         *trainer.details(),
     ]
     if info.num_skipped:
@@ -451,13 +545,22 @@ def _emit_start(job: Job, trainer: Trainer, peak: int, baseline: int) -> None:
         sink.emit(event)
 
 
-def _finish(job: Job, trainer: Trainer, peaks: dict[str, int]) -> dict[str, Any]:
+def _shared_out(learner: ParallelLearner) -> str:
+    """Which process has which modules, as a line."""
+    shares = "  |  ".join(f"rank {rank}: {name_of(modules)}" for rank, modules in enumerate(learner.shares))
+    return shares if learner.team.num_replicas == 1 else f"{learner.team.num_replicas} replicas of {shares}"
+
+
+def _finish(job: Job, trainer: Trainer, peaks: dict[str, Any]) -> dict[str, Any]:
     """Read the test set, once, with the best epoch's weights; write weights and summary."""
     start = time.perf_counter()
     measured = _measured_peak(job.device)
+    speaks = job.team is None or job.team.is_speaker
     trainer.load_best()
-    accuracy, by_module = evaluate(job.learner, job.evaluation_batches(job.data.test))
-    save_weights(trainer.folder.path / "model.safetensors", job.learner.model.state_dict())
+    accuracy, by_module = trainer.evaluate(job.evaluation_batches(job.data.test))
+    if speaks:
+        weights = model_weights(load_saved_weights(trainer.folder.best))
+        save_weights(trainer.folder.path / "model.safetensors", weights)
     position = trainer.position
     summary = {
         "test_accuracy": accuracy,
@@ -476,7 +579,8 @@ def _finish(job: Job, trainer: Trainer, peaks: dict[str, int]) -> dict[str, Any]
         "versions": versions(),
         "folder": str(trainer.folder.path),
     }
-    trainer.folder.write_json("summary.json", summary)
+    if speaks:
+        trainer.folder.write_json("summary.json", summary)
     return summary
 
 

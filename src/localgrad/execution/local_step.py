@@ -12,20 +12,26 @@ every module alive at once.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import types
-from collections.abc import Callable, Sequence
-from typing import cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from localgrad.errors import DeviceError
 from localgrad.execution.local_module import LocalModule, LocalOutput
 from localgrad.objectives.base import LocalBatch
 
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Autocast dtype by the name that recipes use."""
+HandOn = Callable[[Tensor], None]
 RELATIVE_STEP = 0.01
 """Length of the step of a finite difference, as a share of the length of what it is taken at."""
 
@@ -42,6 +48,7 @@ class LocalStep:
         accumulation: parts that a batch is cut into.
         compile: run the module through ``torch.compile``.
         device: where it runs; by default where its parameters are (offloaded ones are on the host in between).
+        twins: the processes that train the same module on other images, and average their gradients with this one.
     """
 
     def __init__(
@@ -55,6 +62,7 @@ class LocalStep:
         accumulation: int = 1,
         compile: bool = False,
         device: torch.device | None = None,
+        twins: dist.ProcessGroup | None = None,
     ) -> None:
         self.module = module
         self.parameters = list(parameters)
@@ -67,45 +75,64 @@ class LocalStep:
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=precision == "fp16")
         self.updating = False  # whether weights may have been changed in part
         self.frozen = False  # whether the module only runs, and learns no more
+        # Of what is drawn at random in a step; by default the caller's own numbers are.
+        self.seed: tuple[int, ...] | None = None
         self._is_compiled = compile
         self._forward: Callable[..., LocalOutput] = _compiled(module) if compile else module
+        self._replicated: DistributedDataParallel | None = None
+        if twins is not None:
+            self._forward = self._replicated = DistributedDataParallel(module, process_group=twins)
 
-    def __call__(self, inputs: Tensor, batch: LocalBatch) -> LocalOutput:
+    def __call__(self, inputs: Tensor, batch: LocalBatch, hand_on: HandOn | None = None) -> LocalOutput:
         """Train on one batch.
 
         Args:
             inputs: what the module before gave, detached; the images for the first module.
             batch: images and labels.
+            hand_on: called with the module's features as soon as all of them are there: before the backward pass
+                (of the last part, where the batch is cut into parts).
 
         Returns:
             The module's output, its graph gone: features for the next module, and the figures.
         """
         self.updating = False  # whatever became of the last one
-        if self.accumulation == 1:
-            output = self._forward_backward(inputs, batch, 1.0)
-        else:
-            output = self._accumulate(inputs, batch)
+        with drawing_from(self.device, None if self.seed is None else (*self.seed, batch.number)):
+            if self.accumulation == 1:
+                output = self._forward_backward(inputs, batch, 1.0, hand_on)
+            else:
+                output = self._accumulate(inputs, batch, hand_on)
         if not self.frozen:
             self._update()
         return output
 
-    def _forward_backward(self, inputs: Tensor, batch: LocalBatch, share: float) -> LocalOutput:
+    def _forward_backward(
+        self, inputs: Tensor, batch: LocalBatch, share: float, hand_on: HandOn | None = None
+    ) -> LocalOutput:
         if self.frozen:
             with torch.no_grad(), autocast(self.device_type, self.precision):
-                return self._forward(inputs, batch)
+                output = self._forward(inputs, batch)
+            if hand_on is not None:
+                hand_on(output.features)
+            return output
         if batch.gradient is not None and self.module.objective.reconcile:
-            return self._reconciled(inputs, batch, batch.gradient, share)
-        return self._once(inputs, batch, share)
+            return self._reconciled(inputs, batch, batch.gradient, share, hand_on)
+        return self._once(inputs, batch, share, hand_on)
 
-    def _once(self, inputs: Tensor, batch: LocalBatch, share: float | Tensor) -> LocalOutput:
+    def _once(
+        self, inputs: Tensor, batch: LocalBatch, share: float | Tensor, hand_on: HandOn | None = None
+    ) -> LocalOutput:
         with autocast(self.device_type, self.precision):
             output = self._forward(inputs, batch)
+        if hand_on is not None:
+            hand_on(output.features)
         loss = output.loss if isinstance(share, float) and share == 1.0 else output.loss * share
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         gradient, self.module.gradient = self.module.gradient, None
         return output._replace(loss=output.loss.detach(), gradient=gradient)
 
-    def _reconciled(self, inputs: Tensor, batch: LocalBatch, wanted: Tensor, share: float) -> LocalOutput:
+    def _reconciled(
+        self, inputs: Tensor, batch: LocalBatch, wanted: Tensor, share: float, hand_on: HandOn | None
+    ) -> LocalOutput:
         """As ``_once``, with the pull of successive gradient reconciliation (SGR, arXiv 2406.05222).
 
         SGR penalises the distance of the gradient g at this module's input from the one at the output of the module
@@ -115,7 +142,7 @@ class LocalStep:
         """
         random_state = _random_state(self.device)
         inputs.requires_grad_()
-        output = self._once(inputs, batch, share)
+        output = self._once(inputs, batch, share, hand_on)
         after = _random_state(self.device)
         own, inputs.grad = inputs.grad, None
         inputs.requires_grad_(False)  # noqa: FBT003  # torch's own signature
@@ -129,12 +156,22 @@ class LocalStep:
         _set_random_state(self.device, after)
         return output
 
-    def _accumulate(self, inputs: Tensor, batch: LocalBatch) -> LocalOutput:
+    def _accumulate(self, inputs: Tensor, batch: LocalBatch, hand_on: HandOn | None) -> LocalOutput:
         num_images = len(inputs)
-        outputs, shares = [], []
-        for chunk, part in zip(inputs.chunk(self.accumulation), batch.parts(self.accumulation), strict=True):
+        outputs: list[LocalOutput] = []
+        shares: list[float] = []
+
+        def hand_on_all(features: Tensor) -> None:
+            assert hand_on is not None, "asked for only where someone takes them"
+            hand_on(torch.cat([*(output.features for output in outputs), features]))
+
+        chunks = inputs.chunk(self.accumulation)
+        for number, (chunk, part) in enumerate(zip(chunks, batch.parts(self.accumulation), strict=True), 1):
             shares.append(len(chunk) / num_images)
-            outputs.append(self._forward_backward(chunk, part, shares[-1]))
+            is_last = number == len(chunks)
+            take = hand_on_all if is_last and hand_on is not None else None
+            with contextlib.nullcontext() if is_last or self._replicated is None else self._replicated.no_sync():
+                outputs.append(self._forward_backward(chunk, part, shares[-1], take))
         return _merge(outputs, shares)
 
     def snapshot(self) -> list[Tensor]:
@@ -169,6 +206,39 @@ class LocalStep:
         self.optimizer.zero_grad(set_to_none=True)
         self.module.objective.follow()
         self.updating = False
+
+
+@contextlib.contextmanager
+def drawing_from(device: torch.device, seed: tuple[int, ...] | None) -> Iterator[None]:
+    """A region in which random numbers are a function of a seed alone; the caller's own go on afterwards.
+
+    So what a module draws depends neither on the modules before it nor on the process that it runs in.
+
+    Args:
+        device: whose numbers, beside the processor's.
+        seed: any whole numbers; with ``None`` the caller's numbers are drawn.
+    """
+    if seed is None:
+        yield
+        return
+    number = int.from_bytes(hashlib.blake2b(repr(seed).encode(), digest_size=8).digest(), "big") >> 1
+    devices = dict.fromkeys((torch.device("cpu"), device))
+    before = [_random_state(each) for each in devices]
+    try:
+        for each in devices:
+            _generator(each).manual_seed(number)
+        yield
+    finally:
+        for each, state in zip(devices, before, strict=True):
+            _set_random_state(each, state)
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    if device.type != "cuda":
+        return torch.default_generator
+    index = torch.cuda.current_device() if device.index is None else device.index
+    generator: torch.Generator = torch.cuda.default_generators[index]
+    return generator
 
 
 def _random_state(device: torch.device) -> Tensor:

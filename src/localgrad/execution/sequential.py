@@ -16,17 +16,19 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from localgrad.errors import MemoryExceeded
 from localgrad.execution.local_module import LocalOutput
-from localgrad.execution.local_step import LocalStep
+from localgrad.execution.local_step import HandOn, LocalStep
 from localgrad.objectives.base import LocalBatch
 
 T = TypeVar("T")
+HandOnward = Callable[[Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,32 @@ class StepResult:
     module_logits: tuple[Tensor | None, ...]
 
 
+class Trained(NamedTuple):
+    """What the steps of some modules in a row give.
+
+    Attributes:
+        features: what the last one hands on.
+        losses: of each.
+        terms: of each, by name.
+        module_logits: of each that has a classifier.
+        received: what the last one received, where a later module looks at that.
+    """
+
+    features: Tensor
+    losses: tuple[Tensor, ...]
+    terms: tuple[dict[str, Tensor], ...]
+    module_logits: tuple[Tensor | None, ...]
+    received: Tensor | None
+
+
 class SequentialExecutor:
     """Runs the steps of all local modules in order.
 
     Args:
-        steps: one for each local module, first to last.
+        steps: one for each local module, first to last; in a parallel run, for those of this process.
         around: given a module's index, a context in which its step is to run, such as one that has it on the device.
+        first: index of the first step's module.
+        uses: what each module of the whole model looks at (``LocalObjective.uses``); by default that of the steps.
 
     Attributes:
         recover: called with the index of a module in whose step memory ran out; where it answers true (something was
@@ -62,19 +84,22 @@ class SequentialExecutor:
         self,
         steps: Sequence[LocalStep],
         around: Callable[[int], contextlib.AbstractContextManager[None]] | None = None,
+        *,
+        first: int = 0,
+        uses: Sequence[frozenset[str]] | None = None,
     ) -> None:
         self.steps = tuple(steps)
+        self.first = first
+        self.uses = tuple(uses or [step.module.objective.uses for step in self.steps])
         self.recover: Callable[[int], bool] | None = None
         self.around = around or (lambda _: contextlib.nullcontext())
         self._last_user = {what: self._last(what) for what in ("images", "previous", "context")}
-        for index, step in enumerate(self.steps):
-            following = self.steps[index + 1 : index + 2]
-            step.module.keeps_gradient = any("gradient" in later.module.objective.uses for later in following)
+        for index, step in enumerate(self.steps, first):
+            step.module.keeps_gradient = any("gradient" in used for used in self.uses[index + 1 : index + 2])
 
     def _last(self, what: str) -> int:
         """The last module that looks at something; -1 for none."""
-        users = [index for index, step in enumerate(self.steps) if what in step.module.objective.uses]
-        return max(users, default=-1)
+        return max((index for index, used in enumerate(self.uses) if what in used), default=-1)
 
     def step(self, batch: LocalBatch) -> StepResult:
         """Train every local module on one batch.
@@ -83,27 +108,44 @@ class SequentialExecutor:
             batch: images and labels; the images are taken out of it on the way.
         """
         assert batch.images is not None, "a step starts with images"
-        features, received = batch.images, None
+        return StepResult(*self.train(batch.images, batch)[:4])
+
+    def is_used(self, what: str, index: int) -> bool:
+        """Whether a module, or one behind it, looks at ``images``, ``previous`` or ``context``."""
+        return index <= self._last_user[what]
+
+    def train(self, features: Tensor, batch: LocalBatch, hand_on: HandOnward | None = None) -> Trained:
+        """Run all steps on what the first one receives.
+
+        Args:
+            features: that.
+            batch: images and labels, and what else the first module's objective looks at.
+            hand_on: called by the last step, before its backward pass, with what it received and what it gives.
+        """
+        received = batch.previous
         losses, terms, logits = [], [], []
-        for index, step in enumerate(self.steps):
+        for index, step in enumerate(self.steps, self.first):
             if index > max(0, self._last_user["images"]):
                 batch.images = None
             batch.previous = received if index <= self._last_user["previous"] else None
             received = features if index < self._last_user["previous"] else None
-            output = self._run(index, step, features, batch)
+            take = partial(hand_on, features) if hand_on is not None and step is self.steps[-1] else None
+            output = self._run(index, step, features, batch, take)
             features, batch.gradient = output.features, output.gradient
             if index < self._last_user["context"]:
                 batch.context = (*batch.context, step.module.pooled(features))
             losses.append(output.loss)
             terms.append(output.terms)
             logits.append(output.logits)
-            del output
-        return StepResult(features, tuple(losses), tuple(terms), tuple(logits))
+            del output, take
+        return Trained(features, tuple(losses), tuple(terms), tuple(logits), received)
 
-    def _run(self, index: int, step: LocalStep, features: Tensor, batch: LocalBatch) -> LocalOutput:
+    def _run(
+        self, index: int, step: LocalStep, features: Tensor, batch: LocalBatch, hand_on: HandOn | None
+    ) -> LocalOutput:
         def run() -> LocalOutput:
             with self.around(index):
-                return step(features, batch)
+                return step(features, batch, hand_on)
 
         return self.recovering(index, [step], run)
 

@@ -78,6 +78,7 @@ class LocalBatch:
         previous: what the module before received.
         context: pooled features of earlier modules, each [B, rows, columns, D].
         gradient: of the loss of the module before, by what it handed on.
+        number: of the batch in the training, from 0; what modules draw at random in its step depends on it.
     """
 
     images: Tensor | None
@@ -86,6 +87,7 @@ class LocalBatch:
     previous: Tensor | None = None
     context: tuple[Tensor, ...] = ()
     gradient: Tensor | None = None
+    number: int = 0
 
     def parts(self, count: int) -> list[LocalBatch]:
         """The batch cut into parts, as ``Tensor.chunk`` cuts."""
@@ -98,7 +100,7 @@ class LocalBatch:
         contexts = zip(*(tensor.chunk(count) for tensor in self.context), strict=True) if self.context else ()
         cuts = list(contexts) or [()] * len(labels)
         return [
-            LocalBatch(images, own, teacher, previous, tuple(context), gradient)
+            LocalBatch(images, own, teacher, previous, tuple(context), gradient, self.number)
             for own, (images, teacher, previous, gradient), context in zip(labels, single, cuts, strict=True)
         ]
 

@@ -388,6 +388,8 @@ class Batches:
         seed: of order and augmentation.
         drop_last: leave out a last batch that is not full, in training.
         num_workers: processes that decode images which are not in memory.
+        shard: (number, of how many) replicas that share the images out without overlap: in training each takes a
+            part of every batch, in evaluation every so many-th batch.
 
     Raises:
         DataError: for a batch that is larger than the images are many, where that would leave no batch.
@@ -405,6 +407,7 @@ class Batches:
         seed: int,
         drop_last: bool,
         num_workers: int = 0,
+        shard: tuple[int, int] = (0, 1),
     ) -> None:
         if batch_size < 1:
             raise DataError(f"batch_size must be 1 or more, got {batch_size}.")
@@ -419,14 +422,21 @@ class Batches:
         self.seed = seed
         self.drop_last = drop_last and augment is not None
         self.num_workers = num_workers
-        if len(self) == 0:
+        self.shard = shard
+        if augment is not None and batch_size % shard[1]:
+            raise DataError(
+                f"batch_size {batch_size} can't be shared out among {shard[1]} replicas; take a multiple of {shard[1]}."
+            )
+        if not self._batches(0):
             raise DataError(
                 f"batch_size {batch_size} leaves no full batch of {len(images)} images: choose a smaller one."
             )
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.images), self.batch_size)
-        return full if self.drop_last or not rest else full + 1
+        count = full if self.drop_last or not rest else full + 1
+        number, replicas = self.shard
+        return count if self.augment is not None else len(range(number, count, replicas))
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Make the batches of one epoch.
@@ -438,10 +448,20 @@ class Batches:
         Yields:
             The batches from ``start`` on, the same as if those before had been made too.
         """
-        indices = torch.split(self._order(epoch), self.batch_size)[start : len(self)]
+        indices = self._batches(epoch)[start : len(self)]
         read = self.images.read(indices, image_size=self.image_size, device=self.device, num_workers=self.num_workers)
+        number, replicas = self.shard
+        own = () if replicas == 1 else (number,)
         for index, (images, targets) in enumerate(read, start):
-            yield self._prepare(images, targets, derive_seed(self.seed, "batch", epoch, index))
+            yield self._prepare(images, targets, derive_seed(self.seed, "batch", epoch, index, *own))
+
+    def _batches(self, epoch: int) -> Sequence[Tensor]:
+        """Indices of the images of each batch."""
+        batches = torch.split(self._order(epoch), self.batch_size)
+        number, replicas = self.shard
+        if self.augment is None:
+            return batches[number::replicas]
+        return [batch.tensor_split(replicas)[number] for batch in batches]
 
     def _order(self, epoch: int) -> Tensor:
         if self.augment is None:

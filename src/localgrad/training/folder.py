@@ -5,7 +5,8 @@
     recipe.toml                what was asked for, whole
     metrics.jsonl              one line an epoch, and one a health check
     tensorboard/               the same for TensorBoard
-    checkpoints/last.pt        everything that resuming needs
+    checkpoints/last.pt        everything that resuming needs; of a parallel run, what names its parts
+    checkpoints/part-*.pt      a parallel run's: the state of each rank's modules
     checkpoints/best.safetensors   model and auxiliary nets of the best epoch
     model.safetensors          the best epoch's plain timm weights, at the end
     summary.json               the figures, at the end
@@ -22,7 +23,7 @@ import os
 import pickle
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,10 +34,10 @@ from torch import Tensor
 
 from localgrad.errors import CheckpointError, RunFolderError
 
-FORMAT = 1
+FORMAT = 2
 """Version of ``last.pt``; a checkpoint of another version is refused."""
 
-_UNFINISHED = re.compile(r"\.[a-z]+\.(toml|json|jsonl|pt|safetensors)\.\w{8}")
+_UNFINISHED = re.compile(r"\.[a-z0-9-]+\.(toml|json|jsonl|pt|safetensors)\.\w{8}")
 _DAMAGED = (ValueError, KeyError, IndexError, AttributeError, TypeError, AssertionError)
 """What torch's reader raises at bytes that are no checkpoint, besides its own errors."""
 
@@ -46,30 +47,35 @@ class RunFolder:
 
     Args:
         path: the folder; made where it is missing.
+        is_guest: another process of the same run holds the folder; this one only adds parts of checkpoints.
 
     Raises:
         RunFolderError: it can't be written, or another process uses it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, is_guest: bool = False) -> None:
         self.path = path
+        self._lock: IO[str] | None = None
+        if is_guest:
+            return
         try:
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-            self._lock: IO[str] = (path / ".lock").open("w")
+            lock = (path / ".lock").open("w")
         except OSError as error:
             raise RunFolderError(
                 f"run folder {path}: can't be written ({error.strerror}); choose another with --out DIR."
             ) from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            self._lock.close()
+            lock.close()
             in_use = isinstance(error, BlockingIOError)
             raise RunFolderError(
                 f"run folder {path}: another process is using it; wait for it, or choose another with --out DIR."
                 if in_use
                 else f"run folder {path}: it can't be locked ({error.strerror}); choose another with --out DIR."
             ) from error
+        self._lock = lock
         _remove_leftovers(path)
 
     @property
@@ -89,7 +95,8 @@ class RunFolder:
 
     def release(self) -> None:
         """Let other processes use the folder."""
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file, whole or not at all."""
@@ -103,25 +110,55 @@ class RunFolder:
         """Write the checkpoint to resume from."""
         write_atomically(self.last, lambda path: torch.save({"format": FORMAT, **state}, path))
 
+        self._remove_parts(())
+
+    def save_part(self, name: str, state: Mapping[str, Any]) -> None:
+        """Write one process's part of a checkpoint; it counts once ``commit`` names it."""
+        write_atomically(self.path / "checkpoints" / name, lambda path: torch.save(dict(state), path))
+
+    def commit(self, state: Mapping[str, Any], parts: Sequence[str]) -> None:
+        """Make parts that lie there the checkpoint to resume from, and remove those of the one before.
+
+        Args:
+            state: all but the learner's, which is in the parts.
+            parts: their names, by rank.
+        """
+        write_atomically(self.last, lambda path: torch.save({"format": FORMAT, **state, "parts": list(parts)}, path))
+        self._remove_parts(parts)
+
+    def _remove_parts(self, but: Sequence[str]) -> None:
+        for path in (self.path / "checkpoints").glob("part-*.pt"):
+            if path.name not in but:
+                path.unlink(missing_ok=True)
+
     def load_last(self) -> dict[str, Any]:
-        """Read the checkpoint to resume from, on the CPU.
+        """Read the checkpoint to resume from, on the CPU; of a parallel run, with its ``parts``, a list of states.
 
         Raises:
             CheckpointError: missing, truncated, or of another version.
         """
-        if not self.last.exists():
-            raise CheckpointError(f"checkpoint {self.last}: there is none; start the run again without --resume.")
+        state = self._load_last()
+        parts = [self.path / "checkpoints" / str(name) for name in state.get("parts", ())]
+        return {**state, "parts": [self._load(part) for part in parts]} if parts else state
+
+    def _load(self, path: Path) -> Any:
         try:
-            state: dict[str, Any] = torch.load(self.last, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, *_DAMAGED) as error:
             raise CheckpointError(
-                f"checkpoint {self.last}: it is truncated or no checkpoint ({_first_line(error)}); restore it from a "
+                f"checkpoint {path}: it is truncated or no checkpoint ({_first_line(error)}); restore it from a "
                 "copy, or start the run again in another folder."
             ) from error
+
+    def _load_last(self) -> dict[str, Any]:
+        if not self.last.exists():
+            raise CheckpointError(f"checkpoint {self.last}: there is none; start the run again without --resume.")
+        state = self._load(self.last)
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             found = state.get("format") if isinstance(state, dict) else None
             raise CheckpointError(f"checkpoint {self.last}: its format is {found!r}, this version reads {FORMAT}.")
-        return state
+        checked: dict[str, Any] = state
+        return checked
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

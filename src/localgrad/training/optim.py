@@ -138,6 +138,7 @@ class Schedule:
         warmup_lr: learning rate at its start.
         min_lr: learning rate at the end of the run.
         warmup_stagger: epochs by which each local module's warm-up is longer than that of the module before.
+        first: which local module the first optimizer is of.
 
     Raises:
         RecipeError: unknown scheduler.
@@ -154,6 +155,7 @@ class Schedule:
         warmup_lr: float,
         min_lr: float,
         warmup_stagger: float = 0.0,
+        first: int = 0,
     ) -> None:
         from timm.scheduler import create_scheduler_v2
 
@@ -163,7 +165,7 @@ class Schedule:
                 f"{did_you_mean(name, SCHEDULERS)}"
             )
         self.optimizers = tuple(optimizers)
-        longest = min(warmup_epochs, WARMUP_SHARE * epochs) + (len(self.optimizers) - 1) * warmup_stagger
+        longest = min(warmup_epochs, WARMUP_SHARE * epochs) + (first + len(self.optimizers) - 1) * warmup_stagger
         if warmup_stagger and longest >= epochs:
             raise RecipeError(
                 f"training.warmup_stagger: {warmup_stagger} makes the last module's warm-up {longest:g} of {epochs} "
@@ -183,7 +185,7 @@ class Schedule:
                 step_on_epochs=False,
                 updates_per_epoch=batches_per_epoch,
             )[0]
-            for index, optimizer in enumerate(optimizers)
+            for index, optimizer in enumerate(optimizers, first)
         ]
         self.at(0)
 

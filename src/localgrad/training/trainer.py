@@ -246,8 +246,7 @@ class Trainer:
                 self._train_epoch()
                 train_seconds = time.perf_counter() - start
                 self._finish_epoch(start, train_seconds)
-                if self._signal is not None:  # it came while the epoch was validated or saved
-                    raise Interrupted(self._signal, self.folder.path)
+                self._leave_if_told()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on bit for bit (on the CPU)."""
@@ -255,7 +254,7 @@ class Trainer:
             "learner": self.learner.state_dict(),
             "position": asdict(self.position),
             "sums": self._sums.state_dict(),
-            "random": _random_state(),
+            "random": random_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -268,7 +267,7 @@ class Trainer:
             self.learner.load_state_dict(state["learner"])
             self.position = Position(**state["position"])
             self._sums = self._new_sums()
-            self._sums.load_state_dict(state["sums"])
+            self._load_sums(state["sums"])
             _restore_random_state(state["random"])
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
             reason = str(error).removeprefix("checkpoint: ").removesuffix(".")
@@ -277,10 +276,17 @@ class Trainer:
                 "the run again in another folder."
             ) from error
 
+    def _load_sums(self, state: dict[str, Any]) -> None:
+        self._sums.load_state_dict(state)
+
     def load_best(self) -> None:
         """Put the best epoch's weights into the learner (the averaged ones, where an average is kept)."""
         weights = load_saved_weights(self.folder.best)
         load_best_weights(self.learner, weights)
+
+    def evaluate(self, batches: Batches) -> tuple[float, list[float | None]]:
+        """Accuracy of the whole model and of each local module's own classifier."""
+        return evaluate(self.learner, batches)
 
     def details(self) -> tuple[str, ...]:
         """Lines about this way of training, for the start of a run."""
@@ -296,7 +302,7 @@ class Trainer:
     @property
     def _trained(self) -> range:
         """The local modules that are trained at the current position."""
-        return range(len(self.learner.modules))
+        return self.learner.own
 
     def _prepare(self) -> None:
         """Whatever must be ready before an epoch, or the rest of one, is trained."""
@@ -319,16 +325,42 @@ class Trainer:
             return self.learner.global_step_on(fed.batch)
         return self.learner.step_on(fed.batch)
 
+    def _count(self, fed: Fed) -> int:
+        """Images that a step was fed."""
+        return len(fed.targets)
+
     def _validate(self) -> tuple[float | None, list[float | None]]:
         """The accuracy that selects, and that of each module's own classifier."""
         if self.val is None:
             return None, [None] * len(self.learner.modules)
-        return evaluate(self.learner, self.val)
+        return self.evaluate(self.val)
 
     def _close_epoch(self, losses: list[dict[str, float]]) -> None:
         """Move the position to the next epoch."""
         self.position.last_losses = losses
         self.position.epoch, self.position.batch = self.position.epoch + 1, 0
+
+    def _figures(self) -> tuple[list[dict[str, float]], float | None]:
+        """Each module's mean losses by name over the epoch, and accuracy on its batches, where there are logits."""
+        sums = self._sums
+        accuracy = int(sums.num_correct) / sums.num_images if sums.has_logits else None
+        return sums.means(len(self.learner.modules)), accuracy
+
+    def _save_best(self) -> None:
+        save_weights(self.folder.best, best_weights(self.learner))
+
+    def _save(self) -> None:
+        """Write the checkpoint to resume from."""
+        self.folder.save_last(self.state_dict())
+
+    def _stops_now(self) -> bool:
+        """Whether to stop after the batch that was just done."""
+        return self._signal is not None
+
+    def _leave_if_told(self) -> None:
+        """End the run, which is saved, if a signal came."""
+        if self._signal is not None:
+            raise Interrupted(self._signal, self.folder.path)
 
     def _measure_health(self, check: HealthCheck, event: EpochEnded) -> None:
         start = time.perf_counter()
@@ -348,13 +380,13 @@ class Trainer:
             result = self._step(fed)
             self._sums.add(result, fed.targets)
             position.batch += 1
-            images_since += len(fed.targets)
-            position.num_images += len(fed.targets)
+            images_since += self._count(fed)
+            position.num_images += self._count(fed)
             now = time.perf_counter()
-            if self._signal is not None:
+            if self._stops_now():
                 position.train_seconds += now - start
                 position.seconds += now - start
-                self._stop(self._signal)
+                self._stop()
             if now - last_reading > SECONDS_BETWEEN_READINGS:
                 self._report(result, images_since / (now - last_reading))
                 last_reading, images_since = now, 0
@@ -362,22 +394,22 @@ class Trainer:
     def _finish_epoch(self, start: float, train_seconds: float) -> None:
         self._check_finite()
         self._check_weights()
-        position, sums, trained = self.position, self._sums, self._trained
+        position, trained = self.position, self._trained
         assert self.schedule is not None, "an epoch is prepared before it is trained"
         position.train_seconds += train_seconds
         accuracy, by_module = self._validate()
         is_best = accuracy is None or position.best_accuracy is None or accuracy > position.best_accuracy
         if is_best:
             position.best_epoch, position.best_accuracy = position.epoch, accuracy
-            save_weights(self.folder.best, best_weights(self.learner))
-        losses = sums.means(len(self.learner.modules))
+            self._save_best()
+        losses, train_accuracy = self._figures()
         soft = self.train.augment is not None and self.train.augment.gives_soft_labels
         seconds = time.perf_counter() - start
         event = EpochEnded(
             epoch=position.epoch,
             losses=tuple(losses),
             module=trained[0] if self.epochs_per_module else None,
-            train_accuracy=None if soft or not sums.has_logits else int(sums.num_correct) / sums.num_images,
+            train_accuracy=None if soft else train_accuracy,
             val_accuracy=by_module[-1],
             val_module_accuracy=tuple(by_module),
             learning_rate=self.schedule.learning_rate,
@@ -391,7 +423,7 @@ class Trainer:
             self._measure_health(self.health, event)
         self._close_epoch(losses)
         self._sums = self._new_sums()
-        self.folder.save_last(self.state_dict())
+        self._save()
 
     def _report(self, result: Figures, images_per_second: float) -> None:
         self._check_finite()
@@ -417,7 +449,8 @@ class Trainer:
 
     def _check_weights(self) -> None:
         """Refuse weights that the last update broke: no loss has shown it yet, and they would be saved."""
-        for index, module in enumerate(self.learner.modules):
+        for index in self.learner.own:
+            module = self.learner.modules[index]
             finite = torch.stack([torch.isfinite(parameter).all() for parameter in module.parameters()]).tolist()
             if not all(finite):
                 name = next(name for (name, _), good in zip(module.named_parameters(), finite, strict=True) if not good)
@@ -434,11 +467,11 @@ class Trainer:
             f"{what}, epoch {self.position.epoch + 1}, batch {batch + 1}); {kept}. Try a lower --lr, or --clip-grad 1."
         )
 
-    def _stop(self, signal_number: int) -> None:
+    def _stop(self) -> None:
         self._check_finite()
         self._check_weights()
-        self.folder.save_last(self.state_dict())
-        raise Interrupted(signal_number, self.folder.path)
+        self._save()
+        self._leave_if_told()
 
     @contextmanager
     def _catching_signals(self) -> Iterator[None]:
@@ -518,18 +551,20 @@ def load_best_weights(learner: LocalLearner, weights: dict[str, Tensor]) -> None
     Raises:
         CheckpointError: they are of another model or partition.
     """
-    load_weights(learner.model, _below(weights, "model."))
+    load_weights(learner.model, below(weights, "model."))
     if learner.averaged_model is not None:
-        load_weights(learner.averaged_model, _below(weights, "model."))
+        load_weights(learner.averaged_model, below(weights, "model."))
     for index, module in enumerate(learner.modules):
-        load_weights(module.objective, _below(weights, f"objectives.{index}."))
+        load_weights(module.objective, below(weights, f"objectives.{index}."))
 
 
-def _below(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def below(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The weights whose names begin with a prefix, without it."""
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
-def _random_state() -> dict[str, Any]:
+def random_state() -> dict[str, Any]:
+    """The state of all random number generators that a run may draw from, as plain values and tensors."""
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     version, internal, gauss = random.getstate()
     return {

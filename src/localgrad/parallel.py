@@ -1,0 +1,452 @@
+"""``ParallelLearner``: the local modules of one model on several processes, each with a share of them.
+
+Started by torchrun, every process makes the same learner and runs the same loop; the first rank's images are used. Rank
+r trains its modules on the batch that rank r - 1 has just sent on. The weights are those of one process, bit for bit
+on processors that round alike. ``whole_state_dict()`` gathers the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from localgrad.auxiliary import NextClassifier
+from localgrad.backbone import Layout
+from localgrad.errors import CheckpointError, ParallelError, RecipeError
+from localgrad.execution.local_module import CONTEXT_GRID, site_of
+from localgrad.execution.local_step import LocalStep, autocast, check_precision
+from localgrad.execution.pipeline import Links, PipelineExecutor, ShareResult
+from localgrad.execution.schedule import NUM_BUFFERS, shares
+from localgrad.execution.sequential import SequentialExecutor
+from localgrad.execution.team import Team
+from localgrad.execution.wire import WIRES, Packet
+from localgrad.learner import Factories, LocalLearner, _make_ema, _no_optimizers, check_weights
+from localgrad.objectives.base import LocalBatch, Site
+from localgrad.planning.memory import MemoryProfile, simulate
+
+
+class ParallelLearner(LocalLearner):
+    """Trains this process's share of a model's local modules.
+
+    Only the own modules' weights, gradients, optimizer state and average take memory here. Call ``begin`` with the
+    number of batches before each epoch, so that batches are received ahead; without it all works, one at a time.
+
+    Args:
+        model: any timm model that ``localgrad.split`` takes, on the processor, made alike in every process.
+        team: from ``Team.join``; by default this process's own, as torchrun started it.
+        num_buffers: batches that may be on their way at each end of a link.
+        wire: how features travel: ``same``, or ``bf16`` in half the bytes.
+        **settings: as for ``LocalLearner``, but for ``device``, ``offload``, ``overlap`` and ``global_checkpoint``.
+
+    Raises:
+        ParallelError: more ranks than local modules, or what needs several modules in one place.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        team: Team | None = None,
+        num_buffers: int = NUM_BUFFERS,
+        wire: str = "same",
+        ema_decay: float | None = None,
+        **settings: Any,
+    ) -> None:
+        if wire not in WIRES:
+            raise RecipeError(f"wire: unknown {wire!r}; take {' or '.join(WIRES)}.")
+        if num_buffers < 1:
+            raise RecipeError(f"num_buffers must be at least 1, got {num_buffers}.")
+        for name in ("offload", "overlap", "device"):
+            if settings.get(name):
+                raise ParallelError(f"{name}: not with several processes; leave it out.")
+        self.team = team or Team.join(device=torch.device("cpu"))
+        super().__init__(model, **settings)
+        self._twins = self.team.twins
+        check_precision(self.precision, self.team.device)
+        self.shares = shares_of(self.plan.activation_bytes or [1] * self.plan.num_modules, self.team.num_ranks)
+        self._refuse(compiled=bool(self._settings["compile"]))
+        self._settle()
+        self._own_parts = nn.ModuleList(part for index in self.own for part in self.modules[index].parts)
+        self._ema = _make_ema(self._own_parts, ema_decay, on_host=False)
+        self.links = Links(self.team.place, self.team.device, num_buffers=num_buffers, wire=wire)
+
+    def _refuse(self, *, compiled: bool) -> None:
+        if self.uses("teacher"):
+            raise ParallelError("teacher_share: the average of the whole model is in no process; leave it out.")
+        if any(
+            isinstance(net, NextClassifier) and net.weights == "ema" for own in self.modules for net in own.modules()
+        ):
+            raise ParallelError(
+                "classifier next: an average of the following blocks needs them in one process; take weights = copy."
+            )
+        if compiled and self.team.num_replicas > 1:
+            raise ParallelError("--compile: not with several replicas; leave one of them out.")
+
+    def _settle(self) -> None:
+        """Move the own modules to the device, and free all others."""
+        own = [part for index in self.own for part in self.modules[index].modules()]
+        kept = [(table, dict(table)) for part in own for table in (part._parameters, part._buffers)]
+        for index, module in enumerate(self.modules):
+            if index not in self.own:
+                module.to("meta")  # shapes stay, for checks of checkpoints
+        for table, tensors in kept:  # some parts belong to several modules, such as tables of rotations
+            cast(dict[str, Any], table).update(tensors)
+        for index in self.own:
+            self.modules[index].to(self.team.device)
+        self.backbone.follow_parts()
+
+    @property
+    def own(self) -> range:
+        """The local modules that this process trains."""
+        return self.shares[self.team.place.rank]
+
+    @property
+    def averages(self) -> bool:
+        """Whether an average of the weights is kept."""
+        return self._ema is not None
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process trains."""
+        return self.team.device
+
+    @property
+    def sites(self) -> list[Site]:
+        """Where each local module stands."""
+        return [site_of(self.backbone, self.plan.boundaries, index) for index in range(self.plan.num_modules)]
+
+    def configure_optimizers(self, factory: Factories) -> None:
+        """Make one optimizer for each of the own modules. As for ``LocalLearner``; call it in every process."""
+        self.optimizer_factory = factory
+        steps = [self.local_step(index, factory) for index in self.own]
+        self._seed(steps)
+        uses = [module.objective.uses for module in self.modules]
+        self._executor = self._pipeline = PipelineExecutor(steps, self.links, first=self.own.start, uses=uses)
+
+    def _seed(self, steps: Sequence[LocalStep]) -> None:
+        super()._seed(steps)
+        if self.team.num_replicas > 1:
+            for index, step in zip(self.own, steps, strict=True):
+                step.seed = (self.seed, index, self.team.replica)
+
+    def begin(self, num_batches: int, *, start: int = 0) -> None:
+        """Begin an epoch: how many batches it has, and the first one of them to be trained on, from 0."""
+        self.links.finish()
+        self.links.begin(start, num_batches - 1)
+
+    def step(self, images: Tensor, labels: Tensor) -> ShareResult:  # type: ignore[override]
+        """Train the own modules on the next batch.
+
+        Args:
+            images: [B, C, H, W]; those of the first rank are used.
+            labels: class indices [B], or soft targets [B, num_classes]; those of the first rank are used.
+
+        Returns:
+            Figures of the own modules.
+        """
+        return self.share(LocalBatch(images, labels), labels if labels.ndim == 1 else labels.argmax(dim=1))
+
+    def share(self, batch: LocalBatch | None = None, targets: Tensor | None = None) -> ShareResult:
+        """As ``step``, on a batch that gives its images away; only the first rank gives one.
+
+        Args:
+            batch: images and labels.
+            targets: class indices int64 [B].
+
+        Raises:
+            RecipeError: no optimizers yet.
+        """
+        if self._executor is None:
+            raise _no_optimizers()
+        if not all(self.modules[index].training for index in self.own):
+            self.train()
+        result = self._pipeline.share(batch, targets, number=self.num_steps)
+        self.num_steps += 1
+        if self._ema is not None:
+            self._ema.update(self._own_parts, step=self.num_steps)
+        return result
+
+    def step_on(self, batch: LocalBatch) -> Any:
+        """Not here: see ``share``."""
+        raise ParallelError("step_on: several processes share a step; call share() in each of them.")
+
+    def global_step_on(self, batch: LocalBatch) -> Any:
+        """Not here: an end-to-end step needs all modules in one place."""
+        raise ParallelError("end-to-end steps need all modules in one process; leave them out, or --parallel.")
+
+    @torch.no_grad()
+    def infer(self, images: Tensor | None, targets: Tensor | None) -> tuple[dict[int, Tensor], Tensor]:
+        """Class logits of the own modules' classifiers for the next batch; call ``eval()`` first, and ``begin``.
+
+        Where an average is kept, the last module's logits are those of the averaged model.
+
+        Args:
+            images: [B, C, H, W], on the first rank.
+            targets: class indices int64 [B], on the first rank.
+
+        Returns:
+            Logits [B, num_classes] by module, where it has a classifier, and the targets.
+        """
+        packet: Packet = self.links.receive()
+        if not packet:
+            assert images is not None and targets is not None, "the first rank has the images"
+            packet = {"features": images, "averaged": images, "targets": targets}
+            packet = packet if self._ema is not None else {k: v for k, v in packet.items() if k != "averaged"}
+        features, averaged = packet["features"], packet.get("averaged")
+        found = {}
+        with autocast(self.device.type, self.precision):
+            for index in self.own:
+                module = self.modules[index]
+                outputs, features, _ = module.walk(features)
+                logits = module.objective.classify(outputs)
+                if logits is not None:
+                    found[index] = logits
+            if averaged is not None:
+                with self._averaged():
+                    for index in self.own:
+                        averaged = self.modules[index].walk(averaged).handed_on
+                if self.links.sender is None:
+                    found[self.own[-1]] = averaged
+        if self.links.sender is not None:
+            onward = {"features": features, "targets": packet["targets"]}
+            self.links.send(onward if averaged is None else {**onward, "averaged": averaged})
+        self.links.done()
+        return found, packet["targets"]
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Let the own modules have their averaged weights."""
+        assert self._ema is not None, "an average is kept"
+        mine, theirs = self._own_parts.state_dict(keep_vars=True), self._ema.module.state_dict()
+        kept = [tensor.data for tensor in mine.values()]
+        for tensor, value in zip(mine.values(), theirs.values(), strict=True):
+            tensor.data = value
+        try:
+            yield
+        finally:
+            for tensor, value in zip(mine.values(), kept, strict=True):
+                tensor.data = value
+
+    # ------------------------------------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """This process's part of the state; ``merged`` makes the whole of all parts."""
+        steps = self._executor.steps if self._executor else ()
+        own = list(self.own)
+        return {
+            "model": self.own_weights(),
+            "objectives": {index: self.modules[index].objective.state_dict() for index in own},
+            "optimizers": {index: step.optimizer.state_dict() for index, step in zip(own, steps, strict=False)},
+            "scalers": {index: step.scaler.state_dict() for index, step in zip(own, steps, strict=False)},
+            "averaged_model": None if self._ema is None else self.own_weights(averaged=True),
+            "num_steps": self.num_steps,
+            "seed": self.seed,
+            "boundaries": list(self.plan.boundaries),
+        }
+
+    def own_weights(self, *, averaged: bool = False) -> dict[str, Tensor]:
+        """The own modules' part of the model's weights, or of their average, in the model's own naming."""
+        names = {id(tensor): name for name, tensor in self.model.state_dict(keep_vars=True).items()}
+        mine = self._own_parts.state_dict(keep_vars=True).values()
+        values = list(mine)
+        if averaged:
+            assert self._ema is not None, "an average is kept"
+            values = list(self._ema.module.state_dict().values())
+        return {names[id(tensor)]: value.detach() for tensor, value in zip(mine, values, strict=True)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take this process's part of a whole state, from ``merged`` or from a ``LocalLearner``.
+
+        Raises:
+            CheckpointError: it is of another model or partition, or made before optimizers were configured.
+        """
+        steps = self._executor.steps if self._executor else ()
+        if (tuple(state["boundaries"]), len(state["optimizers"])) != (self.plan.boundaries, len(self.modules)):
+            raise CheckpointError(
+                f"checkpoint: it has boundaries {state['boundaries']} and {len(state['optimizers'])} optimizers, this "
+                f"learner {list(self.plan.boundaries)} and {len(self.modules)}; use the same modules."
+            )
+        if self._ema is not None and state["averaged_model"] is None:
+            raise CheckpointError("checkpoint: it holds no average of the weights; leave ema_decay out.")
+        check_weights(self.model, state["model"])
+        self.load_own_weights(state["model"], averages=state["averaged_model"])
+        for index, step in zip(self.own, steps, strict=True):
+            check_weights(self.modules[index].objective, state["objectives"][index])
+            self.modules[index].objective.load_state_dict(state["objectives"][index])
+            step.optimizer.load_state_dict(state["optimizers"][index])
+            step.scaler.load_state_dict(state["scalers"][index])
+        self.num_steps, self.seed = state["num_steps"], state["seed"]
+        self._seed(steps)
+
+    @torch.no_grad()
+    def load_own_weights(self, weights: dict[str, Tensor], *, averages: dict[str, Tensor] | None) -> None:
+        """Put the own modules' part of a whole model's weights, and of its average, in place."""
+        for name, value in self.own_weights().items():
+            value.copy_(weights[name])
+        if self._ema is not None:
+            assert averages is not None, "an average is kept"
+            for name, value in self.own_weights(averaged=True).items():
+                value.copy_(averages[name])
+
+    def whole_state_dict(self) -> dict[str, Tensor] | None:
+        """The whole model's weights on rank 0 (the averaged ones, where an average is kept); ``None`` on the others.
+
+        All processes call this together.
+        """
+        own = self.own_weights(averaged=self._ema is not None)
+        parts = self.team.to_speaker({name: value.cpu() for name, value in own.items()})
+        if parts is None:
+            return None
+        found = {name: value for part in parts[: self.team.num_ranks] for name, value in part.items()}
+        return {name: found[name] for name in self.model.state_dict()}
+
+
+def estimate_share(
+    learner: ParallelLearner, batch_size: int, optimizer: Factories, device: torch.device | None = None
+) -> MemoryProfile:
+    """Predict the memory of one training step of this process on fake tensors; the learner is not touched.
+
+    Counts the own modules, the packets that have room here, and those that wait to be taken by the next rank.
+
+    Args:
+        learner: as it will be trained.
+        batch_size: images a step of this replica.
+        optimizer: factory, as for ``configure_optimizers``.
+        device: that it will be trained on; by default the learner's.
+    """
+    bare = copy.copy(learner)  # without what a fake copy can't hold: groups, optimizers, compiled code
+    bare._executor = bare.optimizer_factory = None
+    bare._settings = {**learner._settings, "compile": False}
+    bare._twins = None
+    place = learner.team.place
+    own_share = _OwnShare(
+        first=learner.own.start,
+        stop=learner.own.stop,
+        batch_size=batch_size,
+        factory=optimizer,
+        num_received=0 if place.before is None else learner.links.num_slots,
+        num_sent=0 if place.behind is None else learner.links.num_buffers,
+    )
+    bare.team = bare.links = bare._pipeline = None  # type: ignore[assignment]
+    return simulate(
+        bare,
+        own_share,
+        inputs={"labels": ((batch_size,), torch.int64)},
+        device="cuda" if (device or learner.device).type == "cuda" else "cpu",
+    )
+
+
+@dataclass
+class _OwnShare:
+    """A training step of a copied learner's own modules, without its neighbours."""
+
+    first: int
+    stop: int
+    batch_size: int
+    factory: Factories
+    num_received: int
+    num_sent: int
+    executor: SequentialExecutor | None = None
+
+    def __call__(self, learner: ParallelLearner, labels: Tensor) -> object:
+        own = range(self.first, self.stop)
+        if self.executor is None:
+            uses = [module.objective.uses for module in learner.modules]
+            steps = [
+                LocalStep(
+                    learner.modules[index],
+                    LocalLearner.parameters(learner, index),
+                    (self.factory if callable(self.factory) else self.factory[index])(learner.parameters(index)),
+                    device=torch.device("cpu"),  # where fake tensors are
+                    **learner._settings,
+                )
+                for index in own
+            ]
+            self.executor = SequentialExecutor(steps, first=self.first, uses=uses)
+            self.received = [self._packet(learner) for _ in range(self.num_received)]
+            self.sent: deque[object] = deque(maxlen=self.num_sent)
+            for index in own:
+                learner.modules[index].train()
+        packet = self.received[0] if self.received else self._packet(learner)
+        batch = LocalBatch(packet.get("images"), labels, None, packet.get("previous"))
+        batch.context = tuple(tensor for name, tensor in packet.items() if name.startswith("context"))
+        batch.gradient = packet.get("gradient")
+        trained = self.executor.train(packet["features"], batch, lambda _, features: self.sent.append(features))
+        if learner._ema is not None:
+            learner._ema.update(learner._own_parts, step=1)
+        return trained
+
+    def _packet(self, learner: ParallelLearner) -> dict[str, Tensor]:
+        site = learner.sites[self.first]
+        assert self.executor is not None, "made before"
+
+        def empty(layout: Layout | None) -> Tensor:
+            assert layout is not None, "of a module behind others"
+            return torch.empty(self.batch_size, *layout.shape)
+
+        if self.first == 0:
+            images = empty(site.image)
+            return {"features": images, "images": images}
+        packet = {"features": empty(site.inputs)}
+        if self.executor.is_used("images", self.first):
+            packet["images"] = empty(site.image)
+        if self.executor.is_used("previous", self.first):
+            packet["previous"] = empty(site.previous)
+        if "gradient" in self.executor.uses[self.first]:
+            packet["gradient"] = empty(site.inputs)
+        if self.executor.is_used("context", self.first):
+            for number, layout in enumerate(site.context):
+                rows, columns = (min(side, CONTEXT_GRID) for side in layout.grid)
+                packet[f"context{number:03d}"] = torch.empty(self.batch_size, rows, columns, layout.width)
+        return packet
+
+
+def merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The state of a whole learner, made of the parts of all ranks in order.
+
+    Args:
+        parts: from ``ParallelLearner.state_dict``.
+
+    Returns:
+        As from ``LocalLearner.state_dict``.
+    """
+
+    def listed(key: str) -> list[Any]:
+        found = {index: value for part in parts for index, value in part[key].items()}
+        return [found[index] for index in sorted(found)]
+
+    def joined(key: str) -> dict[str, Tensor]:
+        return {name: value for part in parts for name, value in part[key].items()}
+
+    first = parts[0]
+    return {
+        **{key: first[key] for key in ("num_steps", "seed", "boundaries")},
+        **{key: listed(key) for key in ("objectives", "optimizers", "scalers")},
+        "model": joined("model"),
+        "averaged_model": None if first["averaged_model"] is None else joined("averaged_model"),
+    }
+
+
+def shares_of(costs: Sequence[int], num_ranks: int) -> tuple[range, ...]:
+    """Which local modules each rank has.
+
+    Args:
+        costs: of each module.
+        num_ranks: of a replica.
+
+    Raises:
+        ParallelError: more ranks than modules.
+    """
+    if num_ranks > len(costs):
+        raise ParallelError(
+            f"--parallel modules: {num_ranks} processes for {len(costs)} local modules; take --modules {num_ranks}, "
+            f"{len(costs)} processes, or --replicas."
+        )
+    return shares(costs, num_ranks)

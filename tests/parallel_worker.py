@@ -1,0 +1,152 @@
+"""What one of several processes does in the tests of parallel training; the same functions make the references.
+
+``python parallel_worker.py OUT REPLICAS SCENARIO...`` trains each scenario in turn, with the same process groups, and
+rank 0 writes ``OUT/SCENARIO.pt``: the whole model's weights and what the ranks say.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import Mixup
+from torch import Tensor
+
+from helpers import SIZE, adamw, make
+from localgrad import (
+    Contrastive,
+    FeatureReconstruction,
+    GreedySupervised,
+    ImageReconstruction,
+    LocalLearner,
+    ParallelLearner,
+    Team,
+)
+from localgrad.objectives.methods import Objective
+from localgrad.training.optim import Schedule
+
+NUM_BATCHES, BATCH_SIZE, NUM_CLASSES = 7, 6, 5
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A training run: a model, modules, an objective, and settings of the learner."""
+
+    kind: str = "swin"
+    modules: int = 3
+    objective: Objective = field(default_factory=FeatureReconstruction)
+    settings: dict[str, Any] = field(default_factory=dict)
+    drop_path: float = 0.3
+    mixes: bool = True
+    wire: str = "same"
+    num_buffers: int = 2
+
+
+EVERYTHING: dict[str, Any] = {"clip_grad": 1.0, "accumulation": 2, "ema_decay": 0.99}
+SCENARIOS: dict[str, Scenario] = {
+    "two": Scenario(modules=2, settings=EVERYTHING),
+    "three": Scenario(modules=3, settings=EVERYTHING, num_buffers=1),
+    "four": Scenario(kind="vit", modules=4, settings=EVERYTHING, num_buffers=3),
+    "plain": Scenario(kind="vit", modules=4, mixes=False),
+    "batch norms": Scenario(kind="resnet", modules=3, drop_path=0.0),
+    "image": Scenario(objective=ImageReconstruction(), settings=EVERYTHING),
+    "contrastive": Scenario(objective=Contrastive(), mixes=False),
+    "greedy": Scenario(
+        kind="vit", modules=4, objective=GreedySupervised(classifier="next"), settings={"checkpoint": "blocks"}
+    ),
+    "remedies": Scenario(
+        kind="vit",
+        modules=4,
+        objective=FeatureReconstruction(
+            reconstruct="previous", context=0.5, transport_tau=1.0, over_time={"reconstruction": (1.0, 0.1)}
+        ),
+        settings={"freeze_from": 0.4, **EVERYTHING},
+    ),
+    "reconcile": Scenario(kind="vit", modules=4, objective=FeatureReconstruction(reconcile=0.5)),
+    "bf16": Scenario(settings={"precision": "bf16"}),
+    "still": Scenario(kind="vit", modules=4, drop_path=0.0, settings={"clip_grad": 1.0, "ema_decay": 0.99}),
+    "still parts": Scenario(kind="vit", modules=3, drop_path=0.0, settings={"accumulation": 3}),
+    "narrow wire": Scenario(kind="vit", modules=4, wire="bf16"),
+}
+
+
+def data(*, mixes: bool) -> list[tuple[Tensor, Tensor]]:
+    """Seeded batches, with labels made soft by mixup or not."""
+    generator = torch.Generator().manual_seed(11)
+    found = []
+    mix = Mixup(mixup_alpha=0.4, num_classes=NUM_CLASSES)
+    for _ in range(NUM_BATCHES):
+        images = torch.randn(BATCH_SIZE, *SIZE, generator=generator)
+        labels = torch.randint(0, NUM_CLASSES, (BATCH_SIZE,), generator=generator)
+        found.append(mix(images, labels) if mixes else (images, labels))
+    return found
+
+
+def learner_of(scenario: Scenario, team: Team | None) -> LocalLearner | ParallelLearner:
+    model = make(scenario.kind, **({"drop_path_rate": scenario.drop_path} if scenario.drop_path else {}))
+    torch.manual_seed(1)
+    settings: dict[str, Any] = {
+        "modules": scenario.modules,
+        "objective": scenario.objective,
+        "input_size": SIZE,
+        **scenario.settings,
+    }
+    if team is None:
+        return LocalLearner(model, **settings)
+    return ParallelLearner(model, team=team, wire=scenario.wire, num_buffers=scenario.num_buffers, **settings)
+
+
+def train(scenario: Scenario, team: Team | None = None) -> tuple[Any, list[Any]]:
+    """Train on all batches, with a scheduler; the learner, and each step's losses."""
+    import numpy as np
+
+    np.random.seed(3)  # mixup draws of it
+    batches = data(mixes=scenario.mixes)
+    learner = learner_of(scenario, team)
+    learner.configure_optimizers(adamw)
+    schedule = Schedule(
+        learner.optimizers, name="cosine", epochs=2, batches_per_epoch=NUM_BATCHES, warmup_epochs=0.2, warmup_lr=1e-5,
+        min_lr=1e-5, warmup_stagger=0.2, first=learner.own.start,
+    )  # fmt: skip
+    if isinstance(learner, ParallelLearner):
+        learner.begin(NUM_BATCHES)
+    losses = []
+    for number, (images, labels) in enumerate(batches):
+        schedule.at(number)
+        learner.at(number / NUM_BATCHES)
+        if team is not None and team.num_replicas > 1:
+            own = [given.tensor_split(team.num_replicas)[team.replica] for given in (images, labels)]
+        else:
+            own = [images, labels]
+        losses.append([float(loss) for loss in learner.step(*own).losses])
+    if isinstance(learner, ParallelLearner):
+        learner.links.finish()
+    return learner, losses
+
+
+def main() -> None:
+    out, replicas, *names = sys.argv[1:]
+    torch.set_num_threads(1)
+    team = Team.join(num_replicas=int(replicas), device=torch.device("cpu"))
+    for name in names:
+        learner, losses = train(SCENARIOS[name], team)
+        weights = learner.whole_state_dict()
+        sender = learner.links.sender
+        said = team.everyone(
+            {
+                "own": list(learner.own),
+                "losses": losses,
+                "sent": 0 if sender is None else sender.packet_bytes,
+                "alive": sum(weight.nbytes for weight in learner.model.parameters() if not weight.is_meta),
+            }
+        )
+        if team.is_speaker:
+            torch.save({"weights": weights, "said": said}, Path(out) / f"{name}.pt")
+    team.leave()
+
+
+if __name__ == "__main__":
+    main()

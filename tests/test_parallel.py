@@ -1,0 +1,199 @@
+"""Several real processes train what one process trains, bit for bit; the schedule needs none to be tested."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import parallel_worker as worker
+from localgrad.execution import schedule
+from localgrad.execution.schedule import Action, actions, program, shares, timetable
+from parallel_worker import SCENARIOS, Scenario, train
+
+# ------------------------------------------------------------------------------------------------ the schedule
+
+
+def test_the_timetable_is_the_one_that_the_source_draws() -> None:
+    def drawn(row: list[tuple[Action, ...]]) -> str:
+        letters = {"forward": "F", "send": "S", "update": "U", "expect": "r"}
+        return " | ".join("".join(f"{letters[a.kind]}{a.batch}" for a in now if a.kind in letters) for now in row)
+
+    rows = [drawn(row) for row in timetable(3, 4)]
+    assert rows == [
+        "F0S0U0 | F1S1U1 | F2S2U2 | F3S3U3 |  | ",
+        "r0r1 | F0S0U0 | r2F1S1U1 | r3F2S2U2 | F3S3U3 | ",
+        "r0r1 |  | F0U0 | r2F1U1 | r3F2U2 | F3U3",
+    ]
+    assert "F0 S0 U0 F1 S1 U1" in str(schedule.__doc__)
+
+
+@given(st.integers(1, 6), st.integers(1, 9), st.integers(1, 4))
+def test_every_batch_goes_through_every_rank_once_in_order_and_without_a_bubble(
+    ranks: int, batches: int, buffers: int
+) -> None:
+    table = timetable(ranks, batches, buffers)
+    for rank, row in enumerate(table):
+        done = [(time, action.batch) for time, now in enumerate(row) for action in now if action.kind == "update"]
+        if buffers > 1 or ranks == 1:
+            assert done == [(rank + batch, batch) for batch in range(batches)]  # no wait but the first ``rank`` steps
+        assert [batch for _, batch in done] == list(range(batches))
+
+
+@given(st.integers(2, 6), st.integers(1, 9), st.integers(1, 4))
+def test_sends_and_receives_match_and_room_is_bounded(ranks: int, batches: int, buffers: int) -> None:
+    for rank in range(ranks):
+        listed = program(rank, num_ranks=ranks, num_batches=batches, num_buffers=buffers)
+        order = {
+            kind: [action.batch for action in listed if action.kind == kind] for kind in ("expect", "receive", "send")
+        }
+        assert order["expect"] == order["receive"] == ([] if rank == 0 else list(range(batches)))
+        assert order["send"] == ([] if rank == ranks - 1 else list(range(batches)))
+        waiting = pending = 0
+        for kind, _ in listed:
+            waiting += (kind == "expect") - (kind == "update" and rank > 0)
+            pending += (kind == "send") - (kind == "settle")
+            assert waiting <= buffers
+            assert pending <= buffers
+        kinds = [kind for kind, _ in listed]
+        if rank < ranks - 1:
+            assert all(
+                kinds[i + 1] == "update" for i, kind in enumerate(kinds) if kind == "send"
+            )  # before the backward
+
+
+@given(st.integers(2, 5), st.integers(2, 12), st.integers(1, 3), st.data())
+def test_a_phase_that_ends_early_leaves_nothing_asked_for(ranks: int, batches: int, buffers: int, draw: Any) -> None:
+    """Rank 0 shortens the phase while it works on a batch; the others hear of it with that batch's packet."""
+    told = draw.draw(st.integers(0, batches - 1))
+    end = min(batches - 1, told + buffers)
+    for rank in range(ranks):
+        asked = []
+        last = batches - 1
+        batch = 0
+        while batch <= last:
+            known = last  # asked for before the packet is read
+            asked += [
+                a.batch
+                for a in actions(batch, rank=rank, num_ranks=ranks, first=0, last=known, num_buffers=buffers)
+                if a.kind == "expect"
+            ]
+            if batch >= told:
+                last = end
+            batch += 1
+        assert batch == end + 1
+        assert asked == ([] if rank == 0 else list(range(end + 1)))
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=9), st.data())
+def test_shares_are_runs_of_modules(costs: list[int], draw: Any) -> None:
+    ranks = draw.draw(st.integers(1, len(costs)))
+    found = shares(costs, ranks)
+    assert [index for share in found for index in share] == list(range(len(costs)))
+    assert all(len(share) for share in found)
+
+
+# --------------------------------------------------------------------------------------------- real processes
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
+def start(num_processes: int, command: list[str], **environment: str) -> list[subprocess.Popen[str]]:
+    """The processes that torchrun would start, without its own."""
+    shared = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": str(num_processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+        **environment,
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, *command],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(num_processes)
+    ]
+
+
+def results_of(num_processes: int, names: list[str], folder: Path, *, replicas: int = 1) -> dict[str, Any]:
+    processes = start(num_processes, [worker.__file__, str(folder), str(replicas), *names])
+    try:
+        said = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * num_processes, said
+    return {name: torch.load(folder / f"{name}.pt") for name in names}
+
+
+def reference(name: str) -> tuple[dict[str, torch.Tensor], list[list[float]]]:
+    learner, losses = train(SCENARIOS[name])
+    return (learner.averaged_model or learner.model).state_dict(), losses
+
+
+def same(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bool:
+    return list(weights) == list(others) and all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+BY_RANKS = {
+    2: ["two", "three", "four", "batch norms", "image", "remedies", "bf16"],
+    3: ["three", "four", "contrastive", "remedies"],
+    4: ["four", "plain", "greedy", "remedies", "reconcile"],
+}
+
+
+@pytest.mark.parametrize("ranks", BY_RANKS)
+def test_processes_train_what_one_process_trains_bit_for_bit(ranks: int, tmp_path: Path) -> None:
+    found = results_of(ranks, BY_RANKS[ranks], tmp_path)
+    for name, result in found.items():
+        weights, losses = reference(name)
+        assert same(result["weights"], weights), name
+        by_rank = [said["losses"] for said in result["said"]]
+        assert [[loss for rank in by_rank for loss in rank[step]] for step in range(len(losses))] == losses, name
+        assert [index for said in result["said"] for index in said["own"]] == list(range(SCENARIOS[name].modules))
+        whole = sum(value.nbytes for value in weights.values())
+        assert max(said["alive"] for said in result["said"]) < whole, name  # a rank keeps its own modules' weights
+        assert all(said["sent"] > 0 for said in result["said"][:-1])
+    narrow = found.get("image"), found.get("three")
+    if all(narrow):  # the image travels too, where an objective looks at it
+        assert narrow[0]["said"][0]["sent"] > narrow[1]["said"][0]["sent"]
+
+
+def test_half_the_bytes_on_the_wire_cost_little(tmp_path: Path) -> None:
+    found = results_of(2, ["plain", "narrow wire"], tmp_path)
+    weights, losses = train(Scenario(kind="vit", modules=4))[0].model.state_dict(), train(SCENARIOS["narrow wire"])[1]
+    assert same(found["plain"]["weights"], reference("plain")[0])
+    narrow = found["narrow wire"]
+    assert not same(narrow["weights"], weights)
+    got = [[loss for said in narrow["said"] for loss in said["losses"][step]] for step in range(len(losses))]
+    assert torch.allclose(torch.tensor(got), torch.tensor(losses), rtol=0.02)
+    assert narrow["said"][0]["sent"] < 0.6 * found["plain"]["said"][0]["sent"] + 200
+
+
+def test_replicas_train_as_one_process_on_the_whole_batch(tmp_path: Path) -> None:
+    """Without draws, which are each replica's own."""
+    found = results_of(4, ["still", "still parts"], tmp_path, replicas=2)
+    for name, result in found.items():
+        weights, _ = reference(name)
+        assert result["weights"].keys() == weights.keys()
+        for key, value in weights.items():
+            assert torch.allclose(result["weights"][key], value, rtol=2e-3, atol=2e-5), (name, key)
