@@ -5,7 +5,8 @@
     python benchmarks/pipelining.py --compare 1f1b gpipe --ranks 2       # all of them in turns, as ratios to none
 
 One process a stage on gloo, each with one thread. A stage is a run of the blocks that ``localgrad.split`` gives, with
-the stem or the tail at the ends, and has its own AdamW. Random images, the same few batches in turn, fp32.
+the stem or the tail at the ends, and has its own AdamW. Random images, the same few batches in turn, fp32. Drop path
+is off (unless asked for), so that the losses of all methods are the same to rounding.
 
 What is measured, in every process, of each step after the warm-up:
 
@@ -25,9 +26,10 @@ What torch.distributed.pipelining (2.15) asks for, and what follows:
 * **The loss is a mean of means.** The schedule backpropagates each microbatch's mean loss and divides the gradients by
   their number afterwards (``scale_grads``), in one pass over all of them. It is the whole batch's mean to rounding.
 * **Example tensors must say ``requires_grad``.** With ``input_args`` and ``output_args`` (on the meta device) a stage
-  knows its buffers; without, the first step runs forward and backward twice to find out. But the examples' flag
-  decides whether gradients cross the boundary, and an example without it is taken at its word.
-* **Tensors on the wire are contiguous**, which gloo wants and nobody checks; a stage ends in ``contiguous()``.
+  knows its buffers; without, the first step runs forward and backward once more to find out. But the examples' flag
+  decides whether a gradient crosses the boundary. Where only the receiving stage's example lacks it, the stage before
+  waits for ever; where both do, autograd fails.
+* **Tensors on the wire are contiguous**, or gloo refuses the send; a stage ends in ``contiguous()``.
 * **All or nothing of the batch.** The first stage is given the images, the last one the labels, the others nothing;
   ``step()`` takes whatever comes and splits it. Losses come back in a list that is empty in all other processes.
 * **No hook around a backward pass**, so its time is taken in a subclass of ``PipelineStage``, of calls that have
@@ -44,20 +46,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import ctypes
 import datetime
 import gc
 import json
 import math
 import os
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,6 +67,7 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from pipelining_report import FORMAT, Report, Share, as_table, rows_of
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
@@ -75,13 +78,12 @@ from localgrad.comparing.measuring import Held, peak_of
 from localgrad.errors import LocalgradError, RecipeError
 from localgrad.learner import activation_bytes, default_input_size
 from localgrad.partition import Boundaries, balance, check_boundaries, spans
-from localgrad.units import format_bytes, format_rate
 
-FORMAT = 1
 ALONE = ("none", "parts")
 METHODS = (*ALONE, "1f1b", "gpipe")
 NUM_BATCHES = 2
 """Different batches, made before training; step t trains on batch t modulo this."""
+LEARNING_RATE = 1e-4
 CPU = torch.device("cpu")
 
 
@@ -117,7 +119,7 @@ class Worker(ABC):
 
     def __init__(self, net: nn.Module) -> None:
         self.net = net.train()
-        self.optimizer: Optimizer = AdamW(net.parameters(), lr=1e-3, weight_decay=0.05)
+        self.optimizer: Optimizer = AdamW(net.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
         self.busy = Stopwatch()
         self.needs_images = self.needs_labels = True
         self.sent_bytes = 0
@@ -261,124 +263,6 @@ def worker_for(options: argparse.Namespace, backbone: Backbone, boundaries: Boun
     )
 
 
-# What was measured -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Share:
-    """What one process measured; lists have one figure a timed step."""
-
-    rank: int
-    blocks: tuple[int, int]
-    num_parameters: int
-    sent_bytes: int
-    step_seconds: tuple[float, ...]
-    busy_seconds: tuple[float, ...]
-    processor_seconds: tuple[float, ...]
-    resident_start_bytes: int
-    resident_peak_bytes: int
-    tensor_peak_bytes: int
-
-    @property
-    def bubble(self) -> float:
-        """Share of the wall's time in which this process did not compute."""
-        return 1 - sum(self.busy_seconds) / sum(self.step_seconds)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """One run of one method. The losses are of all steps, warm-up included."""
-
-    method: str
-    model: str
-    image_size: tuple[int, ...]
-    batch_size: int
-    microbatches: int
-    ranks: int
-    threads: int
-    boundaries: tuple[int, ...]
-    balanced_by: str
-    seed: int
-    steps: int
-    warmup: int
-    losses: tuple[float, ...]
-    shares: tuple[Share, ...]
-    about: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def median_step_seconds(self) -> float:
-        """Of the slowest process."""
-        return max(statistics.median(share.step_seconds) for share in self.shares)
-
-    @property
-    def images_per_second(self) -> float:
-        return self.batch_size / self.median_step_seconds
-
-    @property
-    def bubble(self) -> float:
-        """Share of all processes' time that none of them computed in."""
-        busy = sum(sum(share.busy_seconds) for share in self.shares)
-        return 1 - busy / sum(sum(share.step_seconds) for share in self.shares)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, with what follows from it."""
-        summary = {name: getattr(self, name) for name in ("median_step_seconds", "images_per_second", "bubble")}
-        values = asdict(self)
-        for share, told in zip(self.shares, values["shares"], strict=True):
-            told["bubble"] = share.bubble
-        return {"format": FORMAT, **values, **summary}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Report:
-        """Read what ``to_dict`` gave, through JSON or not; what follows from the rest is left out."""
-        assert values["format"] == FORMAT, f"format {values['format']}, but this version reads {FORMAT}"
-        known = {name: _tupled(values[name]) for name in cls.__dataclass_fields__ if name != "shares"}
-        shares = tuple(
-            Share(**{name: _tupled(share[name]) for name in Share.__dataclass_fields__}) for share in values["shares"]
-        )
-        return cls(**known, shares=shares)
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.method}, {self.model}, {self.image_size[-1]} px, batch {self.batch_size} in {self.microbatches}, "
-            f"{self.ranks} x {self.threads} threads, boundaries {list(self.boundaries)} ({self.balanced_by}): "
-            f"{self.median_step_seconds:.3f} s a step, {format_rate(self.images_per_second)}, "
-            f"bubble {100 * self.bubble:.1f} %"
-        ]
-        lines += [
-            f"  rank {share.rank}: blocks {share.blocks[0]}-{share.blocks[1] - 1}, bubble {100 * share.bubble:.1f} %, "
-            f"peak {format_bytes(share.resident_peak_bytes)} resident ({format_bytes(share.resident_start_bytes)} at "
-            f"the start), {format_bytes(share.tensor_peak_bytes)} of tensors, sends {format_bytes(share.sent_bytes)}"
-            for share in self.shares
-        ]
-        return "\n".join([*lines, f"  losses {' '.join(f'{loss:.4f}' for loss in self.losses)}"])
-
-
-def _tupled(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def restart_resident_peak() -> int:
-    """Let the peak begin anew where Linux lets us, and give what is resident now."""
-    gc.collect()
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    return _of_status("VmRSS")
-
-
-def resident_peak_bytes() -> int:
-    return _of_status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _of_status(name: str) -> int:
-    """A figure of /proc/self/status in bytes, 0 where there is none."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(f"{name}:"):
-                return int(line.split()[1]) * 1024
-    return 0
-
-
 # One process of a run --------------------------------------------------------------------------------------------
 
 
@@ -397,7 +281,8 @@ def build(options: argparse.Namespace, rank: int, ranks: int) -> Built:
     """Build the model everywhere, from the same seed, and keep this process's share of it."""
     torch.manual_seed(options.seed)
     sizes = {"img_size": options.img_size} if options.img_size else {}
-    model = timm.create_model(options.model, num_classes=options.num_classes, **sizes, **options.model_options)
+    settings = {"num_classes": options.num_classes, "drop_path_rate": 0.0, **sizes, **options.model_options}
+    model = timm.create_model(options.model, **settings)
     backbone = split(model, default_input_size(model)).train()
     boundaries = agree(lambda: choose_boundaries(options, backbone, ranks), ranks)
     backbone.check_boundaries(boundaries)
@@ -564,59 +449,30 @@ def circumstances() -> dict[str, Any]:
     }
 
 
+def restart_resident_peak() -> int:
+    """Let the peak begin anew where Linux lets us, and give what is resident now."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # what freed tensors left in the C library's hands
+        ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return _of_status("VmRSS")
+
+
+def resident_peak_bytes() -> int:
+    return _of_status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _of_status(name: str) -> int:
+    """A figure of /proc/self/status in bytes, 0 where there is none."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
 # The methods in turns --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One method beside the baseline. Ratios are medians over repeats, with least and greatest."""
-
-    method: str
-    ranks: int
-    time_ratio: float
-    time_ratio_range: tuple[float, float]
-    throughput_ratio: float
-    bubble: float
-    resident_peak_bytes: tuple[int, ...]
-    tensor_peak_bytes: tuple[int, ...]
-    loss_difference: float
-    """The greatest from the baseline's losses, of all steps."""
-
-
-def rows_of(reports: Sequence[Sequence[Report]]) -> list[Row]:
-    """Put methods beside the first one.
-
-    Args:
-        reports: for each repeat one report a method, in the same order in each.
-    """
-    rows = []
-    baseline = [repeat[0] for repeat in reports]
-    for column in zip(*reports, strict=True):
-        pairs = list(zip(column, baseline, strict=True))
-        ratios = [one.median_step_seconds / other.median_step_seconds for one, other in pairs]
-        rows.append(
-            Row(
-                method=column[0].method,
-                ranks=column[0].ranks,
-                time_ratio=statistics.median(ratios),
-                time_ratio_range=(min(ratios), max(ratios)),
-                throughput_ratio=1 / statistics.median(ratios),
-                bubble=statistics.median(report.bubble for report in column),
-                resident_peak_bytes=_by_rank(column, "resident_peak_bytes"),
-                tensor_peak_bytes=_by_rank(column, "tensor_peak_bytes"),
-                loss_difference=max(
-                    abs(mine - theirs)
-                    for one, other in pairs
-                    for mine, theirs in zip(one.losses, other.losses, strict=True)
-                ),
-            )
-        )
-    return rows
-
-
-def _by_rank(reports: Sequence[Report], name: str) -> tuple[int, ...]:
-    """The most of all repeats, for each process."""
-    return tuple(max(sizes) for sizes in zip(*([getattr(s, name) for s in r.shares] for r in reports), strict=True))
 
 
 def compare(options: argparse.Namespace) -> list[list[Report]]:
@@ -646,8 +502,14 @@ def started(options: argparse.Namespace, method: str, boundaries: tuple[int, ...
         path = Path(folder, "report.json")
         command = [sys.executable, *launch, __file__, *arguments, "--json", str(path)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
-        subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+        done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise RunFailed(f"{' '.join(command)} ended with status {done.returncode}:\n{done.stderr}")
         return Report.from_dict(json.loads(path.read_text()))
+
+
+class RunFailed(LocalgradError, RuntimeError):  # noqa: N818  # what happened
+    """The processes of one method ended otherwise than with a report."""
 
 
 def passed_on(options: argparse.Namespace) -> list[str]:
@@ -660,23 +522,6 @@ def passed_on(options: argparse.Namespace) -> list[str]:
     if options.boundaries is not None:
         arguments += ["--boundaries", ",".join(map(str, options.boundaries))]
     return arguments
-
-
-def as_table(rows: Sequence[Row]) -> str:
-    def sizes(values: tuple[int, ...]) -> str:
-        return " / ".join(map(format_bytes, values))
-
-    lines = [
-        "| method | processes | step time, x none | throughput, x none | bubble | peak resident of each | of tensors |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {row.method} | {row.ranks} | {row.time_ratio:.3f} ({row.time_ratio_range[0]:.3f} to "
-        f"{row.time_ratio_range[1]:.3f}) | {row.throughput_ratio:.2f} | {100 * row.bubble:.1f} % "
-        f"| {sizes(row.resident_peak_bytes)} | {sizes(row.tensor_peak_bytes)} |"
-        for row in rows
-    ]
-    return "\n".join([*lines, *(f"losses of {row.method} differ by {row.loss_difference:.1e} at most" for row in rows)])
 
 
 # The command -----------------------------------------------------------------------------------------------------
