@@ -485,7 +485,7 @@ def compare(options: argparse.Namespace) -> list[list[Report]]:
         reports: dict[str, Report] = {}
         for method in methods[shift:] + methods[:shift]:
             print(f"repeat {repeat + 1} of {options.repeats}: {method}", file=sys.stderr, flush=True)
-            reports[method] = started(options, method, boundaries.get(method))
+            reports[method] = started(options, method, boundaries.get(method, options.boundaries))
             boundaries[method] = reports[method].boundaries
         found.append([reports[method] for method in methods])
     return found
@@ -496,7 +496,7 @@ def started(options: argparse.Namespace, method: str, boundaries: tuple[int, ...
     ranks = 1 if method in ALONE else options.ranks
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     arguments = ["--method", method, *passed_on(options)]
-    if boundaries is not None and ranks > 1 and options.boundaries is None:
+    if ranks > 1 and boundaries is not None:
         arguments += ["--boundaries", ",".join(map(str, boundaries))]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "report.json")
@@ -519,8 +519,6 @@ def passed_on(options: argparse.Namespace) -> list[str]:
     arguments += ["--model-options", json.dumps(options.model_options)]
     if options.img_size:
         arguments += ["--img-size", str(options.img_size)]
-    if options.boundaries is not None:
-        arguments += ["--boundaries", ",".join(map(str, options.boundaries))]
     return arguments
 
 

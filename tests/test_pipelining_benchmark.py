@@ -247,6 +247,6 @@ def test_methods_take_turns_and_keep_their_boundaries(
 
 
 def test_processes_get_the_options_of_the_comparison(pipelining: ModuleType) -> None:
-    options = pipelining.parse(arguments("swin", "1f1b", "--boundaries", "1", "--threads", "2", "--seed", "3"))
+    options = pipelining.parse(arguments("swin", "1f1b", "--threads", "2", "--seed", "3"))
     again = pipelining.parse(["--method", "1f1b", *pipelining.passed_on(options)])
     assert vars(again) == vars(options)
