@@ -228,7 +228,7 @@ def test_impossible_plans_are_refused(options: tuple[str, ...], words: tuple[str
         (("--batch-size", "32"), ("training.batch_size 16, here 32",)),
         (("--model", "vit_tiny_patch16_224"), ("model.name 'swin_tiny_patch4_window7_224', here 'vit_tiny_",)),
         (("--img-size", "32"), ("model.img_size 16, here 32",)),
-        (("--drop-path", "0.2"), ("model.drop_path 0.0, here 0.2",)),
+        (("--drop-path", "0.2"), ("model.drop_path None, here 0.2",)),
         (("--optimizer", "sgd"), ("training.optimizer 'adamw', here 'sgd'",)),
         (("--precision", "bf16"), ("execution.precision 'fp32', here 'bf16'",)),
         (("--objective", "greedy"), ("local.objective 'feature', here 'greedy'",)),

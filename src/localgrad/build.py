@@ -307,7 +307,7 @@ def create_model(settings: ModelSettings, *, num_classes: int | None, num_channe
     for key in ("img_size", "patch_size"):
         if getattr(settings, key) is not None:
             options[key] = getattr(settings, key)
-    if settings.drop_path:
+    if settings.drop_path is not None:
         options["drop_path_rate"] = settings.drop_path
     classes = {} if num_classes is None else {"num_classes": num_classes}
 

@@ -135,7 +135,9 @@ def train(  # noqa: PLR0917  # one parameter an option
     model: ModelOption = None,
     img_size: ImgSizeOption = None,
     patch_size: PatchSizeOption = None,
-    drop_path: Annotated[float | None, typer.Option(help="Stochastic depth rate.", rich_help_panel=METHOD)] = None,
+    drop_path: Annotated[
+        float | None, typer.Option(help="Stochastic depth rate; by default the model's own.", rich_help_panel=METHOD)
+    ] = None,
     pretrained: Annotated[
         bool | None, typer.Option("--pretrained", help="Start from timm's weights.", rich_help_panel=METHOD)
     ] = None,

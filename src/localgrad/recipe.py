@@ -52,7 +52,7 @@ class ModelSettings:
         name: timm's name of the architecture.
         img_size: side of the images in pixels; by default the model's own.
         patch_size: side of a patch in pixels; by default the model's own.
-        drop_path: stochastic depth rate.
+        drop_path: stochastic depth rate; by default the model's own (0.1 for Swin).
         pretrained: start from timm's pretrained weights (downloaded by timm).
         options: further keyword arguments of ``timm.create_model``, such as ``depths``.
     """
@@ -61,7 +61,7 @@ class ModelSettings:
     name: str = "swin_tiny_patch4_window7_224"
     img_size: Positive | None = None
     patch_size: Positive | None = None
-    drop_path: Fraction = 0.0
+    drop_path: Fraction | None = None
     pretrained: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 

@@ -179,6 +179,7 @@ def _base(name: str | None) -> dict[str, Any]:
 def fingerprint(values: Mapping[str, Any]) -> str:
     """Eight hexadecimal digits that tell recipes apart, wherever they are run."""
     recipe = Recipe.from_dict(values).to_dict()
+    recipe["model"].setdefault("drop_path", 0.0)  # as the model's own rate stood in recipes of the first results
     execution = {key: value for key, value in recipe["execution"].items() if key not in _OF_MACHINES}
     return digest({"revision": REVISION, "recipe": {**recipe, "execution": execution}})
 

@@ -427,16 +427,20 @@ class Batches:
             raise DataError(
                 f"batch_size {batch_size} can't be shared out among {shard[1]} replicas; take a multiple of {shard[1]}."
             )
-        if not self._batches(0):
+        if self._num_batches == 0:
             raise DataError(
                 f"batch_size {batch_size} leaves no full batch of {len(images)} images: choose a smaller one."
             )
 
     def __len__(self) -> int:
-        full, rest = divmod(len(self.images), self.batch_size)
-        count = full if self.drop_last or not rest else full + 1
         number, replicas = self.shard
-        return count if self.augment is not None else len(range(number, count, replicas))
+        return self._num_batches if self.augment is not None else len(range(number, self._num_batches, replicas))
+
+    @property
+    def _num_batches(self) -> int:
+        """Batches of all replicas together."""
+        full, rest = divmod(len(self.images), self.batch_size)
+        return full if self.drop_last or not rest else full + 1
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Make the batches of one epoch.
