@@ -66,7 +66,7 @@ class ParallelLearner(LocalLearner):
         for name in ("offload", "overlap", "device"):
             if settings.get(name):
                 raise ParallelError(f"{name}: not with several processes; leave it out.")
-        self.team = team or Team.join(device=torch.device("cpu"))
+        self.team = team or Team.join()
         super().__init__(model, **settings)
         self._twins = self.team.twins
         check_precision(self.precision, self.team.device)
@@ -180,6 +180,10 @@ class ParallelLearner(LocalLearner):
     def global_step_on(self, batch: LocalBatch) -> Any:
         """Not here: an end-to-end step needs all modules in one place."""
         raise ParallelError("end-to-end steps need all modules in one process; leave them out, or --parallel.")
+
+    def logits(self, images: Tensor) -> Any:
+        """Not here: see ``infer``."""
+        raise ParallelError("logits: no process has the whole model; call infer() in each, or whole_state_dict().")
 
     @torch.no_grad()
     def infer(self, images: Tensor | None, targets: Tensor | None) -> tuple[dict[int, Tensor], Tensor]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from localgrad.errors import ParallelError
 from localgrad.execution.local_step import LocalStep
 from localgrad.execution.schedule import NUM_BUFFERS, actions
 from localgrad.execution.sequential import SequentialExecutor
@@ -115,6 +116,8 @@ class Links:
 
     def receive(self) -> dict[str, Tensor]:
         """The next batch's packet; asks for those behind it on the way. Nothing on the first rank."""
+        if self.is_over:
+            raise ParallelError(f"all {self.batch - self.first} batches that were begun are done; call begin() again.")
         packet: dict[str, Tensor] = {}
         for kind, batch in self._actions():
             if kind == "expect":
@@ -147,7 +150,7 @@ class Links:
     def done(self) -> None:
         """The batch is done."""
         self.batch += 1
-        self._do("between batches")
+        self._do("read a batch" if self.receiver is None else "between batches")
 
     def _actions(self) -> list[tuple[str, int]]:
         found = actions(

@@ -87,12 +87,13 @@ class Team:
     twins_control: dist.ProcessGroup | None = field(default=None, repr=False)
 
     @classmethod
-    def join(cls, *, num_replicas: int = 1, device: torch.device) -> Team:
+    def join(cls, *, num_replicas: int = 1, device: torch.device | None = None) -> Team:
         """Meet the other processes; all of them call this.
 
         Args:
             num_replicas: how often the whole model is there.
-            device: where this process trains: the processor, or a GPU of its own.
+            device: where this process trains: the processor, or a GPU of its own; by default the GPU of its number on
+                the machine, where there are GPUs.
 
         Raises:
             ParallelError: not started by torchrun, replicas that don't divide the processes, or no NCCL.
@@ -102,6 +103,9 @@ class Team:
                 "--parallel modules: there is one process only; start it with torchrun --nproc-per-node N -m localgrad "
                 "train ..., or add --num-processes N."
             )
+        if device is None:
+            number = int(os.environ.get("LOCAL_RANK", "0"))
+            device = torch.device("cuda", number) if torch.cuda.is_available() else torch.device("cpu")
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         if size % num_replicas:
             raise ParallelError(
