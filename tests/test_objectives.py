@@ -389,7 +389,7 @@ def test_options_of_another_objective_are_refused(name: str, options: dict[str, 
         ({"decoder": "convv"}, "decoder: unknown 'convv'.*Nearest: conv"),
         ({"classifier": "linaer"}, "classifier: unknown 'linaer'.*Nearest: linear"),
         ({"decoder_options": {"hidden": 3}}, "decoder_options: 'linear' can't take .*hidden"),
-        ({"classifier_options": {"depth": 3}}, "classifier_options: 'mlp' can't take .*depth"),
+        ({"classifier": "mlp", "classifier_options": {"depth": 3}}, "classifier_options: 'mlp' can't take .*depth"),
     ],
 )
 def test_wrong_auxiliary_nets_are_refused(options: dict[str, Any], message: str) -> None:

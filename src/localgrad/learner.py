@@ -199,7 +199,7 @@ class LocalLearner:
 
     def _seed(self, steps: Sequence[LocalStep]) -> None:
         """Make what each module draws its own, wherever it runs; one module draws as any PyTorch loop does."""
-        for index, step in zip(self.own, steps, strict=True):
+        for index, step in zip(self.own, steps, strict=False):  # there may be none yet
             step.seed = (self.seed, index) if len(self.modules) > 1 else None
 
     def local_step(self, index: int, factory: Factories) -> LocalStep:

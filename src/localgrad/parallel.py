@@ -259,11 +259,9 @@ class ParallelLearner(LocalLearner):
         """The own modules' part of the model's weights, or of their average, in the model's own naming."""
         names = {id(tensor): name for name, tensor in self.model.state_dict(keep_vars=True).items()}
         mine = self._own_parts.state_dict(keep_vars=True).values()
-        values = list(mine)
-        if averaged:
-            assert self._ema is not None, "an average is kept"
-            values = list(self._ema.module.state_dict().values())
-        return {names[id(tensor)]: value.detach() for tensor, value in zip(mine, values, strict=True)}
+        assert self._ema is not None or not averaged, "an average is kept"
+        source = self._ema.module if averaged and self._ema is not None else self._own_parts
+        return {names[id(tensor)]: value for tensor, value in zip(mine, source.state_dict().values(), strict=True)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take this process's part of a whole state, from ``merged`` or from a ``LocalLearner``.

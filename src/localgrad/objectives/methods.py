@@ -164,7 +164,7 @@ class GreedySupervised(Objective):
         teacher_share: share of the task loss that is taught by the averaged model (``ema_decay``), and not by labels.
     """
 
-    classifier: str = "mlp"
+    classifier: str = "transformer"
     classifier_options: Options = field(default_factory=dict)
     task_weight: Weight = 1.0
     teacher_share: Weight = 0.0
