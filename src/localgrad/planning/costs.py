@@ -95,7 +95,7 @@ class Costs:
         temporary_adds: whether those add up over parts (``foreach``), or the largest counts.
         inputs: for each block, bytes of what enters it for the whole batch, and of what enters the tail.
         images: bytes of the images of the whole batch.
-        uses_images: whether objectives of modules that are not the last look at the images.
+        uses: what objectives of modules that are not the first look at, besides what they receive and the labels.
     """
 
     settings: Settings
@@ -109,7 +109,7 @@ class Costs:
     temporary_adds: bool
     inputs: list[int]
     images: int
-    uses_images: bool
+    uses: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain values."""
@@ -241,7 +241,7 @@ class Costs:
     def _around(self, start: int, stop: int, output: int) -> int:
         """Bytes alive during the whole module: what enters it, the images, and earlier parts' outputs."""
         last = stop == self.num_blocks
-        images = self.images if start == 0 or (self.uses_images and not last) else 0
+        images = self.images if start == 0 or ("images" in self.uses and not last) else 0
         earlier = output * (self.settings.accumulation - 1)
         return images + (self.inputs[self.begin(start)] if start else 0) + earlier
 

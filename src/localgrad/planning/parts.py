@@ -519,7 +519,7 @@ def _measure_all(
         states.append(update.state)
         temporary.append(update.temporary)
         like = plain.shape, plain.dtype
-    heads, head_of, uses_images = _measure_heads(shop, backbone, objective, optimizer, likes)
+    heads, head_of, uses = _measure_heads(shop, backbone, objective, optimizer, likes)
     inputs = [shop.nbytes_of(((settings.batch_size, *shape[1:]), dtype)) for shape, dtype in likes[1:]]
     trained = [weight for unit in units for weight in unit.parameters() if weight.requires_grad]
     return Costs(
@@ -534,19 +534,19 @@ def _measure_all(
         temporary_adds=shop.temporaries_add(trained, optimizer),
         inputs=inputs,
         images=shop.nbytes_of(((settings.batch_size, *backbone.input_size), dtype)),
-        uses_images=uses_images,
+        uses=sorted(uses),
     )
 
 
 def _measure_heads(
     shop: _Workshop, backbone: Backbone, objective: Objective, optimizer: OptimizerFactory, likes: Sequence[Like]
-) -> tuple[list[Head], list[list[int]], bool]:
+) -> tuple[list[Head], list[list[int]], set[str]]:
     """Measure the objectives of all modules that partitions can have: one for each pair of layouts."""
     num_blocks, overlap = len(backbone.blocks), shop.settings.overlap
     numbers: dict[Any, int] = {}
     heads: list[Head] = []
     head_of: list[list[int]] = []
-    uses_images = False
+    uses: set[str] = set()
     for start in range(num_blocks):
         row = []
         for stop in range(start + 1, num_blocks + 1):
@@ -561,7 +561,7 @@ def _measure_heads(
                 with shop.fake_mode, copies_within(shop.fake_mode):
                     built = objective.build(site)
                 built.train()
-                uses_images |= "images" in built.uses and start > 0
+                uses |= built.uses if start else frozenset()
                 outputs = likes[stop + 1]
                 if last:
                     outputs = (outputs[0][0], backbone.num_classes), outputs[1]
@@ -572,7 +572,7 @@ def _measure_heads(
                 heads.append(_measure_head(shop, built, optimizer, site, likes=around, states_like=states))
             row.append(numbers[key])
         head_of.append(row)
-    return heads, head_of, uses_images
+    return heads, head_of, uses
 
 
 def _measure_head(

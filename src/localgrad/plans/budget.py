@@ -95,6 +95,7 @@ class Task:
         overlap: blocks of the module before that each module trains as well.
         global_share: share of the steps that are end-to-end; they recompute whatever makes them fit.
         accumulation: into how many parts batches are cut; by default as few as fit.
+        soft_labels: whether labels are probabilities of classes (mixup), not indices.
     """
 
     backbone: Backbone
@@ -109,6 +110,7 @@ class Task:
     overlap: int = 0
     global_share: float = 0.0
     accumulation: int | None = None
+    soft_labels: bool = False
     measured: dict[Settings, Costs] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
@@ -235,20 +237,20 @@ def plan_to_budget(task: Task, batch_size: int, budget: int | None = None) -> Pl
     Raises:
         BudgetError: no plan fits; the message says the least that does, and what to change.
     """
-    _check_batch(batch_size)
+    check_batch(batch_size)
     whole = Search(task, task.costs(batch_size))
     if budget is None:
-        search = next(_searches(task, whole, batch_size))
-        return _confirmed(task, search, search.fastest(UNLIMITED), batch_size, None)
+        search = next(searches(task, whole, batch_size))
+        return confirmed(task, search, search.fastest(UNLIMITED), batch_size, None)
     _check_static(whole, task.margin.usable(budget), budget)
-    for search in _searches(task, whole, batch_size):
+    for search in searches(task, whole, batch_size):
         plan = _within(search, batch_size, budget)
         if plan is not None:
             return plan
     raise _cannot_fit(task, whole, batch_size, budget)
 
 
-def _searches(task: Task, whole: Search, batch_size: int) -> Iterator[Search]:
+def searches(task: Task, whole: Search, batch_size: int) -> Iterator[Search]:
     """The search for whole batches, then those for batches in 2, 4, 8 ... parts; or just the one that is asked for."""
     asked = [1, *parts_of(batch_size)] if task.accumulation is None else [task.accumulation]
     for parts in asked:
@@ -269,20 +271,21 @@ def _within(search: Search, batch_size: int, budget: int) -> Plan | None:
         solution = search.fastest(limit)
         if solution is None:
             break
-        plan = _confirmed(task, search, solution, batch_size, budget)
+        plan = confirmed(task, search, solution, batch_size, budget)
         excess = plan.forecast["peak_bytes"] - usable
         if excess <= 0:
             return plan
         limit = search.peak(solution) - excess
     least = search.smallest()  # what was taken off for others need not be true of this one, and it may need less
     if search.peak(least) <= 1.1 * usable:
-        plan = _confirmed(task, search, least, batch_size, budget)
+        plan = confirmed(task, search, least, batch_size, budget)
         if plan.forecast["peak_bytes"] <= usable:
             return plan
     return None
 
 
-def _confirmed(task: Task, search: Search, solution: Solution | None, batch_size: int, budget: int | None) -> Plan:
+def confirmed(task: Task, search: Search, solution: Solution | None, batch_size: int, budget: int | None) -> Plan:
+    """A solution as a plan, with the forecast of one whole step on fake tensors."""
     assert solution is not None, "there is a plan for any number of modules that the model has"
     plan = search.as_plan(solution)
     profile = task.confirm(plan, batch_size)
@@ -377,7 +380,7 @@ RIVALS = {
 
 def worth_having(task: Task, batch_size: int) -> list[dict[str, Any]]:
     """All plans worth having: fastest first, each next one slower and one per cent smaller; composed figures."""
-    _check_batch(batch_size)
+    check_batch(batch_size)
     search = Search(task, task.costs(batch_size))
     base = search.end_to_end().nanoseconds
     return [
@@ -488,7 +491,8 @@ def _largest(fits: Callable[[int], bool]) -> int:
 # Errors ----------------------------------------------------------------------------------------------------------
 
 
-def _check_batch(batch_size: int) -> None:
+def check_batch(batch_size: int) -> None:
+    """Refuse a batch that no plan is made for."""
     if not 1 <= batch_size <= LARGEST_BATCH:
         raise BudgetError(
             f"--batch-size: plans are made for 1 to {LARGEST_BATCH} images, not {batch_size}; take --batch-size 128."
@@ -500,14 +504,14 @@ def _check_static(search: Search, usable: int, budget: int) -> None:
     if usable <= static:
         raise BudgetError(
             f"--budget: {format_bytes(budget)} is less than the weights, optimizer state and margin alone, "
-            f"{_at_least(search.task.margin.needed(static))}; take --optimizer adafactorbv, --offload with "
+            f"{at_least(search.task.margin.needed(static))}; take --optimizer adafactorbv, --offload with "
             "--modules, a smaller model, or a larger budget."
         )
 
 
 def _cannot_fit(task: Task, whole: Search, batch_size: int, budget: int) -> BudgetError:
     """Say the least that any plan needs, confirmed, and what to change."""
-    best = min(_searches(task, whole, batch_size), key=lambda search: search.peak(search.smallest()))
+    best = min(searches(task, whole, batch_size), key=lambda search: search.peak(search.smallest()))
     accumulation = best.costs.settings.accumulation
     least = _least_bytes(best, batch_size)
     hints = []
@@ -519,14 +523,14 @@ def _cannot_fit(task: Task, whole: Search, batch_size: int, budget: int) -> Budg
         bf16 = replace(task, precision="bf16")
         needed = _least_bytes(Search(bf16, bf16.costs(batch_size, accumulation)), batch_size)
         if needed < least:
-            hints.append(f"--precision bf16 (least {_at_least(needed)})")
+            hints.append(f"--precision bf16 (least {at_least(needed)})")
     if task.modules is not None:
         hints.append("no --modules")
     hints.append("a smaller --img-size or model")
     parts_told = f" with the batch in {accumulation} parts" if accumulation > 1 else ""
     return BudgetError(
         f"--budget: no plan for a batch of {batch_size} fits {format_bytes(budget)}; the least is "
-        f"{_at_least(least)}{parts_told}. Take {', '.join(hints)}, or a larger budget."
+        f"{at_least(least)}{parts_told}. Take {', '.join(hints)}, or a larger budget."
     )
 
 
@@ -536,7 +540,7 @@ def _least_bytes(search: Search, batch_size: int) -> int:
     return search.task.margin.needed(profile.peak_bytes)
 
 
-def _at_least(num_bytes: int) -> str:
+def at_least(num_bytes: int) -> str:
     """Bytes as text, rounded up: typed as a budget, they suffice."""
     text = format_bytes(num_bytes)
     return text if parse_bytes(text) >= num_bytes else format_bytes(num_bytes * 1.005)
