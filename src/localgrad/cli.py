@@ -370,6 +370,12 @@ def plan(  # noqa: PLR0917  # one parameter an option
     preset: PresetOption = None,
     recipe: RecipeOption = None,
     set_: SetOption = None,
+    parallel: Annotated[
+        int | None, typer.Option(help="So many ranks, a local module each; --budget is then of every rank.")
+    ] = None,
+    balance: Annotated[
+        str | None, typer.Option(help="With --parallel: time (default), or memory: the smallest largest rank.")
+    ] = None,
     frontier: Annotated[bool, typer.Option("--frontier", help="Print all plans worth having.")] = False,
     json_: Annotated[Path | None, typer.Option("--json", help="Write the plan, for train --plan.")] = None,
 ) -> None:
@@ -408,6 +414,7 @@ def plan(  # noqa: PLR0917  # one parameter an option
         num_classes=num_classes,
         largest_batch=batch_size == "auto",
         frontier=frontier,
+        ranks=(parallel, balance),
         json=json_,
     )
 
@@ -421,6 +428,7 @@ def _print_plan(
     num_classes: int | None,
     largest_batch: bool,
     frontier: bool,
+    ranks: tuple[int | None, str | None],
     json: Path | None,
 ) -> None:
     """Plan a recipe, print what was found, and write it."""
@@ -432,10 +440,11 @@ def _print_plan(
     from localgrad.comparing.plots import check_writable
     from localgrad.errors import RecipeError
     from localgrad.plans import budget as budgets
-    from localgrad.plans import recipes, table
+    from localgrad.plans import parallel, recipes, table
     from localgrad.recipe import Recipe, overlay
 
     recipe = Recipe.from_dict(overlay(base, changes))
+    in_parallel = parallel.asked_for(*ranks, frontier=frontier, largest_batch=largest_batch)
     if largest_batch and budget is None:
         raise RecipeError("--batch-size auto: the largest batch that fits what? Add --budget, such as --budget 8GiB.")
     if json is not None:
@@ -458,7 +467,7 @@ def _print_plan(
         recipe = replace(recipe, method=replace(recipe.method, training=training))
     if frontier:
         table.print_frontier(budgets.worth_having(task, recipe.method.training.batch_size), console)
-    found = recipes.plan_recipe(recipe, task, budget)
+    found = recipes.plan_recipe(recipe, task, budget, in_parallel)
     table.print_plan(found, console)
     if json is not None:
         json.write_text(found.to_json())

@@ -98,7 +98,8 @@ class Plan:
         accumulation: parts that each batch is cut into.
         made_for: what a plan to a budget was made for, by the keys of a recipe, with versions; empty otherwise.
         forecast: what it is expected to cost: ``peak_bytes``, ``static_bytes``, ``time_ratio`` (to end-to-end
-            training), ``modules`` (each with its peak by category), ``rivals``; empty where nothing was forecast.
+            training), ``modules`` (each with its peak by category), ``rivals``, and in a plan for ranks ``parallel``;
+            empty where nothing was forecast.
     """
 
     model: str

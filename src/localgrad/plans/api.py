@@ -18,6 +18,7 @@ from localgrad.objectives.methods import FeatureReconstruction, Objective
 from localgrad.partition import Plan, Request
 from localgrad.planning.memory import MemoryProfile, simulate
 from localgrad.plans.budget import Task, plan_to_budget
+from localgrad.plans.parallel import Parallel, plan_parallel
 from localgrad.plans.recipes import kind_of
 from localgrad.units import parse_bytes
 
@@ -48,6 +49,8 @@ def plan(
     compile: bool = False,
     ema_decay: float | None = None,
     clip_grad: float | None = None,
+    parallel: int | None = None,
+    balance: str = "time",
 ) -> Plan:
     """Find the fastest way to train a model locally within a memory budget; nothing is run, no memory is used.
 
@@ -64,6 +67,8 @@ def plan(
         compile: as for ``LocalLearner``.
         ema_decay: as for ``LocalLearner``.
         clip_grad: as for ``LocalLearner``.
+        parallel: so many ranks, a local module each; the budget is then of every rank.
+        balance: with ``parallel``: ``time`` for the fastest slowest rank, ``memory`` for the smallest largest one.
 
     Returns:
         A plan with its forecast; train with ``LocalLearner(model, modules=plan)``.
@@ -71,6 +76,7 @@ def plan(
     Raises:
         BudgetError: no plan fits; the message says the least that does, and what to change.
         BackboneError: the model can't be split.
+        PartitionError: modules or ranks that the model doesn't have.
 
     Example:
         >>> p = plan("vit_tiny_patch16_224", batch_size=64, budget="2GiB")  # doctest: +SKIP
@@ -89,7 +95,10 @@ def plan(
         clip_grad=clip_grad,
         modules=modules,
     )
-    return plan_to_budget(task, batch_size, None if budget is None else parse_bytes(budget))
+    num_bytes = None if budget is None else parse_bytes(budget)
+    if parallel is None:
+        return plan_to_budget(task, batch_size, num_bytes)
+    return plan_parallel(task, batch_size, Parallel(num_ranks=parallel, balance=balance), num_bytes)
 
 
 def _outlined(model: nn.Module | str, input_size: tuple[int, int, int] | None) -> Backbone:

@@ -17,6 +17,7 @@ from localgrad.build import build_recipe_objective, check_model_name, check_patc
 from localgrad.errors import BudgetError, RecipeError
 from localgrad.partition import Plan
 from localgrad.plans.budget import Task, plan_to_budget
+from localgrad.plans.parallel import Parallel, plan_parallel
 from localgrad.recipe import Recipe, overlay
 from localgrad.training.optim import OptimizerFactory
 
@@ -69,6 +70,7 @@ def task_on(recipe: Recipe, backbone: Backbone, *, device: str) -> Task:
         modules=None if local.modules == "auto" else local.modules,
         overlap=local.overlap,
         global_share=training.global_share,
+        soft_labels=recipe.method.augment.mixup > 0 or recipe.method.augment.cutmix > 0,
     )
 
 
@@ -104,15 +106,17 @@ def kind_of(device: str) -> str:
     return kind
 
 
-def plan_recipe(recipe: Recipe, task: Task, budget: int | None) -> Plan:
+def plan_recipe(recipe: Recipe, task: Task, budget: int | None, parallel: Parallel | None = None) -> Plan:
     """The fastest plan of a recipe within a budget, which remembers what it was made for.
 
     Args:
         recipe: names the batch size.
         task: of this recipe.
         budget: bytes, or ``None`` for no limit.
+        parallel: ranks, a local module each; by default the plan is for one process.
     """
-    plan = plan_to_budget(task, recipe.method.training.batch_size, budget)
+    size = recipe.method.training.batch_size
+    plan = plan_to_budget(task, size, budget) if parallel is None else plan_parallel(task, size, parallel, budget)
     return replace(plan, made_for=made_for(recipe, task.backbone, task.device))
 
 

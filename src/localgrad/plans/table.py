@@ -22,35 +22,52 @@ COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
     "inputs": (("inputs",), "white"),
 }
 """Column -> the tracker's categories in it, and its colour in bars."""
+COLOURS = {name: colour for name, (_, colour) in COLUMNS.items()}
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """Print a plan with its forecast: modules, rivals, notes."""
+    """Print a plan with its forecast: modules or ranks, rivals, notes."""
     forecast, made_for = plan.forecast, plan.made_for
-    budget = forecast["budget_bytes"]
-    room = "" if budget is None else f" of a budget of {format_bytes(budget)}"
-    parts = f", each batch in {plan.accumulation} parts" if plan.accumulation > 1 else ""
-    count = "end-to-end training" if plan.num_modules == 1 else f"{plan.num_modules} local modules"
     console.print(
         f"[bold]{plan.model}[/], {'x'.join(map(str, made_for['input_size'][1:]))}, {made_for['num_classes']} classes, "
         f"batch {made_for['training.batch_size']}, {made_for['execution.precision']}, "
         f"{made_for['training.optimizer']}, {made_for['device']}"
     )
-    console.print(
-        f"[bold]{count}[/]{parts}: needs {format_bytes(forecast['needed_bytes'])}{room}; "
-        f"a step takes {forecast['time_ratio']:.2f} x the time of end-to-end training (predicted)"
-    )
+    console.print(_head(plan))
     if "global_checkpoint" in forecast:
         console.print(
             f"end-to-end steps recompute {forecast['global_checkpoint']}, and need "
             f"{format_bytes(forecast['global_peak_bytes'])}"
         )
     scale = max(forecast["peak_bytes"], *(row["peak_bytes"] for row in forecast["rivals"]))
-    console.print(_modules(plan, forecast["peak_bytes"]))
-    console.print(_categories(plan))
+    if "parallel" in forecast:
+        console.print(_rank_times(plan))
+        console.print(_rank_memory(plan))
+    else:
+        console.print(_modules(plan, forecast["peak_bytes"]))
+        console.print(_categories(plan))
     console.print(_rivals(plan, scale))
     for note in forecast["notes"]:
         console.print(f"[dim]{note}[/]")
+
+
+def _head(plan: Plan) -> str:
+    """What it is, and what it needs."""
+    forecast = plan.forecast
+    budget = forecast["budget_bytes"]
+    room = "" if budget is None else f" of a budget of {format_bytes(budget)}"
+    parts = f", each batch in {plan.accumulation} parts" if plan.accumulation > 1 else ""
+    count = "end-to-end training" if plan.num_modules == 1 else f"{plan.num_modules} local modules"
+    needs = f"needs {format_bytes(forecast['needed_bytes'])}{room}; a step takes"
+    if "parallel" not in forecast:
+        ratio = f"{forecast['time_ratio']:.2f} x the time of end-to-end training (predicted)"
+        return f"[bold]{count}[/]{parts}: {needs} {ratio}"
+    ranks = forecast["parallel"]
+    return (
+        f"[bold]{count} on {ranks['num_ranks']} ranks[/]{parts}, balanced by {ranks['balance']}: the largest rank "
+        f"{needs} {forecast['time_ratio'] / ranks['speed_up']:.2f} x the time of end-to-end training in one process, "
+        f"{ranks['speed_up']:.2f} x as fast as this plan in one process (predicted, the wire left out)"
+    )
 
 
 def _modules(plan: Plan, scale: int) -> Table:
@@ -59,14 +76,54 @@ def _modules(plan: Plan, scale: int) -> Table:
         sets_peak = plan.num_modules > 1 and index == plan.forecast["peak_module"]
         table.add_row(
             f"{index}{' *' if sets_peak else ''}",
-            f"{span.start}-{span.stop - 1}" if len(span) > 1 else str(span.start),
+            _blocks(span),
             module["first_block"],
             module["checkpoint"],
             format_bytes(module["peak_bytes"]),
-            _bar(_figures(module), scale),
+            _bar(_figures(module), scale, COLOURS),
         )
     if plan.num_modules > 1:
         table.caption = "* sets the peak"
+    return table
+
+
+def _blocks(span: range) -> str:
+    return f"{span.start}-{span.stop - 1}" if len(span) > 1 else str(span.start)
+
+
+def _rank_times(plan: Plan) -> Table:
+    ranks = plan.forecast["parallel"]["ranks"]
+    table = _table("rank", "blocks", "from", "recomputes", "time", "")
+    most = max(row["time_share"] for row in ranks)
+    for index, (span, module, row) in enumerate(zip(plan.spans, plan.forecast["modules"], ranks, strict=True)):
+        share = row["time_share"]
+        bar = Text("█" * max(1, round(WIDTH * share / most)), style="green")
+        sets_speed = " *" if share == most and len(ranks) > 1 else ""
+        table.add_row(
+            f"{index}{sets_speed}", _blocks(span), module["first_block"], module["checkpoint"], f"{share:.1%}", bar
+        )
+    if len(ranks) > 1:
+        table.caption = "* the slowest rank sets the speed"
+    return table
+
+
+RANK_PARTS = {"static": ("static_bytes", "blue"), "step": ("step_bytes", "green"), "buffers": ("buffer_bytes", "white")}
+"""Column -> the key of what a rank needs, and its colour in bars."""
+
+
+def _rank_memory(plan: Plan) -> Table:
+    forecast = plan.forecast["parallel"]
+    table = _table("rank", *RANK_PARTS, "peak", "", "sends a step")
+    scale = max(row["peak_bytes"] for row in forecast["ranks"])
+    sent = [*map(format_bytes, forecast["sent_bytes"]), ""]
+    for index, (row, packet) in enumerate(zip(forecast["ranks"], sent, strict=True)):
+        parts = {name: row[key] for name, (key, _) in RANK_PARTS.items()}
+        figures = [Text(format_bytes(nbytes), style=RANK_PARTS[name][1]) for name, nbytes in parts.items()]
+        bar = _bar(parts, scale, {name: colour for name, (_, colour) in RANK_PARTS.items()})
+        table.add_row(str(index), *figures, format_bytes(row["peak_bytes"]), bar, packet)
+    table.caption = (
+        f"buffers: {forecast['receive_buffers']} packets received ahead, {forecast['pending_sends']} sent and not taken"
+    )
     return table
 
 
@@ -90,11 +147,20 @@ def _rivals(plan: Plan, scale: int) -> Table:
     table = _table("what it would need", "peak", "", "x memory", "x time")
     base = plan.forecast["rivals"][0]["peak_bytes"]
     own = {"name": "this plan", **{key: plan.forecast[key] for key in ("peak_bytes", "time_ratio")}}
-    for row in (*plan.forecast["rivals"], own):
+    found = [own]
+    if "parallel" in plan.forecast:
+        ranks = plan.forecast["parallel"]
+        largest = max(row["peak_bytes"] for row in ranks["ranks"])
+        ratio = own["time_ratio"] / ranks["speed_up"]
+        found = [
+            {**own, "name": "this plan, in one process"},
+            {"name": "this plan, largest rank", "peak_bytes": largest, "time_ratio": ratio},
+        ]
+    for row in (*plan.forecast["rivals"], *found):
         nbytes = row["peak_bytes"]
-        bar = Text("█" * max(1, round(WIDTH * nbytes / scale)), style="green" if row is own else "dim")
-        ratio = f"{nbytes / base:.3f}"
-        table.add_row(row["name"], format_bytes(nbytes), bar, ratio, f"{row['time_ratio']:.2f}")
+        bar = Text("█" * max(1, round(WIDTH * nbytes / scale)), style="green" if row is found[-1] else "dim")
+        share = f"{nbytes / base:.3f}"
+        table.add_row(row["name"], format_bytes(nbytes), bar, share, f"{row['time_ratio']:.2f}")
     return table
 
 
@@ -141,15 +207,15 @@ def _table(*names: str) -> Table:
 
 
 WRAPPED = ("recomputes", "boundaries")
-LEFT = (*WRAPPED, "module", "blocks", "from", "at its peak", "what it would need", "method", "modules")
+LEFT = (*WRAPPED, "module", "rank", "blocks", "from", "at its peak", "what it would need", "method", "modules")
 
 
-def _bar(figures: dict[str, int], scale: int) -> Text:
+def _bar(figures: dict[str, int], scale: int, colours: dict[str, str]) -> Text:
     """One bar, a coloured run for each column; runs end where the running sum does, so that they add up."""
     bar, done, total = Text(), 0, 0
     for column, nbytes in figures.items():
         total += nbytes
         end = round(WIDTH * total / scale)
-        bar.append("█" * (end - done), style=COLUMNS[column][1])
+        bar.append("█" * (end - done), style=colours[column])
         done = end
     return bar
