@@ -83,7 +83,7 @@ def test_a_ranks_parts_are_those_of_the_whole_step(more: dict[str, Any]) -> None
         assert row["peak_bytes"] == row["static_bytes"] + row["step_bytes"] + row["buffer_bytes"]
         assert row["time_share"] == module["time_share"]
     sent = forecast["sent_bytes"]
-    buffers = [2 * received + 2 * handed for received, handed in zip([0, *sent], [*sent, 0], strict=True)]
+    buffers = [2 * sent[0], 3 * sent[0] + 2 * sent[1], 3 * sent[1] + 2 * sent[2], sent[2]]
     assert [row["buffer_bytes"] for row in ranks] == buffers
     assert forecast["speed_up"] == pytest.approx(1 / max(row["time_share"] for row in ranks))
     assert plan.forecast["needed_bytes"] == task.margin.needed(largest_rank(plan))
@@ -267,7 +267,7 @@ def test_a_plan_for_ranks_is_printed_written_and_trained(
     assert (said.code, said.err) == (0, "")
     words = ("3 local modules on 3 ranks", "balanced by time", "the largest rank needs", "of a budget of 3.00 MiB")
     words += ("as fast as this plan in one process", "rank", "blocks", "time", "█", "static", "step", "buffers", "peak")
-    words += ("sends a step", "* the slowest rank", "2 packets received ahead", "end-to-end", "this plan, largest rank")
+    words += ("sends a step", "* the slowest rank", "2 batches on their way", "end-to-end", "this plan, largest rank")
     for word in words:
         assert word in " ".join(said.out.split()), (word, said.out)
     assert "…" not in said.out.replace("--data …", ""), "nothing is cut off"

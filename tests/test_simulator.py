@@ -66,13 +66,13 @@ def test_two_ranks_by_hand():
 
 
 def test_a_slow_receiver_holds_the_sender_back():
-    """Rank 1 starts at 1, 11, 21, 31; rank 0 is ahead of it, and waits once a packet is worked on and one buffered."""
+    """Rank 1 starts at 1, 11, 21, 31; rank 0 is ahead of it, and waits until the only buffer is free."""
     modules = [Module(forward=1, backward=1, sent_bytes=1), Module(forward=5, backward=5)]
-    found = local_modules(modules, 4, receive_buffers=1, pending_sends=1)
+    found = local_modules(modules, 4, num_buffers=1)
     assert found.makespan == 41
     assert found.period == 10
-    # On a wire that takes a second, rank 1 starts at 2, 12, 22, 32.
-    assert local_modules(modules, 4, cluster_of(1.0), receive_buffers=1, pending_sends=1).makespan == 42
+    # On a wire that takes a second, rank 1 starts at 2; the next packet comes when its buffer is free: 13, 24, 35.
+    assert local_modules(modules, 4, cluster_of(1.0), num_buffers=1).makespan == 45
 
 
 def test_a_slow_wire_sets_the_speed():
@@ -140,11 +140,9 @@ def test_one_rank_takes_the_sum_of_its_times(modules: list[Module], steps: int) 
         assert found.period == pytest.approx(alone.seconds)
 
 
-@given(modules=MODULES, buffers=st.integers(1, 3), sends=st.integers(1, 3))
-def test_the_slowest_rank_sets_the_speed_where_the_wire_is_fast(
-    modules: list[Module], buffers: int, sends: int
-) -> None:
-    found = local_modules(modules, 200, receive_buffers=buffers, pending_sends=sends)
+@given(modules=MODULES, buffers=st.integers(1, 3))
+def test_the_slowest_rank_sets_the_speed_where_the_wire_is_fast(modules: list[Module], buffers: int) -> None:
+    found = local_modules(modules, 200, num_buffers=buffers)
     slowest = max(module.seconds for module in modules)
     assert found.steady_throughput == pytest.approx(1 / slowest)
     fill = sum(module.forward for module in modules)
@@ -169,7 +167,7 @@ def test_more_buffers_are_never_slower_and_no_rank_is_beyond_its_work(
 ) -> None:
     spans = []
     for count in (1, 2, 3):
-        found = local_modules(modules, steps, cluster_of(bandwidth, 0.1), receive_buffers=count, pending_sends=count)
+        found = local_modules(modules, steps, cluster_of(bandwidth, 0.1), num_buffers=count)
         spans.append(found.makespan)
         assert found.makespan >= steps * max(module.seconds for module in modules) - 1e-9
         assert all(0 <= idle <= 1 for idle in found.idle)
@@ -187,10 +185,10 @@ def test_batches_that_repeat_are_not_played_again(modules: list[Module], bandwid
 
 
 @given(modules=MODULES)
-def test_no_pipeline_with_a_flush_beats_local_modules(modules: list[Module]) -> None:
-    found = every(modules, 10, Cluster())
-    assert found["local"].makespan <= found["1f1b"].makespan + 1e-9
-    assert found["local"].makespan <= found["gpipe"].makespan + 1e-9
+def test_no_pipeline_with_a_flush_beats_local_modules_once_they_run_evenly(modules: list[Module]) -> None:
+    """Microbatches fill a pipeline sooner, so the first batches may."""
+    found = every(modules, 50, Cluster())
+    assert found["local"].period <= min(found["1f1b"].period, found["gpipe"].period) + 1e-9
 
 
 def test_sixty_four_ranks_on_a_thousand_nodes_take_a_moment():
@@ -203,11 +201,10 @@ def test_sixty_four_ranks_on_a_thousand_nodes_take_a_moment():
     assert found["local"].steady_throughput > found["1f1b"].steady_throughput
 
 
-@pytest.mark.parametrize("name", ["modules", "steps", "replicas", "buffers", "sends"])
+@pytest.mark.parametrize("name", ["modules", "steps", "replicas", "num_buffers"])
 def test_nothing_to_simulate_is_refused(name: str) -> None:
     settings = {"modules": [Module(forward=1, backward=1)], "steps": 1} | {"modules": {"modules": []}}.get(name, {})
-    names = {"buffers": "receive_buffers", "sends": "pending_sends"}
-    settings |= {} if name == "modules" else {names.get(name, name): 0}
+    settings |= {} if name == "modules" else {name: 0}
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         local_modules(**settings)
 

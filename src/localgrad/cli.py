@@ -444,7 +444,9 @@ def _print_plan(
     from localgrad.recipe import Recipe, overlay
 
     recipe = Recipe.from_dict(overlay(base, changes))
-    in_parallel = parallel.asked_for(*ranks, frontier=frontier, largest_batch=largest_batch)
+    in_parallel = parallel.asked_for(
+        *ranks, num_buffers=recipe.execution.buffers, frontier=frontier, largest_batch=largest_batch
+    )
     if largest_batch and budget is None:
         raise RecipeError("--batch-size auto: the largest batch that fits what? Add --budget, such as --budget 8GiB.")
     if json is not None:

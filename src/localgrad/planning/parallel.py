@@ -32,9 +32,6 @@ from typing import NamedTuple
 from localgrad.partition import Boundaries
 from localgrad.planning.planner import UNLIMITED, Choice, Choices
 
-RECEIVE_BUFFERS = 2
-PENDING_SENDS = 2
-
 Resident = Callable[[int, int, int], int]
 """``resident(rank, start, stop)``: bytes that a rank has besides its module's step: static ones and packets."""
 

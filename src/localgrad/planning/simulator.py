@@ -17,10 +17,11 @@ Each simulation is exact for its schedule: every rank runs its tasks in a fixed 
 in a fixed order, and an event happens as soon as all that it waits for has. So times follow by maxima and sums, event
 after event, with no queue.
 
-What is simulated of the engine: a packet goes out between forward and backward pass; at most ``pending_sends`` are
-under way, else the rank waits; a transfer begins once the receiver has a free buffer, of which it has
-``receive_buffers`` besides the packet that it works on. 1F1B and GPipe get what is kind to them: M microbatches take
-exactly the batch's time, sends are never waited for, nothing is recomputed, a link's two directions are independent.
+What is simulated of the engine (``execution/schedule.py``): a packet goes out between forward and backward pass; at
+most ``num_buffers`` are under way, else the rank waits; a transfer begins once the receiver has a free buffer, of which
+it has ``num_buffers``, the one that it works on among them. 1F1B and GPipe get what is kind to them: M microbatches
+take exactly the batch's time, sends are never waited for, nothing is recomputed, a link's two directions are
+independent.
 
 What is not: what sending costs the processor, ranks whose times vary, loading of data, several all-reduces on one link.
 
@@ -33,7 +34,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from localgrad.planning.parallel import PENDING_SENDS, RECEIVE_BUFFERS
+from localgrad.execution.schedule import NUM_BUFFERS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,8 +169,7 @@ def local_modules(
     cluster: Cluster | None = None,
     *,
     replicas: int = 1,
-    receive_buffers: int = RECEIVE_BUFFERS,
-    pending_sends: int = PENDING_SENDS,
+    num_buffers: int = NUM_BUFFERS,
 ) -> Outcome:
     """Local modules, one a rank, no gradient between them.
 
@@ -178,35 +178,35 @@ def local_modules(
         steps: batches of one replica.
         cluster: links; free ones by default.
         replicas: of the pipeline, the gradients of a module averaged over them.
-        receive_buffers: packets received ahead.
-        pending_sends: packets sent and not arrived, at most.
+        num_buffers: batches that may be on their way at each end of a link.
 
     Raises:
         ValueError: no modules, steps, replicas or buffers.
     """
-    _check(modules=len(modules), steps=steps, replicas=replicas, buffers=receive_buffers, sends=pending_sends)
+    _check(modules=len(modules), steps=steps, replicas=replicas, num_buffers=num_buffers)
     cluster = cluster or Cluster()
     last = len(modules) - 1
     links = [*cluster.links(len(modules)), FREE]
     after = [_exposed(cluster, module, module.backward, replicas, len(modules)) + module.update for module in modules]
     free = [0.0] * len(modules)  # when a rank has done its last update
-    started: list[list[float]] = [[] for _ in modules]
+    done: list[list[float]] = [[] for _ in modules]  # when a rank has done each of its updates
     arrived: list[list[float]] = [[] for _ in modules]  # what a rank sent, at the next one
     sending = [0.0] * len(modules)  # until when a link is occupied
     ends = []
     for step in range(steps):
         for rank, module in enumerate(modules):
             start = free[rank] if rank == 0 else max(free[rank], arrived[rank - 1][step])
-            started[rank].append(start)
             time = start + module.forward
             if rank < last:
-                if step >= pending_sends:
-                    time = max(time, arrived[rank][step - pending_sends])
-                buffer = started[rank + 1][step - receive_buffers] if step >= receive_buffers else 0.0
+                buffer = 0.0
+                if step >= num_buffers:
+                    time = max(time, arrived[rank][step - num_buffers])
+                    buffer = done[rank + 1][step - num_buffers]
                 begin = max(time, sending[rank], buffer)
                 sending[rank] = begin + links[rank].seconds(module.sent_bytes)
                 arrived[rank].append(sending[rank] + links[rank].latency)
             free[rank] = time + module.backward + after[rank]
+            done[rank].append(free[rank])
         ends.append(free[last])
     return _outcome(modules, ends, max(free), replicas)
 

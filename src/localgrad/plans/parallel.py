@@ -5,9 +5,9 @@ The same way through as for one process (``budget.py``): costs of every block, a
 a rank's part of it is what its own module's step takes beside the static bytes of all, which are then its own alone.
 
 What a rank needs has three parts: *static* (weights, optimizer state and average of its module), *step* (activations,
-gradients, temporaries and the packet that is worked on) and *buffers*: packets received ahead and packets sent but not
-taken yet, as many as there may be, so that memory is known whatever the ranks' speeds. The wire's time is left out
-(``planning/simulator.py`` has it), and so is the update's, as in all plans.
+gradients, temporaries and the packet that is worked on) and *buffers*: packets received besides that one and packets
+sent but not taken yet, as many as there may be, so that memory is known whatever the ranks' speeds. The wire's time is
+left out (``planning/simulator.py`` has it), and so is the update's, as in all plans.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from torch import Tensor
 from localgrad.backbone import Layout
 from localgrad.errors import BudgetError, PartitionError, RecipeError
 from localgrad.execution.local_module import CONTEXT_GRID
+from localgrad.execution.schedule import NUM_BUFFERS
 from localgrad.objectives.methods import GreedySupervised
 from localgrad.partition import Plan
-from localgrad.planning.parallel import PENDING_SENDS, RECEIVE_BUFFERS, Packets, Ranks, fastest_ranks, smallest_ranks
+from localgrad.planning.parallel import Packets, Ranks, fastest_ranks, smallest_ranks
 from localgrad.planning.planner import UNLIMITED, Solution
 from localgrad.plans.budget import Search, Task, at_least, check_batch, confirmed, searches
 from localgrad.units import format_bytes
@@ -40,8 +41,7 @@ class Parallel:
     Attributes:
         num_ranks: local modules, one a rank.
         balance: ``time``: the fastest slowest rank; ``memory``: the smallest largest rank.
-        receive_buffers: packets that a rank receives ahead of the one that it works on.
-        pending_sends: packets that a rank has sent and the next one hasn't taken yet, at most.
+        num_buffers: batches that may be on their way at each end of a link (``execution.buffers``).
 
     Raises:
         RecipeError: fewer than one rank, or another balance.
@@ -49,8 +49,7 @@ class Parallel:
 
     num_ranks: int
     balance: str = "time"
-    receive_buffers: int = RECEIVE_BUFFERS
-    pending_sends: int = PENDING_SENDS
+    num_buffers: int = NUM_BUFFERS
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -61,7 +60,12 @@ class Parallel:
 
 
 def asked_for(
-    num_ranks: int | None, balance: str | None, *, frontier: bool = False, largest_batch: bool = False
+    num_ranks: int | None,
+    balance: str | None,
+    *,
+    num_buffers: int = NUM_BUFFERS,
+    frontier: bool = False,
+    largest_batch: bool = False,
 ) -> Parallel | None:
     """The options of ``localgrad plan`` that are about ranks; ``None`` where they are not given.
 
@@ -72,7 +76,7 @@ def asked_for(
         if balance is not None:
             raise RecipeError(f"--balance {balance}: it goes with --parallel; add --parallel 4, or leave it out.")
         return None
-    asked = Parallel(num_ranks=num_ranks, balance="time" if balance is None else balance)
+    asked = Parallel(num_ranks=num_ranks, balance="time" if balance is None else balance, num_buffers=num_buffers)
     for option, given in {"--frontier": frontier, "--batch-size auto": largest_batch}.items():
         if given:
             raise RecipeError(
@@ -92,9 +96,9 @@ def plan_parallel(task: Task, batch_size: int, parallel: Parallel, budget: int |
 
     Returns:
         The plan. Its forecast is that of a step in one process, but ``needed_bytes`` is the largest rank's, and
-        ``parallel`` has ``num_ranks``, ``balance``, ``receive_buffers``, ``pending_sends``, ``speed_up`` (over the same
-        plan in one process), ``sent_bytes`` (a step, over each boundary) and ``ranks``, each with ``time_share``,
-        ``peak_bytes``, and its parts ``static_bytes``, ``step_bytes``, ``buffer_bytes``.
+        ``parallel`` has ``num_ranks``, ``balance``, ``num_buffers``, ``speed_up`` (over the same plan in one process),
+        ``sent_bytes`` (a step, over each boundary) and ``ranks``, each with ``time_share``, ``peak_bytes``, and its
+        parts ``static_bytes``, ``step_bytes``, ``buffer_bytes``.
 
     Raises:
         BudgetError: no plan fits; the message says the least that does.
@@ -153,13 +157,19 @@ class _RankSearch:
         first, last = start + 1 if start else 0, stop + 2 if stop == self.costs.num_blocks else stop + 1
         return self._static[last] - self._static[first] + self.costs.static_of(start, stop)
 
-    def buffer_bytes(self, received: int, sent: int) -> int:
-        """Bytes of all packets of these sizes that may be around besides the one that is worked on."""
-        return self.parallel.receive_buffers * received + self.parallel.pending_sends * sent
+    def buffer_bytes(self, rank: int, received: int, sent: int) -> int:
+        """Bytes of all packets of these sizes that a rank may have besides the one that it works on.
+
+        What is sent on stays in the buffer that it was received into until it was taken: so a rank in the middle has
+        twice as many of those. Its own features are counted with the whole packet, which is a little too much.
+        """
+        count = self.parallel.num_buffers
+        slots = count if rank == self.parallel.num_ranks - 1 else 2 * count
+        return (slots - 1) * received + count * sent
 
     def _resident(self, rank: int, start: int, stop: int) -> int:
         sent = self.packets.at_most_into(rank + 1, stop) if stop < self.costs.num_blocks else 0
-        buffers = self.buffer_bytes(self.packets.at_most_into(rank, start), sent)
+        buffers = self.buffer_bytes(rank, self.packets.at_most_into(rank, start), sent)
         return self.static_bytes(start, stop) + buffers
 
     def smallest(self) -> Ranks:
@@ -193,14 +203,13 @@ class _RankSearch:
             parts = {
                 "static_bytes": statics[index] + missing,
                 "step_bytes": module["peak_bytes"] - plan.forecast["static_bytes"],
-                "buffer_bytes": self.buffer_bytes(packets[index], sent),
+                "buffer_bytes": self.buffer_bytes(index, packets[index], sent),
             }
             rows.append({"time_share": module["time_share"], "peak_bytes": sum(parts.values()), **parts})
         forecast = {
             "num_ranks": len(rows),
             "balance": self.parallel.balance,
-            "receive_buffers": self.parallel.receive_buffers,
-            "pending_sends": self.parallel.pending_sends,
+            "num_buffers": self.parallel.num_buffers,
             "speed_up": sum(times) / max(times),
             "sent_bytes": packets[1:],
             "ranks": rows,

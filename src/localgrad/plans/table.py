@@ -121,9 +121,7 @@ def _rank_memory(plan: Plan) -> Table:
         figures = [Text(format_bytes(nbytes), style=RANK_PARTS[name][1]) for name, nbytes in parts.items()]
         bar = _bar(parts, scale, {name: colour for name, (_, colour) in RANK_PARTS.items()})
         table.add_row(str(index), *figures, format_bytes(row["peak_bytes"]), bar, packet)
-    table.caption = (
-        f"buffers: {forecast['receive_buffers']} packets received ahead, {forecast['pending_sends']} sent and not taken"
-    )
+    table.caption = f"buffers: all full, {forecast['num_buffers']} batches on their way at each end of a link"
     return table
 
 
