@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from timm.layers import set_fused_attn
+from timm.layers import DropPath, set_fused_attn
 from torch import Tensor, nn
 
 from localgrad import GreedySupervised, LocalLearner
-from localgrad._halves import Piece, find_pieces
+from localgrad._halves import Piece, _known_cuts, find_pieces
 from localgrad._timm_adapters import identity
 from localgrad.backbone import Backbone, split
 from localgrad.errors import PartitionError
@@ -208,6 +208,30 @@ def test_weights_that_hide_a_branch_do_not_hide_its_form() -> None:
     shake(fresh.model)
     inputs = fresh.stem(images_for((3, 32, 32))).detach()
     assert_same_run(Ran(modules[1], inputs), Ran(modules[0], inputs))
+
+
+class Scaled(nn.Module):
+    """Written as timm writes its blocks, but for a factor that no form has."""
+
+    def __init__(self, *, factor: float, drop: float) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(6), nn.LayerNorm(6)
+        self.attn, self.mlp = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.drop_path1 = self.drop_path2 = DropPath(drop)
+        self.factor = factor
+
+    def forward(self, features: Tensor) -> Tensor:
+        features = features + self.drop_path1(self.attn(self.norm1(features)))
+        return features + self.factor * self.drop_path2(self.mlp(self.norm2(features)))
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.5, 1.0 - 1e-6])
+@pytest.mark.parametrize(("factor", "pieces"), [(1.0, 2), (2.0, 1)])
+def test_drop_path_that_hides_a_branch_does_not_hide_its_form(factor: float, pieces: int, drop: float) -> None:
+    for seed in range(4):
+        torch.manual_seed(seed)
+        _known_cuts.clear()
+        assert len(find_pieces(Scaled(factor=factor, drop=drop), torch.randn(2, 3, 6))) == pieces
 
 
 def test_looking_for_pieces_changes_nothing() -> None:

@@ -1,5 +1,6 @@
 """`localgrad.planning.memory` against the profiler's own account of real steps, and piece by piece."""
 
+import contextlib
 import copy
 import gc
 import random
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
@@ -511,6 +513,151 @@ def test_a_seam_that_both_sides_save_counts_once():
     parts = [nn.Sequential(nn.Linear(10, 10), nn.ReLU()), nn.Linear(10, 10)]
     # The first saves its input and ReLU's output; the second saves that same output.
     assert memory.block_activation_bytes(parts, torch.ones(3, 10)) == [2 * 120, 0]
+
+
+# -- fake operators ---------------------------------------------------------------------------------------------
+
+
+def told(result, given=()):
+    """All that is to be known of what an operator gives: shapes, types, and whose memory it stands in."""
+    owners = {id(tensor.untyped_storage()): place for place, tensor in enumerate(given) if isinstance(tensor, Tensor)}
+    told = []
+    for item in result if isinstance(result, (list, tuple)) else [result]:
+        if isinstance(item, Tensor):
+            storage = item.untyped_storage()
+            own = owners.setdefault(id(storage), len(owners) + len(given))
+            layout = tuple(item.shape), item.stride(), item.storage_offset(), item.dtype, item.device
+            told.append((*layout, storage.nbytes(), own, any(item is other for other in given)))
+        else:
+            told.append(len(item) if isinstance(item, list) else item)
+    return told
+
+
+class Checked(_fake.FakeTensorMode):
+    """Holds what is remembered of operators against PyTorch's own mode, whenever it is used."""
+
+    cpp_meta_supports_symint = fake_tensor.FakeTensorMode.cpp_meta_supports_symint
+
+    num_checked = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        key = self._key_of(func, args, kwargs or {})
+        remembered = self._recipes.get(key)
+        result = _fake._dispatch(self, func, types, args, kwargs or {})
+        if remembered is not None:
+            assert told(remembered(self, args), args) == told(result, args), func
+            Checked.num_checked += 1
+        return result
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("build", [vit, swin, mlp])
+def test_remembered_operators_give_what_pytorch_gives(build, bf16, monkeypatch):
+    monkeypatch.setattr(_fake.FakeTensorMode, "_recipes", {})
+    model, size = build()
+    learner = model, torch.optim.AdamW(model.parameters(), foreach=bf16)
+    inputs = {"images": ((4, *size), torch.float32), "labels": ((4,), torch.int64)}
+    memory.simulate(learner, lambda *a, **k: train_step(*a, bf16=bf16, **k), inputs=inputs)
+    known = sum(recipe is not None for recipe in _fake.FakeTensorMode._recipes.values())
+    assert known > 0.8 * len(_fake.FakeTensorMode._recipes)
+
+    monkeypatch.setattr(_fake, "FakeTensorMode", Checked)
+    monkeypatch.setattr(Checked, "num_checked", 0)
+    memory.simulate(learner, lambda *a, **k: train_step(*a, bf16=bf16, **k), inputs=inputs)
+    assert Checked.num_checked > known
+
+
+def arguments():
+    """Operators with arguments of which something could be overlooked."""
+    aten = torch.ops.aten
+    a, matrix = torch.empty(2, 3, 4), torch.empty(5, 4)
+    yield aten.full.default, ([2], 1)
+    yield aten.full.default, ([2], 1.0)
+    yield aten.full.default, ([2], True)
+    yield aten.add_.Tensor, (a, a)
+    yield aten.split.Tensor, (a, 1)
+    yield aten.view.default, (a[1:], [12])
+    yield aten.view.default, (a[:1], [12])
+    yield aten.unbind.int, (a,)
+    yield aten.t.default, (matrix,)
+    yield aten.detach.default, (a,)
+    yield aten.clone.default, (a.transpose(0, 2),)
+    yield aten.to.dtype, (a, torch.float32)
+    yield aten.to.dtype, (a, torch.bfloat16)
+    yield aten.cat.default, ([a, a],)
+    yield aten.atleast_1d.Sequence, ([a, a],)
+    yield aten.native_layer_norm.default, (a, [4], None, None, 1e-5)
+    yield aten._foreach_add_.List, ([a, matrix], [a, matrix])
+    yield aten.unsqueeze_.default, (a, 0)
+    yield aten.resize_.default, (matrix, [3, 4])
+
+
+def test_remembering_overlooks_nothing():
+    def results(mode):
+        with mode:
+            for func, given in arguments():
+                yield func, told(func(*given), given), told(given)
+            torch.set_default_dtype(torch.float64)
+            try:
+                yield torch.float64, told(torch.ops.aten.full.default([2], 1.0)), []
+            finally:
+                torch.set_default_dtype(torch.float32)
+
+    expected = list(results(fake_tensor.FakeTensorMode()))
+    for _ in range(2):  # the second time, operators are known
+        assert list(results(_fake.FakeTensorMode())) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_kernels_for_shapes_give_what_decompositions_give(dtype):
+    aten, results = torch.ops.aten, []
+    for mode in (_fake.FakeTensorMode(), fake_tensor.FakeTensorMode()):
+        with mode:
+            a, matrix, row, column = (torch.empty(*shape, dtype=dtype) for shape in ((2, 3, 4), (5, 4), (4,), (5, 1)))
+            statistic = torch.empty(2, 3, 1)
+            calls = [
+                (aten.addmm.default, (row, matrix, torch.empty(4, 4, dtype=dtype).t())),
+                (aten.addmm.default, (row, torch.empty(4, 5, dtype=dtype).t(), torch.empty(4, 4, dtype=dtype))),
+                (aten.addmm.default, (column, matrix, torch.empty(4, 6, dtype=dtype))),
+                *((aten.gelu_backward.default, (x, x)) for x in (a, a.transpose(0, 1), a[:, 1:])),
+                (aten.gelu_backward.default, (a, a.transpose(0, 1).contiguous().transpose(0, 1))),
+                *((aten._softmax_backward_data.default, (x, x, -1, dtype)) for x in (a, a.transpose(0, 1))),
+                *(
+                    (
+                        aten.native_layer_norm_backward.default,
+                        (a, a, [4], statistic, statistic, weight, weight, [True, weight is not None, mask]),
+                    )
+                    for weight in (row, None)
+                    for mask in (weight is not None, False)
+                ),
+            ]
+            results.append([told(func(*given), given) for func, given in calls])
+    for call, (one, other) in enumerate(zip(*results, strict=True)):
+        assert one == other, call
+
+
+def test_numbers_that_fake_tensors_know_are_computed_each_time():
+    with _fake.FakeTensorMode():
+        for number in (1.0, 2.0):
+            counter = torch.tensor(number)
+            counter += 1
+            assert (counter * 3).item() == 3 * (number + 1)
+
+
+def test_pinned_a_quickly_made_fake_tensor_is_as_pytorch_makes_it():
+    mode = _fake.FakeTensorMode()
+    shaped = torch.empty(2, 3, dtype=torch.float64, device="meta")
+    slow = FakeTensor(mode, shaped, torch.device("cpu"))
+    for around in (contextlib.nullcontext(), mode):  # also where operators would be fake ones
+        with around:
+            quick = mode.make((2, 3), (3, 1), torch.float64)
+            view = mode.make((2,), (3,), torch.float64, memory=quick.untyped_storage(), offset=1)
+        assert vars(quick) == vars(view) == vars(slow)
+        assert told(quick) == told(slow)
+        assert view.untyped_storage() is quick.untyped_storage()
+        assert view.storage_offset() == 1
+        with pytest.raises(RuntimeError):
+            quick.data_ptr()
 
 
 # -- what we rely on inside PyTorch -----------------------------------------------------------------------------

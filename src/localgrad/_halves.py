@@ -5,9 +5,9 @@ A branch treats every image by itself (``per_image``), so it may run over a part
 stands outside of it and draws for the whole batch, in the order in which the block itself draws.
 
 How. There is no table of architectures but one of *written forms*: where timm puts norm, attention, layer scale and
-MLP under which names. Each form is tried on a copy of the block with random weights, in evaluation and in training
-mode, and taken only if it gives the copy's own bits. A block that no form fits is one piece of its own, the whole
-block: still right, only coarser.
+MLP under which names. Each form is tried in training mode on a copy of the block with random weights, and taken only
+if it gives the copy's own bits. Drop path may hide a branch of every image; then it is tried in evaluation mode, too. A
+block that no form fits is one piece of its own, the whole block: still right, only coarser.
 
 Source: timm 1.0.31 (``x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))`` and its variants). The idea of cutting
 a block at its residual additions is common to reversible networks (RevNet, arXiv 1707.04585) and to mega-batching of
@@ -150,11 +150,10 @@ def _find_cuts(block: nn.Module, example: Tensor) -> dict[bool, _Cuts]:
         *candidates, whole = _candidates(step)
         state = _random_state(example.device)
         step.train()
-        outputs, noted = _run_noting(whole, example)
+        outputs, noted, _ = _run_noting(whole, example)
         number, noted_of_halves = len(candidates), noted
-        alone = step.eval()(example[:1]) if candidates else example
         for n, pieces in enumerate(candidates):
-            proved = _noted_if_same(step, pieces, example, (alone, state, outputs))
+            proved = _noted_if_same(step, pieces, example, (state, outputs))
             if proved is not None:
                 number, noted_of_halves = n, proved
                 break
@@ -275,7 +274,7 @@ class _Chain:
 
 
 def _noted_if_same(
-    step: nn.Module, pieces: Sequence[Piece], example: Tensor, given: tuple[Tensor, Tensor, Tensor]
+    step: nn.Module, pieces: Sequence[Piece], example: Tensor, given: tuple[Tensor, Tensor]
 ) -> list[_Noted] | None:
     """What `_run_noting` notes, if pieces give a step's bits; ``None`` if they don't.
 
@@ -283,21 +282,24 @@ def _noted_if_same(
         step: the step.
         pieces: a way to cut it.
         example: features that enter it.
-        given: by the step: of one image where nothing is dropped; the random state before it trained; in training.
+        given: the random state before the step ran in training mode, and what it gave.
     """
-    alone, state, outputs = given
+    state, outputs = given
     try:
-        step.eval()
-        if not torch.equal(_through(pieces, example[:1]), alone):
-            return None
         step.train()
         _set_random_state(example.device, state)
-        found, noted = _run_noting(pieces, example)
-        return noted if torch.equal(found, outputs) else None
+        found, noted, shown = _run_noting(pieces, example)
+        if not torch.equal(found, outputs):
+            return None
+        if not shown:
+            step.eval()
+            if not torch.equal(_through(pieces, example[:1]), step(example[:1])):
+                return None
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, TypeError, ValueError, RuntimeError):  # the form was another block's
         return None
+    return noted
 
 
 def _through(pieces: Sequence[Piece], features: Tensor) -> Tensor:
@@ -360,15 +362,20 @@ def _set_random_state(device: torch.device, state: Tensor) -> None:
 _Noted = tuple[Piece, Tensor, _Draws]  # a piece, what entered it, and what it drew
 
 
-def _run_noting(pieces: Sequence[Piece], features: Tensor) -> tuple[Tensor, list[_Noted]]:
-    """Run pieces in order, and note what each draws."""
+def _run_noting(pieces: Sequence[Piece], features: Tensor) -> tuple[Tensor, list[_Noted], bool]:
+    """Run pieces in order; note what each draws, and whether there is an image to which each added something."""
     noted = []
+    shown = torch.ones(len(features), dtype=torch.bool, device=features.device)
     for piece in pieces:
         with _Draws() as draws:
             output = piece.branch(features)
         noted.append((piece, features, draws))
-        features = output if piece.drop_path is None else features + piece.drop_path(output)
-    return features, noted
+        if piece.drop_path is not None:
+            output = piece.drop_path(output)
+            shown &= output.flatten(1).any(1)
+            output = features + output
+        features = output
+    return features, noted, bool(shown.any())
 
 
 def _how_it_draws(piece: Piece, example: Tensor, drawn: _Draws) -> _Found:
