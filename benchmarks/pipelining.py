@@ -1,23 +1,59 @@
-"""End-to-end training as a pipeline (torch.distributed.pipelining): what local modules are held to.
+"""Local modules and end-to-end pipelines (torch.distributed.pipelining) on several processes, side by side.
 
+    python -m torch.distributed.run --standalone --nproc-per-node 2 benchmarks/pipelining.py --method local
     python -m torch.distributed.run --standalone --nproc-per-node 2 benchmarks/pipelining.py --method 1f1b
-    python benchmarks/pipelining.py --method none                        # one process, one thread
-    python benchmarks/pipelining.py --compare 1f1b gpipe --ranks 2       # all of them in turns, as ratios to none
+    python benchmarks/pipelining.py --method none                            # one process, one thread
+    python benchmarks/pipelining.py --compare local local-one 1f1b gpipe --ranks 2 --simulate
 
-One process a stage on gloo, each with one thread. A stage is a run of the blocks that ``localgrad.split`` gives, with
-the stem or the tail at the ends, and has its own AdamW. Random images, the same few batches in turn, fp32. Drop path
-is off (unless asked for), so that the losses of all methods are the same to rounding.
+========== ========= =============================================================================================
+method     processes
+========== ========= =============================================================================================
+none       one       end to end, the plain loop: what ratios are to
+parts      one       the same over microbatches
+stages-one one       the same, stage by stage: the pipelines' stages, in one process
+1f1b gpipe R         end to end, torch.distributed.pipelining, a stage a process
+local-one  one       local modules, one after another (``LocalLearner``)
+local      R         the same local modules, shared among the processes (``ParallelLearner``)
+========== ========= =============================================================================================
+
+Processes talk over gloo, each has one thread. A stage or a local module is a run of the blocks that ``localgrad.split``
+gives, with the stem or the tail at the ends, and has its own AdamW. Random images, the same few batches in turn, fp32.
+Drop path is off (unless asked for), so that the losses of all end-to-end methods are the same to rounding. Local
+modules are trained by feature reconstruction with its default nets or ``--classifier`` and ``--decoder``; there are as
+many as processes, or ``--modules``, and the losses of local and local-one are the same bit for bit.
 
 What is measured, in every process, of each step after the warm-up:
 
-* its seconds on the wall. Nobody waits for the others between steps, so a method may begin a batch early;
-* how many of them it was *busy*: in forward, loss, backward, optimizer. The rest is the *bubble*: waiting, sending,
-  receiving, and the schedule's own Python. Where processes share cores, being busy takes longer, so the bubble reads
-  too small: run no more processes than there are cores. ``processor_seconds`` are of all threads, gloo's among them;
+* its seconds on the wall. Nobody waits for the others between steps, so a method may begin a batch early. A method's
+  step time, which its images/s and all ratios are made of, is the time of the last process from its last warm-up step's
+  end to its last timed step's, divided by the timed steps. There is no filling in it (that is in the warm-up), and no
+  draining: where the first process may be ahead by some batches, all train on as many more. Ratios are to ``none`` of
+  the same repeat, for local beside that to ``local-one``;
+* how many of them it was *busy*. The rest is the *bubble*. End to end: busy in forward, loss, backward, optimizer, so
+  that waiting, sending, receiving, and the schedule's own Python are the bubble. Local: all but waiting for another
+  process, as the engine counts it; sending and Python are busy, which makes the bubble smaller, by what the phases of
+  its modules leave. Where processes share cores, being busy takes longer, so the bubble reads too small.
+  ``processor_seconds`` are of all threads, gloo's among them;
+* seconds of each part (stage or local module): forward with loss, backward, update. In the file they are as
+  ``benchmarks/speed_up.py`` reads them, and ``--times`` writes nothing else;
 * peak memory: resident in the process (``VmHWM``, reset once everything is built; Python and libraries are in it, so
-  ``resident_start_bytes`` stands beside it), and of tensors, in one more step (``localgrad.comparing.measuring``).
+  ``resident_start_bytes`` stands beside it), and of tensors, in one more step (``localgrad.comparing.measuring``): with
+  the batch in use, buffers for batches to come and batches not yet taken. localgrad's estimate of it stands beside it.
 
-A method's step time is the median of its slowest process. Ratios are to ``none`` of the same repeat.
+``--balance time`` measures forward and backward of each block in one process while the others wait. For stages, it is
+of a microbatch and without the optimizer. For local modules, it is of the whole batch, with the auxiliary nets and all
+updates, so that the slowest module is as fast as it can be. With --compare, all pipelines keep the boundaries that the
+first one found, and so do local and local-one.
+
+``--simulate`` holds ``localgrad.planning.simulator`` against this: images/s that it predicts for local, 1f1b and gpipe
+from seconds measured *alone* (each part in one process, local-one or stages-one of the same repeat), and from those
+measured *in the run* itself. The first tells whether the speed of R processes can be told from one; the second whether
+the schedule is understood, apart from what processes do to each other. Links are taken as free of cost. Where R
+processes share fewer cores, ``--pin`` is asked for: rank r is kept on core r x cores / R, and the ranks of a core are
+simulated as one rank whose part is theirs together. That is as good as it can get: a core with two ranks is never idle
+while one of them could work, changing between them costs nothing, and the pipelines have fewer stages to fill. So
+expect it to predict too much for R > cores; then only seconds measured alone are used, since those of a run count the
+time that the other rank of a core had.
 
 What torch.distributed.pipelining (2.15) asks for, and what follows:
 
@@ -38,26 +74,23 @@ What torch.distributed.pipelining (2.15) asks for, and what follows:
 * **One send and one receive wait for each other.** 1F1B sends features and receives a gradient as one batch, and waits
   for both before it goes on. That is part of its bubble.
 
-Another method is one more ``Worker`` in ``worker_for``; all else here is common to all of them.
+Another method is one more ``Worker`` in pipelining_workers.py; all else here is common to all of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import ctypes
 import datetime
 import gc
 import json
-import math
 import os
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -66,215 +99,46 @@ from typing import Any, NamedTuple
 import timm
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from pipelining_report import FORMAT, Report, Share, as_table, rows_of
+from pipelining_boundaries import choose_boundaries
+from pipelining_report import FORMAT, Part, Report, Share, as_table, rows_of
+from pipelining_simulated import as_lines, simulated, simulator_is_here
+from pipelining_workers import ALONE, CPU, LOCAL, METHODS, WHOLE, Worker, objective_of, worker_for
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
-from torch.optim import AdamW, Optimizer
+from torch import Tensor
 
-from localgrad.backbone import Backbone, split
+from localgrad.backbone import split
 from localgrad.comparing.measuring import Held, peak_of
 from localgrad.errors import LocalgradError, RecipeError
-from localgrad.learner import activation_bytes, default_input_size
-from localgrad.partition import Boundaries, balance, check_boundaries, spans
+from localgrad.learner import default_input_size
+from localgrad.partition import Boundaries
 
-ALONE = ("none", "parts")
-METHODS = (*ALONE, "1f1b", "gpipe")
 NUM_BATCHES = 2
 """Different batches, made before training; step t trains on batch t modulo this."""
-LEARNING_RATE = 1e-4
-CPU = torch.device("cpu")
-
-
-# Workers ---------------------------------------------------------------------------------------------------------
-
-
-class Stopwatch:
-    """Adds up the seconds that are spent inside ``running()``."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds += time.perf_counter() - start
-
-
-class Worker(ABC):
-    """One process's share of the training, whatever the method.
-
-    Attributes:
-        net: what is trained here; its parameters are the model's own.
-        optimizer: of its parameters.
-        busy: runs while this process computes.
-        needs_images: whether ``step`` is to be given the images.
-        needs_labels: and the labels.
-        sent_bytes: what it sends a step, to all others.
-    """
-
-    def __init__(self, net: nn.Module) -> None:
-        self.net = net.train()
-        self.optimizer: Optimizer = AdamW(net.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
-        self.busy = Stopwatch()
-        self.needs_images = self.needs_labels = True
-        self.sent_bytes = 0
-
-    @abstractmethod
-    def step(self, images: Tensor | None, labels: Tensor | None) -> Tensor | None:
-        """Train on one batch.
-
-        Args:
-            images: [B, C, H, W]; ``None`` unless they are needed here.
-            labels: [B], likewise.
-
-        Returns:
-            The batch's mean task loss before the update, in the process that knows it; ``None`` in the others.
-        """
-
-    @property
-    def busy_seconds(self) -> float:
-        """Seconds spent computing since the worker was made."""
-        return self.busy.seconds
-
-    def holds(self) -> list[Held]:
-        """What is alive between steps, for the count of tensors."""
-        return [self.net, self.optimizer]
-
-    def update(self) -> None:
-        with self.busy.running():
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-
-
-class Alone(Worker):
-    """The plain loop in one process; by option over the batch's parts one after another, with one update."""
-
-    def __init__(self, model: nn.Module, *, parts: int = 1) -> None:
-        super().__init__(model)
-        self.parts = parts
-
-    def step(self, images: Tensor | None, labels: Tensor | None) -> Tensor:
-        assert images is not None, "needs_images"
-        assert labels is not None, "needs_labels"
-        losses = []
-        with self.busy.running():
-            for some, theirs in zip(images.chunk(self.parts), labels.chunk(self.parts), strict=True):
-                loss = F.cross_entropy(self.net(some), theirs) / self.parts
-                loss.backward()  # type: ignore[no-untyped-call]
-                losses.append(loss.detach())
-        self.update()
-        return torch.stack(losses).sum()
-
-
-class TimedStage(PipelineStage):
-    """A stage whose computing is timed; waiting for others is outside of these calls."""
-
-    busy: Stopwatch
-
-    def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
-        with self.busy.running():
-            return super().forward_one_chunk(*args, **kwargs)
-
-    def backward_one_chunk(self, *args: Any, **kwargs: Any) -> None:
-        with self.busy.running():
-            super().backward_one_chunk(*args, **kwargs)
-
-    def scale_grads(self, *args: Any, **kwargs: Any) -> None:
-        with self.busy.running():
-            super().scale_grads(*args, **kwargs)
-
-
-class Pipelined(Worker):
-    """One stage of an end-to-end pipeline."""
-
-    def __init__(
-        self,
-        backbone: Backbone,
-        boundaries: Boundaries,
-        *,
-        rank: int,
-        batch_size: int,
-        microbatches: int,
-        schedule: str,
-    ) -> None:
-        num_stages = len(boundaries) + 1
-        is_first, is_last = rank == 0, rank == num_stages - 1
-        super().__init__(stage_net(backbone, boundaries, rank))
-        self.needs_images, self.needs_labels = is_first, is_last
-        size = batch_size // microbatches
-        edges = (0, *boundaries, len(backbone.blocks))
-        entering, leaving = ((size, *backbone.layouts[edge].shape) for edge in (edges[rank], edges[rank + 1]))
-        inputs = example((size, *backbone.input_size) if is_first else entering, requires_grad=not is_first)
-        outputs = example((size, backbone.num_classes) if is_last else leaving, requires_grad=True)
-        self.sent_bytes = 4 * microbatches * (math.prod(entering) * (not is_first) + math.prod(leaving) * (not is_last))
-        stage = TimedStage(self.net, rank, num_stages, CPU, input_args=inputs, output_args=outputs)
-        stage.busy = self.busy
-        kind = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}[schedule]
-        self.schedule = kind(stage, microbatches, loss_fn=self.loss)  # the API's mean of means
-
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        with self.busy.running():
-            return F.cross_entropy(logits, labels)
-
-    def step(self, images: Tensor | None, labels: Tensor | None) -> Tensor | None:
-        losses: list[Tensor] = []
-        given = () if images is None else (images,)
-        self.schedule.step(*given, target=labels, losses=losses, return_outputs=False)
-        self.update()
-        return torch.stack(losses).detach().mean() if losses else None
-
-
-class Contiguous(nn.Module):
-    """What is sent lies in one piece."""
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features.contiguous()
-
-
-def stage_net(backbone: Backbone, boundaries: Boundaries, rank: int) -> nn.Sequential:
-    """The run of blocks between two boundaries, with the stem or the tail at the ends."""
-    span = spans(boundaries, len(backbone.blocks))[rank]
-    parts: list[nn.Module] = [backbone.stem] if rank == 0 else []
-    parts += [backbone.blocks[index] for index in span]
-    parts.append(backbone.tail if rank == len(boundaries) else Contiguous())
-    return nn.Sequential(*parts)
-
-
-def example(shape: tuple[int, ...], *, requires_grad: bool) -> Tensor:
-    return torch.empty(shape, device="meta", requires_grad=requires_grad)
-
-
-def worker_for(options: argparse.Namespace, backbone: Backbone, boundaries: Boundaries, rank: int) -> Worker:
-    """The worker of a method: the one place to add another."""
-    if options.method in ALONE:
-        return Alone(backbone.model, parts=options.microbatches if options.method == "parts" else 1)
-    return Pipelined(
-        backbone,
-        boundaries,
-        rank=rank,
-        batch_size=options.batch_size,
-        microbatches=options.microbatches,
-        schedule=options.method,
-    )
+TIMED_ALONE = {"local": "local-one", "1f1b": "stages-one", "gpipe": "stages-one"}
+"""By method, where the seconds of its parts are measured in one process."""
+BOUNDARIES_OF = {"local-one": "local", "gpipe": "1f1b", "stages-one": "1f1b"}
+"""Methods that have the boundaries of another one, in a comparison."""
 
 
 # One process of a run --------------------------------------------------------------------------------------------
 
 
 class Built(NamedTuple):
-    """What is left in one process once the model is built; the whole model is gone."""
+    """What is left in one process once the model is built; the whole model is gone, unless it is trained here."""
 
     worker: Worker
     boundaries: Boundaries
-    blocks: range
     input_size: tuple[int, int, int]
     weights: dict[str, Tensor]
     """The share's weights by their names in the plain model."""
+
+
+def num_parts(options: argparse.Namespace, ranks: int) -> int:
+    """Stages or local modules of a method on so many processes."""
+    if options.method in WHOLE:
+        return 1
+    wanted = options.ranks if ranks == 1 and options.method in ALONE else ranks
+    return options.modules or wanted if options.method in LOCAL else wanted
 
 
 def build(options: argparse.Namespace, rank: int, ranks: int) -> Built:
@@ -284,13 +148,15 @@ def build(options: argparse.Namespace, rank: int, ranks: int) -> Built:
     settings = {"num_classes": options.num_classes, "drop_path_rate": 0.0, **sizes, **options.model_options}
     model = timm.create_model(options.model, **settings)
     backbone = split(model, default_input_size(model)).train()
-    boundaries = agree(lambda: choose_boundaries(options, backbone, ranks), ranks)
+    count = num_parts(options, ranks)
+    boundaries = agree(lambda: choose_boundaries(options, backbone, count), ranks)
     backbone.check_boundaries(boundaries)
-    torch.manual_seed(options.seed + rank)
+    # Local modules draw the same auxiliary nets everywhere; stages have nothing to draw but what is random in a step.
+    torch.manual_seed(options.seed + (0 if options.method in LOCAL else rank))
     worker = worker_for(options, backbone, boundaries, rank)
-    own = {id(tensor) for tensor in (*worker.net.parameters(), *worker.net.buffers())}
+    own = {id(tensor) for part in worker.parts for tensor in (*part.parameters(), *part.buffers())}
     weights = {name: value for name, value in model.state_dict(keep_vars=True).items() if id(value) in own}
-    return Built(worker, boundaries, spans(boundaries, len(backbone.blocks))[rank], backbone.input_size, weights)
+    return Built(worker, boundaries, backbone.input_size, weights)
 
 
 def agree(decide: Callable[[], Boundaries], ranks: int) -> Boundaries:
@@ -307,44 +173,6 @@ def agree(decide: Callable[[], Boundaries], ranks: int) -> Boundaries:
         raise told[0]
     boundaries: Boundaries = told[0]
     return boundaries
-
-
-def choose_boundaries(options: argparse.Namespace, backbone: Backbone, ranks: int) -> Boundaries:
-    """As asked for, or balanced over the blocks."""
-    if options.boundaries is not None:
-        boundaries = check_boundaries(options.boundaries, len(backbone.blocks))
-        if len(boundaries) != ranks - 1:
-            raise RecipeError(
-                f"boundaries: {list(boundaries)} make {len(boundaries) + 1} stages, but there are {ranks} processes; "
-                f"give {ranks - 1} of them, or --balance time."
-            )
-        return boundaries
-    if ranks == 1:
-        return ()
-    if options.balance == "memory":  # of one batch in flight; 1F1B keeps more of them the earlier the stage
-        return balance(activation_bytes(backbone), ranks)
-    images = torch.randn(options.batch_size // options.microbatches, *backbone.input_size)
-    return balance([round(1e6 * seconds) for seconds in block_seconds(backbone, images)], ranks)
-
-
-def block_seconds(backbone: Backbone, images: Tensor, *, repeats: int = 3) -> list[float]:
-    """Forward and backward of each block, least of a few; the stem counts to the first, the tail to the last."""
-    backbone = copy.deepcopy(backbone)  # gradients and batch statistics stay away from the weights that are trained
-    parts = [backbone.stem, *backbone.blocks, backbone.tail]
-    least = [math.inf] * len(parts)
-    for _ in range(repeats):
-        features = images
-        for number, part in enumerate(parts):
-            clock = Stopwatch()
-            inputs = features.detach().requires_grad_(number > 0)
-            with clock.running():
-                features = part(inputs)
-                features.backward(torch.ones_like(features))
-            least[number] = min(least[number], clock.seconds)
-    stem, *blocks, tail = least
-    blocks[0] += stem
-    blocks[-1] += tail
-    return blocks
 
 
 Batch = tuple[Tensor | None, Tensor | None]
@@ -369,39 +197,57 @@ def train(options: argparse.Namespace, rank: int, ranks: int) -> Report | None:
     if ranks > 1:
         dist.barrier()
     resident_start = restart_resident_peak()
-    losses, figures = steps(worker, batches, options.warmup + options.steps)
+    worker.begin(options.warmup + options.steps + worker.lead + worker.profiled)
+    losses = steps(worker, batches, range(options.warmup)).losses
+    before = [phases.seconds for phases in worker.phases]
+    start = time.perf_counter()
+    timed = steps(worker, batches, range(options.warmup, options.warmup + options.steps))
+    span = time.perf_counter() - start
+    parts = tuple(parts_of(worker, before, options.steps))
     resident_peak = resident_peak_bytes()
     if options.weights is not None:
         weights = {name: value.detach().contiguous() for name, value in built.weights.items()}
         save_file(weights, options.weights / f"{rank}.safetensors")
-    held = [*worker.holds(), *(tensor for batch in batches for tensor in batch if tensor is not None)]
-    tensor_peak, _ = peak_of(lambda: worker.step(*batches[0]), CPU, held)
-    walls, busy, processor = zip(*figures[options.warmup :], strict=True)
+    steps(worker, batches, range(worker.lead))  # the others may still be timing theirs
+
+    def last_steps() -> None:
+        for _ in range(worker.profiled):
+            worker.step(*batches[0])
+        worker.finish()  # what is on its way while the profiler stops makes it write where it must not
+
+    tensor_peak, _ = peak_of(last_steps, CPU, alive(worker, batches[0]))
     share = Share(
         rank=rank,
-        blocks=(built.blocks.start, built.blocks.stop),
-        num_parameters=sum(parameter.numel() for parameter in worker.net.parameters()),
+        blocks=(worker.blocks[0].start, worker.blocks[-1].stop),
+        num_parameters=sum(parameter.numel() for part in worker.parts for parameter in part.parameters()),
         sent_bytes=worker.sent_bytes,
-        step_seconds=walls,
-        busy_seconds=busy,
-        processor_seconds=processor,
+        parts=parts,
+        span_seconds=span,
+        step_seconds=timed.walls,
+        busy_seconds=timed.busy,
+        processor_seconds=timed.processor,
         resident_start_bytes=resident_start,
         resident_peak_bytes=resident_peak,
         tensor_peak_bytes=tensor_peak,
+        estimated_bytes=worker.estimate(),
     )
-    found = gathered((share, losses), ranks)
+    found = gathered((share, losses + timed.losses), ranks)
     if rank > 0:
         return None
+    objective = objective_of(options)
     return Report(
         method=options.method,
         model=options.model,
         image_size=built.input_size,
         batch_size=options.batch_size,
-        microbatches=1 if options.method == "none" else options.microbatches,
+        microbatches=1 if options.method in ("none", *LOCAL) else options.microbatches,
         ranks=ranks,
         threads=options.threads,
+        cores=options.cores,
+        pinned=options.pin,
         boundaries=built.boundaries,
         balanced_by=options.balance if options.boundaries is None else "given",
+        objective=f"{objective.classifier}, {objective.decoder}" if options.method in LOCAL else "",
         seed=options.seed,
         steps=options.steps,
         warmup=options.warmup,
@@ -411,21 +257,49 @@ def train(options: argparse.Namespace, rank: int, ranks: int) -> Report | None:
     )
 
 
-def steps(worker: Worker, batches: list[Batch], count: int) -> tuple[list[float], list[tuple[float, float, float]]]:
-    """Train so many steps.
+class Steps(NamedTuple):
+    """Losses that are known here; seconds of each step on the wall, computing, and of the processor."""
 
-    Returns:
-        The losses that are known here; seconds of each step on the wall, computing, and of the processor.
-    """
+    losses: list[float]
+    walls: tuple[float, ...]
+    busy: tuple[float, ...]
+    processor: tuple[float, ...]
+
+
+def steps(worker: Worker, batches: list[Batch], numbers: range) -> Steps:
+    """Train the steps of these numbers."""
     losses, figures = [], []
-    for number in range(count):
+    for number in numbers:
         busy, processor, wall = worker.busy_seconds, time.process_time(), time.perf_counter()
         loss = worker.step(*batches[number % len(batches)])
         now = time.perf_counter()
         figures.append((now - wall, worker.busy_seconds - busy, time.process_time() - processor))
         if loss is not None:
             losses.append(loss.item())
-    return losses, figures
+    return Steps(losses, *(tuple(figure[place] for figure in figures) for place in range(3)))
+
+
+def parts_of(worker: Worker, before: list[tuple[float, ...]], count: int) -> Iterator[Part]:
+    """Mean seconds of each part over so many steps, which began with these sums."""
+    for part, blocks, packet, phases, old in zip(
+        worker.parts, worker.blocks, worker.packets, worker.phases, before, strict=True
+    ):
+        forward, backward, update = ((now - then) / count for now, then in zip(phases.seconds, old, strict=True))
+        weights = [weight for weight in part.parameters() if weight.requires_grad]
+        yield Part(
+            forward=forward,
+            backward=backward,
+            update=update,
+            sent_bytes=packet,
+            gradient_bytes=sum(weight.numel() * weight.element_size() for weight in weights),
+            num_blocks=len(blocks),
+        )
+
+
+def alive(worker: Worker, batch: Batch) -> Iterator[Held]:
+    """What is alive between steps. One by one: a list would keep alive what the step lets go."""
+    yield from worker.holds()
+    yield from (tensor for tensor in batch if tensor is not None)
 
 
 def gathered(mine: Any, ranks: int) -> list[Any]:
@@ -478,6 +352,9 @@ def _of_status(name: str) -> int:
 def compare(options: argparse.Namespace) -> list[list[Report]]:
     """Run all methods in each repeat, in an order that rotates, each in processes of its own."""
     methods = ["none", *(method for method in options.compare if method != "none")]
+    if options.simulate:
+        methods += [TIMED_ALONE[method] for method in methods if method in TIMED_ALONE]
+    methods = list(dict.fromkeys(methods))
     boundaries: dict[str, tuple[int, ...]] = {}  # measured once, then kept
     found: list[list[Report]] = []
     for repeat in range(options.repeats):
@@ -485,8 +362,9 @@ def compare(options: argparse.Namespace) -> list[list[Report]]:
         reports: dict[str, Report] = {}
         for method in methods[shift:] + methods[:shift]:
             print(f"repeat {repeat + 1} of {options.repeats}: {method}", file=sys.stderr, flush=True)
-            reports[method] = started(options, method, boundaries.get(method, options.boundaries))
-            boundaries[method] = reports[method].boundaries
+            family = BOUNDARIES_OF.get(method, method)
+            reports[method] = started(options, method, boundaries.get(family, options.boundaries))
+            boundaries[family] = reports[method].boundaries
         found.append([reports[method] for method in methods])
     return found
 
@@ -496,7 +374,7 @@ def started(options: argparse.Namespace, method: str, boundaries: tuple[int, ...
     ranks = 1 if method in ALONE else options.ranks
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     arguments = ["--method", method, *passed_on(options)]
-    if ranks > 1 and boundaries is not None:
+    if method not in WHOLE and boundaries is not None:
         arguments += ["--boundaries", ",".join(map(str, boundaries))]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "report.json")
@@ -515,11 +393,12 @@ class RunFailed(LocalgradError, RuntimeError):  # noqa: N818  # what happened
 def passed_on(options: argparse.Namespace) -> list[str]:
     """The options that all methods are run with."""
     names = ("model", "num_classes", "batch_size", "microbatches", "balance", "threads", "steps", "warmup", "seed")
-    arguments = [text for name in names for text in (f"--{name.replace('_', '-')}", str(getattr(options, name)))]
-    arguments += ["--model-options", json.dumps(options.model_options)]
-    if options.img_size:
-        arguments += ["--img-size", str(options.img_size)]
-    return arguments
+    names += ("ranks", "modules", "img_size", "classifier", "decoder")
+    given = [(name, getattr(options, name)) for name in names]
+    arguments = [
+        text for name, value in given if value is not None for text in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    return [*arguments, "--model-options", json.dumps(options.model_options), *(["--pin"] * options.pin)]
 
 
 # The command -----------------------------------------------------------------------------------------------------
@@ -531,9 +410,13 @@ def boundaries_of(text: str) -> tuple[int, ...]:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--method", "--schedule", choices=METHODS, default="1f1b", help="parts: none, in microbatches")
+    parser.add_argument("--method", "--schedule", choices=METHODS, default="1f1b")
     parser.add_argument("--compare", nargs="+", choices=METHODS, help="run these and none in turns")
-    parser.add_argument("--ranks", type=int, default=2, help="processes of each method, with --compare")
+    parser.add_argument("--simulate", action="store_true", help="hold the simulator against it, with --compare")
+    parser.add_argument("--ranks", type=int, default=2, help="processes with --compare; parts of stages-one, local-one")
+    parser.add_argument("--modules", type=int, help="local modules; by default as many as processes")
+    parser.add_argument("--classifier", help="of the local modules; by default the objective's")
+    parser.add_argument("--decoder", help="likewise")
     parser.add_argument("--repeats", type=int, default=3, help="turns, with --compare")
     parser.add_argument("--model", default="swin_tiny_patch4_window7_224")
     parser.add_argument("--model-options", type=json.loads, default={}, help="JSON, for timm.create_model")
@@ -541,15 +424,19 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-classes", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--microbatches", type=int, default=8)
-    parser.add_argument("--boundaries", type=boundaries_of, help="first block of every stage but the first: 3,7")
+    parser.add_argument("--boundaries", type=boundaries_of, help="first block of every part but the first: 3,7")
     parser.add_argument("--balance", choices=("time", "memory"), default="time")
     parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--pin", action="store_true", help="keep each process on one core")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="where to write all figures")
+    parser.add_argument("--times", type=Path, help="where to write seconds of each part, for benchmarks/speed_up.py")
     parser.add_argument("--weights", type=Path, help="a folder that gets each process's weights after training")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return options
 
 
 def check(options: argparse.Namespace, ranks: int) -> None:
@@ -558,8 +445,8 @@ def check(options: argparse.Namespace, ranks: int) -> None:
     Raises:
         RecipeError: the message says what to type instead.
     """
-    for name in ("steps", "batch_size", "microbatches", "threads", "repeats"):
-        if getattr(options, name) < 1:
+    for name in ("steps", "batch_size", "microbatches", "threads", "repeats", "ranks", "modules"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
             raise RecipeError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}.")
     if options.batch_size % options.microbatches:
         raise RecipeError(
@@ -569,8 +456,28 @@ def check(options: argparse.Namespace, ranks: int) -> None:
     methods = options.compare or [options.method]
     if "1f1b" in methods and options.microbatches < ranks:
         raise RecipeError(f"1f1b: at least one microbatch a stage; --microbatches {ranks}, say.")
+    if "local" in methods and ranks == 1:
+        raise RecipeError("local: one process only; start it with torchrun, or take --method local-one.")
+    if "local" in methods and options.modules is not None and options.modules < ranks:
+        raise RecipeError(f"--modules {options.modules}: a local module a process at least; take {ranks}.")
+    if options.pin and options.threads > 1:
+        raise RecipeError("--pin: a process on one core has one thread; leave out --threads.")
+    if options.simulate:
+        check_simulated(options, ranks)
     if not options.compare and options.method in ALONE and ranks > 1:
         raise RecipeError(f"--method {options.method} is one process, but there are {ranks}; run it without torchrun.")
+
+
+def check_simulated(options: argparse.Namespace, ranks: int) -> None:
+    """Refuse what can't be simulated."""
+    if not options.compare:
+        raise RecipeError("--simulate: there is nothing to hold it against; add --compare local 1f1b.")
+    if not simulator_is_here():
+        raise RecipeError("--simulate: this localgrad has no planning/simulator.py; leave it out.")
+    if ranks > options.cores and not options.pin:
+        raise RecipeError(
+            f"--simulate: {ranks} processes share {options.cores} cores; add --pin, so that it is known how."
+        )
 
 
 def main() -> None:
@@ -592,22 +499,29 @@ def main() -> None:
     print(text)
     if options.json is not None:
         options.json.write_text(json.dumps(written, indent=1) + "\n")
+    if options.times is not None and not options.compare:
+        options.times.write_text(json.dumps([part for share in written["shares"] for part in share["parts"]]) + "\n")
 
 
 def compared(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     reports = compare(options)
     rows = rows_of(reports)
+    predicted = [found for method in TIMED_ALONE for found in simulated(reports, method)] if options.simulate else []
     written = {
         "format": FORMAT,
         "about": circumstances(),
         "rows": [asdict(row) for row in rows],
+        "simulated": [asdict(found) for found in predicted],
         "repeats": [[report.to_dict() for report in repeat] for repeat in reports],
     }
-    return written, as_table(rows)
+    return written, "\n".join([as_table(rows), *as_lines(predicted)])
 
 
 def run(options: argparse.Namespace, rank: int, ranks: int) -> Report | None:
     """One process of one method."""
+    if options.pin:
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[rank * len(cores) // ranks]})  # threads made from here on, gloo's too
     torch.set_num_threads(options.threads)
     if ranks == 1:
         return train(options, rank, ranks)
