@@ -81,7 +81,10 @@ class LocalStep:
         self._forward: Callable[..., LocalOutput] = _compiled(module) if compile else module
         self._replicated: DistributedDataParallel | None = None
         if twins is not None:
-            self._forward = self._replicated = DistributedDataParallel(module, process_group=twins)
+            # Running statistics are averaged when someone looks at them: ``ParallelLearner.average_statistics``.
+            self._forward = self._replicated = DistributedDataParallel(
+                module, process_group=twins, broadcast_buffers=False
+            )
 
     def __call__(self, inputs: Tensor, batch: LocalBatch, hand_on: HandOn | None = None) -> LocalOutput:
         """Train on one batch.
