@@ -1,7 +1,8 @@
 """Processes of parallel runs for tests, forked from one that has imported everything, so that each starts at once.
 
-``Ranks`` is the tests' end; this file as a script is the other one. Each process it forks is what ``python -m localgrad``
-would be with torchrun's environment: it calls the command line's own entry. A fault may be put into one of them.
+``Ranks`` is the tests' end; this file as a script is the other one. Each process it forks is what
+``python -m localgrad`` would be with torchrun's environment: it calls the command line's own entry. A fault may be put
+into one of them.
 """
 
 from __future__ import annotations
@@ -19,16 +20,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-FAULTS = ("kill", "stop", "sleep", "memory", "nan", "kill while saving")
-
 
 class Ended(NamedTuple):
-    """How some processes ended: exit statuses as shells tell them, what each said, and how long all took."""
+    """How some processes ended: exit statuses as shells tell them, what each said, and when.
+
+    ``ended_at`` is when the last one ended that could end by itself, ``fault_at`` when the fault was put in.
+    """
 
     codes: list[int]
     out: list[str]
     err: list[str]
-    seconds: float
+    ended_at: float
+    fault_at: float
 
 
 class Started:
@@ -37,14 +40,13 @@ class Started:
     def __init__(self, pids: list[int], folder: Path, answers: Any) -> None:
         self.pids = pids
         self.folder = folder
-        self.start = time.monotonic()
         self._answers = answers
 
     def wait(self) -> Ended:
-        ended = json.loads(self._answers.readline())
-        seconds = time.monotonic() - self.start
+        ended, ended_at = json.loads(self._answers.readline())
         said = [[(self.folder / f"{rank}.{name}").read_text() for rank in range(len(ended))] for name in ("out", "err")]
-        return Ended(ended, said[0], said[1], seconds)
+        faults = [float(path.read_text()) for path in self.folder.glob("*.fault")]
+        return Ended(ended, said[0], said[1], ended_at, faults[0] if faults else 0.0)
 
 
 class Ranks:
@@ -129,24 +131,40 @@ def free_port() -> int:
 # ------------------------------------------------------------------------------------------- the other end
 
 
-def inject(which: str, number: int) -> None:
-    """Have something happen in this process at an update of one of its modules, counted from 1."""
+def inject(which: str, number: int, note: str | None = None) -> None:
+    """Have something happen in this process at an update of one of its modules, counted from 1 in the training."""
     import torch
 
     from localgrad.execution.local_step import LocalStep
     from localgrad.training.folder import RunFolder
+    from localgrad.training.trainer import Trainer
 
-    count = 0
+    count, training = 0, False
     update, forward, save = LocalStep._update, LocalStep._forward_backward, RunFolder.save_part
+    epoch = Trainer._train_epoch
+
+    def noted() -> None:
+        if note is not None:
+            Path(note).write_text(str(time.monotonic()))
+
+    def at_epoch(self: Trainer) -> None:  # estimates make steps before
+        nonlocal training
+        training = True
+        epoch(self)
 
     def at_update(self: LocalStep) -> None:
         nonlocal count
-        count += 1
-        if count == number:
+        count += training
+        if training and count == number:
+            noted()
             if which == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             elif which == "stop":
                 os.kill(os.getpid(), signal.SIGSTOP)
+            elif which == "term":
+                os.kill(os.getpid(), signal.SIGTERM)
+            elif which == "error":
+                raise RuntimeError("something else")
             elif which == "sleep":
                 time.sleep(3600)
             elif which == "nan":
@@ -156,18 +174,20 @@ def inject(which: str, number: int) -> None:
         update(self)
 
     def at_forward(self: LocalStep, *arguments: Any) -> Any:
-        if which == "memory" and count + 1 == number:
+        if which == "memory" and training and count + 1 == number:
+            noted()
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nAnd more.")
         return forward(self, *arguments)
 
     def at_saving(self: RunFolder, name: str, state: Any) -> None:
         if which == "kill while saving" and count >= number:
             (self.path / "checkpoints" / f".{name}.abcdefgh").write_bytes(b"half")
+            noted()
             os.kill(os.getpid(), signal.SIGKILL)
         save(self, name, state)
 
     LocalStep._update, LocalStep._forward_backward = at_update, at_forward  # type: ignore[method-assign]
-    RunFolder.save_part = at_saving  # type: ignore[method-assign]
+    RunFolder.save_part, Trainer._train_epoch = at_saving, at_epoch  # type: ignore[method-assign]
 
 
 def become(description: dict[str, Any]) -> None:
@@ -180,7 +200,7 @@ def become(description: dict[str, Any]) -> None:
     sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # noqa: SIM115
     faulthandler.register(signal.SIGUSR1)
     if description["fault"] is not None:
-        inject(*description["fault"])
+        inject(*description["fault"], f"{description['said']}.fault")
     from localgrad import cli
 
     code = 0
@@ -207,27 +227,43 @@ def main() -> None:
                 finally:
                     os._exit(70)
             pids.append(pid)
-        print(json.dumps(pids), flush=True)
-        print(json.dumps(ended(pids)), flush=True)
+        print(json.dumps(pids), flush=True)  # noqa: T201
+        print(json.dumps(ended(pids)), flush=True)  # noqa: T201
 
 
-def ended(pids: list[int]) -> list[int]:
+def ended(pids: list[int]) -> tuple[list[int], float]:
     """Wait for processes; one that stopped itself is killed when all others have ended, as torchrun would do."""
     statuses: dict[int, int] = {}
+    ended_at = 0.0
     while len(statuses) < len(pids):
         pid, status = os.waitpid(-1, os.WUNTRACED)
         if os.WIFSTOPPED(status):
             stopped.add(pid)
         else:
+            ended_at = ended_at or time.monotonic() if stopped else time.monotonic()
             statuses[pid] = os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
-        if stopped and len(statuses) + len(stopped) == len(pids):
+        if stopped - statuses.keys() and len(statuses) + len(stopped) == len(pids):
             for each in stopped:
                 os.kill(each, signal.SIGKILL)
-            stopped.clear()
-    return [statuses[pid] for pid in pids]
+    stopped.clear()
+    return [statuses[pid] for pid in pids], ended_at
 
 
 stopped: set[int] = set()
 
+
+def as_one_of_torchruns(rank: str, which: str, number: str, *arguments: str) -> None:
+    """Be one of the processes that torchrun starts, with a fault in one of them at the first attempt."""
+    from localgrad import cli
+
+    if os.environ["RANK"] == rank and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        inject(which, int(number))
+    sys.argv = ["localgrad", *arguments]
+    cli.main()
+
+
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) > 1:
+        as_one_of_torchruns(*sys.argv[1:])
+    else:
+        main()
