@@ -30,6 +30,8 @@ from typing import Any
 from localgrad.errors import DivergenceError, LocalgradError, ParallelError
 
 BEAT_SECONDS = 0.5
+HEARD_SECONDS = 3 * BEAT_SECONDS
+"""A process stays so long after a fault: the store may be its own, and torchrun ends all as soon as one has ended."""
 TOLD_SECONDS = 5.0
 """All processes have ended so long after a fault was told."""
 SILENT_SECONDS = 10.0
@@ -140,6 +142,8 @@ class Watch:
                 # The thread ends this process, once it knows whose fault it is.
                 self._over.wait(SILENT_SECONDS + TOLD_SECONDS)
                 fault = fault or Fault(self.rank, _in_words(error))
+            else:
+                time.sleep(HEARD_SECONDS)
             if isinstance(error, LocalgradError) or fault.rank != self.rank or _is_broken(error):
                 kind = DivergenceError if isinstance(error, DivergenceError) else ParallelError
                 raise kind(self.describe(fault)) from error
@@ -229,8 +233,7 @@ class Watch:
         speaker = 1 if fault.rank == 0 and not fault.is_alive else 0
         if self.rank == speaker:
             print(f"localgrad: {self.describe(fault)}", file=sys.__stderr__, flush=True)
-        else:  # torchrun ends all as soon as one has failed: let the speaker speak first
-            time.sleep(2 * BEAT_SECONDS)
+        time.sleep(HEARD_SECONDS)
         os._exit(fault.status)
 
 
