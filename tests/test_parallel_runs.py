@@ -196,6 +196,14 @@ def test_num_processes_starts_them_and_a_signal_stops_them(
     )
 
 
+def test_num_processes_says_a_mistake_in_a_line(recipe: Path, tmp_path: Path) -> None:
+    more = ["--num-processes", "2", *PARALLEL, "--replicas", "2", "--batch-size", "15"]
+    process = start_training("--recipe", str(recipe), *more, "--out", str(tmp_path / "run"))
+    out, err = process.communicate(timeout=240)
+    assert (process.returncode, out) == (2, ""), (out, err)
+    assert err == "localgrad: batch_size 15 can't be shared out among 2 replicas; take a multiple of 2.\n"
+
+
 def test_torchrun_starts_a_run_again_where_it_was(alone: Path, recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]

@@ -22,7 +22,7 @@ from localgrad.execution.pipeline import Neighbours
 from localgrad.execution.wire import Line
 
 T = TypeVar("T")
-JOINING = timedelta(seconds=float(os.environ.get("LOCALGRAD_JOINING_SECONDS", "120")))
+JOINING_SECONDS = 120.0
 """How long processes wait for each other at the start; ``LOCALGRAD_JOINING_SECONDS`` says otherwise."""
 TALKING = timedelta(days=7)
 """How long a process waits for others during the run: it is not this that ends a run that hangs, but ``Watch``."""
@@ -36,6 +36,11 @@ def in_team() -> bool:
 def is_speaker() -> bool:
     """Whether this process speaks for all: rank 0, or the only one."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def joining() -> timedelta:
+    """How long this process waits for others at the start."""
+    return timedelta(seconds=float(os.environ.get("LOCALGRAD_JOINING_SECONDS", JOINING_SECONDS)))
 
 
 def was_restarted() -> bool:
@@ -194,7 +199,7 @@ def meet() -> Any:
         )
     try:
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=JOINING))  # type: ignore[attr-defined]
+        store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=joining()))  # type: ignore[attr-defined]
     except (RuntimeError, ValueError, OSError) as error:  # a port in use, an address of nobody, a variable unset
         where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
         reason = str(error).strip().split("\n")[0]
@@ -217,15 +222,15 @@ def exchange(store: Any, value: str) -> list[str]:
     try:
         store.set(f"said/{rank}", value)
         for other in range(size):
-            store.wait([f"said/{other}"], JOINING)
+            store.wait([f"said/{other}"], joining())
             said.append(store.get(f"said/{other}").decode())
         store.set(f"heard/{rank}", "")
         if rank == 0:  # which may keep the store, and end next
-            store.wait([f"heard/{other}" for other in range(size)], JOINING)
+            store.wait([f"heard/{other}" for other in range(size)], joining())
     except RuntimeError as error:
         missing = min(len(said), size - 1)
         raise ParallelError(
-            f"rank {missing} of {size} never came, in {JOINING.total_seconds():.0f} s; see what became of it, and "
+            f"rank {missing} of {size} never came, in {joining().total_seconds():.0f} s; see what became of it, and "
             "start all of them again."
         ) from error
     return said

@@ -6,7 +6,7 @@ for ever), a neighbour whose connection broke, or anybody who misses its heartbe
 with the lowest number that is still alive prints what happened. How long that takes, until all have ended:
 
 * a process that fails and can say so (memory, a loss that is no number, an error): ``TOLD_SECONDS``
-* one that is killed: as long, or ``SILENT_SECONDS`` more where nobody was waiting for it
+* one that is killed: ``BROKEN_SECONDS`` and ``TOLD_SECONDS``; where nobody talks to it, as one that is stopped
 * one that is stopped, or whose machine is gone: ``SILENT_SECONDS`` and ``TOLD_SECONDS``
 * one that hangs in a step or in reading a batch: ``HANGING_SECONDS`` and ``TOLD_SECONDS``
 
