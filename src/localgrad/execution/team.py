@@ -8,6 +8,7 @@ Every two neighbours in a row have a process group of their own, so that lines n
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -197,6 +198,11 @@ def meet() -> Any:
             "--parallel modules: there is one process only; start it with torchrun --nproc-per-node N -m localgrad "
             "train ..., or add --num-processes N."
         )
+    # A guest that reached somebody else's port waits for an answer without end; rank 0 says what there is to say.
+    late = threading.Timer(2 * joining().total_seconds(), os._exit, (2,))
+    late.daemon = True
+    if not is_speaker():
+        late.start()
     try:
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=joining()))  # type: ignore[attr-defined]
@@ -206,6 +212,8 @@ def meet() -> Any:
         raise ParallelError(
             f"processes can't meet at {where} ({reason}); give torchrun another --master-port, or --standalone."
         ) from error
+    finally:
+        late.cancel()
     # Only here: a run that torchrun starts anew must not find the fault that ended the one before.
     attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     return dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]
