@@ -249,7 +249,7 @@ LASTS = {
 NAMES = ("local modules 0 to 1", "local modules 2 to 3")
 
 
-QUICK = [("kill", 1), ("kill", 0), ("stop", 1), ("sleep", 0), ("memory", 1), ("nan", 0)]
+QUICK = [("kill", 1), ("sleep", 0), ("memory", 1), ("nan", 0)]
 
 
 @pytest.mark.parametrize(
