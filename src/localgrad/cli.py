@@ -12,6 +12,8 @@ import itertools
 import os
 import shlex
 import sys
+import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,6 +43,11 @@ def main() -> None:
         _refuse(str(error))
     except OSError as error:  # what no check foresaw: a name too long, no permission, a full disk
         _refuse(f"{error.filename}: {error.strerror}." if error.filename else str(error))
+    except Exception:
+        if "RANK" not in os.environ:
+            raise
+        traceback.print_exc(file=sys.__stderr__)  # a fault of our own, on whichever rank it is
+        _leave(1)
 
 
 def _refuse(message: str) -> None:
@@ -52,11 +59,11 @@ def _leave(status: int) -> None:
     """Exit, in one of several processes without waiting for what others may never send."""
     if "RANK" not in os.environ:
         sys.exit(status)
-    from localgrad.execution.team import exit_status
-
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(exit_status(status))
+    if status and os.environ["RANK"] != "0":  # torchrun ends all as soon as one has failed: let rank 0 speak first
+        time.sleep(1)
+    os._exit(status)
 
 
 @app.callback(invoke_without_command=True)
@@ -327,13 +334,14 @@ def train(  # noqa: PLR0917  # one parameter an option
 def _start_processes(count: int, parallel: str) -> None:
     """Start this command again in several processes, unless this is one of them; doesn't come back then."""
     from localgrad.errors import RecipeError
-    from localgrad.execution.launching import run_processes
-    from localgrad.execution.team import in_team
 
     if parallel != "modules":
         raise RecipeError(f"--num-processes {count}: say what they share; add --parallel modules.")
     if count < 1:
         raise RecipeError(f"--num-processes: {count} is no number of processes; take 1 or more.")
+    from localgrad.execution.launching import run_processes
+    from localgrad.execution.team import in_team
+
     if not in_team():
         raise SystemExit(run_processes(count, sys.argv[1:]))
 

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from localgrad.auxiliary import NextClassifier
 from localgrad.backbone import Layout
@@ -108,6 +110,11 @@ class ParallelLearner(LocalLearner):
         return self.shares[self.team.place.rank]
 
     @property
+    def sent_bytes_per_step(self) -> int:
+        """What the last training step sent on."""
+        return self._pipeline.sent_bytes_per_step
+
+    @property
     def averages(self) -> bool:
         """Whether an average of the weights is kept."""
         return self._ema is not None
@@ -172,6 +179,24 @@ class ParallelLearner(LocalLearner):
         if self._ema is not None:
             self._ema.update(self._own_parts, step=self.num_steps)
         return result
+
+    @torch.no_grad()
+    def average_statistics(self) -> None:
+        """Make the running statistics of batch norms, and of their average, the mean over the replicas.
+
+        In a step each replica's batch norms see its own images, as they see the parts of a batch with ``accumulation``.
+        Running statistics are linear in what was seen, so they may go their own ways until someone looks at them:
+        before evaluating and saving. All replicas call this together.
+        """
+        if self._twins is None:
+            return
+        places = [self.modules[index] for index in self.own] + ([] if self._ema is None else [self._ema.module])
+        norms = [net for place in places for net in place.modules() if isinstance(net, _BatchNorm)]
+        for norm in dict.fromkeys(norms):
+            for buffer in (norm.running_mean, norm.running_var):
+                if buffer is not None:
+                    dist.all_reduce(buffer, group=self._twins)
+                    buffer.div_(self.team.num_replicas)
 
     def step_on(self, batch: LocalBatch) -> Any:
         """Not here: see ``share``."""

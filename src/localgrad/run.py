@@ -363,7 +363,8 @@ def _fit_together(
     if state is not None:
         together(team, lambda: trainer.load_state_dict(state))
     batch_size = settings.batch_size // team.num_replicas
-    peaks = team.everyone(estimate_share(learner, batch_size, job.optimizer, job.device).peak_bytes)
+    estimated = together(team, lambda: estimate_share(learner, batch_size, job.optimizer, job.device))
+    peaks = team.everyone(estimated.peak_bytes)
     if team.is_speaker:
         factory = job.optimizer if callable(job.optimizer) else job.optimizer[0]
         baseline = estimate_step(end_to_end(learner), batch_size, factory, job.device).peak_bytes
@@ -380,6 +381,7 @@ def _fit_together(
             measured = team.everyone(_rank_figures(job, team, learner))
             ranks = [{**figures, "estimated_peak_bytes": peak} for figures, peak in zip(measured, peaks, strict=True)]
             more = {"estimated_peak_bytes": max(peaks), "ranks": ranks}
+            more["measured_peak_bytes"] = max(figures["measured_peak_bytes"] for figures in measured)
             if team.is_speaker:
                 more["estimated_end_to_end_peak_bytes"] = baseline
             summary = _finish(job, trainer, more)
@@ -397,12 +399,11 @@ def _fit_together(
 
 def _rank_figures(job: Job, team: Team, learner: ParallelLearner) -> dict[str, Any]:
     """What one process of a parallel run measured of itself."""
-    sender = learner.links.sender
     return {
         "rank": team.rank,
         "replica": team.replica,
         "modules": list(learner.own),
-        "sent_bytes_per_step": 0 if sender is None else sender.packet_bytes,
+        "sent_bytes_per_step": learner.sent_bytes_per_step,
         "waited_seconds": learner.links.waited_seconds,
         **_measured_peak(job.device),
     }
@@ -567,8 +568,8 @@ def _finish(job: Job, trainer: Trainer, peaks: dict[str, Any]) -> dict[str, Any]
         "test_module_accuracy": by_module,
         "num_test": job.data.info.num_test,
         "losses": position.last_losses,
-        **peaks,
         **measured,
+        **peaks,
         "images_per_second": position.num_images / position.train_seconds,
         **trainer.selection(),
         "seconds": position.seconds + time.perf_counter() - start,

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import types
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +82,11 @@ class LocalStep:
         self._forward: Callable[..., LocalOutput] = _compiled(module) if compile else module
         self._replicated: DistributedDataParallel | None = None
         if twins is not None:
-            self._forward = self._replicated = DistributedDataParallel(module, process_group=twins)
+            # Running statistics are averaged when someone looks at them: ``ParallelLearner.average_statistics``.
+            known = inspect.signature(DistributedDataParallel).parameters
+            name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+            options: dict[str, Any] = {name: False}  # the newer name is since PyTorch 2.15, which warns of the older
+            self._forward = self._replicated = DistributedDataParallel(module, process_group=twins, **options)
 
     def __call__(self, inputs: Tensor, batch: LocalBatch, hand_on: HandOn | None = None) -> LocalOutput:
         """Train on one batch.

@@ -49,6 +49,7 @@ class ShareResult:
         terms: their terms by name, unweighted, scalars.
         module_logits: their own class logits; ``None`` where one has no classifier.
         targets: class indices int64 [B].
+        unsound: whether the features that were received aren't all finite numbers, bool; ``None`` on the first rank.
     """
 
     logits: Tensor | None
@@ -56,6 +57,7 @@ class ShareResult:
     terms: tuple[dict[str, Tensor], ...]
     module_logits: tuple[Tensor | None, ...]
     targets: Tensor
+    unsound: Tensor | None = None
 
 
 class Links:
@@ -90,6 +92,8 @@ class Links:
         """
         self.first = self.batch = first
         self._last = last
+        if last is not None:
+            self._do("between batches")
 
     @property
     def last(self) -> int:
@@ -122,8 +126,9 @@ class Links:
         for kind, batch in self._actions():
             if kind == "expect":
                 assert self.receiver is not None, "the first rank expects nothing"
-                self._waiting("the rank before")
+                start = self._waiting("the rank before")
                 self.receiver.expect(batch)
+                self.waited_seconds += time.monotonic() - start  # the first packet of a phase is described first
             elif kind == "receive":
                 assert self.receiver is not None, "the first rank receives nothing"
                 start = self._waiting("the rank before")
@@ -180,11 +185,15 @@ class PipelineExecutor(SequentialExecutor):
         links: to the ranks before and behind.
         first: index of the first of them.
         uses: what each module of the whole model looks at.
+
+    Attributes:
+        sent_bytes_per_step: of the last training step.
     """
 
     def __init__(self, steps: Sequence[LocalStep], links: Links, *, first: int, uses: Sequence[frozenset[str]]) -> None:
         super().__init__(steps, first=first, uses=uses)
         self.links = links
+        self.sent_bytes_per_step = 0
 
     def share(self, batch: LocalBatch | None, targets: Tensor | None, *, number: int) -> ShareResult:
         """Train this rank's modules on the next batch.
@@ -201,10 +210,11 @@ class PipelineExecutor(SequentialExecutor):
                 packet.get("images"), packet["labels"], None, packet.get("previous"), context, packet.get("gradient")
             )
             features, targets = packet["features"], packet["targets"]
+            unsound = ~torch.isfinite(features.sum())  # read later, where a loss is no number
         else:
             assert batch is not None and batch.images is not None, "a step starts with images"
             assert targets is not None, "and with targets"
-            features = batch.images
+            features, unsound = batch.images, None
         batch.number = number
         following = self.first + len(self.steps)
         is_last = self.links.sender is None
@@ -221,9 +231,10 @@ class PipelineExecutor(SequentialExecutor):
         if is_late:
             self.links.send(self._packet(trained.features, batch, targets, trained.received, batch.context))
         self.links.done()
-        return ShareResult(
-            trained.features if is_last else None, trained.losses, trained.terms, trained.module_logits, targets
-        )
+        if self.links.sender is not None:
+            self.sent_bytes_per_step = self.links.sender.packet_bytes
+        logits = trained.features if is_last else None
+        return ShareResult(logits, trained.losses, trained.terms, trained.module_logits, targets, unsound)
 
     def _packet(
         self, features: Tensor, batch: LocalBatch, targets: Tensor, received: Tensor | None, context: Sequence[Tensor]

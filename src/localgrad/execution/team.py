@@ -8,10 +8,10 @@ Every two neighbours in a row have a process group of their own, so that lines n
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -23,9 +23,8 @@ from localgrad.execution.pipeline import Neighbours
 from localgrad.execution.wire import Line
 
 T = TypeVar("T")
-STATUS_FILE = "LOCALGRAD_STATUS_FILE"
-JOINING = timedelta(seconds=120)
-"""How long processes wait for each other at the start."""
+JOINING_SECONDS = 120.0
+"""How long processes wait for each other at the start; ``LOCALGRAD_JOINING_SECONDS`` says otherwise."""
 TALKING = timedelta(days=7)
 """How long a process waits for others during the run: it is not this that ends a run that hangs, but ``Watch``."""
 
@@ -40,22 +39,14 @@ def is_speaker() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def joining() -> timedelta:
+    """How long this process waits for others at the start."""
+    return timedelta(seconds=float(os.environ.get("LOCALGRAD_JOINING_SECONDS", JOINING_SECONDS)))
+
+
 def was_restarted() -> bool:
     """Whether torchrun started this process anew, after one of the processes had failed."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-
-
-def exit_status(status: int) -> int:
-    """What a process ends with that was started by ``--num-processes``, and tells its status in a file.
-
-    torchrun takes any status but 0 for a crash, and reports it at length.
-    """
-    path = os.environ.get(STATUS_FILE)
-    if path is None:
-        return status
-    with Path(path).open("a") as file:
-        file.write(f"{status}\n")
-    return 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +64,7 @@ class Team:
         control: all processes, over gloo.
         twins: the processes with the same modules; ``None`` with one replica.
         twins_control: the same, over gloo.
+        watch: what ends this process when another one is lost (``training.watch``); ``None`` in a loop of one's own.
     """
 
     rank: int
@@ -85,37 +77,28 @@ class Team:
     control: dist.ProcessGroup = field(repr=False)
     twins: dist.ProcessGroup | None = field(default=None, repr=False)
     twins_control: dist.ProcessGroup | None = field(default=None, repr=False)
+    watch: Any = field(default=None, repr=False)
 
     @classmethod
-    def join(cls, *, num_replicas: int = 1, device: torch.device | None = None) -> Team:
-        """Meet the other processes; all of them call this.
+    def join(cls, *, num_replicas: int = 1, device: torch.device | None = None, store: Any = None) -> Team:
+        """Make groups with the other processes; all of them call this.
 
         Args:
             num_replicas: how often the whole model is there.
             device: where this process trains: the processor, or a GPU of its own; by default the GPU of its number on
                 the machine, where there are GPUs.
+            store: from ``meet``; by default they meet here.
 
         Raises:
             ParallelError: not started by torchrun, replicas that don't divide the processes, or no NCCL.
         """
-        if not in_team():
-            raise ParallelError(
-                "--parallel modules: there is one process only; start it with torchrun --nproc-per-node N -m localgrad "
-                "train ..., or add --num-processes N."
-            )
+        store = store or meet()
         if device is None:
             number = int(os.environ.get("LOCAL_RANK", "0"))
             device = torch.device("cuda", number) if torch.cuda.is_available() else torch.device("cpu")
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        if size % num_replicas:
-            raise ParallelError(
-                f"--replicas {num_replicas}: {size} processes can't be shared out among them; take a number of "
-                f"processes that {num_replicas} divides."
-            )
+        check_groups(size, num_replicas, device)
         on_gpu = device.type == "cuda"
-        if on_gpu and not dist.is_nccl_available():
-            raise ParallelError(f"--device {device}: this PyTorch has no NCCL; take --device cpu, or another build.")
-        store = _store(rank, size)
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         if on_gpu:
             torch.cuda.set_device(device)
@@ -189,18 +172,76 @@ class Team:
         dist.destroy_process_group()
 
 
-def _store(rank: int, size: int) -> Any:
-    """The store that torchrun keeps, or one of rank 0's."""
+def check_groups(size: int, num_replicas: int, device: torch.device) -> None:
+    """Refuse processes that can't be made groups of.
+
+    Raises:
+        ParallelError: replicas that don't divide them, or no NCCL.
+    """
+    if size % num_replicas:
+        raise ParallelError(
+            f"--replicas {num_replicas}: {size} processes can't be shared out among them; take a number of "
+            f"processes that {num_replicas} divides."
+        )
+    if device.type == "cuda" and not dist.is_nccl_available():
+        raise ParallelError(f"--device {device}: this PyTorch has no NCCL; take --device cpu, or another build.")
+
+
+def meet() -> Any:
+    """The store that torchrun keeps, or one of rank 0's, with this attempt's values only.
+
+    Raises:
+        ParallelError: not started by torchrun, or the processes can't meet.
+    """
+    if not in_team():
+        raise ParallelError(
+            "--parallel modules: there is one process only; start it with torchrun --nproc-per-node N -m localgrad "
+            "train ..., or add --num-processes N."
+        )
+    # A guest that reached somebody else's port waits for an answer without end; rank 0 says what there is to say.
+    late = threading.Timer(2 * joining().total_seconds(), os._exit, (2,))
+    late.daemon = True
+    if not is_speaker():
+        late.start()
     try:
-        store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=JOINING))  # type: ignore[attr-defined]
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=joining()))  # type: ignore[attr-defined]
     except (RuntimeError, ValueError, OSError) as error:  # a port in use, an address of nobody, a variable unset
         where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
         reason = str(error).strip().split("\n")[0]
         raise ParallelError(
             f"processes can't meet at {where} ({reason}); give torchrun another --master-port, or --standalone."
         ) from error
+    finally:
+        late.cancel()
+    # Only here: a run that torchrun starts anew must not find the fault that ended the one before.
     attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     return dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]
+
+
+def exchange(store: Any, value: str) -> list[str]:
+    """What every process says, by rank, before there are groups; all call this once.
+
+    Raises:
+        ParallelError: one of them never came.
+    """
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    said: list[str] = []
+    try:
+        store.set(f"said/{rank}", value)
+        for other in range(size):
+            store.wait([f"said/{other}"], joining())
+            said.append(store.get(f"said/{other}").decode())
+        store.set(f"heard/{rank}", "")
+        if rank == 0:  # which may keep the store, and end next
+            store.wait([f"heard/{other}" for other in range(size)], joining())
+    except RuntimeError as error:
+        missing = min(len(said), size - 1)
+        raise ParallelError(
+            f"rank {missing} of {size} never came, in {joining().total_seconds():.0f} s; see what became of it, and "
+            "start all of them again."
+        ) from error
+    return said
 
 
 Pair = tuple[int, int]

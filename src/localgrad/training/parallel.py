@@ -13,8 +13,9 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from localgrad.errors import DivergenceError, LocalgradError, MemoryExceeded, ParallelError
+from localgrad.errors import DivergenceError, LocalgradError
 from localgrad.learner import load_weights
 from localgrad.objectives.base import LocalBatch
 from localgrad.parallel import ParallelLearner, merged
@@ -23,7 +24,7 @@ from localgrad.training.events import Sink
 from localgrad.training.folder import RunFolder, load_saved_weights, save_weights
 from localgrad.training.optim import Schedule
 from localgrad.training.trainer import Fed, Figures, Interrupted, Trainer, below, random_state
-from localgrad.training.watch import Fault, Watch
+from localgrad.training.watch import GONE, Fault, Watch
 
 
 class ParallelTrainer(Trainer):
@@ -56,49 +57,30 @@ class ParallelTrainer(Trainer):
             learner=learner, schedule=schedule, train=train, val=val, epochs=epochs, folder=folder, sinks=sinks
         )
         self.team = learner.team
-        names = [name_of(learner.shares[rank % self.team.num_ranks]) for rank in range(self.team.size)]
-        self.watch = Watch(
-            self.team.store,
-            self.team.rank,
-            names,
-            doing=lambda: learner.links.doing,
-            noted=lambda: self._signal,
-        )
+        self._unsound: Tensor | None = None
+        self.watch: Watch = self.team.watch
+        self.watch.names = [name_of(learner.shares[rank % self.team.num_ranks]) for rank in range(self.team.size)]
+        self.watch.doing = lambda: learner.links.doing
+        self.watch.noted = lambda: self._signal
 
     def watched(self, run: Callable[[], Any]) -> Any:
         """Run something that all processes do together; what fails in one of them ends all.
 
         Raises:
-            ParallelError: another process was lost.
+            LocalgradError: as one line that names rank, modules and cause.
         """
-        with self.watch:
-            try:
-                return run()
-            except Interrupted:
-                raise
-            except Exception as error:
-                fault = self.watch.tell(self._fault(error))
-                if fault.rank != self.team.rank:
-                    self.watch.await_fault()  # the thread ends this process: another one's fault came first
-                    raise ParallelError(self.watch.describe(fault)) from error
-                if isinstance(error, LocalgradError):
-                    kind = DivergenceError if isinstance(error, DivergenceError) else ParallelError
-                    raise kind(self.watch.describe(fault)) from error
-                raise
+        with self.watch.telling(Interrupted, explain=self._fault):
+            return run()
 
-    def _fault(self, error: Exception) -> Fault:
+    def _fault(self, error: Exception) -> Fault | None:
+        """The fault of a connection that broke while a neighbour was waited for: the neighbour's."""
         what, _, _ = self.learner.links.doing
+        if not what.startswith("wait for") or not isinstance(error, RuntimeError) or isinstance(error, LocalgradError):
+            return None
         place = self.team.place
-        if isinstance(error, MemoryExceeded):
-            return Fault(self.team.rank, str(error), status=2)
-        if isinstance(error, LocalgradError):
-            return Fault(self.team.rank, str(error), status=2)
-        if what.startswith("wait for") and isinstance(error, RuntimeError):
-            peer = place.before if what.endswith("before") else place.behind
-            assert peer is not None, "someone is waited for"
-            return Fault(peer.peer, "it ended without a word: killed, or its machine is gone", is_alive=False)
-        reason = str(error).strip().split("\n")[0]
-        return Fault(self.team.rank, f"{type(error).__name__}: {reason}", status=1)
+        peer = place.before if what.endswith("before") else place.behind
+        assert peer is not None, "someone is waited for"
+        return Fault(peer.peer, GONE, is_alive=False)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state, of one process or of several."""
@@ -120,6 +102,7 @@ class ParallelTrainer(Trainer):
 
     def _train_epoch(self) -> None:
         start = time.perf_counter()
+        self._unsound = None
         self.learner.begin(len(self.train), start=self.position.batch)
         super()._train_epoch()
         self.learner.links.finish()
@@ -147,6 +130,8 @@ class ParallelTrainer(Trainer):
         self.learner.at(self._num_updates() / (self.epochs * len(self.train)))
         result = self.learner.share(fed.batch, fed.targets)
         fed.targets = result.targets
+        if result.unsound is not None:
+            self._unsound = result.unsound if self._unsound is None else self._unsound | result.unsound
         return result
 
     def _count(self, fed: Fed) -> int:
@@ -163,6 +148,42 @@ class ParallelTrainer(Trainer):
         numbers = [number for number in self.team.everyone(self._signal) if number is not None]
         if numbers:
             raise Interrupted(numbers[0], self.folder.path)
+
+    # --------------------------------------------------------------------- whose fault a loss is that is no number
+
+    def _report(self, result: Figures, images_per_second: float) -> None:
+        # What a rank received no numbers for is another's fault; that one reads its losses as often.
+        if self._unsound is None or not bool(self._unsound):
+            self._check_finite()
+        if self.team.is_speaker:
+            super()._report(result, images_per_second)
+
+    def _check_together(self) -> None:
+        """Refuse losses and weights that are no numbers, in all processes; the first bad module in the first batch."""
+        error: DivergenceError | None = None
+        try:
+            self._check_finite()
+            self._check_weights()
+        except DivergenceError as found:
+            error = found
+        failure = self._sums.first_failure()
+        batch = self.position.batch if failure is None else failure[0]
+        said = self.team.everyone(None if error is None else (batch, self.team.place.rank, self.team.rank, str(error)))
+        bad = [each for each in said if each is not None]
+        if bad:
+            _, _, rank, text = min(bad)
+            self.watch.tell(Fault(rank, text, status=2))
+            raise DivergenceError(text)  # in all of them; the first one told is whose fault it is
+
+    def _finish_epoch(self, start: float, train_seconds: float) -> None:
+        self._check_together()
+        self.learner.average_statistics()
+        super()._finish_epoch(start, train_seconds)
+
+    def _stop(self) -> None:
+        self._check_together()
+        self.learner.average_statistics()
+        super()._stop()
 
     def _figures(self) -> tuple[list[dict[str, float]], float | None]:
         sums = self._sums

@@ -2,8 +2,16 @@
 
 Each process writes a heartbeat into torch.distributed's store twice a second, and reads the others'. A fault is written
 there, once, by whoever sees it first: the process itself (a loss that is no number, no memory left, a step that takes
-for ever), a neighbour whose connection broke, or anybody who misses its heartbeat. Every process then ends within a
-second or two; the one with the lowest number that is still alive prints what happened.
+for ever), a neighbour whose connection broke, or anybody who misses its heartbeat. Every process then ends, and the one
+with the lowest number that is still alive prints what happened. How long that takes, until all have ended:
+
+* a process that fails and can say so (memory, a loss that is no number, an error): ``TOLD_SECONDS``
+* one that is killed: ``BROKEN_SECONDS`` and ``TOLD_SECONDS``; where nobody talks to it, as one that is stopped
+* one that is stopped, or whose machine is gone: ``SILENT_SECONDS`` and ``TOLD_SECONDS``
+* one that hangs in a step or in reading a batch: ``HANGING_SECONDS`` and ``TOLD_SECONDS``
+
+A loss is read once a second. A process that is stopped can't end itself: torchrun kills it half a minute later. Between
+epochs (evaluating, saving) nothing is taken for hanging.
 """
 
 from __future__ import annotations
@@ -14,18 +22,34 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from types import TracebackType
 from typing import Any
 
-from localgrad.execution.team import exit_status
+from localgrad.errors import DivergenceError, LocalgradError, ParallelError
 
 BEAT_SECONDS = 0.5
+HEARD_SECONDS = 3 * BEAT_SECONDS
+"""A process stays so long after a fault: the store may be its own, and torchrun ends all as soon as one has ended."""
+TOLD_SECONDS = 5.0
+"""All processes have ended so long after a fault was told."""
 SILENT_SECONDS = 10.0
 """A process is taken for lost when it wrote no heartbeat for so long."""
+BROKEN_SECONDS = 3.0
+"""The same once a connection broke: somebody is gone, and this shows who."""
 HANGING_SECONDS = 600.0
 """A process hangs when one step, or reading one batch, takes so long; ``LOCALGRAD_HANGING_SECONDS`` says otherwise."""
+GONE = "it ended without a word: killed, or its machine is gone"
+_BROKEN = (
+    "connection closed",
+    "connection reset",
+    "connection was",
+    "broken pipe",
+    "connection refused",
+    "gloo",
+    "nccl",
+)
 
 
 @dataclass(frozen=True)
@@ -49,47 +73,83 @@ class Watch:
     """The heartbeat of one process.
 
     Args:
-        store: torch.distributed's key-value store.
+        store: torch.distributed's key-value store, on a connection of its own: others block it while they wait.
         rank: of this process among all.
-        names: what each process trains, in words, by rank.
-        doing: what this process is doing, its batch, and since when (``time.monotonic``).
-        noted: the number of a signal that arrived here, or ``None``.
+        size: how many there are.
 
     Attributes:
+        names: what each process trains, in words, by rank; empty until that is known.
+        doing: what this process is doing, its batch, and since when (``time.monotonic``).
+        noted: the number of a signal that arrived here, or ``None``.
         told_to_stop: the number of a signal that arrived at any process.
     """
 
-    def __init__(
-        self,
-        store: Any,
-        rank: int,
-        names: list[str],
-        *,
-        doing: Callable[[], tuple[str, int, float]],
-        noted: Callable[[], int | None],
-    ) -> None:
+    def __init__(self, store: Any, rank: int, size: int) -> None:
         self.store = store
         self.rank = rank
-        self.names = names
+        self.size = size
+        self.names: list[str] = []
+        self.doing: Callable[[], tuple[str, int, float]] = lambda: ("nothing", 0, 0.0)
+        self.noted: Callable[[], int | None] = lambda: None
         self.told_to_stop: int | None = None
         self.hanging_seconds = float(os.environ.get("LOCALGRAD_HANGING_SECONDS", HANGING_SECONDS))
-        self._doing = doing
-        self._noted = noted
+        self._silent_seconds = SILENT_SECONDS
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="localgrad watch", daemon=True)
 
-    def __enter__(self) -> Watch:
+    @contextlib.contextmanager
+    def watching(self, *passing: type[Exception]) -> Iterator[None]:
+        """Watch in the background; what breaks in here because another process was lost is said to be its fault.
+
+        Args:
+            *passing: errors that all processes agree on, or that ``telling`` has told.
+
+        Raises:
+            ParallelError: another process was lost.
+        """
         self.store.set(f"beat/{self.rank}", "0")
         self._thread.start()
-        return self
+        try:
+            with self.telling(*passing):
+                yield
+        finally:
+            self._over.set()
+            self._thread.join()
+            with contextlib.suppress(RuntimeError):  # the store may be gone; so are the others then
+                self.store.set(f"beat/{self.rank}", "over")
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with contextlib.suppress(RuntimeError):  # the store may be gone; so are the others then
-            self.store.set(f"beat/{self.rank}", "over")
-        self._over.set()
-        self._thread.join()
+    @contextlib.contextmanager
+    def telling(
+        self, *passing: type[Exception], explain: Callable[[Exception], Fault | None] = lambda error: None
+    ) -> Iterator[None]:
+        """Whatever fails in here in one process ends all of them.
+
+        Args:
+            *passing: errors that don't count.
+            explain: an error's fault, where more is known of it than is said here.
+
+        Raises:
+            LocalgradError: as one line that names rank, modules and cause.
+        """
+        try:
+            yield
+        except passing:
+            raise
+        except Exception as error:
+            told = explain(error) or self._fault(error)
+            fault = self.tell(told) if told is not None else None
+            if fault is None or fault.rank != self.rank:
+                # The thread ends this process, once it knows whose fault it is.
+                self._over.wait(SILENT_SECONDS + TOLD_SECONDS)
+                fault = fault or Fault(self.rank, _in_words(error))
+            else:
+                time.sleep(HEARD_SECONDS)
+            if isinstance(error, LocalgradError) or fault.rank != self.rank or _is_broken(error):
+                kind = DivergenceError if isinstance(error, DivergenceError) else ParallelError
+                raise kind(self.describe(fault)) from error
+            if self.rank == 0:
+                print(f"localgrad: {self.describe(fault)}", file=sys.__stderr__, flush=True)
+            raise
 
     def tell(self, fault: Fault) -> Fault:
         """Tell all others of a fault, unless there was one before.
@@ -98,50 +158,72 @@ class Watch:
             The one that counts.
         """
         text = json.dumps(asdict(fault))
-        found = self.store.compare_set("fault", "", text)
+        try:
+            found = self.store.compare_set("fault", "", text)
+        except RuntimeError:
+            return self._store_gone
         return Fault(**json.loads(found))
-
-    def await_fault(self) -> None:
-        """Give the thread time to end this process for what another one said."""
-        time.sleep(4 * BEAT_SECONDS + 1)
 
     def describe(self, fault: Fault) -> str:
         """A fault as one line."""
-        return f"rank {fault.rank} ({self.names[fault.rank]}): {fault.cause}"
+        name = f" ({self.names[fault.rank]})" if self.names else ""
+        return f"rank {fault.rank}{name}: {fault.cause}"
+
+    @property
+    def _store_gone(self) -> Fault:
+        # Where torchrun keeps the store, it is gone with torchrun, which ends all processes; else rank 0 kept it.
+        return Fault(0, GONE, is_alive=False)
+
+    def _fault(self, error: Exception) -> Fault | None:
+        """The fault of an error here; ``None`` where another process is lost and nobody knows yet which."""
+        if isinstance(error, LocalgradError):
+            return Fault(self.rank, str(error), status=2)
+        if _is_broken(error):
+            self._silent_seconds = BROKEN_SECONDS
+            return None
+        if self.rank != 0:  # where main() says nothing
+            traceback.print_exc(file=sys.__stderr__)
+        return Fault(self.rank, _in_words(error))
 
     def _run(self) -> None:
-        last = dict.fromkeys(range(len(self.names)), ("", time.monotonic()))
+        last = dict.fromkeys(range(self.size), ("", time.monotonic()))
         beat = 0
         while not self._over.wait(BEAT_SECONDS):
             beat += 1
             try:
                 self._once(beat, last)
-            except RuntimeError as error:  # the store went with the process that kept it
-                if not self._over.is_set():
-                    reason = str(error).split("\n", maxsplit=1)[0]
-                    self._end(Fault(0, f"the store of the run is gone ({reason})", is_alive=False))
+            except RuntimeError:  # the store went with the process that kept it
+                # At the end of a run, or after an error that all agree on, this process is about to leave as well.
+                if not self._over.wait(BROKEN_SECONDS):
+                    self._end(self._store_gone)
 
     def _once(self, beat: int, last: dict[int, tuple[str, float]]) -> None:
         self.store.set(f"beat/{self.rank}", str(beat))
-        signal_number = self._noted()
+        signal_number = self.noted()
         if signal_number is not None:
             self.store.set("stop", str(signal_number))
         if self.told_to_stop is None and self.store.check(["stop"]):
             self.told_to_stop = int(self.store.get("stop"))
         if self.store.check(["fault"]):
-            self._end(Fault(**json.loads(self.store.get("fault"))))
+            fault = Fault(**json.loads(self.store.get("fault")))
+            if fault.rank == self.rank and fault.is_alive:
+                return  # the main thread has told it, and ends this process
+            self._end(fault)
         now = time.monotonic()
-        what, batch, since = self._doing()
-        if what in ("work", "read a batch") and now - since > self.hanging_seconds:
-            self._end(self.tell(Fault(self.rank, f"it hangs: for {now - since:.0f} s, {_phrase(what)} {batch + 1}")))
+        what, batch, since = self.doing()
+        if what in ("work", "between batches") and now - since > self.hanging_seconds:
+            phrase = f"in the step on batch {batch + 1}" if what == "work" else f"before batch {batch + 1}"
+            self._end(self.tell(Fault(self.rank, f"it hangs: for {now - since:.0f} s, {phrase}")))
         for rank, (seen, when) in last.items():
             if rank == self.rank or seen == "over":
                 continue
             said = self.store.get(f"beat/{rank}").decode() if self.store.check([f"beat/{rank}"]) else ""
             if said != seen:
                 last[rank] = said, now
-            elif now - when > SILENT_SECONDS:
-                cause = f"no sign of life for {SILENT_SECONDS:.0f} s: stopped, or its machine is gone"
+            elif now - when > self._silent_seconds:
+                cause = GONE
+                if self._silent_seconds == SILENT_SECONDS:  # no connection broke
+                    cause = f"no sign of life for {SILENT_SECONDS:.0f} s: stopped, or its machine is gone"
                 self._end(self.tell(Fault(rank, cause, is_alive=False)))
 
     def _end(self, fault: Fault) -> None:
@@ -151,9 +233,15 @@ class Watch:
         speaker = 1 if fault.rank == 0 and not fault.is_alive else 0
         if self.rank == speaker:
             print(f"localgrad: {self.describe(fault)}", file=sys.__stderr__, flush=True)
-        sys.stdout.flush()
-        os._exit(exit_status(fault.status))
+        time.sleep(HEARD_SECONDS)
+        os._exit(fault.status)
 
 
-def _phrase(what: str) -> str:
-    return "in the step on batch" if what == "work" else "reading batch"
+def _is_broken(error: Exception) -> bool:
+    """Whether an error says that a connection to another process broke."""
+    return isinstance(error, RuntimeError) and any(phrase in str(error).lower() for phrase in _BROKEN)
+
+
+def _in_words(error: Exception) -> str:
+    reason = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {reason}" if reason else type(error).__name__

@@ -1,0 +1,269 @@
+"""Processes of parallel runs for tests, forked from one that has imported everything, so that each starts at once.
+
+``Ranks`` is the tests' end; this file as a script is the other one. Each process it forks is what
+``python -m localgrad`` would be with torchrun's environment: it calls the command line's own entry. A fault may be put
+into one of them.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+
+class Ended(NamedTuple):
+    """How some processes ended: exit statuses as shells tell them, what each said, and when.
+
+    ``ended_at`` is when the last one ended that could end by itself, ``fault_at`` when the fault was put in.
+    """
+
+    codes: list[int]
+    out: list[str]
+    err: list[str]
+    ended_at: float
+    fault_at: float
+
+
+class Started:
+    """Processes that were started together."""
+
+    def __init__(self, pids: list[int], folder: Path, answers: Any) -> None:
+        self.pids = pids
+        self.folder = folder
+        self._answers = answers
+
+    def wait(self) -> Ended:
+        ended, ended_at = json.loads(self._answers.readline())
+        said = [[(self.folder / f"{rank}.{name}").read_text() for rank in range(len(ended))] for name in ("out", "err")]
+        faults = [float(path.read_text()) for path in self.folder.glob("*.fault")]
+        return Ended(ended, said[0], said[1], ended_at, faults[0] if faults else 0.0)
+
+
+class Ranks:
+    """Starts processes; one group at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.number = 0
+
+    def __enter__(self) -> Ranks:
+        self.process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+        )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+    def start(
+        self,
+        arguments: Sequence[object] | Sequence[Sequence[object]],
+        *,
+        size: int = 1,
+        fault: tuple[int, str, int] | None = None,
+        environment: Mapping[str, str] | None = None,
+        port: int | None = None,
+    ) -> Started:
+        """Start ``size`` processes (one is started without torchrun's environment), with a fault in one of them.
+
+        Args:
+            arguments: of the command line; or a list of them for each.
+            size: how many.
+            fault: (rank, which, at which update of its modules).
+            environment: more of it.
+            port: where they meet.
+        """
+        self.number += 1
+        folder = self.folder / f"group{self.number}"
+        folder.mkdir()
+        each = arguments if isinstance(arguments[0], (list, tuple)) else [arguments] * size
+        team = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free_port())}
+        request = [
+            {
+                "arguments": list(map(str, each[rank])),  # type: ignore[call-overload]
+                "environment": {
+                    **({**team, "RANK": str(rank), "LOCAL_RANK": str(rank)} if size > 1 else {}),
+                    **(environment or {}),
+                },
+                "said": str(folder / str(rank)),
+                "fault": fault[1:] if fault is not None and fault[0] == rank else None,
+            }
+            for rank in range(size)
+        ]
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return Started(json.loads(self.process.stdout.readline()), folder, self.process.stdout)
+
+    def run(self, arguments: Sequence[object] | Sequence[Sequence[object]], **settings: Any) -> Ended:
+        """Start processes and wait until all have ended."""
+        return self.start(arguments, **settings).wait()
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
+# ------------------------------------------------------------------------------------------- the other end
+
+
+def inject(which: str, number: int, note: str | None = None) -> None:
+    """Have something happen in this process at an update of one of its modules, counted from 1 in the training."""
+    import torch
+
+    from localgrad.execution.local_step import LocalStep
+    from localgrad.training.folder import RunFolder
+    from localgrad.training.trainer import Trainer
+
+    count, training = 0, False
+    update, forward, save = LocalStep._update, LocalStep._forward_backward, RunFolder.save_part
+    epoch = Trainer._train_epoch
+
+    def noted() -> None:
+        if note is not None:
+            Path(note).write_text(str(time.monotonic()))
+
+    def at_epoch(self: Trainer) -> None:  # estimates make steps before
+        nonlocal training
+        training = True
+        epoch(self)
+
+    def at_update(self: LocalStep) -> None:
+        nonlocal count
+        count += training
+        if training and count == number:
+            noted()
+            if which == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif which == "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            elif which == "term":
+                os.kill(os.getpid(), signal.SIGTERM)
+            elif which == "error":
+                raise RuntimeError("something else")
+            elif which == "sleep":
+                time.sleep(3600)
+            elif which == "nan":
+                with torch.no_grad():
+                    for parameter in self.parameters:
+                        parameter.fill_(float("nan"))
+        update(self)
+
+    def at_forward(self: LocalStep, *arguments: Any) -> Any:
+        if which == "memory" and training and count + 1 == number:
+            noted()
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nAnd more.")
+        return forward(self, *arguments)
+
+    def at_saving(self: RunFolder, name: str, state: Any) -> None:
+        if which == "kill while saving" and count >= number:
+            (self.path / "checkpoints" / f".{name}.abcdefgh").write_bytes(b"half")
+            noted()
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(self, name, state)
+
+    LocalStep._update, LocalStep._forward_backward = at_update, at_forward  # type: ignore[method-assign]
+    RunFolder.save_part, Trainer._train_epoch = at_saving, at_epoch  # type: ignore[method-assign]
+
+
+def become(description: dict[str, Any]) -> None:
+    """Be ``python -m localgrad`` with some arguments, in this forked process."""
+    for number, name in ((1, "out"), (2, "err")):
+        file = os.open(f"{description['said']}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, number)
+    os.environ.update(description["environment"])
+    sys.argv = ["localgrad", *description["arguments"]]
+    sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # noqa: SIM115
+    faulthandler.register(signal.SIGUSR1)
+    if description["fault"] is not None:
+        inject(*description["fault"], f"{description['said']}.fault")
+    from localgrad import cli
+
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def main() -> None:
+    from localgrad import run  # noqa: F401
+    from localgrad.training import data
+
+    data.load_data("digits", root=None, download=False, val_fraction=0.1, limit=64, on_corrupt="error", seed=0)
+    for line in sys.stdin:
+        pids = []
+        for description in json.loads(line):
+            pid = os.fork()
+            if not pid:
+                try:
+                    become(description)
+                finally:
+                    os._exit(70)
+            pids.append(pid)
+        print(json.dumps(pids), flush=True)  # noqa: T201
+        print(json.dumps(ended(pids)), flush=True)  # noqa: T201
+
+
+def ended(pids: list[int]) -> tuple[list[int], float]:
+    """Wait for processes; one that stopped itself is killed when all others have ended, as torchrun would do."""
+    statuses: dict[int, int] = {}
+    ended_at = 0.0
+    while len(statuses) < len(pids):
+        pid, status = os.waitpid(-1, os.WUNTRACED)
+        if os.WIFSTOPPED(status):
+            stopped.add(pid)
+        else:
+            ended_at = ended_at or time.monotonic() if stopped else time.monotonic()
+            statuses[pid] = os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
+        if stopped - statuses.keys() and len(statuses) + len(stopped) == len(pids):
+            for each in stopped:
+                os.kill(each, signal.SIGKILL)
+    stopped.clear()
+    return [statuses[pid] for pid in pids], ended_at
+
+
+stopped: set[int] = set()
+
+
+def as_one_of_torchruns(rank: str, which: str, number: str, *arguments: str) -> None:
+    """Be one of the processes that torchrun starts, with a fault in one of them at the first attempt."""
+    from localgrad import cli
+
+    if os.environ["RANK"] == rank and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        inject(which, int(number))
+    sys.argv = ["localgrad", *arguments]
+    cli.main()
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        as_one_of_torchruns(*sys.argv[1:])
+    else:
+        main()
