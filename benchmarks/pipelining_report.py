@@ -267,7 +267,8 @@ def as_table(rows: Sequence[Row]) -> str:
     ]
     lines += [
         f"| {row.method} | {row.ranks} | {row.images_per_second:.2f} "
-        f"| {row.time_ratio:.3f} ({row.time_ratio_range[0]:.3f} to {row.time_ratio_range[1]:.3f}) | {row.throughput_ratio:.2f} | {ratio(row)} | {100 * row.bubble:.1f} % "
+        f"| {row.time_ratio:.3f} ({row.time_ratio_range[0]:.3f} to {row.time_ratio_range[1]:.3f}) "
+        f"| {row.throughput_ratio:.2f} | {ratio(row)} | {100 * row.bubble:.1f} % "
         f"| {sizes(row.resident_peak_bytes)} | {sizes(row.tensor_peak_bytes)} | {sizes(row.estimated_bytes)} |"
         for row in rows
     ]
