@@ -155,7 +155,7 @@ class Links:
     def done(self) -> None:
         """The batch is done."""
         self.batch += 1
-        self._do("read a batch" if self.receiver is None else "between batches")
+        self._do("between batches")
 
     def _actions(self) -> list[tuple[str, int]]:
         found = actions(
