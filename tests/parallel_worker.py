@@ -26,6 +26,7 @@ from localgrad import (
     Team,
 )
 from localgrad.objectives.methods import Objective
+from localgrad.parallel import estimate_share
 from localgrad.training.optim import Schedule
 
 NUM_BATCHES, BATCH_SIZE, NUM_CLASSES = 7, 6, 5
@@ -135,10 +136,14 @@ def main() -> None:
         learner, losses = train(SCENARIOS[name], team)
         weights = learner.whole_state_dict()
         sender = learner.links.sender
+        estimate = estimate_share(learner, BATCH_SIZE // team.num_replicas, adamw)
+        own = [weight for index in learner.own for weight in learner.modules[index].parameters()]
         said = team.everyone(
             {
                 "own": list(learner.own),
                 "losses": losses,
+                "estimated": estimate.by_category["parameters"],
+                "weights": sum(weight.nbytes for weight in own),
                 "sent": 0 if sender is None else sender.packet_bytes,
                 "alive": sum(weight.nbytes for weight in learner.model.parameters() if not weight.is_meta),
             }

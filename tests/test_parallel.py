@@ -173,6 +173,9 @@ def test_processes_train_what_one_process_trains_bit_for_bit(ranks: int, tmp_pat
         whole = sum(value.nbytes for value in weights.values())
         assert max(said["alive"] for said in result["said"]) < whole, name  # a rank keeps its own modules' weights
         assert all(said["sent"] > 0 for said in result["said"][:-1])
+        for said in result["said"]:  # a rank's estimate has nothing of the others
+            copies = 2 if SCENARIOS[name].settings.get("ema_decay") else 1
+            assert said["weights"] <= said["estimated"] <= 1.1 * copies * said["weights"], (name, said)
     narrow = found.get("image"), found.get("three")
     if all(narrow):  # the image travels too, where an objective looks at it
         assert narrow[0]["said"][0]["sent"] > narrow[1]["said"][0]["sent"]

@@ -8,11 +8,10 @@ on processors that round alike. ``whole_state_dict()`` gathers the model.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -22,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from localgrad.auxiliary import NextClassifier
 from localgrad.backbone import Layout
 from localgrad.errors import CheckpointError, ParallelError, RecipeError
-from localgrad.execution.local_module import CONTEXT_GRID, site_of
+from localgrad.execution.local_module import CONTEXT_GRID, LocalModule, site_of
 from localgrad.execution.local_step import LocalStep, autocast, check_precision
 from localgrad.execution.pipeline import Links, PipelineExecutor, ShareResult
 from localgrad.execution.schedule import NUM_BUFFERS, shares
@@ -32,6 +31,9 @@ from localgrad.execution.wire import WIRES, Packet
 from localgrad.learner import Factories, LocalLearner, _make_ema, _no_optimizers, check_weights
 from localgrad.objectives.base import LocalBatch, Site
 from localgrad.planning.memory import MemoryProfile, simulate
+
+if TYPE_CHECKING:
+    from timm.utils.model_ema import ModelEmaV3
 
 
 class ParallelLearner(LocalLearner):
@@ -348,70 +350,73 @@ def estimate_share(
         optimizer: factory, as for ``configure_optimizers``.
         device: that it will be trained on; by default the learner's.
     """
-    bare = copy.copy(learner)  # without what a fake copy can't hold: groups, optimizers, compiled code
-    bare._executor = bare.optimizer_factory = None
-    bare._settings = {**learner._settings, "compile": False}
-    bare._twins = None
     place = learner.team.place
-    own_share = _OwnShare(
+    step = _ShareStep(
+        site=learner.sites[learner.own.start],
         first=learner.own.start,
-        stop=learner.own.stop,
+        uses=[module.objective.uses for module in learner.modules],
+        settings={**learner._settings, "compile": False},
         batch_size=batch_size,
         factory=optimizer,
         num_received=0 if place.before is None else learner.links.num_slots,
         num_sent=0 if place.behind is None else learner.links.num_buffers,
     )
-    bare.team = bare.links = bare._pipeline = None  # type: ignore[assignment]
+    own = _Own([learner.modules[index] for index in learner.own], learner._own_parts, learner._ema)
     return simulate(
-        bare,
-        own_share,
+        own,
+        step,
         inputs={"labels": ((batch_size,), torch.int64)},
         device="cuda" if (device or learner.device).type == "cuda" else "cpu",
     )
 
 
 @dataclass
-class _OwnShare:
-    """A training step of a copied learner's own modules, without its neighbours."""
+class _Own:
+    """What one process has of a learner: nothing of the others' modules, not even shapes."""
 
+    modules: list[LocalModule]
+    parts: nn.ModuleList
+    average: ModelEmaV3 | None
+
+
+@dataclass
+class _ShareStep:
+    """A training step of copied own modules, without their neighbours."""
+
+    site: Site
     first: int
-    stop: int
+    uses: list[frozenset[str]]
+    settings: dict[str, Any]
     batch_size: int
     factory: Factories
     num_received: int
     num_sent: int
     executor: SequentialExecutor | None = None
 
-    def __call__(self, learner: ParallelLearner, labels: Tensor) -> object:
-        own = range(self.first, self.stop)
+    def __call__(self, own: _Own, labels: Tensor) -> object:
         if self.executor is None:
-            uses = [module.objective.uses for module in learner.modules]
-            steps = [
-                LocalStep(
-                    learner.modules[index],
-                    LocalLearner.parameters(learner, index),
-                    (self.factory if callable(self.factory) else self.factory[index])(learner.parameters(index)),
-                    device=torch.device("cpu"),  # where fake tensors are
-                    **learner._settings,
-                )
-                for index in own
-            ]
-            self.executor = SequentialExecutor(steps, first=self.first, uses=uses)
-            self.received = [self._packet(learner) for _ in range(self.num_received)]
+            steps = [self._step(index, module) for index, module in enumerate(own.modules, self.first)]
+            self.executor = SequentialExecutor(steps, first=self.first, uses=self.uses)
+            self.received = [self._packet() for _ in range(self.num_received)]
             self.sent: deque[object] = deque(maxlen=self.num_sent)
-            for index in own:
-                learner.modules[index].train()
-        packet = self.received[0] if self.received else self._packet(learner)
+        packet = self.received[0] if self.received else self._packet()
         batch = LocalBatch(packet.get("images"), labels, None, packet.get("previous"))
         batch.context = tuple(tensor for name, tensor in packet.items() if name.startswith("context"))
         batch.gradient = packet.get("gradient")
         trained = self.executor.train(packet["features"], batch, lambda _, features: self.sent.append(features))
-        if learner._ema is not None:
-            learner._ema.update(learner._own_parts, step=1)
+        if own.average is not None:
+            own.average.update(own.parts, step=1)
         return trained
 
-    def _packet(self, learner: ParallelLearner) -> dict[str, Tensor]:
-        site = learner.sites[self.first]
+    def _step(self, index: int, module: LocalModule) -> LocalStep:
+        module.train()
+        weights = [weight for weight in module.parameters() if weight.requires_grad]
+        factory = self.factory if callable(self.factory) else self.factory[index]
+        cpu = torch.device("cpu")  # where fake tensors are
+        return LocalStep(module, weights, factory(weights), device=cpu, **self.settings)
+
+    def _packet(self) -> dict[str, Tensor]:
+        site = self.site
         assert self.executor is not None, "made before"
 
         def empty(layout: Layout | None) -> Tensor:
