@@ -94,6 +94,7 @@ class Watch:
         self.told_to_stop: int | None = None
         self.hanging_seconds = float(os.environ.get("LOCALGRAD_HANGING_SECONDS", HANGING_SECONDS))
         self._silent_seconds = SILENT_SECONDS
+        self._ending: Fault | None = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="localgrad watch", daemon=True)
 
@@ -157,6 +158,8 @@ class Watch:
         Returns:
             The one that counts.
         """
+        if self._ending is not None:  # the store may be gone already
+            return self._ending
         text = json.dumps(asdict(fault))
         try:
             found = self.store.compare_set("fault", "", text)
@@ -230,6 +233,7 @@ class Watch:
         """End this process, from the thread: the main one may wait for ever."""
         if self._over.is_set():
             return
+        self._ending = fault
         speaker = 1 if fault.rank == 0 and not fault.is_alive else 0
         if self.rank == speaker:
             print(f"localgrad: {self.describe(fault)}", file=sys.__stderr__, flush=True)
