@@ -40,6 +40,7 @@ BROKEN_SECONDS = 3.0
 """The same once a connection broke: somebody is gone, and this shows who."""
 HANGING_SECONDS = 600.0
 """A process hangs when one step, or reading one batch, takes so long; ``LOCALGRAD_HANGING_SECONDS`` says otherwise."""
+SILENT = f"no sign of life for {SILENT_SECONDS:.0f} s: stopped, or its machine is gone"
 GONE = "it ended without a word: killed, or its machine is gone"
 _BROKEN = (
     "connection closed",
@@ -95,8 +96,11 @@ class Watch:
         self.hanging_seconds = float(os.environ.get("LOCALGRAD_HANGING_SECONDS", HANGING_SECONDS))
         self._silent_seconds = SILENT_SECONDS
         self._ending: Fault | None = None
+        self._error: Exception | None = None
         self._over = threading.Event()
+        self._answered = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="localgrad watch", daemon=True)
+        self._second = threading.Thread(target=self._watch_store, name="localgrad watch of the store", daemon=True)
 
     @contextlib.contextmanager
     def watching(self, *passing: type[Exception]) -> Iterator[None]:
@@ -109,13 +113,15 @@ class Watch:
             ParallelError: another process was lost.
         """
         self.store.set(f"beat/{self.rank}", "0")
+        self._answered = time.monotonic()
         self._thread.start()
+        self._second.start()
         try:
             with self.telling(*passing):
                 yield
         finally:
             self._over.set()
-            self._thread.join()
+            self._thread.join(TOLD_SECONDS)  # not for ever: the store may answer no more
             with contextlib.suppress(RuntimeError):  # the store may be gone; so are the others then
                 self.store.set(f"beat/{self.rank}", "over")
 
@@ -137,6 +143,9 @@ class Watch:
         except passing:
             raise
         except Exception as error:
+            if error is self._error:  # told by a region within this one
+                raise
+            self._error = error
             told = explain(error) or self._fault(error)
             fault = self.tell(told) if told is not None else None
             if fault is None or fault.rank != self.rank:
@@ -195,10 +204,17 @@ class Watch:
             beat += 1
             try:
                 self._once(beat, last)
+                self._answered = time.monotonic()
             except RuntimeError:  # the store went with the process that kept it
                 # At the end of a run, or after an error that all agree on, this process is about to leave as well.
                 if not self._over.wait(BROKEN_SECONDS):
                     self._end(self._store_gone)
+
+    def _watch_store(self) -> None:
+        """End this process when the store answers no more: asking it then takes for ever."""
+        while not self._over.wait(BEAT_SECONDS):
+            if self._ending is None and time.monotonic() - self._answered > SILENT_SECONDS:
+                self._end(Fault(0, SILENT, is_alive=False))
 
     def _once(self, beat: int, last: dict[int, tuple[str, float]]) -> None:
         self.store.set(f"beat/{self.rank}", str(beat))
@@ -224,9 +240,7 @@ class Watch:
             if said != seen:
                 last[rank] = said, now
             elif now - when > self._silent_seconds:
-                cause = GONE
-                if self._silent_seconds == SILENT_SECONDS:  # no connection broke
-                    cause = f"no sign of life for {SILENT_SECONDS:.0f} s: stopped, or its machine is gone"
+                cause = SILENT if self._silent_seconds == SILENT_SECONDS else GONE  # where a connection broke
                 self._end(self.tell(Fault(rank, cause, is_alive=False)))
 
     def _end(self, fault: Fault) -> None:
