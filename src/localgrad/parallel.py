@@ -142,7 +142,7 @@ class ParallelLearner(LocalLearner):
     def _seed(self, steps: Sequence[LocalStep]) -> None:
         super()._seed(steps)
         if self.team.num_replicas > 1:
-            for index, step in zip(self.own, steps, strict=True):
+            for index, step in zip(self.own, steps, strict=False):
                 step.seed = (self.seed, index, self.team.replica)
 
     def begin(self, num_batches: int, *, start: int = 0) -> None:
