@@ -350,9 +350,9 @@ def test_a_module_is_given_the_gradient_of_the_one_before(monkeypatch: pytest.Mo
     given: list[Tensor | None] = []
     once = LocalStep._forward_backward
 
-    def watched(self: LocalStep, inputs: Tensor, batch: LocalBatch, share: float) -> Any:
+    def watched(self: LocalStep, inputs: Tensor, batch: LocalBatch, share: float, *more: Any) -> Any:
         given.append(batch.gradient)
-        return once(self, inputs, batch, share)
+        return once(self, inputs, batch, share, *more)
 
     expected = []
     for module, states in zip(learner.modules[:-1], walk(learner, images), strict=False):

@@ -315,8 +315,9 @@ class NextClassifier(Classifier):
             raise RecipeError("classifier: 'next' needs blocks that follow, and there are none; take 'transformer'.")
         self.weights = weights
         self.decay = decay
-        self._sources = [block for block, _ in taken]  # a list: they are other modules', and stay theirs
-        self.blocks = nn.Sequential(*(copy.deepcopy(block) for block in self._sources))
+        self.blocks = nn.Sequential(*(copy.deepcopy(block) for block, _ in taken))
+        # A list: they are other modules', and stay theirs; only an average looks at them again.
+        self._sources = [block for block, _ in taken] if weights == "ema" else []
         if weights == "fresh":
             self.blocks.apply(_initialise)
         if weights == "ema":
