@@ -482,7 +482,9 @@ def _print_plan(
     if json is not None:
         json.write_text(found.to_json())
         path = escape(shlex.quote(str(json)))
-        console.print(f"[dim]written: {path}; train with: localgrad train --plan {path} --data …[/]")
+        ranks = found.forecast.get("parallel", {}).get("num_ranks")
+        how = f" --parallel modules --num-processes {ranks}" if ranks else ""
+        console.print(f"[dim]written: {path}; train with: localgrad train --plan {path}{how} --data …[/]")
 
 
 @app.command()
