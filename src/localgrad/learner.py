@@ -126,7 +126,7 @@ class LocalLearner:
         self.precision = precision
         self.averaged_model: nn.Module | None = None
         self._offloader = None if self._device is None else Offloader(self.modules, self._device)
-        self._ema = _make_ema(self.model, ema_decay, on_host=offload)
+        self._ema = make_ema(self.model, ema_decay, on_host=offload)
         if self._ema is not None:
             self.averaged_model = self._ema.module
         self._settings: dict[str, Any] = {
@@ -250,7 +250,7 @@ class LocalLearner:
             batch: images and labels; ``batch.images`` may be ``None`` afterwards.
         """
         if self._executor is None:
-            raise _no_optimizers()
+            raise no_optimizers()
         if batch.images is None or tuple(batch.images.shape[1:]) != self.backbone.input_size:
             got = None if batch.images is None else list(batch.images.shape)
             raise BackboneError(
@@ -278,7 +278,7 @@ class LocalLearner:
             RecipeError: no optimizers yet, or modules are offloaded.
         """
         if self._executor is None:
-            raise _no_optimizers()
+            raise no_optimizers()
         if self._offloader is not None:
             raise RecipeError("an end-to-end step needs all modules on the device; leave offload out, or global steps.")
         executor = self._executor
@@ -409,7 +409,7 @@ class LocalLearner:
             RecipeError: no optimizers yet.
         """
         if self._executor is None:
-            raise _no_optimizers()
+            raise no_optimizers()
         self._executor.recover = recover
 
     def train(self, mode: bool = True) -> LocalLearner:  # noqa: FBT001, FBT002  # torch's own signature
@@ -447,30 +447,34 @@ class LocalLearner:
                 the learner is as it was.
         """
         steps = self._executor.steps if self._executor else ()
-        found = tuple(state["boundaries"]), len(state["optimizers"])
-        if found != (self.plan.boundaries, len(steps)):
+        found, own = ((tuple(state["boundaries"]), len(state["optimizers"])), len(self.modules) if steps else 0)
+        if found != (self.plan.boundaries, own):
             raise CheckpointError(
                 f"checkpoint: it has boundaries {list(found[0])} and {found[1]} optimizers, this learner "
-                f"{list(self.plan.boundaries)} and {len(steps)}; use the same modules, and configure optimizers first."
+                f"{list(self.plan.boundaries)} and {own}; use the same modules, and configure optimizers first."
             )
-        if self.averaged_model is not None and state["averaged_model"] is None:
+        if self._ema is not None and state["averaged_model"] is None:
             raise CheckpointError("checkpoint: it holds no average of the weights; leave ema_decay out.")
         check_weights(self.model, state["model"])
-        for module, objective in zip(self.modules, state["objectives"], strict=True):
-            check_weights(module.objective, objective)
+        for index in self.own:
+            check_weights(self.modules[index].objective, state["objectives"][index])
         if self._offloader is not None:
             self._offloader.rest()
-        self.model.load_state_dict(state["model"])
-        for module, objective in zip(self.modules, state["objectives"], strict=True):
-            module.objective.load_state_dict(objective)
-        for step, optimizer, scaler in zip(steps, state["optimizers"], state["scalers"], strict=True):
-            step.optimizer.load_state_dict(optimizer)
-            step.scaler.load_state_dict(scaler)
-        if self.averaged_model is not None:
-            load_weights(self.averaged_model, state["averaged_model"])
-        self.num_steps = state["num_steps"]
-        self.seed = state["seed"]
+        self._take_weights(state["model"], state["averaged_model"])
+        for index in self.own:
+            self.modules[index].objective.load_state_dict(state["objectives"][index])
+        for index, step in zip(self.own, steps, strict=False):  # there may be none
+            step.optimizer.load_state_dict(state["optimizers"][index])
+            step.scaler.load_state_dict(state["scalers"][index])
+        self.num_steps, self.seed = state["num_steps"], state["seed"]
         self._seed(steps)
+
+    def _take_weights(self, weights: dict[str, Tensor], averages: dict[str, Tensor] | None) -> None:
+        """Take a whole model's weights, and those of its average where one is kept."""
+        self.model.load_state_dict(weights)
+        if self.averaged_model is not None:
+            assert averages is not None, "checked before"
+            load_weights(self.averaged_model, averages)
 
 
 def make_plan(backbone: Backbone, modules: Request | Plan, *, checkpoint: CheckpointRequest = False) -> Plan:
@@ -729,7 +733,17 @@ def _exchanged(model: nn.Module, other: nn.Module) -> Iterator[None]:
             tensor.data = value
 
 
-def _make_ema(model: nn.Module, decay: float | None, *, on_host: bool) -> ModelEmaV3 | None:
+def make_ema(model: nn.Module, decay: float | None, *, on_host: bool) -> ModelEmaV3 | None:
+    """Timm's moving average of a model's weights.
+
+    Args:
+        model: on its device.
+        decay: of the average; ``None`` for none.
+        on_host: keep it in host memory.
+
+    Raises:
+        RecipeError: an impossible decay.
+    """
     if decay is None:
         return None
     if not 0 < decay < 1:
@@ -741,7 +755,8 @@ def _make_ema(model: nn.Module, decay: float | None, *, on_host: bool) -> ModelE
     return ModelEmaV3(model, decay=decay, use_warmup=True)
 
 
-def _no_optimizers() -> RecipeError:
+def no_optimizers() -> RecipeError:
+    """The error of a step before there are optimizers."""
     return RecipeError("no optimizers yet: call learner.configure_optimizers(lambda params: ...) first.")
 
 

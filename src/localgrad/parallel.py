@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from localgrad.auxiliary import NextClassifier
 from localgrad.backbone import Layout
-from localgrad.errors import CheckpointError, ParallelError, RecipeError
+from localgrad.errors import ParallelError, RecipeError
 from localgrad.execution.local_module import CONTEXT_GRID, LocalModule, site_of
 from localgrad.execution.local_step import LocalStep, autocast, check_precision
 from localgrad.execution.pipeline import Links, PipelineExecutor, ShareResult
@@ -28,7 +28,7 @@ from localgrad.execution.schedule import NUM_BUFFERS, shares
 from localgrad.execution.sequential import SequentialExecutor
 from localgrad.execution.team import Team
 from localgrad.execution.wire import WIRES, Packet
-from localgrad.learner import Factories, LocalLearner, _make_ema, _no_optimizers, check_weights
+from localgrad.learner import Factories, LocalLearner, make_ema, no_optimizers
 from localgrad.objectives.base import LocalBatch, Site
 from localgrad.planning.memory import MemoryProfile, simulate
 
@@ -78,7 +78,7 @@ class ParallelLearner(LocalLearner):
         self._refuse(compiled=bool(self._settings["compile"]))
         self._settle()
         self._own_parts = nn.ModuleList(part for index in self.own for part in self.modules[index].parts)
-        self._ema = _make_ema(self._own_parts, ema_decay, on_host=False)
+        self._ema = make_ema(self._own_parts, ema_decay, on_host=False)
         self.links = Links(self.team.place, self.team.device, num_buffers=num_buffers, wire=wire)
 
     def _refuse(self, *, compiled: bool) -> None:
@@ -173,7 +173,7 @@ class ParallelLearner(LocalLearner):
             RecipeError: no optimizers yet.
         """
         if self._executor is None:
-            raise _no_optimizers()
+            raise no_optimizers()
         if not all(self.modules[index].training for index in self.own):
             self.train()
         result = self._pipeline.share(batch, targets, number=self.num_steps)
@@ -290,29 +290,8 @@ class ParallelLearner(LocalLearner):
         source = self._ema.module if averaged and self._ema is not None else self._own_parts
         return {names[id(tensor)]: value for tensor, value in zip(mine, source.state_dict().values(), strict=True)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take this process's part of a whole state, from ``merged`` or from a ``LocalLearner``.
-
-        Raises:
-            CheckpointError: it is of another model or partition, or made before optimizers were configured.
-        """
-        steps = self._executor.steps if self._executor else ()
-        if (tuple(state["boundaries"]), len(state["optimizers"])) != (self.plan.boundaries, len(self.modules)):
-            raise CheckpointError(
-                f"checkpoint: it has boundaries {state['boundaries']} and {len(state['optimizers'])} optimizers, this "
-                f"learner {list(self.plan.boundaries)} and {len(self.modules)}; use the same modules."
-            )
-        if self._ema is not None and state["averaged_model"] is None:
-            raise CheckpointError("checkpoint: it holds no average of the weights; leave ema_decay out.")
-        check_weights(self.model, state["model"])
-        self.load_own_weights(state["model"], averages=state["averaged_model"])
-        for index, step in zip(self.own, steps, strict=True):
-            check_weights(self.modules[index].objective, state["objectives"][index])
-            self.modules[index].objective.load_state_dict(state["objectives"][index])
-            step.optimizer.load_state_dict(state["optimizers"][index])
-            step.scaler.load_state_dict(state["scalers"][index])
-        self.num_steps, self.seed = state["num_steps"], state["seed"]
-        self._seed(steps)
+    def _take_weights(self, weights: dict[str, Tensor], averages: dict[str, Tensor] | None) -> None:
+        self.load_own_weights(weights, averages=averages)
 
     @torch.no_grad()
     def load_own_weights(self, weights: dict[str, Tensor], *, averages: dict[str, Tensor] | None) -> None:

@@ -10,7 +10,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata
@@ -304,7 +304,6 @@ def _fit(
     trainer.health = health
     if state is not None:
         trainer.load_state_dict(state)
-    epoch = trainer.position.epoch
     if isinstance(trainer, StagewiseTrainer):
         stages = estimate_stages(job.learner, settings.batch_size, job.optimizer, job.device)
         profile = max(stages, key=lambda stage: stage.peak_bytes)
@@ -316,9 +315,8 @@ def _fit(
         job.learner.on_out_of_memory(partial(_go_on, replanner, trainer))
     factory = job.optimizer if callable(job.optimizer) else job.optimizer[0]
     baseline = estimate_step(end_to_end(job.learner), settings.batch_size, factory, job.device).peak_bytes
-    own = (JsonlSink(folder.path / "metrics.jsonl", epoch), TensorBoardSink(folder.path / "tensorboard", epoch))
-    trainer.sinks = (*own, *sinks)
-    try:
+
+    def run() -> dict[str, Any]:
         _emit_start(job, trainer, peak, baseline)
         if job.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(job.device)
@@ -336,7 +334,17 @@ def _fit(
                 f"{job.device} is out of memory; take {', '.join(ways[:-1])} or {ways[-1]}, which don't change "
                 "results, or more --modules."
             ) from error
-        summary = _finish(job, trainer, {"estimated_peak_bytes": peak, "estimated_end_to_end_peak_bytes": baseline})
+        return _finish(job, trainer, {"estimated_peak_bytes": peak, "estimated_end_to_end_peak_bytes": baseline})
+
+    return _told(trainer, sinks, run)
+
+
+def _told(trainer: Trainer, sinks: Sequence[Sink], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Run something whose events go to the run folder and to some sinks, and tell them its summary."""
+    epoch, path = trainer.position.epoch, trainer.folder.path
+    trainer.sinks = (JsonlSink(path / "metrics.jsonl", epoch), TensorBoardSink(path / "tensorboard", epoch), *sinks)
+    try:
+        summary = run()
         for sink in trainer.sinks:
             sink.emit(RunEnded(summary=summary))
         return summary
@@ -368,33 +376,25 @@ def _fit_together(
     if team.is_speaker:
         factory = job.optimizer if callable(job.optimizer) else job.optimizer[0]
         baseline = estimate_step(end_to_end(learner), batch_size, factory, job.device).peak_bytes
-        epoch = trainer.position.epoch
-        own = (JsonlSink(folder.path / "metrics.jsonl", epoch), TensorBoardSink(folder.path / "tensorboard", epoch))
-        trainer.sinks = (*own, *sinks)
-        _emit_start(job, trainer, max(peaks), baseline)
-    try:
-        if job.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(job.device)
 
-        def run() -> dict[str, Any]:
-            trainer.fit()
-            measured = team.everyone(_rank_figures(job, team, learner))
-            ranks = [{**figures, "estimated_peak_bytes": peak} for figures, peak in zip(measured, peaks, strict=True)]
-            more = {"estimated_peak_bytes": max(peaks), "ranks": ranks}
-            more["measured_peak_bytes"] = max(figures["measured_peak_bytes"] for figures in measured)
-            if team.is_speaker:
-                more["estimated_end_to_end_peak_bytes"] = baseline
-            summary = _finish(job, trainer, more)
-            team.everyone(None)  # rank 0 has written it all
-            return summary
-
-        summary: dict[str, Any] = trainer.watched(run)
-        for sink in trainer.sinks:
-            sink.emit(RunEnded(summary=summary))
+    def run() -> dict[str, Any]:
+        if team.is_speaker:
+            _emit_start(job, trainer, max(peaks), baseline)
+        trainer.fit()
+        measured = team.everyone(_rank_figures(job, team, learner))
+        ranks = [{**figures, "estimated_peak_bytes": peak} for figures, peak in zip(measured, peaks, strict=True)]
+        more = {"estimated_peak_bytes": max(peaks), "ranks": ranks}
+        more["measured_peak_bytes"] = max(figures["measured_peak_bytes"] for figures in measured)
+        if team.is_speaker:
+            more["estimated_end_to_end_peak_bytes"] = baseline
+        summary = _finish(job, trainer, more)
+        team.everyone(None)  # rank 0 has written it all
         return summary
-    finally:
-        for sink in trainer.sinks:
-            sink.close()
+
+    if job.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(job.device)
+    watched: Callable[[], dict[str, Any]] = partial(trainer.watched, run)
+    return _told(trainer, sinks, watched) if team.is_speaker else watched()
 
 
 def _rank_figures(job: Job, team: Team, learner: ParallelLearner) -> dict[str, Any]:

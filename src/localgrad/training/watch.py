@@ -124,6 +124,15 @@ class Watch:
             self._thread.join(TOLD_SECONDS)  # not for ever: the store may answer no more
             with contextlib.suppress(RuntimeError):  # the store may be gone; so are the others then
                 self.store.set(f"beat/{self.rank}", "over")
+                if self.rank == 0 and self._error is None:
+                    self._let_others_leave()
+
+    def _let_others_leave(self) -> None:
+        """The store goes with this process, where torchrun doesn't keep it: the others must have no more to ask."""
+        latest = time.monotonic() + TOLD_SECONDS
+        for key in (f"beat/{rank}" for rank in range(1, self.size)):
+            while not (self.store.check([key]) and self.store.get(key) == b"over") and time.monotonic() < latest:
+                time.sleep(0.01)
 
     @contextlib.contextmanager
     def telling(
