@@ -22,8 +22,8 @@ from localgrad.comparing.measuring import Held
 from localgrad.learner import estimate_step
 from localgrad.objectives.base import LocalBatch
 from localgrad.objectives.methods import Objective
-from localgrad.parallel import estimate_share
 from localgrad.partition import Boundaries, spans
+from localgrad.share_memory import estimate_share
 
 WHOLE = ("none", "parts")
 LOCAL = ("local", "local-one")

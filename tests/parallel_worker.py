@@ -7,7 +7,7 @@ rank 0 writes ``OUT/SCENARIO.pt``: the whole model's weights and what the ranks 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,10 @@ from localgrad import (
     ParallelLearner,
     Team,
 )
+from localgrad.comparing.measuring import Held, peak_of
+from localgrad.execution.sharding import rows_of
 from localgrad.objectives.methods import Objective
-from localgrad.parallel import estimate_share
+from localgrad.share_memory import estimate_share
 from localgrad.training.optim import Schedule
 
 NUM_BATCHES, BATCH_SIZE, NUM_CLASSES = 7, 6, 5
@@ -44,6 +46,8 @@ class Scenario:
     mixes: bool = True
     wire: str = "same"
     num_buffers: int = 2
+    shard: bool = False
+    model: dict[str, Any] = field(default_factory=dict)
 
 
 EVERYTHING: dict[str, Any] = {"clip_grad": 1.0, "accumulation": 2, "ema_decay": 0.99}
@@ -70,8 +74,27 @@ SCENARIOS: dict[str, Scenario] = {
     "bf16": Scenario(settings={"precision": "bf16"}),
     "still": Scenario(kind="vit", modules=4, drop_path=0.0, settings={"clip_grad": 1.0, "ema_decay": 0.99}),
     "still parts": Scenario(kind="vit", modules=3, drop_path=0.0, settings={"accumulation": 3}),
+    "halves": Scenario(
+        modules=2,
+        drop_path=0.0,
+        objective=GreedySupervised(classifier="next"),
+        settings={"checkpoint": "blocks", "freeze_from": 0.4, "clip_grad": 0.5},
+    ),
+    "norms": Scenario(kind="resnet", modules=2, drop_path=0.0, settings={"precision": "bf16", "ema_decay": 0.9}),
+    "large": Scenario(
+        kind="vit",
+        modules=2,
+        drop_path=0.0,
+        settings={"ema_decay": 0.9},
+        model={"embed_dim": 192, "num_heads": 3, "patch_size": 4},
+    ),
     "narrow wire": Scenario(kind="vit", modules=4, wire="bf16"),
 }
+
+BY_ROWS = ["still", "still parts", "halves", "norms", "large"]
+"""These once more, each replica with rows of the weights only."""
+MEASURED = ["large, rows"]
+SCENARIOS |= {f"{name}, rows": replace(SCENARIOS[name], shard=True) for name in BY_ROWS}
 
 
 def data(*, mixes: bool) -> list[tuple[Tensor, Tensor]]:
@@ -87,7 +110,8 @@ def data(*, mixes: bool) -> list[tuple[Tensor, Tensor]]:
 
 
 def learner_of(scenario: Scenario, team: Team | None) -> LocalLearner | ParallelLearner:
-    model = make(scenario.kind, **({"drop_path_rate": scenario.drop_path} if scenario.drop_path else {}))
+    drop_path = {"drop_path_rate": scenario.drop_path} if scenario.drop_path else {}
+    model = make(scenario.kind, **scenario.model, **drop_path)
     torch.manual_seed(1)
     settings: dict[str, Any] = {
         "modules": scenario.modules,
@@ -97,7 +121,8 @@ def learner_of(scenario: Scenario, team: Team | None) -> LocalLearner | Parallel
     }
     if team is None:
         return LocalLearner(model, **settings)
-    return ParallelLearner(model, team=team, wire=scenario.wire, num_buffers=scenario.num_buffers, **settings)
+    more = {"wire": scenario.wire, "num_buffers": scenario.num_buffers, "shard": scenario.shard}
+    return ParallelLearner(model, team=team, **more, **settings)
 
 
 def train(scenario: Scenario, team: Team | None = None) -> tuple[Any, list[Any]]:
@@ -128,6 +153,26 @@ def train(scenario: Scenario, team: Team | None = None) -> tuple[Any, list[Any]]
     return learner, losses
 
 
+def measured_peak(learner: ParallelLearner, team: Team) -> int:
+    """Bytes of tensors in one more step, as the allocator tells."""
+    images, labels = (given.tensor_split(team.num_replicas)[team.replica] for given in data(mixes=True)[0])
+
+    def step() -> None:  # no message may be under way when the profiler stops
+        learner.begin(1)
+        learner.step(images, labels)
+        learner.links.finish()
+
+    held: list[Held] = [images, labels]
+    for index, optimizer in zip(learner.own, learner.optimizers, strict=True):
+        module = learner.modules[index]
+        held += [rows_of(tensor) for tensor in (*module.parameters(), *module.buffers())]
+        held += [rows_of(value) for slots in optimizer.state.values() for value in slots.values()]
+    if learner.averages:
+        held += [*learner._ema.module.state_dict().values()]  # rows
+    team.everyone(None)
+    return peak_of(step, torch.device("cpu"), held)[0]
+
+
 def main() -> None:
     out, replicas, *names = sys.argv[1:]
     torch.set_num_threads(1)
@@ -137,6 +182,9 @@ def main() -> None:
         weights = learner.whole_state_dict()
         sender = learner.links.sender
         estimate = estimate_share(learner, BATCH_SIZE // team.num_replicas, adamw)
+        peaks = None
+        if name in MEASURED:
+            peaks = estimate.peak_bytes, measured_peak(learner, team)
         own = [weight for index in learner.own for weight in learner.modules[index].parameters()]
         said = team.everyone(
             {
@@ -144,8 +192,9 @@ def main() -> None:
                 "losses": losses,
                 "estimated": estimate.by_category["parameters"],
                 "weights": sum(weight.nbytes for weight in own),
+                "peaks": peaks,
                 "sent": 0 if sender is None else sender.packet_bytes,
-                "alive": sum(weight.nbytes for weight in learner.model.parameters() if not weight.is_meta),
+                "alive": sum(rows_of(weight).nbytes for weight in learner.model.parameters() if not weight.is_meta),
             }
         )
         if team.is_speaker:

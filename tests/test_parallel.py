@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import parallel_worker as worker
 from localgrad.execution import schedule
 from localgrad.execution.schedule import Action, actions, program, shares, timetable
-from parallel_worker import SCENARIOS, Scenario, train
+from parallel_worker import BY_ROWS, SCENARIOS, Scenario, train
 
 # ------------------------------------------------------------------------------------------------ the schedule
 
@@ -194,9 +194,23 @@ def test_half_the_bytes_on_the_wire_cost_little(tmp_path: Path) -> None:
 
 def test_replicas_train_as_one_process_on_the_whole_batch(tmp_path: Path) -> None:
     """Without draws, which are each replica's own."""
-    found = results_of(4, ["still", "still parts"], tmp_path, replicas=2)
+    found = results_of(4, ["still", "still parts", "still, rows", "still parts, rows"], tmp_path, replicas=2)
     for name, result in found.items():
-        weights, _ = reference(name)
+        weights, _ = reference(name.removesuffix(", rows"))
         assert result["weights"].keys() == weights.keys()
         for key, value in weights.items():
             assert torch.allclose(result["weights"][key], value, rtol=2e-3, atol=2e-5), (name, key)
+
+
+def test_replicas_that_keep_rows_train_as_those_that_keep_all(tmp_path: Path) -> None:
+    found = results_of(4, [name for pair in BY_ROWS for name in (pair, f"{pair}, rows")], tmp_path, replicas=2)
+    for name in BY_ROWS:
+        result, other = found[f"{name}, rows"], found[name]
+        for key, value in other["weights"].items():
+            assert torch.allclose(result["weights"][key], value, rtol=2e-3, atol=2e-5), (name, key)
+        for rows, all_ in zip(result["said"], other["said"], strict=True):
+            assert rows["alive"] < 0.65 * all_["alive"]
+            assert rows["estimated"] < 0.65 * all_["estimated"]
+    for said in found["large, rows"]["said"]:  # gloo lets go of a gathered buffer when it comes to it
+        estimated, measured = said["peaks"]
+        assert abs(estimated - measured) < 0.6 * said["weights"], said

@@ -104,6 +104,11 @@ def done(ended: Ended) -> None:
     assert set(ended.err) == {""}, ended.err
 
 
+def stopped_by_sigterm(ended: Ended) -> None:
+    assert set(ended.codes) == {143}, ended
+    assert set(ended.err[1:]) == {""}, ended.err
+
+
 def copy_of(folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(folder, tmp_path / "copy"))
 
@@ -364,6 +369,27 @@ def test_replicas_train_and_count_as_one_process_on_the_whole_batch(still: tuple
     ]  # fmt: skip
 
 
+def test_replicas_that_keep_rows_save_and_resume_whole_weights(
+    still: tuple[Path, Path], ranks: Ranks, tmp_path: Path
+) -> None:
+    """Stopped as four processes, then again gone on with as two of one replica."""
+    one, _ = still
+    folder = tmp_path / "run"
+    recipe = ["--recipe", one.parent / "recipe.toml", "--set", "training.ema_decay=0.9"]
+    done(ranks.run(["train", *recipe, "--out", tmp_path / "one"]))
+    command = ["train", *recipe, "--out", folder, *PARALLEL, "--replicas", "2", "--shard"]
+    stopped_by_sigterm(ranks.run(command, size=4, fault=(2, "term", 2 * NUM_BATCHES + 3)))
+    stopped_by_sigterm(ranks.run(["train", "--resume", folder], size=4, fault=(1, "term", 1)))
+    plain = ["--set", "execution.replicas=1", "--set", "execution.shard=false"]
+    done(ranks.run(["train", "--resume", folder, *plain], size=2))
+    for ours, theirs in zip(metrics_of(folder), metrics_of(tmp_path / "one"), strict=True):
+        for mine, other in zip(ours["losses"], theirs["losses"], strict=True):
+            assert mine == pytest.approx(other, rel=1e-3)
+    weights, others = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "one"))
+    for name, value in others.items():
+        assert torch.allclose(weights[name], value, rtol=1e-2, atol=1e-4), name
+
+
 def test_running_statistics_are_of_the_images_of_all_replicas(ranks: Ranks, tmp_path: Path) -> None:
     """Means of equal parts have the whole's mean as theirs; the weights all but stand still."""
     changes = {
@@ -396,6 +422,8 @@ REFUSED: dict[str, tuple[int, list[str], str]] = {
     "no --parallel": (2, [], "add --parallel modules"),
     "alone": (1, [*PARALLEL], "there is one process only"),
     "replicas alone": (1, ["--replicas", "2"], "--replicas 2: they need --parallel modules"),
+    "rows alone": (1, ["--shard"], "--shard: it shares weights out among replicas"),
+    "rows of one": (2, [*PARALLEL, "--shard"], "add --replicas 2"),
     "processes for what": (1, ["--num-processes", "2"], "--num-processes 2: say what they share"),
     "no processes": (1, ["--num-processes", "0", *PARALLEL], "--num-processes: 0"),
     "overlap": (2, [*PARALLEL, "--overlap", "1"], "--overlap"),

@@ -142,7 +142,12 @@ def build(
         )
     else:
         learner = ParallelLearner(
-            backbone, team=team, num_buffers=execution.buffers, wire=execution.wire, **settings_of_learner
+            backbone,
+            team=team,
+            num_buffers=execution.buffers,
+            wire=execution.wire,
+            shard=execution.shard,
+            **settings_of_learner,
         )
     optimizer = optimizers_of(training, model, plan.num_modules)
     if not is_sequential:

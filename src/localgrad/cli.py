@@ -221,6 +221,14 @@ def train(  # noqa: PLR0917  # one parameter an option
         int | None,
         typer.Option(help="With --parallel: how often the whole model is there.", rich_help_panel=EXECUTION),
     ] = None,
+    shard: Annotated[
+        bool | None,
+        typer.Option(
+            "--shard",
+            help="With --replicas: each keeps a part of weights and optimizer state.",
+            rich_help_panel=EXECUTION,
+        ),
+    ] = None,
     health: Annotated[
         int | None,
         typer.Option(help="Every so many epochs, measure where accuracy is lost.", rich_help_panel=EXECUTION),
@@ -290,6 +298,7 @@ def train(  # noqa: PLR0917  # one parameter an option
         "execution.num_threads": num_threads,
         "execution.parallel": parallel,
         "execution.replicas": replicas,
+        "execution.shard": shard,
         "execution.health_every": health,
         "execution.health_reference": health_reference,
     }

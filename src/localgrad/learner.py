@@ -24,6 +24,7 @@ from localgrad.execution.local_module import build_local_modules, recomputed_in
 from localgrad.execution.local_step import LocalStep, autocast, check_precision
 from localgrad.execution.offload import HOST, Offloader
 from localgrad.execution.sequential import SequentialExecutor, StepResult
+from localgrad.execution.sharding import put, put_optimizer
 from localgrad.objectives.base import LocalBatch
 from localgrad.objectives.methods import FeatureReconstruction, Objective
 from localgrad.partition import Checkpointing, Plan, Request, resolve
@@ -462,9 +463,9 @@ class LocalLearner:
             self._offloader.rest()
         self._take_weights(state["model"], state["averaged_model"])
         for index in self.own:
-            self.modules[index].objective.load_state_dict(state["objectives"][index])
+            load_weights(self.modules[index].objective, state["objectives"][index])
         for index, step in zip(self.own, steps, strict=False):  # there may be none
-            step.optimizer.load_state_dict(state["optimizers"][index])
+            put_optimizer(step.optimizer, state["optimizers"][index])
             step.scaler.load_state_dict(state["scalers"][index])
         self.num_steps, self.seed = state["num_steps"], state["seed"]
         self._seed(steps)
@@ -695,7 +696,8 @@ def load_weights(module: nn.Module, state: dict[str, Tensor]) -> None:
         CheckpointError: keys or shapes differ.
     """
     check_weights(module, state)
-    module.load_state_dict(state)
+    for name, target in module.state_dict().items():
+        put(target, state[name])
 
 
 def check_weights(module: nn.Module, state: dict[str, Tensor]) -> None:

@@ -8,10 +8,9 @@ on processors that round alike. ``whole_state_dict()`` gathers the model.
 from __future__ import annotations
 
 import contextlib
-from collections import deque
+import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -19,21 +18,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from localgrad.auxiliary import NextClassifier
-from localgrad.backbone import Layout
 from localgrad.errors import ParallelError, RecipeError
-from localgrad.execution.local_module import CONTEXT_GRID, LocalModule, site_of
+from localgrad.execution.local_module import LocalModule, site_of
 from localgrad.execution.local_step import LocalStep, autocast, check_precision
 from localgrad.execution.pipeline import Links, PipelineExecutor, ShareResult
 from localgrad.execution.schedule import NUM_BUFFERS, shares
-from localgrad.execution.sequential import SequentialExecutor
+from localgrad.execution.sharding import Rows, exchange, gathered, put, release, shard, whole
 from localgrad.execution.team import Team
 from localgrad.execution.wire import WIRES, Packet
 from localgrad.learner import Factories, LocalLearner, make_ema, no_optimizers
 from localgrad.objectives.base import LocalBatch, Site
-from localgrad.planning.memory import MemoryProfile, simulate
-
-if TYPE_CHECKING:
-    from timm.utils.model_ema import ModelEmaV3
 
 
 class ParallelLearner(LocalLearner):
@@ -47,6 +41,7 @@ class ParallelLearner(LocalLearner):
         team: from ``Team.join``; by default this process's own, as torchrun started it.
         num_buffers: batches that may be on their way at each end of a link.
         wire: how features travel: ``same``, or ``bf16`` in half the bytes.
+        shard: share each module's weights, gradients and optimizer state out among its replicas (FSDP2).
         **settings: as for ``LocalLearner``, but for ``device``, ``offload``, ``overlap`` and ``global_checkpoint``.
 
     Raises:
@@ -60,6 +55,7 @@ class ParallelLearner(LocalLearner):
         team: Team | None = None,
         num_buffers: int = NUM_BUFFERS,
         wire: str = "same",
+        shard: bool = False,
         ema_decay: float | None = None,
         **settings: Any,
     ) -> None:
@@ -72,12 +68,13 @@ class ParallelLearner(LocalLearner):
                 raise ParallelError(f"{name}: not with several processes; leave it out.")
         self.team = team or Team.join()
         super().__init__(model, **settings)
-        self._twins = self.team.twins
         check_precision(self.precision, self.team.device)
         self.shares = shares_of(self.plan.activation_bytes or [1] * self.plan.num_modules, self.team.num_ranks)
         self._refuse(compiled=bool(self._settings["compile"]))
         self._settle()
-        self._own_parts = nn.ModuleList(part for index in self.own for part in self.modules[index].parts)
+        self.skeleton: list[LocalModule] | None = None  # of the own modules: whole shapes, where they are sharded
+        self._average_over_replicas(by_rows=shard)
+        self._own_parts = Rows([part for index in self.own for part in self.modules[index].parts])
         self._ema = make_ema(self._own_parts, ema_decay, on_host=False)
         self.links = Links(self.team.place, self.team.device, num_buffers=num_buffers, wire=wire)
 
@@ -92,6 +89,19 @@ class ParallelLearner(LocalLearner):
             )
         if compiled and self.team.num_replicas > 1:
             raise ParallelError("--compile: not with several replicas; leave one of them out.")
+
+    def _average_over_replicas(self, *, by_rows: bool) -> None:
+        """Let replicas average gradients: each of whole modules (DDP, in ``LocalStep``), or of its rows (FSDP2)."""
+        if not by_rows:
+            self._twins = self.team.twins
+            return
+        if self.team.twins is None:
+            raise ParallelError("--shard: there is one replica only, and nobody to share with; add --replicas 2.")
+        own = [self.modules[index] for index in self.own]
+        self.skeleton = [copied.to("meta") for copied in copy.deepcopy(own)]
+        for module in own:
+            shard(module, self.team.twins, self.device.type)
+        self.backbone.follow_parts()
 
     def _settle(self) -> None:
         """Move the own modules to the device, and free all others."""
@@ -177,6 +187,8 @@ class ParallelLearner(LocalLearner):
         if not all(self.modules[index].training for index in self.own):
             self.train()
         result = self._pipeline.share(batch, targets, number=self.num_steps)
+        for index in self.own:
+            release(self.modules[index])  # a frozen one has no backward pass, after which that is done
         self.num_steps += 1
         if self._ema is not None:
             self._ema.update(self._own_parts, step=self.num_steps)
@@ -190,14 +202,14 @@ class ParallelLearner(LocalLearner):
         Running statistics are linear in what was seen, so they may go their own ways until someone looks at them:
         before evaluating and saving. All replicas call this together.
         """
-        if self._twins is None:
+        if self.team.twins is None:
             return
         places = [self.modules[index] for index in self.own] + ([] if self._ema is None else [self._ema.module])
         norms = [net for place in places for net in place.modules() if isinstance(net, _BatchNorm)]
         for norm in dict.fromkeys(norms):
             for buffer in (norm.running_mean, norm.running_var):
                 if buffer is not None:
-                    dist.all_reduce(buffer, group=self._twins)
+                    dist.all_reduce(buffer, group=self.team.twins)
                     buffer.div_(self.team.num_replicas)
 
     def step_on(self, batch: LocalBatch) -> Any:
@@ -235,14 +247,16 @@ class ParallelLearner(LocalLearner):
         with autocast(self.device.type, self.precision):
             for index in self.own:
                 module = self.modules[index]
-                outputs, features, _ = module.walk(features)
-                logits = module.objective.classify(outputs)
+                with gathered(module):
+                    outputs, features, _ = module.walk(features)
+                    logits = module.objective.classify(outputs)
                 if logits is not None:
                     found[index] = logits
             if averaged is not None:
                 with self._averaged():
                     for index in self.own:
-                        averaged = self.modules[index].walk(averaged).handed_on
+                        with gathered(self.modules[index]):
+                            averaged = self.modules[index].walk(averaged).handed_on
                 if self.links.sender is None:
                     found[self.own[-1]] = averaged
         if self.links.sender is not None:
@@ -251,30 +265,40 @@ class ParallelLearner(LocalLearner):
         self.links.done()
         return found, packet["targets"]
 
+    def attend(self, num_batches: int) -> None:
+        """Gather weights as ``infer`` does, for replicas that have more batches than this one."""
+        for _ in range(num_batches if self.skeleton is not None else 0):
+            for averaged in (False, True)[: 1 + self.averages]:
+                with self._averaged() if averaged else contextlib.nullcontext():
+                    for index in self.own:
+                        with gathered(self.modules[index]):
+                            pass
+
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:
         """Let the own modules have their averaged weights."""
         assert self._ema is not None, "an average is kept"
-        mine, theirs = self._own_parts.state_dict(keep_vars=True), self._ema.module.state_dict()
-        kept = [tensor.data for tensor in mine.values()]
-        for tensor, value in zip(mine.values(), theirs.values(), strict=True):
-            tensor.data = value
+        mine, theirs = (rows.parts.state_dict(keep_vars=True).values() for rows in (self._own_parts, self._ema.module))
+        pairs = list(zip(mine, theirs, strict=True))
+        for tensor, other in pairs:
+            exchange(tensor, other)
         try:
             yield
         finally:
-            for tensor, value in zip(mine.values(), kept, strict=True):
-                tensor.data = value
+            for tensor, other in pairs:
+                exchange(tensor, other)
 
     # ------------------------------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
-        """This process's part of the state; ``merged`` makes the whole of all parts."""
+        """This process's part of the state, ``merged`` makes the whole of all. Replicas call this together."""
         steps = self._executor.steps if self._executor else ()
         own = list(self.own)
+        optimizers = [whole(step.optimizer.state_dict()) for step in steps]
         return {
             "model": self.own_weights(),
-            "objectives": {index: self.modules[index].objective.state_dict() for index in own},
-            "optimizers": {index: step.optimizer.state_dict() for index, step in zip(own, steps, strict=False)},
+            "objectives": {index: self.objective_weights(index) for index in own},
+            "optimizers": dict(zip(own, optimizers, strict=False)),
             "scalers": {index: step.scaler.state_dict() for index, step in zip(own, steps, strict=False)},
             "averaged_model": None if self._ema is None else self.own_weights(averaged=True),
             "num_steps": self.num_steps,
@@ -282,13 +306,25 @@ class ParallelLearner(LocalLearner):
             "boundaries": list(self.plan.boundaries),
         }
 
+    def objective_weights(self, index: int) -> dict[str, Tensor]:
+        """The state of an own module's objective. All its replicas call this together."""
+        return whole(self.modules[index].objective.state_dict())
+
     def own_weights(self, *, averaged: bool = False) -> dict[str, Tensor]:
-        """The own modules' part of the model's weights, or of their average, in the model's own naming."""
-        names = {id(tensor): name for name, tensor in self.model.state_dict(keep_vars=True).items()}
-        mine = self._own_parts.state_dict(keep_vars=True).values()
+        """The own modules' part of the model's weights, or of their average, in the model's own naming.
+
+        All replicas call this together.
+        """
         assert self._ema is not None or not averaged, "an average is kept"
         source = self._ema.module if averaged and self._ema is not None else self._own_parts
-        return {names[id(tensor)]: value for tensor, value in zip(mine, source.state_dict().values(), strict=True)}
+        return {name: whole(value) for name, value in self._named(source).items()}
+
+    def _named(self, source: Rows) -> dict[str, Tensor]:
+        names = {id(tensor): name for name, tensor in self.model.state_dict(keep_vars=True).items()}
+        mine = self._own_parts.parts.state_dict(keep_vars=True).values()
+        return {
+            names[id(tensor)]: value for tensor, value in zip(mine, source.parts.state_dict().values(), strict=True)
+        }
 
     def _take_weights(self, weights: dict[str, Tensor], averages: dict[str, Tensor] | None) -> None:
         self.load_own_weights(weights, averages=averages)
@@ -296,12 +332,12 @@ class ParallelLearner(LocalLearner):
     @torch.no_grad()
     def load_own_weights(self, weights: dict[str, Tensor], *, averages: dict[str, Tensor] | None) -> None:
         """Put the own modules' part of a whole model's weights, and of its average, in place."""
-        for name, value in self.own_weights().items():
-            value.copy_(weights[name])
+        for name, value in self._named(self._own_parts).items():
+            put(value, weights[name])
         if self._ema is not None:
             assert averages is not None, "an average is kept"
-            for name, value in self.own_weights(averaged=True).items():
-                value.copy_(averages[name])
+            for name, value in self._named(self._ema.module).items():
+                put(value, averages[name])
 
     def whole_state_dict(self) -> dict[str, Tensor] | None:
         """The whole model's weights on rank 0 (the averaged ones, where an average is kept); ``None`` on the others.
@@ -314,109 +350,6 @@ class ParallelLearner(LocalLearner):
             return None
         found = {name: value for part in parts[: self.team.num_ranks] for name, value in part.items()}
         return {name: found[name] for name in self.model.state_dict()}
-
-
-def estimate_share(
-    learner: ParallelLearner, batch_size: int, optimizer: Factories, device: torch.device | None = None
-) -> MemoryProfile:
-    """Predict the memory of one training step of this process on fake tensors; the learner is not touched.
-
-    Counts the own modules, the packets that have room here, and those that wait to be taken by the next rank.
-
-    Args:
-        learner: as it will be trained.
-        batch_size: images a step of this replica.
-        optimizer: factory, as for ``configure_optimizers``.
-        device: that it will be trained on; by default the learner's.
-    """
-    place = learner.team.place
-    step = _ShareStep(
-        site=learner.sites[learner.own.start],
-        first=learner.own.start,
-        uses=[module.objective.uses for module in learner.modules],
-        settings={**learner._settings, "compile": False},
-        batch_size=batch_size,
-        factory=optimizer,
-        num_received=0 if place.before is None else learner.links.num_slots,
-        num_sent=0 if place.behind is None else learner.links.num_buffers,
-    )
-    own = _Own([learner.modules[index] for index in learner.own], learner._own_parts, learner._ema)
-    return simulate(
-        own,
-        step,
-        inputs={"labels": ((batch_size,), torch.int64)},
-        device="cuda" if (device or learner.device).type == "cuda" else "cpu",
-    )
-
-
-@dataclass
-class _Own:
-    """What one process has of a learner: nothing of the others' modules, not even shapes."""
-
-    modules: list[LocalModule]
-    parts: nn.ModuleList
-    average: ModelEmaV3 | None
-
-
-@dataclass
-class _ShareStep:
-    """A training step of copied own modules, without their neighbours."""
-
-    site: Site
-    first: int
-    uses: list[frozenset[str]]
-    settings: dict[str, Any]
-    batch_size: int
-    factory: Factories
-    num_received: int
-    num_sent: int
-    executor: SequentialExecutor | None = None
-
-    def __call__(self, own: _Own, labels: Tensor) -> object:
-        if self.executor is None:
-            steps = [self._step(index, module) for index, module in enumerate(own.modules, self.first)]
-            self.executor = SequentialExecutor(steps, first=self.first, uses=self.uses)
-            self.received = [self._packet() for _ in range(self.num_received)]
-            self.sent: deque[object] = deque(maxlen=self.num_sent)
-        packet = self.received[0] if self.received else self._packet()
-        batch = LocalBatch(packet.get("images"), labels, None, packet.get("previous"))
-        batch.context = tuple(tensor for name, tensor in packet.items() if name.startswith("context"))
-        batch.gradient = packet.get("gradient")
-        trained = self.executor.train(packet["features"], batch, lambda _, features: self.sent.append(features))
-        if own.average is not None:
-            own.average.update(own.parts, step=1)
-        return trained
-
-    def _step(self, index: int, module: LocalModule) -> LocalStep:
-        module.train()
-        weights = [weight for weight in module.parameters() if weight.requires_grad]
-        factory = self.factory if callable(self.factory) else self.factory[index]
-        cpu = torch.device("cpu")  # where fake tensors are
-        return LocalStep(module, weights, factory(weights), device=cpu, **self.settings)
-
-    def _packet(self) -> dict[str, Tensor]:
-        site = self.site
-        assert self.executor is not None, "made before"
-
-        def empty(layout: Layout | None) -> Tensor:
-            assert layout is not None, "of a module behind others"
-            return torch.empty(self.batch_size, *layout.shape)
-
-        if self.first == 0:
-            images = empty(site.image)
-            return {"features": images, "images": images}
-        packet = {"features": empty(site.inputs)}
-        if self.executor.is_used("images", self.first):
-            packet["images"] = empty(site.image)
-        if self.executor.is_used("previous", self.first):
-            packet["previous"] = empty(site.previous)
-        if "gradient" in self.executor.uses[self.first]:
-            packet["gradient"] = empty(site.inputs)
-        if self.executor.is_used("context", self.first):
-            for number, layout in enumerate(site.context):
-                rows, columns = (min(side, CONTEXT_GRID) for side in layout.grid)
-                packet[f"context{number:03d}"] = torch.empty(self.batch_size, rows, columns, layout.width)
-        return packet
 
 
 def merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -212,6 +212,7 @@ class Execution:
         replicas: how often the whole model is there, each with a part of every batch (``parallel``).
         buffers: batches that may be on their way at each end of a link between two processes.
         wire: how features travel between processes: ``same``, or ``bf16`` in half the bytes.
+        shard: share each module's weights, gradients and optimizer state out among its replicas (FSDP2).
         health_every: measure the modules' health after every so many epochs, and the last; 0 is never.
         health_reference: folder of an end-to-end run of the same model, for CKA with its features.
     """
@@ -230,6 +231,7 @@ class Execution:
     replicas: Positive = 1
     buffers: Positive = 2
     wire: Literal["same", "bf16"] = "same"
+    shard: bool = False
     health_every: Annotated[int, Field(ge=0, strict=True)] = 0
     health_reference: str | None = None
 

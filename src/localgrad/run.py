@@ -26,12 +26,13 @@ from localgrad.errors import CheckpointError, DeviceError, LocalgradError, Memor
 from localgrad.execution.sequential import out_of_memory
 from localgrad.execution.team import Team, was_restarted
 from localgrad.learner import end_to_end, estimate_step
-from localgrad.parallel import ParallelLearner, estimate_share
+from localgrad.parallel import ParallelLearner
 from localgrad.partition import Plan
 from localgrad.planning.memory import MemoryProfile
 from localgrad.plans.recipes import check_plan_fits, laid_over, plan_recipe, refuse_together, task_on
 from localgrad.plans.replanning import Replanner
 from localgrad.recipe import Recipe, difference
+from localgrad.share_memory import estimate_share
 from localgrad.together import team_of, together
 from localgrad.training.data import DataInfo, load_images_for_prediction
 from localgrad.training.events import JsonlSink, Replanned, RunEnded, RunStarted, Sink, TensorBoardSink

@@ -36,6 +36,8 @@ def team_of(recipe: Recipe) -> Iterator[Team | None]:
     if execution.parallel == "none" and alone:
         if execution.replicas > 1:
             raise ParallelError(f"--replicas {execution.replicas}: they need --parallel modules.")
+        if execution.shard:
+            raise ParallelError("--shard: it shares weights out among replicas; add --parallel modules --replicas 2.")
         yield None
         return
     store = meet()

@@ -23,7 +23,7 @@ from localgrad.reproduce.profiles import DATA, Profile
 REVISION = 1
 """To be raised by hand when code changes what a method means under the same recipe: all results are made anew."""
 
-_OF_MACHINES = ("device", "num_threads", "parallel", "replicas", "buffers", "wire")
+_OF_MACHINES = ("device", "num_threads", "parallel", "replicas", "buffers", "wire", "shard")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -209,8 +209,7 @@ class ParallelTrainer(Trainer):
         learner = self.learner
         own = {f"model.{name}": w for name, w in learner.own_weights(averaged=learner.averages).items()}
         for index in learner.own:
-            objective = learner.modules[index].objective.state_dict()
-            own |= {f"objectives.{index}.{name}": value for name, value in objective.items()}
+            own |= {f"objectives.{index}.{name}": value for name, value in learner.objective_weights(index).items()}
         said = self.team.to_speaker({name: value.cpu() for name, value in own.items()})
         if said is not None:
             save_weights(self.folder.best, {name: value for part in said for name, value in part.items()})
@@ -220,8 +219,9 @@ class ParallelTrainer(Trainer):
         """Each rank writes its part; rank 0 then makes them the checkpoint."""
         position, place = self.position, self.team.place.rank
         name = f"part-{position.epoch:04d}-{position.batch:06d}-{place}.pt"
+        state = self.learner.state_dict()
         if self.team.replica == 0:
-            self.folder.save_part(name, self.learner.state_dict())
+            self.folder.save_part(name, state)
         said = self.team.everyone((name, self._sums.state_dict()))
         if self.team.is_speaker:
             names = [part for part, _ in said[: self.team.num_ranks]]
@@ -282,6 +282,7 @@ def evaluate_together(learner: ParallelLearner, batches: Batches) -> tuple[float
         batches: evaluation batches, shared out among replicas.
     """
     learner.eval()
+    most = max(learner.team.everyone(len(batches)))
     learner.begin(len(batches))
     counts = {index: torch.zeros(2, dtype=torch.int64, device=learner.device) for index in learner.own}
     classified: set[int] = set()
@@ -294,6 +295,7 @@ def evaluate_together(learner: ParallelLearner, batches: Batches) -> tuple[float
             counts[index] += torch.stack([correct, torch.full_like(correct, len(targets))])
             classified.add(index)
     learner.links.finish()
+    learner.attend(most - len(batches))
     said = learner.team.everyone({index: counts[index].tolist() for index in classified})
     found: list[float | None] = [None] * len(learner.modules)
     for index in range(len(found)):

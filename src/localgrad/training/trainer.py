@@ -27,6 +27,7 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
 from localgrad.errors import CheckpointError, DivergenceError
+from localgrad.execution.sharding import rows_of
 from localgrad.learner import LocalLearner, load_weights
 from localgrad.objectives.base import LocalBatch
 from localgrad.training.data import Batches
@@ -451,7 +452,7 @@ class Trainer:
         """Refuse weights that the last update broke: no loss has shown it yet, and they would be saved."""
         for index in self.learner.own:
             module = self.learner.modules[index]
-            finite = torch.stack([torch.isfinite(parameter).all() for parameter in module.parameters()]).tolist()
+            finite = torch.stack([torch.isfinite(rows_of(weight)).all() for weight in module.parameters()]).tolist()
             if not all(finite):
                 name = next(name for (name, _), good in zip(module.named_parameters(), finite, strict=True) if not good)
                 terms = " and ".join(repr(term) for term in module.objective.terms)
