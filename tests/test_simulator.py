@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from localgrad.planning import shared_cores
 from localgrad.planning.simulator import (
     FREE,
     Cluster,
@@ -148,6 +149,154 @@ def test_the_slowest_rank_sets_the_speed_where_the_wire_is_fast(modules: list[Mo
     fill = sum(module.forward for module in modules)
     assert found.makespan <= 200 * slowest + fill + max(m.backward + m.update for m in modules) + 1e-6
     assert min(found.idle) < 0.2
+
+
+# Shared cores ----------------------------------------------------------------------------------------------------
+
+
+def test_local_modules_that_share_a_core_by_hand():
+    """Rank 0: F 0-1, then at half speed B U 1-5. Rank 1: at half speed F 1-3, B 3-4, U 4-5, and the rest of U 5-5.5."""
+    modules = [Module(forward=1, backward=1, update=1), Module(forward=1, backward=0.5, update=1)]
+    found = shared_cores.local_modules(modules, 1, [0, 0])
+    assert found.makespan == 5.5
+    assert found.idle == pytest.approx((1 - 3 / 5.5, 1 - 2.5 / 5.5))
+    long = shared_cores.local_modules(modules, 200, ["a", "a"])
+    assert long.makespan == pytest.approx(200 * 5.5)
+    assert long.steady_throughput == pytest.approx(1 / 5.5)
+
+
+def test_a_rank_that_waits_leaves_its_core_to_the_other():
+    """Rank 1 has a core: F 1-5, B 5-6, F 6-10, B 10-11. Ranks 0 and 2 share one.
+
+    Rank 0: F 0-1, B 1-3, F 3-4, B 4-7, at half speed from 5. Rank 2: F 5-7 at half speed, B 7-8, F 10-11, B 11-12.
+    """
+    modules = [Module(forward=1, backward=2), Module(forward=4, backward=1), Module(forward=1, backward=1)]
+    assert shared_cores.local_modules(modules, 2, [0, 1, 0]).makespan == 12
+    assert shared_cores.local_modules(modules, 1, [0, 1, 0]).makespan == 7
+
+
+def test_a_rank_that_is_held_back_works_later_and_slows_others_then():
+    """Rank 2 has work from 6 on, 12 s a batch. With one buffer, rank 0's third B waits for rank 1's first, until 11."""
+    modules = [Module(forward=1, backward=1), Module(forward=5, backward=5), Module(forward=2, backward=10)]
+    assert shared_cores.local_modules(modules, 3, [0, 1, 0], num_buffers=1).makespan == 6 + 3 * 12 + 1
+    assert shared_cores.local_modules(modules, 3, [0, 1, 0], num_buffers=2).makespan == 6 + 3 * 12
+
+
+def test_pipelines_that_share_a_core_by_hand():
+    """Two ranks on one core: what either does, the core is never idle, so a batch takes the sum of all work."""
+    modules = [Module(forward=2, backward=4, update=1), Module(forward=4, backward=2, update=3)]
+    for pipeline in (shared_cores.gpipe, shared_cores.one_forward_one_backward):
+        found = pipeline(modules, 5, [0, 0], microbatches=2)
+        assert found.makespan == pytest.approx(5 * 16)
+        assert found.period == pytest.approx(16)
+
+
+def test_four_stages_on_two_cores_by_hand():
+    """With one microbatch each stage waits for another, so that nothing but updates can be slowed down."""
+    modules = [Module(forward=1, backward=2)] * 4
+    found = shared_cores.one_forward_one_backward(modules, 3, [0, 0, 1, 1], microbatches=1)
+    assert (found.makespan, found.period) == (3 * 12, 12)
+    # Rank 3: B 4-6, U 6-8 at half speed. Rank 2: B 6-9, at half speed until 8. Rank 1: B 9-11, U 11-13 at half speed.
+    # Rank 0: B 11-14, U 14-15.
+    modules = [Module(forward=1, backward=2, update=1)] * 4
+    found = shared_cores.one_forward_one_backward(modules, 3, [0, 0, 1, 1], microbatches=1)
+    assert (found.makespan, found.period) == (3 * 15, 15)
+
+
+RANKS_ON_CORES = MODULES.flatmap(
+    lambda modules: st.tuples(
+        st.just(modules), st.lists(st.integers(0, 3), min_size=len(modules), max_size=len(modules)).map(sorted)
+    )
+)
+COUNTS = {"steps": st.integers(1, 12), "num_buffers": st.integers(1, 3), "microbatches": st.integers(1, 6)}
+
+
+def on_cores(
+    modules: list[Module], cores: list[int], steps: int, num_buffers: int, microbatches: int
+) -> dict[str, Outcome]:
+    return {
+        "local": shared_cores.local_modules(modules, steps, cores, num_buffers=num_buffers),
+        "gpipe": shared_cores.gpipe(modules, steps, cores, microbatches=microbatches),
+        "1f1b": shared_cores.one_forward_one_backward(modules, steps, cores, microbatches=microbatches),
+    }
+
+
+def on_own(modules: list[Module], steps: int, num_buffers: int, microbatches: int) -> dict[str, Outcome]:
+    return {
+        "local": local_modules(modules, steps, num_buffers=num_buffers),
+        "gpipe": gpipe(modules, steps, microbatches=microbatches),
+        "1f1b": one_forward_one_backward(modules, steps, microbatches=microbatches),
+    }
+
+
+@given(modules=MODULES, **COUNTS)
+def test_with_a_core_for_each_rank_it_is_the_exact_simulation(
+    modules: list[Module], steps: int, num_buffers: int, microbatches: int
+) -> None:
+    counts = {"num_buffers": num_buffers, "microbatches": microbatches}
+    found = on_cores(modules, list(range(len(modules))), steps, **counts)
+    for name, expected in on_own(modules, steps, **counts).items():
+        assert found[name].makespan == pytest.approx(expected.makespan)
+        assert found[name].idle == pytest.approx(expected.idle)
+        assert found[name].batches == expected.batches
+
+
+@settings(max_examples=30)
+@given(modules=MODULES, num_buffers=COUNTS["num_buffers"], microbatches=COUNTS["microbatches"])
+def test_with_a_core_for_each_rank_it_runs_as_evenly(
+    modules: list[Module], num_buffers: int, microbatches: int
+) -> None:
+    counts = {"num_buffers": num_buffers, "microbatches": microbatches}
+    found = on_cores(modules, list(range(len(modules))), 60, **counts)
+    for name, expected in on_own(modules, 60, **counts).items():
+        assert found[name].period == pytest.approx(expected.period)
+
+
+@given(ranks=RANKS_ON_CORES, **COUNTS)
+def test_shared_cores_are_between_all_work_on_one_core_and_what_each_must_do(
+    ranks: tuple[list[Module], list[int]], steps: int, num_buffers: int, microbatches: int
+) -> None:
+    modules, cores = ranks
+    counts = {"num_buffers": num_buffers, "microbatches": microbatches}
+    together = [
+        joined([module for module, its in zip(modules, cores, strict=True) if its == core])
+        for core in sorted(set(cores))
+    ]
+    # A core's ranks as one rank, which is never held up: it has done what they must before they can send anything. Not
+    # of 1F1B, whose order isn't the best for all times: more stages, so more microbatches ahead, may be quicker.
+    bounds = on_own(together, steps, steps, microbatches)
+    busiest = steps * max(one.seconds for one in together)
+    alone = on_own(modules, steps, **counts)
+    for name, found in on_cores(modules, cores, steps, **counts).items():
+        least = max(busiest, alone[name].makespan, bounds[name].makespan if name != "1f1b" else 0.0)
+        assert least * (1 - 1e-9) <= found.makespan <= steps * joined(modules).seconds * (1 + 1e-9)
+        assert all(0 <= idle <= 1 for idle in found.idle)
+
+
+@given(modules=MODULES, **COUNTS)
+def test_one_core_is_never_idle(modules: list[Module], steps: int, num_buffers: int, microbatches: int) -> None:
+    for found in on_cores(modules, [0] * len(modules), steps, num_buffers, microbatches).values():
+        assert found.makespan == pytest.approx(steps * joined(modules).seconds)
+
+
+@settings(max_examples=30)
+@given(ranks=RANKS_ON_CORES)
+def test_the_busiest_core_sets_the_speed_of_local_modules(ranks: tuple[list[Module], list[int]]) -> None:
+    modules, cores = ranks
+    works = [
+        sum(module.seconds for module, its in zip(modules, cores, strict=True) if its == core) for core in set(cores)
+    ]
+    found = shared_cores.local_modules(modules, 200, cores)
+    assert max(works) * (1 - 1e-9) <= found.period <= max(works) * 1.05  # while ranks still get ahead of each other
+
+
+def test_cores_are_named_for_each_rank():
+    with pytest.raises(ValueError, match=r"2 ranks need as many cores' names, got 1\."):
+        shared_cores.local_modules([Module(forward=1, backward=1)] * 2, 1, [0])
+    with pytest.raises(ValueError, match="microbatches must be at least 1"):
+        shared_cores.gpipe([Module(forward=1, backward=1)], 1, [0], microbatches=0)
+    with pytest.raises(ValueError, match="num_buffers must be at least 1"):
+        shared_cores.local_modules([Module(forward=1, backward=1)], 1, [0], num_buffers=0)
 
 
 # For any times ---------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ take exactly the batch's time, sends are never waited for, nothing is recomputed
 independent.
 
 What is not: what sending costs the processor, ranks whose times vary, loading of data, several all-reduces on one link.
+Ranks have a processor each; ``shared_cores.py`` has those that don't.
 
 Sources: GPipe, arXiv 1811.06965; 1F1B with a flush a batch, PipeDream-Flush, arXiv 2006.09503, section 2; ring
 all-reduce, Patarasuk and Yuan, J. Parallel Distrib. Comput. 69 (2009), section 3: 2 (n - 1) / n of the bytes.
@@ -183,7 +184,7 @@ def local_modules(
     Raises:
         ValueError: no modules, steps, replicas or buffers.
     """
-    _check(modules=len(modules), steps=steps, replicas=replicas, num_buffers=num_buffers)
+    check_counts(modules=len(modules), steps=steps, replicas=replicas, num_buffers=num_buffers)
     cluster = cluster or Cluster()
     last = len(modules) - 1
     links = [*cluster.links(len(modules)), FREE]
@@ -208,22 +209,14 @@ def local_modules(
             free[rank] = time + module.backward + after[rank]
             done[rank].append(free[rank])
         ends.append(free[last])
-    return _outcome(modules, ends, max(free), replicas)
+    return outcome_of(modules, ends, max(free), replicas)
 
 
 def one_forward_one_backward(
     modules: Sequence[Module], steps: int, cluster: Cluster | None = None, *, microbatches: int, replicas: int = 1
 ) -> Outcome:
     """A pipeline with one forward, one backward, flushed at each batch. Arguments as for ``gpipe``."""
-
-    def order(rank: int) -> list[tuple[str, int]]:
-        ahead = min(len(modules) - 1 - rank, microbatches)
-        tasks = [("forward", number) for number in range(ahead)]
-        for number in range(microbatches):
-            tasks += [("forward", number + ahead)] if number + ahead < microbatches else []
-            tasks.append(("backward", number))
-        return tasks
-
+    order = order_of_1f1b
     return _flushed(modules, steps, cluster or Cluster(), microbatches=microbatches, replicas=replicas, order=order)
 
 
@@ -242,11 +235,7 @@ def gpipe(
     Raises:
         ValueError: no modules, steps, microbatches or replicas.
     """
-
-    def order(_: int) -> list[tuple[str, int]]:
-        forward = [("forward", number) for number in range(microbatches)]
-        return forward + [("backward", number) for number in reversed(range(microbatches))]
-
+    order = order_of_gpipe
     return _flushed(modules, steps, cluster or Cluster(), microbatches=microbatches, replicas=replicas, order=order)
 
 
@@ -265,6 +254,28 @@ def data_parallel(model: Module, steps: int, cluster: Cluster | None = None, *, 
     return local_modules([model], steps, cluster, replicas=replicas)
 
 
+Pass = tuple[str, int]
+"""``forward`` or ``backward``, and the number of a microbatch."""
+Order = Callable[[int, int, int], list[Pass]]
+"""``order(rank, num_ranks, microbatches)``: the passes of a rank for one batch."""
+
+
+def order_of_1f1b(rank: int, num_ranks: int, microbatches: int) -> list[Pass]:
+    """One forward, one backward, once as many are ahead as there are ranks behind."""
+    ahead = min(num_ranks - 1 - rank, microbatches)
+    passes = [("forward", number) for number in range(ahead)]
+    for number in range(microbatches):
+        passes += [("forward", number + ahead)] if number + ahead < microbatches else []
+        passes.append(("backward", number))
+    return passes
+
+
+def order_of_gpipe(_rank: int, _num_ranks: int, microbatches: int) -> list[Pass]:
+    """All forward, then all backward, the last one first."""
+    forward = [("forward", number) for number in range(microbatches)]
+    return forward + [("backward", number) for number in reversed(range(microbatches))]
+
+
 def _flushed(
     modules: Sequence[Module],
     steps: int,
@@ -272,11 +283,11 @@ def _flushed(
     *,
     microbatches: int,
     replicas: int,
-    order: Callable[[int], list[tuple[str, int]]],
+    order: Order,
 ) -> Outcome:
     """Play a schedule of microbatches through, batch after batch; once batches repeat, the rest is known."""
-    _check(modules=len(modules), steps=steps, microbatches=microbatches, replicas=replicas)
-    orders = [order(rank) for rank in range(len(modules))]
+    check_counts(modules=len(modules), steps=steps, microbatches=microbatches, replicas=replicas)
+    orders = [order(rank, len(modules), microbatches) for rank in range(len(modules))]
     links = cluster.links(len(modules))
     after = [
         _exposed(cluster, module, module.backward / microbatches, replicas, len(modules)) + module.update
@@ -296,12 +307,12 @@ def _flushed(
             makespan = max(free) + rest * shifts[0]
             ends += [ends[-1] + number * shifts[0] for number in range(1, rest + 1)]
             break
-    return _outcome(modules, ends, makespan or max(free), replicas)
+    return outcome_of(modules, ends, makespan or max(free), replicas)
 
 
 def _one_batch(
     modules: Sequence[Module],
-    orders: Sequence[Sequence[tuple[str, int]]],
+    orders: Sequence[Sequence[Pass]],
     links: Sequence[Link],
     free: Sequence[float],
     microbatches: int,
@@ -341,15 +352,27 @@ def _exposed(cluster: Cluster, module: Module, backward: float, replicas: int, s
     return max(ring / module.num_blocks, ring - backward * (1 - 1 / module.num_blocks))
 
 
-def _outcome(modules: Sequence[Module], ends: Sequence[float], makespan: float, replicas: int) -> Outcome:
-    half = len(ends) // 2
-    period = (ends[-1] - ends[half]) / (len(ends) - 1 - half) if len(ends) - 1 > half else ends[-1] / len(ends)
+def outcome_of(modules: Sequence[Module], ends: Sequence[float], makespan: float, replicas: int = 1) -> Outcome:
+    """What was found, by when each batch was done."""
     busy = [module.seconds * len(ends) for module in modules]
     idle = tuple(max(0.0, 1 - seconds / makespan) if makespan else 0.0 for seconds in busy)
-    return Outcome(batches=len(ends) * replicas, makespan=makespan, idle=idle, period=period, replicas=replicas)
+    return Outcome(
+        batches=len(ends) * replicas, makespan=makespan, idle=idle, period=period_of(ends), replicas=replicas
+    )
 
 
-def _check(**counts: int) -> None:
+def period_of(ends: Sequence[float]) -> float:
+    """Seconds between the ends of two batches, in the second half of them."""
+    half = len(ends) // 2
+    return (ends[-1] - ends[half]) / (len(ends) - 1 - half) if len(ends) - 1 > half else ends[-1] / len(ends)
+
+
+def check_counts(**counts: int) -> None:
+    """Refuse counts below 1.
+
+    Raises:
+        ValueError: with the first such count's name.
+    """
     for name, count in counts.items():
         if count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}.")
