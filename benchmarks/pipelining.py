@@ -45,15 +45,15 @@ of a microbatch and without the optimizer. For local modules, it is of the whole
 updates, so that the slowest module is as fast as it can be. With --compare, all pipelines keep the boundaries that the
 first one found, and so do local and local-one.
 
-``--simulate`` holds ``localgrad.planning.simulator`` against this: images/s that it predicts for local, 1f1b and gpipe
-from seconds measured *alone* (each part in one process, local-one or stages-one of the same repeat), and from those
-measured *in the run* itself. The first tells whether the speed of R processes can be told from one; the second whether
-the schedule is understood, apart from what processes do to each other. Links are taken as free of cost. Where R
-processes share fewer cores, ``--pin`` is asked for: rank r is kept on core r x cores / R, and the ranks of a core are
-simulated as one rank whose part is theirs together. That is as good as it can get: a core with two ranks is never idle
-while one of them could work, changing between them costs nothing, and the pipelines have fewer stages to fill. So
-expect it to predict too much for R > cores; then only seconds measured alone are used, since those of a run count the
-time that the other rank of a core had.
+``--simulate`` holds localgrad's simulators (``planning/simulator.py``) against this: images/s that they predict for
+local, 1f1b and gpipe from seconds measured *alone* (each part in one process, local-one or stages-one of the same
+repeat), and from those measured *in the run* itself. The first tells whether the speed of R processes can be told from
+one; the second whether the schedule is understood, apart from what processes do to each other. Links are taken as free
+of cost. Where R processes share fewer cores, ``--pin`` is asked for: rank r is kept on core r x cores / R, and
+``planning/shared_cores.py`` lets ranks that could compute at the same moment on a core each run at an n-th of its
+speed. Changing between them costs nothing there, and work is no slower beside other work (memory, caches), so expect it
+to predict a little too much. For R > cores only seconds measured alone are used, since those of a run count the time
+that the other rank of a core had.
 
 What torch.distributed.pipelining (2.15) asks for, and what follows:
 
@@ -473,7 +473,7 @@ def check_simulated(options: argparse.Namespace, ranks: int) -> None:
     if not options.compare:
         raise RecipeError("--simulate: there is nothing to hold it against; add --compare local 1f1b.")
     if not simulator_is_here():
-        raise RecipeError("--simulate: this localgrad has no planning/simulator.py; leave it out.")
+        raise RecipeError("--simulate: this localgrad has no planning/shared_cores.py; leave it out.")
     if ranks > options.cores and not options.pin:
         raise RecipeError(
             f"--simulate: {ranks} processes share {options.cores} cores; add --pin, so that it is known how."

@@ -1,6 +1,7 @@
-"""What ``localgrad.planning.simulator`` says of the runs of ``pipelining.py``, beside what they measured. Pure.
+"""What localgrad's simulators say of the runs of ``pipelining.py``, beside what they measured. Pure.
 
-How processes that share cores are taken together, and what is left out, is told in pipelining.py.
+``planning/shared_cores.py`` is asked, which is ``planning/simulator.py`` where each process has a core of its own and
+links are free (``tests/test_simulator.py``). What is left out is told in pipelining.py.
 """
 
 from __future__ import annotations
@@ -8,9 +9,8 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from pipelining_report import Report
 
@@ -25,7 +25,7 @@ class Simulated:
     Attributes:
         method: what was simulated.
         ranks: its processes.
-        actors: what it was simulated with: ranks, or cores where ranks share them.
+        cores: that they have; fewer than processes where those share them.
         seconds: of the parts, where they were measured: ``alone`` or ``in the run``.
         predicted: images/s.
         measured: images/s.
@@ -35,7 +35,7 @@ class Simulated:
 
     method: str
     ranks: int
-    actors: int
+    cores: int
     seconds: str
     predicted: float
     measured: float
@@ -44,7 +44,7 @@ class Simulated:
 
 
 def simulator_is_here() -> bool:
-    return importlib.util.find_spec("localgrad.planning.simulator") is not None
+    return importlib.util.find_spec("localgrad.planning.shared_cores") is not None
 
 
 def simulated(reports: Sequence[Sequence[Report]], method: str) -> list[Simulated]:
@@ -75,7 +75,7 @@ def simulated(reports: Sequence[Sequence[Report]], method: str) -> list[Simulate
                 Simulated(
                     method=method,
                     ranks=one.ranks,
-                    actors=min(one.ranks, one.cores),
+                    cores=min(one.ranks, one.cores),
                     seconds=seconds,
                     predicted=statistics.median(predicted for predicted, _ in pairs),
                     measured=statistics.median(measured for _, measured in pairs),
@@ -88,35 +88,31 @@ def simulated(reports: Sequence[Sequence[Report]], method: str) -> list[Simulate
 
 def predict(report: Report, timed: Report) -> float:
     """Images/s of a run, from the seconds of its parts that one of the same boundaries measured."""
-    from localgrad.planning.simulator import Module, gpipe, joined, local_modules, one_forward_one_backward
+    from localgrad.planning.shared_cores import gpipe, local_modules, one_forward_one_backward
+    from localgrad.planning.simulator import Module, joined
 
-    parts = [part for share in timed.shares for part in share.parts]
-    modules: list[Any] = []
-    for counts in on_cores([len(share.parts) for share in report.shares], report):
-        own, parts = parts[: sum(counts)], parts[sum(counts) :]
-        modules.append(joined([Module(**asdict(part)) for part in own]))
+    parts = iter(Module(**asdict(part)) for share in timed.shares for part in share.parts)
+    modules = [joined(list(itertools.islice(parts, len(share.parts)))) for share in report.shares]
+    cores = cores_of(report)
     if report.method == "local":
-        outcome = local_modules(modules, STEPS)  # with as many buffers as the engine has
+        outcome = local_modules(modules, STEPS, cores)  # with as many buffers as the engine has
     else:
         schedule = {"1f1b": one_forward_one_backward, "gpipe": gpipe}[report.method]
-        outcome = schedule(modules, STEPS, microbatches=report.microbatches)
+        outcome = schedule(modules, STEPS, cores, microbatches=report.microbatches)
     throughput: float = outcome.steady_throughput
     return report.batch_size * throughput
 
 
-def on_cores(values: Sequence[int], report: Report) -> Iterable[list[int]]:
-    """Values of each rank, those together whose ranks share a core."""
-    if report.ranks <= report.cores:
-        return [[value] for value in values]
-    assert report.pinned, "ranks that share cores are kept on them"
-    ranks = itertools.groupby(range(report.ranks), lambda rank: rank * report.cores // report.ranks)
-    return [[values[rank] for rank in group] for _, group in ranks]
+def cores_of(report: Report) -> list[int]:
+    """Which core each rank is on."""
+    assert report.ranks <= report.cores or report.pinned, "ranks that share cores are kept on them"
+    return [rank * report.cores // report.ranks for rank in range(report.ranks)]
 
 
 def as_lines(found: Sequence[Simulated]) -> list[str]:
     lines = []
     for one in found:
-        sharing = "" if one.actors == one.ranks else f", as {one.actors} cores of {one.ranks / one.actors:g} ranks each"
+        sharing = "" if one.cores == one.ranks else f" on {one.cores} cores"
         low, high = (f"{100 * error:+.1f}" for error in one.error_range)
         lines.append(
             f"simulated {one.method}, {one.ranks} processes{sharing}, seconds measured {one.seconds}: "

@@ -355,7 +355,7 @@ def test_local_modules_are_held_to_the_same_in_one_process(pipelining: ModuleTyp
 
 
 def test_the_simulator_is_held_against_runs(pipelining: ModuleType) -> None:
-    pytest.importorskip("localgrad.planning.simulator")
+    pytest.importorskip("localgrad.planning.shared_cores")
     import pipelining_simulated
 
     ranks = [([2.0], [2.0])] * 4
@@ -368,10 +368,10 @@ def test_the_simulator_is_held_against_runs(pipelining: ModuleType) -> None:
     assert pipelining_simulated.predict(replace(local, cores=4), alone) == pytest.approx(8 / 2)
     assert pipelining_simulated.predict(local, alone) == pytest.approx(8 / 3)  # two a core: 1 + 2, 1.5 + 0.5
     (found,) = pipelining_simulated.simulated([[local, alone]], "local")
-    assert (found.actors, found.seconds, found.measured) == (2, "alone", 4.0)
+    assert (found.cores, found.seconds, found.measured) == (2, "alone", 4.0)
     assert found.error == pytest.approx(-1 / 3)
     (line,) = pipelining_simulated.as_lines([found])
-    assert "as 2 cores of 2 ranks each" in line
+    assert "4 processes on 2 cores, " in line
     two = report_of(pipelining, "1f1b", ([2.0], [2.0]), ([2.0], [2.0]))
     (found,) = pipelining_simulated.simulated([[two]], "1f1b")
     # Two stages of 2 s, four microbatches: one of them to fill the pipeline.
