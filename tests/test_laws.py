@@ -513,6 +513,7 @@ LAYERS = (
     ("planning",),
     ("learner",),
     ("parallel",),
+    ("share_memory",),
     ("training",),
     ("recipe",),
     ("build",),
