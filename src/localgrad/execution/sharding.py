@@ -94,6 +94,9 @@ def put(target: Tensor, value: Tensor) -> None:
 def put_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load an optimizer's whole state dict, of whose tensors it may have rows: those of its parameters' shape."""
     parameters = [weight for group in optimizer.param_groups for weight in group["params"]]
+    if not any(map(is_sharded, parameters)):
+        optimizer.load_state_dict(state)
+        return
     own = {
         number: {
             name: own_rows(value, parameters[number])
