@@ -95,12 +95,13 @@ class ParallelLearner(LocalLearner):
         if not by_rows:
             self._twins = self.team.twins
             return
-        if self.team.twins is None:
+        twins = self.team.twins_mesh
+        if twins is None:
             raise ParallelError("--shard: there is one replica only, and nobody to share with; add --replicas 2.")
         own = [self.modules[index] for index in self.own]
         self.skeleton = [copied.to("meta") for copied in copy.deepcopy(own)]
         for module in own:
-            shard(module, self.team.twins, self.device.type)
+            shard(module, twins)
         self.backbone.follow_parts()
 
     def _settle(self) -> None:

@@ -194,10 +194,10 @@ class _ShareStep:
         batch = LocalBatch(packet.get("images"), labels, None, packet.get("previous"))
         batch.context = tuple(tensor for name, tensor in packet.items() if name.startswith("context"))
         batch.gradient = packet.get("gradient")
-        trained = self.executor.train(packet["features"], batch, lambda _, features: self.sent.append(features))
+        result = self.executor.train(packet["features"], batch, lambda _, features: self.sent.append(features))
         if own.average is not None:
             own.average.update(own.parts, step=1)
-        return trained
+        return result
 
     def _step(self, index: int, module: LocalModule) -> LocalStep:
         module.train()

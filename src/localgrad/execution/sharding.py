@@ -18,21 +18,19 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T")
 
 
-def shard(module: nn.Module, twins: dist.ProcessGroup, device_type: str) -> None:
+def shard(module: nn.Module, twins: DeviceMesh) -> None:
     """Share a module's parameters out among the processes that have it alike.
 
     The weights stay whole between the forward and the backward pass: one is right behind the other.
     """
-    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = DeviceMesh.from_group(twins, device_type)
-    fully_shard(module, mesh=mesh, reshard_after_forward=False)
+    fully_shard(module, mesh=twins, reshard_after_forward=False)
 
 
 def release(module: nn.Module) -> None:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from localgrad.errors import ParallelError
 from localgrad.execution.pipeline import Neighbours
@@ -63,6 +63,7 @@ class Team:
         store: torch.distributed's key-value store, for what isn't tensors.
         control: all processes, over gloo.
         twins: the processes with the same modules; ``None`` with one replica.
+        twins_mesh: the same as a ``DeviceMesh``.
         twins_control: the same, over gloo.
         watch: what ends this process when another one is lost (``training.watch``); ``None`` in a loop of one's own.
     """
@@ -76,6 +77,7 @@ class Team:
     store: Any = field(repr=False)
     control: dist.ProcessGroup = field(repr=False)
     twins: dist.ProcessGroup | None = field(default=None, repr=False)
+    twins_mesh: DeviceMesh | None = field(default=None, repr=False)
     twins_control: dist.ProcessGroup | None = field(default=None, repr=False)
     watch: Any = field(default=None, repr=False)
 
@@ -133,6 +135,7 @@ class Team:
             store=store,
             control=_group(list(range(size)), "gloo"),
             twins=twins,
+            twins_mesh=None if twins is None else mesh["replica"],
             twins_control=twins_control,
         )
 
