@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from timm.data import Mixup
+from timm.optim import create_optimizer_v2
 from torch import Tensor
 
-from helpers import SIZE, adamw, make
+from helpers import SIZE, make
 from localgrad import (
     Contrastive,
     FeatureReconstruction,
@@ -47,6 +49,7 @@ class Scenario:
     wire: str = "same"
     num_buffers: int = 2
     shard: bool = False
+    optimizer: str = "adamw"
     model: dict[str, Any] = field(default_factory=dict)
 
 
@@ -91,7 +94,10 @@ SCENARIOS: dict[str, Scenario] = {
     "narrow wire": Scenario(kind="vit", modules=4, wire="bf16"),
 }
 
-BY_ROWS = ["still", "still parts", "halves", "norms", "large"]
+SCENARIOS |= {
+    name: Scenario(kind="vit", modules=2, drop_path=0.0, optimizer=name) for name in ("lamb", "lion", "nesterov")
+}
+BY_ROWS = ["still", "still parts", "halves", "norms", "large", "lamb", "lion", "nesterov"]
 """These once more, each replica with rows of the weights only."""
 MEASURED = ["large, rows"]
 SCENARIOS |= {f"{name}, rows": replace(SCENARIOS[name], shard=True) for name in BY_ROWS}
@@ -132,7 +138,7 @@ def train(scenario: Scenario, team: Team | None = None) -> tuple[Any, list[Any]]
     np.random.seed(3)  # mixup draws of it
     batches = data(mixes=scenario.mixes)
     learner = learner_of(scenario, team)
-    learner.configure_optimizers(adamw)
+    learner.configure_optimizers(partial(create_optimizer_v2, opt=scenario.optimizer, lr=1e-3, weight_decay=0.05))
     schedule = Schedule(
         learner.optimizers, name="cosine", epochs=2, batches_per_epoch=NUM_BATCHES, warmup_epochs=0.2, warmup_lr=1e-5,
         min_lr=1e-5, warmup_stagger=0.2, first=learner.own.start,
@@ -181,7 +187,7 @@ def main() -> None:
         learner, losses = train(SCENARIOS[name], team)
         weights = learner.whole_state_dict()
         sender = learner.links.sender
-        estimate = estimate_share(learner, BATCH_SIZE // team.num_replicas, adamw)
+        estimate = estimate_share(learner, BATCH_SIZE // team.num_replicas, learner.optimizer_factory)
         peaks = None
         if name in MEASURED:
             peaks = estimate.peak_bytes, measured_peak(learner, team)

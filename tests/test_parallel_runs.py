@@ -424,6 +424,11 @@ REFUSED: dict[str, tuple[int, list[str], str]] = {
     "replicas alone": (1, ["--replicas", "2"], "--replicas 2: they need --parallel modules"),
     "rows alone": (1, ["--shard"], "--shard: it shares weights out among replicas"),
     "rows of one": (2, [*PARALLEL, "--shard"], "add --replicas 2"),
+    "rows for an optimizer of matrices": (
+        2,
+        ["--modules", "1", *PARALLEL, "--replicas", "2", "--shard", "--set", "training.optimizer='muon'"],
+        "--shard: Muon isn't known",
+    ),
     "processes for what": (1, ["--num-processes", "2"], "--num-processes 2: say what they share"),
     "no processes": (1, ["--num-processes", "0", *PARALLEL], "--num-processes: 0"),
     "overlap": (2, [*PARALLEL, "--overlap", "1"], "--overlap"),

@@ -23,7 +23,7 @@ from localgrad.execution.local_module import LocalModule, site_of
 from localgrad.execution.local_step import LocalStep, autocast, check_precision
 from localgrad.execution.pipeline import Links, PipelineExecutor, ShareResult
 from localgrad.execution.schedule import NUM_BUFFERS, shares
-from localgrad.execution.sharding import Rows, exchange, gathered, put, release, shard, whole
+from localgrad.execution.sharding import Rows, check_optimizer, exchange, gathered, put, release, shard, whole
 from localgrad.execution.team import Team
 from localgrad.execution.wire import WIRES, Packet
 from localgrad.learner import Factories, LocalLearner, make_ema, no_optimizers
@@ -146,6 +146,9 @@ class ParallelLearner(LocalLearner):
         """Make one optimizer for each of the own modules. As for ``LocalLearner``; call it in every process."""
         self.optimizer_factory = factory
         steps = [self.local_step(index, factory) for index in self.own]
+        if self.skeleton is not None:
+            for step in steps:
+                check_optimizer(step.optimizer)
         self._seed(steps)
         uses = [module.objective.uses for module in self.modules]
         self._executor = self._pipeline = PipelineExecutor(steps, self.links, first=self.own.start, uses=uses)

@@ -17,10 +17,23 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from localgrad.errors import ParallelError
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.optim import Optimizer
 
 T = TypeVar("T")
+
+OPTIMIZERS = frozenset(
+    "AdaBelief Adadelta Adagrad Adam AdamW AdamWLegacy Adamax Adan Adopt LaProp Lamb Lars Lion MADGRAD NAdam NAdamLegacy "
+    "NAdamW RAdam RAdamLegacy RMSprop RMSpropTF SGD SGDW".split()
+)
+"""Classes of torch and timm that were seen to do with rows what they do with whole tensors (but for rounding).
+
+Others go on with a matrix as a whole (Muon, Kron), by its rows and columns (Adafactor), or with operations that DTensor
+doesn't know: they fail, hang, or compute something else.
+"""
 
 
 def shard(module: nn.Module, twins: DeviceMesh) -> None:
@@ -31,6 +44,18 @@ def shard(module: nn.Module, twins: DeviceMesh) -> None:
     from torch.distributed.fsdp import fully_shard
 
     fully_shard(module, mesh=twins, reshard_after_forward=False)
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    """Refuse an optimizer that isn't known to be right on rows.
+
+    Raises:
+        ParallelError: it isn't one of ``OPTIMIZERS``, or a cautious variant of one (2411.16085), which takes a mean.
+    """
+    name = type(optimizer).__name__
+    if name not in OPTIMIZERS or optimizer.defaults.get("caution"):
+        kind = f"a cautious {name}" if name in OPTIMIZERS else name
+        raise ParallelError(f"--shard: {kind} isn't known to work on rows of weights; take adamw, sgd, lion or lamb.")
 
 
 def release(module: nn.Module) -> None:
