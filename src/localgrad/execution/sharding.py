@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-OPTIMIZERS = frozenset(
-    "AdaBelief Adadelta Adagrad Adam AdamW AdamWLegacy Adamax Adan Adopt LaProp Lamb Lars Lion MADGRAD NAdam NAdamLegacy "
-    "NAdamW RAdam RAdamLegacy RMSprop RMSpropTF SGD SGDW".split()
+OPTIMIZERS = (
+    *("Adam", "AdamW", "AdamWLegacy", "Adamax", "NAdam", "NAdamLegacy", "NAdamW", "RAdam", "RAdamLegacy", "AdaBelief"),
+    *("Adadelta", "Adagrad", "Adan", "Adopt", "LaProp", "MADGRAD", "RMSprop", "RMSpropTF"),
+    *("SGD", "SGDW", "Lamb", "Lars", "Lion"),
 )
 """Classes of torch and timm that were seen to do with rows what they do with whole tensors (but for rounding).
 
