@@ -2,6 +2,7 @@
 
     python benchmarks/data_path.py                  # the processor, or the GPU where there is one
     python benchmarks/data_path.py --img-size 224 --batch-size 32
+    python benchmarks/data_path.py --profile cpu    # the small Swin of `localgrad reproduce --profile cpu`
 
 The same steps are timed on batches from the data path (random images in memory, cropped, flipped, resized, normalised,
 the preset `paper`'s RandAugment by option) and on one batch that lies there already, in turns; medians.
@@ -20,6 +21,7 @@ import torch
 
 from localgrad import FeatureReconstruction, LocalLearner
 from localgrad.objectives.base import LocalBatch
+from localgrad.reproduce.profiles import CPU
 from localgrad.training.augment import Augment
 from localgrad.training.data import Batches, DataInfo
 from localgrad.training.loading import InMemoryImages
@@ -36,11 +38,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--rand-augment", action="store_true")
+    parser.add_argument("--profile", choices=["cpu"])
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sizes = {"img_size": options.img_size, "patch_size": options.patch_size} if options.img_size != 224 else {}
-    window = {"window_size": 4} if sizes and "swin" in options.model else {}
-    model = timm.create_model(options.model, num_classes=100, **sizes, **window).to(device)
+    more = {"window_size": 4} if sizes and "swin" in options.model else {}
+    if options.profile is not None:
+        small = CPU.models["swin"]
+        options.model, options.img_size = small["model.name"], small["model.img_size"]
+        sizes = {"img_size": options.img_size, "patch_size": small["model.patch_size"]}
+        more = small["model.options"]
+    model = timm.create_model(options.model, num_classes=100, **sizes, **more).to(device)
     learner = LocalLearner(
         model,
         modules=options.modules,
@@ -70,8 +78,9 @@ def main() -> None:
     pairs = [(synthetic(), fed()) for _ in range(options.steps)]
     alone, whole = (statistics.median(times) for times in zip(*pairs, strict=True))
     ratios = sorted(one / other for one, other in pairs)
+    of = "" if options.profile is None else f" of profile {options.profile}"
     print(
-        f"{options.model}, {options.img_size} px, batch {options.batch_size}, {options.precision}, {device}: "
+        f"{options.model}{of}, {options.img_size} px, batch {options.batch_size}, {options.precision}, {device}: "
         f"{options.batch_size / alone:.0f} images/s on a batch that is there, {options.batch_size / whole:.0f} with "
         f"the data path; {100 * statistics.median(ratios):.1f} % of the speed ({100 * ratios[0]:.0f} to "
         f"{100 * ratios[-1]:.0f} over {options.steps} pairs)"
