@@ -66,7 +66,9 @@ def naive_transport(states: list[Tensor], tau: float) -> float:
     return total / (2 * tau)
 
 
-@pytest.mark.parametrize(("kind", "boundaries", "same_shape"), [("vit", [1, 2], [1, 1]), ("swin", [2, 4], [2, 1])])
+@pytest.mark.parametrize(
+    ("kind", "boundaries", "same_shape"), [("vit", [1, 2], [1, 1, 2]), ("swin", [2, 4], [2, 1, 2])]
+)
 def test_transport_is_the_mean_square_of_what_blocks_add(
     kind: str, boundaries: list[int], same_shape: list[int]
 ) -> None:
@@ -76,10 +78,14 @@ def test_transport_is_the_mean_square_of_what_blocks_add(
     found = walk(learner, images)
     result = learner.step(images, labels)
     for index, count in enumerate(same_shape):
-        states = found[index][1:] if index == 0 else found[index]  # the stem is no block
+        states = found[index][index == 0 : len(found[index]) - (index == 2)]  # the stem and the tail are no blocks
         assert sum(before.shape == after.shape for before, after in pairwise(states)) == count
         assert result.terms[index]["transport"].item() == pytest.approx(naive_transport(states, 0.7), rel=1e-4)
-    assert "transport" not in result.terms[-1]
+
+
+def test_one_module_is_trained_end_to_end_without_transport() -> None:
+    learner = learner_of(modules=1, objective=GreedySupervised(transport_tau=0.7))
+    assert learner.step(*a_batch()).terms[0].keys() == {"task"}
 
 
 def test_transport_reaches_the_blocks() -> None:
@@ -101,7 +107,7 @@ def test_transport_reaches_the_blocks() -> None:
 
 def test_tau_goes_with_depth() -> None:
     learner = learner_of(modules=4, objective=GreedySupervised(transport_tau=(1.0, 3.0)))
-    assert [term_of(module.objective, "transport").tau for module in learner.modules[:-1]] == [1.0, 2.0, 3.0]
+    assert [term_of(module.objective, "transport").tau for module in learner.modules] == [1.0, 2.0, 3.0, 3.0]
 
 
 # Reconstruction: targets, errors, masks --------------------------------------------------------------------------
@@ -316,7 +322,7 @@ def test_any_objective_takes_the_regularisers() -> None:
         result = learner_of(objective=kind(**more)).step(*a_batch())
         assert {"contrastive", "similarity", "transport"} <= result.terms[0].keys()
         assert "similarity" not in result.terms[1]  # its weight is 0 there
-        assert list(result.terms[2]) == ["task"]
+        assert list(result.terms[2]) == ["task", "transport"]
         expected = sum(value * (0.5 if name == "contrastive" else 1) for name, value in result.terms[0].items())
         torch.testing.assert_close(result.losses[0], expected)
 

@@ -26,13 +26,14 @@ from helpers import (
     train,
     walk,
 )
-from localgrad import GreedySupervised, Layout, LocalLearner
+from localgrad import FeatureReconstruction, GreedySupervised, Layout, LocalLearner
 from localgrad.auxiliary import NextClassifier, build_classifier
 from localgrad.errors import RecipeError
 from localgrad.execution import local_step
 from localgrad.execution.local_module import site_of
 from localgrad.execution.local_step import LocalStep, cosine_direction
 from localgrad.objectives.base import ContextSupply, LocalBatch
+from localgrad.objectives.methods import Objective
 
 SWIN: dict[str, Any] = {"depths": (2, 2, 1), "drop_path_rate": 0.0}  # timm gives a Swin 0.1
 
@@ -265,17 +266,26 @@ def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 def second_step(
-    weight: float, *, accumulation: int, kind: str, drop_path: float
+    weight: float,
+    *,
+    accumulation: int = 1,
+    kind: str = "vit",
+    drop_path: float = 0.0,
+    makes: type[Objective] = GreedySupervised,
+    precision: str = "double",
 ) -> tuple[LocalStep, LocalBatch, Tensor]:
-    """The step of a second module on its own, a batch with a gradient that it is to be like, and its inputs."""
-    objective = GreedySupervised(reconcile=weight)
+    """The step of a second module of three, a batch with a gradient that it is to be like, and its inputs."""
+    objective = makes(reconcile=weight)
     model = make(kind, drop_path_rate=drop_path)
-    learner = learner_of(model, [2], optimizer=sgd, objective=objective, accumulation=accumulation)
-    model.double()
-    inputs = walk(learner, batches(1)[0][0].double())[0][-1]
+    more = {} if precision == "double" else {"precision": precision}
+    learner = learner_of(model, [2, 3], optimizer=sgd, objective=objective, accumulation=accumulation, **more)
+    dtype = torch.double if precision == "double" else torch.float32
+    for module in learner.modules:
+        module.to(dtype)
+    inputs = walk(learner, batches(1)[0][0].to(dtype))[0][-1]
     generator = torch.Generator().manual_seed(2)
     batch = LocalBatch(None, torch.tensor([0, 3, 1, 4]))
-    batch.gradient = torch.randn(inputs.shape, generator=generator, dtype=torch.double)
+    batch.gradient = torch.randn(inputs.shape, generator=generator, dtype=dtype)
     learner.train()
     return learner.local_step(1, sgd), batch, inputs
 
@@ -296,7 +306,11 @@ def gradients_of(step: LocalStep, batch: LocalBatch, inputs: Tensor) -> dict[str
 
 
 def reference(step: LocalStep, batch: LocalBatch, inputs: Tensor, weight: float) -> dict[str, Tensor]:
-    """The same by autograd alone: the gradient of loss + weight * mean(1 - cosine), differentiated twice."""
+    """The same by autograd alone: the gradient of loss + weight * penalty, differentiated twice.
+
+    The penalty is 1 - cosine, a mean that weighs the images of a part by the length of their own
+    gradients.
+    """
     assert batch.gradient is not None
     torch.manual_seed(5)
     x = inputs.clone().requires_grad_()
@@ -304,9 +318,16 @@ def reference(step: LocalStep, batch: LocalBatch, inputs: Tensor, weight: float)
     with sdpa_kernel(SDPBackend.MATH):
         loss = step.module(x, batch).loss
         (own,) = torch.autograd.grad(loss, x, create_graph=True)
-        penalty = (1 - F.cosine_similarity(own.flatten(1), batch.gradient.flatten(1), dim=1)).mean()
+        halves = (tensor.chunk(step.accumulation) for tensor in (own, batch.gradient))
+        penalty = torch.stack([weighted_penalty(*half) for half in zip(*halves, strict=True)]).mean()
         found = torch.autograd.grad(loss + weight * penalty, list(weights.values()), allow_unused=True)
     return {name: gradient for name, gradient in zip(weights, found, strict=True) if gradient is not None}
+
+
+def weighted_penalty(own: Tensor, wanted: Tensor) -> Tensor:
+    lengths = own.detach().flatten(1).norm(dim=1)
+    away = 1 - F.cosine_similarity(own.flatten(1), wanted.flatten(1), dim=1)
+    return (away * lengths / lengths.sum()).sum()
 
 
 def flattened(gradients: dict[str, Tensor]) -> Tensor:
@@ -314,33 +335,72 @@ def flattened(gradients: dict[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("kind", "accumulation", "scale", "drop_path"),
-    [("vit", 1, 1.0, 0.0), ("vit", 1, 1.0, 0.3), ("swin", 1, 1.0, 0.0), ("vit", 2, 1.0, 0.0), ("vit", 1, 1024.0, 0.0)],
+    ("scale", "settings"),
+    [
+        (1.0, {}),
+        (1.0, {"drop_path": 0.3}),
+        (1.0, {"kind": "swin"}),
+        (1.0, {"accumulation": 2}),
+        (1024.0, {}),
+        (1.0, {"makes": FeatureReconstruction}),
+        (1.0, {"makes": FeatureReconstruction, "kind": "swin"}),
+    ],
 )
 def test_the_pull_is_the_second_derivative(
-    kind: str, accumulation: int, scale: float, drop_path: float, monkeypatch: pytest.MonkeyPatch
+    scale: float, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A central difference: right to 5 % of its length, and the error falls with the square of the step."""
-    made = partial(second_step, accumulation=accumulation, kind=kind, drop_path=drop_path)
+    """A central difference: right to 5 % of its length, and the error falls with the square of the step.
+
+    What is reconstructed is no function of the inputs: the derivative is taken with the target where it is.
+    """
+    made = partial(second_step, **settings)
     plain = flattened(reference(*made(0.5), 0.0))
     expected = flattened(reference(*made(0.5), 0.5)) - plain
     assert expected.norm() > 0.01 * plain.norm()
     errors = []
-    for length in (0.01, 0.001):
-        monkeypatch.setattr(local_step, "RELATIVE_STEP", length)
+    for length in (0.003, 0.001):
+        monkeypatch.setattr(local_step, "RELATIVE_STEP", {"fp32": length})
         given = made(0.5)
         given[0].scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale != 1)
         pull = flattened(gradients_of(*given)) - plain
         errors.append(((pull - expected).norm() / expected.norm()).item())
     assert errors[0] < 0.05
-    assert errors[1] < max(0.02 * errors[0], 1e-5)
+    assert errors[1] < max(0.15 * errors[0], 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["vit", "swin"])
+def test_the_pull_is_the_same_in_bf16(kind: str) -> None:
+    pulls = []
+    for precision in ("fp32", "bf16"):
+        plain, pulled = (
+            flattened(gradients_of(*second_step(weight, kind=kind, makes=FeatureReconstruction, precision=precision)))
+            for weight in (0.0, 0.5)
+        )
+        pulls.append(pulled - plain)
+    assert F.cosine_similarity(*pulls, dim=0) > 0.95
+    assert pulls[1].norm() == pytest.approx(pulls[0].norm().item(), rel=0.2)
+
+
+def test_a_reconciled_step_that_fails_leaves_its_inputs_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another attempt, in smaller parts, is made with them (``--on-oom replan``)."""
+    step, batch, inputs = second_step(0.5, precision="fp32")
+
+    def fail(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("no room")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(step, "_forward", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            step(inputs, batch)
+    assert not inputs.requires_grad
+    step.run_as(2)
+    step(inputs, batch)
 
 
 def test_the_direction_is_the_gradient_of_one_minus_cosine() -> None:
     torch.manual_seed(0)
     own, wanted = torch.randn(3, 5, 4, requires_grad=True), torch.randn(3, 5, 4)
-    penalty = (1 - F.cosine_similarity(own.flatten(1), wanted.flatten(1), dim=1)).mean()
-    (expected,) = torch.autograd.grad(penalty, own)
+    (expected,) = torch.autograd.grad(weighted_penalty(own, wanted), own)
     torch.testing.assert_close(cosine_direction(own.detach(), wanted), expected, rtol=1e-4, atol=1e-6)
 
 

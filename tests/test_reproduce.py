@@ -155,7 +155,7 @@ def test_cells_come_in_an_order_that_tells_most_first() -> None:
     cells = cells_of(TABLES["cifar10"], CPU)
     assert cells[0] == Cell("cifar10", "cifar10", END_TO_END, 1, 0, CPU.epochs)
     assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
-    local = len(METHODS) - len(BASELINES)
+    local = len(METHODS.keys() - BASELINES.keys())
     assert {cell.modules for cell in cells[1 : 1 + local]} == {4}
     assert {cell.method for cell in cells[: 2 + local]} == set(METHODS)
     assert len(set(cells)) == len(cells)
@@ -578,16 +578,34 @@ def test_a_ranking_goes_by_validation(here: Path) -> None:
     assert "validation" not in report.markdown(TABLES["cifar10"], SMOKE, [])
 
 
-def test_an_average_is_held_against_training_without_one(here: Path) -> None:
-    verb.fill(asked(table="ranking", methods="average,end-to-end,default", modules="4"), lambda _: None)
-    peaks = {"average": 45, "end-to-end": 60, "default": 30}
-    rows = [{**row, "peak_bytes": peaks[row["method"]]} for row in rows_of("ranking")]
+def test_an_average_is_held_against_end_to_end_training_with_one(here: Path) -> None:
+    verb.fill(
+        asked(table="ranking", methods="average,end-to-end,end-to-end-average,default", modules="4"), lambda _: None
+    )
+    accuracies = {"average": 0.71, "end-to-end": 0.6, "end-to-end-average": 0.7, "default": 0.62}
+    rows = [{**row, "test_accuracy": accuracies[row["method"]]} for row in rows_of("ranking")]
     text = report.markdown(TABLES["ranking"], SMOKE, rows)
-    assert "| average | 4 | 50.00 | 70.00 | 1 | −10.00 | 0.75 x |" in text  # noqa: RUF001
-    assert "| default | 4 | 50.00 | 70.00 | 1 | −10.00 | 0.50 x |" in text  # noqa: RUF001
-    assert "held against the end-to-end peak without one" in text
-    alone = report.markdown(TABLES["ranking"], SMOKE, [row for row in rows if row["method"] == "average"])
-    assert "baseline not run | 0.50 x |" in alone
+    assert "| average | 4 | 50.00 | 71.00 | 1 | +1.00 | 0.50 x |" in text
+    assert "| default | 4 | 50.00 | 62.00 | 1 | +2.00 | 0.50 x |" in text
+    assert "| end-to-end-average | 1 | 50.00 | 70.00 | 1 | +10.00 | 0.50 x |" in text
+    assert "is held against `end-to-end-average`" in text
+    alone = report.markdown(TABLES["ranking"], SMOKE, [row for row in rows if row["method"] != "end-to-end-average"])
+    assert "| average | 4 | 50.00 | 71.00 | 1 | baseline not run | 0.50 x |" in alone
+
+
+@pytest.mark.parametrize(("best", "is_marked"), [(37, True), (44, True), (45, False), (49, False), (None, False)])
+def test_a_best_epoch_before_a_remedy_began_is_marked(here: Path, best: int | None, *, is_marked: bool) -> None:
+    verb.fill(asked(table="ranking", methods="global-tail-10,default", modules="4", epochs="50"), lambda _: None)
+    text = report.markdown(TABLES["ranking"], SMOKE, [{**row, "best_epoch": best} for row in rows_of("ranking")])
+    assert ("| global-tail-10 ‡ |" in text) == is_marked
+    assert ("came before the method's own part" in text) == is_marked
+    assert "| default |" in text
+
+
+def test_a_gap_over_fewer_seeds_says_so(here: Path) -> None:
+    verb.fill(asked(methods="end-to-end", seeds="0"), lambda _: None)
+    verb.fill(asked(methods="greedy", seeds="0,1"), lambda _: None)
+    assert " (1 seed) | " in report.markdown(TABLES["cifar10"], SMOKE, rows_of())
 
 
 def test_kinds_of_devices_are_never_averaged(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

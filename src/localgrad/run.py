@@ -211,7 +211,8 @@ def evaluate_run(path: Path, *, part: str = "test", device: str | None = None) -
         device: by default the recipe's.
 
     Returns:
-        ``accuracy``, ``module_accuracy``, ``num_images``, ``part``.
+        ``accuracy``, ``module_accuracy`` (``None`` where a module has no classifier, or none for averaged weights),
+        ``num_images``, ``part``.
     """
     recipe = _on_device(read_recipe(path), device)
     job = build(recipe, has_weights=True)
@@ -221,7 +222,18 @@ def evaluate_run(path: Path, *, part: str = "test", device: str | None = None) -
     load_best_weights(job.learner, load_saved_weights(path / "checkpoints" / "best.safetensors"))
     gather(job.learner, job.device)
     accuracy, by_module = evaluate(job.learner, job.evaluation_batches(images))
+    by_module = _of_best(recipe, by_module)
     return {"part": part, "accuracy": accuracy, "module_accuracy": by_module, "num_images": len(images)}
+
+
+def _of_best(recipe: Recipe, by_module: list[float | None]) -> list[float | None]:
+    """Modules' accuracies with the best weights: where those are an average, only the last one's are any.
+
+    The classifiers of the others were trained on the features of the weights as they were, and not on the average's.
+    """
+    if recipe.method.training.ema_decay is None:
+        return by_module
+    return [None] * (len(by_module) - 1) + by_module[-1:]
 
 
 @dataclass(frozen=True)
@@ -566,7 +578,7 @@ def _finish(job: Job, trainer: Trainer, peaks: dict[str, Any]) -> dict[str, Any]
     position = trainer.position
     summary = {
         "test_accuracy": accuracy,
-        "test_module_accuracy": by_module,
+        "test_module_accuracy": _of_best(job.recipe, by_module),
         "num_test": job.data.info.num_test,
         "losses": position.last_losses,
         **measured,

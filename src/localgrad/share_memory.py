@@ -142,7 +142,13 @@ class _ShardedStep(LocalStep):
         self._forward = self._run
 
     def _once(
-        self, inputs: Tensor, batch: LocalBatch, share: float | Tensor, hand_on: HandOn | None = None
+        self,
+        inputs: Tensor,
+        batch: LocalBatch,
+        share: float | Tensor,
+        hand_on: HandOn | None = None,
+        *,
+        received: Tensor | None = None,
     ) -> LocalOutput:
         self._gathered: Tensor | None = torch.empty(sum(row.numel() for row in self._rows) * self._num_sharers)
         whole = [
@@ -150,7 +156,7 @@ class _ShardedStep(LocalStep):
             for shape, row in zip(self._shapes, self._rows, strict=True)
         ]
         _put(whole, self._places)
-        output = super()._once(inputs, batch, share, hand_on)
+        output = super()._once(inputs, batch, share, hand_on, received=received)
         gradients = [weight.grad for weight in whole if weight.grad is not None]
         for weight in whole:
             weight.grad = None
@@ -162,8 +168,8 @@ class _ShardedStep(LocalStep):
         del scattered
         return output
 
-    def _run(self, inputs: Tensor, batch: LocalBatch) -> LocalOutput:
-        output: LocalOutput = self.module(inputs, batch)
+    def _run(self, *given: Any) -> LocalOutput:
+        output: LocalOutput = self.module(*given)
         self._gathered = None
         return output
 

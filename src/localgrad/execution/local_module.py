@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localgrad._halves import find_pieces, whole_block
-from localgrad.backbone import Backbone, Layout, Stem, Tail
+from localgrad.backbone import Backbone, Layout, Stem
 from localgrad.execution.checkpointing import Part, Recomputed
 from localgrad.objectives.base import LocalBatch, LocalObjective, ObjectiveValue, Site
 from localgrad.objectives.methods import Objective
@@ -48,7 +48,7 @@ class Walk(NamedTuple):
     Attributes:
         outputs: what the last part gives.
         handed_on: what the next module receives: the same, or with overlap what entered the blocks that overlap.
-        states: what entered each block; empty unless asked for.
+        states: what entered each block, and the tail; empty unless asked for.
     """
 
     outputs: Tensor
@@ -97,14 +97,14 @@ class LocalModule(nn.Module):
 
         Args:
             inputs: what the module before handed on; the images for the first module.
-            with_states: list what entered each block.
+            with_states: list what entered each block, and the tail.
         """
         states = []
         handed_on = None
         for number, part in enumerate(self.parts):
             if number == len(self.parts) - self.given:
                 handed_on = inputs
-            if with_states and not isinstance(part, (Stem, Tail)):
+            if with_states and not isinstance(part, Stem):
                 states.append(inputs)
             run: Part = self.recomputed.get(number, part) if self.training else part
             inputs = run(inputs)
@@ -127,12 +127,13 @@ class LocalModule(nn.Module):
                 inputs = run(inputs)
         return inputs
 
-    def forward(self, inputs: Tensor, batch: LocalBatch) -> LocalOutput:
+    def forward(self, inputs: Tensor, batch: LocalBatch, received: Tensor | None = None) -> LocalOutput:
         """Compute features and loss.
 
         Args:
             inputs: what the module before handed on; the images [B, C, H, W] for the first one.
             batch: images and labels.
+            received: what the objective compares with in place of ``inputs``, where those were moved.
 
         Returns:
             Detached features, the loss with its graph, and detached figures.
@@ -141,7 +142,8 @@ class LocalModule(nn.Module):
         outputs, handed_on, states = self.walk(entered, with_states="states" in self.objective.uses)
         if self.keeps_gradient and outputs.requires_grad:
             outputs.register_hook(self._keep)  # type: ignore[no-untyped-call]
-        value: ObjectiveValue = self.objective(inputs, outputs, batch, states)
+        target = (inputs if received is None else received).detach()
+        value: ObjectiveValue = self.objective(target, outputs, batch, states)
         return LocalOutput(
             features=handed_on.detach(),
             loss=value.loss,

@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Autocast dtype by the name that recipes use."""
 HandOn = Callable[[Tensor], None]
-RELATIVE_STEP = 0.01
-"""Length of the step of a finite difference, as a share of the length of what it is taken at."""
+RELATIVE_STEP = {"fp32": 0.003, "bf16": 0.02, "fp16": 0.01}
+"""Length of the step of a finite difference, as a share of the length of what it is taken at: above the rounding of
+features in that precision."""
 
 
 class LocalStep:
@@ -124,10 +125,17 @@ class LocalStep:
         return self._once(inputs, batch, share, hand_on)
 
     def _once(
-        self, inputs: Tensor, batch: LocalBatch, share: float | Tensor, hand_on: HandOn | None = None
+        self,
+        inputs: Tensor,
+        batch: LocalBatch,
+        share: float | Tensor,
+        hand_on: HandOn | None = None,
+        *,
+        received: Tensor | None = None,
     ) -> LocalOutput:
+        more = () if received is None else (received,)
         with autocast(self.device_type, self.precision):
-            output = self._forward(inputs, batch)
+            output = self._forward(inputs, batch, *more)
         if hand_on is not None:
             hand_on(output.features)
         loss = output.loss if isinstance(share, float) and share == 1.0 else output.loss * share
@@ -142,22 +150,23 @@ class LocalStep:
 
         SGR penalises the distance of the gradient g at this module's input from the one at the output of the module
         before, which needs the gradient of a gradient, and fused attention has none. Here the penalty is
-        1 - cosine of the two, image by image. Its gradient by the parameters is that of g . u, with u the penalty's
-        gradient by g, and so a derivative along u: a central difference of two more passes.
+        1 - cosine of the two, a mean over images (of a part) that weighs each by the length of its g. Its gradient by
+        the parameters is that of g . u, with u the penalty's gradient by g, and so a derivative along u: a central
+        difference of two more passes, in which what the objective compares with stays where it was.
         """
         random_state = _random_state(self.device)
-        inputs.requires_grad_()
-        output = self._once(inputs, batch, share, hand_on)
+        entered = inputs.detach().requires_grad_()
+        output = self._once(entered, batch, share, hand_on)
         after = _random_state(self.device)
-        own, inputs.grad = inputs.grad, None
-        inputs.requires_grad_(False)  # noqa: FBT003  # torch's own signature
-        assert own is not None, "the loss depends on the inputs"
-        along = cosine_direction(own.float() / (share * self.scaler.get_scale()), wanted)
-        step = RELATIVE_STEP * inputs.float().norm() / along.norm().clamp(min=1e-12)
+        assert entered.grad is not None, "the loss depends on the inputs"
+        scale = self.scaler.scale(torch.full((), share, device=self.device))  # a tensor: nobody waits for its value
+        along = cosine_direction(entered.grad.float() / scale, wanted)
+        step = RELATIVE_STEP[self.precision] * inputs.float().norm() / along.norm().clamp(min=1e-12)
         weight = share * self.module.objective.reconcile / (2 * step)
+        del entered
         for sign in (1.0, -1.0):
             _set_random_state(self.device, random_state)  # the same draws of dropout and drop path
-            self._once(inputs + (sign * step * along).to(inputs.dtype), batch, sign * weight)
+            self._once(inputs + (sign * step * along).to(inputs.dtype), batch, sign * weight, received=inputs)
         _set_random_state(self.device, after)
         return output
 
@@ -287,11 +296,15 @@ def _merge(outputs: Sequence[LocalOutput], shares: Sequence[float]) -> LocalOutp
 
 
 def cosine_direction(own: Tensor, wanted: Tensor) -> Tensor:
-    """The gradient of ``mean over images of (1 - cosine(own, wanted))`` by ``own``; both [B, ...]."""
+    """The gradient of ``sum over images of w (1 - cosine(own, wanted))`` by ``own``; both [B, ...].
+
+    Images weigh by the lengths of their own gradients, ``w = |own| / sum of |own|``, taken as constants. With equal
+    weights the direction would be longest where the gradient is shortest: for images that have nothing more to teach.
+    """
     g, d = own.flatten(1).float(), wanted.flatten(1).float()
     g_norm, d_norm = g.norm(dim=1, keepdim=True).clamp(min=1e-12), d.norm(dim=1, keepdim=True).clamp(min=1e-12)
     cosine = (g * d).sum(dim=1, keepdim=True) / (g_norm * d_norm)
-    along: Tensor = (cosine * g / g_norm - d / d_norm) / (g_norm * len(g))
+    along: Tensor = (cosine * g / g_norm - d / d_norm) / g_norm.sum()
     return along.view_as(own).to(own.dtype)
 
 

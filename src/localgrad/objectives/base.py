@@ -127,7 +127,8 @@ class Term(nn.Module, ABC):
             inputs: what the module received, detached; the image for the first module.
             outputs: what its last block gave (the model's logits for the last module).
             batch: image and labels, and what else the term uses.
-            states: what entered each of the module's blocks, with its graph; empty unless the term uses it.
+            states: what entered each of the module's blocks, and the model's tail, with its graph; empty unless the
+                term uses it.
 
         Returns:
             A scalar loss, in float32, and logits where there are any.

@@ -10,7 +10,8 @@ objective                 terms of every local module but the last       source
 ========================= ============================================== ===========================
 
 Whatever the objective, the last local module is trained on the task loss of the model's own tail: it is what
-end-to-end training would do with those blocks, and with one local module the whole is end-to-end training.
+end-to-end training would do with those blocks, and with one local module the whole is end-to-end training. With more of
+them, a transport penalty goes to the last one, too.
 
 The copies of arXiv 2212.14215 that can be had don't tell its loss weights; those here are ours.
 """
@@ -21,7 +22,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -92,8 +93,7 @@ class Objective(ABC):
             raise RecipeError(f"reconcile is {reconcile} in local module {site.index}; it can't be negative.")
         context = ContextSupply(site, self.context) if self.context and site.index else None
         if site.is_last:
-            task = TaskLoss(nn.Identity(), self.label_smoothing)
-            return LocalObjective({"task": task}, {"task": 1.0}, context=context, reconcile=reconcile)
+            return self._of_last(site, context, reconcile)
         described = self.terms(site) | self._regularisers(site)
         weighted = {name: (_at(site, name, weight), term) for name, (weight, term) in described.items()}
         for name, (weight, _) in weighted.items():
@@ -116,6 +116,15 @@ class Objective(ABC):
             over_time=self.over_time,
             context=context,
             reconcile=reconcile,
+        )
+
+    def _of_last(self, site: Site, context: ContextSupply | None, reconcile: float) -> LocalObjective:
+        terms: dict[str, Term] = {"task": TaskLoss(nn.Identity(), self.label_smoothing)}
+        if site.index and self.transport_tau is not None:
+            terms["transport"] = self._transport(site)
+        over_time = {name: ends for name, ends in self.over_time.items() if name == "transport"}
+        return LocalObjective(
+            terms, dict.fromkeys(terms, 1.0), over_time=over_time, context=context, reconcile=reconcile
         )
 
     def _check(self) -> None:
@@ -143,13 +152,14 @@ class Objective(ABC):
         if _is_on(self.similarity_weight):
             found["similarity"] = self.similarity_weight, SimilarityMatching(site.outputs, site.num_classes)
         if self.transport_tau is not None:
-            tau = _at(site, "transport_tau", self.transport_tau)
-            if not tau > 0:
-                raise RecipeError(
-                    f"transport_tau must be above 0, got {self.transport_tau}; leave it out for no penalty."
-                )
-            found["transport"] = 1.0, Transport(tau)
+            found["transport"] = 1.0, self._transport(site)
         return found
+
+    def _transport(self, site: Site) -> Transport:
+        tau = _at(site, "transport_tau", cast(Weight, self.transport_tau))
+        if not tau > 0:
+            raise RecipeError(f"transport_tau must be above 0, got {self.transport_tau}; leave it out for no penalty.")
+        return Transport(tau)
 
 
 @dataclass(frozen=True, kw_only=True)

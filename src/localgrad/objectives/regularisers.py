@@ -18,8 +18,8 @@ class Transport(Term):
 
     ``sum over blocks of mean((what the block gives - what it received) ** 2) / (2 tau)``. A block is a residual map as
     a whole, so what its branches add is the difference of its output and input; blocks that change the shape (where a
-    Swin stage begins) don't count. The paper's squared norm is a sum over positions and channels; this is their mean,
-    so that one tau serves every resolution.
+    Swin stage begins) don't count, and neither does the tail. The paper's squared norm is a sum over positions and
+    channels; this is their mean, so that one tau serves every resolution.
 
     Args:
         tau: the larger, the freer.

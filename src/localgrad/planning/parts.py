@@ -568,7 +568,7 @@ def _measure_heads(
                 numbers[key] = len(heads)
                 begin = max(0, start - overlap)
                 around = likes[0], likes[begin + 1 if start else 0], outputs
-                states = likes[begin + 1 : stop + 1]
+                states = likes[begin + 1 : stop + 1 + last]  # with the tail's
                 heads.append(_measure_head(shop, built, optimizer, site, likes=around, states_like=states))
             row.append(numbers[key])
         head_of.append(row)

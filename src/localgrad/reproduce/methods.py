@@ -12,20 +12,25 @@ from typing import Any
 Overlay = dict[str, Any]
 
 END_TO_END, DEFAULT = "end-to-end", "default"
+AVERAGED = "end-to-end-average"
 
 
 def _local(objective: str, **options: Any) -> Overlay:
     return {"local.objective": objective, "local.options": options}
 
 
+_AVERAGE: Overlay = {"training.ema_decay": 0.998}
+
 BASELINES: dict[str, Overlay] = {
     END_TO_END: {**_local("greedy"), "local.modules": 1},
     "end-to-end-checkpointed": {**_local("greedy"), "local.modules": 1, "execution.checkpoint": "blocks"},
+    AVERAGED: {**_local("greedy"), "local.modules": 1, **_AVERAGE},
 }
-"""One module, whatever K. Recomputation doesn't change results: the second one is there for its memory and its time."""
+"""One module, whatever K. Recomputation doesn't change results: the second one is there for its memory and its time.
+What keeps an average of the weights is held against the third one."""
 
 METHODS: dict[str, Overlay] = {
-    **BASELINES,
+    **{name: changes for name, changes in BASELINES.items() if name != AVERAGED},
     # InfoPro on transformers: the image is reconstructed.
     "image": _local("image", decoder="linear", classifier="linear"),
     # arXiv 2212.14215; the three decoders are ours, as the paper's aren't told.
@@ -41,11 +46,12 @@ METHODS: dict[str, Overlay] = {
 """The methods of the published tables."""
 
 
-def _remedy(classifier: str = "transformer", **options: Any) -> Overlay:
-    return _local("feature", decoder="linear", classifier=classifier, **options)
+def _remedy(classifier: str = "transformer", decoder: str = "linear", **options: Any) -> Overlay:
+    return _local("feature", decoder=decoder, classifier=classifier, **options)
 
 
 REMEDIES: dict[str, Overlay] = {
+    AVERAGED: BASELINES[AVERAGED],
     # The auxiliary classifier.
     "classifier-mlp": _remedy("mlp"),
     "classifier-transformer": _remedy(),
@@ -57,21 +63,20 @@ REMEDIES: dict[str, Overlay] = {
     "reconstruct-blocks": _remedy(reconstruct="blocks"),
     "reconstruct-previous": _remedy(reconstruct="previous"),
     "reconstruct-cosine": _remedy(reconstruction_error="cosine"),
-    "reconstruct-masked": {
-        "local.objective": "feature",
-        "local.options": {"decoder": "conv", "classifier": "transformer", "mask": 0.6},
-    },
+    # A decoder has to mix positions to fill in hidden ones: these two are to be held against one another.
+    "reconstruct-conv": _remedy(decoder="conv"),
+    "reconstruct-masked": _remedy(decoder="conv", mask=0.6),
     "reconstruct-fading": _remedy(over_time={"reconstruction": [1.0, 0.0]}),
     # Other terms.
     "transport": _remedy(transport_tau=1.0),
     "contrastive": _remedy(contrastive_weight=0.5),
     "similarity": _remedy(similarity_weight=1.0),
-    "average": {**_remedy(), "training.ema_decay": 0.998},  # alone, as `teacher` is evaluated on one too
-    "teacher": {**_remedy(teacher_share=0.5), "training.ema_decay": 0.998},
+    "average": {**_remedy(), **_AVERAGE},  # alone, as `teacher` is evaluated on one too
+    "teacher": {**_remedy(teacher_share=0.5), **_AVERAGE},
     # Between modules.
     "context": _remedy(context=0.5),
     "overlap-1": {**_remedy(), "local.overlap": 1},
-    "reconcile": _remedy(reconcile=0.5),
+    "reconcile": _remedy(reconcile=0.1),  # at 0.5 the pull is up to seven times as long as the loss's own gradient
     # End-to-end steps, recomputing.
     "global-every-8": {**_remedy(), "training.global_every": 8},
     "global-tail-10": {**_remedy(), "training.global_tail": 0.1},
@@ -87,6 +92,12 @@ REMEDIES: dict[str, Overlay] = {
 def overlay_of(method: str) -> Overlay:
     """What a method or remedy changes in a recipe."""
     return {**METHODS, **REMEDIES}[method]
+
+
+def begins_at(method: str) -> float:
+    """The share of the training after which a remedy begins to act; before, the run is that of `default`."""
+    changes = overlay_of(method)
+    return float(changes.get("training.freeze_from", 1.0 - changes.get("training.global_tail", 1.0)))
 
 
 def keeps_average(method: str) -> bool:

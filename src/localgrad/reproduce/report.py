@@ -13,6 +13,7 @@ Results whose recipe has changed since are left out, and counted.
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from collections.abc import Iterable, Sequence
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from localgrad.errors import RecipeError, did_you_mean
-from localgrad.reproduce.methods import DEFAULT, END_TO_END, keeps_average
+from localgrad.reproduce.methods import AVERAGED, BASELINES, DEFAULT, END_TO_END, begins_at, keeps_average
 from localgrad.reproduce.profiles import PROFILES, Profile
 from localgrad.reproduce.published import Published, published_for
 from localgrad.reproduce.results import Row, device_kind, identity, identity_of, load_rows, path_of
@@ -31,6 +32,7 @@ from localgrad.units import format_bytes
 DOCS = Path("docs/accuracy.md")
 NOT_RUN = "not run"
 DAGGER = "†"
+DOUBLE_DAGGER = "‡"
 _MARKED = re.compile(r"(<!-- table: (\S+) (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -60,9 +62,10 @@ class Group:
         return any("+" in row["commit"] for row in self.rows)
 
     @property
-    def peak_bytes(self) -> float:
-        """Mean estimated peak."""
-        return statistics.fmean(row["peak_bytes"] for row in self.rows)
+    def is_of_before(self) -> bool:
+        """Whether the best epoch of a run was over before what the method adds began to act."""
+        first = math.ceil(begins_at(self.method) * self.epochs)
+        return any(row["best_epoch"] is not None and row["best_epoch"] < first for row in self.rows)
 
 
 def rewrite(docs: Path, results: Path) -> bool:
@@ -211,7 +214,8 @@ def _table(table: Table, profile: Profile, rows: Sequence[Row]) -> str:
     head += ["published, other settings"] if any(published.values()) else []
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for group, modules in _merged(groups, [group for group in groups if published[id(group)]]):
-        name = f"{group.method} {DAGGER}" if group.is_of_changed_code else group.method
+        marks = DAGGER * group.is_of_changed_code + DOUBLE_DAGGER * group.is_of_before
+        name = f"{group.method} {marks}".strip()
         cells = [*([group.data] if several_data else []), name, modules]
         cells += [str(group.epochs)] if several_epochs else []
         cells += [_spread(group.validation) if group.validation else ""] if table.is_ranked else []
@@ -221,13 +225,18 @@ def _table(table: Table, profile: Profile, rows: Sequence[Row]) -> str:
     notes = [f"[{number}] {source}." for number, source in enumerate(sources, 1)]
     if any(group.is_of_changed_code for group in groups):
         notes.append(f"{DAGGER} Run by code with changes that no commit holds.")
+    if any(group.is_of_before for group in groups):
+        notes.append(
+            f"{DOUBLE_DAGGER} A best epoch by validation came before the method's own part began: up to there it is "
+            f"a run of `{DEFAULT}`."
+        )
     if table.is_ranked:
         notes.append(
             f"The order, and the choice of `{DEFAULT}`, go by validation accuracy; test accuracy is read once and "
             "decides nothing."
         )
-    if any(group.rows and keeps_average(group.method) and _baseline(group, groups) for group in groups):
-        notes.append("What keeps an average of the weights is held against the end-to-end peak without one.")
+    if any(group.rows and keeps_average(group.method) for group in groups):
+        notes.append(f"What keeps an average of the weights is held against `{AVERAGED}`.")
     return "\n".join([*lines, *(["", " ".join(notes)] if notes else [])])
 
 
@@ -259,8 +268,9 @@ def _merged(groups: Sequence[Group], alone: Sequence[Group]) -> list[tuple[Group
 
 
 def _baseline(group: Group, groups: Sequence[Group]) -> Group | None:
-    """The end-to-end runs of the same images and epochs, if there are any."""
-    same = (group.data, END_TO_END, group.epochs)
+    """The end-to-end runs of the same images and epochs (and with an average, if that is kept), if there are any."""
+    is_averaged = keeps_average(group.method) and group.method not in BASELINES
+    same = (group.data, AVERAGED if is_averaged else END_TO_END, group.epochs)
     return next((other for other in groups if other.rows and (other.data, other.method, other.epochs) == same), None)
 
 
@@ -273,9 +283,9 @@ def _figures(group: Group, baseline: Group | None) -> list[str]:
     theirs = {row["seed"]: 100 * row["test_accuracy"] for row in baseline.rows} if baseline else {}
     gaps = [own[seed] - theirs[seed] for seed in own if seed in theirs]
     gap = f"baseline {NOT_RUN}" if not gaps else _spread(gaps, sign="+")
+    if gaps and len(gaps) < len(rows):
+        gap += f" ({len(gaps)} seeds)" if len(gaps) > 1 else " (1 seed)"
     ratio = statistics.fmean(row["peak_ratio"] for row in rows)
-    if baseline and keeps_average(group.method):  # its own reckoning gives end-to-end training an average, too
-        ratio = group.peak_bytes / baseline.peak_bytes
     return [
         _spread(list(own.values())),
         str(len(rows)),
