@@ -53,6 +53,7 @@ OBJECTIVES: dict[str, Objective] = {
     "image": ImageReconstruction(),
     "greedy": GreedySupervised(),
     "contrastive": Contrastive(),
+    "transport": GreedySupervised(transport_tau=1.0),
 }
 WAYS = ["none", "blocks", "halves", "halves/2", "halves/4", "halves/4:2", "blocks:1"]
 
@@ -77,10 +78,12 @@ CASES = [
     ("swin", "contrastive", "momentum", Settings(batch_size=16, device="cuda")),
     ("vit", "linear", "adamw", Settings(batch_size=16, precision="bf16", device="cuda")),
     ("resnet", "conv", "adamw", Settings(batch_size=6, device="cuda")),
+    ("swin", "transport", "adamw", Settings(batch_size=16, precision="bf16")),
+    ("vit", "transport", "momentum", Settings(batch_size=16)),
 ]
 
 
-QUICK = (1, 2, 4, 9)
+QUICK = (1, 2, 4, 9, 11)
 TOO_HIGH = pytest.mark.xfail(strict=True, reason="known: 9.7 % above, with three parts of a batch")
 NUMBERS = [
     n if n in QUICK else pytest.param(n, marks=[pytest.mark.heavy, TOO_HIGH] if n == 3 else pytest.mark.heavy)
