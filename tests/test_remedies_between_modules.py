@@ -316,7 +316,7 @@ def reference(step: LocalStep, batch: LocalBatch, inputs: Tensor, weight: float)
     x = inputs.clone().requires_grad_()
     weights = dict(step.module.named_parameters())
     with sdpa_kernel(SDPBackend.MATH):
-        loss = step.module(x, batch).loss
+        loss = step.module(x, batch, inputs).loss
         (own,) = torch.autograd.grad(loss, x, create_graph=True)
         halves = (tensor.chunk(step.accumulation) for tensor in (own, batch.gradient))
         penalty = torch.stack([weighted_penalty(*half) for half in zip(*halves, strict=True)]).mean()

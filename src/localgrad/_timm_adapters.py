@@ -44,6 +44,13 @@ TRUNK_NAMES = (
 """Where timm models keep their blocks, or groups of blocks."""
 
 
+def with_plain_attention(block: nn.Module) -> nn.Module:
+    """Let a block of timm's vision transformer compute attention from its scores, and not by the fused operator."""
+    attention: Any = block.attn
+    attention.fused_attn = False
+    return block
+
+
 def rearrange(features: Tensor, source: Kind, target: Kind, grid: tuple[int, int], *, dense: bool) -> Tensor:
     """Move features from one layout to another: the same values, and the same strides that timm gives them.
 

@@ -142,7 +142,7 @@ class LocalModule(nn.Module):
         outputs, handed_on, states = self.walk(entered, with_states="states" in self.objective.uses)
         if self.keeps_gradient and outputs.requires_grad:
             outputs.register_hook(self._keep)  # type: ignore[no-untyped-call]
-        target = (inputs if received is None else received).detach()
+        target = inputs if received is None else received
         value: ObjectiveValue = self.objective(target, outputs, batch, states)
         return LocalOutput(
             features=handed_on.detach(),

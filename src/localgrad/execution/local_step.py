@@ -155,8 +155,8 @@ class LocalStep:
         difference of two more passes, in which what the objective compares with stays where it was.
         """
         random_state = _random_state(self.device)
-        entered = inputs.detach().requires_grad_()
-        output = self._once(entered, batch, share, hand_on)
+        entered = inputs.view_as(inputs).requires_grad_()  # a leaf over the same numbers: they came without a graph
+        output = self._once(entered, batch, share, hand_on, received=inputs)
         after = _random_state(self.device)
         assert entered.grad is not None, "the loss depends on the inputs"
         scale = self.scaler.scale(torch.full((), share, device=self.device))  # a tensor: nobody waits for its value
