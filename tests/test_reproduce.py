@@ -159,7 +159,9 @@ def test_cells_come_in_an_order_that_tells_most_first() -> None:
     assert {cell.modules for cell in cells[1 : 1 + local]} == {4}
     assert {cell.method for cell in cells[: 2 + local]} == set(METHODS)
     assert len(set(cells)) == len(cells)
-    assert {cell.modules for cell in cells} == {1, 2, 4, 6}, "the small model has no twelve blocks"
+    assert {cell.modules for cell in cells} == {1, 2, 4, 6, 12}
+    vit = cells_of(TABLES["vit"], CPU)
+    assert {cell.modules for cell in vit} == {1, 2, 4, 6}, "the small ViT has no twelve blocks"
     assert {cell.modules for cell in cells_of(TABLES["cifar10"], GPU)} == {1, 2, 4, 6, 12}
     mixed = interleaved(cell for name in ("svhn", "ranking") for cell in cells_of(TABLES[name], CPU))
     assert [cell.seed for cell in mixed] == sorted(cell.seed for cell in mixed)
@@ -416,7 +418,7 @@ def test_other_images_are_other_cells(here: Path) -> None:
     verb.fill(asked(methods="greedy", data_path=["cifar10=more"]), lambda _: None)
     assert len(rows_of()) == len(calls()) == 3
     text = report.markdown(TABLES["cifar10"], SMOKE, rows_of())
-    assert text.count("| greedy | 2 | 70.00 | 1 |") == 3
+    assert text.count("| greedy | 2 | 70.00 | 60.0 | 1 |") == 3
     for row in rows_of():
         assert f"to test on, files {row['data_digest']} (Cut)" in text
 
@@ -520,7 +522,7 @@ def test_a_smoke_cell_from_its_command_to_the_docs(tmp_path: Path, monkeypatch: 
     said = CliRunner().invoke(cli.app, ["reproduce", "--report", "--docs", "docs.md"])
     assert said.output == "docs.md: rewritten\n"
     text = Path("docs.md").read_text().replace(f" {report.DAGGER}", "")  # code that no commit holds yet
-    assert f"| greedy | 2 | 1 | {100 * row['test_accuracy']:.2f} | 1 | baseline not run |" in text
+    assert f"| greedy | 2 | 1 | {100 * row['test_accuracy']:.2f} | {100 * row["train_accuracy"]:.1f} | 1 | baseline not run |" in text
     assert CliRunner().invoke(cli.app, ["reproduce", "--report", "--check", "--docs", "docs.md"]).exit_code == 0
 
 
@@ -557,8 +559,8 @@ def test_figures_over_seeds(here: Path) -> None:
     verb.fill(asked(methods="end-to-end,greedy", seeds="0,1,2"), lambda _: None)
     text = report.markdown(TABLES["cifar10"], SMOKE, rows_of())
     spread = statistics.stdev([80, 81, 82])
-    assert f"| end-to-end | 1 | 81.00 ± {spread:.2f} | 3 |  | 0.50 x | 1.00 MiB | 0.01 | 91.37 [1] |" in text
-    assert "| greedy | 2 | 71.00 ± 1.00 | 3 | −10.00 ± 0.00 | 0.50 x | 1.00 MiB | 0.01 |  |" in text  # noqa: RUF001
+    assert f"| end-to-end | 1 | 81.00 ± {spread:.2f} | 60.0 | 3 |  | 0.50 x | 1.00 MiB | 0.01 | 91.37 [1] |" in text
+    assert "| greedy | 2 | 71.00 ± 1.00 | 60.0 | 3 | −10.00 ± 0.00 | 0.50 x | 1.00 MiB | 0.01 |  |" in text  # noqa: RUF001
     assert "images from a folder of PNG copies, not compared with the official pixels" in text
     ranked = report.markdown(
         TABLES["ranking"], SMOKE, [row | {"modules": 4} for row in rows_of() if row["method"] == "greedy"]
@@ -573,7 +575,7 @@ def test_a_ranking_goes_by_validation(here: Path) -> None:
     names = [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines() if line.startswith("| ")][1:]
     assert names[:3] == ["greedy", "end-to-end", "image"]
     assert len(names) == len(TABLES["ranking"].methods)
-    assert "| greedy | 4 | 60.00 | 70.00 | 1 |" in text
+    assert "| greedy | 4 | 60.00 | 70.00 | 60.0 | 1 |" in text
     assert "The order, and the choice of `default`, go by validation accuracy" in text
     assert "validation" not in report.markdown(TABLES["cifar10"], SMOKE, [])
 
@@ -585,12 +587,12 @@ def test_an_average_is_held_against_end_to_end_training_with_one(here: Path) -> 
     accuracies = {"average": 0.71, "end-to-end": 0.6, "end-to-end-average": 0.7, "default": 0.62}
     rows = [{**row, "test_accuracy": accuracies[row["method"]]} for row in rows_of("ranking")]
     text = report.markdown(TABLES["ranking"], SMOKE, rows)
-    assert "| average | 4 | 50.00 | 71.00 | 1 | +1.00 | 0.50 x |" in text
-    assert "| default | 4 | 50.00 | 62.00 | 1 | +2.00 | 0.50 x |" in text
-    assert "| end-to-end-average | 1 | 50.00 | 70.00 | 1 | +10.00 | 0.50 x |" in text
+    assert "| average | 4 | 50.00 | 71.00 | 60.0 | 1 | +1.00 | 0.50 x |" in text
+    assert "| default | 4 | 50.00 | 62.00 | 60.0 | 1 | +2.00 | 0.50 x |" in text
+    assert "| end-to-end-average | 1 | 50.00 | 70.00 | 60.0 | 1 | +10.00 | 0.50 x |" in text
     assert "is held against `end-to-end-average`" in text
     alone = report.markdown(TABLES["ranking"], SMOKE, [row for row in rows if row["method"] != "end-to-end-average"])
-    assert "| average | 4 | 50.00 | 71.00 | 1 | baseline not run | 0.50 x |" in alone
+    assert "| average | 4 | 50.00 | 71.00 | 60.0 | 1 | baseline not run | 0.50 x |" in alone
 
 
 @pytest.mark.parametrize(("best", "is_marked"), [(37, True), (44, True), (45, False), (49, False), (None, False)])
@@ -612,12 +614,12 @@ def test_kinds_of_devices_are_never_averaged(here: Path, monkeypatch: pytest.Mon
     verb.fill(asked(methods="greedy,end-to-end", seeds="0"), lambda _: None)
     monkeypatch.setenv("FAKE_DEVICE", "abacus processor, 1 threads")
     verb.fill(asked(methods="greedy", seeds="1"), lambda _: None)
-    assert "| greedy | 2 | 70.50 ± 0.71 | 2 |" in report.markdown(TABLES["cifar10"], SMOKE, rows_of())
+    assert "| greedy | 2 | 70.50 ± 0.71 | 60.0 | 2 |" in report.markdown(TABLES["cifar10"], SMOKE, rows_of())
     monkeypatch.setenv("FAKE_DEVICE", "NVIDIA Abacus")
     verb.fill(asked(methods="greedy", seeds="2"), lambda _: None)
     text = report.markdown(TABLES["cifar10"], SMOKE, rows_of())
-    assert "| greedy | 2 | 70.50 ± 0.71 | 2 |" in text
-    assert "| greedy | 2 | 72.00 | 1 | baseline not run |" in text
+    assert "| greedy | 2 | 70.50 ± 0.71 | 60.0 | 2 |" in text
+    assert "| greedy | 2 | 72.00 | 60.0 | 1 | baseline not run |" in text
     assert "--device cuda" in rows_of()[-1]["command"]
 
 
@@ -645,8 +647,8 @@ def test_kinds_of_images_are_never_averaged(here: Path) -> None:
     verb.fill(asked(methods="greedy", seeds="0"), lambda _: None)
     verb.fill(asked(methods="greedy", seeds="1", data_path=["cifar10=lossy"]), lambda _: None)
     text = report.markdown(TABLES["cifar10"], SMOKE, rows_of())
-    assert "| greedy | 2 | 70.00 | 1 |" in text
-    assert "| greedy | 2 | 71.00 | 1 |" in text
+    assert "| greedy | 2 | 70.00 | 60.0 | 1 |" in text
+    assert "| greedy | 2 | 71.00 | 60.0 | 1 |" in text
 
 
 def test_docs_and_results_that_differ_are_found(here: Path) -> None:
@@ -689,7 +691,7 @@ def test_docs_and_results_that_differ_are_found(here: Path) -> None:
         ("--profile cpu --num-threads 0", "--num-threads: 0 is below 1"),
         ("--profile cpu --device abacus", "--device: 'abacus'"),
         ("--profile cpu --data mnist", "--data: unknown 'mnist'"),
-        ("cifar10 --profile cpu --methods greedy --modules 12", "leave no cell"),
+        ("vit --profile cpu --methods greedy --modules 12", "leave no cell"),
         ("--profile cpu --data-path images", "expected DATA=FOLDER, got 'images'"),
         ("--profile cpu --data-path mnist=images", "expected DATA=FOLDER, got 'mnist=images'"),
         ("--profile cpu --data-path cifar10=", "expected DATA=FOLDER, got 'cifar10='"),

@@ -21,10 +21,12 @@ def _local(objective: str, **options: Any) -> Overlay:
 
 _AVERAGE: Overlay = {"training.ema_decay": 0.998}
 
+_WHOLE: Overlay = {**_local("greedy"), "local.modules": 1, "execution.checkpoint": "none"}
+
 BASELINES: dict[str, Overlay] = {
-    END_TO_END: {**_local("greedy"), "local.modules": 1},
-    "end-to-end-checkpointed": {**_local("greedy"), "local.modules": 1, "execution.checkpoint": "blocks"},
-    AVERAGED: {**_local("greedy"), "local.modules": 1, **_AVERAGE},
+    END_TO_END: _WHOLE,
+    "end-to-end-checkpointed": {**_WHOLE, "execution.checkpoint": "blocks"},
+    AVERAGED: {**_WHOLE, **_AVERAGE},
 }
 """One module, whatever K. Recomputation doesn't change results: the second one is there for its memory and its time.
 What keeps an average of the weights is held against the third one."""

@@ -8,6 +8,7 @@
 
 A row is a method with K modules (and a number of epochs), over its seeds: mean and sample standard deviation. The gap
 to end-to-end training is taken seed by seed, among runs of the same epochs, the same images and one kind of device.
+Training accuracy is that of the best epoch, on augmented images while they are trained on.
 Results whose recipe has changed since are left out, and counted.
 """
 
@@ -210,7 +211,7 @@ def _table(table: Table, profile: Profile, rows: Sequence[Row]) -> str:
     }
     head = [*(["data"] if several_data else []), "method", "K", *(["epochs"] if several_epochs else [])]
     head += ["validation, %"] if table.is_ranked else []
-    head += ["test accuracy, %", "seeds", "gap, points", "peak", "measured", "hours a run"]
+    head += ["test accuracy, %", "training, %", "seeds", "gap, points", "peak", "measured", "hours a run"]
     head += ["published, other settings"] if any(published.values()) else []
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for group, modules in _merged(groups, [group for group in groups if published[id(group)]]):
@@ -275,10 +276,10 @@ def _baseline(group: Group, groups: Sequence[Group]) -> Group | None:
 
 
 def _figures(group: Group, baseline: Group | None) -> list[str]:
-    """Accuracy, seeds, gap, peak, measured peak, hours of one line."""
+    """Test accuracy, training accuracy, seeds, gap, peak, measured peak, hours of one line."""
     rows = group.rows
     if not rows:
-        return [NOT_RUN, "", "", "", "", ""]
+        return [NOT_RUN, "", "", "", "", "", ""]
     own = {row["seed"]: 100 * row["test_accuracy"] for row in rows}
     theirs = {row["seed"]: 100 * row["test_accuracy"] for row in baseline.rows} if baseline else {}
     gaps = [own[seed] - theirs[seed] for seed in own if seed in theirs]
@@ -286,8 +287,10 @@ def _figures(group: Group, baseline: Group | None) -> list[str]:
     if gaps and len(gaps) < len(rows):
         gap += f" ({len(gaps)} seeds)" if len(gaps) > 1 else " (1 seed)"
     ratio = statistics.fmean(row["peak_ratio"] for row in rows)
+    training = [100 * row["train_accuracy"] for row in rows if row["train_accuracy"] is not None]
     return [
         _spread(list(own.values())),
+        f"{statistics.fmean(training):.1f}" if training else "",
         str(len(rows)),
         "" if group.method == END_TO_END else gap,
         f"{ratio:.2f} x",

@@ -20,7 +20,7 @@ from localgrad.recipe import Recipe, overlay, preset
 from localgrad.reproduce.methods import BASELINES, DEFAULT, END_TO_END, METHODS, REMEDIES, overlay_of
 from localgrad.reproduce.profiles import DATA, Profile
 
-REVISION = 1
+REVISION = 2
 """To be raised by hand when code changes what a method means under the same recipe: all results are made anew."""
 
 _OF_MACHINES = ("device", "num_threads", "parallel", "replicas", "buffers", "wire", "shard")
@@ -105,12 +105,12 @@ _ALL = (
     ),
     Table(
         name="images",
-        title="The gap to end-to-end training on 16,000 training images, at K = 4",
+        title="The gap to end-to-end training on 10,000 training images, at K = 4",
         data=("cifar10",),
         methods=(END_TO_END, DEFAULT, "feature-linear", "greedy", "overlap-1", "global-tail-20"),
         modules=(4,),
         shares=(0.5,),
-        num_images=16_000,
+        num_images=10_000,
         has_published=False,
     ),
 )
@@ -179,7 +179,6 @@ def _base(name: str | None) -> dict[str, Any]:
 def fingerprint(values: Mapping[str, Any]) -> str:
     """Eight hexadecimal digits that tell recipes apart, wherever they are run."""
     recipe = Recipe.from_dict(values).to_dict()
-    recipe["model"].setdefault("drop_path", 0.0)  # as the model's own rate stood in recipes of the first results
     execution = {key: value for key, value in recipe["execution"].items() if key not in _OF_MACHINES}
     return digest({"revision": REVISION, "recipe": {**recipe, "execution": execution}})
 
