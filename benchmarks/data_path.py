@@ -4,8 +4,9 @@
     python benchmarks/data_path.py --img-size 224 --batch-size 32
     python benchmarks/data_path.py --profile cpu    # the small Swin of `localgrad reproduce --profile cpu`
 
-The same steps are timed on batches from the data path (random images in memory, cropped, flipped, resized, normalised,
-the preset `paper`'s RandAugment by option) and on one batch that lies there already, in turns; medians.
+The same steps are timed on batches from the data path (random images in memory, cropped, flipped, resized, normalised;
+by option RandAugment as in the preset `paper`, mixup, cutmix and erasing) and on one batch that lies there already, in
+turns; medians.
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ def main() -> None:
     parser.add_argument("--model", default="swin_tiny_patch4_window7_224")
     parser.add_argument("--img-size", type=int, default=32)
     parser.add_argument("--patch-size", type=int, default=2)
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=64, help="with --profile, the profile's own")
     parser.add_argument("--modules", type=int, default=4)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--rand-augment", action="store_true")
+    parser.add_argument("--mix", action="store_true", help="mixup, cutmix and random erasing, too")
     parser.add_argument("--profile", choices=["cpu"])
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -48,6 +50,7 @@ def main() -> None:
         options.model, options.img_size = small["model.name"], small["model.img_size"]
         sizes = {"img_size": options.img_size, "patch_size": small["model.patch_size"]}
         more = small["model.options"]
+        options.batch_size = CPU.settings["training.batch_size"]
     model = timm.create_model(options.model, num_classes=100, **sizes, **more).to(device)
     learner = LocalLearner(
         model,
@@ -55,6 +58,7 @@ def main() -> None:
         objective=FeatureReconstruction(),
         input_size=(3, options.img_size, options.img_size),
         precision=options.precision,
+        checkpoint="none" if options.profile is None else CPU.settings["execution.checkpoint"],
     )
     learner.configure_optimizers(OptimizerFactory(model, name="adamw", lr=1e-3, weight_decay=0.05))
     batches = made_of(options, device)
@@ -105,7 +109,8 @@ def made_of(options: argparse.Namespace, device: torch.device) -> Batches:
         num_test=0,
         notes=(),
     )
-    augment = Augment(crop_padding=4, flip=True, rand_augment=(2, 9) if options.rand_augment else None)
+    mixing = {"mixup": 0.8, "cutmix": 1.0, "erasing": 0.25} if options.mix else {}
+    augment = Augment(crop_padding=4, flip=True, rand_augment=(2, 9) if options.rand_augment else None, **mixing)
     return Batches(
         InMemoryImages(pixels, labels),
         batch_size=options.batch_size,

@@ -26,7 +26,7 @@ from localgrad.reproduce.methods import DEFAULT, END_TO_END
 from localgrad.reproduce.profiles import PROFILES
 from localgrad.reproduce.results import commit_of_code
 from localgrad.reproduce.sources import Source
-from localgrad.reproduce.tables import TABLES, Cell, epochs_of, recipe_of
+from localgrad.reproduce.tables import TABLES, Cell, epochs_of, fingerprint, recipe_of
 from localgrad.run import model_weights
 from localgrad.training.events import EpochEnded
 from localgrad.training.folder import load_saved_weights
@@ -52,7 +52,8 @@ def main() -> None:
     data = table.data[0]
     folder = options.data_path.removeprefix(f"{data}=") or None
     epochs = epochs_of(table, profile)[-1]
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
+    reference = Path()  # of the end-to-end run, which comes first
     for method in (END_TO_END, *options.methods.split(",")):
         modules = 1 if method == END_TO_END else options.modules
         cell = Cell(table.name, data, method, modules, options.seed, epochs)
@@ -66,10 +67,12 @@ def main() -> None:
             },
         )
         if method != END_TO_END:
-            values = overlay(values, {"execution.health_reference": str(options.out / END_TO_END)})
-        run = train(values, options.out / method)
+            values = overlay(values, {"execution.health_reference": str(reference)})
+        # By all that makes the run what it is: another seed, table or K finds a folder of its own.
+        run = train(values, options.out / f"{method}-{fingerprint(values)}")
         found[method] = checks_of(run)
         if method == END_TO_END:
+            reference = run
             found[method]["health"] = [{"health": probes_of(overlay(values, {"local.modules": options.modules}), run)}]
     print(f"{table.name}, {profile.name}, seed {options.seed}, {epochs} epochs, {datetime.date.today()}, last epoch:\n")
     for line in table_of(found):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.profiler import profile
 
 from localgrad import Layout
 from localgrad.auxiliary import (
@@ -22,6 +23,7 @@ from localgrad.auxiliary import (
     TransformerDecoder,
     build_classifier,
     build_decoder,
+    transformer_blocks,
 )
 from localgrad.errors import RecipeError
 
@@ -324,6 +326,22 @@ def test_transformer_classifier_takes_pooled_positions_row_by_row_after_the_pref
     tokens = torch.stack([x[:, 0], x[:, 1], *pooled], dim=1)
     tokens = classifier.enter(nn.functional.layer_norm(tokens, (40,))) + classifier.places
     torch.testing.assert_close(classifier(x), classifier.head(classifier.blocks(tokens).mean(dim=1)))
+
+
+@pytest.mark.parametrize(("num_tokens", "is_fused"), [(16, False), (64, True)])
+def test_attention_over_few_tokens_is_computed_from_its_scores(num_tokens: int, is_fused: bool) -> None:
+    """The same function either way; only over many tokens by the fused operator."""
+    (block,) = transformer_blocks(64, 1, num_tokens=num_tokens)
+    x = torch.randn(2, num_tokens, 64, generator=torch.Generator().manual_seed(0))
+    with profile() as profiler:
+        got = block(x)
+    calls = {event.key for event in profiler.key_averages()}
+    assert ("aten::scaled_dot_product_attention" in calls) == is_fused
+    attention = block.attn
+    q, k, v = attention.qkv(block.norm1(x)).view(2, num_tokens, 3, 2, 32).permute(2, 0, 3, 1, 4)
+    scores = (q @ k.transpose(-2, -1) / 32**0.5).softmax(-1)
+    after = x + attention.proj((scores @ v).transpose(1, 2).reshape(2, num_tokens, 64))
+    torch.testing.assert_close(got, after + block.mlp(block.norm2(after)))
 
 
 def test_transformer_classifier_knows_where_things_stand() -> None:

@@ -456,6 +456,24 @@ def test_reconciled_gradients_come_to_agree() -> None:
     assert cosines[1] > cosines[0] + 0.1
 
 
+def test_an_overflow_in_the_wanted_gradient_leaves_statistics_finite() -> None:
+    """Gradient scalers provoke overflows: the update is held back, and batch norms see nothing of it."""
+    step, batch, inputs = second_step(0.1, kind="resnet", precision="fp32")
+    assert batch.gradient is not None
+    batch.gradient[0, 0] = torch.inf
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    step(inputs, batch)
+    buffers = dict(step.module.named_buffers())
+    assert any(name.endswith("running_var") for name in buffers)
+    assert all(buffer.isfinite().all() for buffer in buffers.values())
+    assert all(weight.isfinite().all() for weight in step.module.parameters())
+
+
+def test_reconciling_doesnt_go_with_moving_targets() -> None:
+    with pytest.raises(RecipeError, match=r"reconcile: .* 'blocks' compares"):
+        learner_of(objective=FeatureReconstruction(reconcile=0.1, reconstruct="blocks"))
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [({"compile": True}, "reconcile and compile"), ({"overlap": 1}, "reconcile and overlap")],

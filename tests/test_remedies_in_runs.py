@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 import localgrad
 from helpers import (
@@ -243,6 +244,11 @@ def test_what_doesnt_go_together_is_refused_in_one_line(changes: dict[str, Any],
         {"local.options.reconstruct": "previous"},
         {"local.options.classifier": "next"},
         {"local.options.teacher_share": 0.5, "training.ema_decay": 0.9},
+        {"local.options.context": 0.5},
+        {"local.options.similarity_weight": 1.0, "local.options.contrastive_weight": 0.5},
+        {"local.options.transport_tau": 1.0},
+        {"local.options.decoder": "conv", "local.options.mask": 0.5},
+        {"training.freeze_from": 0.5},
     ],
     ids=str,
 )
@@ -257,6 +263,57 @@ def test_remedies_are_planned(changes: dict[str, Any]) -> None:
         assert found["global_peak_bytes"] <= found["peak_bytes"]
     else:
         assert found["composed_peak_bytes"] == pytest.approx(found["peak_bytes"], rel=0.1)
+
+
+def forecast_of(**changes: Any) -> dict[str, Any]:
+    recipe = Recipe.from_dict(overlay(MICRO, {"local.modules": [1, 2], **changes}))
+    return plan_recipe(recipe, task_of(recipe, device="cpu", num_classes=10), None).forecast
+
+
+def test_predicted_times_know_what_remedies_do() -> None:
+    """Held against one another: plans know no clock, so ratios to end-to-end training are exact."""
+    averaged = {"training.ema_decay": 0.9}
+    plain = forecast_of()["time_ratio"]
+    taught = forecast_of(**averaged, **{"local.options.teacher_share": 0.5})["time_ratio"]
+    assert plain + 0.2 < taught < plain + 0.5, "a forward pass of the whole model: about a third of its step"
+    reconciled = forecast_of(**{"local.options.reconcile": 0.5})
+    shares = [module["time_share"] for module in forecast_of()["modules"]]
+    expected = plain * (shares[0] + 3 * sum(shares[1:]))
+    assert reconciled["time_ratio"] == pytest.approx(expected, rel=0.02), "three passes, but for the first module"
+    context = forecast_of(**{"local.options.context": 0.5})["time_ratio"]
+    assert plain < context < 1.3 * plain
+    frozen = [forecast_of(**{"training.freeze_from": share})["time_ratio"] for share in (0.5, 0.0)]
+    # Of three modules the first is frozen for half of the training (all of it, from 0 on), the second for a quarter.
+    saved = (plain - frozen[0], plain - frozen[1])
+    assert saved[1] == pytest.approx(2 * saved[0])
+    backward = 2 / 3
+    assert saved[0] == pytest.approx(plain * backward * (0.5 * shares[0] + 0.25 * shares[1]), rel=0.25)
+
+
+def test_plans_from_python_know_overlap_end_to_end_steps_and_freezing() -> None:
+    options: dict[str, Any] = {"batch_size": 4, "modules": [1, 2], "input_size": SIZE}
+    plain = localgrad.plan(make(), **options).forecast
+    overlapping = localgrad.plan(make(), **options, overlap=1).forecast
+    assert overlapping["time_ratio"] > plain["time_ratio"]
+    mixed = localgrad.plan(make(), **options, global_share=0.5).forecast
+    assert mixed["global_peak_bytes"] <= mixed["peak_bytes"]
+    assert localgrad.plan(make(), **options, freeze_from=0.5).forecast["time_ratio"] < plain["time_ratio"]
+    with pytest.raises(RecipeError, match="global_share must be a share of the steps"):
+        localgrad.plan(make(), **options, global_share=2)
+
+
+def test_end_to_end_steps_from_python() -> None:
+    images, labels = batches(1)[0]
+    one, other = make_learner(), make_learner()
+    one.global_step(images, labels)
+    other.global_step_on(LocalBatch(images, labels))
+    for name, weight in one.model.state_dict().items():
+        assert torch.equal(weight, other.model.state_dict()[name])
+    one.step(images, labels)  # auxiliary nets have an optimizer's state from now on
+    profile = localgrad.estimate(one.global_step, (images, labels))
+    assert one.optimizer_factory is not None
+    globally = estimate_step(one, len(images), one.optimizer_factory, globally=True)
+    assert profile.peak_bytes == globally.peak_bytes
 
 
 def test_a_budget_holds_for_end_to_end_steps_too() -> None:

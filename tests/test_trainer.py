@@ -225,6 +225,14 @@ def test_the_first_loss_that_is_not_finite_is_named() -> None:
     good.add(step_result(3.0, 5.0), torch.tensor([0, 0, 0]))
     assert good.first_failure() is None
     assert good.means(2) == [{"task": 2.0}, {"task": 3.5}]
+    mixed = EpochSums([(0, "task"), (1, "task"), (1, "transport")], torch.device("cpu"))
+    local = step_result(1.0, 2.0)
+    local.terms[1]["transport"] = torch.tensor(0.5)
+    globally = step_result(4.0)  # the last module's, whose penalty is no part of an end-to-end step
+    globally.terms[0]["transport"] = torch.tensor(0.0)
+    mixed.add(local, torch.arange(3))
+    mixed.add(globally, torch.arange(3))
+    assert mixed.means(2) == [{"task": 1.0}, {"task": 3.0, "transport": 0.5}]
     again = EpochSums([(0, "task"), (1, "task")], torch.device("cpu"))
     again.load_state_dict(good.state_dict())
     assert again.means(2) == good.means(2)

@@ -47,6 +47,7 @@ TRUNK_NAMES = (
 def with_plain_attention(block: nn.Module) -> nn.Module:
     """Let a block of timm's vision transformer compute attention from its scores, and not by the fused operator."""
     attention: Any = block.attn
+    assert hasattr(attention, "fused_attn"), "timm's name for the choice"
     attention.fused_attn = False
     return block
 

@@ -32,6 +32,8 @@ from localgrad.errors import RecipeError, did_you_mean
 
 HEAD_WIDTH = 32
 """Channels of one attention head; widths of transformer decoders and classifiers are multiples of it."""
+FEW_TOKENS = 32
+"""Over no more of them the scores of attention are fewer than the numbers of a head's queries."""
 
 
 class Decoder(nn.Module, ABC):
@@ -363,7 +365,7 @@ def transformer_blocks(width: int, depth: int, *, num_tokens: int) -> nn.Sequent
 
     def block() -> nn.Module:
         whole = Block(width, width // HEAD_WIDTH, mlp_ratio=2.0, qkv_bias=True)
-        return with_plain_attention(whole) if num_tokens <= HEAD_WIDTH else whole
+        return with_plain_attention(whole) if num_tokens <= FEW_TOKENS else whole
 
     return nn.Sequential(*(block() for _ in range(_size("depth", depth))))
 

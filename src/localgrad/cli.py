@@ -619,7 +619,8 @@ def compare(  # noqa: PLR0917  # one parameter an option
 @app.command()
 def reproduce(  # noqa: PLR0917  # one parameter an option
     table: Annotated[
-        str | None, typer.Argument(help="cifar10, cifar100, stl10, svhn, vit, ranking or epochs; all by default.")
+        str | None,
+        typer.Argument(help="cifar10, cifar100, stl10, svhn, vit, ranking, epochs or images; all by default."),
     ] = None,
     profile: Annotated[str | None, typer.Option(help="Size: smoke (seconds), cpu (reduced), gpu (full).")] = None,
     data: Annotated[str | None, typer.Option(help="Only these: cifar10,svhn.")] = None,

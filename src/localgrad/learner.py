@@ -63,10 +63,11 @@ class LocalLearner:
         offload: keep modules that don't train, their optimizer state and the average in host memory. ``eval()`` brings
             the whole model there.
         device: where to train, with ``offload`` only; by default where the model is. The model may stay on the CPU.
-        overlap: last blocks of the module before that each module's loss trains as well; they run in both.
+        overlap: last blocks of the module before that each module's loss trains as well; they run in both (as in
+            interlocking backpropagation, arXiv 2010.04116, whose windows overlap by whole modules).
         freeze_from: share of the training after which modules stop to learn: the first one then, each next one later,
-            the last never; ``at`` tells the learner how much is over.
-        global_checkpoint: what an end-to-end step (``global_step_on``) recomputes, as for ``checkpoint``.
+            the last never; ``at`` tells the learner how much is over. As in FreezeOut (arXiv 1706.04983), by module.
+        global_checkpoint: what an end-to-end step (``global_step``) recomputes, as for ``checkpoint``.
 
     Raises:
         BackboneError: the model can't be split, or a parameter is shared across a boundary.
@@ -263,20 +264,29 @@ class LocalLearner:
             batch.teacher = self.averaged_logits(batch.images).float().softmax(dim=1)
         return self._stepped(self._executor.step, batch)
 
-    def global_step_on(self, batch: LocalBatch) -> StepResult:
+    def global_step(self, images: Tensor, labels: Tensor) -> StepResult:
         """Train all modules end to end on one batch, recomputing as ``global_checkpoint`` says.
 
         The task loss of the model's own logits reaches every module; auxiliary nets have no part in it. The
         optimizers are the modules' own.
 
         Args:
-            batch: images and labels.
+            images: [B, C, H, W], normalised, on the model's device.
+            labels: class indices [B], or soft targets [B, num_classes].
 
         Returns:
             Figures of the last module; the others have no losses.
 
         Raises:
             RecipeError: no optimizers yet, or modules are offloaded.
+        """
+        return self.global_step_on(LocalBatch(images, labels))
+
+    def global_step_on(self, batch: LocalBatch) -> StepResult:
+        """As ``global_step``, on a batch.
+
+        Args:
+            batch: images and labels.
         """
         if self._executor is None:
             raise no_optimizers()
@@ -321,9 +331,8 @@ class LocalLearner:
             self.modules[index].objective.at(progress)
         steps = () if self._executor is None else self._executor.steps
         for index, step in zip(self.own, steps, strict=False):
-            if self.freeze_from is not None and index < len(self.modules) - 1:
-                share = index / max(1, len(self.modules) - 1)
-                step.frozen = progress >= self.freeze_from + (1 - self.freeze_from) * share
+            begins = frozen_from(self.freeze_from, index, len(self.modules))
+            step.frozen = begins is not None and progress >= begins
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> tuple[Tensor | None, ...]:
@@ -514,6 +523,13 @@ def activation_bytes(backbone: Backbone) -> list[int]:
     blocks[0] += stem
     blocks[-1] += tail
     return [kept // 2 for kept in blocks]
+
+
+def frozen_from(freeze_from: float | None, index: int, num_modules: int) -> float | None:
+    """The share of the training after which a local module is frozen: one after another, the last one never."""
+    if freeze_from is None or index == num_modules - 1:
+        return None
+    return freeze_from + (1 - freeze_from) * index / (num_modules - 1)
 
 
 def end_to_end(learner: LocalLearner) -> LocalLearner:

@@ -10,6 +10,7 @@ Auxiliary nets have no part in such a step.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +100,10 @@ class _Together(torch.optim.Optimizer):
     def __init__(self, parameters: Sequence[nn.Parameter], steps: Sequence[LocalStep]) -> None:
         super().__init__(parameters, {})
         self.steps = steps
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: of its own attributes torch's optimizer hands on none but these."""
+        return {**super().__getstate__(), "steps": self.steps}
 
     def step(self, closure: object = None) -> None:  # type: ignore[override]
         """Update every module that still learns; blocks that two modules train are updated by their first alone."""

@@ -161,6 +161,8 @@ class LocalStep:
         assert entered.grad is not None, "the loss depends on the inputs"
         scale = self.scaler.scale(torch.full((), share, device=self.device))  # a tensor: nobody waits for its value
         along = cosine_direction(entered.grad.float() / scale, wanted)
+        # Where fp16 overflowed the update is held back; batch norms must not see what isn't finite all the same.
+        along = torch.where(along.isfinite().all(), along, 0.0)
         step = RELATIVE_STEP[self.precision] * inputs.float().norm() / along.norm().clamp(min=1e-12)
         weight = share * self.module.objective.reconcile / (2 * step)
         del entered

@@ -171,7 +171,8 @@ class GreedySupervised(Objective):
         classifier_options: keyword arguments of that classifier; a pair of whole numbers goes from the first local
             module to the last but one (``depth = [3, 1]``: shallower towards the output, AugLocal, arXiv 2402.17318).
         task_weight: weight of the task loss.
-        teacher_share: share of the task loss that is taught by the averaged model (``ema_decay``), and not by labels.
+        teacher_share: share of the task loss that is taught by the averaged model (``ema_decay``), and not by labels:
+            distillation (arXiv 1503.02531) from a mean teacher (arXiv 1703.01780).
     """
 
     classifier: str = "transformer"
@@ -231,6 +232,11 @@ class FeatureReconstruction(GreedySupervised):
 
     def _reconstruction(self, site: Site) -> Term:
         if self.reconstruct == "blocks":
+            if _is_on(self.reconcile):
+                raise RecipeError(
+                    "reconcile: it moves what a module receives, and with it what reconstruct = 'blocks' compares "
+                    "with; take reconstruct = 'inputs', or leave reconcile out."
+                )
             # The first block of a module received what the module received; of the first module, the stem's output.
             return BlockReconstruction([self._of(site, layout, "inputs") for layout in site.states])
         if self.reconstruct == "previous":

@@ -12,8 +12,8 @@ and a module's peak is the largest of: what earlier parts keep + forward of this
 gradients of later ones; all gradients + the optimizer's temporaries. So the peak and the time of any module of any
 partition follow without running anything, and a planner can look at thousands of plans in a moment.
 
-Who measures parts: ``planning/parts.py``. What isn't composed: clipping and averaging of weights, which the whole-step
-simulation sees that confirms a plan.
+Who measures parts: ``planning/parts.py``. What isn't composed: clipping and averaging of weights, whose bytes the
+whole-step simulation sees that confirms a plan.
 """
 
 from __future__ import annotations
@@ -174,6 +174,13 @@ class Costs:
         peaks, times = self._runs(start, stop, way)
         return Choice(times[count], peaks[count], how)
 
+    def forward_ns(self, start: int, stop: int, *, with_objective: bool) -> int:
+        """Nanoseconds of forward passes alone of blocks ``start .. stop - 1`` on a batch: of what only runs."""
+        units = self._units(start, stop)
+        plain = sum(self._part(0, unit, units[0]).forward_ns for unit in units)
+        objective = self.head(start, stop).cost.forward_ns if with_objective else 0
+        return (plain + objective) * self.settings.accumulation
+
     def peak_of(self, plan: Plan) -> int:
         """The peak of a step by a plan, all static bytes included."""
         runs = [(span.start, span.stop) for span in plan.spans]
@@ -182,9 +189,9 @@ class Costs:
 
     def _runs(self, start: int, stop: int, way: int) -> tuple[list[int], list[int]]:
         """Peak bytes and nanoseconds of a module whose first 0, 1, 2 ... blocks run in ``way``, the others plainly."""
-        first, last = start == 0, stop == self.num_blocks
+        first = start == 0
         begin = self.begin(start)
-        units = range(0 if first else begin + 1, stop + (2 if last else 1))
+        units = self._units(start, stop)
         lead = units[0]
         plain = [self._part(0, unit, lead) for unit in units]
         other = [self._part(way if 0 < unit <= self.num_blocks else 0, unit, lead) for unit in units]
@@ -235,6 +242,10 @@ class Costs:
             times.append(time * passes)
         return peaks, times
 
+    def _units(self, start: int, stop: int) -> range:
+        """The parts of a module, by number: stem and tail among them, where they are its own."""
+        return range(0 if start == 0 else self.begin(start) + 1, stop + (2 if stop == self.num_blocks else 1))
+
     def _part(self, way: int, unit: int, lead: int) -> PartCost:
         return (self.leading if unit == lead else self.parts)[way][unit]
 
@@ -246,8 +257,8 @@ class Costs:
         return images + (self.inputs[self.begin(start)] if start else 0) + earlier
 
     def _temporary(self, start: int, stop: int) -> int:
-        first, last = 0 if start == 0 else self.begin(start) + 1, stop + (2 if stop == self.num_blocks else 1)
-        found = [*self.temporary[first:last], self.head(start, stop).temporary]
+        units = self._units(start, stop)
+        found = [*self.temporary[units.start : units.stop], self.head(start, stop).temporary]
         return sum(found) if self.temporary_adds else max(found)
 
 

@@ -30,9 +30,9 @@ from localgrad._fake import FakeTensorMode, copies_within, fake_copy, random_sta
 from localgrad._halves import Branch, Piece, find_pieces, signature, whole_block
 from localgrad.backbone import Backbone
 from localgrad.execution.checkpointing import Recomputed, checkpointed
-from localgrad.execution.local_module import site_of
+from localgrad.execution.local_module import CONTEXT_GRID, site_of
 from localgrad.execution.local_step import autocast
-from localgrad.objectives.base import LocalBatch, LocalObjective, Site
+from localgrad.objectives.base import ContextSupply, LocalBatch, LocalObjective, Site
 from localgrad.objectives.methods import Objective
 from localgrad.partition import Checkpointing
 from localgrad.planning.costs import WAYS, Costs, Head, PartCost, Settings
@@ -598,6 +598,26 @@ def _measure_head(
     cost = shop.measure(
         lambda outputs: objective(inputs, outputs, batch, states).loss, outputs_like, terms, present=True
     ).cost
+    if objective.context is not None and site.context:
+        cost = _with_time(cost, _measure_context(shop, objective.context, site, inputs_like))
     update = shop.update([weight for weight in objective.parameters() if weight.requires_grad], optimizer)
     passes = 3 if objective.reconcile else 1
     return Head(cost, shop.static_bytes(objective) + update.state, update.temporary, passes)
+
+
+def _measure_context(shop: _Workshop, context: ContextSupply, site: Site, inputs_like: Like) -> PartCost:
+    """Measure how context of earlier modules is added to what a module receives."""
+    (size, *_), _ = inputs_like
+    with shop.fake_mode:
+        grids = [tuple(min(side, CONTEXT_GRID) for side in layout.grid) for layout in site.context]
+        pooled = [torch.empty(size, *grid, layout.width) for grid, layout in zip(grids, site.context, strict=True)]
+    weights = list(context.parameters())
+    measured = shop.measure(lambda inputs: context(inputs, pooled), inputs_like, weights, present=True)
+    return measured.cost
+
+
+def _with_time(cost: PartCost, other: PartCost) -> PartCost:
+    """A cost that takes another one's time as well; its bytes are seen by the step that confirms a plan."""
+    return cost._replace(
+        forward_ns=cost.forward_ns + other.forward_ns, backward_ns=cost.backward_ns + other.backward_ns
+    )

@@ -49,6 +49,9 @@ def plan(
     compile: bool = False,
     ema_decay: float | None = None,
     clip_grad: float | None = None,
+    overlap: int = 0,
+    global_share: float = 0.0,
+    freeze_from: float | None = None,
     parallel: int | None = None,
     balance: str = "time",
 ) -> Plan:
@@ -67,6 +70,10 @@ def plan(
         compile: as for ``LocalLearner``.
         ema_decay: as for ``LocalLearner``.
         clip_grad: as for ``LocalLearner``.
+        overlap: as for ``LocalLearner``.
+        global_share: share of the steps that are end-to-end (``LocalLearner.global_step``); how they recompute is
+            ``forecast["global_checkpoint"]``.
+        freeze_from: as for ``LocalLearner``.
         parallel: so many ranks, a local module each; the budget is then of every rank.
         balance: with ``parallel``: ``time`` for the fastest slowest rank, ``memory`` for the smallest largest one.
 
@@ -75,6 +82,7 @@ def plan(
 
     Raises:
         BudgetError: no plan fits; the message says the least that does, and what to change.
+        RecipeError: an option that is none, or that doesn't go with another.
         BackboneError: the model can't be split.
         PartitionError: modules or ranks that the model doesn't have.
 
@@ -84,6 +92,8 @@ def plan(
     """
     if precision not in PRECISIONS:
         raise RecipeError(f"precision: unknown {precision!r}; take one of {', '.join(PRECISIONS)}.")
+    if not 0 <= global_share <= 1:
+        raise RecipeError(f"global_share must be a share of the steps, from 0 to 1, got {global_share}.")
     task = Task(
         backbone=_outlined(model, input_size),
         objective=objective or FeatureReconstruction(),
@@ -94,6 +104,9 @@ def plan(
         ema_decay=ema_decay,
         clip_grad=clip_grad,
         modules=modules,
+        overlap=overlap,
+        global_share=global_share,
+        freeze_from=freeze_from,
     )
     num_bytes = None if budget is None else parse_bytes(budget)
     if parallel is None:
@@ -142,6 +155,7 @@ def estimate(
 
     Example:
         >>> estimate(learner, 64).peak_bytes  # doctest: +SKIP
+        >>> estimate(learner.global_step, (images, labels)).peak_bytes  # doctest: +SKIP
         >>> estimate(loop.step, (images, labels)).by_category  # doctest: +SKIP
     """
     if isinstance(step_or_learner, LocalLearner):

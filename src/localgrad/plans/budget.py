@@ -30,7 +30,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from localgrad._halves import signature
 from localgrad.backbone import Backbone
 from localgrad.errors import BudgetError
-from localgrad.learner import LocalLearner, OptimizerFactory, estimate_step, model_name
+from localgrad.learner import LocalLearner, OptimizerFactory, estimate_step, frozen_from, model_name
 from localgrad.objectives.methods import Objective
 from localgrad.partition import Boundaries, Checkpointing, Plan, Request, resolve
 from localgrad.planning.costs import WAYS, Costs, Settings, interpolated
@@ -94,6 +94,7 @@ class Task:
         modules: how many modules, ``stages``, or boundaries; any by default.
         overlap: blocks of the module before that each module trains as well.
         global_share: share of the steps that are end-to-end; they recompute whatever makes them fit.
+        freeze_from: share of the training after which modules are frozen, as for ``LocalLearner``.
         accumulation: into how many parts batches are cut; by default as few as fit.
         soft_labels: whether labels are probabilities of classes (mixup), not indices.
     """
@@ -109,6 +110,7 @@ class Task:
     modules: Request | None = None
     overlap: int = 0
     global_share: float = 0.0
+    freeze_from: float | None = None
     accumulation: int | None = None
     soft_labels: bool = False
     measured: dict[Settings, Costs] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -306,12 +308,11 @@ def confirmed(task: Task, search: Search, solution: Solution | None, batch_size:
                 "time_share": choice.nanoseconds / solution.nanoseconds,
             }
         )
-    time = float(solution.nanoseconds)
     found = None
     if task.global_share and plan.num_modules > 1:
         usable = UNLIMITED if budget is None else task.margin.usable(budget)
         found = _global_steps(task, search, plan, batch_size, usable)
-        time = (1 - task.global_share) * time + task.global_share * found.nanoseconds
+    time = mean_nanoseconds(task, search.costs, solution, found)
     peak = max(profile.peak_bytes, 0 if found is None else found.peak_bytes)
     forecast = {
         "peak_bytes": peak,
@@ -327,6 +328,32 @@ def confirmed(task: Task, search: Search, solution: Solution | None, batch_size:
         "notes": [*task.margin.reasons, *_notes(task, plan)],
     }
     return replace(plan, forecast=forecast)
+
+
+def mean_nanoseconds(task: Task, costs: Costs, solution: Solution, global_step: Choice | None) -> float:
+    """Nominal time of a step, the mean over a whole training.
+
+    Local steps with a teacher run the whole averaged model forward, too; modules that are frozen only run. End-to-end
+    steps have neither.
+
+    Args:
+        task: what is to be trained.
+        costs: of its parts.
+        solution: how local steps are run.
+        global_step: how end-to-end steps are, if there are any.
+    """
+    edges = (0, *solution.boundaries, costs.num_blocks)
+    num_modules = len(solution.choices)
+    time = 0.0
+    for index, ((start, stop), choice) in enumerate(zip(itertools.pairwise(edges), solution.choices, strict=True)):
+        begins = frozen_from(task.freeze_from, index, num_modules)
+        frozen = 0.0 if begins is None else 1 - begins
+        time += (1 - frozen) * choice.nanoseconds + frozen * costs.forward_ns(start, stop, with_objective=True)
+    if num_modules > 1 and "teacher" in costs.uses:
+        time += costs.forward_ns(0, costs.num_blocks, with_objective=False)
+    if global_step is None:
+        return time
+    return (1 - task.global_share) * time + task.global_share * global_step.nanoseconds
 
 
 def _global_steps(task: Task, search: Search, plan: Plan, batch_size: int, usable: int) -> Choice:

@@ -70,6 +70,7 @@ def task_on(recipe: Recipe, backbone: Backbone, *, device: str) -> Task:
         modules=None if local.modules == "auto" else local.modules,
         overlap=local.overlap,
         global_share=training.global_share,
+        freeze_from=training.freeze_from,
         soft_labels=recipe.method.augment.mixup > 0 or recipe.method.augment.cutmix > 0,
     )
 

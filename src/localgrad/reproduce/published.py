@@ -12,6 +12,13 @@ from dataclasses import dataclass
 TRGL = "arXiv 2309.17357, Table 4"
 QUOTED = "arXiv 2212.14215, Table 3, as quoted by arXiv 2309.17357, Table 4"
 ABSTRACT = "arXiv 2212.14215, abstract"
+RECIPES = {
+    TRGL: "300 epochs, batch 1024, AdamW with weight decay 0.05, cosine with 20 epochs of warm-up, label smoothing 0.1, "
+    "drop path 0.1, split at Swin's stages, average pool and a linear layer as auxiliary head; best epoch on test data",
+    QUOTED: "recipe not told in what can be had",
+    ABSTRACT: "recipe not told in what can be had",
+}
+"""By source, what is known of how a figure was made."""
 FEATURE = ("feature-linear", "feature-conv", "feature-transformer")
 
 
@@ -26,7 +33,7 @@ class Published:
         accuracy: test accuracy in percent; ``None`` where it isn't known.
         spread: of the accuracy over seeds, in points.
         memory_saving: share of the end-to-end peak that was saved, in percent.
-        source: paper and table.
+        source: paper and table; its recipe is in ``RECIPES``.
     """
 
     methods: tuple[str, ...]
@@ -36,6 +43,11 @@ class Published:
     spread: float | None = None
     memory_saving: float | None = None
     source: str
+
+    @property
+    def cited(self) -> str:
+        """Source and recipe."""
+        return f"{self.source}: {RECIPES[self.source]}"
 
     def __str__(self) -> str:
         spread = "" if self.spread is None else f" ± {self.spread:.2f}"

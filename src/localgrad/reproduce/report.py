@@ -65,7 +65,7 @@ class Group:
     @property
     def is_of_before(self) -> bool:
         """Whether the best epoch of a run was over before what the method adds began to act."""
-        first = math.ceil(begins_at(self.method) * self.epochs)
+        first = math.floor(begins_at(self.method) * self.epochs)  # in the middle of which it may begin
         return any(row["best_epoch"] is not None and row["best_epoch"] < first for row in self.rows)
 
 
@@ -236,7 +236,7 @@ def _table(table: Table, profile: Profile, rows: Sequence[Row]) -> str:
             f"The order, and the choice of `{DEFAULT}`, go by validation accuracy; test accuracy is read once and "
             "decides nothing."
         )
-    if any(group.rows and keeps_average(group.method) for group in groups):
+    if any(group.rows and _is_averaged(group) for group in groups):
         notes.append(f"What keeps an average of the weights is held against `{AVERAGED}`.")
     return "\n".join([*lines, *(["", " ".join(notes)] if notes else [])])
 
@@ -270,9 +270,12 @@ def _merged(groups: Sequence[Group], alone: Sequence[Group]) -> list[tuple[Group
 
 def _baseline(group: Group, groups: Sequence[Group]) -> Group | None:
     """The end-to-end runs of the same images and epochs (and with an average, if that is kept), if there are any."""
-    is_averaged = keeps_average(group.method) and group.method not in BASELINES
-    same = (group.data, AVERAGED if is_averaged else END_TO_END, group.epochs)
+    same = (group.data, AVERAGED if _is_averaged(group) else END_TO_END, group.epochs)
     return next((other for other in groups if other.rows and (other.data, other.method, other.epochs) == same), None)
+
+
+def _is_averaged(group: Group) -> bool:
+    return keeps_average(group.method) and group.method not in BASELINES
 
 
 def _figures(group: Group, baseline: Group | None) -> list[str]:
@@ -309,6 +312,6 @@ def _cited(figure: Published | None, sources: list[str]) -> str:
     """A published figure with the number of its source, which is noted down."""
     if figure is None:
         return ""
-    if figure.source not in sources:
-        sources.append(figure.source)
-    return f"{figure} [{sources.index(figure.source) + 1}]"
+    if figure.cited not in sources:
+        sources.append(figure.cited)
+    return f"{figure} [{sources.index(figure.cited) + 1}]"

@@ -151,7 +151,9 @@ class EpochSums:
         values: list[dict[str, float]] = [{} for _ in range(num_modules)]
         last = self.names[-1][0]
         for (module, term), total in zip(self.names, self.losses.tolist(), strict=True):
-            count = self.num_batches if module == last else self.num_batches - self.num_global
+            # Of an end-to-end step there is the last module's task loss alone.
+            is_global = module == last and term == "task"
+            count = self.num_batches if is_global else self.num_batches - self.num_global
             if count:
                 values[module][term] = total / count
         return values
