@@ -13,8 +13,9 @@ TRGL = "arXiv 2309.17357, Table 4"
 QUOTED = "arXiv 2212.14215, Table 3, as quoted by arXiv 2309.17357, Table 4"
 ABSTRACT = "arXiv 2212.14215, abstract"
 RECIPES = {
-    TRGL: "300 epochs, batch 1024, AdamW with weight decay 0.05, cosine with 20 epochs of warm-up, label smoothing 0.1, "
-    "drop path 0.1, split at Swin's stages, average pool and a linear layer as auxiliary head; best epoch on test data",
+    TRGL: "300 epochs, batch 1024, AdamW with weight decay 0.05, cosine with 20 epochs of warm-up, label smoothing "
+    "0.1, drop path 0.1, split at Swin's stages, average pool and a linear layer as auxiliary head; best epoch on "
+    "test data",
     QUOTED: "recipe not told in what can be had",
     ABSTRACT: "recipe not told in what can be had",
 }
