@@ -15,7 +15,8 @@ inside one. Batches are shuffled, so a group never holds the same images twice.
 How it differs from the usual code: no draw touches a global random state. Each batch is given one seed,
 derived from (seed, epoch, batch index) by hashing, and every part of the augmentation derives its own from
 that. So batch 17 of epoch 3 is the same whether 16 batches went before it or the run was resumed at it, on
-any device: draws are made on the CPU and copied without waiting. Library code that insists on a global
+any device: draws are made on the CPU and copied without waiting. (RandAugment alone waits for a GPU: torchvision's
+geometric operations put small tables there, a group of images at a time.) Library code that insists on a global
 state (RandAugment: torch's; timm's Mixup: numpy's) runs inside `private_rng`, which puts both back.
 
 Sources: RandAugment arXiv 1909.13719; random erasing arXiv 1708.04896; mixup arXiv 1710.09412; cutmix

@@ -7,8 +7,8 @@ evaluation. `load_images_for_prediction` prepares images without labels the same
 
 Why not a `DataLoader` throughout: the sets that local learning is compared on are small (CIFAR, SVHN,
 STL-10), and the steps short. Indexing a uint8 tensor and augmenting the batch on the device costs
-milliseconds, with no worker process and nothing that waits for the device. Larger sets are decoded by worker
-processes, and the same augmentation follows.
+milliseconds, with no worker process and, but for RandAugment, nothing that waits for the device. Larger sets
+are decoded by worker processes, and the same augmentation follows.
 
 Two rules hold here. Selection is honest: validation images come from the training part, by class and by
 seed, and the test part is never touched by a setting. And a run can be resumed in the middle of an epoch, bit
