@@ -68,9 +68,13 @@ def compare(name: str, batch_size: int, *, side: int, **options: Any) -> None:
 
 
 # Without PVT: what oneDNN reorders for its depthwise convolutions is 28 % of so small a model, 0.5 % of a real one.
+@pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")  # the switch below touches that one, too
 @pytest.mark.parametrize("name", list(SMALL)[:2])
 def test_estimates_of_small_models_are_right(name: str) -> None:
-    compare(name, 8, side=32, num_classes=10, **SMALL[name])
+    # And without oneDNN: on processors with AMX its bf16 products take scratch memory by the thread, 5 to 9 % of so
+    # small a model. At real sizes, below, it stays in.
+    with torch.backends.mkldnn.flags(enabled=False):
+        compare(name, 8, side=32, num_classes=10, **SMALL[name])
 
 
 @pytest.mark.heavy
