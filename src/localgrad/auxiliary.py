@@ -354,7 +354,7 @@ def transformer_blocks(width: int, depth: int, *, num_tokens: int) -> nn.Sequent
     """Plain pre-norm transformer blocks of timm: heads of 32 channels, an MLP of twice the width.
 
     Over few tokens attention isn't fused. The scores are few there, and on processors the backward pass of fused
-    attention in bfloat16 is slow: 10.5 ms against 0.7 for 128 images of 16 tokens, one head (one core, torch 2.15).
+    attention in bfloat16 is slow: 10.5 ms against 0.7 for 128 images of 16 tokens, one head (one core, torch 2.14).
 
     Args:
         width: of a token, a multiple of 32.
