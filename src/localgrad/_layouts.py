@@ -10,6 +10,7 @@ Shapes: B batch, N tokens, P prefix tokens, D width, H W grid.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -134,6 +135,8 @@ class LayoutFinder:
                 ``change_features``).
         """
         layout = self._tokens(features, index) if features.ndim == 3 else self._map(features, changed)
+        if index == 0 and not isinstance(features, FakeTensor):
+            self._check_places((changed() - features).float().square(), layout)
         self.kind = layout.kind
         # Grids only shrink along the trunk, and mostly stay: the present one is the first guess for the next.
         self.grids.insert(0, layout.grid)
@@ -148,6 +151,31 @@ class LayoutFinder:
             moved = (changed() - features).float().square()
             rivals.sort(key=lambda option: _share_at_place(moved, option))
         return rivals[-1]
+
+    def _check_places(self, moved: Tensor, layout: Layout) -> None:
+        """Refuse features whose rows are columns, or whose tokens are channels: a square doesn't tell by its shape."""
+        axes = range(1, moved.ndim)
+        readings = [moved.permute(0, *order) for order in itertools.permutations(axes)]
+        if moved.ndim == 4:
+            shape, plain = (*layout.grid, layout.width), Layout("NHWC", layout.width, layout.grid)
+            readings.insert(0, layout.to_grid(moved))
+        else:
+            shape, plain = layout.shape, layout
+            if not layout.num_prefix_tokens:  # as a grid, too: it may have been made of columns
+                readings += [self._transposed(moved, layout)]
+        shares = [_share_at_place(reading, plain) for reading in readings if tuple(reading.shape[1:]) == shape]
+        if max(shares) > 2 * shares[0]:  # clearly: on a grid of few cells every place is near every other one
+            raise unsupported(
+                self.model,
+                f"its features of shape [B, {', '.join(map(str, moved.shape[1:]))}] don't stand as rows, columns, "
+                "channels or tokens of them (a change at one place of the image shows at another one)",
+            )
+
+    @staticmethod
+    def _transposed(moved: Tensor, layout: Layout) -> Tensor:
+        """Tokens [B, N, D] as if their grid had been flattened column by column."""
+        grid = layout.to_grid(moved).reshape(len(moved), layout.grid[1], layout.grid[0], layout.width).transpose(1, 2)
+        return layout.add(torch.zeros_like(moved), grid)
 
     def _fits(self, option: Layout) -> tuple[bool, bool]:
         return option.grid in self.grids, option.width in self.widths
