@@ -157,13 +157,13 @@ class LayoutFinder:
         axes = range(1, moved.ndim)
         readings = [moved.permute(0, *order) for order in itertools.permutations(axes)]
         if moved.ndim == 4:
-            shape, plain = (*layout.grid, layout.width), Layout("NHWC", layout.width, layout.grid)
+            plain = Layout("NHWC", layout.width, layout.grid)
             readings.insert(0, layout.to_grid(moved))
         else:
-            shape, plain = layout.shape, layout
+            plain = layout
             if not layout.num_prefix_tokens:  # as a grid, too: it may have been made of columns
                 readings += [self._transposed(moved, layout)]
-        shares = [_share_at_place(reading, plain) for reading in readings if tuple(reading.shape[1:]) == shape]
+        shares = [_share_at_place(reading, plain) for reading in readings if tuple(reading.shape[1:]) == plain.shape]
         if max(shares) > 2 * shares[0]:  # clearly: on a grid of few cells every place is near every other one
             raise unsupported(
                 self.model,

@@ -5,8 +5,10 @@ train mode. Held against each other are
 
 * what every block is given, call by call;
 * the logits;
-* the gradients of images and trainable parameters. They are taken of the logits *and* of the last block's output,
-  since a head that starts at zero would hide everything before it.
+* the gradients of images and trainable parameters, of the logits and of the last block's output.
+
+A head, a norm or a layer scale that starts at zero would hide everything before it. So parameters that are nothing but
+zeros get random values for as long as the proof takes. Logits of the true weights are compared before (``split``).
 
 Parameters that several parts read (a rotary table of which every block makes its own) get the sum of several gradients,
 in another order of summation: these are held to rounding.
@@ -78,7 +80,7 @@ def prove(backbone: Backbone, blocks: Sequence[tuple[str, nn.Module]], images: T
     written: set[str] = set()
     shapes: list[list[torch.Size]] = []
     shared = _read_by_several(backbone)
-    with left_as_it_was(model, backbone) as state, torch.inference_mode(mode=False), torch.enable_grad():
+    with left_as_it_was(model, backbone) as state, torch.enable_grad(), _nothing_hidden(model):
         for mode in ("eval", "train"):
             # Only batch norms need a second image, and only in training; what else the number of images may
             # show, splitting has seen by its own two.
@@ -99,6 +101,21 @@ def prove(backbone: Backbone, blocks: Sequence[tuple[str, nn.Module]], images: T
             model, "in train mode it drops tokens, so features have no grid (build it with patch_drop_rate=0)"
         )
     return frozenset(written)
+
+
+@contextmanager
+def _nothing_hidden(model: nn.Module) -> Iterator[None]:
+    """Random values in place of parameters that are all zeros."""
+    zeros = [weight.data for weight in model.parameters() if weight.is_floating_point() and not weight.data.any()]
+    generator = torch.Generator().manual_seed(3)
+    for weight in zeros:
+        bound = max(1, weight[0].numel()) ** -0.5 if weight.ndim > 1 else 0.5
+        weight.uniform_(-bound, bound, generator=generator)
+    try:
+        yield
+    finally:
+        for weight in zeros:
+            weight.zero_()
 
 
 def _check_written(model: nn.Module, state: ModelState) -> None:
@@ -128,12 +145,9 @@ def _trace(
         if not ends:
             return trace
         starts = [("the images", entered), *named]
-        found = torch.autograd.grad(
-            ends,
-            [start for _, start in starts],
-            [_cotangent(end, end is not ends[0]) for end in ends],
-            allow_unused=True,
-        )
+        lengths = [1.0 if end is trace.logits else FEATURES_SHARE for end in ends]
+        cotangents = [_cotangent(end, length) for end, length in zip(ends, lengths, strict=True)]
+        found = torch.autograd.grad(ends, [start for _, start in starts], cotangents, allow_unused=True)
     for (name, start), gradient in zip(starts, found, strict=True):
         keeps = gradient is None or id(start) in shared
         trace.gradients[name] = gradient if keeps else digest([gradient])

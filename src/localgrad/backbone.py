@@ -267,17 +267,17 @@ def _is_proved_in_place(model: nn.Module) -> bool:
 
 
 def _split(model: nn.Module, size: tuple[int, int, int]) -> Backbone:
-    first = next(model.parameters())
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(2, *size, generator=generator).to(first.device, first.dtype)
     stations = find_stations(model)
-    with left_as_it_was(model) as state, torch.no_grad():
+    with torch.inference_mode(mode=False), left_as_it_was(model) as state, torch.no_grad():
+        images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()))
         model.eval()
         seen = observe(model, stations, images)
         state.restore()
         model.eval()
         try:
             backbone = _assemble(model, seen, images)
+            state.restore()
+            model.eval()
             if not torch.equal(backbone(images), seen.logits):
                 raise unsupported(model, "in eval mode its parts give other logits than the model")
             state.restore()
@@ -310,11 +310,14 @@ def outline(model: nn.Module, input_size: tuple[int, int, int]) -> Backbone:
     """
     size = _check_arguments(model, input_size)
     fake_mode, fake_model, copies = fake_copy_with_memo(model)
-    with random_state_kept(), fake_mode, torch.no_grad():
+    with random_state_kept(), left_as_it_was(fake_model) as state, fake_mode, torch.no_grad():
         fake_model.eval()
         images = torch.empty(2, *size, dtype=next(model.parameters()).dtype)
         try:
-            backbone = _assemble(fake_model, observe(fake_model, find_stations(fake_model), images), images)
+            seen = observe(fake_model, find_stations(fake_model), images)
+            state.restore()
+            fake_model.eval()
+            backbone = _assemble(fake_model, seen, images)
         except (AttributeError, TypeError, RuntimeError) as error:
             raise unsupported(model, f"its parts don't run on their own ({error})") from error
     originals = {id(copied): original for original, copied in copies if isinstance(original, Tensor)}
