@@ -27,7 +27,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,9 +36,6 @@ from torch.utils.checkpoint import checkpoint
 
 from ._state import ModelState, left_as_it_was
 from ._timm_adapters import unsupported
-
-if TYPE_CHECKING:
-    from .backbone import Backbone
 
 FEATURES_SHARE = 0.01
 """Length of the last block's cotangent beside that of the logits: large enough to count, too small to drown them."""
@@ -61,11 +58,19 @@ class Trace:
     """Of images and parameters, by name: digests, but for the tensors of what several parts read."""
 
 
-def prove(backbone: Backbone, blocks: Sequence[tuple[str, nn.Module]], images: Tensor) -> frozenset[str]:
-    """Compare parts with their model.
+def prove(
+    model: nn.Module,
+    chain: nn.Module,
+    parts: Sequence[nn.Module],
+    blocks: Sequence[tuple[str, nn.Module]],
+    images: Tensor,
+) -> frozenset[str]:
+    """Compare parts with their model; both are left as they are.
 
     Args:
-        backbone: its parts and its model, on the processor; left as they are.
+        model: on the processor.
+        chain: runs the parts in sequence; shares its parameters with the model.
+        parts: stem, blocks and tail.
         blocks: the modules of the trunk, by name, that both call.
         images: [B, C, H, W], B at least 2.
 
@@ -75,20 +80,21 @@ def prove(backbone: Backbone, blocks: Sequence[tuple[str, nn.Module]], images: T
     Raises:
         BackboneError: something differs; the message says what.
     """
-    model = backbone.model
     blocks = list({id(block): (name, block) for name, block in blocks if not isinstance(block, nn.Identity)}.values())
     written: set[str] = set()
     shapes: list[list[torch.Size]] = []
-    shared = _read_by_several(backbone)
-    with left_as_it_was(model, backbone) as state, torch.enable_grad(), _nothing_hidden(model):
+    counts = Counter(id(weight) for part in parts for weight in part.parameters())
+    shared = {number for number, count in counts.items() if count > 1}
+    with left_as_it_was(model, chain) as state, torch.enable_grad(), _nothing_hidden(model):
         for mode in ("eval", "train"):
             # Only batch norms need a second image, and only in training; what else the number of images may
             # show, splitting has seen by its own two.
             count = 2 if mode == "train" and any(isinstance(m, _BatchNorm) for m in model.modules()) else 1
             traces = []
-            for run in (model, backbone):
+            for run in (model, chain):
                 state.restore()
-                backbone.train(mode == "train")
+                for each in (model, chain):
+                    each.train(mode == "train")
                 traces.append(_trace(run, model, blocks, images[:count], shared))
                 if run is model:
                     written |= state.written_buffers()
@@ -209,13 +215,6 @@ def _same_gradient(expected: bytes | Tensor | None, found: bytes | Tensor | None
         return expected == found if type(expected) is type(found) else False
     bound = max(1e-4, 8 * torch.finfo(expected.dtype).eps) * expected.abs().max()
     return bool((expected - found).abs().max() <= bound)
-
-
-def _read_by_several(backbone: Backbone) -> set[int]:
-    """Identities of the parameters that stand in more than one part."""
-    parts = (backbone.stem, *backbone.blocks, backbone.tail)
-    counts = Counter(id(weight) for part in parts for weight in part.parameters())
-    return {number for number, count in counts.items() if count > 1}
 
 
 def _cotangent(end: Tensor, length: float) -> Tensor:

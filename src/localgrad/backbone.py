@@ -282,7 +282,8 @@ def _split(model: nn.Module, size: tuple[int, int, int]) -> Backbone:
                 raise unsupported(model, "in eval mode its parts give other logits than the model")
             state.restore()
             blocks = [(call.station.name, call.station.module) for call in seen.calls]
-            backbone._written_buffers = prove(backbone, blocks, images)
+            parts = (backbone.stem, *backbone.blocks, backbone.tail)
+            backbone._written_buffers = prove(model, backbone, parts, blocks, images)
         except torch.OutOfMemoryError:
             raise
         except (AttributeError, TypeError, RuntimeError) as error:
