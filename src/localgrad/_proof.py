@@ -24,8 +24,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,7 +53,7 @@ class Trace:
     """What the last call gave."""
     is_forward: bool = True
     """Whether the forward pass is under way: a model that recomputes calls its blocks in the backward pass again."""
-    logits: Any = None
+    logits: Tensor | None = None
     gradients: dict[str, bytes | Tensor | None] = field(default_factory=dict)
     """Of images and parameters, by name: digests, but for the tensors of what several parts read."""
 
@@ -64,6 +64,8 @@ def prove(
     parts: Sequence[nn.Module],
     blocks: Sequence[tuple[str, nn.Module]],
     images: Tensor,
+    *,
+    moving: Collection[nn.Module] = (),
 ) -> frozenset[str]:
     """Compare parts with their model; both are left as they are.
 
@@ -73,6 +75,7 @@ def prove(
         parts: stem, blocks and tail.
         blocks: the modules of the trunk, by name, that both call.
         images: [B, C, H, W], B at least 2.
+        moving: modules that a forward pass changes, beside those with buffers in training.
 
     Returns:
         Names of the buffers that a forward pass writes.
@@ -95,7 +98,9 @@ def prove(
                 state.restore()
                 for each in (model, chain):
                     each.train(mode == "train")
-                traces.append(_trace(run, model, blocks, images[:count], shared))
+                with _observed(blocks, moving) as trace:
+                    _run(run, model, images[:count], trace, shared)
+                traces.append(trace)
                 if run is model:
                     written |= state.written_buffers()
                     _check_written(model, state)
@@ -137,39 +142,34 @@ def _check_written(model: nn.Module, state: ModelState) -> None:
         )
 
 
-def _trace(
-    run: nn.Module, model: nn.Module, blocks: Sequence[tuple[str, nn.Module]], images: Tensor, shared: set[int]
-) -> Trace:
-    trace = Trace()
-    named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+def _run(run: nn.Module, model: nn.Module, images: Tensor, trace: Trace, shared: Collection[int]) -> None:
+    """One forward and one backward pass, noted in a trace."""
     entered = images.detach().clone().requires_grad_()
-    with _observed(blocks, trace):
-        # A clone, since a leaf that needs a gradient could not be written into, as images can.
-        trace.logits = run(entered.clone())
-        trace.is_forward = False
-        ends = [end for end in (trace.logits, trace.last) if isinstance(end, Tensor) and end.requires_grad]
-        if not ends:
-            return trace
-        starts = [("the images", entered), *named]
-        lengths = [1.0 if end is trace.logits else FEATURES_SHARE for end in ends]
-        cotangents = [_cotangent(end, length) for end, length in zip(ends, lengths, strict=True)]
-        found = torch.autograd.grad(ends, [start for _, start in starts], cotangents, allow_unused=True)
+    starts = [("the images", entered), *((name, w) for name, w in model.named_parameters() if w.requires_grad)]
+    # A clone, since a leaf that needs a gradient could not be written into, as images can.
+    logits = run(entered.clone())
+    trace.is_forward = False
+    ends = [end for end in (logits, trace.last) if isinstance(end, Tensor) and end.requires_grad]
+    trace.last = None
+    trace.logits = logits.detach() if isinstance(logits, Tensor) else None
+    if not ends:
+        return
+    cotangents = [_cotangent(end, 1.0 if end is logits else FEATURES_SHARE) for end in ends]
+    found = torch.autograd.grad(ends, [start for _, start in starts], cotangents, allow_unused=True)
     for (name, start), gradient in zip(starts, found, strict=True):
         keeps = gradient is None or id(start) in shared
         trace.gradients[name] = gradient if keeps else digest([gradient])
-    trace.last = None
-    trace.logits = trace.logits.detach() if isinstance(trace.logits, Tensor) else trace.logits
-    return trace
 
 
 @contextmanager
-def _observed(blocks: Sequence[tuple[str, nn.Module]], trace: Trace) -> Iterator[None]:
+def _observed(blocks: Sequence[tuple[str, nn.Module]], moving: Collection[nn.Module]) -> Iterator[Trace]:
     """Let blocks note what they are given, and recompute what is inside them in the backward pass."""
+    trace = Trace()
     before = [(block, vars(block).get("forward")) for _, block in blocks]
     for name, block in blocks:
-        vars(block)["forward"] = _noting(name, block.forward, trace)
+        vars(block)["forward"] = _noting(name, block, trace, moving)
     try:
-        yield
+        yield trace
     finally:
         for block, forward in before:
             if forward is None:
@@ -178,13 +178,17 @@ def _observed(blocks: Sequence[tuple[str, nn.Module]], trace: Trace) -> Iterator
                 vars(block)["forward"] = forward
 
 
-def _noting(name: str, forward: Callable[..., Any], trace: Trace) -> Callable[..., Any]:
+def _noting(name: str, block: nn.Module, trace: Trace, moving: Collection[nn.Module]) -> Callable[..., Any]:
+    forward = block.forward
+    moves = any(module in moving or (module.training and module._buffers) for module in block.modules())
+
     def noted(*args: Any, **kwargs: Any) -> Any:
         if trace.is_forward:
             given = list(tensors_in((args, dict(sorted(kwargs.items())))))
             trace.calls.append((name, digest(given)))
             trace.shapes.append(given[0].shape if given else torch.Size())
-        output = checkpoint(forward, *args, use_reentrant=False, determinism_check="none", **kwargs)
+        again = nullcontext() if not moves else _as_before(block, ModelState([block], torch.device("cpu")))
+        output = checkpoint(forward, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again), **kwargs)
         if trace.is_forward:
             trace.last = next(tensors_in(output), None)
         return output
@@ -192,8 +196,16 @@ def _noting(name: str, forward: Callable[..., Any], trace: Trace) -> Callable[..
     return noted
 
 
+@contextmanager
+def _as_before(block: nn.Module, state: ModelState) -> Iterator[None]:
+    """A region in which a block is what it was, such as one whose table isn't made yet."""
+    with left_as_it_was(block):
+        state.restore(with_random=False)
+        yield
+
+
 def _compare(model: nn.Module, theirs: Trace, ours: Trace, mode: str) -> None:
-    if not isinstance(theirs.logits, Tensor):
+    if theirs.logits is None:
         raise unsupported(model, f"in {mode} mode it returns no tensor of logits")
     for expected, found in zip(theirs.calls, ours.calls, strict=False):
         if expected != found:
@@ -201,7 +213,7 @@ def _compare(model: nn.Module, theirs: Trace, ours: Trace, mode: str) -> None:
     if len(theirs.calls) != len(ours.calls):
         calls = f"{len(ours.calls)} blocks, the model {len(theirs.calls)}"
         raise unsupported(model, f"in {mode} mode its parts call {calls}")
-    if not isinstance(ours.logits, Tensor) or digest([ours.logits]) != digest([theirs.logits]):
+    if ours.logits is None or digest([ours.logits]) != digest([theirs.logits]):
         raise unsupported(model, f"in {mode} mode its parts give other logits than the model")
     for name, expected_gradient in theirs.gradients.items():
         if not _same_gradient(expected_gradient, ours.gradients.get(name)):

@@ -272,6 +272,7 @@ def _split(model: nn.Module, size: tuple[int, int, int]) -> Backbone:
         images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()))
         model.eval()
         seen = observe(model, stations, images)
+        moving = state.changed_modules()
         state.restore()
         model.eval()
         try:
@@ -283,7 +284,7 @@ def _split(model: nn.Module, size: tuple[int, int, int]) -> Backbone:
             state.restore()
             blocks = [(call.station.name, call.station.module) for call in seen.calls]
             parts = (backbone.stem, *backbone.blocks, backbone.tail)
-            backbone._written_buffers = prove(model, backbone, parts, blocks, images)
+            backbone._written_buffers = prove(model, backbone, parts, blocks, images, moving=moving)
         except torch.OutOfMemoryError:
             raise
         except (AttributeError, TypeError, RuntimeError) as error:
