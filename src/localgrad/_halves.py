@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ._fake import TorchDispatchMode, random_state_kept
 from ._likeness import is_foreign, likeness, signature
-from ._state import NO_STATE, Observed, State, has_hooks, observe, random_state, set_random_state, twin_of
+from ._written import NO_STATE, Observed, State, has_hooks, observe, random_state, set_random_state, twin_of
 from ._timm_adapters import Step, attribute, identity
 
 ATTENTION_NAMES = ("_attn", "_shifted_window_attn", "_partition_attn", "attn", "token_mixer")

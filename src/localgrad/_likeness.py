@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ._fake import FakeTensor
-from ._state import HOOKS, is_ours
+from ._written import HOOKS, is_ours
 
 RATES = ("p", "drop_prob")
 """Where torch's dropout and timm's drop path keep their rate, by which the blocks of a model differ.

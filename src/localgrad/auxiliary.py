@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from localgrad._state import twin_of
+from localgrad._written import twin_of
 from localgrad._timm_adapters import with_plain_attention
 from localgrad.backbone import Layout
 from localgrad.errors import RecipeError, did_you_mean

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from localgrad._fake import random_state_kept
-from localgrad._state import keep, put_back
+from localgrad._written import keep, put_back
 from localgrad.backbone import Backbone, split
 from localgrad.errors import BackboneError, CheckpointError, IsolationError, PartitionError, RecipeError
 from localgrad.execution.checkpointing import Recomputed

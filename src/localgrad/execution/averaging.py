@@ -21,7 +21,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from localgrad._state import let_go, strip_hooks
+from localgrad._written import let_go, strip_hooks
 from localgrad.execution.sharding import rows_of
 
 POWER_ITERATIONS = 4

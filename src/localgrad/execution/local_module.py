@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localgrad._halves import find_pieces, observed, whole_block
-from localgrad._state import Observed
+from localgrad._written import Observed
 from localgrad.backbone import Backbone, Layout, Stem
 from localgrad.execution.checkpointing import Part, Recomputed
 from localgrad.objectives.base import LocalBatch, LocalObjective, ObjectiveValue, Site
