@@ -55,6 +55,8 @@ FAMILIES: dict[str, tuple[str, dict, tuple[int, ...]]] = {
     "eva02": ("eva02_tiny_patch14_224", VIT | {"embed_dim": 32, "num_heads": 2}, ()),
     "eva02 mixed rope": ("vit_small_patch16_rope_mixed_224", VIT | {"embed_dim": 32, "num_heads": 2}, ()),
     "cait": ("cait_xxs24_224", VIT, ()),
+    "convit": ("convit_tiny", VIT | {"embed_dim": 8, "local_up_to_layer": 2}, ()),
+    "convit small": ("convit_small", VIT | {"embed_dim": 8, "local_up_to_layer": 2}, ()),
     "xcit": ("xcit_nano_12_p16_224", VIT | {"embed_dim": 32, "num_heads": 2}, ()),
     "davit": (
         "davit_tiny",
@@ -380,6 +382,7 @@ HEAVY = [
     *("swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_ns_224", "vit_small_patch16_224"),
     *("deit3_small_patch16_224", "beitv2_base_patch16_224", "eva02_small_patch14_224", "cait_xxs24_224"),
     *("xcit_tiny_12_p8_224", "davit_tiny", "maxvit_tiny_tf_224", "mvitv2_tiny", "mvitv2_base_cls", "pvt_v2_b2_li"),
+    *("convit_tiny", "convit_small"),
     *("hiera_tiny_224", "convnext_tiny", "resnet50", "coatnet_0_rw_224", "poolformer_s12", "focalnet_tiny_srf"),
 ]
 

@@ -41,6 +41,7 @@ __all__ = [
     "TorchFunctionMode",
     "backward_under_modes",
     "copies_within",
+    "copy_on_host",
     "fake_copy",
     "fake_copy_with_memo",
     "quick_view",
@@ -370,6 +371,45 @@ def fake_copy_with_memo(obj: T) -> tuple[FakeTensorMode, T, list[tuple[Any, Any]
         if isinstance(original, nn.Parameter) and original.grad is not None:
             memo[id(original)].grad = copier.fake(original.grad)
     return fake_mode, copied, [(original, memo[id(original)]) for original in originals]
+
+
+class _HostCopier(TorchFunctionMode):
+    """While active, ``copy.deepcopy`` of a tensor gives one on the processor, 16 bits as 32. Use `copy_on_host`."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Copy a tensor to the processor; leave everything else alone."""
+        if func is Tensor.__deepcopy__:
+            tensor, memo = args
+            if id(tensor) not in memo:
+                memo[id(tensor)] = self._copied(tensor).requires_grad_(tensor.requires_grad)
+            return memo[id(tensor)]
+        if func is Tensor.clone:  # what the copy of a parameter is made of
+            return self._copied(args[0])
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _copied(tensor: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            small = tensor.is_floating_point() and tensor.element_size() == 2
+            return tensor.detach().to("cpu", torch.float32 if small else tensor.dtype, copy=True)
+
+
+def copy_on_host(obj: T) -> tuple[T, list[tuple[Any, Any]]]:
+    """Copy any object so that its tensors are on the processor, those of 16 bits in float32.
+
+    Args:
+        obj: as for `fake_copy`.
+
+    Returns:
+        The copy, and (original, copy) of everything that was reached.
+    """
+    memo: dict[int, Any] = {}
+    with _HostCopier():
+        copied = copy.deepcopy(obj, memo)
+    originals = [original for original in memo.get(id(memo), []) if id(original) in memo]
+    return copied, [(original, memo[id(original)]) for original in originals]
 
 
 @contextlib.contextmanager

@@ -28,7 +28,21 @@ from .errors import BackboneError
 Kind = Literal["NHWC", "NCHW", "tokens"]
 
 SUPPORTED_FAMILIES: tuple[str, ...] = (
-    *("swin", "swinv2", "swinv2_cr", "vit", "deit", "deit3", "dinov2", "beit", "beitv2", "eva02", "cait", "xcit"),
+    *(
+        "swin",
+        "swinv2",
+        "swinv2_cr",
+        "vit",
+        "deit",
+        "deit3",
+        "dinov2",
+        "beit",
+        "beitv2",
+        "eva02",
+        "cait",
+        "convit",
+        "xcit",
+    ),
     *("davit", "maxvit", "mvitv2", "pvt_v2", "hiera", "convnext", "resnet"),
 )
 """Families that the tests hold to the bit; others may work, and are proved or refused at the time of splitting."""

@@ -32,113 +32,32 @@ Shapes: B batch, N tokens, P prefix tokens, D width, H W grid; images [B, C, H, 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._fake import FakeTensor, fake_copy_with_memo, random_state_kept
+from ._fake import FakeTensor, copy_on_host, fake_copy_with_memo, random_state_kept
+from ._layouts import Layout, LayoutFinder, change_features, change_image
 from ._observe import Call, Seen, find_stations, observe, trunks_of
+from ._proof import prove
+from ._state import left_as_it_was
 from ._timm_adapters import (
     SUPPORTED_FAMILIES,
     TENSOR_ARGUMENTS,
-    Kind,
     Recomputed,
     Step,
     attribute,
-    child_of,
     find_glue,
     find_recomputed,
     kind_after,
-    token_order,
     unsupported,
 )
 from .errors import BackboneError
 
 __all__ = ["SUPPORTED_FAMILIES", "Backbone", "Layout", "outline", "split"]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How features stand in memory at one point between blocks."""
-
-    kind: Kind
-    width: int
-    """D, the number of channels."""
-    grid: tuple[int, int]
-    """(H, W) of the spatial tokens."""
-    num_prefix_tokens: int = 0
-    """P, class and register tokens that stand before the grid tokens (kind "tokens")."""
-    order: tuple[int, ...] | None = None
-    """Token n of the sequence stands at raster position order[n]; None: in raster order."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of one image's features."""
-        if self.kind == "tokens":
-            return (self.num_prefix_tokens + self.grid[0] * self.grid[1], self.width)
-        return (*self.grid, self.width) if self.kind == "NHWC" else (self.width, *self.grid)
-
-    def to_grid(self, features: Tensor) -> Tensor:
-        """Spatial features without prefix tokens, as a view where memory allows it.
-
-        Args:
-            features: [B, H, W, D], [B, D, H, W] or [B, P + N, D], as ``kind`` says.
-
-        Returns:
-            [B, H, W, D].
-        """
-        if self.kind == "NHWC":
-            return features
-        if self.kind == "NCHW":
-            return features.permute(0, 2, 3, 1)
-        tokens = features[:, self.num_prefix_tokens :]
-        if self.order is not None:
-            tokens = tokens[:, torch.tensor(self._token_at, device=features.device)]
-        return tokens.reshape(tokens.shape[0], *self.grid, self.width)
-
-    def prefix(self, features: Tensor) -> Tensor | None:
-        """Class and register tokens.
-
-        Args:
-            features: as for ``to_grid``.
-
-        Returns:
-            [B, P, D], a view, or None where there are none.
-        """
-        return features[:, : self.num_prefix_tokens] if self.num_prefix_tokens else None
-
-    def add(self, features: Tensor, grid: Tensor) -> Tensor:
-        """Features with something added to their spatial part.
-
-        Args:
-            features: as for ``to_grid``.
-            grid: [B, H, W, D].
-
-        Returns:
-            Of the features' own shape.
-        """
-        if self.kind == "NHWC":
-            return features + grid
-        if self.kind == "NCHW":
-            return features + grid.permute(0, 3, 1, 2)
-        tokens = grid.flatten(1, 2)
-        if self.order is not None:
-            tokens = tokens[:, torch.tensor(self.order, device=features.device)]
-        return features + F.pad(tokens, (0, 0, self.num_prefix_tokens, 0))
-
-    @cached_property
-    def _token_at(self) -> tuple[int, ...]:
-        """The inverse of ``order``: which token stands at each raster position."""
-        order = self.order or ()
-        return tuple(sorted(range(len(order)), key=order.__getitem__))
 
 
 class Stem(nn.Module):
@@ -329,16 +248,42 @@ def split(model: nn.Module, input_size: tuple[int, int, int]) -> Backbone:
             that don't give its logits bit for bit.
     """
     size = _check_arguments(model, input_size)
-    first = next(model.parameters())
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(2, *size, generator=generator).to(first.device, first.dtype)
+    if _is_proved_in_place(model):
+        return _split(model, size)
+    # Elsewhere: there some backward passes differ from themselves, and there memory is what users lack.
+    with random_state_kept():
+        copied, copies = copy_on_host(model)
+    backbone = _split(copied, size)
+    made: Backbone = copy.deepcopy(backbone, {id(twin): original for original, twin in copies})
+    for module in set(made.modules()) - set(model.modules()):
+        module.training = model.training
+    return made
+
+
+def _is_proved_in_place(model: nn.Module) -> bool:
+    """Whether a model computes on the processor, in a precision for which that has all operators."""
+    floating = [tensor for tensor in _tensors(model) if tensor.is_floating_point()]
+    return all(tensor.device.type == "cpu" and tensor.element_size() > 2 for tensor in floating)
+
+
+def _split(model: nn.Module, size: tuple[int, int, int]) -> Backbone:
     stations = find_stations(model)
-    with _left_as_it_was(model, first.device) as rewind, torch.no_grad():
+    with torch.inference_mode(mode=False), left_as_it_was(model) as state, torch.no_grad():
+        images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()))
         model.eval()
         seen = observe(model, stations, images)
+        state.restore()
+        model.eval()
         try:
             backbone = _assemble(model, seen, images)
-            _prove(backbone, images, rewind)
+            state.restore()
+            model.eval()
+            if not torch.equal(backbone(images), seen.logits):
+                raise unsupported(model, "in eval mode its parts give other logits than the model")
+            state.restore()
+            blocks = [(call.station.name, call.station.module) for call in seen.calls]
+            parts = (backbone.stem, *backbone.blocks, backbone.tail)
+            backbone._written_buffers = prove(model, backbone, parts, blocks, images)
         except torch.OutOfMemoryError:
             raise
         except (AttributeError, TypeError, RuntimeError) as error:
@@ -366,11 +311,14 @@ def outline(model: nn.Module, input_size: tuple[int, int, int]) -> Backbone:
     """
     size = _check_arguments(model, input_size)
     fake_mode, fake_model, copies = fake_copy_with_memo(model)
-    with random_state_kept(), fake_mode, torch.no_grad():
+    with random_state_kept(), left_as_it_was(fake_model) as state, fake_mode, torch.no_grad():
         fake_model.eval()
         images = torch.empty(2, *size, dtype=next(model.parameters()).dtype)
         try:
-            backbone = _assemble(fake_model, observe(fake_model, find_stations(fake_model), images), images)
+            seen = observe(fake_model, find_stations(fake_model), images)
+            state.restore()
+            fake_model.eval()
+            backbone = _assemble(fake_model, seen, images)
         except (AttributeError, TypeError, RuntimeError) as error:
             raise unsupported(model, f"its parts don't run on their own ({error})") from error
     originals = {id(copied): original for original, copied in copies if isinstance(original, Tensor)}
@@ -415,17 +363,27 @@ def _assemble(model: nn.Module, seen: Seen, images: Tensor) -> Backbone:
     stem = _find_stem(model, seen, images)
     features = stem(images)
     groups = _group_calls(seen.calls)
-    finder = _LayoutFinder(model, *images.shape[2:])
-    blocks, layouts = [], []
+    finder = LayoutFinder(model, *images.shape[2:])
+    blocks: list[nn.Module] = []
+    layouts: list[Layout] = []
+    before = features
+
+    def changed() -> Tensor:
+        """The present features, had one place of what they were made of been different."""
+        entered = change_features(before, layouts[-1]) if blocks else change_image(images)
+        found: Tensor = (blocks[-1] if blocks else stem)(entered)
+        return found
+
     for index, calls in enumerate(groups):
-        layouts.append(finder.describe(features, index))
+        layouts.append(finder.describe(features, index, changed))
+        before = features
         steps = []
         for call in calls:
             steps.append(_make_step(model, call, features, layouts[-1], index))
             finder.kind = kind_after(steps[-1].glue) or finder.kind
             features = call.returned
         blocks.append(steps[0].simplest() if len(steps) == 1 else nn.Sequential(*(s.simplest() for s in steps)))
-    layouts.append(finder.describe(features, len(groups)))
+    layouts.append(finder.describe(features, len(groups), changed))
     tail_glue = _glue(model, features, seen.tail_input, groups[-1][-1].station.name, "the tail")
     return Backbone(
         model,
@@ -571,109 +529,6 @@ def _stage_boundaries(groups: list[list[Call]], layouts: list[Layout]) -> list[i
     if any(stages):
         return [index for index, (before, stage) in enumerate(pairwise(stages), start=1) if stage != before]
     return [i for i, (before, after) in enumerate(pairwise(layouts)) if i > 0 and before.grid != after.grid]
-
-
-class _LayoutFinder:
-    """Reads the layout of features off their shape, given the model and the image."""
-
-    def __init__(self, model: nn.Module, height: int, width: int) -> None:
-        self.model = model
-        self.num_prefix_tokens = int(attribute(model, "num_prefix_tokens") or 0)
-        self.widths = {int(info["num_chs"]) for info in _widths(model)}
-        embedded = attribute(child_of(model, "patch_embed") or model, "grid_size")
-        self.grids: list[tuple[int, int]] = [tuple(embedded)] if embedded else []
-        for stride in range(1, max(height, width) + 1):
-            self.grids.append((math.ceil(height / stride), math.ceil(width / stride)))
-            self.grids.append((height // stride, width // stride))
-        # Decides only where D = H = W leaves both readings open: the last kind known for certain.
-        self.kind: Kind = attribute(model, "output_fmt") or "NCHW"
-
-    def describe(self, features: Tensor, index: int) -> Layout:
-        """The layout of the features that enter block ``index``."""
-        layout = self._tokens(features, index) if features.ndim == 3 else self._map(features)
-        self.kind = layout.kind
-        # Grids only shrink along the trunk, and mostly stay: the present one is the first guess for the next.
-        self.grids.insert(0, layout.grid)
-        return layout
-
-    def _map(self, features: Tensor) -> Layout:
-        _, one, two, three = features.shape
-        options = [Layout("NHWC", three, (one, two)), Layout("NCHW", one, (two, three))]
-        options.sort(key=lambda o: (o.grid in self.grids, o.width in self.widths, o.kind == self.kind))
-        return options[-1]
-
-    def _tokens(self, features: Tensor, index: int) -> Layout:
-        _, count, width = features.shape
-        for grid in self.grids:
-            for prefix in dict.fromkeys((self.num_prefix_tokens, 0)):
-                if grid[0] * grid[1] + prefix == count and min(grid) > 0:
-                    order = token_order(self.model, max(index - 1, 0), count)
-                    return Layout("tokens", width, grid, prefix, order)
-        raise unsupported(self.model, f"{count} tokens enter block {index}, and which grid they make is not known")
-
-
-def _widths(model: nn.Module) -> list[dict[str, Any]]:
-    return list(attribute(model, "feature_info") or [])
-
-
-# Proof ----------------------------------------------------------------------------------------------------------
-
-
-def _prove(backbone: Backbone, images: Tensor, rewind: Callable[[], set[str]]) -> None:
-    """Compare the parts with the model, in both modes, from the same buffers and random state."""
-    shapes: dict[str, list[torch.Size]] = {}
-    for mode in ("eval", "train"):
-        backbone.train(mode == "train")
-        rewind()
-        expected = backbone.model(images)
-        backbone._written_buffers |= rewind()
-        features, shapes[mode] = backbone.stem(images), []
-        for block in backbone.blocks:
-            shapes[mode].append(features.shape)
-            features = block(features)
-        logits = backbone.tail(features)
-        rewind()
-        if not isinstance(expected, Tensor):
-            raise unsupported(backbone.model, f"in {mode} mode it returns no tensor of logits")
-        if not torch.equal(logits, expected):
-            raise unsupported(backbone.model, f"in {mode} mode its parts give other logits than the model")
-    if shapes["eval"] != shapes["train"]:
-        raise unsupported(
-            backbone.model,
-            "in train mode it drops tokens, so features have no grid (build it with patch_drop_rate=0)",
-        )
-
-
-@contextmanager
-def _left_as_it_was(model: nn.Module, device: torch.device) -> Iterator[Callable[[], set[str]]]:
-    """Put modes, buffers and random state back at the end.
-
-    Yields:
-        A function that puts buffers and random state back at once, and returns the names of the buffers that had
-        been written.
-    """
-    modes = {module: module.training for module in model.modules()}
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    on_cuda = device.type == "cuda"
-    random_state = torch.get_rng_state()
-    cuda_state = torch.cuda.get_rng_state(device) if on_cuda else None
-
-    def rewind() -> set[str]:
-        written = {name for name, buffer in model.named_buffers() if not torch.equal(buffer, buffers[name])}
-        for name in written:
-            model.get_buffer(name).copy_(buffers[name])
-        torch.set_rng_state(random_state)
-        if cuda_state is not None:
-            torch.cuda.set_rng_state(cuda_state, device)
-        return written
-
-    try:
-        yield rewind
-    finally:
-        with torch.no_grad():
-            rewind()
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

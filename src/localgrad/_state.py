@@ -1,0 +1,187 @@
+"""What running a model may change, kept and given back: so that whoever only looks leaves no trace.
+
+A forward pass moves batch statistics, counts calls, caches tables, draws random numbers. Some models put a new tensor
+in a buffer's place, some keep a table in a plain attribute. So what is kept is, for each module, its attributes by
+identity, the contents of its plain containers (among them its parameters, buffers, children and hooks), and the values
+of its tensors; the parameters' gradients and flags; and the random states of Python, NumPy and PyTorch.
+
+Values of parameters aren't kept: a copy of all weights is what those who lack memory can't have. A forward pass that
+writes into a parameter is found out, and told to whoever asked (``written_parameters``).
+"""
+
+from __future__ import annotations
+
+import random
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ._fake import FakeTensor
+
+CONTAINERS = (dict, OrderedDict, list, set, deque)
+"""Types of attributes whose contents are kept as well, one level deep."""
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """The state of all generators that a model on some device may draw from."""
+
+    device: torch.device
+    python: Any
+    numpy: Any
+    torch_: Tensor
+    cuda: Tensor | None
+
+    @classmethod
+    def now(cls, device: torch.device) -> RandomState:
+        """The present state."""
+        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return cls(device, random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda)
+
+    def restore(self) -> None:
+        """Make it the present state again."""
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.torch_)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda, self.device)
+
+
+class ModelState:
+    """The state of some modules and everything in them, at the time when this is made.
+
+    Args:
+        roots: the modules; what they share is kept once.
+        device: whose random numbers they draw, beside the processor's.
+    """
+
+    def __init__(self, roots: Iterable[nn.Module], device: torch.device) -> None:
+        self.roots = tuple(roots)
+        self.random = RandomState.now(device)
+        self._modules = [_Kept(module) for module in dict.fromkeys(m for root in self.roots for m in root.modules())]
+        found = {id(tensor): tensor for kept in self._modules for tensor in kept.tensors()}
+        self._values = [(tensor, tensor.detach().clone()) for tensor in found.values()]
+        weights = dict.fromkeys(weight for root in self.roots for weight in root.parameters())
+        self._weights = [(weight, weight.grad, weight.requires_grad, version_of(weight)) for weight in weights]
+
+    def written_buffers(self) -> set[str]:
+        """Dotted names, in their root, of the buffers that hold other values now or that another tensor stands for."""
+        known = {id(tensor): value for tensor, value in self._values}
+        written = set()
+        for root in self.roots:
+            for name, buffer in root.named_buffers(remove_duplicate=False):
+                value = known.get(id(buffer))
+                if value is None or not same_bits(buffer, value):
+                    written.add(name)
+        return written
+
+    def replaced_buffers(self, module: nn.Module) -> list[str]:
+        """Names of a module's own buffers that another tensor stands for now."""
+        kept = next(kept for kept in self._modules if kept.module is module)
+        before = kept.contents["_buffers"]
+        return [name for name, buffer in module._buffers.items() if before.get(name) is not buffer]
+
+    def written_parameters(self) -> list[str]:
+        """Dotted names of the parameters that were written into; their values can't be had back."""
+        before = {id(weight): version for weight, _, _, version in self._weights}
+        named = [named for root in self.roots for named in root.named_parameters()]
+        return [name for name, weight in named if before.get(id(weight), version_of(weight)) != version_of(weight)]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give everything back."""
+        for kept in self._modules:
+            kept.restore()
+        for tensor, value in self._values:
+            if tensor.shape != value.shape:
+                tensor.data = value.clone()
+            elif not same_bits(tensor, value):
+                tensor.copy_(value)
+        for weight, gradient, requires_grad, _ in self._weights:
+            weight.grad = gradient
+            if weight.requires_grad != requires_grad:
+                weight.requires_grad_(requires_grad)
+        self.random.restore()
+
+
+class _Kept:
+    """One module's attributes, and the contents of those that are containers."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.attributes = dict(vars(module))
+        self.contents = {name: value.copy() for name, value in self.attributes.items() if type(value) in CONTAINERS}
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Buffers, and tensors in plain attributes and containers: all but parameters."""
+        for name, value in self.attributes.items():
+            items = [value]
+            if name in self.contents and name != "_parameters":
+                items = list(value.values() if isinstance(value, dict) else value)
+            for item in items:
+                if isinstance(item, Tensor) and not isinstance(item, nn.Parameter):
+                    yield item
+
+    def restore(self) -> None:
+        present = vars(self.module)
+        for name in present.keys() - self.attributes.keys():
+            del present[name]
+        present.update(self.attributes)
+        for name, content in self.contents.items():
+            _refill(self.attributes[name], content)
+
+
+def _refill(container: Any, content: Any) -> None:
+    """Give a container its contents back, if it has others."""
+    if not container and not content:  # most are hooks that nobody set
+        return
+    same_items = len(container) == len(content) and all(
+        mine is theirs for mine, theirs in zip(_items(container), _items(content), strict=True)
+    )
+    if same_items:
+        return
+    container.clear()
+    add: Callable[[Any], None] = container.update if isinstance(container, (dict, set)) else container.extend
+    add(content)
+
+
+def _items(container: Any) -> list[Any]:
+    if isinstance(container, dict):
+        return [*container.keys(), *container.values()]
+    return list(container)
+
+
+@contextmanager
+def left_as_it_was(*roots: nn.Module, device: torch.device | None = None) -> Iterator[ModelState]:
+    """A region at whose end modules, their tensors and the random state are what they were.
+
+    Args:
+        roots: modules.
+        device: whose random numbers they draw; by default that of the first one's parameters.
+    """
+    first = next(roots[0].parameters(), None)
+    state = ModelState(roots, device or (torch.device("cpu") if first is None else first.device))
+    try:
+        yield state
+    finally:
+        state.restore()
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same values; what is no number counts as equal to itself, fake values as equal."""
+    if one.shape != other.shape or one.dtype != other.dtype or one.device != other.device:
+        return False
+    if isinstance(one, FakeTensor) or torch.equal(one, other):
+        return True
+    return bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was written; 0 for one of inference mode, which doesn't count."""
+    return 0 if tensor.is_inference() else tensor._version
