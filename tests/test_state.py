@@ -17,12 +17,14 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.spectral_norm import spectral_norm
 
 import localgrad
-from helpers import SIZE, adamw, assert_same, batches, make, train
+from helpers import SIZE, adamw, assert_same, batches, flat, make, train
 from localgrad import GreedySupervised, LocalLearner
 from localgrad._halves import find_pieces, observed, signature
 from localgrad.errors import RecipeError
-from localgrad.execution.local_module import LocalModule
+from localgrad.execution.local_module import LocalModule, recompute
 from localgrad.learner import check_isolation, estimate_step
+from localgrad.partition import Checkpointing
+from localgrad.planning.costs import Settings
 from localgrad.plans.budget import Task, _cache_key, looks_at_whole_batches
 
 WIDTH = 32
@@ -36,8 +38,20 @@ def learner_of(model: nn.Module, checkpoint: Any = "none", modules: int = 2, **s
     learner = LocalLearner(
         model, modules=modules, input_size=SIZE, objective=objective, checkpoint=checkpoint, **settings
     )
-    learner.configure_optimizers(adamw)
+    learner.configure_optimizers(sgd)
     return learner
+
+
+def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1)  # so that rounding stays rounding
+
+
+def assert_near(ours: Any, theirs: Any) -> None:
+    """But for rounding: kernels may add in another order for parts of a batch."""
+    ours, theirs = flat(ours), flat(theirs)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-4, atol=1e-5, msg=lambda text, name=name: name + text)
 
 
 # Layers with state -----------------------------------------------------------------------------------------------
@@ -174,46 +188,103 @@ def run(learner: LocalLearner, steps: int = STEPS) -> tuple[list[Tensor], dict[s
     random.seed(0)
     np.random.seed(0)
     losses = [loss for result in train(learner, batches(steps, 8)) for loss in result.losses]
-    state = {name: value.detach().clone() for name, value in learner.model.named_buffers()}
-    state |= {name: value.detach().clone() for name, value in learner.model.named_parameters()}
-    for name, part in learner.model.named_modules():
-        if isinstance(part, Counter):
-            state[f"{name} counts"] = part.value()
-    return losses, state | {"random": random.random(), "numpy": np.random.rand(), "torch": torch.rand(())}
+    return losses, state_of(learner.model)
+
+
+class NoObjective(nn.Module):
+    """Where only the features of a module are run."""
+
+
+def trunk(name: str, way: str) -> LocalModule:
+    """A block with such a layer, and one without, as a local module."""
+    backbone = localgrad.split(make(depth=2), SIZE)
+    block = backbone.blocks[0]
+    torch.manual_seed(2)
+    block.mlp = nn.Sequential(block.mlp, LAYERS[name]())  # type: ignore[assignment]
+    how = Checkpointing.parse(way)
+    recomputed = {} if way == "none" else {i: recompute(backbone, i, how) for i in range(2)}
+    return LocalModule(list(backbone.blocks), NoObjective(), recomputed).train()  # type: ignore[arg-type]
+
+
+def trained_trunk(module: LocalModule, steps: int = STEPS) -> tuple[list[Tensor], dict[str, Any]]:
+    """What a module gives in some steps, and every state afterwards: of tensors, attributes, random numbers."""
+    optimizer = sgd([weight for weight in module.parameters() if weight.requires_grad])
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(7)
+    outputs = []
+    for _ in range(steps):
+        output = module.features(torch.randn(4, 17, WIDTH))
+        outputs.append(output.detach())
+        output.pow(2).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return outputs, state_of(module)
+
+
+def state_of(module: nn.Module) -> dict[str, Any]:
+    state: dict[str, Any] = {name: value.detach().clone() for name, value in module.named_buffers()}
+    state |= {name: value.detach().clone() for name, value in module.named_parameters()}
+    state |= {name: part.value() for name, part in module.named_modules() if isinstance(part, Counter)}
+    return state | {"random": random.random(), "numpy": float(np.random.rand()), "torch": torch.rand(())}
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_state_moves_once_a_step_however_a_block_is_recomputed(name: str) -> None:
-    plain = run(learner_of(with_layer(name)))
+    plain = trained_trunk(trunk(name, "none"))
     for way in WAYS:
-        assert_same(run(learner_of(with_layer(name), way)), plain)
+        assert_near(trained_trunk(trunk(name, way)), plain)
+    if "counts" in name:
+        counted = [value for key, value in plain[1].items() if key.endswith("mlp.1")]
+        assert counted == [STEPS]
 
 
-@pytest.mark.parametrize("name", ["counts, in place", "codebook", "spectral norm", "noise, python"])
+SPLIT = [
+    "counts, in place",
+    "counts, reassigned",
+    "counts, attribute",
+    "running mean",
+    "spectral norm",
+    "instance norm",
+]
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_state_moves_once_in_a_learners_steps(name: str) -> None:
+    plain = run(learner_of(with_layer(name)))
+    for way in ("blocks", "halves/4"):
+        assert_near(run(learner_of(with_layer(name), way)), plain)
+
+
+@pytest.mark.parametrize("name", ["counts, in place", "running mean", "spectral norm"])
 def test_state_moves_once_in_end_to_end_steps_too(name: str) -> None:
     found = []
     for way in ("none", "blocks", "halves/4"):
         learner = learner_of(with_layer(name), global_checkpoint=way)
         random.seed(0)
+        np.random.seed(0)
         torch.manual_seed(7)
         losses = [learner.global_step(*batch).losses for batch in batches(3, 8)]
-        found.append((losses, dict(learner.model.named_buffers()), dict(learner.model.named_parameters())))
-    assert_same(found[1], found[0])
-    assert_same(found[2], found[0])
+        found.append((losses, state_of(learner.model)))
+    assert_near(found[1], found[0])
+    assert_near(found[2], found[0])
 
 
-def test_looking_for_state_changes_none() -> None:
-    for name in LAYERS:
-        model = with_layer(name)
-        before = copy.deepcopy(model.state_dict())
-        attributes = {key: copy.copy(value) for key, value in vars(model.blocks[1].mlp[1]).items() if key != "tensor"}
-        states = random.getstate(), torch.get_rng_state()
-        learner_of(model, "halves/2")
-        assert_same(model.state_dict(), before)
-        assert all(
-            vars(model.blocks[1].mlp[1])[key] == value for key, value in attributes.items() if not key.startswith("_")
-        )
-        assert random.getstate() == states[0]
+@pytest.mark.parametrize("name", LAYERS)
+def test_looking_for_state_changes_none(name: str) -> None:
+    block = trunk(name, "none").parts[0]
+    layer: Any = block.mlp[1]  # type: ignore[index]
+    before = copy.deepcopy(block.state_dict())
+    numbers = {key: copy.copy(value) for key, value in vars(layer).items() if isinstance(value, (int, list, str))}
+    own = layer.generator.get_state() if isinstance(layer, Noise) else None
+    states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    find_pieces(block, torch.randn(2, 17, WIDTH, generator=torch.Generator().manual_seed(1)))
+    assert_same(block.state_dict(), before)
+    assert {key: vars(layer)[key] for key in numbers} == numbers
+    assert own is None or torch.equal(own, layer.generator.get_state())
+    assert random.getstate() == states[0]
+    assert np.array_equal(np.random.get_state()[1], states[1])
+    assert torch.equal(torch.get_rng_state(), states[2])
 
 
 class Late(nn.Module):
@@ -265,7 +336,7 @@ def test_what_looks_at_a_whole_batch_gets_whole_batches() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["counts, in place", "counts, reassigned", "counts, list", "codebook", "running mean"])
+@pytest.mark.parametrize("name", ["counts, in place", "counts, reassigned", "counts, list", "running mean"])
 def test_memory_that_runs_out_takes_state_back(name: str) -> None:
     plain = run(learner_of(with_layer(name)))
     learner = learner_of(with_layer(name))
@@ -281,7 +352,7 @@ def test_memory_that_runs_out_takes_state_back(name: str) -> None:
     assert_same(run(learner), plain)
 
 
-@pytest.mark.parametrize("name", ["counts, in place", "counts, reassigned", "counts, attribute", "codebook"])
+@pytest.mark.parametrize("name", ["counts, in place", "counts, reassigned", "counts, attribute", "running mean"])
 def test_the_isolation_check_leaves_state_alone(name: str) -> None:
     learner = learner_of(with_layer(name))
     before = copy.deepcopy(learner.model.state_dict())
@@ -401,22 +472,23 @@ def test_what_is_replaced_after_the_learner_was_made_runs(how: str, monkeypatch:
 
     plain = run(model_and_learner("none"), 2)
     monkeypatch.undo()
-    assert_same(run(model_and_learner("halves"), 2), plain)
+    assert_near(run(model_and_learner("halves"), 2), plain)
 
 
 def test_costs_of_what_cannot_be_read_are_not_written_down() -> None:
     class Opaque:
         pass
 
-    settings: Any = localgrad.planning.costs.Settings(batch_size=2)
-    optimizer: Any = adamw
-    monkey = types.SimpleNamespace(cache_key="adamw")
-    del optimizer, monkey
-    model = make(depth=2)
-    assert signature(model.blocks[0]) is not None
-    model.blocks[0].something = Opaque()
-    assert signature(model.blocks[0]) is None
-    del settings, _cache_key
+    def factory(weights: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return adamw(weights)
+
+    factory.cache_key = "adamw"  # type: ignore[attr-defined]
+    backbone = localgrad.split(make(depth=2), SIZE)
+    task = Task(backbone=backbone, objective=GreedySupervised(), optimizer=factory)
+    settings = Settings(batch_size=2)
+    assert _cache_key(task, settings) is not None
+    backbone.blocks[0].something = Opaque()  # type: ignore[assignment]
+    assert _cache_key(task, settings) is None
 
 
 # Hooks -----------------------------------------------------------------------------------------------------------
@@ -451,9 +523,10 @@ def test_hooks_run_as_in_checkpointed_blocks(kind: str, place: str) -> None:
         losses, state = run(learner, 2)
         found[way] = losses, state, seen
     for way in WAYS[1:]:
-        assert_same(found[way], found["blocks"])
-    assert_same(found["blocks"][:2], found["none"][:2])
-    again = 1 if kind == "backward" else 2
+        assert_near(found[way], found["blocks"])
+    assert_near(found["blocks"][:2], found["none"][:2])
+    # A recomputation ends where it has all that the backward pass needs: before what comes last.
+    again = 1 if kind == "backward" or place == "block" and kind != "pre" else 2
     assert len(found["blocks"][2]) == again * len(found["none"][2])
 
 
@@ -469,7 +542,8 @@ def test_hooks_on_all_modules_run(way: str) -> None:
         finally:
             handle.remove()
         found.append((losses, names))
-    assert_same(found[1], found[0])
+    assert_near(found[1][0], found[0][0])
+    assert found[1][1] == found[0][1]
 
 
 def test_hooks_run_where_modules_overlap() -> None:
@@ -480,7 +554,7 @@ def test_hooks_run_where_modules_overlap() -> None:
         for block in learner.model.blocks:
             SETTERS["forward"](block, seen[way])
         run(learner, 2)
-    assert_same(seen["halves/2"], seen["blocks"])
+    assert_near(seen["halves/2"], seen["blocks"])
 
 
 def test_observing_runs_no_users_hooks() -> None:

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from ._fake import TorchDispatchMode, random_state_kept
 from ._likeness import is_foreign, likeness, signature
-from ._written import NO_STATE, Observed, State, has_hooks, observe, random_state, set_random_state, twin_of
 from ._timm_adapters import Step, attribute, identity
+from ._written import NO_STATE, Observed, State, has_hooks, observe, random_state, set_random_state, twin_of
 
 ATTENTION_NAMES = ("_attn", "_shifted_window_attn", "_partition_attn", "attn", "token_mixer")
 """Where a block keeps its attention, the first that exists: Swin's methods roll and cut windows around ``attn``."""
@@ -77,7 +77,6 @@ class AsCut:
     """A module as it was when it was cut: its branches give what it gives for as long as it is so.
 
     Attributes:
-        step: what is called for it, with what stands around it; or the module itself.
         module: the module.
         kind: its class.
         functions: the methods that its forward pass runs, with the code that they had, by name.
@@ -85,7 +84,6 @@ class AsCut:
         children: modules that the branches call, by name.
     """
 
-    step: nn.Module
     module: nn.Module
     kind: type[nn.Module]
     functions: tuple[tuple[str, Any, Any], ...]
@@ -93,13 +91,11 @@ class AsCut:
     children: tuple[tuple[str, nn.Module], ...]
 
     @classmethod
-    def of(cls, step: nn.Module) -> AsCut:
-        """A step's module as it is now."""
-        module = step.module if isinstance(step, Step) else step
+    def of(cls, module: nn.Module) -> AsCut:
+        """A module as it is now."""
         names = [name for name in ("forward", *ATTENTION_NAMES) if hasattr(type(module), name)]
         functions = [(name, getattr(type(module), name)) for name in names]
         return cls(
-            step,
             module,
             type(module),
             tuple((name, function, attribute(function, "__code__")) for name, function in functions),
@@ -108,9 +104,9 @@ class AsCut:
         )
 
     def holds(self) -> bool:
-        """Whether the module still is so, and a call of it runs nothing else. Runs at every step: lean."""
+        """Whether the module still is so. Runs at every step: lean."""
         module, kind = self.module, self.kind
-        if type(module) is not kind or has_hooks(module) or has_hooks(self.step):
+        if type(module) is not kind:
             return False
         own, children = vars(module), module._modules
         return (
@@ -189,11 +185,11 @@ def find_pieces(block: nn.Module, example: Tensor, *, halves: bool = True) -> li
 
     Returns:
         Two or more pieces where the block's written form is known, else one: the whole block. So is a block that writes
-        state (running statistics, a counter): it has one state before and one behind. The block and the random state
-        are as before.
+        state (running statistics, a counter), which is one before it and one behind, and a block with hooks. The block
+        and the random state are as before.
     """
     seen = observed(block, example)
-    if seen.parts or seen.draws:
+    if seen.parts or seen.draws or any(map(has_hooks, block.modules())):
         return [Piece(block, None, per_image=False, state=seen.state_of(block))]
 
     def run() -> dict[bool, _Cuts]:
@@ -204,7 +200,7 @@ def find_pieces(block: nn.Module, example: Tensor, *, halves: bool = True) -> li
     pieces: list[Piece] = []
     for step, (number, found) in zip(_steps(block), known[halves], strict=True):
         *candidates, whole = _candidates(step)
-        cut = None if number == len(candidates) else AsCut.of(step)
+        cut = None if number == len(candidates) else AsCut.of(step.module if isinstance(step, Step) else step)
         for piece, same in zip([*candidates, whole][number], found, strict=True):
             per_image = same.per_image and not seen.mixes
             pieces.append(replace(piece, per_image=per_image, draws=same.draws, cut=cut))

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ._state import RandomState, same_bits, version_of
+
 OUR_PACKAGES = frozenset({"torch", "timm", "localgrad"})
 """Whose code is known by its version."""
 
@@ -98,7 +100,7 @@ def _kept(part: nn.Module) -> Kept:
     plain = {name: value for name, value in vars(part).items() if name not in _OF_EVERY_MODULE}
     tensors = [value for _, table in found for value in table.values() if _may_be_written(value)]
     tensors += [value for value in plain.values() if isinstance(value, Tensor) and _may_be_written(value)]
-    values = {id(tensor): (tensor, tensor.detach().clone(), tensor._version) for tensor in tensors}
+    values = {id(tensor): (tensor, tensor.detach().clone(), version_of(tensor)) for tensor in tensors}
     return Kept(part, found, {name: (value, _content(value)) for name, value in plain.items()}, values)
 
 
@@ -186,7 +188,9 @@ def has_changed(kept: Kept) -> bool:
     if now.keys() != plain.keys() or any(_differs(now[name], *plain[name]) for name in now):
         return True
     # Not by versions alone: fused kernels write running statistics past them.
-    return any(tensor._version != version or not _equal(tensor, value) for tensor, value, version in values.values())
+    return any(
+        version_of(tensor) != version or not same_bits(tensor, value) for tensor, value, version in values.values()
+    )
 
 
 def _differs(now: Any, then: Any, content: Any) -> bool:
@@ -203,13 +207,6 @@ def _items(container: Any) -> list[Any]:
     return [(key, value if isinstance(value, _PLAIN) else id(value)) for key, value in values]
 
 
-def _equal(tensor: Tensor, value: Tensor) -> bool:
-    if tensor.is_meta or tensor.shape != value.shape:
-        return tensor.shape == value.shape
-    same = tensor == value
-    return bool((same | ((tensor != tensor) & (value != value))).all())  # noqa: PLR0124  (nan)
-
-
 # Random numbers that are not PyTorch's -----------------------------------------------------------------------------
 
 
@@ -224,8 +221,7 @@ def set_other_random_state(state: tuple[Any, Any]) -> None:
     np.random.set_state(state[1])
 
 
-def same_other_random_state(one: tuple[Any, Any], other: tuple[Any, Any]) -> bool:
-    """Whether nobody drew between two states."""
+def _same_other_random_state(one: tuple[Any, Any], other: tuple[Any, Any]) -> bool:
     numbers = all(np.array_equal(a, b) for a, b in zip(one[1], other[1], strict=True))
     return bool(one[0] == other[0]) and numbers
 
@@ -379,17 +375,14 @@ def observe(module: nn.Module, twin: nn.Module, example: Tensor, *, foreign: boo
     parts = dict(twin.named_modules())
     norms = tuple(name for name, part in parts.items() if isinstance(part, _BatchNorm))
     tracking = tuple(name for name in norms if parts[name].running_mean is not None)
-    still = [
-        name for name, part in parts.items() for b in part._buffers.values() if b is not None and name not in norms
-    ]
-    if example.is_meta or not (foreign or still):
+    has_more = any(_buffers(part) for name, part in parts.items() if name not in norms)
+    if example.is_meta or not (foreign or has_more):
         return Observed(tracking, draws=False, mixes=bool(norms), by_images=tracking)
     before, behind = keep(parts.values()), keep(module.modules())  # a closure in the copy may run the module
-    others, drawn = other_random_state(), random_state(example.device)
+    start, drawn = RandomState.now(example.device), random_state(example.device)
 
     def run(features: Tensor) -> Tensor:
-        set_other_random_state(others)
-        set_random_state(example.device, drawn)
+        start.restore()
         output: Tensor = twin(features.clone()).detach()
         return output
 
@@ -400,23 +393,23 @@ def observe(module: nn.Module, twin: nn.Module, example: Tensor, *, foreign: boo
             written = tuple(name for name, is_written in zip(parts, changed, strict=True) if is_written)
             if any(map(has_changed, behind)):
                 written = ("", *(name for name in parts if name))
-            draws = not same_other_random_state(others, other_random_state())
+            now = RandomState.now(example.device)
+            draws = not _same_other_random_state((start.python, start.numpy), (now.python, now.numpy))
             if not (foreign or set(written) - set(norms)):
                 return Observed(written, draws, mixes=bool(norms), by_images=written)
-            is_quiet = torch.equal(drawn, random_state(example.device))
+            is_quiet = not draws and torch.equal(random_state(example.device), drawn)
             states = {name: _state(parts[name]) for name in written}
             put_back(before)
             # As many images, and so the same kernels: what doesn't mix them gives the first one's bits.
             others_changed = run(torch.cat([example[:1], 1 - 2 * example[1:].flip(-1)]))
             by_images = tuple(name for name in written if not _same_states(states[name], _state(parts[name])))
-            mixes = len(outputs) != len(example) or not _equal(others_changed[:1], outputs[:1])
+            mixes = len(outputs) != len(example) or not same_bits(others_changed[:1], outputs[:1])
             put_back(before)
             mixes = mixes or (is_quiet and not _same_alone(run, example, outputs))
     finally:
         put_back(before)
         put_back([kept for kept in behind if has_changed(kept)])
-        set_other_random_state(others)
-        set_random_state(example.device, drawn)
+        start.restore()
     return Observed(written, draws, mixes, by_images)
 
 
@@ -441,9 +434,10 @@ def _state(part: nn.Module) -> dict[str, Any]:
 
 
 def _same_states(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    return one.keys() == other.keys() and all(
-        _equal(value, other[name]) if isinstance(value, Tensor) else value == other[name] for name, value in one.items()
-    )
+    if one.keys() != other.keys():
+        return False
+    pairs = [(value, other[name]) for name, value in one.items()]
+    return all(same_bits(*pair) if isinstance(pair[0], Tensor) else pair[0] == pair[1] for pair in pairs)
 
 
 def random_state(device: torch.device) -> Tensor:
@@ -494,7 +488,7 @@ class Undo:
             RuntimeError: a buffer was written that never was before.
         """
         for part, buffer, version in before.rest:
-            if buffer._version != version:
+            if version_of(buffer) != version:
                 raise RuntimeError(
                     f"{type(part).__name__} wrote a buffer in this step that it had not written before; it can't be "
                     "taken back."

@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from localgrad._written import twin_of
 from localgrad._timm_adapters import with_plain_attention
+from localgrad._written import twin_of
 from localgrad.backbone import Layout
 from localgrad.errors import RecipeError, did_you_mean
 

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from localgrad._fake import random_state_kept
-from localgrad._written import keep, put_back
+from localgrad._state import left_as_it_was
 from localgrad.backbone import Backbone, split
 from localgrad.errors import BackboneError, CheckpointError, IsolationError, PartitionError, RecipeError
 from localgrad.execution.checkpointing import Recomputed
@@ -650,7 +649,7 @@ def check_isolation(learner: LocalLearner, images: Tensor | None = None, labels:
         device = HOST
         images, labels = (None if given is None else given.to(HOST) for given in (images, labels))
     try:
-        with random_state_kept(), _still_state(learner):
+        with left_as_it_was(learner.model, *learner.modules):
             batch = LocalBatch(
                 torch.randn(2, *learner.backbone.input_size, device=device) if images is None else images,
                 torch.arange(2, device=device) % learner.backbone.num_classes if labels is None else labels,
@@ -674,16 +673,6 @@ def check_isolation(learner: LocalLearner, images: Tensor | None = None, labels:
     finally:
         for (_, parameter), gradient in zip(named, kept, strict=True):
             parameter.grad = gradient
-
-
-@contextlib.contextmanager
-def _still_state(learner: LocalLearner) -> Iterator[None]:
-    parts = [part for net in (learner.model, *learner.modules) for part in net.modules()]
-    kept = keep(dict.fromkeys(parts))
-    try:
-        yield
-    finally:
-        put_back(kept)
 
 
 def default_input_size(model: nn.Module) -> tuple[int, int, int]:

@@ -24,7 +24,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from localgrad._written import let_go, strip_hooks
 from localgrad.execution.sharding import rows_of
 
-POWER_ITERATIONS = 4
+POWER_ITERATIONS = 8
 """A spectral norm's own take one a step; one is enough for a weight that moves as slowly as an average does."""
 
 

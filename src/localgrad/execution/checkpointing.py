@@ -21,8 +21,8 @@ The drop path draws once for the whole batch. Dropout inside a branch draws, on 
 keeps the chunk's rows, so that the numbers are those of the plain block; on other devices each chunk draws its own. A
 branch that draws once for all images (dropout on a table of positions) is run on the whole batch.
 
-Hooks see what they see in the plain block: where there are any, nothing runs over chunks, and where a call of the block
-itself would run them, or the block is no longer what was cut, it runs as a whole. They run again in the recomputation.
+A block runs as a whole where it, or anything in it, has hooks, and where it is no longer what was cut (another forward,
+another child). So hooks see what they see in the plain block, and once more in the recomputation.
 """
 
 from __future__ import annotations
@@ -66,13 +66,12 @@ class Recomputed:
         if self.block is None:
             return _through(self.pieces, features, self.chunks)
         parts = list(self.block.modules())
-        hooked = hooks_on_all() or any(map(has_hooks, parts))
-        pieces = self.pieces if self._are_the_block() else (Piece(self.block, None, per_image=False),)
-        chunks = 1 if hooked else self.chunks
+        is_as_cut = not (hooks_on_all() or any(map(has_hooks, parts))) and all(cut.holds() for cut in self._cuts)
+        pieces = self.pieces if is_as_cut else (self._whole(self.block),)
         if torch.compiler.is_compiling():
-            return _through(pieces, features, chunks, hooked=hooked)
+            return _through(pieces, features, self.chunks)
         buffers = self._left_alone(parts)
-        features = _through(pieces, features, chunks, hooked=hooked)
+        features = _through(pieces, features, self.chunks)
         for part, name, buffer, version in buffers:
             if buffer._version != version:
                 raise RecipeError(
@@ -82,12 +81,9 @@ class Recomputed:
                 )
         return features
 
-    def _are_the_block(self) -> bool:
-        """Whether the pieces still do what a call of the block does."""
-        if self.pieces[0].branch is self.block:
-            return True
-        assert self.block is not None, "asked for a block"
-        return not hooks_on_all() and not has_hooks(self.block) and all(cut.holds() for cut in self._cuts)
+    def _whole(self, block: nn.Module) -> Piece:
+        first = self.pieces[0]
+        return Piece(block, None, per_image=False, state=first.state if first.branch is block else NO_STATE)
 
     def _left_alone(self, parts: Sequence[nn.Module]) -> list[tuple[nn.Module, str, Tensor, int]]:
         """Buffers that a forward pass isn't known to write, and their versions."""
@@ -101,20 +97,19 @@ class Recomputed:
         ]
 
 
-def _through(pieces: Sequence[Piece], features: Tensor, chunks: int, *, hooked: bool = False) -> Tensor:
+def _through(pieces: Sequence[Piece], features: Tensor, chunks: int) -> Tensor:
     for piece in pieces:
-        features = _run(piece, features, chunks, hooked=hooked)
+        features = _run(piece, features, chunks)
     return features
 
 
-def _run(piece: Piece, features: Tensor, chunks: int, *, hooked: bool) -> Tensor:
+def _run(piece: Piece, features: Tensor, chunks: int) -> Tensor:
     chunks = min(chunks, len(features)) if piece.per_image else 1
     output = checkpointed(piece.branch, features, piece.state) if chunks == 1 else _over_chunks(piece, features, chunks)
     if piece.drop_path is None:
         return output
     output = piece.drop_path(output)
-    # A hook may have kept the output.
-    return output.add_(features) if not hooked and _is_fresh(output, features) else features + output
+    return output.add_(features) if _is_fresh(output, features) else features + output
 
 
 def _is_fresh(output: Tensor, features: Tensor) -> bool:
