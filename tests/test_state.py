@@ -19,6 +19,7 @@ from torch.nn.utils.spectral_norm import spectral_norm
 import localgrad
 from helpers import SIZE, adamw, assert_same, batches, flat, make, train
 from localgrad import GreedySupervised, LocalLearner
+from localgrad._fake import FakeTensorMode
 from localgrad._halves import find_pieces, observed, signature
 from localgrad.errors import RecipeError
 from localgrad.execution.local_module import LocalModule, recompute
@@ -491,6 +492,23 @@ def test_costs_of_what_cannot_be_read_are_not_written_down() -> None:
     assert _cache_key(task, settings) is None
 
 
+def test_a_users_operator_is_asked_anew() -> None:
+    sizes = iter([3, 5])
+
+    @torch.library.custom_op("localgrad_test::resized", mutates_args=())
+    def resized(x: Tensor) -> Tensor:
+        return x.clone()
+
+    @resized.register_fake
+    def _(x: Tensor) -> Tensor:
+        return x.new_empty(next(sizes))
+
+    mode = FakeTensorMode()
+    with mode:
+        given = torch.empty(2)
+        assert [len(resized(given)) for _ in range(2)] == [3, 5]
+
+
 # Hooks -----------------------------------------------------------------------------------------------------------
 
 HookSetter = Callable[[nn.Module, list[Any]], Any]
@@ -526,8 +544,12 @@ def test_hooks_run_as_in_checkpointed_blocks(kind: str, place: str) -> None:
         assert_near(found[way], found["blocks"])
     assert_near(found["blocks"][:2], found["none"][:2])
     # A recomputation ends where it has all that the backward pass needs: before what comes last.
-    again = 1 if kind == "backward" or place == "block" and kind != "pre" else 2
+    again = 1 if kind == "backward" or (place == "block" and kind != "pre") else 2
     assert len(found["blocks"][2]) == again * len(found["none"][2])
+
+
+def noting(names: list[str]) -> Callable[..., None]:
+    return lambda module, *_: names.append(type(module).__name__)
 
 
 @pytest.mark.parametrize("way", ["blocks/2", "halves", "halves/4"])
@@ -536,7 +558,7 @@ def test_hooks_on_all_modules_run(way: str) -> None:
     for how in ("blocks", way):
         learner = learner_of(make(depth=2), how, modules=1)
         names: list[str] = []
-        handle = nn.modules.module.register_module_forward_hook(lambda m, i, o: names.append(type(m).__name__))
+        handle = nn.modules.module.register_module_forward_hook(noting(names))
         try:
             losses = run(learner, 1)
         finally:

@@ -100,7 +100,7 @@ def _kept(part: nn.Module) -> Kept:
     plain = {name: value for name, value in vars(part).items() if name not in _OF_EVERY_MODULE}
     tensors = [value for _, table in found for value in table.values() if _may_be_written(value)]
     tensors += [value for value in plain.values() if isinstance(value, Tensor) and _may_be_written(value)]
-    values = {id(tensor): (tensor, tensor.detach().clone(), version_of(tensor)) for tensor in tensors}
+    values = {id(tensor): (tensor, tensor.clone(), version_of(tensor)) for tensor in tensors}
     return Kept(part, found, {name: (value, _content(value)) for name, value in plain.items()}, values)
 
 
@@ -229,6 +229,7 @@ def _same_other_random_state(one: tuple[Any, Any], other: tuple[Any, Any]) -> bo
 # Copies ------------------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def twin_of(module: nn.Module) -> nn.Module:
     """A copy of a module without its users' hooks, which are not to run on what is only tried.
 
@@ -242,7 +243,7 @@ def twin_of(module: nn.Module) -> nn.Module:
                 memo[id(hooks)] = type(hooks)((key, hooks[key]) for key in _of_torch(part, table))
         for value in vars(part).values():  # what an earlier pass left: PyTorch copies leaves only
             if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
+                memo[id(value)] = value.clone()
     return copy.deepcopy(module, memo)
 
 
@@ -386,19 +387,22 @@ def observe(module: nn.Module, twin: nn.Module, example: Tensor, *, foreign: boo
         output: Tensor = twin(features.clone()).detach()
         return output
 
+    def changed(kept: Sequence[Kept]) -> tuple[str, ...]:
+        return tuple(name for name, each in zip(parts, kept, strict=True) if has_changed(each))
+
     try:
         with torch.enable_grad():
             outputs = run(example)
-            changed = [has_changed(kept) for kept in before]
-            written = tuple(name for name, is_written in zip(parts, changed, strict=True) if is_written)
-            if any(map(has_changed, behind)):
-                written = ("", *(name for name in parts if name))
+            written = changed(before) if not any(map(has_changed, behind)) else tuple(parts)
             now = RandomState.now(example.device)
             draws = not _same_other_random_state((start.python, start.numpy), (now.python, now.numpy))
             if not (foreign or set(written) - set(norms)):
                 return Observed(written, draws, mixes=bool(norms), by_images=written)
             is_quiet = not draws and torch.equal(random_state(example.device), drawn)
             states = {name: _state(parts[name]) for name in written}
+            first = keep(parts.values())
+            run(example)
+            again = changed(first)
             put_back(before)
             # As many images, and so the same kernels: what doesn't mix them gives the first one's bits.
             others_changed = run(torch.cat([example[:1], 1 - 2 * example[1:].flip(-1)]))
@@ -410,6 +414,8 @@ def observe(module: nn.Module, twin: nn.Module, example: Tensor, *, foreign: boo
         put_back(before)
         put_back([kept for kept in behind if has_changed(kept)])
         start.restore()
+    # What is written once, and whatever the images are, is a table that is made when it is needed, and no state.
+    written = tuple(name for name in written if name in again or name in by_images)
     return Observed(written, draws, mixes, by_images)
 
 
@@ -426,11 +432,12 @@ def _same_alone(run: Callable[[Tensor], Tensor], example: Tensor, outputs: Tenso
     return bool((alone - outputs[:1]).norm() <= 0.01 * outputs[:1].norm())
 
 
+@torch.no_grad()
 def _state(part: nn.Module) -> dict[str, Any]:
     """What a part has in its tables, copied, and its plain numbers; no tensors that it only shows."""
     found: dict[str, Any] = {name: value for name, value in vars(part).items() if isinstance(value, _PLAIN)}
     tables = {**part._parameters, **part._buffers}
-    return found | {name: value.detach().clone() for name, value in tables.items() if value is not None}
+    return found | {name: value.clone() for name, value in tables.items() if value is not None}
 
 
 def _same_states(one: dict[str, Any], other: dict[str, Any]) -> bool:

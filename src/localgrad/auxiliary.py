@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from localgrad._timm_adapters import with_plain_attention
 from localgrad._written import twin_of
+from localgrad.averaging import OtherBuffers, averaged_pairs
 from localgrad.backbone import Layout
 from localgrad.errors import RecipeError, did_you_mean
 
@@ -324,8 +325,6 @@ class NextClassifier(Classifier):
         if weights == "fresh":
             self.blocks.apply(_initialise)
         if weights == "ema":
-            from localgrad.execution.averaging import OtherBuffers
-
             self._others = [OtherBuffers() for _ in taken]
             self.blocks.requires_grad_(requires_grad=False)
         self.pool = Pool(taken[-1][1])
@@ -340,8 +339,6 @@ class NextClassifier(Classifier):
         """Take a step towards the blocks that are followed."""
         if self.weights != "ema":
             return
-        from localgrad.execution.averaging import averaged_pairs  # timm's takes a second
-
         for mine, source, others in zip(self.blocks, self._sources, self._others, strict=True):
             for own, other in averaged_pairs(mine, source):
                 own.lerp_(other.to(own.device), 1 - self.decay)

@@ -757,7 +757,7 @@ def make_ema(model: nn.Module, decay: float | None, *, on_host: bool) -> ModelEm
         return None
     if not 0 < decay < 1:
         raise RecipeError(f"ema_decay must lie between 0 and 1, got {decay}; 0.9998 is usual.")
-    from localgrad.execution.averaging import MovingAverage
+    from localgrad.execution.moving_average import MovingAverage
 
     if on_host:  # while the model may be in two places, which foreach can't take
         return MovingAverage(model, decay=decay, use_warmup=True, device=HOST, foreach=False)

@@ -1,11 +1,9 @@
-"""The moving average of a model's weights: timm's, of what can be averaged.
+"""What a moving average of a module's weights averages, and what it doesn't.
 
 Weights are averaged, and running statistics of batch and instance norms, which are averages themselves. All other
 buffers (counters, codes, tables) are the model's own. A spectral norm's vectors belong to one weight: those of the
 averaged weight are found by power iteration, a few at each update. So its largest singular value is one, as in the
 model.
-
-Source: timm 1.0.31, ``ModelEmaV3``, whose numbers these are for models without such buffers.
 """
 
 from __future__ import annotations
@@ -14,53 +12,30 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from localgrad._written import let_go, strip_hooks
-from localgrad.execution.sharding import rows_of
-
 POWER_ITERATIONS = 8
-"""A spectral norm's own take one a step; one is enough for a weight that moves as slowly as an average does."""
+"""At each update. A norm's own take one a step, but an average jumps at first, and is looked at at once."""
 
 
-class MovingAverage(ModelEmaV3):  # type: ignore[misc]  # timm has no types
-    """An average of a model, in ``module``: in evaluation mode, without its users' hooks.
+def averaged_pairs(average: nn.Module, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """What is averaged, each tensor once: of the average, and of the model. In the order of a state dict."""
+    seen: set[int] = set()
+    for own, part in zip(average.modules(), model.modules(), strict=True):
+        for name in (*part._parameters, *(_STATISTICS if isinstance(part, _NormBase) else ())):
+            mine, value = getattr(own, name), getattr(part, name)
+            if mine is None or id(mine) in seen:
+                continue
+            seen.add(id(mine))
+            if mine.is_floating_point() or mine.is_complex():
+                yield mine, value
 
-    Args:
-        model: on its device.
-        **settings: timm's.
-    """
 
-    def __init__(self, model: nn.Module, **settings: Any) -> None:
-        let_go(model)
-        super().__init__(model, **settings)
-        strip_hooks(self.module)
-        self._others = OtherBuffers()
-
-    @torch.no_grad()
-    def apply_update_(self, model: nn.Module, decay: float) -> None:
-        """Take a step towards a model.
-
-        Args:
-            model: of the same architecture.
-            decay: share of the average that stays.
-        """
-        averages, values = [], []
-        for own, value in averaged_pairs(self.module, model):
-            averages.append(own)
-            values.append(value)
-        if self.foreach:
-            self._foreach_lerp_(averages, values, weight=1.0 - decay)
-        else:
-            for own, value in zip(averages, values, strict=True):
-                self._lerp_(own, value.to(device=self.device), weight=1.0 - decay)
-        self._others.follow(self.module, model)
-        renew_spectral_norms(self.module)
+_STATISTICS = ("running_mean", "running_var")
 
 
 class OtherBuffers:
@@ -80,25 +55,6 @@ class OtherBuffers:
                 self._last[number] = value, value._version
 
 
-def averaged_pairs(average: nn.Module, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-    """What is averaged, each tensor once: of the average, and of the model. In the order of a state dict."""
-    seen: set[int] = set()
-    for own, part in zip(average.modules(), model.modules(), strict=True):
-        for name in (*part._parameters, *(_STATISTICS if isinstance(part, _NormBase) else ())):
-            mine, value = getattr(own, name), getattr(part, name)
-            if mine is None or id(mine) in seen:
-                continue
-            seen.add(id(mine))
-            mine, value = rows_of(mine), rows_of(value)
-            if mine.is_complex():
-                yield torch.view_as_real(mine), torch.view_as_real(value)
-            elif mine.is_floating_point():
-                yield mine, value
-
-
-_STATISTICS = ("running_mean", "running_var")
-
-
 def _other_buffers(average: nn.Module, model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor, bool]]:
     """The other buffers: the average's table and the name in it, the model's buffer, whether a state dict shows it."""
     for own, part in zip(average.modules(), model.modules(), strict=True):
@@ -112,7 +68,7 @@ def _copy_buffer(table: dict[str, Any], name: str, value: Tensor) -> None:
     """Let a buffer be as another one is; in its own memory, where it has the shape."""
     own = table.get(name)
     if own is None or (own.shape, own.dtype) != (value.shape, value.dtype):
-        table[name] = value.detach().to(value.device if own is None else own.device, copy=True)
+        table[name] = value.to(value.device if own is None else own.device, copy=True)
     else:
         own.copy_(value)
 
