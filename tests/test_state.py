@@ -21,9 +21,10 @@ from helpers import SIZE, adamw, assert_same, batches, flat, make, train
 from localgrad import GreedySupervised, LocalLearner
 from localgrad._fake import FakeTensorMode
 from localgrad._halves import find_pieces, observed, signature
-from localgrad.errors import RecipeError
+from localgrad.errors import ParallelError, RecipeError
 from localgrad.execution.local_module import LocalModule, recompute
 from localgrad.learner import check_isolation, estimate_step
+from localgrad.parallel import ParallelLearner
 from localgrad.partition import Checkpointing
 from localgrad.planning.costs import Settings
 from localgrad.plans.budget import Task, _cache_key, looks_at_whole_batches
@@ -341,7 +342,7 @@ def test_what_looks_at_a_whole_batch_gets_whole_batches() -> None:
 def test_memory_that_runs_out_takes_state_back(name: str) -> None:
     plain = run(learner_of(with_layer(name)))
     learner = learner_of(with_layer(name))
-    failing = iter([False] * 4 + [True] + [False] * 100)
+    failing = iter([False] * 4 + [True, False, True] + [False] * 100)  # once in each module
 
     def runs_out(*_: object) -> None:
         if next(failing):
@@ -367,6 +368,25 @@ def test_estimates_take_blocks_with_state() -> None:
     for name in ("counts, in place", "spectral norm", "running mean"):
         learner = learner_of(with_layer(name).train(), "blocks")
         assert estimate_step(learner, 4, adamw).peak_bytes > 0
+
+
+def refuse_replicas(model: nn.Module) -> None:
+    """What a learner of two replicas asks before it trains."""
+    asked: Any = types.SimpleNamespace(
+        team=types.SimpleNamespace(num_replicas=2), backbone=localgrad.split(model, SIZE)
+    )
+    ParallelLearner._refuse_own_ways(asked)
+
+
+def test_replicas_keep_state_that_is_theirs_alike() -> None:
+    for name in ("counts, in place", "instance norm", "spectral norm"):
+        refuse_replicas(with_layer(name))
+    refuse_replicas(make("resnet"))
+
+
+def test_replicas_are_refused_where_state_would_go_its_own_ways() -> None:
+    with pytest.raises(ParallelError, match=r"--replicas 2: RunningMean in blocks\.1 writes.*take --replicas 1"):
+        refuse_replicas(with_layer("running mean"))
 
 
 # Classes ---------------------------------------------------------------------------------------------------------

@@ -78,10 +78,15 @@ def _hooked_norms(part: nn.Module) -> list[Any]:
 
 
 def _vectors_of(part: nn.Module) -> list[str]:
-    """Names of a spectral norm's vectors in a part; none where its weight is sharded."""
+    """Names of a spectral norm's vectors in a part."""
     if isinstance(part, _SpectralNorm):
         return ["_u", "_v"]
     return [f"{hook.name}_{vector}" for hook in _hooked_norms(part) for vector in "uv"]
+
+
+def has_spectral_norms(module: nn.Module) -> bool:
+    """Whether a module has PyTorch's spectral norm, of the new kind or the old, anywhere."""
+    return any(_vectors_of(part) for part in module.modules())
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from localgrad.auxiliary import NextClassifier
+from localgrad.averaging import has_spectral_norms
 from localgrad.errors import ParallelError, RecipeError
 from localgrad.execution.local_module import LocalModule, observed_parts, site_of
 from localgrad.execution.local_step import LocalStep, autocast, check_precision
@@ -46,7 +47,8 @@ class ParallelLearner(LocalLearner):
 
     Raises:
         ParallelError: more ranks than local modules, what needs several modules in one place, or replicas of a part
-            with state that nobody knows how to average (running statistics of norms are averaged).
+            with state that nobody knows how to average (running statistics of norms are averaged); or an average of
+            layers with spectral norm under ``shard``.
     """
 
     def __init__(
@@ -78,6 +80,11 @@ class ParallelLearner(LocalLearner):
         self.skeleton: list[LocalModule] | None = None  # of the own modules: whole shapes, where they are sharded
         self._average_over_replicas(by_rows=shard)
         self._own_parts = Rows([part for index in self.own for part in self.modules[index].parts])
+        if shard and ema_decay is not None and has_spectral_norms(self._own_parts):
+            raise ParallelError(
+                f"ema_decay: {ema_decay} with --shard: the average of a layer with spectral norm needs whole weights, "
+                "and each process has rows; leave one of them out."
+            )
         self._ema = make_ema(self._own_parts, ema_decay, on_host=False)
         self.links = Links(self.team.place, self.team.device, num_buffers=num_buffers, wire=wire)
 
