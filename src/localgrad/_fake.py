@@ -98,8 +98,9 @@ class FakeTensorMode(fake_tensor.FakeTensorMode):  # type: ignore[no-untyped-cal
             return recipe(self, args)
         result = _dispatch(self, func, types, args, kwargs)
         if key not in self._recipes:
-            changes_shapes = torch.Tag.inplace_view in func.tags
-            self._recipes[key] = None if changes_shapes else _recipe_for(result, args, kwargs)
+            # What a user's operator gives may follow from anything, and its rule may be replaced.
+            is_pytorchs = func.namespace in _NAMESPACES and torch.Tag.inplace_view not in func.tags
+            self._recipes[key] = _recipe_for(result, args, kwargs) if is_pytorchs else None
         return result
 
     def cpp_meta_supports_symint(self, func: Any) -> bool:
@@ -162,6 +163,7 @@ _WITH_KERNELS = {
     torch.ops.aten._softmax_backward_data.default,
 }
 """The slowest of those that PyTorch decomposes in Python (up to thirty operators) though it needs not."""
+_NAMESPACES = ("aten", "prims")
 _CPU = torch.device("cpu")
 _Recipe = Callable[[FakeTensorMode, tuple[Any, ...]], Any]
 """Given the mode and the positional arguments of an operator, makes what the operator gives."""

@@ -15,7 +15,6 @@ Shapes: B batch · H W grid of the module's output · D its width · h w grid of
 
 from __future__ import annotations
 
-import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localgrad._timm_adapters import with_plain_attention
+from localgrad._written import twin_of
+from localgrad.averaging import OtherBuffers, averaged_pairs
 from localgrad.backbone import Layout
 from localgrad.errors import RecipeError, did_you_mean
 
@@ -318,12 +319,13 @@ class NextClassifier(Classifier):
             raise RecipeError("classifier: 'next' needs blocks that follow, and there are none; take 'transformer'.")
         self.weights = weights
         self.decay = decay
-        self.blocks = nn.Sequential(*(copy.deepcopy(block) for block, _ in taken))
+        self.blocks = nn.Sequential(*(twin_of(block) for block, _ in taken))
         # A list: they are other modules', and stay theirs; only an average looks at them again.
         self._sources = [block for block, _ in taken] if weights == "ema" else []
         if weights == "fresh":
             self.blocks.apply(_initialise)
         if weights == "ema":
+            self._others = [OtherBuffers() for _ in taken]
             self.blocks.requires_grad_(requires_grad=False)
         self.pool = Pool(taken[-1][1])
         self.head = nn.Linear(self.pool.width, num_classes)
@@ -337,11 +339,10 @@ class NextClassifier(Classifier):
         """Take a step towards the blocks that are followed."""
         if self.weights != "ema":
             return
-        for mine, source in zip(self.blocks, self._sources, strict=True):
-            pairs = zip((*mine.parameters(), *mine.buffers()), (*source.parameters(), *source.buffers()), strict=True)
-            for own, other in pairs:
-                if own.is_floating_point():
-                    own.lerp_(other.to(own.device), 1 - self.decay)
+        for mine, source, others in zip(self.blocks, self._sources, self._others, strict=True):
+            for own, other in averaged_pairs(mine, source):
+                own.lerp_(other.to(own.device), 1 - self.decay)
+            others.follow(mine, source)
 
 
 def _initialise(module: nn.Module) -> None:

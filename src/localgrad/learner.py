@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from localgrad._state import left_as_it_was
 from localgrad.backbone import Backbone, split
 from localgrad.errors import BackboneError, CheckpointError, IsolationError, PartitionError, RecipeError
 from localgrad.execution.checkpointing import Recomputed
@@ -648,7 +649,7 @@ def check_isolation(learner: LocalLearner, images: Tensor | None = None, labels:
         device = HOST
         images, labels = (None if given is None else given.to(HOST) for given in (images, labels))
     try:
-        with torch.random.fork_rng(), _still_buffers(learner.model):
+        with left_as_it_was(learner.model, *learner.modules):
             batch = LocalBatch(
                 torch.randn(2, *learner.backbone.input_size, device=device) if images is None else images,
                 torch.arange(2, device=device) % learner.backbone.num_classes if labels is None else labels,
@@ -672,16 +673,6 @@ def check_isolation(learner: LocalLearner, images: Tensor | None = None, labels:
     finally:
         for (_, parameter), gradient in zip(named, kept, strict=True):
             parameter.grad = gradient
-
-
-@contextlib.contextmanager
-def _still_buffers(model: nn.Module) -> Iterator[None]:
-    kept = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        for buffer, value in kept:
-            buffer.copy_(value)
 
 
 def default_input_size(model: nn.Module) -> tuple[int, int, int]:
@@ -752,7 +743,7 @@ def _exchanged(model: nn.Module, other: nn.Module) -> Iterator[None]:
 
 
 def make_ema(model: nn.Module, decay: float | None, *, on_host: bool) -> ModelEmaV3 | None:
-    """Timm's moving average of a model's weights.
+    """A moving average of a model's weights, see ``MovingAverage``.
 
     Args:
         model: on its device.
@@ -766,11 +757,11 @@ def make_ema(model: nn.Module, decay: float | None, *, on_host: bool) -> ModelEm
         return None
     if not 0 < decay < 1:
         raise RecipeError(f"ema_decay must lie between 0 and 1, got {decay}; 0.9998 is usual.")
-    from timm.utils.model_ema import ModelEmaV3
+    from localgrad.execution.moving_average import MovingAverage
 
     if on_host:  # while the model may be in two places, which foreach can't take
-        return ModelEmaV3(model, decay=decay, use_warmup=True, device=HOST, foreach=False)
-    return ModelEmaV3(model, decay=decay, use_warmup=True)
+        return MovingAverage(model, decay=decay, use_warmup=True, device=HOST, foreach=False)
+    return MovingAverage(model, decay=decay, use_warmup=True)
 
 
 def no_optimizers() -> RecipeError:

@@ -15,11 +15,12 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
 from localgrad.auxiliary import NextClassifier
+from localgrad.averaging import has_spectral_norms
 from localgrad.errors import ParallelError, RecipeError
-from localgrad.execution.local_module import LocalModule, site_of
+from localgrad.execution.local_module import LocalModule, observed_parts, site_of
 from localgrad.execution.local_step import LocalStep, autocast, check_precision
 from localgrad.execution.pipeline import Links, PipelineExecutor, ShareResult
 from localgrad.execution.schedule import NUM_BUFFERS, shares
@@ -45,7 +46,9 @@ class ParallelLearner(LocalLearner):
         **settings: as for ``LocalLearner``, but for ``device``, ``offload``, ``overlap`` and ``global_checkpoint``.
 
     Raises:
-        ParallelError: more ranks than local modules, or what needs several modules in one place.
+        ParallelError: more ranks than local modules, what needs several modules in one place, or replicas of a part
+            with state that nobody knows how to average (running statistics of norms are averaged); or an average of
+            layers with spectral norm under ``shard``.
     """
 
     def __init__(
@@ -71,10 +74,17 @@ class ParallelLearner(LocalLearner):
         check_precision(self.precision, self.team.device)
         self.shares = shares_of(self.plan.activation_bytes or [1] * self.plan.num_modules, self.team.num_ranks)
         self._refuse(compiled=bool(self._settings["compile"]))
+        if self.team.num_replicas > 1:
+            self._refuse_own_ways()
         self._settle()
         self.skeleton: list[LocalModule] | None = None  # of the own modules: whole shapes, where they are sharded
         self._average_over_replicas(by_rows=shard)
         self._own_parts = Rows([part for index in self.own for part in self.modules[index].parts])
+        if shard and ema_decay is not None and has_spectral_norms(self._own_parts):
+            raise ParallelError(
+                f"ema_decay: {ema_decay} with --shard: the average of a layer with spectral norm needs whole weights, "
+                "and each process has rows; leave one of them out."
+            )
         self._ema = make_ema(self._own_parts, ema_decay, on_host=False)
         self.links = Links(self.team.place, self.team.device, num_buffers=num_buffers, wire=wire)
 
@@ -89,6 +99,17 @@ class ParallelLearner(LocalLearner):
             )
         if compiled and self.team.num_replicas > 1:
             raise ParallelError("--compile: not with several replicas; leave one of them out.")
+
+    def _refuse_own_ways(self) -> None:
+        """Refuse state that follows a replica's own images, and of which nobody knows how to average it."""
+        for name, part, seen in observed_parts(self.backbone):
+            for path in seen.by_images:
+                net = part.get_submodule(path)
+                if not isinstance(net, _NormBase):
+                    raise ParallelError(
+                        f"--replicas {self.team.num_replicas}: {type(net).__name__} in {name} writes what it sees of "
+                        "the images into itself, and each replica sees others; take --replicas 1."
+                    )
 
     def _average_over_replicas(self, *, by_rows: bool) -> None:
         """Let replicas average gradients: each of whole modules (DDP, in ``LocalStep``), or of its rows (FSDP2)."""
@@ -200,16 +221,16 @@ class ParallelLearner(LocalLearner):
 
     @torch.no_grad()
     def average_statistics(self) -> None:
-        """Make the running statistics of batch norms, and of their average, the mean over the replicas.
+        """Make the running statistics of batch and instance norms, and of their average, the mean over the replicas.
 
-        In a step each replica's batch norms see its own images, as they see the parts of a batch with ``accumulation``.
+        In a step each replica's norms see its own images, as they see the parts of a batch with ``accumulation``.
         Running statistics are linear in what was seen, so they may go their own ways until someone looks at them:
         before evaluating and saving. All replicas call this together.
         """
         if self.team.twins is None:
             return
         places = [self.modules[index] for index in self.own] + ([] if self._ema is None else [self._ema.module])
-        norms = [net for place in places for net in place.modules() if isinstance(net, _BatchNorm)]
+        norms = [net for place in places for net in place.modules() if isinstance(net, _NormBase)]
         for norm in dict.fromkeys(norms):
             for buffer in (norm.running_mean, norm.running_var):
                 if buffer is not None:
@@ -282,8 +303,8 @@ class ParallelLearner(LocalLearner):
     def _averaged(self) -> Iterator[None]:
         """Let the own modules have their averaged weights."""
         assert self._ema is not None, "an average is kept"
-        mine, theirs = (rows.parts.state_dict(keep_vars=True).values() for rows in (self._own_parts, self._ema.module))
-        pairs = list(zip(mine, theirs, strict=True))
+        mine, theirs = ([*net.parameters(), *net.buffers()] for net in (self._own_parts, self._ema.module))
+        pairs = list(zip(mine, theirs, strict=True))  # each once, or a shared weight would be exchanged back
         for tensor, other in pairs:
             exchange(tensor, other)
         try:

@@ -7,13 +7,15 @@ exactly once a step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from localgrad._halves import find_pieces, whole_block
+from localgrad._halves import find_pieces, observed, whole_block
+from localgrad._written import Observed
 from localgrad.backbone import Backbone, Layout, Stem
 from localgrad.execution.checkpointing import Part, Recomputed
 from localgrad.objectives.base import LocalBatch, LocalObjective, ObjectiveValue, Site
@@ -258,6 +260,19 @@ def recompute(backbone: Backbone, index: int, how: Checkpointing) -> Recomputed:
         how: ``blocks`` or ``halves``.
     """
     block = backbone.blocks[index]
+    example = backbone.example(index)
     if how.level == "blocks" and how.chunks == 1:
-        return Recomputed([whole_block(block)])
-    return Recomputed(find_pieces(block, backbone.example(index), halves=how.level == "halves"), how.chunks)
+        return Recomputed([whole_block(block, example)], block=block)
+    return Recomputed(find_pieces(block, example, halves=how.level == "halves"), how.chunks, block)
+
+
+def observed_parts(backbone: Backbone) -> Iterator[tuple[str, nn.Module, Observed]]:
+    """The stem, each block and the tail: its name, itself, and what its forward pass changes in training mode."""
+    like = next(backbone.parameters())
+    images = torch.randn(2, *backbone.input_size, generator=torch.Generator().manual_seed(0)).to(
+        like.device, like.dtype
+    )
+    yield "the stem", backbone.stem, observed(backbone.stem, images)
+    for index, (name, block) in enumerate(zip(backbone.block_names, backbone.blocks, strict=True)):
+        yield name, block, observed(block, backbone.example(index))
+    yield "the tail", backbone.tail, observed(backbone.tail, backbone.example(len(backbone.blocks)))

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from localgrad._written import Before, Undo
 from localgrad.errors import DeviceError
 from localgrad.execution.local_module import LocalModule, LocalOutput
 from localgrad.objectives.base import LocalBatch
@@ -77,6 +77,7 @@ class LocalStep:
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=precision == "fp16")
         self.updating = False  # whether weights may have been changed in part
         self.frozen = False  # whether the module only runs, and learns no more
+        self._undo = Undo(module)
         # Of what is drawn at random in a step; by default the caller's own numbers are.
         self.seed: tuple[int, ...] | None = None
         self._is_compiled = compile
@@ -190,21 +191,19 @@ class LocalStep:
                 outputs.append(self._forward_backward(chunk, part, shares[-1], take))
         return _merge(outputs, shares)
 
-    def snapshot(self) -> list[Tensor]:
-        """What a step changes before its update: the random state, and running statistics."""
-        return [_random_state(self.device), *(buffer.clone() for buffer in self._statistics())]
+    def snapshot(self) -> tuple[Tensor, Before]:
+        """What a step changes before its update: random states, and what forward passes write (running statistics)."""
+        return _random_state(self.device), self._undo.remember()
 
-    @torch.no_grad()
-    def go_back(self, state: list[Tensor]) -> None:
-        """Undo an unfinished step: gradients are dropped, statistics and random state are as in the snapshot."""
+    def go_back(self, state: tuple[Tensor, Before]) -> None:
+        """Undo an unfinished step: gradients are dropped, all else is as in the snapshot.
+
+        Raises:
+            RuntimeError: the step wrote a buffer that no step before had written.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         _set_random_state(self.device, state[0])
-        for buffer, value in zip(self._statistics(), state[1:], strict=True):
-            buffer.copy_(value)
-
-    def _statistics(self) -> list[Tensor]:
-        norms = [module for module in self.module.modules() if isinstance(module, _BatchNorm)]
-        return [buffer for norm in norms for buffer in norm.buffers()]
+        self._undo.undo(state[1])
 
     def run_as(self, accumulation: int) -> None:
         """Cut batches into another number of parts from now on; a compiled module is compiled anew."""

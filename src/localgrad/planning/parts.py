@@ -188,7 +188,7 @@ class _Measured(NamedTuple):
 
 Run = Callable[[Tensor], Tensor]
 Cuts = dict[str, list[Piece]]
-"""The pieces of a block by level of checkpointing."""
+"""The pieces of a block by level of checkpointing; ``whole``, it is one piece."""
 Like = tuple[tuple[int, ...], torch.dtype]
 
 
@@ -296,7 +296,7 @@ class _Workshop:
         if how.level == "none":
             run: Run = block
         elif how == Checkpointing("blocks"):
-            run = Recomputed([whole_block(block)])
+            run = Recomputed(pieces["whole"])
         else:
             return self._chunked(pieces[how.level], like, how.chunks)
         return self.measure(run, like, weights).cost
@@ -332,7 +332,7 @@ class _Workshop:
         mark = _mark_of(piece)
 
         def measured(size: int) -> _Measured:
-            run, like = partial(checkpointed, piece.branch), ((size, *rest), dtype)
+            run, like = partial(checkpointed, piece.branch, state=piece.state), ((size, *rest), dtype)
             key = "chunk", mark, like
             measure = partial(self.measure, run, like, _weights_of(piece), present=True, accumulates=False)
             found: _Measured = self.once(key, measure)
@@ -434,7 +434,7 @@ def _mark_of(piece: Piece) -> object:
         [signature(call) if isinstance(call, nn.Module) else getattr(call, "__name__", "") for call in _calls_in(part)]
         for part in (branch.before, branch.inner, branch.after)
     ]
-    return repr((calls, branch.args, branch.kwargs))
+    return id(piece) if any(None in found for found in calls) else repr((calls, branch.args, branch.kwargs))
 
 
 def _calls_in(part: Callable[[Tensor], Tensor]) -> Sequence[Callable[[Tensor], Tensor]]:
@@ -477,7 +477,8 @@ def measure_costs(backbone: Backbone, objective: Objective, optimizer: Optimizer
     pieces = []
     for index, block in enumerate(backbone.blocks):
         example = backbone.example(index)
-        pieces.append({level: find_pieces(block, example, halves=level == "halves") for level in ("blocks", "halves")})
+        found = {level: find_pieces(block, example, halves=level == "halves") for level in ("blocks", "halves")}
+        pieces.append({"whole": [whole_block(block, example)], **found})
     with random_state_kept():
         fake_mode, (fake, fake_pieces) = fake_copy((backbone, pieces))
         fake.train()
@@ -498,7 +499,7 @@ def _measure_all(
     like: Like = ((size, *backbone.input_size), dtype)
     for number, unit in enumerate(units):
         likes.append(like)
-        mark = signature(unit), like
+        mark = signature(unit) or id(unit), like
         weights = [weight for weight in unit.parameters() if weight.requires_grad]
         is_block = 0 < number <= len(backbone.blocks)
         stem = number == 0  # the images are there before it, and need no gradient
