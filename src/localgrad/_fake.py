@@ -1,7 +1,9 @@
 """Copies of models, optimizers and learners whose tensors have shapes but no memory.
 
 ``fake_copy`` is ``copy.deepcopy`` with every tensor on the way replaced by a fake one, so it reaches whatever a deep
-copy reaches: parameters, buffers, optimizer state, plain attributes, items of containers. ``without_initialization``
+copy reaches: parameters, buffers, optimizer state, plain attributes, items of containers. It carries no hooks of
+users: what they would read (is there a NaN?) isn't there. torch's own, which some of its layers are made of, stay.
+``without_initialization``
 builds a model without filling its weights, for those who want to know its shapes only.
 
 The private names of PyTorch that the package needs (``TorchDispatchMode``, ``FakeTensorMode``) are imported in this
@@ -18,8 +20,10 @@ import copyreg
 import inspect
 import math
 import random
+import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, TypeVar, cast
 
 import numpy as np
@@ -27,9 +31,14 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch._subclasses import fake_tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    FakeTensor,
+    UnsupportedFakeTensorException,
+)
 from torch._subclasses.fake_tensor import unset_fake_temporarily as real_tensors
 from torch.autograd.graph import _engine_run_backward
+from torch.nn.modules import module as torchs_modules
 from torch.overrides import TorchFunctionMode
 from torch.utils import _python_dispatch
 
@@ -39,6 +48,7 @@ __all__ = [
     "FakeTensorMode",
     "TorchDispatchMode",
     "TorchFunctionMode",
+    "UnsupportedFakeTensorException",
     "backward_under_modes",
     "copies_within",
     "fake_copy",
@@ -81,6 +91,21 @@ class FakeTensorMode(fake_tensor.FakeTensorMode):  # type: ignore[no-untyped-cal
         with torch._C._DisableTorchDispatch():  # another mode may be on
             like = FakeTensor(self, torch.empty(0, device="meta"), _CPU)
         self._attributes = {name: value for name, value in vars(like).items() if name != "fake_mode"}
+        self._hooks_put_away: list[list[tuple[dict[int, Any], dict[int, Any]]]] = []
+
+    def __enter__(self) -> FakeTensorMode:
+        """Make tensors fake, and put away the hooks that users set on all modules at once."""
+        self._hooks_put_away.append([(hooks, dict(hooks)) for hooks in _HOOKS_ON_ALL_MODULES if hooks])
+        for hooks, _ in self._hooks_put_away[-1]:
+            hooks.clear()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        """Make tensors real again."""
+        super().__exit__(*exception)
+        for hooks, kept in self._hooks_put_away.pop():
+            hooks.update(kept)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -152,6 +177,9 @@ class FakeTensorMode(fake_tensor.FakeTensorMode):  # type: ignore[no-untyped-cal
         return True
 
 
+_HOOKS_ON_ALL_MODULES: list[dict[int, Any]] = [
+    hooks for name, hooks in vars(torchs_modules).items() if name.startswith("_global_") and isinstance(hooks, dict)
+]
 _dispatch = inspect.unwrap(fake_tensor.FakeTensorMode.__torch_dispatch__)
 _PLAIN = {type(None), bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format}
 _WITH_KERNELS = {
@@ -341,6 +369,9 @@ def fake_copy(obj: T) -> tuple[FakeTensorMode, T]:
     CPU ones, since autograd's backward on fake CUDA tensors needs a GPU. A tensor that a closure
     captured isn't reached, and is refused by the fake mode when it is used.
 
+    Hooks that users set on modules or tensors aren't copied; they read values, of which there are none. Those whose
+    code is torch's own are (spectral and weight norm, pruning, FSDP): without them the layer would be another one.
+
     Args:
         obj: a module, an optimizer, a learner that holds both, a tuple of such things.
 
@@ -357,10 +388,16 @@ def fake_copy(obj: T) -> tuple[FakeTensorMode, T]:
 def fake_copy_with_memo(obj: T) -> tuple[FakeTensorMode, T, list[tuple[Any, Any]]]:
     """As `fake_copy`, with (original, copy) of everything that was reached as well."""
     fake_mode = FakeTensorMode()
-    memo: dict[int, Any] = {}
+    hooks = [found for module in _modules_reached(obj) for found in _hooks_of(module)]
+    # What stands in the memo already isn't copied: not the hooks, and nothing that only they hold (locks, files).
+    memo: dict[int, Any] = {id(table): type(table)() for table in hooks}
     with _FakeCopier(fake_mode) as copier, _generators_made_anew():
         try:
             copied = copy.deepcopy(obj, memo)
+            for table in hooks:
+                memo[id(table)].update(
+                    {key: copy.deepcopy(hook, memo) for key, hook in table.items() if _is_torchs(hook)}
+                )
         except TypeError as error:
             error.add_note(f"fake_copy: {type(obj).__name__} holds something that copy.deepcopy can't copy")
             raise
@@ -370,6 +407,57 @@ def fake_copy_with_memo(obj: T) -> tuple[FakeTensorMode, T, list[tuple[Any, Any]
         if isinstance(original, nn.Parameter) and original.grad is not None:
             memo[id(original)].grad = copier.fake(original.grad)
     return fake_mode, copied, [(original, memo[id(original)]) for original in originals]
+
+
+def _modules_reached(obj: object) -> Iterator[nn.Module]:
+    """The modules that a deep copy of ``obj`` copies."""
+    seen: set[int] = set()
+    waiting = [obj]
+    while waiting:
+        item = waiting.pop()
+        if id(item) in seen or isinstance(item, _HOLD_NO_MODULES):
+            continue
+        seen.add(id(item))
+        if isinstance(item, nn.Module):
+            yield item
+            waiting += [value for name, value in vars(item).items() if not name.endswith("_hooks")]
+        elif isinstance(item, dict):
+            waiting += item.values()
+        elif isinstance(item, (list, tuple, set, frozenset)):
+            waiting += item
+        elif isinstance(item, types.MethodType):
+            waiting.append(item.__self__)
+        elif isinstance(item, partial):
+            waiting += [item.func, item.args, item.keywords]
+        else:
+            waiting += getattr(item, "__dict__", {}).values()
+
+
+_HOLD_NO_MODULES = (
+    Tensor,
+    str,
+    bytes,
+    int,
+    float,
+    type,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.ModuleType,
+)
+
+
+def _hooks_of(module: nn.Module) -> list[dict[int, Any]]:
+    """The tables of hooks that a module has."""
+    return [table for name, table in vars(module).items() if name.endswith("_hooks") and isinstance(table, dict)]
+
+
+def _is_torchs(hook: Any) -> bool:
+    """Whether the code of a hook is torch's own: part of a layer (its old spectral and weight norms), not a user's."""
+    while isinstance(hook, partial) or type(hook).__name__ == "_WrappedHook":  # torch wraps those of loading
+        hook = hook.func if isinstance(hook, partial) else hook.hook
+    if not isinstance(hook, (types.FunctionType, types.MethodType)):
+        hook = type(hook).forward if isinstance(hook, nn.Module) else type(hook).__call__
+    return f"{getattr(hook, '__module__', '')}.".startswith("torch.")
 
 
 @contextlib.contextmanager
