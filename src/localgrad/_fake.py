@@ -33,8 +33,8 @@ from torch._ops import OpOverload
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
+    DynamicOutputShapeException,
     FakeTensor,
-    UnsupportedFakeTensorException,
 )
 from torch._subclasses.fake_tensor import unset_fake_temporarily as real_tensors
 from torch.autograd.graph import _engine_run_backward
@@ -43,12 +43,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _python_dispatch
 
 __all__ = [
+    "NEEDS_VALUES",
     "DataDependentOutputException",
     "FakeTensor",
     "FakeTensorMode",
     "TorchDispatchMode",
     "TorchFunctionMode",
-    "UnsupportedFakeTensorException",
     "backward_under_modes",
     "copies_within",
     "fake_copy",
@@ -60,6 +60,9 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+
+NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
+"""What is raised where code asks fake tensors for values: by a condition, or as a shape."""
 
 
 class TorchDispatchMode(_python_dispatch.TorchDispatchMode):  # type: ignore[no-untyped-call]

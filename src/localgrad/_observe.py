@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._fake import FakeTensor, UnsupportedFakeTensorException
+from ._fake import NEEDS_VALUES, FakeTensor
 from ._timm_adapters import TRUNK_NAMES, TWO_STREAMS, attribute, child_of, unsupported
 from .errors import BackboneError, reason_of
 
@@ -95,7 +95,7 @@ def observe(model: nn.Module, stations: list[Station], images: Tensor) -> Seen:
         logits = _probe(model, log)(images.clone())  # it may write into them
     except torch.OutOfMemoryError:
         raise
-    except UnsupportedFakeTensorException as error:
+    except NEEDS_VALUES as error:
         raise looks_at_values(error) from error
     except (AssertionError, RuntimeError, ValueError) as error:
         _check_dtypes(model, error)

@@ -55,11 +55,11 @@ from torch.optim.optimizer import (
 )
 
 from localgrad._fake import (
+    NEEDS_VALUES,
     DataDependentOutputException,
     FakeTensor,
     TorchDispatchMode,
     TorchFunctionMode,
-    UnsupportedFakeTensorException,
     backward_under_modes,
     fake_copy,
     fake_copy_with_memo,
@@ -611,7 +611,7 @@ def _training_by_shapes() -> Iterator[None]:
     try:
         with torch.inference_mode(mode=False), torch.enable_grad():
             yield
-    except UnsupportedFakeTensorException as error:
+    except NEEDS_VALUES as error:
         raise looks_at_values(error) from error
 
 
