@@ -21,7 +21,7 @@ from localgrad._fake import fake_copy
 from localgrad._timm_adapters import InputKept
 from localgrad.backbone import outline, split
 from localgrad.errors import BackboneError, DeviceError, RecipeError, reason_of
-from localgrad.learner import check_isolation, default_input_size, estimate_step
+from localgrad.learner import check_isolation, default_input_size, estimate_step, make_plan
 from localgrad.planning.costs import Settings
 from localgrad.planning.memory import block_activation_bytes
 from localgrad.planning.parts import measure_costs
@@ -468,10 +468,24 @@ def test_another_autocast_around_a_step_is_refused() -> None:
         same.step(*batch)
 
 
-def test_modules_are_balanced_alike_without_gradients_around() -> None:
-    with torch.no_grad():
-        boundaries = LocalLearner(make("swin"), modules=2, input_size=SIZE).plan
-    assert boundaries == LocalLearner(make("swin"), modules=2, input_size=SIZE).plan
+AROUND: dict[str, Callable[[], Any]] = {
+    "no_grad": torch.no_grad,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "default device": lambda: torch.device("meta"),
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_estimates_are_the_same_whatever_is_on_around_them(around: str) -> None:
+    def estimates() -> list[Any]:
+        bytes_of = measure_costs(outline(model, SIZE), FeatureReconstruction(), adamw, Settings(batch_size=4)).to_dict()
+        return [make_plan(split(model, SIZE), 2), estimate_step(learner, 4, adamw).peak_bytes, bytes_of]
+
+    model = make("swin")
+    learner = LocalLearner(model, modules=2, input_size=SIZE, checkpoint="blocks")
+    expected = estimates()
+    with AROUND[around]():
+        assert estimates() == expected
 
 
 @pytest.mark.parametrize("kind", ["vit", "swin", "resnet"])

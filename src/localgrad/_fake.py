@@ -42,6 +42,8 @@ from torch.nn.modules import module as torchs_modules
 from torch.overrides import TorchFunctionMode
 from torch.utils import _python_dispatch
 
+from .errors import BackboneError, reason_of
+
 __all__ = [
     "NEEDS_VALUES",
     "DataDependentOutputException",
@@ -50,11 +52,13 @@ __all__ = [
     "TorchDispatchMode",
     "TorchFunctionMode",
     "backward_under_modes",
+    "by_shapes_alone",
     "copies_within",
+    "copy_without_hooks",
     "fake_copy",
     "fake_copy_with_memo",
+    "looks_at_values",
     "quick_view",
-    "random_state_kept",
     "real_tensors",
     "without_initialization",
 ]
@@ -391,16 +395,10 @@ def fake_copy(obj: T) -> tuple[FakeTensorMode, T]:
 def fake_copy_with_memo(obj: T) -> tuple[FakeTensorMode, T, list[tuple[Any, Any]]]:
     """As `fake_copy`, with (original, copy) of everything that was reached as well."""
     fake_mode = FakeTensorMode()
-    hooks = [found for module in _modules_reached(obj) for found in _hooks_of(module)]
-    # What stands in the memo already isn't copied: not the hooks, and nothing that only they hold (locks, files).
-    memo: dict[int, Any] = {id(table): type(table)() for table in hooks}
+    memo: dict[int, Any] = {}
     with _FakeCopier(fake_mode) as copier, _generators_made_anew():
         try:
-            copied = copy.deepcopy(obj, memo)
-            for table in hooks:
-                memo[id(table)].update(
-                    {key: copy.deepcopy(hook, memo) for key, hook in table.items() if _is_torchs(hook)}
-                )
+            copied = copy_without_hooks(obj, memo)
         except TypeError as error:
             error.add_note(f"fake_copy: {type(obj).__name__} holds something that copy.deepcopy can't copy")
             raise
@@ -410,6 +408,23 @@ def fake_copy_with_memo(obj: T) -> tuple[FakeTensorMode, T, list[tuple[Any, Any]
         if isinstance(original, nn.Parameter) and original.grad is not None:
             memo[id(original)].grad = copier.fake(original.grad)
     return fake_mode, copied, [(original, memo[id(original)]) for original in originals]
+
+
+def copy_without_hooks(obj: T, memo: dict[int, Any] | None = None) -> T:
+    """``copy.deepcopy``, but that hooks of users stay with the original; torch's own are copied.
+
+    Args:
+        obj: as for `fake_copy`.
+        memo: as for ``copy.deepcopy``.
+    """
+    memo = {} if memo is None else memo
+    # What stands in the memo already isn't copied: not the hooks, and nothing that only they hold (locks, files).
+    tables = [table for module in _modules_reached(obj) for table in _hooks_of(module)]
+    memo.update({id(table): type(table)() for table in tables})
+    copied = copy.deepcopy(obj, memo)
+    for table in tables:
+        memo[id(table)].update({key: copy.deepcopy(hook, memo) for key, hook in table.items() if _is_torchs(hook)})
+    return copied
 
 
 def _modules_reached(obj: object) -> Iterator[nn.Module]:
@@ -492,6 +507,35 @@ def random_state_kept() -> Iterator[None]:
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
+
+
+@contextlib.contextmanager
+def by_shapes_alone() -> Iterator[None]:
+    """A region for estimates: what the caller has on around it (no gradients, autocast, a default device) is off.
+
+    Random states are put back.
+
+    Raises:
+        BackboneError: inside, code asked for values.
+    """
+    processor = contextlib.nullcontext() if torch.get_default_device() == _CPU else _CPU
+    in_autocast = torch.is_autocast_enabled("cpu")
+    torch.set_autocast_enabled("cpu", False)  # noqa: FBT003  # as a region it would keep cast weights until its end
+    try:
+        with random_state_kept(), torch.inference_mode(mode=False), torch.enable_grad(), processor:
+            yield
+    except NEEDS_VALUES as error:
+        raise looks_at_values(error) from error
+    finally:
+        torch.set_autocast_enabled("cpu", in_autocast)
+
+
+def looks_at_values(error: Exception) -> BackboneError:
+    """The error of a model whose own forward can't do with shapes alone."""
+    return BackboneError(
+        f"model: its forward looks at values ({reason_of(error)}), and estimates have shapes alone: train it with "
+        "explicit modules=[...] (the first block of every module but the first), or leave the check out."
+    )
 
 
 class without_initialization(TorchFunctionMode):  # noqa: N801  # used as a context manager

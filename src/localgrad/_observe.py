@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._fake import NEEDS_VALUES, FakeTensor
+from ._fake import NEEDS_VALUES, FakeTensor, looks_at_values
 from ._timm_adapters import TRUNK_NAMES, TWO_STREAMS, attribute, child_of, unsupported
 from .errors import BackboneError, reason_of
 
@@ -108,20 +108,16 @@ def observe(model: nn.Module, stations: list[Station], images: Tensor) -> Seen:
         for handle in handles:
             handle.remove()
     if not isinstance(logits, Tensor) or logits.ndim != 2:
-        raise BackboneError("the model returns no [B, num_classes] logits: build it with num_classes=N and pooling.")
+        got = list(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise BackboneError(
+            f"the model returns {got} for {len(images)} images, and no logits [B, num_classes]: build it with "
+            "num_classes=N and pooling (global_pool='avg' or 'token')."
+        )
     if not isinstance(logits, FakeTensor) and not logits.isfinite().all():
         raise BackboneError(
             "the model's logits are not finite numbers, so nothing can be compared with them: check its weights."
         )
     return _sort(model, log, logits)
-
-
-def looks_at_values(error: Exception) -> BackboneError:
-    """The error of a model whose own forward can't do with shapes alone."""
-    return BackboneError(
-        f"model: its forward looks at values ({reason_of(error)}), and estimates have shapes alone: train it with "
-        "explicit modules=[...] (the first block of every module but the first), or leave the check out."
-    )
 
 
 def _check_dtypes(model: nn.Module, error: Exception) -> None:

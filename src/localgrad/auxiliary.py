@@ -15,7 +15,6 @@ Shapes: B batch · H W grid of the module's output · D its width · h w grid of
 
 from __future__ import annotations
 
-import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from localgrad._fake import copy_without_hooks
 from localgrad._timm_adapters import with_plain_attention
 from localgrad.backbone import Layout
 from localgrad.errors import RecipeError, did_you_mean
@@ -318,7 +318,7 @@ class NextClassifier(Classifier):
             raise RecipeError("classifier: 'next' needs blocks that follow, and there are none; take 'transformer'.")
         self.weights = weights
         self.decay = decay
-        self.blocks = nn.Sequential(*(copy.deepcopy(block) for block, _ in taken))
+        self.blocks = nn.Sequential(*(copy_without_hooks(block) for block, _ in taken))
         # A list: they are other modules', and stay theirs; only an average looks at them again.
         self._sources = [block for block, _ in taken] if weights == "ema" else []
         if weights == "fresh":

@@ -45,7 +45,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._fake import FakeTensor, fake_copy_with_memo, random_state_kept
+from ._fake import FakeTensor, by_shapes_alone, fake_copy_with_memo
 from ._observe import Call, Seen, find_stations, observe, trunks_of, watch_inputs
 from ._timm_adapters import (
     SUPPORTED_FAMILIES,
@@ -409,7 +409,7 @@ def outline(model: nn.Module, input_size: tuple[int, int, int]) -> Backbone:
     """
     size = _check_arguments(model, input_size)
     fake_mode, fake_model, copies = fake_copy_with_memo(model)
-    with random_state_kept(), fake_mode, torch.no_grad():
+    with by_shapes_alone(), fake_mode, torch.no_grad():
         fake_model.eval()
         images = torch.empty(2, *size, dtype=next(model.parameters()).dtype)
         try:

@@ -8,7 +8,6 @@ on processors that round alike. ``whole_state_dict()`` gathers the model.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -17,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from localgrad._fake import fake_copy, random_state_kept
+from localgrad._fake import by_shapes_alone, copy_without_hooks, fake_copy
 from localgrad.auxiliary import NextClassifier
 from localgrad.backbone import Layout
 from localgrad.errors import ParallelError, RecipeError
@@ -105,7 +104,7 @@ class ParallelLearner(LocalLearner):
         if twins is None:
             raise ParallelError("--shard: there is one replica only, and nobody to share with; add --replicas 2.")
         own = [self.modules[index] for index in self.own]
-        self.skeleton = [copied.to("meta") for copied in copy.deepcopy(own)]
+        self.skeleton = [copied.to("meta") for copied in copy_without_hooks(own)]
         for module in own:
             shard(module, twins)
         self.backbone.follow_parts()
@@ -377,9 +376,9 @@ def unread_parameters(module: LocalModule, site: Site, dtype: torch.dtype) -> li
     def features_in(layout: Layout) -> Tensor:
         return torch.empty(2, *layout.shape, dtype=dtype)
 
-    with random_state_kept():
+    with by_shapes_alone():
         fake_mode, fake = fake_copy(module)
-        with fake_mode, torch.enable_grad():
+        with fake_mode:
             batch = LocalBatch(features_in(site.image), torch.zeros(2, dtype=torch.int64))
             batch.previous = None if site.previous is None else features_in(site.previous)
             batch.context = tuple(

@@ -55,18 +55,16 @@ from torch.optim.optimizer import (
 )
 
 from localgrad._fake import (
-    NEEDS_VALUES,
     DataDependentOutputException,
     FakeTensor,
     TorchDispatchMode,
     TorchFunctionMode,
     backward_under_modes,
+    by_shapes_alone,
     fake_copy,
     fake_copy_with_memo,
     quick_view,
-    random_state_kept,
 )
-from localgrad._observe import looks_at_values
 
 T = TypeVar("T")
 
@@ -591,7 +589,7 @@ def simulate(
         ...     (model, optimizer), train_step, inputs={"images": ((64, 3, 224, 224), torch.float32)}
         ... )  # doctest: +SKIP
     """
-    with random_state_kept(), _training_by_shapes():
+    with by_shapes_alone():
         fake_mode, fake_learner, memo = fake_copy_with_memo(learner)
         reached = [copied for _, copied in memo]
         with fake_mode, autocast_of(device), _foreach_of(device):
@@ -603,16 +601,6 @@ def simulate(
                 rounding=CUDA_ROUNDING if device == "cuda" else 1,
                 host=None if host is None else lambda: host(fake_learner),
             )
-
-
-@contextlib.contextmanager
-def _training_by_shapes() -> Iterator[None]:
-    """With gradients, whatever the caller has switched off; what can't be done by shapes alone is said."""
-    try:
-        with torch.inference_mode(mode=False), torch.enable_grad():
-            yield
-    except NEEDS_VALUES as error:
-        raise looks_at_values(error) from error
 
 
 @contextlib.contextmanager
@@ -710,7 +698,7 @@ def block_activation_bytes(parts: Sequence[nn.Module], inputs: Tensor) -> list[i
     Returns:
         Bytes for each part, at the batch size of ``inputs``.
     """
-    with random_state_kept(), _training_by_shapes():
+    with by_shapes_alone():
         fake_mode, (chain, features) = fake_copy((list(parts), inputs.detach()))
         states = [tensor for part in chain for tensor in (*part.parameters(), *part.buffers())]
         saved = _SavedStorages(states)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.flop_counter import flop_registry
 
-from localgrad._fake import FakeTensorMode, copies_within, fake_copy, random_state_kept
+from localgrad._fake import FakeTensorMode, by_shapes_alone, copies_within, fake_copy
 from localgrad._halves import Branch, Piece, find_pieces, signature, whole_block
 from localgrad.backbone import Backbone
 from localgrad.execution.checkpointing import Recomputed, checkpointed
@@ -478,7 +478,7 @@ def measure_costs(backbone: Backbone, objective: Objective, optimizer: Optimizer
     for index, block in enumerate(backbone.blocks):
         example = backbone.example(index)
         pieces.append({level: find_pieces(block, example, halves=level == "halves") for level in ("blocks", "halves")})
-    with random_state_kept():
+    with by_shapes_alone():
         fake_mode, (fake, fake_pieces) = fake_copy((backbone, pieces))
         fake.train()
         # The collector would look at every fake tensor again and again: a sixth of the time.
