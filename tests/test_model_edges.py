@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
+import math
 import threading
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -67,8 +68,9 @@ HOW: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("in_training_only", [False, True])
+@pytest.mark.parametrize(
+    ("how", "in_training_only"), [*((how, False) for how in HOW), ("inputs", True), ("recomputed", True)]
+)
 def test_blocks_that_write_into_their_input_train_as_those_that_do_not(how: str, in_training_only: bool) -> None:
     found = []
     for inplace in (False, True):
@@ -163,6 +165,11 @@ class NanGuard:
         next(block.parameters()).register_hook(lambda gradient: self.watch(block, (gradient,)))
 
 
+@functools.cache
+def expected_estimates() -> list[Any]:
+    return estimates_of(make("vit"))
+
+
 def estimates_of(model: nn.Module) -> list[Any]:
     """Everything that is found out about a model on tensors without values."""
     backbone, drawn = split(model, SIZE), outline(model, SIZE)
@@ -179,7 +186,7 @@ def estimates_of(model: nn.Module) -> list[Any]:
 
 def test_hooks_of_users_run_on_values_only_and_stay_on() -> None:
     model, guard = make("vit"), NanGuard()
-    expected = estimates_of(make("vit"))
+    expected = expected_estimates()
     guard.on(model)
     assert estimates_of(model) == expected
     learner = make_learner(model)
@@ -190,7 +197,7 @@ def test_hooks_of_users_run_on_values_only_and_stay_on() -> None:
 
 
 def test_hooks_on_all_modules_run_on_values_only() -> None:
-    expected = estimates_of(make("vit"))
+    expected = expected_estimates()
     guard = NanGuard()
     handle = register_module_forward_hook(guard.watch)
     try:
@@ -207,7 +214,7 @@ def test_fake_copies_keep_hooks_that_are_torchs_own() -> None:
     nn.utils.spectral_norm(model[0])
     nn.utils.parametrizations.weight_norm(model[1])
     prune.random_unstructured(model[2], "weight", amount=0.5)
-    model[0].register_forward_hook(partial(print, "a user's"))
+    model[0].register_forward_hook(functools.partial(print, "a user's"))
     fake_mode, fake = fake_copy(model)
     with fake_mode:
         fake(torch.empty(2, 4)).sum().backward()
@@ -230,7 +237,7 @@ def test_hooks_that_blocks_called_one_by_one_pass_by_are_said() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("kind", ["vit", "swin", "resnet"])
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
 def test_models_in_another_type_train(kind: str, dtype: torch.dtype) -> None:
     objective = FeatureReconstruction(
         reconstruct="previous", context=0.5, contrastive_weight=0.5, similarity_weight=0.5, transport_tau=1.0
@@ -250,11 +257,9 @@ def test_models_in_another_type_train(kind: str, dtype: torch.dtype) -> None:
     check_isolation(learner)
     peaks = [estimate_step(each, 8, adamw).peak_bytes for each in learners]
     assert 0.4 < peaks[1] / peaks[0] < 0.8 if dtype == torch.bfloat16 else 1.8 < peaks[1] / peaks[0] < 2.1
-    costs = [
-        measure_costs(each.backbone, objective, adamw, Settings(batch_size=8)).images / dtype.itemsize
-        for each, dtype in zip(learners, (torch.float32, dtype), strict=True)
-    ]
-    assert costs[0] == costs[1]
+    if kind == "vit":
+        costs = measure_costs(learner.backbone, objective, adamw, Settings(batch_size=8))
+        assert costs.images == 8 * math.prod(SIZE) * dtype.itemsize
 
 
 def test_weights_and_precisions_that_do_not_go_together_are_refused() -> None:
@@ -481,7 +486,7 @@ def test_estimates_are_the_same_whatever_is_on_around_them(around: str) -> None:
         bytes_of = measure_costs(outline(model, SIZE), FeatureReconstruction(), adamw, Settings(batch_size=4)).to_dict()
         return [make_plan(split(model, SIZE), 2), estimate_step(learner, 4, adamw).peak_bytes, bytes_of]
 
-    model = make("swin")
+    model = make("vit", depth=2)
     learner = LocalLearner(model, modules=2, input_size=SIZE, checkpoint="blocks")
     expected = estimates()
     with AROUND[around]():
@@ -513,7 +518,10 @@ def test_a_forward_that_looks_at_values_trains_with_boundaries_and_says_so() -> 
 
     model = make("vit")
     model.blocks[2] = Checked(model.blocks[2])
-    for make_one in (partial(LocalLearner, modules=2, input_size=SIZE), partial(outline, input_size=SIZE)):
+    for make_one in (
+        functools.partial(LocalLearner, modules=2, input_size=SIZE),
+        functools.partial(outline, input_size=SIZE),
+    ):
         with pytest.raises(BackboneError, match=r"its forward looks at values .* modules=\[\.\.\.\]"):
             make_one(model)
     train(make_learner(model, modules=[2]), batches(1))
