@@ -418,10 +418,13 @@ def _run_noting(pieces: Sequence[Piece], features: Tensor) -> tuple[Tensor, list
     noted = []
     shown = torch.ones(len(features), dtype=torch.bool, device=features.device)
     for piece in pieces:
+        version = features._version
         with _Draws() as draws:
             output = piece.branch(features)
         noted.append((piece, features, draws))
         if piece.drop_path is not None:
+            if features._version != version:
+                raise ValueError("the branch writes into what it receives, from which it couldn't be recomputed")
             output = piece.drop_path(output)
             shown &= output.flatten(1).any(1)
             output = features + output

@@ -25,7 +25,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,8 +47,6 @@ class Trace:
 
     calls: list[tuple[str, bytes]] = field(default_factory=list)
     """Of every call of a block, in order: its name, and a digest of all tensors that it was given."""
-    shapes: list[torch.Size] = field(default_factory=list)
-    """Of the first tensor that each call was given."""
     last: Tensor | None = None
     """What the last call gave."""
     is_forward: bool = True
@@ -85,7 +83,6 @@ def prove(
     """
     blocks = list({id(block): (name, block) for name, block in blocks if not isinstance(block, nn.Identity)}.values())
     written: set[str] = set()
-    shapes: list[list[torch.Size]] = []
     counts = Counter(id(weight) for part in parts for weight in part.parameters())
     shared = {number for number, count in counts.items() if count > 1}
     with left_as_it_was(model, chain) as state, torch.enable_grad(), _nothing_hidden(model):
@@ -106,11 +103,6 @@ def prove(
                     _check_written(model, state)
             theirs, ours = traces
             _compare(model, theirs, ours, mode)
-            shapes.append(theirs.shapes)
-    if [shape[1:] for shape in shapes[0]] != [shape[1:] for shape in shapes[1]]:
-        raise unsupported(
-            model, "in train mode it drops tokens, so features have no grid (build it with patch_drop_rate=0)"
-        )
     return frozenset(written)
 
 
@@ -165,17 +157,18 @@ def _run(run: nn.Module, model: nn.Module, images: Tensor, trace: Trace, shared:
 def _observed(blocks: Sequence[tuple[str, nn.Module]], moving: Collection[nn.Module]) -> Iterator[Trace]:
     """Let blocks note what they are given, and recompute what is inside them in the backward pass."""
     trace = Trace()
-    before = [(block, vars(block).get("forward")) for _, block in blocks]
+    before = [(vars(block), dict(vars(block))) for _, block in blocks]
     for name, block in blocks:
         vars(block)["forward"] = _noting(name, block, trace, moving)
+        vars(block)["_compiled_call_impl"] = None  # compiled, it would not be called
     try:
         yield trace
     finally:
-        for block, forward in before:
-            if forward is None:
-                del vars(block)["forward"]
-            else:
-                vars(block)["forward"] = forward
+        for attributes, were in before:
+            for name in ("forward", "_compiled_call_impl"):
+                attributes.pop(name, None)
+                if name in were:
+                    attributes[name] = were[name]
 
 
 def _noting(name: str, block: nn.Module, trace: Trace, moving: Collection[nn.Module]) -> Callable[..., Any]:
@@ -183,12 +176,17 @@ def _noting(name: str, block: nn.Module, trace: Trace, moving: Collection[nn.Mod
     moves = any(module in moving or (module.training and module._buffers) for module in block.modules())
 
     def noted(*args: Any, **kwargs: Any) -> Any:
+        given = list(tensors_in((args, dict(sorted(kwargs.items())))))
         if trace.is_forward:
-            given = list(tensors_in((args, dict(sorted(kwargs.items())))))
             trace.calls.append((name, digest(given)))
-            trace.shapes.append(given[0].shape if given else torch.Size())
-        again = nullcontext() if not moves else _as_before(block, ModelState([block], torch.device("cpu")))
-        output = checkpoint(forward, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again), **kwargs)
+        again = _Again(block if moves else None, given)
+
+        def call() -> Any:
+            return forward(*again.replaced(args), **again.replaced(kwargs))
+
+        # Without arguments, which a checkpoint would save, and refuse once they were written into.
+        output = checkpoint(call, use_reentrant=False, context_fn=lambda: (nullcontext(), again))
+        again.called()
         if trace.is_forward:
             trace.last = next(tensors_in(output), None)
         return output
@@ -196,12 +194,46 @@ def _noting(name: str, block: nn.Module, trace: Trace, moving: Collection[nn.Mod
     return noted
 
 
-@contextmanager
-def _as_before(block: nn.Module, state: ModelState) -> Iterator[None]:
-    """A region in which a block is what it was, such as one whose table isn't made yet."""
-    with left_as_it_was(block):
-        state.restore(with_random=False)
-        yield
+class _Again:
+    """A region in which a call is repeated from what there was before it: of its block, and of what it was given.
+
+    Args:
+        block: whose state moves when it is called; ``None`` for one that has none.
+        given: the tensors of the call, some of which it may write into.
+    """
+
+    def __init__(self, block: nn.Module | None, given: Sequence[Tensor]) -> None:
+        self.block = block
+        self.state = None if block is None else ModelState([block], torch.device("cpu"))
+        self.given = [(tensor, tensor._version, tensor.detach().clone()) for tensor in given]
+        self.copies: dict[int, Tensor] = {}
+        self.ends = ExitStack()
+
+    def called(self) -> None:
+        """After the call: only what it wrote into is needed again."""
+        self.given = [kept for kept in self.given if kept[0]._version != kept[1]]
+
+    def __enter__(self) -> None:
+        """Begin, with what there was before."""
+        if self.block is not None and self.state is not None:
+            self.ends.enter_context(left_as_it_was(self.block))
+            self.state.restore(with_random=False)
+        # Copies of copies: a leaf that needs a gradient can't be written into.
+        self.copies = {
+            id(tensor): value.requires_grad_(tensor.requires_grad).clone() for tensor, _, value in self.given
+        }
+
+    def __exit__(self, *exception: object) -> None:
+        """End, with what there was at the beginning."""
+        self.ends.close()
+
+    def replaced(self, value: Any) -> Any:
+        """Arguments, in a repeated call with copies of what the first one wrote into."""
+        if isinstance(value, Tensor):
+            return self.copies.get(id(value), value)
+        if isinstance(value, (tuple, list)):
+            return type(value)(self.replaced(item) for item in value)
+        return {key: self.replaced(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _compare(model: nn.Module, theirs: Trace, ours: Trace, mode: str) -> None:
@@ -230,7 +262,7 @@ def _same_gradient(expected: bytes | Tensor | None, found: bytes | Tensor | None
 
 
 def _cotangent(end: Tensor, length: float) -> Tensor:
-    return length * torch.randn(end.shape, generator=torch.Generator().manual_seed(1)).to(end.dtype)
+    return length * torch.randn(end.shape, generator=torch.Generator().manual_seed(1), device="cpu").to(end.dtype)
 
 
 def digest(tensors: Sequence[Tensor]) -> bytes:

@@ -19,7 +19,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from localgrad.backbone import Backbone, split
-from localgrad.errors import BackboneError, DeviceError, RecipeError, did_you_mean
+from localgrad.errors import BackboneError, DeviceError, RecipeError, did_you_mean, reason_of
 from localgrad.execution.local_step import check_precision
 from localgrad.execution.team import Team
 from localgrad.learner import Factories, LocalLearner, default_input_size, make_plan
@@ -335,9 +335,8 @@ def create_model(settings: ModelSettings, *, num_classes: int | None, num_channe
             del options["img_size"]  # a convolutional model, which takes any size
             return create()
     except Exception as error:  # timm's own checks are asserts and errors of many kinds
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise BackboneError(
-            f"--model: timm can't make {settings.name!r} with {_listed(options)}: {reason}. "
+            f"--model: timm can't make {settings.name!r} with {_listed(options)}: {reason_of(error).rstrip('.')}. "
             "Check --img-size, --patch-size and model.options."
         ) from error
 

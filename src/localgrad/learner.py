@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from localgrad._state import left_as_it_was
+from localgrad._timm_adapters import input_channels
 from localgrad.backbone import Backbone, split
 from localgrad.errors import BackboneError, CheckpointError, IsolationError, PartitionError, RecipeError
 from localgrad.execution.checkpointing import Recomputed
@@ -55,7 +57,7 @@ class LocalLearner:
         precision: ``fp32``, ``bf16`` or ``fp16`` autocast.
         checkpoint: what modules recompute in their backward pass: ``"blocks"`` (or ``True``), ``"halves"``,
             ``"halves/8"`` (over 8 chunks of the batch), ``"halves/8:3"`` (the first three blocks), ``"none"``; one for
-            all, or a list.
+            all, or a list. By default blocks where ``model.set_grad_checkpointing()`` is on, else none.
         compile: run each local module through ``torch.compile``.
         clip_grad: largest norm of each module's gradient.
         accumulation: parts that ``step`` cuts a batch into, to save memory; one update a step all the same. What looks
@@ -118,7 +120,9 @@ class LocalLearner:
         if offload:
             self._device = torch.device(device or self.device)
             self.backbone.to(HOST)
-        check_precision(precision, self.device)
+        check_precision(precision, self.device, self.backbone.dtype)
+        if checkpoint is False and self.backbone.recomputes:  # timm's own flag is on
+            checkpoint = "blocks"
         self.objective = objective or FeatureReconstruction()
         self.plan = make_plan(self.backbone, modules, checkpoint=checkpoint)
         self.overlap = overlap
@@ -126,6 +130,7 @@ class LocalLearner:
         self.global_checkpoint = Checkpointing.parse(global_checkpoint)
         self.modules = build_local_modules(self.backbone, self.plan, self.objective, overlap=overlap)
         self._check_uses(ema_decay, compiled=compile)
+        self._say_what_is_passed_by()
         self.precision = precision
         self.averaged_model: nn.Module | None = None
         self._offloader = None if self._device is None else Offloader(self.modules, self._device)
@@ -158,6 +163,16 @@ class LocalLearner:
         if self.uses("gradient") and (compiled or self.overlap):
             other = "overlap" if self.overlap else "compile"
             raise RecipeError(f"reconcile and {other} don't go together; leave one of them out.")
+
+    def _say_what_is_passed_by(self) -> None:
+        """What users set on the model itself or on a stage isn't met where blocks are called one by one."""
+        hooked = self.backbone.modules_passed_by
+        if hooked:
+            warnings.warn(
+                f"hooks of {', '.join(hooked)} don't run in training, since blocks are called one by one: set them on "
+                "blocks, or on the parts of blocks.",
+                stacklevel=3,
+            )
 
     @property
     def device(self) -> torch.device:
@@ -504,7 +519,12 @@ def make_plan(backbone: Backbone, modules: Request | Plan, *, checkpoint: Checkp
         if (modules.model, modules.num_blocks) != (name, len(backbone.blocks)):
             raise _other_model(modules, name, len(backbone.blocks))
         return modules
-    costs = activation_bytes(backbone)
+    try:
+        costs = activation_bytes(backbone)
+    except BackboneError:
+        if isinstance(modules, int):
+            raise
+        costs = [0] * len(backbone.blocks)  # by values only, and boundaries are given
     boundaries = resolve(modules, costs, backbone.stage_boundaries)
     num_modules = len(boundaries) + 1
     listed = [checkpoint] * num_modules if isinstance(checkpoint, (bool, str, Checkpointing)) else list(checkpoint)
@@ -519,7 +539,8 @@ def make_plan(backbone: Backbone, modules: Request | Plan, *, checkpoint: Checkp
 
 def activation_bytes(backbone: Backbone) -> list[int]:
     """Bytes that autograd keeps for one image in each block; the stem counts to the first, the tail to the last."""
-    images = torch.empty(2, *backbone.input_size, device="meta")  # two: batch norms refuse to train on one
+    # Two images: batch norms refuse to train on one.
+    images = torch.empty(2, *backbone.input_size, dtype=backbone.dtype, device="meta")
     stem, *blocks, tail = block_activation_bytes([backbone.stem, *backbone.blocks, backbone.tail], images)
     blocks[0] += stem
     blocks[-1] += tail
@@ -605,7 +626,7 @@ class _EstimatedStep:
             labels = labels[: 2 * learner._settings["accumulation"]]
         # The first step makes all optimizer state, also that of auxiliary nets, which an end-to-end step leaves alone.
         step = learner.global_step_on if self.globally and not first else learner.step_on
-        return step(LocalBatch(torch.empty(len(labels), *self.size[1:]), labels))
+        return step(LocalBatch(torch.empty(len(labels), *self.size[1:], dtype=learner.backbone.dtype), labels))
 
 
 def _annotate_modules(learner: LocalLearner) -> None:
@@ -651,7 +672,9 @@ def check_isolation(learner: LocalLearner, images: Tensor | None = None, labels:
     try:
         with left_as_it_was(learner.model, *learner.modules):
             batch = LocalBatch(
-                torch.randn(2, *learner.backbone.input_size, device=device) if images is None else images,
+                torch.randn(2, *learner.backbone.input_size, device=device).to(learner.backbone.dtype)
+                if images is None
+                else images,
                 torch.arange(2, device=device) % learner.backbone.num_classes if labels is None else labels,
             )
             features = batch.images
@@ -676,7 +699,7 @@ def check_isolation(learner: LocalLearner, images: Tensor | None = None, labels:
 
 
 def default_input_size(model: nn.Module) -> tuple[int, int, int]:
-    """(C, H, W) that a timm model was configured for.
+    """(C, H, W) that a timm model was configured for, with the channels that it was built for (``in_chans``).
 
     Raises:
         BackboneError: the model doesn't say; pass ``input_size``.
@@ -687,7 +710,7 @@ def default_input_size(model: nn.Module) -> tuple[int, int, int]:
         raise BackboneError(f"{type(model).__name__} doesn't tell its input size; pass input_size=(C, H, W).")
     embed = getattr(getattr(model, "patch_embed", None), "img_size", None)
     height, width = embed or size[1:]
-    return size[0], height, width
+    return input_channels(model) or size[0], height, width
 
 
 def model_name(model: nn.Module) -> str:

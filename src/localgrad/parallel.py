@@ -8,7 +8,6 @@ on processors that round alike. ``whole_state_dict()`` gathers the model.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -17,10 +16,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from localgrad._fake import by_shapes_alone, copy_without_hooks, fake_copy
 from localgrad.auxiliary import NextClassifier
 from localgrad.averaging import has_spectral_norms
+from localgrad.backbone import Layout
 from localgrad.errors import ParallelError, RecipeError
-from localgrad.execution.local_module import LocalModule, observed_parts, site_of
+from localgrad.execution.local_module import CONTEXT_GRID, LocalModule, observed_parts, site_of
 from localgrad.execution.local_step import LocalStep, autocast, check_precision
 from localgrad.execution.pipeline import Links, PipelineExecutor, ShareResult
 from localgrad.execution.schedule import NUM_BUFFERS, shares
@@ -115,12 +116,16 @@ class ParallelLearner(LocalLearner):
         """Let replicas average gradients: each of whole modules (DDP, in ``LocalStep``), or of its rows (FSDP2)."""
         if not by_rows:
             self._twins = self.team.twins
+            if self._twins is not None:  # DDP has to know whether to wait for gradients that never come
+                for index in self.own:
+                    unread = unread_parameters(self.modules[index], self.sites[index], self.backbone.dtype)
+                    self.modules[index].has_unread = bool(unread)
             return
         twins = self.team.twins_mesh
         if twins is None:
             raise ParallelError("--shard: there is one replica only, and nobody to share with; add --replicas 2.")
         own = [self.modules[index] for index in self.own]
-        self.skeleton = [copied.to("meta") for copied in copy.deepcopy(own)]
+        self.skeleton = [copied.to("meta") for copied in copy_without_hooks(own)]
         for module in own:
             shard(module, twins)
         self.backbone.follow_parts()
@@ -375,6 +380,34 @@ class ParallelLearner(LocalLearner):
             return None
         found = {name: value for part in parts[: self.team.num_ranks] for name, value in part.items()}
         return {name: found[name] for name in self.model.state_dict()}
+
+
+def unread_parameters(module: LocalModule, site: Site, dtype: torch.dtype) -> list[str]:
+    """Trainable parameters of a local module that its loss doesn't depend on, found on tensors without memory.
+
+    Args:
+        module: of ``site``.
+        site: where it stands.
+        dtype: of its features.
+
+    Returns:
+        Their names in the module.
+    """
+
+    def features_in(layout: Layout) -> Tensor:
+        return torch.empty(2, *layout.shape, dtype=dtype)
+
+    with by_shapes_alone():
+        fake_mode, fake = fake_copy(module)
+        with fake_mode:
+            batch = LocalBatch(features_in(site.image), torch.zeros(2, dtype=torch.int64))
+            batch.previous = None if site.previous is None else features_in(site.previous)
+            batch.context = tuple(
+                torch.empty(2, *(min(side, CONTEXT_GRID) for side in layout.grid), layout.width, dtype=dtype)
+                for layout in site.context
+            )
+            fake.train()(features_in(site.inputs), batch).loss.backward()
+    return [name for name, weight in fake.named_parameters() if weight.requires_grad and weight.grad is None]
 
 
 def merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from localgrad.execution.checkpointing import Recomputed
-from localgrad.execution.local_step import LocalStep, autocast
+from localgrad.execution.local_step import LocalStep, autocast, check_surroundings, single_images_refused
 from localgrad.execution.sequential import StepResult
 from localgrad.objectives.base import LocalBatch
 
@@ -45,6 +45,12 @@ class GlobalStep:
             Figures of the last module; the others have no losses.
         """
         last = self.steps[-1]
+        assert batch.images is not None, "a step starts with images"
+        check_surroundings(last.device_type, last.precision, batch.images, batch.labels)
+        with single_images_refused(len(batch.labels), last.accumulation):
+            return self._train(batch, last)
+
+    def _train(self, batch: LocalBatch, last: LocalStep) -> StepResult:
         scaler = last.scaler
         parts = batch.parts(last.accumulation)
         outputs, losses, terms = [], [], []

@@ -92,6 +92,7 @@ class LocalModule(nn.Module):
         self.shared = shared
         self.given = given
         self.keeps_gradient = False
+        self.has_unread = False  # whether it has trainable parameters that no loss of its reads; known where it matters
         self.gradient: Tensor | None = None
 
     def walk(self, inputs: Tensor, *, with_states: bool = False) -> Walk:
@@ -194,6 +195,15 @@ def site_of(backbone: Backbone, boundaries: Sequence[int], index: int, *, overla
     )
 
 
+def build_objective(objective: Objective, site: Site, dtype: torch.dtype) -> LocalObjective:
+    """Make the objective of a site, its auxiliary nets in the type of the model's weights."""
+    built = objective.build(site)
+    for weight in built.parameters():  # buffers are factors of losses, which are in float32
+        if weight.dtype == torch.get_default_dtype() != dtype:
+            weight.data = weight.data.to(dtype)
+    return built
+
+
 def shared_blocks(edges: Sequence[int], index: int, overlap: int) -> int:
     """Blocks of the module before that a module trains as well: at most all that this one has of its own.
 
@@ -230,7 +240,7 @@ def build_local_modules(backbone: Backbone, plan: Plan, objective: Objective, *,
         modules.append(
             LocalModule(
                 [*stem, *blocks, *tail],
-                objective.build(site).to(device),
+                build_objective(objective, site, backbone.dtype).to(device),
                 recomputed_in(backbone, plan, index, overlap=overlap),
                 layout=None if last else backbone.layouts[span.stop - given],
                 shared=shared,

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from localgrad._written import Before, Undo
-from localgrad.errors import DeviceError
+from localgrad.errors import DeviceError, RecipeError
 from localgrad.execution.local_module import LocalModule, LocalOutput
 from localgrad.objectives.base import LocalBatch
 
@@ -87,7 +87,10 @@ class LocalStep:
             # Running statistics are averaged when someone looks at them: ``ParallelLearner.average_statistics``.
             known = inspect.signature(DistributedDataParallel).parameters
             name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-            options: dict[str, Any] = {name: False}  # the newer name is since PyTorch 2.15, which warns of the older
+            options: dict[str, Any] = {
+                name: False,
+                "find_unused_parameters": module.has_unread,
+            }  # the newer name is since PyTorch 2.15, which warns of the older
             self._forward = self._replicated = DistributedDataParallel(module, process_group=twins, **options)
 
     def __call__(self, inputs: Tensor, batch: LocalBatch, hand_on: HandOn | None = None) -> LocalOutput:
@@ -103,7 +106,9 @@ class LocalStep:
             The module's output, its graph gone: features for the next module, and the figures.
         """
         self.updating = False  # whatever became of the last one
-        with drawing_from(self.device, None if self.seed is None else (*self.seed, batch.number)):
+        check_surroundings(self.device_type, self.precision, inputs, batch.labels)
+        seed = None if self.seed is None else (*self.seed, batch.number)
+        with drawing_from(self.device, seed), single_images_refused(len(inputs), self.accumulation):
             if self.accumulation == 1:
                 output = self._forward_backward(inputs, batch, 1.0, hand_on)
             else:
@@ -248,6 +253,71 @@ def drawing_from(device: torch.device, seed: tuple[int, ...] | None) -> Iterator
             _set_random_state(each, state)
 
 
+def check_surroundings(device_type: str, precision: str, *given: Tensor) -> None:
+    """Refuse to train where PyTorch was told not to, or in another precision than the learner's.
+
+    Args:
+        device_type: of the device that trains.
+        precision: as for ``LocalStep``.
+        given: images and labels.
+
+    Raises:
+        RecipeError: naming what is on around the step.
+    """
+    if not torch.is_grad_enabled():
+        raise RecipeError(
+            "step: it was called under torch.no_grad() or torch.inference_mode(), where nothing trains; call it "
+            "outside."
+        )
+    if any(tensor.is_inference() for tensor in given):
+        raise RecipeError(
+            "step: images or labels were made under torch.inference_mode(), and can't be trained on; make them "
+            "outside, or pass images.clone() and labels.clone()."
+        )
+    if torch.is_autocast_enabled(device_type):
+        around = torch.get_autocast_dtype(device_type)
+        if around != PRECISIONS[precision]:
+            raise RecipeError(
+                f"step: it was called under torch.autocast in {around}, and this learner has precision={precision!r}; "
+                "call it outside, and say the precision when the learner is made."
+            )
+
+
+@contextlib.contextmanager
+def single_images_refused(num_images: int, accumulation: int) -> Iterator[None]:
+    """Say in words what PyTorch says of a batch norm that gets a single value for each channel.
+
+    Args:
+        num_images: of the batch.
+        accumulation: parts that it is cut into.
+
+    Raises:
+        RecipeError: inside, naming how many parts would do.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        if accumulation == 1:
+            raise RecipeError(
+                f"images: a batch of {num_images} leaves a batch norm of the model one value for each channel, and no "
+                "variance; take larger batches, and leave a small last one out (drop_last=True)."
+            ) from error
+        fitting = next((n for n in range(accumulation, 0, -1) if _smallest_part(num_images, n) > 1), None)
+        instead = "larger batches" if fitting is None else f"accumulation={fitting}, or larger batches"
+        raise RecipeError(
+            f"accumulation: {accumulation} parts of {num_images} images leave a batch norm of the model one value for "
+            f"each channel, and no variance; take {instead}."
+        ) from error
+
+
+def _smallest_part(num_images: int, count: int) -> int:
+    """Images in the last part of a batch, as ``Tensor.chunk`` cuts."""
+    size = -(-num_images // count)
+    return (num_images - 1) % size + 1
+
+
 def _generator(device: torch.device) -> torch.Generator:
     if device.type != "cuda":
         return torch.default_generator
@@ -317,8 +387,11 @@ def autocast(device_type: str, precision: str) -> contextlib.AbstractContextMana
     return cast(contextlib.AbstractContextManager[None], torch.autocast(device_type, dtype=dtype))
 
 
-def check_precision(precision: str, device: torch.device) -> None:
-    """Refuse a precision that is unknown or that the device doesn't have.
+def check_precision(precision: str, device: torch.device, weights: torch.dtype = torch.float32) -> None:
+    """Refuse a precision that is unknown, that the device doesn't have, or that isn't one for weights of that type.
+
+    Weights in bfloat16 or float64 are trained as they are. Those in float16 aren't: most updates are smaller than what
+    they can hold, and PyTorch's gradient scaler doesn't take their gradients.
 
     Raises:
         DeviceError: naming what to type instead.
@@ -327,3 +400,13 @@ def check_precision(precision: str, device: torch.device) -> None:
         raise DeviceError(f"precision: unknown {precision!r}; take one of {', '.join(PRECISIONS)}.")
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise DeviceError(f"precision: {device} has no bf16; take --precision fp16 or fp32.")
+    if weights == torch.float16:
+        raise DeviceError(
+            "precision: the model's weights are float16, in which updates get lost; call model.float() and take "
+            "precision='fp16', or call model.bfloat16()."
+        )
+    if PRECISIONS[precision] not in (None, weights) and weights != torch.float32:
+        raise DeviceError(
+            f"precision: {precision!r} is for weights in float32, and the model's are {weights}; take "
+            "precision='fp32', which leaves them as they are, or call model.float()."
+        )

@@ -105,6 +105,11 @@ class LocalBatch:
         ]
 
 
+def in_float32(tensor: Tensor) -> Tensor:
+    """A tensor as losses are computed on it: in float32, or in float64 where it is."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
 class TermValue(NamedTuple):
     """One term's loss, and the class logits [B, num_classes] where computing it makes any."""
 
@@ -131,7 +136,7 @@ class Term(nn.Module, ABC):
                 term uses it.
 
         Returns:
-            A scalar loss, in float32, and logits where there are any.
+            A scalar loss, in float32 (float64 for a model in that), and logits where there are any.
         """
 
     def classify(self, outputs: Tensor) -> Tensor | None:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localgrad.auxiliary import Decoder
-from localgrad.objectives.base import LocalBatch, Term, TermValue
+from localgrad.objectives.base import LocalBatch, Term, TermValue, in_float32
 
 
 def _cosine_error(prediction: Tensor, target: Tensor) -> Tensor:
@@ -86,8 +86,8 @@ class Reconstruction(Term):
             target = F.layer_norm(target, target.shape[-1:])
         if hidden is None and self.error == "mse":
             # torch's scalar keeps a storage of the target's size, for as long as it lives
-            return F.mse_loss(prediction.float(), target.float()).clone()
-        error = ERRORS[self.error](prediction.float(), target.float())
+            return F.mse_loss(in_float32(prediction), in_float32(target)).clone()
+        error = ERRORS[self.error](in_float32(prediction), in_float32(target))
         if hidden is None:
             return error.mean()
         counts = self.decoder.spread(hidden).unsqueeze(-1).float()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localgrad.backbone import Layout
-from localgrad.objectives.base import LocalBatch, Term, TermValue
+from localgrad.objectives.base import LocalBatch, Term, TermValue, in_float32
 
 
 class Transport(Term):
@@ -36,7 +36,7 @@ class Transport(Term):
         total = torch.zeros((), device=outputs.device)
         for before, after in pairwise((*states, outputs)):
             if before.shape == after.shape:
-                total = total + F.mse_loss(after.float(), before.float())
+                total = total + F.mse_loss(in_float32(after), in_float32(before))
         return TermValue(total / (2 * self.tau))
 
 
@@ -60,7 +60,7 @@ class SimilarityMatching(Term):
 
     def forward(self, inputs: Tensor, outputs: Tensor, batch: LocalBatch, states: Sequence[Tensor] = ()) -> TermValue:
         """Compute the loss. Arguments as in ``Term.forward``."""
-        mapped = self.project(self.source.to_grid(outputs)).flatten(1, 2).float()
+        mapped = in_float32(self.project(self.source.to_grid(outputs)).flatten(1, 2))
         spread = (mapped.var(dim=1, unbiased=False) + 1e-6).sqrt()
         labels = batch.labels
         targets = labels.float() if labels.is_floating_point() else F.one_hot(labels, self.num_classes).float()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from localgrad.auxiliary import Classifier, Pool
 from localgrad.backbone import Layout
-from localgrad.objectives.base import LocalBatch, Term, TermValue
+from localgrad.objectives.base import LocalBatch, Term, TermValue, in_float32
 
 
 class TaskLoss(Term):
@@ -38,10 +38,10 @@ class TaskLoss(Term):
         """Compute the cross-entropy. Arguments as in ``Term.forward``."""
         logits = self.classifier(outputs)
         smoothing = 0.0 if batch.labels.is_floating_point() else self.label_smoothing
-        loss = F.cross_entropy(logits, batch.labels, label_smoothing=smoothing)
+        loss = F.cross_entropy(in_float32(logits), batch.labels, label_smoothing=smoothing)
         if self.teacher_share:
             assert batch.teacher is not None, "the learner asks the teacher where a term uses it"
-            taught = F.cross_entropy(logits.float(), batch.teacher)
+            taught = F.cross_entropy(in_float32(logits), batch.teacher)
             loss = (1 - self.teacher_share) * loss + self.teacher_share * taught
         return TermValue(loss, logits)
 
@@ -81,7 +81,7 @@ class SupervisedContrastive(Term):
 
     def forward(self, inputs: Tensor, outputs: Tensor, batch: LocalBatch, states: Sequence[Tensor] = ()) -> TermValue:
         """Compute the contrastive loss. Arguments as in ``Term.forward``."""
-        z = F.normalize(self.project(outputs).float(), dim=1)
+        z = F.normalize(in_float32(self.project(outputs)), dim=1)
         with torch.autocast(z.device.type, enabled=False):  # exp of bf16 similarities is too coarse
             return TermValue(self.loss(z, batch.labels))
 

@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.flop_counter import flop_registry
 
-from localgrad._fake import FakeTensorMode, copies_within, fake_copy, random_state_kept
+from localgrad._fake import FakeTensorMode, by_shapes_alone, copies_within, fake_copy
 from localgrad._halves import Branch, Piece, find_pieces, signature, whole_block
 from localgrad.backbone import Backbone
 from localgrad.execution.checkpointing import Recomputed, checkpointed
-from localgrad.execution.local_module import CONTEXT_GRID, site_of
-from localgrad.execution.local_step import autocast
+from localgrad.execution.local_module import CONTEXT_GRID, build_objective, site_of
+from localgrad.execution.local_step import autocast, single_images_refused
 from localgrad.objectives.base import ContextSupply, LocalBatch, LocalObjective, Site
 from localgrad.objectives.methods import Objective
 from localgrad.partition import Checkpointing
@@ -479,10 +479,11 @@ def measure_costs(backbone: Backbone, objective: Objective, optimizer: Optimizer
         example = backbone.example(index)
         found = {level: find_pieces(block, example, halves=level == "halves") for level in ("blocks", "halves")}
         pieces.append({"whole": [whole_block(block, example)], **found})
-    with random_state_kept():
+    with by_shapes_alone():
         fake_mode, (fake, fake_pieces) = fake_copy((backbone, pieces))
         fake.train()
-        with without_collector():  # it would look at every fake tensor again and again: a sixth of the time
+        # The collector would look at every fake tensor again and again: a sixth of the time.
+        with without_collector(), single_images_refused(settings.batch_size, settings.accumulation):
             return _measure_all(_Workshop(fake_mode, settings), fake, fake_pieces, (objective, optimizer))
 
 
@@ -560,7 +561,7 @@ def _measure_heads(
                 key = start, stop
             if key not in numbers:
                 with shop.fake_mode, copies_within(shop.fake_mode):
-                    built = objective.build(site)
+                    built = build_objective(objective, site, backbone.dtype)
                 built.train()
                 uses |= built.uses if start else frozenset()
                 outputs = likes[stop + 1]
@@ -593,7 +594,7 @@ def _measure_head(
         labels = torch.empty(images_like[0][0], dtype=torch.int64)
         batch = LocalBatch(images, labels, teacher=torch.empty(images_like[0][0], site.num_classes))
         if site.previous is not None and "previous" in objective.uses:
-            batch.previous = torch.empty(images_like[0][0], *site.previous.shape)
+            batch.previous = torch.empty(images_like[0][0], *site.previous.shape, dtype=images_like[1])
         states = [shop.source(*like) for like in states_like] if "states" in objective.uses else []
     terms = [weight for weight in objective.terms.parameters() if weight.requires_grad]
     cost = shop.measure(
@@ -608,10 +609,13 @@ def _measure_head(
 
 def _measure_context(shop: _Workshop, context: ContextSupply, site: Site, inputs_like: Like) -> PartCost:
     """Measure how context of earlier modules is added to what a module receives."""
-    (size, *_), _ = inputs_like
+    (size, *_), dtype = inputs_like
     with shop.fake_mode:
         grids = [tuple(min(side, CONTEXT_GRID) for side in layout.grid) for layout in site.context]
-        pooled = [torch.empty(size, *grid, layout.width) for grid, layout in zip(grids, site.context, strict=True)]
+        pooled = [
+            torch.empty(size, *grid, layout.width, dtype=dtype)
+            for grid, layout in zip(grids, site.context, strict=True)
+        ]
     weights = list(context.parameters())
     measured = shop.measure(lambda inputs: context(inputs, pooled), inputs_like, weights, present=True)
     return measured.cost

@@ -12,7 +12,7 @@ from localgrad._fake import without_initialization
 from localgrad.backbone import Backbone, outline
 from localgrad.build import check_model_name
 from localgrad.errors import RecipeError
-from localgrad.execution.local_step import PRECISIONS
+from localgrad.execution.local_step import PRECISIONS, check_precision
 from localgrad.learner import LocalLearner, OptimizerFactory, default_input_size, estimate_step
 from localgrad.objectives.methods import FeatureReconstruction, Objective
 from localgrad.partition import Plan, Request
@@ -108,6 +108,7 @@ def plan(
         global_share=global_share,
         freeze_from=freeze_from,
     )
+    check_precision(precision, torch.device("cpu"), task.backbone.dtype)
     num_bytes = None if budget is None else parse_bytes(budget)
     if parallel is None:
         return plan_to_budget(task, batch_size, num_bytes)

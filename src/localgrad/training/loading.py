@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from localgrad.errors import DataError, did_you_mean
+from localgrad.errors import DataError, did_you_mean, reason_of
 from localgrad.training.augment import resize_to_cover
 
 if TYPE_CHECKING:
@@ -471,13 +471,9 @@ def _bytes_of(path: str) -> bytes:
 
 def _corrupt(name: str, error: CorruptImage) -> DataError:
     return DataError(
-        f"The image {name} can't be read ({_first_line(error)}): remove it, or leave such images out with "
+        f"The image {name} can't be read ({reason_of(error, limit=300)}): remove it, or leave such images out with "
         "--on-corrupt skip."
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 # --------------------------------------------------------------------------------------- finding by name
@@ -554,7 +550,7 @@ def _find_in_torchvision(root: Path, download: bool, *, name: str) -> Found:  # 
     except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
         raise DataError(
             f"{name} is not (or not complete) in {root}: fetch it with --download, or name the folder that "
-            f"holds it with --root DIR ({_first_line(error)})."
+            f"holds it with --root DIR ({reason_of(error, limit=300)})."
         ) from error
     class_names = tuple(getattr(parts[0], "classes", ())) or tuple(str(digit) for digit in range(10))
     train, test = (_images_of(part) for part in parts)
@@ -637,7 +633,7 @@ def _read_folder(path: Path) -> tuple[tuple[str, ...], FileImages]:
     try:
         folder = ImageFolder(path)
     except FileNotFoundError as error:
-        raise DataError(f"The image folder {path} is incomplete: {_first_line(error)}") from error
+        raise DataError(f"The image folder {path} is incomplete: {reason_of(error, limit=300)}") from error
     paths, labels = zip(*folder.samples, strict=True)
     return tuple(folder.classes), FileImages(FilesOnDisk(paths), torch.tensor(labels))
 
@@ -673,7 +669,7 @@ def _find_table(name: str, load: Callable[[], Any]) -> Found:
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
         raise DataError(
             f"{name} is not one of {', '.join(KNOWN_NAMES)}, and the Hugging Face library can't load it: "
-            f"{_first_line(error)}{did_you_mean(name.lower(), KNOWN_NAMES)}"
+            f"{reason_of(error, limit=300)}{did_you_mean(name.lower(), KNOWN_NAMES)}"
         ) from error
     parts = {str(part): rows for part, rows in loaded.items()} if isinstance(loaded, dict) else {"train": loaded}
     if "train" not in parts:

@@ -413,13 +413,14 @@ def _estimate_stage(
     images = (batch_size, *learner.backbone.input_size)
     span = learner.plan.spans[index]
     inputs = images if index == 0 else (batch_size, *learner.backbone.layouts[span.start].shape)
-    looks = "images" in learner.modules[index].objective.uses
+    looks, dtype = "images" in learner.modules[index].objective.uses, learner.backbone.dtype
 
     def run(copied: LocalStep, labels: Tensor) -> object:
         if index == 0:
-            received = torch.empty(inputs)
+            received = torch.empty(inputs, dtype=dtype)
             return copied(received, LocalBatch(received if looks else None, labels))
-        return copied(torch.empty(inputs), LocalBatch(torch.empty(images) if looks else None, labels))
+        compared = torch.empty(images, dtype=dtype) if looks else None
+        return copied(torch.empty(inputs, dtype=dtype), LocalBatch(compared, labels))
 
     return simulate(
         step,
