@@ -9,6 +9,7 @@ Auxiliary nets have no part in such a step.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from localgrad.execution.checkpointing import Recomputed
-from localgrad.execution.local_step import LocalStep, autocast
+from localgrad.execution.local_step import LocalStep, autocast, still_norms
 from localgrad.execution.sequential import StepResult
 from localgrad.objectives.base import LocalBatch
 
@@ -44,6 +45,15 @@ class GlobalStep:
         Returns:
             Figures of the last module; the others have no losses.
         """
+        for step in self.steps:
+            step.begin()
+        with contextlib.ExitStack() as still:
+            for step in self.steps:
+                if step.frozen:
+                    still.enter_context(still_norms(step.module))
+            return self._train(batch)
+
+    def _train(self, batch: LocalBatch) -> StepResult:
         last = self.steps[-1]
         scaler = last.scaler
         parts = batch.parts(last.accumulation)
@@ -86,6 +96,7 @@ class GlobalStep:
         scaler.update()
         for step in self.steps:
             step.module.objective.follow()
+            step.num_updates += not step.frozen
             step.updating = False
 
 

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
-from localgrad.errors import DeviceError
+from localgrad.errors import DeviceError, RecipeError
+from localgrad.execution.checks import same_device
 from localgrad.execution.local_module import LocalModule, LocalOutput
 from localgrad.objectives.base import LocalBatch
 
@@ -76,9 +77,13 @@ class LocalStep:
         self.precision = precision
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=precision == "fp16")
         self.updating = False  # whether weights may have been changed in part
+        self.num_updates = 0
         self.frozen = False  # whether the module only runs, and learns no more
         # Of what is drawn at random in a step; by default the caller's own numbers are.
         self.seed: tuple[int, ...] | None = None
+        self._all = list(module.parameters())
+        self._learning = [weight.requires_grad for weight in self._all]
+        self._stays = self._all[0].device == self.device  # offloaded modules come and go
         self._is_compiled = compile
         self._forward: Callable[..., LocalOutput] = _compiled(module) if compile else module
         self._replicated: DistributedDataParallel | None = None
@@ -89,8 +94,67 @@ class LocalStep:
             options: dict[str, Any] = {name: False}  # the newer name is since PyTorch 2.15, which warns of the older
             self._forward = self._replicated = DistributedDataParallel(module, process_group=twins, **options)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For deep copies: compiled code belongs to the module that it was made of."""
+        return {**vars(self), "_forward": None if self._is_compiled else self._forward}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self._is_compiled:
+            self._forward = _compiled(self.module)
+
+    def follow_model(self) -> bool:
+        """Notice weights that were frozen or unfrozen since the optimizer was made.
+
+        Returns:
+            Whether the parameters to train are others now.
+
+        Raises:
+            RecipeError: one that requires a gradient now is in no optimizer, or there is none left.
+            DeviceError: the module was moved.
+        """
+        if self._stays and not same_device(self._all[0].device, self.device):
+            raise DeviceError(
+                f"model: it is on {self._all[0].device}, and its optimizers were made for {self.device}; move the "
+                "model first, then make the learner: LocalLearner(model.to(device), ...)."
+            )
+        learning = [weight.requires_grad for weight in self._all]
+        if learning == self._learning:
+            return False
+        held = {id(weight) for group in self.optimizer.param_groups for weight in group["params"]}
+        for name, weight in self.module.named_parameters():
+            if weight.requires_grad and id(weight) not in held:
+                raise RecipeError(
+                    f"model: {name} of a local module was unfrozen, and no optimizer holds it; call "
+                    "learner.configure_optimizers(...) again after requires_grad_(True), or add it to the module's own "
+                    "in learner.optimizers with add_param_group."
+                )
+        if not any(learning):
+            raise RecipeError(
+                "model: all parameters of a local module were frozen; unfreeze some, or use fewer modules."
+            )
+        known = set(map(id, self.parameters))
+        self.parameters += [weight for weight in self._all if weight.requires_grad and id(weight) not in known]
+        self._learning = learning
+        return True
+
+    def begin(self) -> None:
+        """Begin without what another backward pass or an unfinished step has left."""
+        for weight in self.parameters:
+            if weight.grad is not None:
+                weight.grad = None
+        self.module.gradient = None
+        if self.updating:  # the scaler may think that the optimizer is in the middle of its step
+            state = self.scaler.state_dict()
+            self.scaler = torch.amp.GradScaler(self.device_type, enabled=self.precision == "fp16")
+            self.scaler.load_state_dict(state)
+        self.updating = False
+
     def __call__(self, inputs: Tensor, batch: LocalBatch, hand_on: HandOn | None = None) -> LocalOutput:
-        """Train on one batch.
+        """Train on one batch, from cleared gradients on.
+
+        A frozen module only runs: its batch norms use their running statistics, which stay as they are. What it draws
+        at random (dropout, drop path) goes on, as later modules learn from what it gives.
 
         Args:
             inputs: what the module before gave, detached; the images for the first module.
@@ -101,7 +165,7 @@ class LocalStep:
         Returns:
             The module's output, its graph gone: features for the next module, and the figures.
         """
-        self.updating = False  # whatever became of the last one
+        self.begin()  # whatever became of the last one
         with drawing_from(self.device, None if self.seed is None else (*self.seed, batch.number)):
             if self.accumulation == 1:
                 output = self._forward_backward(inputs, batch, 1.0, hand_on)
@@ -115,7 +179,7 @@ class LocalStep:
         self, inputs: Tensor, batch: LocalBatch, share: float, hand_on: HandOn | None = None
     ) -> LocalOutput:
         if self.frozen:
-            with torch.no_grad(), autocast(self.device_type, self.precision):
+            with torch.no_grad(), autocast(self.device_type, self.precision), still_norms(self.module):
                 output = self._forward(inputs, batch)
             if hand_on is not None:
                 hand_on(output.features)
@@ -221,7 +285,21 @@ class LocalStep:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.module.objective.follow()
+        self.num_updates += 1
         self.updating = False
+
+
+@contextlib.contextmanager
+def still_norms(module: nn.Module) -> Iterator[None]:
+    """A region in which a module's batch (and instance) norms use their running statistics and don't move them."""
+    norms = [net for net in module.modules() if isinstance(net, _NormBase) and net.training]
+    for norm in norms:
+        norm.training = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.training = True
 
 
 @contextlib.contextmanager
