@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from localgrad.execution.checkpointing import Recomputed
-from localgrad.execution.local_step import LocalStep, autocast, still_norms
+from localgrad.execution.local_step import LocalStep, autocast, explained
 from localgrad.execution.sequential import StepResult
 from localgrad.objectives.base import LocalBatch
 
@@ -50,7 +50,7 @@ class GlobalStep:
         with contextlib.ExitStack() as still:
             for step in self.steps:
                 if step.frozen:
-                    still.enter_context(still_norms(step.module))
+                    still.enter_context(step.as_frozen.running())
             return self._train(batch)
 
     def _train(self, batch: LocalBatch) -> StepResult:
@@ -120,5 +120,6 @@ class _Together(torch.optim.Optimizer):
         """Update every module that still learns; blocks that two modules train are updated by their first alone."""
         for step in self.steps:
             if not step.frozen:
-                step.optimizer.step()
+                with explained(step.optimizer):
+                    step.optimizer.step()
             step.optimizer.zero_grad(set_to_none=True)

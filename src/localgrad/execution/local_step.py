@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from localgrad.errors import DeviceError, RecipeError
 from localgrad.execution.checks import same_device
+from localgrad.execution.frozen import Frozen
 from localgrad.execution.local_module import LocalModule, LocalOutput
 from localgrad.objectives.base import LocalBatch
 
@@ -79,6 +80,7 @@ class LocalStep:
         self.updating = False  # whether weights may have been changed in part
         self.num_updates = 0
         self.frozen = False  # whether the module only runs, and learns no more
+        self.as_frozen = Frozen(module)
         # Of what is drawn at random in a step; by default the caller's own numbers are.
         self.seed: tuple[int, ...] | None = None
         self._all = list(module.parameters())
@@ -153,8 +155,7 @@ class LocalStep:
     def __call__(self, inputs: Tensor, batch: LocalBatch, hand_on: HandOn | None = None) -> LocalOutput:
         """Train on one batch, from cleared gradients on.
 
-        A frozen module only runs: its batch norms use their running statistics, which stay as they are. What it draws
-        at random (dropout, drop path) goes on, as later modules learn from what it gives.
+        A frozen module only runs, and its state stays; see ``Frozen``.
 
         Args:
             inputs: what the module before gave, detached; the images for the first module.
@@ -179,7 +180,7 @@ class LocalStep:
         self, inputs: Tensor, batch: LocalBatch, share: float, hand_on: HandOn | None = None
     ) -> LocalOutput:
         if self.frozen:
-            with torch.no_grad(), autocast(self.device_type, self.precision), still_norms(self.module):
+            with torch.no_grad(), autocast(self.device_type, self.precision), self.as_frozen.running():
                 output = self._forward(inputs, batch)
             if hand_on is not None:
                 hand_on(output.features)
@@ -281,7 +282,8 @@ class LocalStep:
         if self.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.parameters, self.clip_grad)
-        self.scaler.step(self.optimizer)
+        with explained(self.optimizer):
+            self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.module.objective.follow()
@@ -290,16 +292,19 @@ class LocalStep:
 
 
 @contextlib.contextmanager
-def still_norms(module: nn.Module) -> Iterator[None]:
-    """A region in which a module's batch (and instance) norms use their running statistics and don't move them."""
-    norms = [net for net in module.modules() if isinstance(net, _NormBase) and net.training]
-    for norm in norms:
-        norm.training = False
+def explained(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """A region for an optimizer's step, whose own complaint about what it lacks becomes one line.
+
+    Raises:
+        RecipeError: naming the optimizer.
+    """
     try:
         yield
-    finally:
-        for norm in norms:
-            norm.training = True
+    except (TypeError, AssertionError) as error:
+        raise RecipeError(
+            f"the step of {type(optimizer).__name__} failed ({str(error) or 'an assertion'}); if it needs a closure or "
+            "more than gradients, take AdamW, SGD, Lion or LAMB."
+        ) from error
 
 
 @contextlib.contextmanager
