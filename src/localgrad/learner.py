@@ -400,7 +400,7 @@ class LocalLearner:
                 f"images: got {got}, but this learner was made for "
                 f"[B, {', '.join(map(str, size))}]; pass input_size= for another size."
             )
-        autocasts = self.precision != "fp32" or torch.is_autocast_enabled(images.device.type)
+        autocasts = self.precision != "fp32" or torch.is_autocast_enabled(self.device.type)
         check_images(images, self._image_dtypes, self.device, autocasts=autocasts)
         check_labels(batch.labels, images, self.backbone.num_classes)
         if not self._values_checked:

@@ -301,8 +301,9 @@ def explained(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     try:
         yield
     except (TypeError, AssertionError) as error:
+        reason = " ".join(str(error).split()) or "an assertion"
         raise RecipeError(
-            f"the step of {type(optimizer).__name__} failed ({str(error) or 'an assertion'}); if it needs a closure or "
+            f"the step of {type(optimizer).__name__} failed ({reason}); if it needs a closure or "
             "more than gradients, take AdamW, SGD, Lion or LAMB."
         ) from error
 
