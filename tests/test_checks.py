@@ -134,6 +134,10 @@ def test_a_copy_trains_its_own_weights() -> None:
     forward: Any = steps_of(twin)[0]._forward
     original = getattr(forward, "_torchdynamo_orig_callable", forward)
     assert original.__self__ is twin.modules[0]
+    twin.model.head = nn.Linear(32, 5)  # and it knows its own model
+    with pytest.raises(BackboneError, match="head was replaced"):
+        train(twin, batches(1))
+    train(learner, batches(1))
 
 
 def test_an_estimate_takes_a_learner_that_was_trained() -> None:

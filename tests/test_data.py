@@ -481,6 +481,8 @@ def test_some_real_images_beside_the_repository():
         ({"mean": (0.5,)}, "mean and std go together"),
         ({"mean": (0.5,) * 3, "std": (0.5,) * 3}, "The images have 1 channels"),
         ({"mean": (0.5,), "std": (0.0,)}, "std must be above 0"),
+        ({"mean": (0.5,), "std": (float("nan"),)}, "mean and std must be finite"),
+        ({"mean": (float("inf"),), "std": (0.5,)}, "mean and std must be finite"),
     ],
 )
 def test_impossible_settings_are_refused(setting, message):

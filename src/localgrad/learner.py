@@ -47,7 +47,6 @@ from localgrad.execution.states import (
     check_objective,
     check_optimizer_state,
     check_scaler_state,
-    copied,
     describe,
     or_as_before,
 )
@@ -664,7 +663,7 @@ class LocalLearner:
             self._offloader.rest()
         with or_as_before([step.optimizer for step in steps]):
             for index, step in zip(self.own, steps, strict=False):  # there may be none
-                put_optimizer(step.optimizer, copied(state["optimizers"][index]))
+                put_optimizer(step.optimizer, copy.deepcopy(state["optimizers"][index]))
             self._take_weights(state["model"], state["averaged_model"])
         for index in self.own:
             load_weights(self.modules[index].objective, state["objectives"][index])

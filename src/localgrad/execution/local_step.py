@@ -131,7 +131,7 @@ class LocalStep:
                     "learner.configure_optimizers(...) again after requires_grad_(True), or add it to the module's own "
                     "in learner.optimizers with add_param_group."
                 )
-        if not any(learning):
+        if not any(learning) and not self.frozen:
             raise RecipeError(
                 "model: all parameters of a local module were frozen; unfreeze some, or use fewer modules."
             )

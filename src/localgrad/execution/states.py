@@ -121,17 +121,6 @@ def check_scaler_state(scaler: torch.amp.GradScaler, state: Mapping[str, Any], i
         )
 
 
-def copied(value: Any) -> Any:
-    """Nested dicts, lists and tuples with copies of their tensors, so that training doesn't change what was loaded."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, dict):
-        return {key: copied(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(copied(inner) for inner in value)
-    return value
-
-
 @contextlib.contextmanager
 def or_as_before(optimizers: Sequence[Optimizer]) -> Iterator[None]:
     """A region after which, if it fails, optimizers have their states of before: loading puts others in their place."""

@@ -343,8 +343,10 @@ def _statistics(
         return _measured(train.images) if isinstance(train, InMemoryImages) else _IMAGENET[num_channels]
     if not len(mean) == len(std) == num_channels:
         raise DataError(f"The images have {num_channels} channels, got mean {tuple(mean)} and std {tuple(std)}.")
-    if not all(math.isfinite(value) for value in (*mean, *std)) or min(std) <= 0:
-        raise DataError(f"mean and std must be finite, and std above 0, got {tuple(mean)} and {tuple(std)}.")
+    if not all(map(math.isfinite, (*mean, *std))):
+        raise DataError(f"mean and std must be finite, got {tuple(mean)} and {tuple(std)}.")
+    if min(std) <= 0:
+        raise DataError(f"std must be above 0, got {tuple(std)}.")
     return tuple(mean), tuple(std)
 
 

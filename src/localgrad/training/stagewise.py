@@ -39,7 +39,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from localgrad.errors import CheckpointError
 from localgrad.execution.local_step import LocalStep, autocast
 from localgrad.execution.offload import HOST
-from localgrad.execution.states import check_optimizer_state, check_scaler_state, copied
+from localgrad.execution.states import check_optimizer_state, check_scaler_state
 from localgrad.learner import Factories, LocalLearner
 from localgrad.objectives.base import LocalBatch
 from localgrad.planning.memory import MemoryProfile, simulate
@@ -155,7 +155,7 @@ class StagewiseTrainer(Trainer):
                 step = self._begin_module()
                 check_optimizer_state(step.optimizer, own["optimizer"], own.get("optimizer_class"), self.index)
                 check_scaler_state(step.scaler, own["scaler"], self.index)
-                step.optimizer.load_state_dict(copied(own["optimizer"]))
+                step.optimizer.load_state_dict(own["optimizer"])
                 step.scaler.load_state_dict(own["scaler"])
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
             raise CheckpointError(
