@@ -575,7 +575,8 @@ def test_parts_without_ignored_labels_keep_their_bits() -> None:
             plain = F.cross_entropy(chunk, part.labels, label_smoothing=0.1)
             assert torch.equal(own, plain)
             assert torch.equal(*(torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (own, plain)))
-    assert [part.label_factor for part in LocalBatch(None, F.one_hot(labels, 5).float()).parts(2)] == [None, None]
+    for batch in (LocalBatch(None, F.one_hot(labels, 5).float()), LocalBatch(None, labels, counts_all=True)):
+        assert [part.label_factor for part in batch.parts(2)] == [None, None]
 
 
 def test_factors_of_parts_are_computed_once_for_all_modules() -> None:

@@ -86,6 +86,7 @@ class LocalBatch:
         number: of the batch in the training, from 0; what modules draw at random in its step depends on it.
         label_factor: of one part of a batch, what makes a mean over its counted labels, times its share of the images,
             its share of the mean over all counted labels; a scalar, 1 where none is ignored.
+        counts_all: whether no label is ignored, for certain: the data path has seen to it.
     """
 
     images: Tensor | None
@@ -96,6 +97,7 @@ class LocalBatch:
     gradient: Tensor | None = None
     number: int = 0
     label_factor: Tensor | None = None
+    counts_all: bool = False
     _factors: dict[int, tuple[Tensor, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def parts(self, count: int) -> list[LocalBatch]:
@@ -118,7 +120,7 @@ class LocalBatch:
 
     def _label_factors(self, count: int, labels: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """``label_factor`` of each part: computed once for all modules, and without waiting for the device."""
-        if len(labels) < 2 or self.labels.is_floating_point():
+        if len(labels) < 2 or self.counts_all or self.labels.is_floating_point():
             return [None] * len(labels)
         if count not in self._factors:
             counted = torch.stack([part.sum() for part in (self.labels != IGNORED).chunk(count)])

@@ -219,7 +219,7 @@ class StagewiseTrainer(Trainer):
         start, variant = self.position.batch, self._own_epoch % self.num_variants
         images = self.train.epoch(variant, start=start) if self._looks_at_images else None
         for rows in self._read(self.index, _name(variant), start):
-            batch = LocalBatch(None if images is None else next(images).images, rows.labels)
+            batch = LocalBatch(None if images is None else next(images).images, rows.labels, counts_all=True)
             fed = Fed(batch, rows.targets, rows.features)
             del rows, batch  # what they hold is the step's to free
             yield fed

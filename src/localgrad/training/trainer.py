@@ -316,7 +316,7 @@ class Trainer:
     def _feed(self) -> Iterator[Fed]:
         """The rest of the epoch under way."""
         for batch in self.train.epoch(self.position.epoch, start=self.position.batch):
-            fed = Fed(LocalBatch(batch.images, batch.labels), batch.targets)
+            fed = Fed(LocalBatch(batch.images, batch.labels, counts_all=True), batch.targets)
             del batch  # the images are the step's to free
             yield fed
 
