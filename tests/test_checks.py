@@ -469,6 +469,8 @@ BAD_BATCHES: dict[str, tuple[Any, Any, str]] = {
     "column": (IMAGES, LABELS[:, None], r"labels: got \[4, 1\]; .* labels\.squeeze\(1\)"),
     "integers one-hot": (IMAGES, F.one_hot(LABELS, 5), r"labels: got torch\.int64 \[4, 5\].*labels\.float\(\)"),
     "floats": (IMAGES, LABELS.float(), r"labels: got torch\.float32 \[4\]; class indices are int64"),
+    "array": (IMAGES.numpy(), LABELS, r"images: got ndarray; pass a tensor: torch\.as_tensor\(images\)"),
+    "list": (IMAGES, [0, 1, 2, 3], "labels: got list; pass a tensor"),
     "scalar": (IMAGES, LABELS[0], r"labels: got torch\.int64 \[\]"),
     "other classes": (IMAGES, torch.full((4, 6), 1 / 6), r"labels: got soft labels \[4, 6\]; the model takes \[B, 5\]"),
     "labels elsewhere": (IMAGES, LABELS.to("meta"), "labels: they are on meta, the images on cpu"),

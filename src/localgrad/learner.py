@@ -35,6 +35,7 @@ from localgrad.execution.checks import (
     check_model,
     check_optimizer,
     check_schedulers,
+    check_tensors,
     check_values,
 )
 from localgrad.execution.global_step import GlobalStep
@@ -393,6 +394,7 @@ class LocalLearner:
 
     def _check_batch(self, batch: LocalBatch) -> None:
         images, size = batch.images, self.backbone.input_size
+        check_tensors(batch)
         if images is None or tuple(images.shape[1:]) != size:
             got = None if images is None else list(images.shape)
             raise BackboneError(

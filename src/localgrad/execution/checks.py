@@ -189,6 +189,17 @@ def check_schedulers(optimizers: Sequence[Optimizer]) -> None:
 # ------------------------------------------------------------------------------------------------------- batches
 
 
+def check_tensors(batch: LocalBatch) -> None:
+    """Refuse arrays and lists, which would fail somewhere inside.
+
+    Raises:
+        DataError: naming what to pass.
+    """
+    for name, value in (("images", batch.images), ("labels", batch.labels)):
+        if value is not None and not isinstance(value, Tensor):
+            raise DataError(f"{name}: got {type(value).__name__}; pass a tensor: torch.as_tensor({name}).")
+
+
 def check_images(images: Tensor, dtypes: Sequence[torch.dtype], device: torch.device, *, autocasts: bool) -> None:
     """Refuse images that the model can't take, their size apart. Nothing is read from the device.
 
