@@ -21,15 +21,17 @@ from localgrad.auxiliary import NextClassifier
 from localgrad.averaging import has_spectral_norms
 from localgrad.backbone import Layout
 from localgrad.errors import ParallelError, RecipeError
+from localgrad.execution.checks import check_labels
 from localgrad.execution.local_module import CONTEXT_GRID, LocalModule, observed_parts, site_of
 from localgrad.execution.local_step import LocalStep, autocast, check_precision
 from localgrad.execution.pipeline import Links, PipelineExecutor, ShareResult
 from localgrad.execution.schedule import NUM_BUFFERS, shares
 from localgrad.execution.sharding import Rows, check_optimizer, exchange, gathered, put, release, shard, whole
+from localgrad.execution.states import describe
 from localgrad.execution.team import Team
 from localgrad.execution.wire import WIRES, Packet
 from localgrad.learner import Factories, LocalLearner, make_ema, no_optimizers
-from localgrad.objectives.base import LocalBatch, Site
+from localgrad.objectives.base import IGNORED, LocalBatch, Site
 
 
 class ParallelLearner(LocalLearner):
@@ -80,6 +82,7 @@ class ParallelLearner(LocalLearner):
         self._settle()
         self.skeleton: list[LocalModule] | None = None  # of the own modules: whole shapes, where they are sharded
         self._average_over_replicas(by_rows=shard)
+        self._remember()  # tensors were moved, and with replicas cut into rows
         self._own_parts = Rows([part for index in self.own for part in self.modules[index].parts])
         if shard and ema_decay is not None and has_spectral_norms(self._own_parts):
             raise ParallelError(
@@ -170,14 +173,15 @@ class ParallelLearner(LocalLearner):
 
     def configure_optimizers(self, factory: Factories) -> None:
         """Make one optimizer for each of the own modules. As for ``LocalLearner``; call it in every process."""
-        self.optimizer_factory = factory
-        steps = [self.local_step(index, factory) for index in self.own]
+        steps = self._make_steps(factory)
         if self.skeleton is not None:
             for step in steps:
                 check_optimizer(step.optimizer)
+        self.optimizer_factory = factory
         self._seed(steps)
         uses = [module.objective.uses for module in self.modules]
-        self._executor = self._pipeline = PipelineExecutor(steps, self.links, first=self.own.start, uses=uses)
+        self._pipeline = PipelineExecutor(steps, self.links, first=self.own.start, uses=uses)
+        self._take_executor(self._pipeline)
 
     def _seed(self, steps: Sequence[LocalStep]) -> None:
         super()._seed(steps)
@@ -195,11 +199,16 @@ class ParallelLearner(LocalLearner):
 
         Args:
             images: [B, C, H, W]; those of the first rank are used.
-            labels: class indices [B], or soft targets [B, num_classes]; those of the first rank are used.
+            labels: class indices int64 [B], or soft targets [B, num_classes]; those of the first rank are used. With
+                several replicas none may be ignored (-100): each counts its own, and all weigh alike.
 
         Returns:
             Figures of the own modules.
+
+        Raises:
+            LocalgradError: as ``LocalLearner.step``.
         """
+        check_labels(labels, images, self.backbone.num_classes)
         return self.share(LocalBatch(images, labels), labels if labels.ndim == 1 else labels.argmax(dim=1))
 
     def share(self, batch: LocalBatch | None = None, targets: Tensor | None = None) -> ShareResult:
@@ -214,8 +223,12 @@ class ParallelLearner(LocalLearner):
         """
         if self._executor is None:
             raise no_optimizers()
-        if not all(self.modules[index].training for index in self.own):
-            self.train()
+        for index in self.own:
+            release(self.modules[index])  # after a step that failed, rows are what is trained
+        self.check_ready(self._executor.steps)
+        if batch is not None and self.team.place.rank == 0:
+            self._check_batch(batch)
+        self._in_training()
         result = self._pipeline.share(batch, targets, number=self.num_steps)
         for index in self.own:
             release(self.modules[index])  # a frozen one has no backward pass, after which that is done
@@ -223,6 +236,15 @@ class ParallelLearner(LocalLearner):
         if self._ema is not None:
             self._ema.update(self._own_parts, step=self.num_steps)
         return result
+
+    def _check_batch(self, batch: LocalBatch) -> None:
+        first = not self._values_checked
+        super()._check_batch(batch)
+        if first and self.team.num_replicas > 1 and bool((batch.labels == IGNORED).any()):
+            raise ParallelError(
+                f"labels: some are {IGNORED}, ignored; replicas weigh alike, however many labels count in each: leave "
+                "those images out, or --replicas."
+            )
 
     @torch.no_grad()
     def average_statistics(self) -> None:
@@ -334,6 +356,10 @@ class ParallelLearner(LocalLearner):
             "num_steps": self.num_steps,
             "seed": self.seed,
             "boundaries": list(self.plan.boundaries),
+            "objective": describe(self.objective),
+            "optimizer_classes": {
+                index: type(step.optimizer).__name__ for index, step in zip(own, steps, strict=False)
+            },
         }
 
     def objective_weights(self, index: int) -> dict[str, Tensor]:
@@ -428,7 +454,9 @@ def merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return {name: value for part in parts for name, value in part[key].items()}
 
     first = parts[0]
+    kept = {"objective": first["objective"], "optimizer_classes": listed("optimizer_classes")}
     return {
+        **(kept if "objective" in first else {}),
         **{key: first[key] for key in ("num_steps", "seed", "boundaries")},
         **{key: listed(key) for key in ("objectives", "optimizers", "scalers")},
         "model": joined("model"),

@@ -24,6 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from localgrad._written import Before, Undo
 from localgrad.errors import DeviceError, RecipeError
+from localgrad.execution.checks import same_device
+from localgrad.execution.frozen import Frozen
 from localgrad.execution.local_module import LocalModule, LocalOutput
 from localgrad.objectives.base import LocalBatch
 
@@ -76,10 +78,15 @@ class LocalStep:
         self.precision = precision
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=precision == "fp16")
         self.updating = False  # whether weights may have been changed in part
+        self.num_updates = 0
         self.frozen = False  # whether the module only runs, and learns no more
         self._undo = Undo(module)
+        self.as_frozen = Frozen(module)
         # Of what is drawn at random in a step; by default the caller's own numbers are.
         self.seed: tuple[int, ...] | None = None
+        self._all = list(module.parameters())
+        self._learning = [weight.requires_grad for weight in self._all]
+        self._stays = self._all[0].device == self.device  # offloaded modules come and go
         self._is_compiled = compile
         self._forward: Callable[..., LocalOutput] = _compiled(module) if compile else module
         self._replicated: DistributedDataParallel | None = None
@@ -93,8 +100,66 @@ class LocalStep:
             }  # the newer name is since PyTorch 2.15, which warns of the older
             self._forward = self._replicated = DistributedDataParallel(module, process_group=twins, **options)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For deep copies: compiled code belongs to the module that it was made of."""
+        return {**vars(self), "_forward": None if self._is_compiled else self._forward}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self._is_compiled:
+            self._forward = _compiled(self.module)
+
+    def follow_model(self) -> bool:
+        """Notice weights that were frozen or unfrozen since the optimizer was made.
+
+        Returns:
+            Whether the parameters to train are others now.
+
+        Raises:
+            RecipeError: one that requires a gradient now is in no optimizer, or there is none left.
+            DeviceError: the module was moved.
+        """
+        if self._stays and not same_device(self._all[0].device, self.device):
+            raise DeviceError(
+                f"model: it is on {self._all[0].device}, and its optimizers were made for {self.device}; move the "
+                "model first, then make the learner: LocalLearner(model.to(device), ...)."
+            )
+        learning = [weight.requires_grad for weight in self._all]
+        if learning == self._learning:
+            return False
+        held = {id(weight) for group in self.optimizer.param_groups for weight in group["params"]}
+        for name, weight in self.module.named_parameters():
+            if weight.requires_grad and id(weight) not in held:
+                raise RecipeError(
+                    f"model: {name} of a local module was unfrozen, and no optimizer holds it; call "
+                    "learner.configure_optimizers(...) again after requires_grad_(True), or add it to the module's own "
+                    "in learner.optimizers with add_param_group."
+                )
+        if not any(learning) and not self.frozen:
+            raise RecipeError(
+                "model: all parameters of a local module were frozen; unfreeze some, or use fewer modules."
+            )
+        known = set(map(id, self.parameters))
+        self.parameters += [weight for weight in self._all if weight.requires_grad and id(weight) not in known]
+        self._learning = learning
+        return True
+
+    def begin(self) -> None:
+        """Begin without what another backward pass or an unfinished step has left."""
+        for weight in self.parameters:
+            if weight.grad is not None:
+                weight.grad = None
+        self.module.gradient = None
+        if self.updating:  # the scaler may think that the optimizer is in the middle of its step
+            state = self.scaler.state_dict()
+            self.scaler = torch.amp.GradScaler(self.device_type, enabled=self.precision == "fp16")
+            self.scaler.load_state_dict(state)
+        self.updating = False
+
     def __call__(self, inputs: Tensor, batch: LocalBatch, hand_on: HandOn | None = None) -> LocalOutput:
-        """Train on one batch.
+        """Train on one batch, from cleared gradients on.
+
+        A frozen module only runs, and its state stays; see ``Frozen``.
 
         Args:
             inputs: what the module before gave, detached; the images for the first module.
@@ -105,7 +170,7 @@ class LocalStep:
         Returns:
             The module's output, its graph gone: features for the next module, and the figures.
         """
-        self.updating = False  # whatever became of the last one
+        self.begin()  # whatever became of the last one
         check_surroundings(self.device_type, self.precision, inputs, batch.labels)
         seed = None if self.seed is None else (*self.seed, batch.number)
         with drawing_from(self.device, seed), single_images_refused(len(inputs), self.accumulation):
@@ -121,7 +186,7 @@ class LocalStep:
         self, inputs: Tensor, batch: LocalBatch, share: float, hand_on: HandOn | None = None
     ) -> LocalOutput:
         if self.frozen:
-            with torch.no_grad(), autocast(self.device_type, self.precision):
+            with torch.no_grad(), autocast(self.device_type, self.precision), self.as_frozen.running():
                 output = self._forward(inputs, batch)
             if hand_on is not None:
                 hand_on(output.features)
@@ -221,11 +286,30 @@ class LocalStep:
         if self.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.parameters, self.clip_grad)
-        self.scaler.step(self.optimizer)
+        with explained(self.optimizer):
+            self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.module.objective.follow()
+        self.num_updates += 1
         self.updating = False
+
+
+@contextlib.contextmanager
+def explained(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """A region for an optimizer's step, whose own complaint about what it lacks becomes one line.
+
+    Raises:
+        RecipeError: naming the optimizer.
+    """
+    try:
+        yield
+    except (TypeError, AssertionError) as error:
+        reason = " ".join(str(error).split()) or "an assertion"
+        raise RecipeError(
+            f"the step of {type(optimizer).__name__} failed ({reason}); if it needs a closure or "
+            "more than gradients, take AdamW, SGD, Lion or LAMB."
+        ) from error
 
 
 @contextlib.contextmanager
