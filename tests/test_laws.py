@@ -504,7 +504,7 @@ PACKAGE = Path(localgrad.__file__).parent
 LAYERS = (
     ("errors",),
     ("units",),
-    ("partition",),
+    ("_balance", "partition"),
     ("_fake",),
     ("_timm_adapters", "_observe", "backbone", "_halves"),
     ("auxiliary",),

@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -34,6 +34,23 @@ HEAD_WIDTH = 32
 """Channels of one attention head; widths of transformer decoders and classifiers are multiples of it."""
 FEW_TOKENS = 32
 """Over no more of them the scores of attention are fewer than the numbers of a head's queries."""
+
+
+_EXEMPT = "_no_weight_decay"
+
+
+def exempt_from_decay(parameter: nn.Parameter) -> nn.Parameter:
+    """Mark a parameter of an auxiliary net that isn't to be decayed, though it is no vector: positions, tokens.
+
+    The mark is an attribute, ``_no_weight_decay``, as state space models have it (Mamba, arXiv 2312.00752, its code).
+    """
+    setattr(parameter, _EXEMPT, True)
+    return parameter
+
+
+def is_exempt_from_decay(parameter: nn.Parameter) -> bool:
+    """Whether a parameter carries that mark."""
+    return bool(getattr(parameter, _EXEMPT, False))
 
 
 class Decoder(nn.Module, ABC):
@@ -267,7 +284,7 @@ class TransformerClassifier(Classifier):
         self.enter = nn.Linear(source.width, width)
         # Early features barely know where they stand; without places, attention over them is over a bag.
         num_tokens = self.grid[0] * self.grid[1] + source.num_prefix_tokens
-        self.places = nn.Parameter(torch.randn(num_tokens, width) * 0.02)
+        self.places = exempt_from_decay(nn.Parameter(torch.randn(num_tokens, width) * 0.02))
         self.blocks = transformer_blocks(width, depth, num_tokens=num_tokens)
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, num_classes))
 
@@ -292,6 +309,7 @@ class NextClassifier(Classifier):
         source: layout of the module's output features.
         num_classes: classes to tell apart.
         following: the blocks that follow, each with the layout of what it gives.
+        undecayed: ids of the model's parameters that it leaves weight decay off; their copies have none either.
         depth: how many of them, at most; always at least one.
         weights: ``fresh`` (like them, initialised anew, trained), ``copy`` (starts as they start, trained) or ``ema``
             (follows them, not trained).
@@ -304,6 +322,7 @@ class NextClassifier(Classifier):
         num_classes: int,
         *,
         following: Sequence[tuple[nn.Module, Layout]],
+        undecayed: Collection[int] = (),
         depth: int = 1,
         weights: str = "copy",
         decay: float = 0.99,
@@ -319,6 +338,10 @@ class NextClassifier(Classifier):
         self.weights = weights
         self.decay = decay
         self.blocks = nn.Sequential(*(copy.deepcopy(block) for block, _ in taken))
+        for mine, (block, _) in zip(self.blocks, taken, strict=True):
+            for own, copied in zip(mine.parameters(), block.parameters(), strict=True):
+                if id(copied) in undecayed or is_exempt_from_decay(copied):
+                    exempt_from_decay(own)
         # A list: they are other modules', and stay theirs; only an average looks at them again.
         self._sources = [block for block, _ in taken] if weights == "ema" else []
         if weights == "fresh":
@@ -406,6 +429,8 @@ def build_classifier(
     num_classes: int,
     options: Mapping[str, Any],
     following: Sequence[tuple[nn.Module, Layout]] = (),
+    *,
+    undecayed: Collection[int] = (),
 ) -> Classifier:
     """Make an auxiliary classifier by name.
 
@@ -415,11 +440,13 @@ def build_classifier(
         num_classes: classes to tell apart.
         options: keyword arguments of that classifier's class.
         following: the model's blocks after the module, for ``next``.
+        undecayed: as for ``NextClassifier``.
 
     Raises:
         RecipeError: unknown name, or options that this classifier doesn't take.
     """
-    known: dict[str, Callable[..., Classifier]] = {**CLASSIFIERS, "next": partial(NextClassifier, following=following)}
+    next_one = partial(NextClassifier, following=following, undecayed=undecayed)
+    known: dict[str, Callable[..., Classifier]] = {**CLASSIFIERS, "next": next_one}
     return _build("classifier", known, name, options)(source, num_classes)
 
 

@@ -21,7 +21,7 @@ from localgrad.errors import BackboneError, CheckpointError, IsolationError, Par
 from localgrad.execution.checkpointing import Recomputed
 from localgrad.execution.global_step import GlobalStep
 from localgrad.execution.local_module import build_local_modules, recomputed_in
-from localgrad.execution.local_step import LocalStep, autocast, check_precision
+from localgrad.execution.local_step import LocalStep, autocast, check_precision, drawing_from
 from localgrad.execution.offload import HOST, Offloader
 from localgrad.execution.sequential import SequentialExecutor, StepResult
 from localgrad.execution.sharding import put, put_optimizer
@@ -68,6 +68,12 @@ class LocalLearner:
         freeze_from: share of the training after which modules stop to learn: the first one then, each next one later,
             the last never; ``at`` tells the learner how much is over. As in FreezeOut (arXiv 1706.04983), by module.
         global_checkpoint: what an end-to-end step (``global_step``) recomputes, as for ``checkpoint``.
+        auxiliary_from: what auxiliary nets are initialised from: the ``seed`` alone, that is what ``torch.manual_seed``
+            was last given, whatever was drawn since; or torch's random ``state``, as any new layer is.
+
+    Two learners of equal models that are made after the same ``torch.manual_seed`` are the same, and draw the same in
+    their steps, whether the seed was set before or after the model was made. (With one module, steps draw from torch's
+    random state, as in any loop.) Making one leaves that state as it was.
 
     Raises:
         BackboneError: the model can't be split, or a parameter is shared across a boundary.
@@ -93,6 +99,7 @@ class LocalLearner:
         overlap: int = 0,
         freeze_from: float | None = None,
         global_checkpoint: str | Checkpointing = "blocks",
+        auxiliary_from: str = "seed",
     ) -> None:
         if isinstance(overlap, bool) or not isinstance(overlap, int) or overlap < 0:
             raise RecipeError(f"overlap must be a number of blocks, 0 for none, got {overlap!r}.")
@@ -106,6 +113,8 @@ class LocalLearner:
             raise RecipeError(f"accumulation must be at least 1, got {accumulation}.")
         if clip_grad is not None and not clip_grad > 0:
             raise RecipeError(f"clip_grad must be above 0, got {clip_grad}; leave it out for no clipping.")
+        if auxiliary_from not in ("seed", "state"):
+            raise RecipeError(f"auxiliary_from: unknown {auxiliary_from!r}; take seed or state.")
         if device is not None and not offload:
             raise RecipeError(f"device: {device} needs offload=True; without it, move the model: model.to({device!r}).")
         if isinstance(model, Backbone) and input_size not in (None, model.input_size):
@@ -123,7 +132,14 @@ class LocalLearner:
         self.overlap = overlap
         self.freeze_from = freeze_from
         self.global_checkpoint = Checkpointing.parse(global_checkpoint)
-        self.modules = build_local_modules(self.backbone, self.plan, self.objective, overlap=overlap)
+        self.seed = torch.initial_seed()  # with the batch's number, of what each of several modules draws
+        self.modules = build_local_modules(
+            self.backbone,
+            self.plan,
+            self.objective,
+            overlap=overlap,
+            drawing=lambda index: drawing_from(self.device, (self.seed, index) if auxiliary_from == "seed" else None),
+        )
         self._check_uses(ema_decay, compiled=compile)
         self.precision = precision
         self.averaged_model: nn.Module | None = None
@@ -143,7 +159,6 @@ class LocalLearner:
         self._global_recomputed: list[dict[int, Recomputed]] | None = None
         self.optimizer_factory: Factories | None = None
         self.num_steps = 0
-        self.seed = torch.initial_seed()  # with the batch's number, of what each of several modules draws
 
     def uses(self, what: str) -> bool:
         """Whether a local objective looks at something beside its module's features; see ``Term.uses``."""

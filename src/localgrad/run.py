@@ -39,6 +39,7 @@ from localgrad.training.events import JsonlSink, Replanned, RunEnded, RunStarted
 from localgrad.training.feature_cache import check_space
 from localgrad.training.folder import RunFolder, check_writable, load_saved_weights, save_weights
 from localgrad.training.health import HealthCheck
+from localgrad.training.optim import note_of_warmup
 from localgrad.training.parallel import ParallelTrainer, name_of, whole
 from localgrad.training.stagewise import StagewiseTrainer, disk_needed, estimate_stages, gather
 from localgrad.training.trainer import Trainer, evaluate, load_best_weights
@@ -534,6 +535,8 @@ def _emit_start(job: Job, trainer: Trainer, peak: int, baseline: int) -> None:
         names[span.start] if len(span) == 1 else f"{names[span.start]} … {names[span.stop - 1]}"
         for span in learner.plan.spans
     )
+    training = method.training
+    warmup = note_of_warmup(training.warmup_epochs, training.epochs, len(trainer.train))
     details = [
         f"{info.num_train:,} training, {info.num_val:,} validation, {info.num_test:,} test images, "
         f"{info.num_classes} classes",
@@ -542,6 +545,7 @@ def _emit_start(job: Job, trainer: Trainer, peak: int, baseline: int) -> None:
         f"estimated peak {format_bytes(peak)}, end-to-end {format_bytes(baseline)}",
         *([] if not isinstance(learner, ParallelLearner) else [_shared_out(learner)]),
         *trainer.details(),
+        *([] if warmup is None else [warmup]),
     ]
     if info.num_skipped:
         details.append(f"{info.num_skipped} corrupt images left out")

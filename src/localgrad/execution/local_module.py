@@ -7,13 +7,15 @@ exactly once a step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localgrad._halves import find_pieces, whole_block
+from localgrad._timm_adapters import undecayed
 from localgrad.backbone import Backbone, Layout, Stem
 from localgrad.execution.checkpointing import Part, Recomputed
 from localgrad.objectives.base import LocalBatch, LocalObjective, ObjectiveValue, Site
@@ -189,6 +191,7 @@ def site_of(backbone: Backbone, boundaries: Sequence[int], index: int, *, overla
         previous=received[max(0, index - 1)],
         context=tuple(received[1 : index + 1]),
         following=tuple((backbone.blocks[number], layouts[number + 1]) for number in range(stop, num_blocks)),
+        undecayed=undecayed(backbone.model),
     )
 
 
@@ -203,7 +206,14 @@ def shared_blocks(edges: Sequence[int], index: int, overlap: int) -> int:
     return min(overlap, edges[index] - edges[index - 1]) if 0 < index < len(edges) - 1 else 0
 
 
-def build_local_modules(backbone: Backbone, plan: Plan, objective: Objective, *, overlap: int = 0) -> list[LocalModule]:
+def build_local_modules(
+    backbone: Backbone,
+    plan: Plan,
+    objective: Objective,
+    *,
+    overlap: int = 0,
+    drawing: Callable[[int], AbstractContextManager[None]] = lambda _index: nullcontext(),
+) -> list[LocalModule]:
     """Make the local modules of a plan from a backbone's parts; auxiliary nets join the backbone's device.
 
     Args:
@@ -211,6 +221,7 @@ def build_local_modules(backbone: Backbone, plan: Plan, objective: Objective, *,
         plan: boundaries, and which modules checkpoint inside.
         objective: what every module but the last is trained on.
         overlap: blocks of the module before that each module trains as well.
+        drawing: given a module's number, the region in which its auxiliary nets are made; decides what they draw.
 
     Raises:
         BackboneError: a parameter is shared across a boundary.
@@ -225,10 +236,12 @@ def build_local_modules(backbone: Backbone, plan: Plan, objective: Objective, *,
         stem, tail = [backbone.stem] * first, [backbone.tail] * last
         shared, given = (shared_blocks(edges, number, overlap) for number in (index, index + 1))
         blocks = [backbone.blocks[number] for number in range(span.start - shared, span.stop)]
+        with drawing(index):
+            built = objective.build(site)
         modules.append(
             LocalModule(
                 [*stem, *blocks, *tail],
-                objective.build(site).to(device),
+                built.to(device),
                 recomputed_in(backbone, plan, index, overlap=overlap),
                 layout=None if last else backbone.layouts[span.stop - given],
                 shared=shared,

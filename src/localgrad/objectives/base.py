@@ -39,6 +39,7 @@ class Site:
         previous: layout of what the module before received; the first module's own input there.
         context: layouts of what each earlier module hands on.
         following: the blocks after it, each with the layout of what it gives.
+        undecayed: ids of the model's parameters that it leaves weight decay off.
     """
 
     index: int
@@ -51,6 +52,7 @@ class Site:
     previous: Layout | None = None
     context: tuple[Layout, ...] = ()
     following: tuple[tuple[nn.Module, Layout], ...] = ()
+    undecayed: frozenset[int] = frozenset()
 
     @property
     def is_last(self) -> bool:

@@ -191,7 +191,8 @@ class GreedySupervised(Objective):
         if not 0 <= share <= 1:
             raise RecipeError(f"teacher_share must be from 0 to 1, got {self.teacher_share}.")
         options = _for_depth(site, self.classifier_options)
-        classifier = build_classifier(self.classifier, site.outputs, site.num_classes, options, site.following)
+        shapes = site.outputs, site.num_classes
+        classifier = build_classifier(self.classifier, *shapes, options, site.following, undecayed=site.undecayed)
         return {"task": (self.task_weight, TaskLoss(classifier, self.label_smoothing, share))}
 
 
