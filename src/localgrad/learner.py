@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -48,7 +49,8 @@ class LocalLearner:
     Args:
         model: any timm model that ``localgrad.split`` takes, on its device; or a backbone that is split already.
         modules: how many local modules (balanced by activation bytes), ``"stages"``, explicit boundaries (the
-            first block of every module but the first), or a ``Plan``. 1 is end-to-end training.
+            first block of every module but the first), or a ``Plan``. 1 is end-to-end training. A plan made for
+            other settings, another device or smaller batches trains, with a warning that its forecast isn't of this.
         objective: what every module but the last is trained on; by default ``FeatureReconstruction()``.
         input_size: (C, H, W) of the images; by default the model's own.
         precision: ``fp32``, ``bf16`` or ``fp16`` autocast.
@@ -80,6 +82,9 @@ class LocalLearner:
         PartitionError: the modules asked for can't be made.
         RecipeError: an option has an impossible value.
     """
+
+    is_parallel = False
+    """Whether other processes train other modules."""
 
     def __init__(
         self,
@@ -153,6 +158,9 @@ class LocalLearner:
             "accumulation": accumulation or self.plan.accumulation,
             "compile": compile,
         }
+        self._planned_batch: int | None = None  # until a step has said that batches are of another size
+        if isinstance(modules, Plan):
+            self._say_what_differs(overlap)
         self._twins: ProcessGroup | None = None  # processes that train the same modules on other images
         self._executor: SequentialExecutor | None = None
         self._global_step: GlobalStep | None = None
@@ -172,6 +180,34 @@ class LocalLearner:
         if self.uses("gradient") and (compiled or self.overlap):
             other = "overlap" if self.overlap else "compile"
             raise RecipeError(f"reconcile and {other} don't go together; leave one of them out.")
+
+    def _say_what_differs(self, overlap: int) -> None:
+        """Warn where a plan was made for something else: it trains all the same, but its forecast isn't of this."""
+        plan, settings = self.plan, self._settings
+        here: dict[str, Any] = {
+            "device": self.device.type,
+            "input_size": list(self.backbone.input_size),
+            "num_classes": self.backbone.num_classes,
+            "num_parameters": num_parameters(self.backbone),
+            "training.freeze_from": self.freeze_from,
+            "execution.precision": self.precision,
+            "execution.compile": settings["compile"],
+            "local.overlap": overlap,
+            "objective": self.objective.described,
+        }
+        different = plan.differences(here)
+        if plan.forecast and settings["accumulation"] != plan.accumulation:
+            different.append(f"accumulation {plan.accumulation}, here {settings['accumulation']}")
+        for name, value in (("clip_grad", settings["clip_grad"]), ("ema_decay", self._ema)):
+            planned = plan.made_for.get(f"training.{name}")
+            if plan.made_for and (planned is None) != (value is None):
+                different.append(f"{'no ' if planned is None else ''}{name}, here {'none' if value is None else 'one'}")
+        if self.offload and plan.made_for:
+            different.append("no offload, here it is on")
+        if "parallel" in plan.forecast and not self.is_parallel:
+            different.append("several processes, here one")
+        _warn_of_plan(different)
+        self._planned_batch = plan.made_for.get("training.batch_size")
 
     @property
     def device(self) -> torch.device:
@@ -274,6 +310,9 @@ class LocalLearner:
                 f"images: got {got}, but this learner was made for "
                 f"[B, {', '.join(map(str, self.backbone.input_size))}]; pass input_size= for another size."
             )
+        if self._planned_batch is not None and len(batch.images) > self._planned_batch:  # smaller ones need less
+            _warn_of_plan(self.plan.differences({"training.batch_size": len(batch.images)}))
+            self._planned_batch = None
         batch.number = self.num_steps
         if self.uses("teacher"):
             batch.teacher = self.averaged_logits(batch.images).float().softmax(dim=1)
@@ -511,12 +550,18 @@ def make_plan(backbone: Backbone, modules: Request | Plan, *, checkpoint: Checkp
         checkpoint: what modules recompute: one for all, or one each, as for ``LocalLearner``; not for a ``Plan``.
 
     Raises:
-        PartitionError: the modules asked for can't be made, or a plan is of another model.
+        PartitionError: the modules asked for can't be made, a plan is of another model, or both it and ``checkpoint``
+            say what is recomputed.
     """
     name = model_name(backbone.model)
     if isinstance(modules, Plan):
         if (modules.model, modules.num_blocks) != (name, len(backbone.blocks)):
             raise _other_model(modules, name, len(backbone.blocks))
+        if checkpoint not in (False, "none"):
+            raise PartitionError(
+                f"checkpoint: {checkpoint!r}, but a plan says itself what is recomputed; leave it out, or make another "
+                "plan: dataclasses.replace(plan, checkpoint=...)."
+            )
         return modules
     costs = activation_bytes(backbone)
     boundaries = resolve(modules, costs, backbone.stage_boundaries)
@@ -714,6 +759,11 @@ def default_input_size(model: nn.Module) -> tuple[int, int, int]:
     return size[0], height, width
 
 
+def num_parameters(backbone: Backbone) -> int:
+    """Numbers that a model learns or holds still: what tells models of one name and depth apart."""
+    return sum(parameter.numel() for parameter in backbone.parameters())
+
+
 def model_name(model: nn.Module) -> str:
     """The architecture's timm name, or the class's where there is none."""
     config = getattr(model, "pretrained_cfg", None) or {}
@@ -786,6 +836,15 @@ def make_ema(model: nn.Module, decay: float | None, *, on_host: bool) -> ModelEm
     if on_host:  # while the model may be in two places, which foreach can't take
         return ModelEmaV3(model, decay=decay, use_warmup=True, device=HOST, foreach=False)
     return ModelEmaV3(model, decay=decay, use_warmup=True)
+
+
+def _warn_of_plan(different: Sequence[str]) -> None:
+    if different:
+        warnings.warn(
+            f"plan: made for {'; '.join(different)}: its forecast isn't one of this training; plan again, or give "
+            "dataclasses.replace(plan, made_for={}) if it is meant so.",
+            stacklevel=4,
+        )
 
 
 def no_optimizers() -> RecipeError:

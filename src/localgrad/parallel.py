@@ -48,6 +48,8 @@ class ParallelLearner(LocalLearner):
         ParallelError: more ranks than local modules, or what needs several modules in one place.
     """
 
+    is_parallel = True
+
     def __init__(
         self,
         model: nn.Module,

@@ -18,7 +18,7 @@ import json
 import math
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
 from operator import index
@@ -101,7 +101,8 @@ class Plan:
         checkpoint: for each module, what is recomputed in its backward pass; empty for nothing in any.
         activation_bytes: for each module, the bytes that autograd keeps for one image if nothing is recomputed.
         accumulation: parts that each batch is cut into.
-        made_for: what a plan to a budget was made for, by the keys of a recipe, with versions; empty otherwise.
+        made_for: what a plan to a budget was made for, by the keys of a recipe, with versions; empty otherwise. Its
+            forecast holds for that alone; ``differences`` tells what is otherwise.
         forecast: what it is expected to cost: ``peak_bytes``, ``static_bytes``, ``time_ratio`` (to end-to-end
             training), ``modules`` (each with its peak by category), ``rivals``, and in a plan for ranks ``parallel``;
             empty where nothing was forecast.
@@ -140,6 +141,17 @@ class Plan:
         """What local module ``index`` recomputes."""
         return self.checkpoint[index] if self.checkpoint else Checkpointing()
 
+    def differences(self, here: Mapping[str, Any]) -> list[str]:
+        """In what a plan was made for something else: ``execution.precision 'bf16', here 'fp32'``.
+
+        Args:
+            here: what it is to be used for, by keys of ``made_for``; those that the plan doesn't say are passed over.
+        """
+        pairs = (
+            (key, _as_json(self.made_for[key]), _as_json(value)) for key, value in here.items() if key in self.made_for
+        )
+        return [f"{key} {planned!r}, here {value!r}" for key, planned, value in pairs if planned != value]
+
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values; checkpointing as text."""
         return {**asdict(self), "checkpoint": [str(how) for how in self.checkpoint]}
@@ -175,6 +187,11 @@ class Plan:
             raise
         except (ValueError, OverflowError, KeyError, TypeError, AttributeError) as error:
             raise PartitionError(f"plan: this is not the JSON of a plan ({error!r}).") from error
+
+
+def _as_json(value: Any) -> Any:
+    """A value as JSON would give it back."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def spans(boundaries: Boundaries, num_blocks: int) -> tuple[range, ...]:

@@ -22,14 +22,22 @@ from torch import Tensor, nn
 
 from localgrad.backbone import Backbone
 from localgrad.build import Job, build, create_model, input_size_of, resolve_device
-from localgrad.errors import CheckpointError, DeviceError, LocalgradError, MemoryExceeded, RecipeError, RunFolderError
+from localgrad.errors import (
+    CheckpointError,
+    DeviceError,
+    LocalgradError,
+    MemoryExceeded,
+    PartitionError,
+    RecipeError,
+    RunFolderError,
+)
 from localgrad.execution.sequential import out_of_memory
 from localgrad.execution.team import Team, was_restarted
 from localgrad.learner import end_to_end, estimate_step
 from localgrad.parallel import ParallelLearner
 from localgrad.partition import Plan
 from localgrad.planning.memory import MemoryProfile
-from localgrad.plans.recipes import check_plan_fits, laid_over, plan_recipe, refuse_together, task_on
+from localgrad.plans.recipes import check_plan_fits, laid_over, note_of_plan, plan_recipe, refuse_together, task_on
 from localgrad.plans.replanning import Replanner
 from localgrad.recipe import Recipe, difference
 from localgrad.share_memory import estimate_share
@@ -545,7 +553,7 @@ def _emit_start(job: Job, trainer: Trainer, peak: int, baseline: int) -> None:
         f"estimated peak {format_bytes(peak)}, end-to-end {format_bytes(baseline)}",
         *([] if not isinstance(learner, ParallelLearner) else [_shared_out(learner)]),
         *trainer.details(),
-        *([] if warmup is None else [warmup]),
+        *(note for note in (warmup, _note_of_plan(job, trainer.folder)) if note is not None),
     ]
     if info.num_skipped:
         details.append(f"{info.num_skipped} corrupt images left out")
@@ -561,6 +569,17 @@ def _emit_start(job: Job, trainer: Trainer, peak: int, baseline: int) -> None:
     )
     for sink in trainer.sinks:
         sink.emit(event)
+
+
+def _note_of_plan(job: Job, folder: RunFolder) -> str | None:
+    """A line where the run's plan was made for something else: another device, or what a resumed run changed."""
+    try:
+        plan = Plan.from_json((folder.path / "plan.json").read_text())
+    except OSError:  # the run has none
+        return None
+    except PartitionError as error:
+        return f"plan.json: {error}"
+    return note_of_plan(plan, job.recipe, job.device.type)
 
 
 def _shared_out(learner: ParallelLearner) -> str:

@@ -72,6 +72,12 @@ class Objective(ABC):
         """Whether what is built depends on more than the layouts of a module's inputs and outputs."""
         return self.transport_tau is not None or self.context > 0
 
+    @property
+    def described(self) -> str:
+        """A text that is the same for objectives whose steps need the same memory and time."""
+        options = {name: value for name, value in vars(self).items() if name != "label_smoothing"}
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in options.items())})"
+
     @abstractmethod
     def terms(self, site: Site) -> dict[str, tuple[Weight, Term]]:
         """Make the terms of every local module but the last, by name, each with its weight."""
