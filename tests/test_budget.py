@@ -722,7 +722,7 @@ def test_a_plan_that_is_used_for_something_else_says_so() -> None:
         ({"clip_grad": 1.0}, "no clip_grad, here one"),
         ({"ema_decay": 0.9}, "no ema_decay, here one"),
         ({"overlap": 1}, "local.overlap 0, here 1"),
-        ({"objective": GreedySupervised()}, "objective 'FeatureReconstruction"),
+        ({"objective": GreedySupervised()}, r"objective 'FeatureReconstruction\(\)', here 'GreedySupervised\(\)'"),
     ):
         with pytest.warns(UserWarning, match=says):
             LocalLearner(model, modules=here, input_size=SIZE, precision="bf16", **changes)

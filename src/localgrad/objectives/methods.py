@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, cast
 
 from torch import nn
@@ -75,8 +75,10 @@ class Objective(ABC):
     @property
     def described(self) -> str:
         """A text that is the same for objectives whose steps need the same memory and time."""
-        options = {name: value for name, value in vars(self).items() if name != "label_smoothing"}
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in options.items())})"
+        names = [entry.name for entry in fields(self) if entry.name != "label_smoothing"]
+        defaults = {entry.name: entry.default for entry in fields(self)}
+        given = {name: value for name in names if (value := getattr(self, name)) not in (defaults[name], {})}
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in given.items())})"
 
     @abstractmethod
     def terms(self, site: Site) -> dict[str, tuple[Weight, Term]]:

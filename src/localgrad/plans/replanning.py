@@ -68,7 +68,7 @@ class Replanner:
         return self.recipe
 
     def explain(self, error: MemoryExceeded, folder: Path) -> DeviceError:
-        """An error that names the module, the plan's figure and the observed one, each by what it is of, and a command."""
+        """An error that names the module, the plan's figure, the observed one, what they are of, and the command."""
         learner = self.job.learner
         where = "an end-to-end step"
         if error.module < learner.plan.num_modules:
