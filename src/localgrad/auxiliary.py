@@ -146,6 +146,40 @@ class ConvDecoder(Decoder):
         return cast(Tensor, patches.permute(0, 2, 3, 1).contiguous())
 
 
+class BilinearDecoder(Decoder):
+    """InfoPro's (arXiv 2101.10832, appendix, and its released code): upsampled first, then convolved at full size.
+
+    Bilinear interpolation to the target's grid, 3x3 convolution, batch norm, ReLU, 3x3 convolution. It costs more
+    memory than any other here: its features are as large as the image, with the module's width.
+
+    Args:
+        source: layout of the module's output features.
+        target: layout of what is predicted.
+        hidden_width: channels between the convolutions.
+    """
+
+    def __init__(self, source: Layout, target: Layout, *, hidden_width: int | None = None) -> None:
+        super().__init__(source, target)
+        hidden = _size("hidden_width", hidden_width, default=12)
+        self.first = nn.Conv2d(source.width, hidden, 3, padding=1)
+        self.norm = nn.BatchNorm2d(hidden)
+        self.second = nn.Conv2d(hidden, target.width, 3, padding=1)
+        self.ratio = (1, 1)
+
+    def patches(self, grid: Tensor) -> Tensor:
+        """Upsample, then convolve; a patch is a single position of the target."""
+        large = F.interpolate(grid.permute(0, 3, 1, 2), self.target.grid, mode="bilinear", align_corners=True)
+        return cast(Tensor, self.second(F.relu(self.norm(self.first(large)))).permute(0, 2, 3, 1).contiguous())
+
+    def spread(self, positions: Tensor) -> Tensor:
+        """Positions of the output's grid as those of the target's, the nearest ones."""
+        rows, columns = (
+            torch.arange(wide, device=positions.device) * narrow // wide
+            for wide, narrow in zip(self.target.grid, self.source.grid, strict=True)
+        )
+        return positions[:, rows][:, :, columns]
+
+
 class TransformerDecoder(Decoder):
     """Norm, linear to a width, transformer blocks over windows, norm, linear, pixel shuffle.
 
@@ -226,12 +260,40 @@ class Pool(nn.Module):
         return cast(Tensor, self.norm(pooled))
 
 
-class LinearClassifier(Classifier):
-    """Average pool, norm, linear: the head of TRGL (arXiv 2309.17357) and of most of the field."""
+class PoolOfNormed(nn.Module):
+    """Each position normed, then the mean over the grid, beside the class and register tokens.
 
-    def __init__(self, source: Layout, num_classes: int) -> None:
+    Args:
+        source: layout of the features that come in.
+    """
+
+    def __init__(self, source: Layout) -> None:
+        super().__init__()
+        self.source = source
+        self.width = source.width * (1 + source.num_prefix_tokens)
+        self.norm = nn.LayerNorm(source.width)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features to one vector an image, [B, width]."""
+        mean = self.norm(self.source.to_grid(features)).mean(dim=(1, 2))
+        prefix = self.source.prefix(features)
+        return mean if prefix is None else torch.cat([mean, self.norm(prefix).flatten(1)], dim=1)
+
+
+class LinearClassifier(Classifier):
+    """Average pool, norm, linear: the head of most of the field.
+
+    Args:
+        source: layout of the module's output features.
+        num_classes: classes to tell apart.
+        norm_first: norm, average pool, linear, in the order of TRGL's head (arXiv 2309.17357) and of Swin's own.
+    """
+
+    def __init__(self, source: Layout, num_classes: int, *, norm_first: bool = False) -> None:
         super().__init__(source, num_classes)
-        self.pool = Pool(source)
+        if not isinstance(norm_first, bool):
+            raise RecipeError(f"classifier_options: norm_first must be true or false, got {norm_first!r}.")
+        self.pool: Pool | PoolOfNormed = PoolOfNormed(source) if norm_first else Pool(source)
         self.head = nn.Linear(self.pool.width, num_classes)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -397,6 +459,7 @@ DECODERS: Mapping[str, Callable[..., Decoder]] = {
     "linear": LinearDecoder,
     "conv": ConvDecoder,
     "transformer": TransformerDecoder,
+    "bilinear": BilinearDecoder,
 }
 CLASSIFIERS: Mapping[str, Callable[..., Classifier]] = {
     "linear": LinearClassifier,
@@ -412,7 +475,7 @@ def build_decoder(name: str, source: Layout, target: Layout, options: Mapping[st
     """Make a decoder by name.
 
     Args:
-        name: ``linear``, ``conv`` or ``transformer``.
+        name: ``linear``, ``conv``, ``transformer`` or ``bilinear``.
         source: layout of the module's output features.
         target: layout of what it predicts.
         options: keyword arguments of that decoder's class.

@@ -110,6 +110,7 @@ def build(
         seed=method.seed,
         image_size=None if side is None else (side, side),
     )
+    objective = objective.with_pixels(data.info.mean, data.info.std)
     _seed_everything(method.seed)
     settings_of_model = replace(method.model, pretrained=False) if has_weights else method.model
     channels = data.info.num_channels

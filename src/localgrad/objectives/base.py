@@ -81,6 +81,7 @@ class LocalBatch:
         context: pooled features of earlier modules, each [B, rows, columns, D].
         gradient: of the loss of the module before, by what it handed on.
         number: of the batch in the training, from 0; what modules draw at random in its step depends on it.
+        branches: what each residual branch of the module's blocks gave, with its graph.
     """
 
     images: Tensor | None
@@ -90,6 +91,7 @@ class LocalBatch:
     context: tuple[Tensor, ...] = ()
     gradient: Tensor | None = None
     number: int = 0
+    branches: tuple[Tensor, ...] = ()
 
     def parts(self, count: int) -> list[LocalBatch]:
         """The batch cut into parts, as ``Tensor.chunk`` cuts."""
@@ -118,8 +120,8 @@ class Term(nn.Module, ABC):
     """One term of a local objective; owns the auxiliary net that it needs."""
 
     uses: frozenset[str] = frozenset()
-    """What the term looks at besides the module's inputs and outputs: ``images``, ``teacher`` or ``previous`` of the
-    batch, or ``states``."""
+    """What the term looks at besides the module's inputs and outputs: ``images``, ``teacher``, ``previous`` or
+    ``branches`` of the batch, or ``states``."""
 
     @abstractmethod
     def forward(self, inputs: Tensor, outputs: Tensor, batch: LocalBatch, states: Sequence[Tensor] = ()) -> TermValue:

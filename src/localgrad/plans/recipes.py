@@ -61,7 +61,10 @@ def task_on(recipe: Recipe, backbone: Backbone, *, device: str) -> Task:
     refuse_together(recipe)
     return Task(
         backbone=backbone,
-        objective=build_recipe_objective(recipe),
+        # Pixels' mean and deviation need the data, which isn't read here; memory and time don't depend on them.
+        objective=build_recipe_objective(recipe).with_pixels(
+            *zip(*[(0.5, 0.25)] * backbone.input_size[0], strict=True)
+        ),
         optimizer=OptimizerFactory(model, name=training.optimizer, lr=training.lr, weight_decay=training.weight_decay),
         precision=execution.precision,
         device=device,
