@@ -5,9 +5,9 @@ An **auxiliary classifier** predicts the labels from them.
 
 What decides whether local learning saves memory at all is the resolution that a decoder works at. InfoPro's
 (arXiv 2101.10832, appendix) interpolates the features to image size before its convolutions; on Swin-Tiny that
-keeps more bytes than end-to-end training does. Every decoder here stays at the module's own resolution and
-upsamples in its last layer only, by pixel shuffle (Shi et al., arXiv 1609.05158, section 3.2): a position with
-``r * r * D`` channels becomes an ``r x r`` patch with ``D`` channels. The seed paper (arXiv 2212.14215) compares
+keeps more bytes than end-to-end training does. Every decoder here but that one (``BilinearDecoder``, for InfoPro's own
+form) stays at the module's own resolution and upsamples in its last layer only, by pixel shuffle (Shi et al., arXiv
+1609.05158, section 3.2): a position with ``r * r * D`` channels becomes an ``r x r`` patch with ``D`` channels. The seed paper (arXiv 2212.14215) compares
 three decoder structures without giving their layers in the copies that can be had, so the three here are ours.
 
 Shapes: B batch · H W grid of the module's output · D its width · h w grid of the target · d its width.
@@ -459,8 +459,10 @@ DECODERS: Mapping[str, Callable[..., Decoder]] = {
     "linear": LinearDecoder,
     "conv": ConvDecoder,
     "transformer": TransformerDecoder,
-    "bilinear": BilinearDecoder,
 }
+"""Those that work at the module's own resolution."""
+SOURCE_DECODERS: Mapping[str, Callable[..., Decoder]] = {"bilinear": BilinearDecoder}
+"""Those of methods in their sources' own forms, which don't."""
 CLASSIFIERS: Mapping[str, Callable[..., Classifier]] = {
     "linear": LinearClassifier,
     "mlp": MlpClassifier,
@@ -483,7 +485,7 @@ def build_decoder(name: str, source: Layout, target: Layout, options: Mapping[st
     Raises:
         RecipeError: unknown name, or options that this decoder doesn't take.
     """
-    return _build("decoder", DECODERS, name, options)(source, target)
+    return _build("decoder", {**DECODERS, **SOURCE_DECODERS}, name, options)(source, target)
 
 
 def build_classifier(
