@@ -7,8 +7,9 @@ What decides whether local learning saves memory at all is the resolution that a
 (arXiv 2101.10832, appendix) interpolates the features to image size before its convolutions; on Swin-Tiny that
 keeps more bytes than end-to-end training does. Every decoder here but that one (``BilinearDecoder``, for InfoPro's own
 form) stays at the module's own resolution and upsamples in its last layer only, by pixel shuffle (Shi et al., arXiv
-1609.05158, section 3.2): a position with ``r * r * D`` channels becomes an ``r x r`` patch with ``D`` channels. The seed paper (arXiv 2212.14215) compares
-three decoder structures without giving their layers in the copies that can be had, so the three here are ours.
+1609.05158, section 3.2): a position with ``r * r * D`` channels becomes an ``r x r`` patch with ``D`` channels. The
+seed paper (arXiv 2212.14215) compares three decoder structures without giving their layers in the copies that can be
+had, so the three here are ours.
 
 Shapes: B batch · H W grid of the module's output · D its width · h w grid of the target · d its width.
 """
