@@ -197,8 +197,9 @@ def test_parts_on_two_devices_are_refused() -> None:
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_step_without_gradients_is_refused(mode: Any) -> None:
     learner = make_learner()
+    images, labels = batches(1)[0]
     with mode(), pytest.raises(RecipeError, match=r"called under torch\.no_grad"):
-        learner.step(*batches(1)[0])
+        learner.step(images, labels)
 
 
 # Modes -------------------------------------------------------------------------------------------------------------
@@ -498,7 +499,7 @@ def test_a_bad_batch_is_one_line_and_changes_nothing() -> None:
 def test_images_of_inference_mode_are_refused() -> None:
     with torch.inference_mode():
         images = torch.randn(4, *SIZE)
-    with pytest.raises(BackboneError, match=r"inference mode.*images\.clone\(\)"):
+    with pytest.raises(RecipeError, match=r"made under torch\.inference_mode\(\).*images\.clone\(\)"):
         make_learner().step(images, LABELS)
 
 

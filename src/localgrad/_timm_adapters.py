@@ -66,6 +66,20 @@ def with_plain_attention(block: nn.Module) -> nn.Module:
     return block
 
 
+def undecayed(model: nn.Module, weight_decay: float = 1.0) -> frozenset[int]:
+    """The ids of the parameters that timm leaves weight decay off: vectors, and what the model itself names.
+
+    Args:
+        model: a whole model of timm, whose ``no_weight_decay`` names positions and tokens.
+        weight_decay: of the others; with none, all are left off.
+    """
+    from timm.optim import param_groups_weight_decay
+
+    named: set[str] = getattr(model, "no_weight_decay", set)()
+    groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=named)
+    return frozenset(id(weight) for group in groups if not group["weight_decay"] for weight in group["params"])
+
+
 def rearrange(features: Tensor, source: Kind, target: Kind, grid: tuple[int, int], *, dense: bool) -> Tensor:
     """Move features from one layout to another: the same values, and the same strides that timm gives them.
 

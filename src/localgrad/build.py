@@ -28,7 +28,7 @@ from localgrad.parallel import ParallelLearner
 from localgrad.recipe import ModelSettings, Recipe, TrainingSettings, validated
 from localgrad.training.augment import Augment
 from localgrad.training.data import Batches, DataInfo, ImageSet, Splits, load_data
-from localgrad.training.optim import OptimizerFactory, Schedule
+from localgrad.training.optim import OptimizerFactory, Schedule, check_optimizer, check_schedule
 
 EVALUATION_BATCH = 256
 Planned = Callable[[Recipe, Backbone], Recipe]
@@ -94,6 +94,7 @@ def build(
         raise RecipeError(
             "--offload: end-to-end steps (--global-every, --global-tail) need all modules on the device; leave one out."
         )
+    _check_training(recipe)
     objective = build_recipe_objective(recipe)
     if execution.num_threads is not None:
         torch.set_num_threads(execution.num_threads)
@@ -109,6 +110,7 @@ def build(
         seed=method.seed,
         image_size=None if side is None else (side, side),
     )
+    objective = objective.with_pixels(data.info.mean, data.info.std)
     _seed_everything(method.seed)
     settings_of_model = replace(method.model, pretrained=False) if has_weights else method.model
     channels = data.info.num_channels
@@ -132,6 +134,7 @@ def build(
         "offload": execution.offload,
         "overlap": method.local.overlap,
         "freeze_from": training.freeze_from,
+        "auxiliary_from": "state",  # seeded right before; as it was when the published runs were made
     }
     if team is None:
         learner = LocalLearner(
@@ -179,6 +182,25 @@ def build(
     # Made once to be checked, and dropped: nothing has been written yet.
     schedule_for([_optimizer_alone(learner, index, optimizer) for index in learner.own])
     return Job(recipe, data, learner, optimizer, schedule_for, batches, device, team)
+
+
+def _check_training(recipe: Recipe) -> None:
+    """Refuse optimizers and numbers that can't be, before data is read."""
+    training, execution = recipe.method.training, recipe.execution
+    check_optimizer(training.optimizer)
+    check_schedule(
+        training.lr * min(training.lr_depth),
+        name=training.scheduler,
+        epochs=training.epochs,
+        warmup_epochs=training.warmup_epochs,
+        warmup_lr=training.warmup_lr,
+        min_lr=training.min_lr,
+    )
+    own = training.batch_size // execution.replicas
+    if execution.accumulation > own:
+        raise RecipeError(
+            f"--accumulation: {execution.accumulation} parts can't be made of a batch of {own} images; take fewer."
+        )
 
 
 def _optimizer_alone(learner: LocalLearner, index: int, optimizer: Factories) -> Optimizer:

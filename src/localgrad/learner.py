@@ -43,7 +43,7 @@ from localgrad.execution.checks import (
 )
 from localgrad.execution.global_step import GlobalStep
 from localgrad.execution.local_module import build_local_modules, recomputed_in
-from localgrad.execution.local_step import LocalStep, autocast, check_precision
+from localgrad.execution.local_step import LocalStep, autocast, check_precision, drawing_from
 from localgrad.execution.offload import HOST, Offloader
 from localgrad.execution.sequential import SequentialExecutor, StepResult
 from localgrad.execution.sharding import put, put_optimizer
@@ -77,7 +77,8 @@ class LocalLearner:
     Args:
         model: any timm model that ``localgrad.split`` takes, on its device; or a backbone that is split already.
         modules: how many local modules (balanced by activation bytes), ``"stages"``, explicit boundaries (the
-            first block of every module but the first), or a ``Plan``. 1 is end-to-end training.
+            first block of every module but the first), or a ``Plan``. 1 is end-to-end training. A plan made for
+            other settings, another device or smaller batches trains, with a warning that its forecast isn't of this.
         objective: what every module but the last is trained on; by default ``FeatureReconstruction()``.
         input_size: (C, H, W) of the images; by default the model's own.
         precision: ``fp32``, ``bf16`` or ``fp16`` autocast.
@@ -98,12 +99,21 @@ class LocalLearner:
             the last never; ``at`` tells the learner how much is over. As in FreezeOut (arXiv 1706.04983), by module. A
             frozen module's batch norms use their running statistics, which stay; dropout and drop path go on.
         global_checkpoint: what an end-to-end step (``global_step``) recomputes, as for ``checkpoint``.
+        auxiliary_from: what auxiliary nets are initialised from: the ``seed`` alone, that is what ``torch.manual_seed``
+            was last given, whatever was drawn since; or torch's random ``state``, as any new layer is.
+
+    Two learners of equal models that are made after the same ``torch.manual_seed`` are the same, and draw the same in
+    their steps, whether the seed was set before or after the model was made. (With one module, steps draw from torch's
+    random state, as in any loop.) Making one leaves that state as it was.
 
     Raises:
         BackboneError: the model can't be split, a parameter is shared across a boundary, or there is one class only.
         PartitionError: the modules asked for can't be made.
         RecipeError: an option has an impossible value.
     """
+
+    is_parallel = False
+    """Whether other processes train other modules."""
 
     def __init__(
         self,
@@ -123,6 +133,7 @@ class LocalLearner:
         overlap: int = 0,
         freeze_from: float | None = None,
         global_checkpoint: str | Checkpointing = "blocks",
+        auxiliary_from: str = "seed",
     ) -> None:
         _check_options(
             overlap=overlap,
@@ -131,6 +142,7 @@ class LocalLearner:
             clip_grad=clip_grad,
             device=device,
             offload=offload,
+            auxiliary_from=auxiliary_from,
         )
         if isinstance(model, Backbone) and input_size not in (None, model.input_size):
             raise BackboneError(f"input_size: {input_size}, but the backbone was split for {model.input_size}.")
@@ -150,7 +162,14 @@ class LocalLearner:
         self.overlap = overlap
         self.freeze_from = freeze_from
         self.global_checkpoint = Checkpointing.parse(global_checkpoint)
-        self.modules = build_local_modules(self.backbone, self.plan, self.objective, overlap=overlap)
+        self.seed = torch.initial_seed()  # with the batch's number, of what each of several modules draws
+        self.modules = build_local_modules(
+            self.backbone,
+            self.plan,
+            self.objective,
+            overlap=overlap,
+            drawing=lambda index: drawing_from(self.device, (self.seed, index) if auxiliary_from == "seed" else None),
+        )
         self._check_uses(ema_decay, compiled=compile)
         self._say_what_is_passed_by()
         self.precision = precision
@@ -165,6 +184,9 @@ class LocalLearner:
             "accumulation": accumulation or self.plan.accumulation,
             "compile": compile,
         }
+        self._planned_batch: int | None = None  # until a step has said that batches are of another size
+        if isinstance(modules, Plan):
+            self._say_what_differs(overlap)
         self._twins: ProcessGroup | None = None  # processes that train the same modules on other images
         self._executor: SequentialExecutor | None = None
         self._global_step: GlobalStep | None = None
@@ -175,7 +197,6 @@ class LocalLearner:
         self._values_checked = False
         self._still: list[nn.Module] = []  # modules that were put in evaluation mode one by one
         self._remember()
-        self.seed = torch.initial_seed()  # with the batch's number, of what each of several modules draws
 
     def _remember(self) -> None:
         """Note what the learner is made of, for ``check_ready``; once all is in its place."""
@@ -224,6 +245,34 @@ class LocalLearner:
                 "blocks, or on the parts of blocks.",
                 stacklevel=3,
             )
+
+    def _say_what_differs(self, overlap: int) -> None:
+        """Warn where a plan was made for something else: it trains all the same, but its forecast isn't of this."""
+        plan, settings = self.plan, self._settings
+        here: dict[str, Any] = {
+            "device": self.device.type,
+            "input_size": list(self.backbone.input_size),
+            "num_classes": self.backbone.num_classes,
+            "num_parameters": num_parameters(self.backbone),
+            "training.freeze_from": self.freeze_from,
+            "execution.precision": self.precision,
+            "execution.compile": settings["compile"],
+            "local.overlap": overlap,
+            "objective": self.objective.described,
+        }
+        different = plan.differences(here)
+        if plan.forecast and settings["accumulation"] != plan.accumulation:
+            different.append(f"accumulation {plan.accumulation}, here {settings['accumulation']}")
+        for name, value in (("clip_grad", settings["clip_grad"]), ("ema_decay", self._ema)):
+            planned = plan.made_for.get(f"training.{name}")
+            if plan.made_for and (planned is None) != (value is None):
+                different.append(f"{'no ' if planned is None else ''}{name}, here {'none' if value is None else 'one'}")
+        if self.offload and plan.made_for:
+            different.append("no offload, here it is on")
+        if "parallel" in plan.forecast and not self.is_parallel:
+            different.append("several processes, here one")
+        _warn_of_plan(different)
+        self._planned_batch = plan.made_for.get("training.batch_size")
 
     @property
     def device(self) -> torch.device:
@@ -365,6 +414,9 @@ class LocalLearner:
         """
         executor = self._begin(batch)
         assert batch.images is not None, "checked before"
+        if self._planned_batch is not None and len(batch.images) > self._planned_batch:  # smaller ones need less
+            _warn_of_plan(self.plan.differences({"training.batch_size": len(batch.images)}))
+            self._planned_batch = None
         batch.number = self.num_steps
         if self.uses("teacher"):
             batch.teacher = self.averaged_logits(batch.images).float().softmax(dim=1)
@@ -730,6 +782,7 @@ def _check_options(
     clip_grad: float | None,
     device: torch.device | str | None,
     offload: bool,
+    auxiliary_from: str,
 ) -> None:
     """Refuse values of a learner's options that are impossible, or don't go together."""
     if isinstance(overlap, bool) or not isinstance(overlap, int) or overlap < 0:
@@ -744,6 +797,8 @@ def _check_options(
         raise RecipeError(f"accumulation must be at least 1, got {accumulation}.")
     if clip_grad is not None and (isinstance(clip_grad, (bool, str)) or not 0 < clip_grad < math.inf):
         raise RecipeError(f"clip_grad must be a number above 0, got {clip_grad!r}; leave it out for no clipping.")
+    if auxiliary_from not in ("seed", "state"):
+        raise RecipeError(f"auxiliary_from: unknown {auxiliary_from!r}; take seed or state.")
     if device is not None and not offload:
         raise RecipeError(f"device: {device} needs offload=True; without it, move the model: model.to({device!r}).")
 
@@ -757,12 +812,18 @@ def make_plan(backbone: Backbone, modules: Request | Plan, *, checkpoint: Checkp
         checkpoint: what modules recompute: one for all, or one each, as for ``LocalLearner``; not for a ``Plan``.
 
     Raises:
-        PartitionError: the modules asked for can't be made, or a plan is of another model.
+        PartitionError: the modules asked for can't be made, a plan is of another model, or both it and ``checkpoint``
+            say what is recomputed.
     """
     name = model_name(backbone.model)
     if isinstance(modules, Plan):
         if (modules.model, modules.num_blocks) != (name, len(backbone.blocks)):
             raise _other_model(modules, name, len(backbone.blocks))
+        if checkpoint not in (False, "none"):
+            raise PartitionError(
+                f"checkpoint: {checkpoint!r}, but a plan says itself what is recomputed; leave it out, or make another "
+                "plan: dataclasses.replace(plan, checkpoint=...)."
+            )
         return modules
     try:
         costs = activation_bytes(backbone)
@@ -958,6 +1019,11 @@ def default_input_size(model: nn.Module) -> tuple[int, int, int]:
     return input_channels(model) or size[0], height, width
 
 
+def num_parameters(backbone: Backbone) -> int:
+    """Numbers that a model learns or holds still: what tells models of one name and depth apart."""
+    return sum(parameter.numel() for parameter in backbone.parameters())
+
+
 def model_name(model: nn.Module) -> str:
     """The architecture's timm name, or the class's where there is none."""
     config = getattr(model, "pretrained_cfg", None) or {}
@@ -1034,6 +1100,15 @@ def make_ema(model: nn.Module, decay: float | None, *, on_host: bool) -> ModelEm
     if on_host:  # while the model may be in two places, which foreach can't take
         return MovingAverage(model, decay=decay, use_warmup=True, device=HOST, foreach=False)
     return MovingAverage(model, decay=decay, use_warmup=True)
+
+
+def _warn_of_plan(different: Sequence[str]) -> None:
+    if different:
+        warnings.warn(
+            f"plan: made for {'; '.join(different)}: its forecast isn't one of this training; plan again, or give "
+            "dataclasses.replace(plan, made_for={}) if it is meant so.",
+            stacklevel=4,
+        )
 
 
 def no_optimizers() -> RecipeError:

@@ -54,6 +54,8 @@ class ParallelLearner(LocalLearner):
             layers with spectral norm under ``shard``.
     """
 
+    is_parallel = True
+
     def __init__(
         self,
         model: nn.Module,

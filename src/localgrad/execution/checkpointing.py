@@ -103,9 +103,34 @@ def _through(pieces: Sequence[Piece], features: Tensor, chunks: int) -> Tensor:
     return features
 
 
-def _run(piece: Piece, features: Tensor, chunks: int) -> Tensor:
+def run_telling_branches(
+    pieces: Sequence[Piece], features: Tensor, recomputed: Recomputed | None, branches: list[Tensor]
+) -> Tensor:
+    """Run a block's pieces, and tell what each residual branch gives, before its drop path.
+
+    Args:
+        pieces: the block's.
+        features: what enters the first of them.
+        recomputed: how the block is recomputed, if it is.
+        branches: takes the outputs of residual branches, in order.
+    """
+    for piece in pieces:
+        output = piece.branch(features) if recomputed is None else _branch(piece, features, recomputed.chunks)
+        if piece.drop_path is None:
+            features = output
+        else:
+            branches.append(output)
+            features = features + piece.drop_path(output)  # not in place: the branch's output is looked at
+    return features
+
+
+def _branch(piece: Piece, features: Tensor, chunks: int) -> Tensor:
     chunks = min(chunks, len(features)) if piece.per_image else 1
-    output = checkpointed(piece.branch, features, piece.state) if chunks == 1 else _over_chunks(piece, features, chunks)
+    return checkpointed(piece.branch, features, piece.state) if chunks == 1 else _over_chunks(piece, features, chunks)
+
+
+def _run(piece: Piece, features: Tensor, chunks: int) -> Tensor:
+    output = _branch(piece, features, chunks)
     if piece.drop_path is None:
         return output
     output = piece.drop_path(output)

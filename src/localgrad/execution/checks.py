@@ -229,8 +229,6 @@ def check_images(images: Tensor, dtypes: Sequence[torch.dtype], device: torch.de
             "images: they require a gradient, and local modules give none back; pass images.detach(), and train what "
             "makes them as a part of the model."
         )
-    if images.is_inference():
-        raise BackboneError("images: they were made in inference mode, and can't be trained on; pass images.clone().")
 
 
 def same_device(first: torch.device, second: torch.device) -> bool:

@@ -43,6 +43,7 @@ class Site:
         previous: layout of what the module before received; the first module's own input there.
         context: layouts of what each earlier module hands on.
         following: the blocks after it, each with the layout of what it gives.
+        undecayed: ids of the model's parameters that it leaves weight decay off.
     """
 
     index: int
@@ -55,6 +56,7 @@ class Site:
     previous: Layout | None = None
     context: tuple[Layout, ...] = ()
     following: tuple[tuple[nn.Module, Layout], ...] = ()
+    undecayed: frozenset[int] = frozenset()
 
     @property
     def is_last(self) -> bool:
@@ -87,6 +89,7 @@ class LocalBatch:
         label_factor: of one part of a batch, what makes a mean over its counted labels, times its share of the images,
             its share of the mean over all counted labels; a scalar, 1 where none is ignored.
         counts_all: whether no label is ignored, for certain: the data path has seen to it.
+        branches: what each residual branch of the module's blocks gave, with its graph.
     """
 
     images: Tensor | None
@@ -98,6 +101,7 @@ class LocalBatch:
     number: int = 0
     label_factor: Tensor | None = None
     counts_all: bool = False
+    branches: tuple[Tensor, ...] = ()
     _factors: dict[int, tuple[Tensor, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def parts(self, count: int) -> list[LocalBatch]:
@@ -154,8 +158,8 @@ class Term(nn.Module, ABC):
     """One term of a local objective; owns the auxiliary net that it needs."""
 
     uses: frozenset[str] = frozenset()
-    """What the term looks at besides the module's inputs and outputs: ``images``, ``teacher`` or ``previous`` of the
-    batch, or ``states``."""
+    """What the term looks at besides the module's inputs and outputs: ``images``, ``teacher``, ``previous`` or
+    ``branches`` of the batch, or ``states``."""
 
     @abstractmethod
     def forward(self, inputs: Tensor, outputs: Tensor, batch: LocalBatch, states: Sequence[Tensor] = ()) -> TermValue:

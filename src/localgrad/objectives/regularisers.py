@@ -40,6 +40,30 @@ class Transport(Term):
         return TermValue(total / (2 * self.tau))
 
 
+class BranchTransport(Term):
+    """The transport penalty as TRGL charges it (arXiv 2309.17357, section 3): per residual branch.
+
+    ``sum over branches of mean(branch output ** 2) / (2 tau)``, attention and MLP apart, each after its layer scale and
+    before its drop path. As in ``Transport`` a mean stands for the paper's squared norm.
+
+    Args:
+        tau: the larger, the freer.
+    """
+
+    uses = frozenset({"branches"})
+
+    def __init__(self, tau: float) -> None:
+        super().__init__()
+        self.tau = tau
+
+    def forward(self, inputs: Tensor, outputs: Tensor, batch: LocalBatch, states: Sequence[Tensor] = ()) -> TermValue:
+        """Compute the penalty. Arguments as in ``Term.forward``."""
+        total = torch.zeros((), device=outputs.device)
+        for branch in batch.branches:
+            total = total + branch.float().square().mean()
+        return TermValue(total / (2 * self.tau))
+
+
 class SimilarityMatching(Term):
     """Similarity matching (Nokland and Eidnes, arXiv 1901.06656, section 2.2): images that share a class look alike.
 

@@ -596,6 +596,8 @@ def _measure_head(
         if site.previous is not None and "previous" in objective.uses:
             batch.previous = torch.empty(images_like[0][0], *site.previous.shape, dtype=images_like[1])
         states = [shop.source(*like) for like in states_like] if "states" in objective.uses else []
+        if "branches" in objective.uses:  # two a block, mostly; the step that confirms a plan has just those there are
+            batch.branches = tuple(shop.source(*like) for like in states_like for _ in range(2))
     terms = [weight for weight in objective.terms.parameters() if weight.requires_grad]
     cost = shop.measure(
         lambda outputs: objective(inputs, outputs, batch, states).loss, outputs_like, terms, present=True
