@@ -14,9 +14,10 @@ before the first block and after the last. From this follow
   comparing bits. Plain arguments are frozen, tensor arguments (rope) are computed again at each call;
 * the *tail*: the children called after the last block, then a shallow copy's own ``forward_head``.
 
-Then it proves the result: the parts must give the model's logits bit for bit, or ``BackboneError`` is raised. No
-model is split wrongly in silence. A part never writes into what it receives: where the proof sees one do so, it is
-given a copy from then on.
+Then it proves the result (``_proof``): the parts must give the model's logits and every gradient bit for bit, or
+``BackboneError`` is raised. No model is split wrongly in silence, and the model is left as it was (``_state``). A part
+never writes into what it receives: where the proof sees one do so, it is given a copy from then on. A model on a GPU,
+or with weights of 16 bits, is split by a copy in host memory, in float32; the parts found hold its own tensors.
 
 How it differs. timm's ``forward_intermediates`` reads features out but can't cut the graph into modules that are
 trained, moved and compiled on their own; ``torch.fx`` graphs lose the modules; forward hooks that detach work in
@@ -275,9 +276,9 @@ class Backbone(nn.Module):
 
 
 def split(model: nn.Module, input_size: tuple[int, int, int]) -> Backbone:
-    """Split a timm model into stem, blocks and tail, and prove that they give the same logits.
+    """Split a timm model into stem, blocks and tail, and prove that they give the same logits and gradients.
 
-    The model keeps its parameters (the parts share them), its mode, its buffers; the random state stays too.
+    The model keeps its parameters (the parts share them) and is left as it was; the random state stays too.
 
     Args:
         model: a timm model with a classifier, on any device, as ``timm.create_model`` returns it.
@@ -288,7 +289,7 @@ def split(model: nn.Module, input_size: tuple[int, int, int]) -> Backbone:
 
     Raises:
         BackboneError: the model has no trunk that this file knows, no classifier, another image size, or parts
-            that don't give its logits bit for bit.
+            that don't give its logits and gradients bit for bit.
     """
     size = _check_arguments(model, input_size)
     if _is_proved_in_place(model):
