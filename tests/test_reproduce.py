@@ -274,7 +274,7 @@ def test_webp_may_be_lossless(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ running
 
 FAKE = """
-import json, os, signal, struct, sys, time
+import hashlib, json, os, signal, struct, sys, time
 from pathlib import Path
 
 words = dict(zip(sys.argv[1::2], sys.argv[2::2]))
@@ -306,6 +306,11 @@ header = json.dumps({"__metadata__": {}, **tensors})
     "test_module_accuracy": [0.1], "measured_peak_bytes": 2**20, "measured_peak_of": "all", "images_per_second": 9.0,
     "versions": {},
 }))
+sums = {name: [hashlib.sha256((folder / name).read_bytes()).hexdigest()]
+        for name in ("recipe.toml", "data.json", "summary.json")}
+(folder / "checkpoints").mkdir(exist_ok=True)
+(folder / "checkpoints" / "checksums.json").write_text(json.dumps(
+    {"files": sums, "sha256": hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()}))
 """
 
 

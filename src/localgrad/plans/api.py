@@ -54,6 +54,7 @@ def plan(
     freeze_from: float | None = None,
     parallel: int | None = None,
     balance: str = "time",
+    cache: bool = True,
 ) -> Plan:
     """Find the fastest way to train a model locally within a memory budget; nothing is run, no memory is used.
 
@@ -76,6 +77,7 @@ def plan(
         freeze_from: as for ``LocalLearner``.
         parallel: so many ranks, a local module each; the budget is then of every rank.
         balance: with ``parallel``: ``time`` for the fastest slowest rank, ``memory`` for the smallest largest one.
+        cache: take costs that were measured before, and keep those that are measured.
 
     Returns:
         A plan with its forecast; train with ``LocalLearner(model, modules=plan)``.
@@ -107,6 +109,7 @@ def plan(
         overlap=overlap,
         global_share=global_share,
         freeze_from=freeze_from,
+        cache=cache,
     )
     num_bytes = None if budget is None else parse_bytes(budget)
     if parallel is None:
