@@ -215,11 +215,15 @@ def resume(
             speaks = team is None or team.is_speaker
             described = together(team, lambda: _check_data(path, job, is_moved=is_moved) if speaks else {})
             _check_space(job, path)
-            if speaks:
-                _rewrite(folder, job.recipe, described, is_moved=is_moved)
+
+            def rewrite() -> None:
+                if speaks:
+                    _rewrite(folder, job.recipe, described, is_moved=is_moved)
+
             if team is not None:
-                return _fit_together(job, team, folder, sinks, state)
-            return _fit(job, folder, sinks, state, health=_health_check(job), replan=on_oom == "replan")
+                return _fit_together(job, team, folder, sinks, state, fits=rewrite)
+            health = _health_check(job)
+            return _fit(job, folder, sinks, state, health=health, replan=on_oom == "replan", fits=rewrite)
         finally:
             folder.release()
 
@@ -479,6 +483,7 @@ def _fit(
     *,
     health: HealthCheck | None = None,
     replan: bool = False,
+    fits: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     settings = job.recipe.method.training
     trainer = _trainer(job, folder)
@@ -487,6 +492,7 @@ def _fit(
         trainer.load_state_dict(state)
         if state.get("lost_best"):
             trainer._save_best()
+    fits()
     if isinstance(trainer, StagewiseTrainer):
         stages = estimate_stages(job.learner, settings.batch_size, job.optimizer, job.device)
         profile = max(stages, key=lambda stage: stage.peak_bytes)
@@ -539,7 +545,13 @@ def _told(trainer: Trainer, sinks: Sequence[Sink], run: Callable[[], dict[str, A
 
 
 def _fit_together(
-    job: Job, team: Team, folder: RunFolder, sinks: Sequence[Sink], state: dict[str, Any] | None = None
+    job: Job,
+    team: Team,
+    folder: RunFolder,
+    sinks: Sequence[Sink],
+    state: dict[str, Any] | None = None,
+    *,
+    fits: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """As ``_fit``, in every one of several processes; rank 0 writes and speaks."""
     learner, settings = job.learner, job.recipe.method.training
@@ -557,6 +569,7 @@ def _fit_together(
         together(team, lambda: trainer.load_state_dict(state))
         if state.get("lost_best"):
             trainer._save_best()
+    fits()
     batch_size = settings.batch_size // team.num_replicas
     estimated = together(team, lambda: estimate_share(learner, batch_size, job.optimizer, job.device))
     peaks = team.everyone(estimated.peak_bytes)

@@ -65,9 +65,11 @@ def run_processes(count: int, arguments: Sequence[str], folder: Path) -> int:
 
 def _tell_killed(failures: Mapping[Any, Any], count: int, folder: Path) -> None:
     """Say which processes a signal ended, since they couldn't, and how to go on."""
-    killed = {rank: -failure.exitcode for rank, failure in sorted(failures.items()) if failure.exitcode < 0}
-    if not killed:  # whoever failed has said why
+    ended = {rank: -failure.exitcode for rank, failure in sorted(failures.items())}
+    killed = {rank: number for rank, number in ended.items() if number > 0 and number != signal.SIGTERM}
+    if not killed and any(number < 0 for number in ended.values()):  # it has said why, and the agent ended the others
         return
+    killed = killed or ended
     said = " and ".join(f"rank {rank} was ended by {_name_of(number)}" for rank, number in killed.items())
     memory = " (if nobody did that, the system may have run out of memory)" if signal.SIGKILL in killed.values() else ""
     on = "nothing was saved yet: start it again"
