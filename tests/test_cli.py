@@ -460,7 +460,7 @@ LOCALES = {
 }
 
 
-@pytest.mark.parametrize("name", LOCALES)
+@pytest.mark.parametrize("name", ["PYTHONIOENCODING", "LANG", pytest.param("strict", marks=pytest.mark.heavy)])
 def test_a_pipe_that_lacks_characters_ends_no_command(name: str, here: Path) -> None:
     """Training, evaluating, predicting, resuming, help, a mistake, a list; names that ASCII lacks among them."""
     Image.new("L", (8, 8)).save(here / "b\u00ef\u2026.png")
@@ -494,6 +494,7 @@ for words in (
     assert [line.rsplit(" ", 1)[1] for line in ends] == ["0", "0", "0", "0", "0", "2", "0"], (out, err)
 
 
+@pytest.mark.heavy
 def test_a_terminal_that_lacks_characters_ends_no_run(here: Path) -> None:
     import pty
 
