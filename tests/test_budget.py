@@ -593,14 +593,13 @@ class Mine(GreedySupervised):
     def terms(self, site):
         return {{**super().terms(site), "extra": (1.0, Extra(site.outputs.width))}}
 """
-    peaks = []
-    for width in (1, 300):
+    static = []
+    for width in (1, 301):
         forget(monkeypatch)
         own: dict[str, Any] = {"__name__": "mine"}
         exec(source.format(width=width), own)
-        task = task_of(vit(depth=2), objective=own["Mine"](), modules=2)
-        peaks.append(plan_to_budget(task, 4).forecast["static_bytes"])
-    assert peaks[1] > peaks[0] + 300 * 16 * 4
+        static.append(task_of(vit(depth=2), objective=own["Mine"]()).costs(4).static_of(0, 1))
+    assert static[1] - static[0] == 300 * (16 + 1) * 4 * 3, "weights and AdamW's two moments"
 
 
 def test_without_a_cache_none_is_read_or_written(measured: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
