@@ -275,6 +275,25 @@ def test_what_resume_lays_over_becomes_the_recipe(copy: Path) -> None:
         assert run.read_recipe(copy) == changed
 
 
+def test_a_recipe_and_a_checkpoint_of_two_runs_are_refused(copy: Path) -> None:
+    """Each is sound by itself."""
+    folder = RunFolder(copy)
+    folder.write_text("recipe.toml", micro({"training.lr": 0.1}).to_toml())
+    folder.release()
+    with pytest.raises(CheckpointError, match=r"it has another recipe: training\.lr: 0\.002 -> 0\.1"):
+        run.resume(copy)
+
+
+def test_a_plan_that_was_found_on_the_way_fits_the_checkpoint_before_it(copy: Path, finished: Path) -> None:
+    """As ``--on-oom replan`` writes it: boundaries in place of their number."""
+    folder = RunFolder(copy)
+    folder.write_text("recipe.toml", micro({"local.modules": [1], "execution.checkpoint": "blocks"}).to_toml())
+    folder.release()
+    run.resume(copy)
+    assert (copy / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+    assert run.read_recipe(copy).execution.checkpoint == "blocks"
+
+
 def test_a_recipe_is_known_at_every_moment_of_its_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed between checksum and text, once and again: what lies there is sound."""
     folder = RunFolder(tmp_path)
@@ -607,6 +626,37 @@ def test_files_with_flipped_bits_are_refused_or_restored(
                 assert any("before" in str(each.message) for each in said)
     assert (refused > 150) == (name == "checkpoints/best.safetensors")
     assert (restored > 100) == (name == "checkpoints/last.pt")
+
+
+def test_no_file_of_a_run_is_left_out(stopped: Path, finished: Path) -> None:
+    def files(folder: Path) -> set[str]:
+        found = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+        return {str(path) for path in found if path.parts[0] not in ("tensorboard", ".lock")}  # never read
+
+    assert files(stopped) == set(READ)
+    assert files(finished) == {*READ, "summary.json", "model.safetensors"} - {"checkpoints/before.pt"}
+
+
+@pytest.mark.parametrize("name", ["last.pt", "part-1-0.pt", "part-1-1.pt", "part-0-0.pt"])
+def test_parts_with_flipped_bits_give_way_to_those_before(name: str, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for epoch in range(2):
+        names = [f"part-{epoch}-{rank}.pt" for rank in range(2)]
+        for rank, part in enumerate(names):
+            folder.save_part(part, {"weights": torch.full((50,), float(10 * epoch + rank))})
+        folder.commit({"epoch": epoch}, names)
+    folder.release()
+    path = tmp_path / "checkpoints" / name
+    content = path.read_bytes()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for damaged in damages(content, name, 200):
+            path.write_bytes(damaged)
+            said.clear()
+            found = RunFolder(tmp_path, is_guest=True).load_last()
+            assert found["epoch"] == (not said)
+            for rank, part in enumerate(found["parts"]):
+                assert torch.equal(part["weights"], torch.full((50,), float(10 * found["epoch"] + rank)))
 
 
 @pytest.mark.heavy
