@@ -136,6 +136,23 @@ def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(
     assert_same_run(copy, finished)
 
 
+def test_of_a_run_module_by_module_the_one_before_may_be_of_the_module_before(tmp_path: Path) -> None:
+    """Its features are gone then, or damaged as well, and made again."""
+    recipe = micro({"training.schedule": "sequential", "training.epochs": 1, "training.cached_epochs": 1})
+    run.train(recipe, out=tmp_path / "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at_step(patch, 5)
+        with pytest.raises(Interrupted):
+            run.train(recipe, out=tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert torch.load(checkpoints / "before.pt", weights_only=True)["position"]["epoch"] == 1
+    flip(tmp_path / "run" / "cache" / "after-module-0" / "train-0.features", 100, 5)
+    (checkpoints / "last.pt").write_bytes(b"")
+    with pytest.warns(RunWarning, match="going on from the checkpoint before it"):
+        run.resume(tmp_path / "run")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
 def test_without_a_sound_checkpoint_the_run_is_refused(copy: Path) -> None:
     for name in ("last.pt", "before.pt"):
         path = copy / "checkpoints" / name
@@ -158,6 +175,72 @@ def test_a_damaged_last_checkpoint_never_becomes_the_one_before(tmp_path: Path) 
     with pytest.warns(RunWarning, match="before"):
         assert again.load_last()["number"] == 0
     again.release()
+
+
+class Died(BaseException):
+    """The process is gone: nothing that it would still have done is done."""
+
+
+@pytest.mark.parametrize("has_links", [True, False], ids=["links", "no links"])
+@pytest.mark.parametrize("has_parts", [True, False], ids=["parts", "whole"])
+def test_there_is_a_sound_checkpoint_after_a_death_at_any_moment(
+    has_parts: bool, has_links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(folder: RunFolder, number: int) -> None:
+        if not has_parts:
+            folder.save_last({"number": number})
+            return
+        folder.save_part(f"part-{number}.pt", {"number": number})
+        folder.commit({"number": number}, [f"part-{number}.pt"])
+
+    def no_links(*_: object) -> None:
+        raise OSError("not supported")
+
+    if not has_links:
+        monkeypatch.setattr(os, "link", no_links)
+    for moment in range(1, 100):
+        calls, is_over = 0, False
+        path = tmp_path / str(moment)
+        folder = RunFolder(path)
+        save(folder, 0)
+        save(folder, 1)
+
+        def dying(function: Callable[..., Any], moment: int = moment) -> Callable[..., Any]:
+            def called(*arguments: Any, **settings: Any) -> Any:
+                nonlocal calls
+                calls += 1
+                if calls >= moment:
+                    raise Died
+                return function(*arguments, **settings)
+
+            return called
+
+        with monkeypatch.context() as patch:
+            for owner, name in ((os, "link"), (os, "fsync"), (Path, "replace"), (Path, "unlink"), (torch, "save")):
+                patch.setattr(owner, name, dying(getattr(owner, name)))
+            try:
+                save(folder, 2)
+                is_over = True
+            except Died:
+                pass
+        folder.release()
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            again = RunFolder(path)
+            found = again.load_last()
+        assert found["number"] in ((2,) if is_over else (1, 2))
+        assert not has_parts or found["parts"][0]["number"] == found["number"]
+        assert not said or not has_links
+        save(again, 3)
+        assert again.load_last()["number"] == 3
+        again.last.write_bytes(b"")
+        with pytest.warns(RunWarning, match="before"):
+            assert again.load_last()["number"] == found["number"]
+        again.release()
+        if is_over:
+            assert moment > 4
+            return
+    raise AssertionError("it never ends")
 
 
 def test_parts_of_both_checkpoints_are_kept_and_verified(tmp_path: Path) -> None:
