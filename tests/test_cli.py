@@ -525,3 +525,33 @@ def test_costs_may_be_measured_anew(cli_: Cli, tmp_path: Path, monkeypatch: pyte
                     "training.batch_size=4", *more)  # fmt: skip
         assert said.code == 0, said
         assert len(list(tmp_path.glob("localgrad/costs/*.json"))) == cached
+
+
+def test_whoever_starts_processes_knows_the_run_folder(here: Path, cli_: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To say how to go on when one of them is killed."""
+    from localgrad.execution import launching
+
+    taken: list[Any] = []
+    monkeypatch.setattr(launching, "run_processes", lambda *arguments: taken.append(arguments) or 0)
+    command = ["train", "--recipe", "../micro.toml", "--parallel", "modules", "--num-processes", "2"]
+    assert cli_(*command).code == 0
+    assert cli_(*command, "--out", "my run").code == 0
+    (count, words, folder), (_, same, named) = taken
+    assert (count, words) == (2, [*command, "--out", str(folder)])
+    assert str(folder).startswith("runs/digits-feature-")
+    assert (same, named) == ([*command, "--out", "my run"], Path("my run"))
+
+
+def test_what_is_not_as_it_should_be_is_said_once(here: Path, cli_: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    import warnings
+
+    from localgrad.errors import RunWarning
+
+    def noisy(*_: object, **__: object) -> dict[str, Any]:
+        for text in ("one", "two", "one"):
+            warnings.warn(text, RunWarning, stacklevel=1)
+        return {"accuracy": 1.0, "num_images": 1, "module_accuracy": [1.0]}
+
+    monkeypatch.setattr(run, "evaluate_run", noisy)
+    said = cli_("evaluate", "run")
+    assert (said.code, said.err) == (0, "localgrad: one\nlocalgrad: two\n")

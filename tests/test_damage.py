@@ -298,7 +298,7 @@ def test_equal_weights_are_equal_files_and_plain_safetensors(tmp_path: Path) -> 
     assert len(written) == 1
     assert load_file(tmp_path / "0").keys() == load_saved_weights(tmp_path / "0").keys() == weights.keys()
     save_file(weights, tmp_path / "old", metadata={"format": "pt"})
-    with pytest.warns(RunWarning, match="no checksum"):
+    with pytest.warns(RunWarning, match="without checksums"):
         load_saved_weights(tmp_path / "old")
 
 
@@ -440,9 +440,9 @@ def test_runs_of_older_versions_are_read_and_the_missing_checksums_said(copy: Pa
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         run.resume(copy)
-    told = {str(each.message).split(": ")[0].split("/")[-1] for each in said}
-    assert told == {"recipe.toml", "data.json", "best.safetensors"}
-    assert all("there is no checksum" in str(each.message) for each in said)
+    assert {str(each.message) for each in said} == {
+        f"{copy}: without checksums, as older versions wrote runs; what can't be verified is taken as it is."
+    }
     assert [line["val_accuracy"] for line in metrics_of(copy)] == [
         line["val_accuracy"] for line in metrics_of(finished)
     ]

@@ -527,13 +527,13 @@ def test_the_checkpoint_of_another_model_is_refused(stopped: Path, tmp_path: Pat
     (folder / "recipe.toml").write_text(micro(wider).to_toml())
     with (
         pytest.raises(CheckpointError, match=r"last\.pt: it doesn't fit this run .*another model"),
-        pytest.warns(RunWarning, match="no checksum"),
+        pytest.warns(RunWarning, match="without checksums"),
     ):
         run.resume(folder)
     (folder / "recipe.toml").write_text(micro({"local.modules": 3}).to_toml())
     with (
         pytest.raises(CheckpointError, match=r"it has boundaries \[1\] and 2 optimizers, this learner \[1, 2\]"),
-        pytest.warns(RunWarning, match="no checksum"),
+        pytest.warns(RunWarning, match="without checksums"),
     ):
         run.resume(folder)
 

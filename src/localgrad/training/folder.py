@@ -262,6 +262,11 @@ def say(text: str) -> None:
     warnings.warn(text, RunWarning, stacklevel=3)
 
 
+def _say_unverified(path: Path) -> None:
+    """The same text for each file of a folder: it is printed once."""
+    say(f"{path}: without checksums, as older versions wrote runs; what can't be verified is taken as it is.")
+
+
 def _without_advice(error: CheckpointError) -> str:
     return re.split("; (?:restore|start)", str(error))[0].rstrip(".")
 
@@ -335,7 +340,7 @@ def read_text(folder: Path, name: str) -> str:
             f"{path}: damaged or changed since it was written, and no checkpoint keeps it; restore it from a copy, or "
             "start the run again in another folder."
         )
-    say(f"{path}: there is no checksum to verify it with; taken as it is.")
+    _say_unverified(folder)
     return text
 
 
@@ -471,7 +476,7 @@ def load_saved_weights(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError, RuntimeError, *_DAMAGED) as error:
         raise CheckpointError(f"weights {path}: truncated or no safetensors file ({_first_line(error)}).") from error
     if expected is None:
-        say(f"weights {path}: there is no checksum to verify them with; taken as they are.")
+        _say_unverified(path.parent.parent if path.parent.name == "checkpoints" else path)
     elif expected != _digest_of_tensors(weights):
         raise CheckpointError(
             f"weights {path}: damaged (their checksum is wrong); restore them from a copy, or train the run again."
