@@ -28,8 +28,8 @@ from localgrad.reproduce.results import commit_of_code
 from localgrad.reproduce.sources import Source
 from localgrad.reproduce.tables import TABLES, Cell, epochs_of, fingerprint, recipe_of
 from localgrad.run import model_weights
-from localgrad.training.events import EpochEnded
-from localgrad.training.folder import load_saved_weights
+from localgrad.training.events import EpochEnded, read_metrics
+from localgrad.training.folder import load_saved_weights, read_text
 from localgrad.training.health import HealthCheck
 
 FIGURES = ("local_accuracy", "linear_probe_accuracy", "gradient_cosine", "cka", "reconstruction_error")
@@ -99,8 +99,8 @@ def train(values: dict[str, Any], folder: Path) -> Path:
 
 def checks_of(folder: Path) -> dict[str, Any]:
     """Accuracies of a run, and its health at each check."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    summary = json.loads((folder / "summary.json").read_text())
+    lines = [json.loads(line) for line in read_metrics(folder / "metrics.jsonl")[0]]
+    summary = json.loads(read_text(folder, "summary.json"))
     return {
         "val_accuracy": summary["val_accuracy"],
         "test_accuracy": summary["test_accuracy"],

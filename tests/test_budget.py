@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import multiprocessing
+import os
 import re
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,7 +28,7 @@ from localgrad.backbone import outline
 from localgrad.errors import BackboneError, BudgetError, PartitionError, RecipeError
 from localgrad.learner import estimate_step
 from localgrad.partition import Checkpointing
-from localgrad.planning.costs import WAYS
+from localgrad.planning.costs import WAYS, Settings
 from localgrad.planning.memory import MemoryProfile, annotate
 from localgrad.planning.planner import UNLIMITED
 from localgrad.plans import budget as budgets
@@ -523,6 +525,121 @@ def test_an_optimizer_without_a_name_is_measured_once_a_task(measured: list[Any]
     plan_to_budget(nameless, 4)
     assert len(measured) == 1
     assert not budgets._cache_folder().exists()
+
+
+class Edited(GreedySupervised):
+    """An objective of the user's own: its fields tell nothing of its code."""
+
+
+class WithOwnCode(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def of_own_block() -> Task:
+    model = vit(depth=1)
+    model.blocks[0].mlp.act = WithOwnCode()
+    return task_of(model)
+
+
+def of_replaced_method() -> Task:
+    model = vit(depth=1)
+    model.blocks[0].mlp.forward = lambda x: x
+    return task_of(model)
+
+
+def of_strange_value() -> Task:
+    """Its text is an address, which another object may have in another process."""
+    return tiny(objective=FeatureReconstruction(over_time={"task": object()}))  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(
+    "make_task",
+    [lambda: tiny(objective=Edited()), of_own_block, of_replaced_method],
+    ids=["objective", "block", "method"],
+)
+def test_what_the_user_may_edit_is_measured_anew_by_every_process(
+    make_task: Callable[[], Task], measured: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = make_task()
+    assert own.costs(4) == own.costs(4)
+    assert len(measured) == 1, "once a task all the same"
+    forget(monkeypatch)
+    make_task().costs(4)
+    assert len(measured) == 2
+    assert not budgets._cache_folder().exists()
+
+
+def test_values_that_text_does_not_tell_are_not_cached() -> None:
+    settings = Settings(batch_size=4, precision="fp32", accumulation=1, device="cpu", overlap=0)
+    assert budgets._cache_key(tiny(), settings) is not None
+    assert budgets._cache_key(of_strange_value(), settings) is None
+
+
+def test_costs_of_an_edited_objective_are_its_own(tmp_path: Path, measured: list[Any], monkeypatch: Any) -> None:
+    """Edited between two processes, as people do: the plan is that of the code as it is now."""
+    source = """
+from localgrad import GreedySupervised
+from localgrad.objectives.base import Term, TermValue
+from torch import nn
+
+class Extra(Term):
+    def __init__(self, width):
+        super().__init__()
+        self.net = nn.Linear(width, {width})
+    def forward(self, inputs, outputs, batch, states=()):
+        return TermValue(self.net(outputs).square().mean())
+
+class Mine(GreedySupervised):
+    def terms(self, site):
+        return {{**super().terms(site), "extra": (1.0, Extra(site.outputs.width))}}
+"""
+    static = []
+    for width in (1, 301):
+        forget(monkeypatch)
+        own: dict[str, Any] = {"__name__": "mine"}
+        exec(source.format(width=width), own)
+        static.append(task_of(vit(depth=2), objective=own["Mine"]()).costs(4).static_of(0, 1))
+    assert static[1] - static[0] == 300 * (16 + 1) * 4 * 3, "weights and AdamW's two moments"
+
+
+def test_without_a_cache_none_is_read_or_written(measured: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny(cache=False).costs(4)
+    assert not budgets._cache_folder().exists()
+    tiny().costs(4)
+    tiny(cache=False).costs(4)
+    assert len(measured) == 3
+
+
+def test_the_cache_keeps_what_was_used_last(measured: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny().costs(4)
+    folder = budgets._cache_folder()
+    (first,) = folder.iterdir()
+    monkeypatch.setattr(budgets, "CACHE_BYTES", int(2.5 * first.stat().st_size))
+    (folder / "left.1.tmp").write_text("unfinished")
+    for age, path in enumerate((first, folder / "left.1.tmp"), 1):
+        os.utime(path, (time.time() - 7200 * age,) * 2)
+    tiny().costs(6)
+    (second,) = set(folder.iterdir()) - {first}
+    os.utime(second, (time.time() - 3600,) * 2)
+    forget(monkeypatch)
+    tiny().costs(4)  # used again
+    tiny().costs(8)
+    assert len(measured) == 3
+    assert first in set(folder.iterdir())
+    assert second not in set(folder.iterdir())
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_a_cache_with_one_wrong_digit_is_measured_again(measured: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    first = tiny().costs(4)
+    (path,) = budgets._cache_folder().iterdir()
+    text = path.read_text()
+    place = text.index('"static": [') + len('"static": [')
+    path.write_text(text[:place] + str(9 - int(text[place])) + text[place + 1 :])
+    forget(monkeypatch)
+    assert tiny().costs(4) == first
+    assert len(measured) == 2
 
 
 def _measure_elsewhere(folder: str, results: Any) -> None:

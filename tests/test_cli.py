@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import subprocess
@@ -450,3 +451,107 @@ def test_a_short_model_name_finds_its_long_one(cli_: Cli) -> None:
     code, _, said = cli_("train", "--model", "swin_tinny")
     assert code == 2
     assert "Nearest: swin_tiny_patch4_window7_224" in said
+
+
+LOCALES = {
+    "PYTHONIOENCODING": {"PYTHONIOENCODING": "ascii"},
+    "LANG": {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    "strict": {"PYTHONIOENCODING": "latin-1:strict"},
+}
+
+
+@pytest.mark.parametrize("name", ["PYTHONIOENCODING", "LANG", pytest.param("strict", marks=pytest.mark.heavy)])
+def test_a_pipe_that_lacks_characters_ends_no_command(name: str, here: Path) -> None:
+    """Training, evaluating, predicting, resuming, help, a mistake, a list; names that ASCII lacks among them."""
+    Image.new("L", (8, 8)).save(here / "b\u00ef\u2026.png")
+    script = """
+import sys
+from types import SimpleNamespace
+from localgrad import cli, run
+run.estimate_step = lambda *_, **__: SimpleNamespace(peak_bytes=2**20)
+for words in (
+    ["train", "--recipe", "../micro.toml", "--out", "run", "--epochs", "1"], ["evaluate", "run"],
+    ["predict", "run", "."], ["train", "--resume", "run"], ["train", "--help"], ["train", "--model", "n\\u00efx"],
+    ["reproduce", "ranking", "--profile", "smoke", "--dry-run"],
+):
+    sys.argv = ["localgrad", *words]
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as stop:
+        code = stop.code or 0
+    print(words[0], "ended with", code)
+"""
+    (here / "script.py").write_text(script, encoding="utf-8")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("LC_", "LANG"))}
+    done = subprocess.run(
+        [sys.executable, "script.py"], env={**environment, **LOCALES[name]}, capture_output=True, check=False
+    )
+    out, err = done.stdout.decode("latin-1"), done.stderr.decode("latin-1")
+    assert done.returncode == 0, err
+    assert "Traceback" not in err + out
+    ends = [line for line in out.splitlines() if " ended with " in line]
+    assert [line.rsplit(" ", 1)[1] for line in ends] == ["0", "0", "0", "0", "0", "2", "0"], (out, err)
+
+
+@pytest.mark.heavy
+def test_a_terminal_that_lacks_characters_ends_no_run(here: Path) -> None:
+    import pty
+
+    control, terminal = pty.openpty()
+    command = [sys.executable, "-m", "localgrad", "train", "--recipe", "../micro.toml", "--out", "run", "--epochs", "1"]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "PYTHONIOENCODING": "ascii"}
+    process = subprocess.Popen(command, stdout=terminal, stderr=terminal, stdin=terminal, env=environment)
+    os.close(terminal)
+    text = b""
+    with contextlib.suppress(OSError):  # how Linux says that the other side is closed
+        while chunk := os.read(control, 65536):
+            text += chunk
+    os.close(control)
+    assert process.wait(60) == 0, text
+    assert b"Traceback" not in text
+    assert b"test accuracy" in text
+    assert text.isascii()
+
+
+def test_costs_may_be_measured_anew(cli_: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from localgrad.plans import budget
+
+    monkeypatch.setattr(budget, "_recent", {})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "micro.toml").write_text(MICRO)
+    for more, cached in ((["--no-cache"], 0), ([], 1)):
+        said = cli_("plan", "--recipe", str(tmp_path / "micro.toml"), "--modules", "2", "--set",
+                    "training.batch_size=4", *more)  # fmt: skip
+        assert said.code == 0, said
+        assert len(list(tmp_path.glob("localgrad/costs/*.json"))) == cached
+
+
+def test_whoever_starts_processes_knows_the_run_folder(here: Path, cli_: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To say how to go on when one of them is killed."""
+    from localgrad.execution import launching
+
+    taken: list[Any] = []
+    monkeypatch.setattr(launching, "run_processes", lambda *arguments: taken.append(arguments) or 0)
+    command = ["train", "--recipe", "../micro.toml", "--parallel", "modules", "--num-processes", "2"]
+    assert cli_(*command).code == 0
+    assert cli_(*command, "--out", "my run").code == 0
+    (count, words, folder), (_, same, named) = taken
+    assert (count, words) == (2, [*command, "--out", str(folder)])
+    assert str(folder).startswith("runs/digits-feature-")
+    assert (same, named) == ([*command, "--out", "my run"], Path("my run"))
+
+
+def test_what_is_not_as_it_should_be_is_said_once(here: Path, cli_: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    import warnings
+
+    from localgrad.errors import RunWarning
+
+    def noisy(*_: object, **__: object) -> dict[str, Any]:
+        for text in ("one", "two", "one"):
+            warnings.warn(text, RunWarning, stacklevel=1)
+        return {"accuracy": 1.0, "num_images": 1, "module_accuracy": [1.0]}
+
+    monkeypatch.setattr(run, "evaluate_run", noisy)
+    said = cli_("evaluate", "run")
+    assert (said.code, said.err) == (0, "localgrad: one\nlocalgrad: two\n")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from localgrad.errors import RunWarning
 from localgrad.training.events import (
     ConsoleSink,
     EpochEnded,
@@ -203,10 +204,12 @@ def test_on_resuming_later_epochs_and_torn_lines_are_dropped(tmp_path: Path) -> 
     write_lines(path, range(3), 0)
     with path.open("a") as file:
         file.write('{"epoch": 1, "los')
-    lines = write_lines(path, range(2, 4), 2)
+    with pytest.warns(RunWarning, match="metrics.jsonl: line 4 damaged; left out"):
+        lines = write_lines(path, range(2, 4), 2)
     assert [line["epoch"] for line in lines] == [0, 1, 2, 3]
     path.write_text(path.read_text() + "[1]\n3\n{}\n\n")
-    assert [line["epoch"] for line in write_lines(path, range(0), 4)] == [0, 1, 2, 3]
+    with pytest.warns(RunWarning, match="line 5, 6, 7, 8 damaged"):
+        assert [line["epoch"] for line in write_lines(path, range(0), 4)] == [0, 1, 2, 3]
     assert write_lines(path, range(0), 0) == []
     assert list(tmp_path.iterdir()) == [path]
 

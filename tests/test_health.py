@@ -31,6 +31,7 @@ from localgrad.objectives.methods import OBJECTIVES
 from localgrad.recipe import Recipe, overlay
 from localgrad.training.data import Batches, DataInfo, InMemoryImages
 from localgrad.training.events import ConsoleSink, EpochEnded, HealthMeasured, JsonlSink, TensorBoardSink
+from localgrad.training.folder import RunFolder, load_saved_weights, save_weights
 from localgrad.training.health import HealthCheck, gradient_cosine, linear_cka, linear_probe, pool, pooled_features
 from localgrad.training.trainer import EpochSums, Interrupted
 
@@ -523,6 +524,12 @@ def test_the_test_set_is_not_read(tmp_path: Path) -> None:
         assert not any((row == pixels).all(1).any() for row in part.images.images.flatten(1))
 
 
+def write_recipe(folder: Path, text: str) -> None:
+    held = RunFolder(folder)
+    held.write_text("recipe.toml", text)
+    held.release()
+
+
 def make_bad(kind: str, tmp_path: Path, end_to_end: Path) -> tuple[Path | str, dict[str, Any]]:
     folder = tmp_path / "reference"
     if kind == "missing":
@@ -531,12 +538,10 @@ def make_bad(kind: str, tmp_path: Path, end_to_end: Path) -> tuple[Path | str, d
         folder.mkdir()
         return folder, {}
     if kind == "no-weights":
-        folder.mkdir()
-        (folder / "recipe.toml").write_text((end_to_end / "recipe.toml").read_text())
+        write_recipe(folder, (end_to_end / "recipe.toml").read_text())
         return folder, {}
     if kind == "local":
-        (folder / "checkpoints").mkdir(parents=True)
-        (folder / "recipe.toml").write_text(micro().to_toml())
+        write_recipe(folder, micro().to_toml())
         weights = (end_to_end / "checkpoints" / "best.safetensors").read_bytes()
         (folder / "checkpoints" / "best.safetensors").write_bytes(weights)
         return folder, {}
@@ -567,13 +572,10 @@ def test_a_bad_reference_is_refused_in_one_line(kind: str, words: str, tmp_path:
 
 
 def test_a_reference_with_other_classes_is_refused(tmp_path: Path, end_to_end: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "recipe.toml").write_text((end_to_end / "recipe.toml").read_text())
-    weights = load_file(end_to_end / "checkpoints" / "best.safetensors")
+    write_recipe(tmp_path, (end_to_end / "recipe.toml").read_text())
+    weights = load_saved_weights(end_to_end / "checkpoints" / "best.safetensors")
     weights["model.head.weight"] = weights["model.head.weight"][:7].clone()
-    save_file(weights, tmp_path / "checkpoints" / "best.safetensors")
+    save_weights(tmp_path / "checkpoints" / "best.safetensors", weights)
     job = build(micro({"execution.health_every": 1, "execution.health_reference": str(tmp_path)}))
     with pytest.raises(RecipeError, match=r"^--health-reference \S+: it is of another model: head.weight has shape"):
         run._health_check(job)

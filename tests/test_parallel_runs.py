@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -13,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from safetensors.torch import load_file
 import ranks as ranks_file
 from helpers import Cli, assert_same_run, metrics_of, start_training, wait_for_epochs
 from localgrad.errors import DataError
+from localgrad.execution import launching
 from localgrad.recipe import Recipe, overlay
 from localgrad.training.augment import Augment
 from localgrad.training.data import Batches, load_data
@@ -199,6 +202,56 @@ def test_num_processes_starts_them_and_a_signal_stops_them(
     assert err == (
         f"localgrad: stopped by SIGINT, and saved in {folder}; go on with: localgrad train --resume {folder}\n"
     )
+
+
+def rank_of(launcher: int, rank: int) -> int:
+    """The process of a rank that a launcher started."""
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = int((path / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            if parent == launcher and f"RANK={rank}".encode() in (path / "environ").read_bytes().split(b"\0"):
+                return int(path.name)
+    raise AssertionError(f"rank {rank} is not there")
+
+
+def test_a_killed_process_of_num_processes_is_said_in_a_line(
+    ranks: Ranks, alone: Path, recipe: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "a run"
+    more = ["--epochs", "400", "--num-processes", "2", *PARALLEL]
+    process = start_training("--recipe", str(recipe), *more, "--out", str(folder))
+    wait_for_epochs(process, folder, 1)
+    os.kill(rank_of(process.pid, 1), signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 137, err
+    said = [line for line in err.splitlines() if "SIGKILL" in line]
+    assert said == [
+        "localgrad: rank 1 was ended by SIGKILL (if nobody did that, the system may have run out of memory); "
+        f"go on with: localgrad train --resume '{folder}' --num-processes 2"
+    ], err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("codes", "words"),
+    [
+        ({0: -11, 1: -15}, "rank 0 was ended by SIGSEGV; nothing was saved yet: start it again"),
+        ({0: -9, 2: -9, 3: 1}, "rank 0 was ended by SIGKILL and rank 2 was ended by SIGKILL (if nobody did that"),
+        ({1: -15}, "rank 1 was ended by SIGTERM"),
+        ({0: -60}, "rank 0 was ended by signal 60"),
+        ({0: 2, 1: -15}, ""),
+        ({0: 1}, ""),
+    ],
+    ids=str,
+)
+def test_how_processes_ended_is_said(
+    codes: dict[int, int], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failures = {rank: SimpleNamespace(exitcode=code) for rank, code in codes.items()}
+    launching._tell_killed(failures, 4, tmp_path)
+    err = capsys.readouterr().err
+    assert err.startswith(f"localgrad: {words}" if words else "")
+    assert err.count("\n") == bool(words)
 
 
 def test_num_processes_says_a_mistake_in_a_line(recipe: Path, tmp_path: Path) -> None:
@@ -485,6 +538,7 @@ def test_a_run_that_another_process_holds_cant_be_resumed(ranks: Ranks, stopped:
 
 def test_a_torn_part_of_a_checkpoint_is_said(ranks: Ranks, stopped: Path, tmp_path: Path) -> None:
     folder = copy_of(stopped, tmp_path)
+    (folder / "checkpoints" / "before.pt").unlink()
     part = max((folder / "checkpoints").glob("part-*"))
     part.write_bytes(part.read_bytes()[:1000])
     assert_refused(ranks.run(["train", "--resume", folder], size=2), part.name)

@@ -192,6 +192,57 @@ def test_fingerprints_tell_meanings_apart_and_not_machines(monkeypatch: pytest.M
     assert fingerprint(values) != own
 
 
+PUBLISHED_TABLES = sorted(Path(__file__).parents[1].glob("results/*-cpu.json"))
+
+
+@pytest.mark.parametrize("path", PUBLISHED_TABLES, ids=lambda path: path.stem)
+def test_published_rows_are_those_of_todays_recipes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And still when recipes have got new keys."""
+    rows = json.loads(path.read_text())
+    assert rows
+    table = path.stem.removesuffix("-cpu")
+
+    def outdated() -> list[Any]:
+        cells = [Cell(table, *(row[key] for key in ("data", "method", "modules", "seed", "epochs"))) for row in rows]
+        return [
+            row for row, cell in zip(rows, cells, strict=True) if fingerprint(recipe_of(cell, CPU)) != row["recipe"]
+        ]
+
+    assert not outdated()
+    to_dict = Recipe.to_dict
+    new = {
+        "data.fit": "crop",
+        "data.on_broken": "",
+        "local.new": 0,
+        "execution.new": 3,
+        "later.table": [1],
+        "new": False,
+    }
+    monkeypatch.setattr(Recipe, "to_dict", lambda self: overlay(to_dict(self), new))
+    assert not outdated()
+
+
+@pytest.mark.parametrize("key", ["data.fit", "execution.new", "later.table", "later.more.so", "top"])
+def test_a_new_key_counts_where_it_is_not_the_default(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = recipe_of(Cell("cifar10", "cifar10", "greedy", 4, 0, CPU.epochs), CPU)
+    own = fingerprint(values)
+    to_dict, default = Recipe.to_dict, Recipe()
+    monkeypatch.setattr(Recipe, "to_dict", lambda self: overlay(to_dict(self), {key: 1 if self == default else 2}))
+    changed = fingerprint(values)
+    assert changed != own
+    monkeypatch.setattr(Recipe, "to_dict", lambda self: overlay(to_dict(self), {} if self == default else {key: 2}))
+    assert fingerprint(values) == changed, "a default of None is left out"
+    monkeypatch.setattr(Recipe, "to_dict", lambda self: overlay(to_dict(self), {key: 1 if self == default else 3}))
+    assert fingerprint(values) != changed
+
+
+def test_a_changed_default_of_a_known_key_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = recipe_of(Cell("cifar10", "cifar10", "greedy", 4, 0, CPU.epochs), CPU)
+    own, to_dict = fingerprint(values), Recipe.to_dict
+    monkeypatch.setattr(Recipe, "to_dict", lambda self: overlay(to_dict(self), {"training.cached_epochs": 5}))
+    assert fingerprint(values) != own
+
+
 def test_a_command_runs_its_cell_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[verb.Settings] = []
     monkeypatch.setattr(verb, "list_cells", lambda settings, _say: taken.append(settings))
@@ -274,7 +325,7 @@ def test_webp_may_be_lossless(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ running
 
 FAKE = """
-import json, os, signal, struct, sys, time
+import hashlib, json, os, signal, struct, sys, time
 from pathlib import Path
 
 words = dict(zip(sys.argv[1::2], sys.argv[2::2]))
@@ -306,6 +357,11 @@ header = json.dumps({"__metadata__": {}, **tensors})
     "test_module_accuracy": [0.1], "measured_peak_bytes": 2**20, "measured_peak_of": "all", "images_per_second": 9.0,
     "versions": {},
 }))
+sums = {name: [hashlib.sha256((folder / name).read_bytes()).hexdigest()]
+        for name in ("recipe.toml", "data.json", "summary.json")}
+(folder / "checkpoints").mkdir(exist_ok=True)
+(folder / "checkpoints" / "checksums.json").write_text(json.dumps(
+    {"files": sums, "sha256": hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()}))
 """
 
 

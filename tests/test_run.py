@@ -29,7 +29,7 @@ from helpers import (
     wait_for_epochs,
 )
 from localgrad import build, run
-from localgrad.errors import CheckpointError, DataError, RecipeError, RunFolderError
+from localgrad.errors import CheckpointError, DataError, RecipeError, RunFolderError, RunWarning
 from localgrad.learner import LocalLearner
 from localgrad.recipe import Recipe, overlay
 from localgrad.training.data import load_data, normalise
@@ -479,6 +479,12 @@ def test_real_processes_stopped_in_every_way_go_on_bit_for_bit(tmp_path: Path) -
 # ------------------------------------------------------------------------------------- refused
 
 
+def only_checkpoint(folder: Path) -> Path:
+    """The last checkpoint of a run that has no other."""
+    (folder / "checkpoints" / "before.pt").unlink()
+    return folder / "checkpoints" / "last.pt"
+
+
 def test_another_method_is_refused_with_the_difference(stopped: Path) -> None:
     changed = micro({"training.epochs": 3, "model.drop_path": 0.1})
     with pytest.raises(RecipeError, match=r"model\.drop_path: None -> 0\.1; training\.epochs: 2 -> 3"):
@@ -505,7 +511,7 @@ def test_a_folder_in_use_by_another_process_is_refused(stopped: Path) -> None:
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.99])
 def test_a_truncated_checkpoint_is_refused(share: float, stopped: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(stopped, tmp_path / "run")
-    last = folder / "checkpoints" / "last.pt"
+    last = only_checkpoint(folder)
     last.write_bytes(last.read_bytes()[: int(share * last.stat().st_size)])
     with pytest.raises(CheckpointError, match=r"last\.pt: it is truncated or no checkpoint"):
         run.resume(folder)
@@ -513,19 +519,29 @@ def test_a_truncated_checkpoint_is_refused(share: float, stopped: Path, tmp_path
 
 def test_the_checkpoint_of_another_model_is_refused(stopped: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(stopped, tmp_path / "run")
+    last = only_checkpoint(folder)
+    state = torch.load(last, weights_only=True)
+    torch.save({key: value for key, value in state.items() if key != "kept"}, last)  # as older versions wrote it
+    (folder / "checkpoints" / "checksums.json").unlink()
     wider = {"model": {**SWIN, "options": {**SWIN["options"], "embed_dim": 32}}}
     (folder / "recipe.toml").write_text(micro(wider).to_toml())
-    with pytest.raises(CheckpointError, match=r"last\.pt: it doesn't fit this run .*another model"):
+    with (
+        pytest.raises(CheckpointError, match=r"last\.pt: it doesn't fit this run .*another model"),
+        pytest.warns(RunWarning, match="without checksums"),
+    ):
         run.resume(folder)
     (folder / "recipe.toml").write_text(micro({"local.modules": 3}).to_toml())
-    with pytest.raises(CheckpointError, match=r"it has boundaries \[1\] and 2 optimizers, this learner \[1, 2\]"):
+    with (
+        pytest.raises(CheckpointError, match=r"it has boundaries \[1\] and 2 optimizers, this learner \[1, 2\]"),
+        pytest.warns(RunWarning, match="without checksums"),
+    ):
         run.resume(folder)
 
 
 @pytest.mark.parametrize("part", ["learner", "position", "sums", "random"])
 def test_a_checkpoint_without_one_of_its_parts_is_refused(part: str, stopped: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(stopped, tmp_path / "run")
-    last = folder / "checkpoints" / "last.pt"
+    last = only_checkpoint(folder)
     state = torch.load(last, weights_only=True)
     torch.save({key: value for key, value in state.items() if key != part}, last)
     with pytest.raises(CheckpointError, match="doesn't fit this run"):
@@ -538,7 +554,7 @@ def test_a_checkpoint_without_one_of_its_parts_is_refused(part: str, stopped: Pa
 @pytest.mark.parametrize("content", [{"format": 1}, {}, [1, 2]])
 def test_a_checkpoint_of_another_version_is_refused(content: Any, stopped: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(stopped, tmp_path / "run")
-    torch.save(content, folder / "checkpoints" / "last.pt")
+    torch.save(content, only_checkpoint(folder))
     with pytest.raises(CheckpointError, match="its format is"):
         run.resume(folder)
 
@@ -554,6 +570,7 @@ def test_damaged_weights_are_refused(finished: Path, stopped: Path, tmp_path: Pa
     with pytest.raises(CheckpointError, match="there are none; train the run first"):
         run.evaluate_run(folder)
     (folder / "data.json").write_text("{")
+    (folder / "checkpoints" / "last.pt").unlink()
     with pytest.raises(CheckpointError, match=r"data\.json: missing or damaged"):
         list(run.predict(folder, tmp_path))
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from localgrad.errors import RecipeError
-from localgrad.units import format_bytes, format_rate, format_seconds, parse_bytes
+from localgrad.units import PLAINLY, format_bytes, format_rate, format_seconds, parse_bytes, printable
 
 
 @pytest.mark.parametrize(
@@ -40,3 +40,12 @@ def test_format_seconds(seconds: float, text: str) -> None:
 def test_format_rate() -> None:
     assert format_rate(1234.4) == "1,234 images/s"
     assert format_rate(3.14159, "steps") == "3.14 steps/s"
+
+
+def test_what_an_encoding_lacks_is_written_plainly() -> None:
+    assert printable("91.2% \u2013 \u2026 \u00d7 3 é 猫 \udcff", "ascii") == r"91.2% - ... x 3 \xe9 \u732b \udcff"
+    assert printable("\u2013 é", "latin-1") == "- é"
+    assert printable("\u2013 é 猫", "utf-8") == "\u2013 é 猫"
+    assert printable("a name \udcff", "utf-8") == r"a name \udcff"
+    with pytest.raises(UnicodeDecodeError):
+        b"\xff".decode("ascii", PLAINLY)

@@ -8,19 +8,22 @@ plus the signal's number, as shells do.
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import os
 import shlex
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from localgrad.errors import LocalgradError
+from localgrad.errors import LocalgradError, RunWarning
+from localgrad.units import PLAINLY
 
 app = typer.Typer(
     name="localgrad",
@@ -33,8 +36,12 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line; the console script's entry."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # whatever its encoding: what it lacks is written plainly
+            stream.reconfigure(errors=PLAINLY)
+    _say_warnings_in_lines()
     if os.environ.get("RANK", "0") != "0":  # one of several processes: the first one speaks for all
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123  # for the rest of the process
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8", errors="replace")  # noqa: SIM115, PTH123  # for the rest of the process
     try:
         app()
     except SystemExit as stop:
@@ -43,11 +50,28 @@ def main() -> None:
         _refuse(str(error))
     except OSError as error:  # what no check foresaw: a name too long, no permission, a full disk
         _refuse(f"{error.filename}: {error.strerror}." if error.filename else str(error))
+    except UnicodeEncodeError as error:
+        _refuse(f"{error.object!a}: the system's encoding, {error.encoding}, lacks this; set PYTHONUTF8=1.")
     except Exception:
         if "RANK" not in os.environ:
             raise
         traceback.print_exc(file=sys.__stderr__)  # a fault of our own, on whichever rank it is
         _leave(1)
+
+
+def _say_warnings_in_lines() -> None:
+    """Say what isn't as it should be in a run folder as one line, once."""
+    show, said = warnings.showwarning, set()
+
+    def say(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if not issubclass(category, RunWarning):
+            show(message, category, *where, **more)
+        elif str(message) not in said:
+            said.add(str(message))
+            print(f"localgrad: {message}", file=sys.stderr)  # noqa: T201
+
+    warnings.filterwarnings("always", category=RunWarning)
+    warnings.showwarning = say
 
 
 def _refuse(message: str) -> None:
@@ -114,6 +138,9 @@ PresetOption = Annotated[
 RecipeOption = Annotated[Path | None, typer.Option(help="Start from a recipe in TOML.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Any value of the recipe: --set training.min_lr=1e-5.")
+]
+NoCacheOption = Annotated[
+    bool, typer.Option("--no-cache", help="Measure costs for a plan anew, and keep none of them.")
 ]
 RunFolderArgument = Annotated[Path, typer.Argument(help="A folder that `localgrad train` made.")]
 RunDeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1.")]
@@ -248,6 +275,7 @@ def train(  # noqa: PLR0917  # one parameter an option
     budget: Annotated[
         str | None, typer.Option(help="Memory, such as 6GiB: plan modules and recomputation to fit.")
     ] = None,
+    no_cache: NoCacheOption = False,
     on_oom: Annotated[str, typer.Option(help="When memory runs out: stop, or replan and go on.")] = "stop",
     out: Annotated[Path | None, typer.Option(help="The run folder; by default a new one under runs/.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.")] = None,
@@ -324,7 +352,7 @@ def train(  # noqa: PLR0917  # one parameter an option
         typer.echo(wanted.to_toml(), nl=False)
         return
     if num_processes is not None:
-        _start_processes(num_processes, wanted.execution.parallel)
+        _start_processes(num_processes, wanted, resume or out)
     from localgrad import run
 
     with _saying_how_to_resume():
@@ -339,22 +367,30 @@ def train(  # noqa: PLR0917  # one parameter an option
                 plan=plan,
                 budget=num_bytes,
                 on_oom=on_oom,
+                cache=not no_cache,
             )
 
 
-def _start_processes(count: int, parallel: str) -> None:
+def _start_processes(count: int, recipe: Any, folder: Path | None) -> None:
     """Start this command again in several processes, unless this is one of them; doesn't come back then."""
     from localgrad.errors import RecipeError
 
-    if parallel != "modules":
+    if recipe.execution.parallel != "modules":
         raise RecipeError(f"--num-processes {count}: say what they share; add --parallel modules.")
     if count < 1:
         raise RecipeError(f"--num-processes: {count} is no number of processes; take 1 or more.")
     from localgrad.execution.launching import run_processes
     from localgrad.execution.team import in_team
 
-    if not in_team():
-        raise SystemExit(run_processes(count, sys.argv[1:]))
+    if in_team():
+        return
+    arguments = sys.argv[1:]
+    if folder is None:  # a new one, that this process knows as well
+        from localgrad.training.folder import new_folder
+
+        folder = new_folder(recipe.method.data.name, recipe.method.local.objective)
+        arguments = [*arguments, "--out", str(folder)]
+    raise SystemExit(run_processes(count, arguments, folder))
 
 
 @app.command()
@@ -397,6 +433,7 @@ def plan(  # noqa: PLR0917  # one parameter an option
     ] = None,
     frontier: Annotated[bool, typer.Option("--frontier", help="Print all plans worth having.")] = False,
     json_: Annotated[Path | None, typer.Option("--json", help="Write the plan, for train --plan.")] = None,
+    no_cache: NoCacheOption = False,
 ) -> None:
     """Find the fastest way to train a model within a memory budget; no GPU, no data and no weights are needed."""
     from localgrad.recipe import parse_assignments
@@ -435,6 +472,7 @@ def plan(  # noqa: PLR0917  # one parameter an option
         frontier=frontier,
         ranks=(parallel, balance),
         json=json_,
+        cache=not no_cache,
     )
 
 
@@ -449,6 +487,7 @@ def _print_plan(
     frontier: bool,
     ranks: tuple[int | None, str | None],
     json: Path | None,
+    cache: bool,
 ) -> None:
     """Plan a recipe, print what was found, and write it."""
     from dataclasses import replace
@@ -475,7 +514,8 @@ def _print_plan(
     named = recipe.method.data.name if "name" in overlay(base, changes).get("data", {}) else ""
     classes, channels = recipes.CLASSES.get(named, (None, 3))
     kind = recipes.kind_of(recipe.execution.device if device == "auto" else device)
-    task = recipes.task_of(recipe, device=kind, num_classes=num_classes or classes, num_channels=channels)
+    num_classes = num_classes or classes
+    task = recipes.task_of(recipe, device=kind, num_classes=num_classes, num_channels=channels, cache=cache)
     console = Console()
     if largest_batch:
         assert budget is not None, "checked above"
@@ -491,7 +531,7 @@ def _print_plan(
     found = recipes.plan_recipe(recipe, task, budget, in_parallel)
     table.print_plan(found, console)
     if json is not None:
-        json.write_text(found.to_json())
+        json.write_text(found.to_json(), encoding="utf-8")
         path = escape(shlex.quote(str(json)))
         ranks = found.forecast.get("parallel", {}).get("num_ranks")
         how = f" --parallel modules --num-processes {ranks}" if ranks else ""
@@ -503,6 +543,8 @@ def evaluate(
     run_folder: RunFolderArgument,
     part: Annotated[str, typer.Option(help="test, val or train.")] = "test",
     device: RunDeviceOption = None,
+    data: Annotated[str | None, typer.Option(help="Where the run's data lies now, if it was moved.")] = None,
+    root: Annotated[str | None, typer.Option(help="The same of torchvision's data sets.")] = None,
 ) -> None:
     """Accuracy of a run's best weights, of the whole model and of each module's own classifier."""
     from localgrad import run
@@ -511,7 +553,7 @@ def evaluate(
 
     if part not in ("test", "val", "train"):
         raise RecipeError(f"--part: unknown {part!r}; take test, val or train.")
-    result = run.evaluate_run(run_folder, part=part, device=device)
+    result = run.evaluate_run(run_folder, part=part, device=device, data=data, root=root)
     typer.echo(f"{part} accuracy  {result['accuracy']:.2%}  ({result['num_images']:,} images)")
     typer.echo(f"by module  {accuracies(result['module_accuracy'])}")
 
@@ -743,7 +785,7 @@ def _planned(path: Path, preset: str | None, recipe: Path | None, changes: dict[
     from localgrad.recipe import Recipe, overlay
 
     try:
-        plan = Plan.from_json(path.read_text())
+        plan = Plan.from_json(path.read_text(encoding="utf-8"))
     except PartitionError as error:
         raise BudgetError(f"--plan {path}: {error}") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -764,7 +806,7 @@ def _base(preset_name: str | None, recipe: Path | None, changes: dict[str, Any])
         raise RecipeError("--preset and --recipe both say where to start; give one of them.")
     if recipe is not None:
         try:
-            return parse_toml(recipe.read_text(), str(recipe))
+            return parse_toml(recipe.read_text(encoding="utf-8"), str(recipe))
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is no text"
             raise RecipeError(f"--recipe: {recipe} can't be read ({reason}); name a recipe in TOML.") from error

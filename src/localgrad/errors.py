@@ -66,6 +66,10 @@ class RunFolderError(LocalgradError, RuntimeError):
     """A run folder that can't be written, is in use, or belongs to another recipe."""
 
 
+class RunWarning(UserWarning):
+    """Something in a run folder is not as it should be, and the run goes on all the same: restored, or unverifiable."""
+
+
 class CheckpointError(LocalgradError, RuntimeError):
     """A checkpoint that is truncated, of another model, or of another version."""
 

@@ -301,7 +301,7 @@ def preset(name: str) -> dict[str, Any]:
         raise RecipeError(
             f"--preset: unknown {name!r}; there are {', '.join(preset_names())}.{did_you_mean(name, preset_names())}"
         )
-    return parse_toml(resources.files("localgrad.presets").joinpath(f"{name}.toml").read_text(), name)
+    return parse_toml(resources.files("localgrad.presets").joinpath(f"{name}.toml").read_text(encoding="utf-8"), name)
 
 
 def overlay(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

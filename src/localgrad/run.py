@@ -10,8 +10,8 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -24,6 +24,7 @@ from localgrad.backbone import Backbone
 from localgrad.build import Job, build, create_model, input_size_of, resolve_device
 from localgrad.errors import (
     CheckpointError,
+    DataError,
     DeviceError,
     LocalgradError,
     MemoryExceeded,
@@ -39,13 +40,33 @@ from localgrad.partition import Plan
 from localgrad.planning.memory import MemoryProfile
 from localgrad.plans.recipes import check_plan_fits, laid_over, note_of_plan, plan_recipe, refuse_together, task_on
 from localgrad.plans.replanning import Replanner
-from localgrad.recipe import Recipe, difference
+from localgrad.recipe import DataSettings, Recipe, difference
 from localgrad.share_memory import estimate_share
 from localgrad.together import team_of, together
 from localgrad.training.data import DataInfo, load_images_for_prediction
-from localgrad.training.events import JsonlSink, Replanned, RunEnded, RunStarted, Sink, TensorBoardSink
+from localgrad.training.events import (
+    JsonlSink,
+    Replanned,
+    RunEnded,
+    RunStarted,
+    Sink,
+    TensorBoardSink,
+    summary_rows,
+)
 from localgrad.training.feature_cache import check_space
-from localgrad.training.folder import RunFolder, check_writable, load_saved_weights, save_weights
+from localgrad.training.fingerprint import differences, fingerprint_of
+from localgrad.training.folder import (
+    RunFolder,
+    check_writable,
+    holds_run,
+    is_sound,
+    kept_of,
+    load_saved_weights,
+    new_folder,
+    read_text,
+    save_weights,
+    say,
+)
 from localgrad.training.health import HealthCheck
 from localgrad.training.optim import note_of_warmup
 from localgrad.training.parallel import ParallelTrainer, name_of, whole
@@ -63,6 +84,7 @@ def train(
     plan: Plan | None = None,
     budget: int | None = None,
     on_oom: str = "stop",
+    cache: bool = True,
 ) -> dict[str, Any]:
     """Train a recipe from the start.
 
@@ -74,6 +96,7 @@ def train(
         plan: that the recipe was made from; refused if it is of another model or shape.
         budget: bytes; the recipe's modules and how they run are planned to fit.
         on_oom: what to do when memory runs out: ``stop``, or ``replan`` and go on.
+        cache: take costs that were measured before for a plan, and keep those that are measured.
 
     Returns:
         The summary, as in ``summary.json``.
@@ -81,7 +104,7 @@ def train(
     Raises:
         LocalgradError: anything that can't be as the recipe says.
     """
-    if out is not None and (out / "recipe.toml").exists():
+    if out is not None and holds_run(out):
         if was_restarted():
             return resume(out, recipe, sinks=sinks, on_oom=on_oom)
         raise RunFolderError(
@@ -94,12 +117,12 @@ def train(
     if is_planned:
         refuse_together(recipe)
     check_writable(out or Path("runs"))
-    planning = _Planning(plan, budget)
+    planning = _Planning(plan, budget, cache=cache)
     with team_of(recipe) as team:
         job = together(
             team, lambda: build(recipe, download=download, planned=planning if is_planned else None, team=team)
         )
-        path = out or _new_folder(recipe)
+        path = out or new_folder(recipe.method.data.name, recipe.method.local.objective)
         path = path if team is None else team.everyone(path)[0]
         _check_space(job, path)
         health = _health_check(job)
@@ -107,7 +130,7 @@ def train(
         try:
             if team is None or team.is_speaker:
                 folder.write_text("recipe.toml", job.recipe.to_toml())
-                folder.write_json("data.json", asdict(job.data.info))
+                folder.write_json("data.json", _describe(job))
                 if planning.plan is not None:
                     folder.write_text("plan.json", planning.plan.to_json())
             if team is not None:
@@ -135,15 +158,17 @@ class _Planning:
     Args:
         plan: made before, or ``None``.
         budget: bytes, or ``None``.
+        cache: whether costs that were measured before may be taken.
     """
 
-    def __init__(self, plan: Plan | None, budget: int | None) -> None:
-        self.plan, self.budget = plan, budget
+    def __init__(self, plan: Plan | None, budget: int | None, *, cache: bool) -> None:
+        self.plan, self.budget, self.cache = plan, budget, cache
 
     def __call__(self, recipe: Recipe, backbone: Backbone) -> Recipe:
         """The recipe with its modules and how they run."""
         if self.budget is not None:
-            task = task_on(recipe, backbone, device=resolve_device(recipe.execution.device).type)
+            kind = resolve_device(recipe.execution.device).type
+            task = task_on(recipe, backbone, device=kind, cache=self.cache)
             self.plan = plan_recipe(recipe, task, self.budget)
         assert self.plan is not None, "there is a plan or a budget"
         check_plan_fits(self.plan, backbone, recipe.method.data.name)
@@ -157,24 +182,25 @@ def resume(
 
     Args:
         path: the run folder.
-        changes: the recipe as it is wanted now; its method must be the run's own, its execution may differ.
+        changes: the recipe as it is wanted now; its method must be the run's own, its execution may differ, and so may
+            where the data lies (``data.name``, ``data.root``), if it is the same data. It becomes the run's recipe.
         sinks: take the events.
         on_oom: as for ``train``.
 
     Raises:
         RecipeError: another method; the message lists the differences.
         RunFolderError: no run there, or another process uses it.
-        CheckpointError: the checkpoint is truncated or of another model.
+        CheckpointError: both checkpoints are damaged, or of another model; or the best epoch's weights are damaged.
+        DataError: the data is missing, or was moved and is not what the run was trained on.
     """
-    recipe = read_recipe(path)
-    if changes is not None:
-        different = difference(recipe, changes)
-        if different:
-            raise RecipeError(
-                f"--resume {path}: the run has another recipe ({'; '.join(different)}); leave those options out, "
-                "or start a new run."
-            )
-        recipe = changes
+    own = read_recipe(path)
+    recipe = own if changes is None else changes
+    different = difference(_without_place(own), _without_place(recipe))
+    if different:
+        raise RecipeError(
+            f"--resume {path}: the run has another recipe ({'; '.join(different)}); leave those options out, "
+            "or start a new run."
+        )
     _refuse_in_parallel(recipe, budget=None, on_oom=on_oom)
     finished = _read_summary(path)
     if finished is not None:
@@ -185,50 +211,198 @@ def resume(
     with team_of(recipe) as team:
         folder = together(team, lambda: RunFolder(path, is_guest=team is not None and not team.is_speaker))
         try:
-            state = together(team, lambda: whole(folder.load_last()) if folder.last.exists() else None)
-            job = together(team, lambda: build(recipe, has_weights=state is not None, team=team))
+            state = together(team, lambda: _load_last(folder, recipe))
+            job = together(team, lambda: _build_again(recipe, has_weights=state is not None, team=team))
+            is_moved = _place_of(own) != _place_of(recipe)
+            speaks = team is None or team.is_speaker
+            described = together(team, lambda: _check_data(path, job, is_moved=is_moved) if speaks else {})
             _check_space(job, path)
+
+            def rewrite() -> None:
+                if speaks:
+                    _rewrite(folder, job.recipe, described, is_moved=is_moved)
+
             if team is not None:
-                return _fit_together(job, team, folder, sinks, state)
-            return _fit(job, folder, sinks, state, health=_health_check(job), replan=on_oom == "replan")
+                return _fit_together(job, team, folder, sinks, state, fits=rewrite)
+            health = _health_check(job)
+            return _fit(job, folder, sinks, state, health=health, replan=on_oom == "replan", fits=rewrite)
         finally:
             folder.release()
 
 
-def read_recipe(path: Path) -> Recipe:
-    """Read the recipe of a run folder.
+def _load_last(folder: RunFolder, recipe: Recipe) -> dict[str, Any] | None:
+    """The state to resume from, and the weights of the best epoch are there; ``None`` before the first checkpoint."""
+    if not folder.has_checkpoint:
+        return None
+
+    def agree(state: Mapping[str, Any]) -> str | None:
+        missing = [name for name in ("position", "sums", "random") if not isinstance(state.get(name), dict)]
+        missing += [] if isinstance(state.get("learner"), dict) or state.get("parts") else ["learner"]
+        if missing:
+            return f"it has no {missing[0]!r}"
+        text = kept_of(state).get("recipe.toml")
+        if text is None:
+            return None
+        different = difference(_without_place(Recipe.from_toml(text, "checkpoint")), _without_place(recipe))
+        # A number of modules and its boundaries are the same (``--on-oom replan``); the learner compares those.
+        different = [line for line in different if not line.startswith("local.modules:")]
+        return f"it has another recipe: {', '.join(different)}" if different else None
+
+    state = whole(folder.load_last(agree))
+    return {**state, "lost_best": _has_lost_best(folder, state["position"], recipe)}
+
+
+def _has_lost_best(folder: RunFolder, position: Mapping[str, Any], recipe: Recipe) -> bool:
+    """Whether the best epoch's weights are damaged, and the checkpoint has them; read at the end, too late to find out.
 
     Raises:
-        RunFolderError: no run there.
+        CheckpointError: they are damaged or missing, and can't be had back.
+    """
+    if position.get("best_epoch") is None:
+        return False
+    try:
+        load_saved_weights(folder.best)
+    except CheckpointError as error:
+        is_of_best = (position["best_epoch"] + 1, 0) == (position.get("epoch"), position.get("batch"))
+        if recipe.method.training.schedule == "sequential" or not is_of_best:
+            raise
+        say(f"{str(error).split('; ')[0].rstrip('.')}; written again from the checkpoint, which is of the best epoch.")
+        return True
+    return False
+
+
+def _build_again(recipe: Recipe, **settings: Any) -> Job:
+    """Build what a run's recipe names, which was there once."""
+    try:
+        return build(recipe, **settings)
+    except DataError as error:
+        name = recipe.method.data.root or recipe.method.data.name
+        if Path(name).expanduser().exists():
+            raise
+        raise DataError(f"{error} If it was moved, say where it is now: --data, or --root.") from error
+
+
+def _check_data(path: Path, job: Job, *, is_moved: bool) -> dict[str, Any]:
+    """Compare the data with what a run was trained on.
+
+    Returns:
+        What ``data.json`` would hold of it.
+
+    Raises:
+        DataError: it is other data, in another place.
+    """
+    found, name = _describe(job), job.recipe.method.data.name
+    try:
+        known = _read_data(path)
+    except CheckpointError as error:
+        if is_moved:
+            raise DataError(f"--data {name}: it can't be compared with the run's: {error}") from error
+        say(f"{path / 'data.json'}: missing or damaged; the data is taken as it is.")
+        return found
+    different = differences(known, found)
+    if different:
+        what = f"not what the run in {path} was trained on (another {', '.join(different)})"
+        if is_moved:
+            raise DataError(f"--data {name}: this is {what}; name where the same images and labels are.")
+        say(f"The data {name} is {what}: it was changed.")
+    return found
+
+
+def _rewrite(folder: RunFolder, recipe: Recipe, described: dict[str, Any], *, is_moved: bool) -> None:
+    """Write down what a run goes on with: what was laid over its recipe, and what was damaged."""
+    text = recipe.to_toml()
+    if not (is_sound(folder.path, "recipe.toml") and read_text(folder.path, "recipe.toml") == text):
+        folder.write_text("recipe.toml", text)
+    folder.kept["recipe.toml"] = text
+    if is_moved or not is_sound(folder.path, "data.json"):
+        folder.write_json("data.json", described)
+    else:
+        folder.kept["data.json"] = read_text(folder.path, "data.json")
+
+
+def _describe(job: Job) -> dict[str, Any]:
+    """What ``data.json`` holds."""
+    return {**asdict(job.data.info), "fingerprint": fingerprint_of(job.data)}
+
+
+_PLACE = [each.name for each in fields(DataSettings) if each.name in ("name", "root") or each.name.endswith("_data")]
+"""Keys of a recipe that say where its data lies."""
+
+
+def _place_of(recipe: Recipe) -> dict[str, Any]:
+    """Where a recipe's data lies."""
+    return {key: getattr(recipe.method.data, key) for key in _PLACE}
+
+
+def _without_place(recipe: Recipe) -> Recipe:
+    """A recipe that doesn't say where its data lies."""
+    data = replace(recipe.method.data, **_place_of(Recipe()))
+    return replace(recipe, method=replace(recipe.method, data=data))
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read the recipe of a run folder, verified; a damaged one as its checkpoint keeps it.
+
+    Raises:
+        RunFolderError: no run there, or its recipe is damaged and no checkpoint keeps it.
         RecipeError: its recipe can't be read.
     """
     try:
-        text = (path / "recipe.toml").read_text()
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path, "recipe.toml")
+    except OSError as error:
         raise RunFolderError(
             f"{path}: no run there (no recipe.toml that can be read); name a folder that `localgrad train` made."
         ) from error
     return Recipe.from_toml(text, str(path / "recipe.toml"))
 
 
-def evaluate_run(path: Path, *, part: str = "test", device: str | None = None) -> dict[str, Any]:
+def _read_data(path: Path) -> dict[str, Any]:
+    """Read what a run folder knows of its data, verified; where it is damaged, as its checkpoint keeps it.
+
+    Raises:
+        CheckpointError: missing or damaged, and no checkpoint keeps it.
+    """
+    try:
+        values: dict[str, Any] = json.loads(read_text(path, "data.json"))
+        DataInfo(**{key: value for key, value in values.items() if key != "fingerprint"})
+    except (OSError, ValueError, TypeError, AttributeError, RunFolderError) as error:
+        raise CheckpointError(
+            f"{path / 'data.json'}: missing or damaged ({error}); restore it from a copy, or train the run again."
+        ) from error
+    return values
+
+
+def evaluate_run(
+    path: Path, *, part: str = "test", device: str | None = None, data: str | None = None, root: str | None = None
+) -> dict[str, Any]:
     """Accuracy of a run's best weights on its own data.
 
     Args:
         path: the run folder.
         part: ``test``, ``val`` or ``train``.
         device: by default the recipe's.
+        data: where the run's data lies now, if it was moved.
+        root: the same of torchvision's data sets.
 
     Returns:
         ``accuracy``, ``module_accuracy`` (``None`` where a module has no classifier, or none for averaged weights),
         ``num_images``, ``part``.
+
+    Raises:
+        DataError: the data is missing, or was moved and is not what the run was trained on.
+        CheckpointError: the weights are missing or damaged.
     """
-    recipe = _on_device(read_recipe(path), device)
-    job = build(recipe, has_weights=True)
+    own = _on_device(read_recipe(path), device)
+    place = own.method.data
+    place = replace(place, name=data or place.name, root=root or place.root)
+    recipe = replace(own, method=replace(own.method, data=place))
+    weights = load_saved_weights(path / "checkpoints" / "best.safetensors")
+    job = _build_again(recipe, has_weights=True)
+    _check_data(path, job, is_moved=_place_of(own) != _place_of(recipe))
     images = {"test": job.data.test, "val": job.data.val, "train": job.data.train}[part]
     if images is None:
         raise RecipeError("--part val: this run has no validation images (data.val_fraction = 0); take --part test.")
-    load_best_weights(job.learner, load_saved_weights(path / "checkpoints" / "best.safetensors"))
+    load_best_weights(job.learner, weights)
     gather(job.learner, job.device)
     accuracy, by_module = evaluate(job.learner, job.evaluation_batches(images))
     by_module = _of_best(recipe, by_module)
@@ -268,12 +442,9 @@ def predict(path: Path, images: Path, *, top: int = 3, device: str | None = None
         device: by default the recipe's.
     """
     recipe = _on_device(read_recipe(path), device)
-    try:
-        info = DataInfo(**_tuples(json.loads((path / "data.json").read_text())))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(
-            f"{path / 'data.json'}: missing or damaged ({error}); restore it from a copy, or train the run again."
-        ) from error
+    values = _read_data(path)
+    values.pop("fingerprint", None)
+    info = DataInfo(**_tuples(values))
     where = resolve_device(recipe.execution.device)
     settings = replace(recipe.method.model, pretrained=False)
     model = create_model(settings, num_classes=info.num_classes, num_channels=info.num_channels)
@@ -320,12 +491,16 @@ def _fit(
     *,
     health: HealthCheck | None = None,
     replan: bool = False,
+    fits: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     settings = job.recipe.method.training
     trainer = _trainer(job, folder)
     trainer.health = health
     if state is not None:
         trainer.load_state_dict(state)
+        if state.get("lost_best"):
+            trainer._save_best()
+    fits()
     if isinstance(trainer, StagewiseTrainer):
         stages = estimate_stages(job.learner, settings.batch_size, job.optimizer, job.device)
         profile = max(stages, key=lambda stage: stage.peak_bytes)
@@ -363,8 +538,10 @@ def _fit(
 
 def _told(trainer: Trainer, sinks: Sequence[Sink], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Run something whose events go to the run folder and to some sinks, and tell them its summary."""
-    epoch, path = trainer.position.epoch, trainer.folder.path
-    trainer.sinks = (JsonlSink(path / "metrics.jsonl", epoch), TensorBoardSink(path / "tensorboard", epoch), *sinks)
+    epoch, path, kept = trainer.position.epoch, trainer.folder.path, trainer.folder.kept
+    lines = JsonlSink(path / "metrics.jsonl", epoch, kept.get("metrics.jsonl"))
+    kept["metrics.jsonl"] = lines.lines
+    trainer.sinks = (lines, TensorBoardSink(path / "tensorboard", epoch), *sinks)
     try:
         summary = run()
         for sink in trainer.sinks:
@@ -376,7 +553,13 @@ def _told(trainer: Trainer, sinks: Sequence[Sink], run: Callable[[], dict[str, A
 
 
 def _fit_together(
-    job: Job, team: Team, folder: RunFolder, sinks: Sequence[Sink], state: dict[str, Any] | None = None
+    job: Job,
+    team: Team,
+    folder: RunFolder,
+    sinks: Sequence[Sink],
+    state: dict[str, Any] | None = None,
+    *,
+    fits: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """As ``_fit``, in every one of several processes; rank 0 writes and speaks."""
     learner, settings = job.learner, job.recipe.method.training
@@ -392,6 +575,9 @@ def _fit_together(
     )
     if state is not None:
         together(team, lambda: trainer.load_state_dict(state))
+        if state.get("lost_best"):
+            trainer._save_best()
+    fits()
     batch_size = settings.batch_size // team.num_replicas
     estimated = together(team, lambda: estimate_share(learner, batch_size, job.optimizer, job.device))
     peaks = team.everyone(estimated.peak_bytes)
@@ -618,14 +804,22 @@ def _finish(job: Job, trainer: Trainer, peaks: dict[str, Any]) -> dict[str, Any]
     }
     if speaks:
         trainer.folder.write_json("summary.json", summary)
+        trainer.folder.finish()
     return summary
 
 
 def _read_summary(path: Path) -> dict[str, Any] | None:
-    """The summary of a finished run; it is the last thing that a run writes."""
+    """The summary of a finished run, the last thing that it writes; ``None`` also where that is damaged."""
+    if not (path / "summary.json").exists():
+        return None
+    has_checkpoint = (path / "checkpoints" / "last.pt").exists()
     try:
-        summary: dict[str, Any] = json.loads((path / "summary.json").read_text())
-    except (OSError, ValueError):
+        summary: dict[str, Any] = json.loads(read_text(path, "summary.json"))
+        summary_rows({**summary, "folder": str(path)})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RunFolderError) as error:
+        if not has_checkpoint:
+            raise RunFolderError(f"{path / 'summary.json'}: damaged; restore it from a copy.") from error
+        say(f"{path / 'summary.json'}: damaged; made again from the last checkpoint.")
         return None
     return {**summary, "folder": str(path)}
 
@@ -654,18 +848,6 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} processor, {torch.get_num_threads()} threads"
-
-
-def _new_folder(recipe: Recipe) -> Path:
-    method = recipe.method
-    data = Path(method.data.name).name or "data"
-    name = f"{data}-{method.local.objective}-{time.strftime('%Y%m%d-%H%M%S')}"
-    path = Path("runs") / name
-    number = 2
-    while path.exists():
-        path = Path("runs") / f"{name}-{number}"
-        number += 1
-    return path
 
 
 def _on_device(recipe: Recipe, device: str | None) -> Recipe:

@@ -2,17 +2,38 @@
 
 Bytes are binary: ``6GiB`` is 6 * 2**30, and since graphics cards are sold in those, ``6GB`` and ``6G``
 mean the same. Everything inside the package is an integer number of bytes or a float number of seconds;
-these functions stand at the border only.
+these functions stand at the border only. So does what a terminal can print: ``PLAINLY`` is a handler of Python's
+codecs that writes what an encoding lacks in ASCII.
 """
 
 from __future__ import annotations
 
+import codecs
 import re
 
 from localgrad.errors import RecipeError
 
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 _BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", re.IGNORECASE)
+
+PLAINLY = "localgrad"
+"""Name of a handler of encoding errors, for ``errors=``."""
+_PLAIN = {"…": "...", "–": "-", "—": "-", "−": "-", "×": "x", "±": "+-", "→": "->", "≤": "<=", "·": "*"}  # noqa: RUF001
+
+
+def _plainly(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lacking = error.object[error.start : error.end]
+    return "".join(_PLAIN.get(each) or ascii(each)[1:-1] for each in lacking), error.end
+
+
+codecs.register_error(PLAINLY, _plainly)
+
+
+def printable(text: str, encoding: str) -> str:
+    """Text as an encoding can hold it: ``91.2% –`` is ``91.2% -`` in ASCII."""  # noqa: RUF002  # a dash is meant
+    return text.encode(encoding, PLAINLY).decode(encoding)
 
 
 def parse_bytes(text: str | int) -> int:

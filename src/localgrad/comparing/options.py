@@ -152,7 +152,7 @@ def run(settings: Settings, report: Report) -> Comparison:
         report=report,
     )
     if settings.json is not None:
-        settings.json.write_text(comparison.to_json())
+        settings.json.write_text(comparison.to_json(), encoding="utf-8")
     if settings.plot is not None:
         plot_trade_off(comparison, settings.plot)
     if settings.timeline is not None:
@@ -278,7 +278,7 @@ def _budget(text: str) -> float:
 
 def _read_plan(path: Path) -> Plan:
     try:
-        return Plan.from_json(path.read_text())
+        return Plan.from_json(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text"
         raise RecipeError(f"--plan: {path} can't be read ({reason}); name a file that holds a plan as JSON.") from error

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
+import signal
 import sys
 import tempfile
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 
-def run_processes(count: int, arguments: Sequence[str]) -> int:
+def run_processes(count: int, arguments: Sequence[str], folder: Path) -> int:
     """Run ``localgrad`` with some arguments in several processes, and wait for them.
 
     SIGINT, SIGTERM and SIGHUP are passed on to them; whoever is still there half a minute later is killed
@@ -23,6 +27,7 @@ def run_processes(count: int, arguments: Sequence[str]) -> int:
     Args:
         count: how many.
         arguments: of each; ``--num-processes`` among them is taken as done there.
+        folder: the run's, to say how to go on.
 
     Returns:
         The exit status: that of the process that failed first; 128 and the number of the signal that ended one.
@@ -34,7 +39,7 @@ def run_processes(count: int, arguments: Sequence[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     logging.disable(logging.CRITICAL)
     try:
-        with tempfile.TemporaryDirectory(prefix="localgrad-") as folder:
+        with tempfile.TemporaryDirectory(prefix="localgrad-") as logs:
             config = LaunchConfig(
                 min_nodes=1,
                 max_nodes=1,
@@ -44,14 +49,37 @@ def run_processes(count: int, arguments: Sequence[str]) -> int:
                 rdzv_endpoint="localhost:0",
                 max_restarts=0,
                 local_addr="localhost",
-                logs_specs=DefaultLogsSpecs(log_dir=folder),
+                logs_specs=DefaultLogsSpecs(log_dir=logs),
             )
             elastic_launch(config, sys.executable)("-m", "localgrad", *arguments)
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
+        _tell_killed(error.failures, count, folder)
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     except SignalException as stop:
         return 128 + int(stop.sigval)
     finally:
         logging.disable(logging.NOTSET)
     return 0
+
+
+def _tell_killed(failures: Mapping[Any, Any], count: int, folder: Path) -> None:
+    """Say which processes a signal ended, since they couldn't, and how to go on."""
+    ended = {rank: -failure.exitcode for rank, failure in sorted(failures.items())}
+    killed = {rank: number for rank, number in ended.items() if number > 0 and number != signal.SIGTERM}
+    if not killed and any(number < 0 for number in ended.values()):  # it has said why, and the agent ended the others
+        return
+    killed = killed or ended
+    said = " and ".join(f"rank {rank} was ended by {_name_of(number)}" for rank, number in killed.items())
+    memory = " (if nobody did that, the system may have run out of memory)" if signal.SIGKILL in killed.values() else ""
+    on = "nothing was saved yet: start it again"
+    if (folder / "recipe.toml").exists():
+        on = f"go on with: localgrad train --resume {shlex.quote(str(folder))} --num-processes {count}"
+    print(f"localgrad: {said}{memory}; {on}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _name_of(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"

@@ -55,6 +55,7 @@ def plan(
     freeze_from: float | None = None,
     parallel: int | None = None,
     balance: str = "time",
+    cache: bool = True,
 ) -> Plan:
     """Find the fastest way to train a model locally within a memory budget; nothing is run, no memory is used.
 
@@ -77,6 +78,7 @@ def plan(
         freeze_from: as for ``LocalLearner``.
         parallel: so many ranks, a local module each; the budget is then of every rank.
         balance: with ``parallel``: ``time`` for the fastest slowest rank, ``memory`` for the smallest largest one.
+        cache: take costs that were measured before, and keep those that are measured.
 
     Returns:
         A plan with its forecast; train with ``LocalLearner(model, modules=plan)``. What it was made for is in it, and a
@@ -109,6 +111,7 @@ def plan(
         overlap=overlap,
         global_share=global_share,
         freeze_from=freeze_from,
+        cache=cache,
     )
     check_precision(precision, torch.device("cpu"), task.backbone.dtype)
     num_bytes = None if budget is None else parse_bytes(budget)

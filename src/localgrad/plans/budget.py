@@ -11,15 +11,18 @@ libraries, what a caching allocator loses between tensors, the other order of op
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import inspect
 import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property, lru_cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -97,6 +100,7 @@ class Task:
         freeze_from: share of the training after which modules are frozen, as for ``LocalLearner``.
         accumulation: into how many parts batches are cut; by default as few as fit.
         soft_labels: whether labels are probabilities of classes (mixup), not indices.
+        cache: whether costs that were measured before may be taken, and those that are measured are kept for others.
     """
 
     backbone: Backbone
@@ -113,6 +117,7 @@ class Task:
     freeze_from: float | None = None
     accumulation: int | None = None
     soft_labels: bool = False
+    cache: bool = True
     measured: dict[Settings, Costs] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
@@ -148,7 +153,7 @@ class Task:
             device=self.device,
             overlap=self.overlap,
         )
-        if settings not in self.measured:  # an optimizer that the cache doesn't know is measured once all the same
+        if settings not in self.measured:  # what the cache doesn't know is measured once all the same
             self.measured[settings] = _cached_costs(self, settings)
         return self.measured[settings]
 
@@ -589,23 +594,64 @@ def _cached_costs(task: Task, settings: Settings) -> Costs:
 _recent: dict[str, Costs] = {}
 
 
+CACHE_BYTES = 64 * MIB
+"""The cache is kept below this size; what was used longest ago goes first."""
+PACKAGES = ("torch", "timm", "torchvision", "bitsandbytes")
+"""Packages whose code the costs may depend on, beside our own: their versions tell it."""
+
+
 def _cache_key(task: Task, settings: Settings) -> str | None:
-    """A digest of everything that the costs depend on; ``None`` where an optimizer or a part has no text."""
+    """A digest of everything that the costs depend on; ``None`` where they depend on code that no version tells.
+
+    That is an optimizer without a ``cache_key``, and an objective or a part of the model whose class is the user's
+    own: it may be edited, and so may anything that it calls.
+    """
     optimizer = getattr(task.optimizer, "cache_key", None)
-    if optimizer is None:
+    if optimizer is None or not task.cache or not _is_plain(task.objective):
         return None
     backbone = task.backbone
-    signatures = [signature(part) for part in (backbone.stem, *backbone.blocks, backbone.tail)]
-    if None in signatures:
+    parts_of_model = (backbone.stem, *backbone.blocks, backbone.tail)
+    signatures = [signature(part) for part in parts_of_model]
+    if None in signatures or not all(_is_known(net) for part in parts_of_model for net in part.modules()):
         return None
     parts = (
         signatures,
         (backbone.input_size, backbone.num_classes, backbone.layouts),
         (repr(task.objective), optimizer, dataclasses.astuple(settings)),
-        [metadata.version(name) for name in ("torch", "timm")],
+        [_version_of(name) for name in PACKAGES],
         _own_version(),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _is_known(value: object) -> bool:
+    """Whether a value's class, and what that inherits from, is of a package whose version is in the key."""
+    held = [item.func if isinstance(item, partial) else item for item in vars(value).values()]
+    functions = [item for item in held if inspect.isroutine(item) or inspect.isclass(item)]  # methods put in its place
+    packages = {
+        (each.__module__ or "builtins").split(".", maxsplit=1)[0] for each in (*type(value).__mro__, *functions)
+    }
+    return packages <= {"builtins", "abc", "typing", "collections", "functools", "math", "localgrad", *PACKAGES}
+
+
+def _is_plain(objective: Objective) -> bool:
+    """Whether an objective is one of ours and has plain values only, so that its text tells it."""
+
+    def is_plain(value: object) -> bool:
+        if isinstance(value, Mapping):
+            return all(is_plain(item) for pair in value.items() for item in pair)
+        if isinstance(value, (tuple, list)):
+            return all(map(is_plain, value))
+        return value is None or isinstance(value, (str, int, float))
+
+    return _is_known(objective) and all(is_plain(getattr(objective, each.name)) for each in fields(objective))
+
+
+def _version_of(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # an optional one
+        return ""
 
 
 @lru_cache(maxsize=1)
@@ -623,7 +669,13 @@ def _cache_folder() -> Path:
 
 def _read(key: str) -> Costs | None:
     try:
-        return Costs.from_dict(json.loads((_cache_folder() / f"{key}.json").read_text()))
+        path = _cache_folder() / f"{key}.json"
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values["sha256"] != _digest_of(values["costs"]):
+            return None
+        costs = Costs.from_dict(values["costs"])
+        os.utime(path)  # used now
+        return costs
     except (OSError, ValueError, KeyError, TypeError, RuntimeError):  # no home, none there, or damaged: measure
         return None
 
@@ -634,8 +686,28 @@ def _measure_and_write(task: Task, settings: Settings, key: str) -> Costs:
         folder = _cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
         unfinished = folder / f"{key}.{os.getpid()}.tmp"
-        unfinished.write_text(json.dumps(costs.to_dict()))
+        values = costs.to_dict()
+        unfinished.write_text(json.dumps({"sha256": _digest_of(values), "costs": values}), encoding="utf-8")
         unfinished.replace(folder / f"{key}.json")
+        _limit(folder)
     except (OSError, RuntimeError):  # a cache that can't be written costs time, nothing else
         pass
     return costs
+
+
+def _digest_of(values: object) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _limit(folder: Path) -> None:
+    """Keep the cache below its size: remove what was used longest ago, and what other processes left unfinished."""
+    files = []
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another process does the same
+            files.append((path.stat().st_mtime, path.stat().st_size, path))
+    total = sum(size for _, size, _ in files)
+    for used, size, path in sorted(files):
+        is_left = path.suffix == ".tmp" and time.time() - used > 3600
+        if is_left or total > CACHE_BYTES:
+            path.unlink(missing_ok=True)
+            total -= size

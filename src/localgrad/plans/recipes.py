@@ -36,7 +36,9 @@ REMEMBERED = (
 VERSIONS = ("localgrad", "torch", "timm")
 
 
-def task_of(recipe: Recipe, *, device: str, num_classes: int | None = None, num_channels: int = 3) -> Task:
+def task_of(
+    recipe: Recipe, *, device: str, num_classes: int | None = None, num_channels: int = 3, cache: bool = True
+) -> Task:
     """What a recipe is to train, on an outline of its model: no data, no weights.
 
     Args:
@@ -44,6 +46,7 @@ def task_of(recipe: Recipe, *, device: str, num_classes: int | None = None, num_
         device: ``cpu`` or ``cuda``; there need be none.
         num_classes: by default timm's own for the model.
         num_channels: of the images.
+        cache: whether costs that were measured before may be taken.
     """
     settings = recipe.method.model
     check_model_name(settings.name)
@@ -51,10 +54,10 @@ def task_of(recipe: Recipe, *, device: str, num_classes: int | None = None, num_
         model = create_model(replace(settings, pretrained=False), num_classes=num_classes, num_channels=num_channels)
     size = input_size_of(model, settings, num_channels)
     check_patches(model, size[1:])
-    return task_on(recipe, outline(model, size), device=device)
+    return task_on(recipe, outline(model, size), device=device, cache=cache)
 
 
-def task_on(recipe: Recipe, backbone: Backbone, *, device: str) -> Task:
+def task_on(recipe: Recipe, backbone: Backbone, *, device: str, cache: bool = True) -> Task:
     """What a recipe is to train, on a backbone that is there already."""
     model = backbone.model
     training, local, execution = recipe.method.training, recipe.method.local, recipe.execution
@@ -76,6 +79,7 @@ def task_on(recipe: Recipe, backbone: Backbone, *, device: str) -> Task:
         global_share=training.global_share,
         freeze_from=training.freeze_from,
         soft_labels=recipe.method.augment.mixup > 0 or recipe.method.augment.cutmix > 0,
+        cache=cache,
     )
 
 

@@ -78,7 +78,7 @@ def rewrite(docs: Path, results: Path) -> bool:
     old = _read(docs)
     new = _filled(old, results)
     if new != old:
-        write_atomically(docs, lambda path: path.write_text(new))
+        write_atomically(docs, lambda path: path.write_text(new, encoding="utf-8"))
     return new != old
 
 
@@ -99,7 +99,7 @@ def differences(docs: Path, results: Path) -> list[str]:
 
 def _read(docs: Path) -> str:
     try:
-        return docs.read_text()
+        return docs.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"--docs: {docs} can't be read; type --docs FILE, or work in the source folder.") from error
 

@@ -20,7 +20,8 @@ from localgrad.errors import RecipeError
 from localgrad.recipe import parse_toml
 from localgrad.reproduce.profiles import Profile
 from localgrad.reproduce.tables import TABLES, Cell, fingerprint, model_of, recipe_of, repeating_command_of
-from localgrad.training.folder import write_atomically
+from localgrad.training.events import read_metrics
+from localgrad.training.folder import read_text, write_atomically
 
 Row = dict[str, Any]
 
@@ -63,7 +64,7 @@ def load_rows(path: Path) -> list[Row]:
     if not path.exists():
         return []
     try:
-        rows = json.loads(path.read_text())
+        rows = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RecipeError(f"--results: {path} can't be read ({error}); restore it, or move it away.") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) and set(KEYS) <= row.keys() for row in rows):
@@ -112,7 +113,7 @@ def store(results: Path, cell: Cell, profile: Profile, row: Row) -> None:
         rows = {identity(known): known for known in load_rows(path)} | {identity(row): row}
         ordered = sorted(rows.values(), key=lambda row: tuple(row[key] for key in IDENTITY[:5]))
         text = json.dumps(ordered, indent=1) + "\n"
-        write_atomically(path, lambda temporary: temporary.write_text(text))
+        write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 @contextlib.contextmanager
@@ -139,13 +140,17 @@ def row_of(
         data_digest: what tells their files apart.
         path: where they were, if not where torchvision puts them.
         commit: of the code that ran.
+
+    Raises:
+        RunFolderError: a file of the run is damaged.
     """
-    summary = json.loads((folder / "summary.json").read_text())
-    info = json.loads((folder / "data.json").read_text())
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads(read_text(folder, "summary.json"))
+    info = json.loads(read_text(folder, "data.json"))
+    sound, _ = read_metrics(folder / "metrics.jsonl")
+    lines = [json.loads(line) for line in sound]
     best: Row = next((line for line in lines if line["epoch"] == summary["best_epoch"]), {})
     values = recipe_of(cell, profile)
-    execution = parse_toml((folder / "recipe.toml").read_text(), "recipe.toml").get("execution", {})
+    execution = parse_toml(read_text(folder, "recipe.toml"), "recipe.toml").get("execution", {})
     peak = summary["estimated_peak_bytes"]
     row = {
         "data": cell.data,

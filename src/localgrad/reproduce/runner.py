@@ -105,8 +105,8 @@ class Errand:
         text = Recipe.from_dict(values).to_toml()
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         recipe, commits = self.beside(".toml"), json.dumps([*self._commits(), commit_of_code()])
-        write_atomically(recipe, lambda path: path.write_text(text))
-        write_atomically(self.beside(".commits.json"), lambda path: path.write_text(commits))
+        write_atomically(recipe, lambda path: path.write_text(text, encoding="utf-8"))
+        write_atomically(self.beside(".commits.json"), lambda path: path.write_text(commits, encoding="utf-8"))
         how = ["--recipe", str(recipe), "--out", str(self.folder)]
         if self.is_begun:
             how = ["--resume", str(self.folder)]
@@ -123,12 +123,12 @@ class Errand:
 
     def last_words(self) -> str:
         """The last line that the run said."""
-        lines = self.beside(".log").read_text(errors="replace").strip().splitlines()
+        lines = self.beside(".log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
         return lines[-1].removeprefix("localgrad: ") if lines else "it said nothing"
 
     def _commits(self) -> list[str]:
         try:
-            commits: list[str] = json.loads(self.beside(".commits.json").read_text())
+            commits: list[str] = json.loads(self.beside(".commits.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return []
         return commits

@@ -1,8 +1,10 @@
 """The tables, their cells, and the recipe and the command of a cell: pure functions of names and numbers.
 
 A cell is one run: a method with K modules and a seed on a data set, with a table's model, in a profile's size. What its
-recipe comes to, defaults included, is hashed into a fingerprint, which stands in every result: when a method, a profile
-or a default is changed, what was measured before is no longer shown as its result, and its cells are run again.
+recipe comes to is hashed into a fingerprint, which stands in every result: when a method, a profile or a default is
+changed, what was measured before is no longer shown as its result, and its cells are run again. A key that recipes get
+later counts only where its value isn't the default, which is to be what was done before there was the key: so results
+outlive it.
 """
 
 from __future__ import annotations
@@ -24,6 +26,23 @@ REVISION = 2
 """To be raised by hand when code changes what a method means under the same recipe: all results are made anew."""
 
 _OF_MACHINES = ("device", "num_threads", "parallel", "replicas", "buffers", "wire", "shard")
+
+_ALWAYS = {
+    "": ("seed",),
+    "model": ("name", "pretrained", "options"),
+    "data": ("name", "val_fraction", "on_corrupt"),
+    "augment": ("crop_padding", "flip", "erasing", "mixup", "cutmix", "label_smoothing"),
+    "local": ("modules", "objective", "options", "overlap"),
+    "training": (
+        *("epochs", "batch_size", "optimizer", "lr", "weight_decay", "scheduler", "warmup_epochs", "warmup_lr"),
+        *("min_lr", "schedule", "cached_epochs", "global_tail", "lr_depth", "weight_decay_depth", "warmup_stagger"),
+    ),
+    "execution": (
+        *("precision", "accumulation", "checkpoint", "global_checkpoint", "compile", "offload", "num_workers"),
+        "health_every",
+    ),
+}
+"""Keys of recipes that count whatever their value, by table: those of revision 2. None is added."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,9 +205,23 @@ def _base(name: str | None) -> dict[str, Any]:
 
 def fingerprint(values: Mapping[str, Any]) -> str:
     """Eight hexadecimal digits that tell recipes apart, wherever they are run."""
-    recipe = Recipe.from_dict(values).to_dict()
-    execution = {key: value for key, value in recipe["execution"].items() if key not in _OF_MACHINES}
-    return digest({"revision": REVISION, "recipe": {**recipe, "execution": execution}})
+    recipe, defaults = Recipe.from_dict(values).to_dict(), Recipe().to_dict()
+    return digest({"revision": REVISION, "recipe": _telling(recipe, defaults)})
+
+
+def _telling(values: Mapping[str, Any], defaults: Mapping[str, Any], table: str = "") -> dict[str, Any]:
+    """What tells a recipe, or one of its tables, from others: see ``_ALWAYS``."""
+    found: dict[str, Any] = {}
+    always = _ALWAYS.get(table, ())
+    for key, value in values.items():
+        if table == "execution" and key in _OF_MACHINES:
+            continue
+        if isinstance(value, Mapping) and key not in always:
+            inner = _telling(value, defaults.get(key, {}), f"{table}.{key}" if table else key)
+            found |= {key: inner} if inner else {}
+        elif key in always or value != defaults.get(key):
+            found[key] = value
+    return found
 
 
 def digest(value: object) -> str:

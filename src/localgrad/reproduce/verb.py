@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from localgrad.build import resolve_device
-from localgrad.errors import DataError, RecipeError, RunFolderError, did_you_mean
+from localgrad.errors import DataError, LocalgradError, RecipeError, RunFolderError, did_you_mean
 from localgrad.reproduce.methods import BASELINES, METHODS, REMEDIES, SOURCES
 from localgrad.reproduce.profiles import DATA, PROFILES, Profile
 from localgrad.reproduce.results import (
@@ -155,7 +155,12 @@ def fill(settings: Settings, say: Say) -> int:
             failed += 1
             say(f"failed   {errand.cell}: {error} (more in {errand.beside('.log')})")
             return
-        row = errand.row()
+        try:
+            row = errand.row()
+        except (LocalgradError, OSError, ValueError) as damage:
+            failed += 1
+            say(f"failed   {errand.cell}: its run can't be read ({damage}); --again runs it anew")
+            return
         store(settings.results, errand.cell, profile, row)
         done += 1
         say(f"{done:>3}/{len(errands)}  {errand.cell}: {_told(row)}")

@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from localgrad.training.folder import write_atomically
-from localgrad.units import format_bytes, format_rate, format_seconds
+from localgrad.training.folder import say, write_atomically
+from localgrad.units import format_bytes, format_rate, format_seconds, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -170,26 +170,36 @@ class JsonlSink(Sink):
     Args:
         path: the file.
         keep_epochs: on resuming, lines of later epochs are dropped: they will be written again.
+        known: on resuming, the lines that the checkpoint keeps; what the file lost of them is restored.
+
+    Attributes:
+        lines: all that were written, for checkpoints to keep.
     """
 
-    def __init__(self, path: Path, keep_epochs: int = 0) -> None:
-        kept = []
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _epoch_of(line) < keep_epochs]
-        text = "".join(line + "\n" for line in kept)
-        write_atomically(path, lambda temporary: temporary.write_text(text))
-        self._file = path.open("a")
+    def __init__(self, path: Path, keep_epochs: int = 0, known: Sequence[str] | None = None) -> None:
+        found, unsound = read_metrics(path)
+        kept = [line for line in found if json.loads(line)["epoch"] < keep_epochs]
+        self.lines = kept if known is None else list(known)
+        if unsound or kept != self.lines:
+            lost = f"line {', '.join(map(str, unsound))} damaged" if unsound else "lines changed or missing"
+            mended = "left out" if known is None else f"all {len(known)} lines taken as the checkpoint keeps them"
+            say(f"{path}: {lost}; {mended}.")
+        text = "".join(line + "\n" for line in self.lines)
+        write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        self._file = path.open("a", encoding="utf-8")
 
     def emit(self, event: Event) -> None:
         """Write an epoch's figures."""
         match event:
             case EpochEnded():
-                line = asdict(event)
+                values = asdict(event)
             case HealthMeasured():
-                line = {"epoch": event.epoch, "health": event.modules}
+                values = {"epoch": event.epoch, "health": event.modules}
             case _:
                 return
-        self._file.write(json.dumps(line) + "\n")
+        line = json.dumps(values)
+        self.lines.append(line)
+        self._file.write(line + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -197,11 +207,28 @@ class JsonlSink(Sink):
         self._file.close()
 
 
-def _epoch_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["epoch"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")  # a line torn by a crash
+def read_metrics(path: Path) -> tuple[list[str], list[int]]:
+    """The lines of a ``metrics.jsonl``.
+
+    Args:
+        path: the file; needn't exist.
+
+    Returns:
+        Those that are sound, and the numbers, from 1, of those that are not.
+    """
+    sound, unsound = [], []
+    content = path.read_bytes() if path.exists() else b""
+    for number, encoded in enumerate(content.removesuffix(b"\n").split(b"\n") if content else (), 1):
+        try:
+            line = encoded.decode()
+            is_sound = isinstance(json.loads(line)["epoch"], int)
+        except (ValueError, KeyError, TypeError, RecursionError):  # no text, no JSON, or of another kind
+            is_sound = False
+        if is_sound:
+            sound.append(line)
+        else:
+            unsound.append(number)
+    return sound, unsound
 
 
 class TensorBoardSink(Sink):
@@ -315,7 +342,7 @@ class ConsoleSink(Sink):
             total=event.epochs * event.batches_per_epoch,
             completed=event.start_epoch * event.batches_per_epoch,
             epoch=event.name_of(event.start_epoch).strip(),
-            losses="…",
+            losses=printable("…", self.console.encoding),
             rate="",
         )
         self._progress.start()
@@ -362,7 +389,8 @@ class ConsoleSink(Sink):
 
     def _print(self, line: str, style: str | None = None) -> None:
         """Print a line as it is: names and paths may hold what rich would take for markup."""
-        self.console.print(line, style=style, highlight=False, soft_wrap=True, markup=False, emoji=False)
+        text = printable(line, self.console.encoding)
+        self.console.print(text, style=style, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def accuracies(values: Sequence[float | None]) -> str:
@@ -392,7 +420,8 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
     width = max(len(name) for name, _ in rows) + 2
     console.print()
     for name, value in rows:
-        console.print(Text.assemble((name.ljust(width), "bold"), value), highlight=False, soft_wrap=True)
+        text = Text.assemble((name.ljust(width), "bold"), printable(value, console.encoding))
+        console.print(text, highlight=False, soft_wrap=True)
 
 
 def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:

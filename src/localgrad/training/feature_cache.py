@@ -5,7 +5,7 @@ A cache is a folder of raw arrays and a manifest:
 ::
 
     after-module-0/
-        manifest.json       shapes, dtypes, and the identity of what was stored
+        manifest.json       shapes, dtypes, checksums, and the identity of what was stored
         train-0.features    bfloat16, one row an image, in the order in which they were made
         train-0.labels      what the loss compares with: int64, or float32 where augmentation made them soft
         train-0.targets     int64
@@ -16,7 +16,8 @@ A *part* (``train-0``) is one pass over the images. Labels are stored beside the
 mixed labels can't come apart from mixed features.
 
 The whole folder is written under another name, flushed to disk and renamed: it is there whole, or not at all. It is
-opened only where its manifest tells the identity that is asked for and every file has the size that the manifest tells.
+opened only where its manifest tells the identity that is asked for and every file has the size and, unless it was just
+written, the SHA-256 that the manifest tells; else it is made again.
 Files are written with plain writes (on a full disk a write fails, while a write through a map kills the process) and
 read through private maps: pages come and go as the system likes, and nothing can change a file.
 
@@ -25,6 +26,7 @@ Shapes: R rows of a part, B batch, ... one image's features.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -40,7 +42,7 @@ from torch import Tensor
 from localgrad.errors import RunFolderError
 from localgrad.units import format_bytes
 
-FORMAT = 1
+FORMAT = 2
 STORED = torch.bfloat16
 ARRAYS = ("features", "labels", "targets")
 _DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64)}
@@ -114,8 +116,9 @@ def write_cache(folder: Path, parts: Iterable[tuple[str, Iterable[Rows]]], ident
         temporary.mkdir(parents=True)
         try:
             described = {name: _write_part(temporary, name, batches) for name, batches in parts}
-            manifest = {"format": FORMAT, "identity": dict(identity), "parts": described}
-            with (temporary / "manifest.json").open("w") as file:
+            holds = {"identity": dict(identity), "parts": described}
+            manifest = {"format": FORMAT, **holds, "sha256": _digest_of(holds)}
+            with (temporary / "manifest.json").open("w", encoding="utf-8") as file:
                 json.dump(manifest, file, indent=2)
                 _flush(file)
             _flush_folder(temporary)
@@ -131,19 +134,22 @@ def write_cache(folder: Path, parts: Iterable[tuple[str, Iterable[Rows]]], ident
         ) from error
 
 
-def open_cache(folder: Path, identity: Mapping[str, Any]) -> FeatureCache | None:
+def open_cache(folder: Path, identity: Mapping[str, Any], *, verify: bool = True) -> FeatureCache | None:
     """Open a cache for reading.
 
     Args:
         folder: the cache.
         identity: what it must hold.
+        verify: read all of it once, and compare checksums.
 
     Returns:
         The cache, or ``None`` where there is none that is whole and holds just that.
     """
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         if (manifest["format"], manifest["identity"]) != (FORMAT, json.loads(json.dumps(dict(identity)))):
+            return None
+        if manifest["sha256"] != _digest_of({key: manifest[key] for key in ("identity", "parts")}):
             return None
         dtypes, arrays, num_bytes = set(), {}, 0
         for name, described in manifest["parts"].items():
@@ -152,6 +158,8 @@ def open_cache(folder: Path, identity: Mapping[str, Any]) -> FeatureCache | None
                 dtype, shape = _DTYPES[described[kind]["dtype"]], described[kind]["shape"]
                 path = folder / f"{name}.{kind}"
                 if path.stat().st_size != math.prod(shape) * dtype.itemsize:
+                    return None
+                if verify and described[kind]["sha256"] != _digest_of_file(path):
                     return None
                 num_bytes += path.stat().st_size
                 found.append(_map(path, dtype, shape))
@@ -201,7 +209,7 @@ def row_bytes(num_values: int, num_label_classes: int | None) -> int:
 def _write_part(folder: Path, name: str, batches: Iterable[Rows]) -> dict[str, Any]:
     """Write one part's arrays and describe them."""
     shapes: dict[str, tuple[torch.dtype, list[int]]] = {}
-    num_rows, made_in = 0, set()
+    num_rows, made_in, digests = 0, set(), {kind: hashlib.sha256() for kind in ARRAYS}
     with ExitStack() as stack:
         files = {kind: stack.enter_context((folder / f"{name}.{kind}").open("wb")) for kind in ARRAYS}
         for batch in batches:
@@ -211,15 +219,27 @@ def _write_part(folder: Path, name: str, batches: Iterable[Rows]) -> dict[str, A
                 assert len(tensor) == len(stored.targets), "features, labels and targets go together"
                 known = shapes.setdefault(kind, (tensor.dtype, list(tensor.shape[1:])))
                 assert known == (tensor.dtype, list(tensor.shape[1:])), "rows are alike"
-                files[kind].write(_bytes_of(tensor))
+                content = _bytes_of(tensor)
+                digests[kind].update(content)
+                files[kind].write(content)
             num_rows += len(stored.targets)
         for file in files.values():
             _flush(file)
     assert len(made_in) == 1, "a part has rows, all made in one dtype"
     described: dict[str, Any] = {
-        kind: {"dtype": str(dtype), "shape": [num_rows, *shape]} for kind, (dtype, shape) in shapes.items()
+        kind: {"dtype": str(dtype), "shape": [num_rows, *shape], "sha256": digests[kind].hexdigest()}
+        for kind, (dtype, shape) in shapes.items()
     }
     return {**described, "made_in": str(made_in.pop())}
+
+
+def _digest_of(values: object) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _digest_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _bytes_of(tensor: Tensor) -> bytes:

@@ -319,7 +319,7 @@ class StagewiseTrainer(Trainer):
             self.learner.eval()
             parts = [_name(variant) for variant in range(self.num_variants)] + [VAL] * (self.val is not None)
             write_cache(folder, ((part, self._features(index, part)) for part in parts), identity)
-            found = open_cache(folder, identity)
+            found = open_cache(folder, identity, verify=False)
             assert found is not None, "what was just written can be read"
             self.position.seconds += time.perf_counter() - start
             self._emit(FeaturesCached(module=index, num_bytes=found.num_bytes, seconds=time.perf_counter() - start))
