@@ -285,7 +285,8 @@ def images_below(folder: Path, skipped: Skipped) -> Iterator[str]:
             continue
         seen.add((where.st_dev, where.st_ino))
         hidden = [name for name in below if is_hidden(name)]
-        skipped.others["hidden folder"] += len(hidden)
+        if hidden:
+            skipped.others["hidden folder"] += len(hidden)
         below[:] = sorted(name for name in below if not is_hidden(name))
         listing.append((root, names))
     for root, names in sorted(listing):

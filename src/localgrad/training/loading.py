@@ -225,12 +225,22 @@ def _folder_parts(
 ) -> tuple[dict[Split, Part], list[str], dict[str, Skipped]]:
     if not any(path.iterdir()):
         raise DataError(f"The data folder {path} is empty: expected class folders of images, or parquet files.")
+    has_tables = not train_is_given and holds_tables(path) == "beside"
     try:
         folders = read_folders(path, train_is_given=train_is_given)
     except DataError:
-        if holds_tables(path) != "beside" or train_is_given:
+        if not has_tables:
             raise
-        tables = find_tables(str(path), path)  # images without class folders, and a table that names them
+        folders = Folders({})
+    if has_tables and len(folders.classes.get("train", ())) < 2:  # images in no class folders, and
+   
+   
+   
+   
+   
+    a
+    table that names them
+        tables = find_tables(str(path), path)
         return dict(tables.parts), list(tables.notes), {}
     return _parts_of_folders(folders)
 
