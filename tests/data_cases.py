@@ -1,7 +1,7 @@
 """What folder layouts, image kinds and labels are read how: one table for the tests and for docs/data.md.
 
-``python tests/data_cases.py`` writes the tables into the page; tests/test_images_and_folders.py reads every row and holds
-page and table together.
+``python tests/data_cases.py`` writes the tables into the page; tests/test_images_and_folders.py reads every row and
+holds page and table together.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Layout:
     """A folder, and what it is read as.
 
     Attributes:
-        tree: paths below the folder; braces are expanded, ``*`` is some images, what ends in a slash is an empty folder.
-        reads: split to the folders of its classes, ``*`` standing for the class; of a test part that is cut off, nothing.
+        tree: paths below the folder; braces are expanded, ``*`` is some images, an empty folder ends in a slash.
+        reads: split to the folders of its classes, ``*`` standing for the class; parts that are cut off are absent.
         refused: a pattern of the message, where it isn't read.
         how: in words, for the page.
         options: of ``load_data``, paths below the folder.
@@ -128,7 +128,7 @@ LAYOUTS = (
     Layout(
         tree=("bus/*", "car/*", "train/{steam,electric}/*"),
         how="refused with both readings: a class with folders, or a split beside other folders",
-        refused=r"two ways\. With the classes 'bus', 'car' and 'train': type --train-data .*: type --train-data .*train",
+        refused=r"two ways\. With the classes 'bus', 'car' and 'train': type --train-data .*: type --train-data",
     ),
     Layout(
         tree=("bus/*", "car/*", "train/{steam,electric}/*"),
@@ -297,9 +297,15 @@ def turned(kind: str) -> bytes:
     return saved(Image.fromarray(np.rot90(COLOUR)), kind, exif=exif, **({"lossless": True} if kind == "webp" else {}))
 
 
+def lab(colour: tuple[int, int, int]) -> bytes:
+    """An image in LAB."""
+    profiles = [ImageCms.createProfile(name) for name in ("sRGB", "LAB")]
+    return saved(ImageCms.profileToProfile(Image.new("RGB", (4, 3), colour), *profiles, outputMode="LAB"), "tiff")
+
+
 def palette(transparent: int | None = None) -> bytes:
     """A palette image of three colours."""
-    image = Image.fromarray((np.arange(12) % 3).astype(np.uint8).reshape(3, 4), mode=None).convert("P")
+    image = Image.fromarray((np.arange(12) % 3).astype(np.uint8).reshape(3, 4)).convert("P")
     image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
     return saved(image, "png", **({} if transparent is None else {"transparency": transparent}))
 
@@ -343,14 +349,17 @@ KINDS = (
          make=lambda: array(GREY.astype(np.int32), "tiff"), refused="from 7 to 227.*type --image-range"),
     Kind(what="32-bit integers with `--image-range 0,255`", how="by that range",
          make=lambda: array(GREY.astype(np.int32), "tiff"), options={"image_range": (0, 255)}, pixels=rgb(GREY)),
-    Kind(what="floats that are no numbers", how="corrupt", make=lambda: array(np.full((3, 4), np.nan, np.float32), "tiff"),
+    Kind(what="floats that are no numbers", how="corrupt",
+         make=lambda: array(np.full((3, 4), np.nan, np.float32), "tiff"),
          refused="no finite numbers.*--on-corrupt skip"),
-    Kind(what="RGBA", how="over white", make=lambda: array(RGBA, "png"), close=1, pixels=over(COLOUR, ALPHA, (255, 255, 255))),
+    Kind(what="RGBA", how="over white", make=lambda: array(RGBA, "png"), close=1,
+         pixels=over(COLOUR, ALPHA, (255, 255, 255))),
     Kind(what="RGBA with `--background black`", how="over black", make=lambda: array(RGBA, "png"), close=1,
          options={"background": "black"}, pixels=over(COLOUR, ALPHA, (0, 0, 0))),
     Kind(what="RGBA with `--background '#ff8000'`", how="over orange", make=lambda: array(RGBA, "png"), close=1,
          options={"background": "#ff8000"}, pixels=over(COLOUR, ALPHA, (255, 128, 0))),
-    Kind(what="grey with transparency (LA)", how="over white", make=lambda: array(np.dstack([GREY, ALPHA]), "png"), close=1,
+    Kind(what="grey with transparency (LA)", how="over white",
+         make=lambda: array(np.dstack([GREY, ALPHA]), "png"), close=1,
          pixels=over(rgb(GREY), ALPHA, (255, 255, 255))),
     Kind(what="a transparent colour of a grey image", how="over white",
          make=lambda: saved(Image.fromarray(GREY), "png", transparency=7),
@@ -363,16 +372,16 @@ KINDS = (
          pixels=np.where((np.arange(12).reshape(3, 4) % 3 == 1)[..., None], 255, PALETTE).astype(np.uint8)),
     Kind(what="1 bit", how="black and white", make=lambda: saved(Image.fromarray(GREY > 99), "png"),
          pixels=rgb(np.where(GREY > 99, 255, 0).astype(np.uint8))),
-    Kind(what="CMYK", how="as colour, without a profile", make=lambda: saved(Image.fromarray(255 - COLOUR).convert("RGB").convert("CMYK"), "tiff"),
+    Kind(what="CMYK", how="as colour, without a profile",
+         make=lambda: saved(Image.fromarray(255 - COLOUR).convert("CMYK"), "tiff"),
          pixels=255 - COLOUR),
-    Kind(what="LAB", how="as sRGB", make=lambda: saved(ImageCms.profileToProfile(  # type: ignore[arg-type]
-        Image.new("RGB", (4, 3), (90, 120, 60)), ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"), "tiff"),
+    Kind(what="LAB", how="as sRGB", make=lambda: lab((90, 120, 60)),
          pixels=np.full((3, 4, 3), (90, 120, 60), np.uint8), close=3),
     Kind(what="several frames (GIF)", how="the first, and said", make=lambda: with_frames("gif"), pixels=COLOUR),
     Kind(what="several frames (TIFF)", how="likewise", make=lambda: with_frames("tiff"), pixels=COLOUR),
     Kind(what="several frames (PNG)", how="likewise", make=lambda: with_frames("png"), pixels=COLOUR),
-    *(Kind(what=f"orientation in {kind.upper()}", how="turned upright", make=lambda kind=kind: turned(kind), close=close,
-           pixels=COLOUR) for kind, close in (("png", 0), ("webp", 0), ("tiff", 0))),
+    *(Kind(what=f"orientation in {kind.upper()}", how="turned upright", make=lambda kind=kind: turned(kind),
+           pixels=COLOUR) for kind in ("png", "webp", "tiff")),
 )  # fmt: skip
 
 # Labels of tables --------------------------------------------------------------------------------------------------

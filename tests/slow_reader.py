@@ -136,33 +136,31 @@ def pixels(path: Path) -> np.ndarray | str:
         image.load()
     except Exception:
         return "corrupt" if content[:4] in (b"\x89PNG", b"II*\0", b"MM\0*") else "none"
-    values = np.asarray(image).astype(np.float64)
-    mode = image.mode
-    if mode == "1":
-        return _grey(values * 255)
-    if mode == "L":
-        return _grey(values)
-    if mode == "LA":
-        return _over_white(_grey(values[..., 0]), values[..., 1])
-    if mode == "RGB":
-        return values
-    if mode == "RGBA":
-        return _over_white(values[..., :3], values[..., 3])
+    return _shown(image)
+
+
+def _shown(image: Image.Image) -> np.ndarray | str:
+    values, mode = np.asarray(image).astype(np.float64), image.mode
+    greys = {"1": values * 255, "L": values, "I;16": values / 257}
+    if mode in ("I", "F"):
+        greys[mode] = values * 255
+        if values.min() < 0 or values.max() > 1:
+            return "range"
+    if mode in greys:
+        return _grey(greys[mode])
     if mode == "P":
         colours = np.array(image.getpalette("RGB"), dtype=np.float64).reshape(-1, 3)
         colours = np.concatenate([colours, np.zeros((256 - len(colours), 3))])
         alpha = np.full(256, 255.0)
-        see_through = image.info.get("transparency")
-        if isinstance(see_through, int):
-            alpha[see_through] = 0
-        elif see_through is not None:
-            alpha[: len(see_through)] = list(see_through)
+        see_through = image.info.get("transparency", b"")
+        alpha[: len(see_through)] = list(see_through)
         return _over_white(colours[values.astype(int)], alpha[values.astype(int)])
-    if mode == "I;16":
-        return _grey(values / 257)
-    if mode in ("I", "F"):
-        return _grey(values * 255) if values.min() >= 0 and values.max() <= 1 else "range"
-    raise AssertionError(f"no test makes {mode}")
+    colour, alpha = {
+        "LA": lambda: (_grey(values[..., 0]), values[..., 1]),
+        "RGB": lambda: (values, np.full(values.shape[:2], 255.0)),
+        "RGBA": lambda: (values[..., :3], values[..., 3]),
+    }[mode]()
+    return _over_white(colour, alpha)
 
 
 def _grey(values: np.ndarray) -> np.ndarray:

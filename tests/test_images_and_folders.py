@@ -470,6 +470,13 @@ WAYS = (*("{split}/{name}",) * 3, "{split}/{split}/{name}", "{name}/{split}", "t
 ENDINGS = (".png", ".PNG", ".jpg", ".tif", "", ".dat")
 
 
+JUNK = (
+    *(".ipynb_checkpoints/x.png", "cat/.ipynb_checkpoints/y.png", "__MACOSX/a/._b.png", "cat/._x.png", ".DS_Store"),
+    *("cat/notes.txt", "train/labels.md", "notes.txt", "stray.png", "empty/", "train/empty/", "cat/gone.png", "gone"),
+    "linked",
+)
+
+
 @cache
 def encoded(mode: str, seed: int) -> bytes:
     """A random image of 2x3 pixels."""
@@ -521,10 +528,7 @@ def random_folders(draw: st.DrawFn) -> dict[str, bytes | str | None]:
                 elif chance.random() < strange:
                     content = chance.choice([b"", b"no image", b"\0" * 40])
                 tree[f"{folder}/{name[0]}{index}{ending}".replace("//", "/").lstrip("/")] = content
-    for path in draw(st.lists(st.sampled_from([
-        ".ipynb_checkpoints/x.png", "cat/.ipynb_checkpoints/y.png", "__MACOSX/a/._b.png", "cat/._x.png", ".DS_Store",
-        "cat/notes.txt", "train/labels.md", "notes.txt", "stray.png", "empty/", "train/empty/", "cat/gone.png", "gone", "linked",
-    ]), max_size=4, unique=True)):  # fmt: skip
+    for path in draw(st.lists(st.sampled_from(JUNK), max_size=4, unique=True)):
         if path.endswith("/"):
             tree[path] = None
         elif "gone" in path:
@@ -575,11 +579,16 @@ def check(tree: dict[str, bytes | str | None]) -> str:
         shutil.rmtree(top)
 
 
+UNCLEAR = (
+    *("two ways", "without class folders", "no training part", "two folders", "two training parts"),
+    "no images in class folders",
+)
+
+
 def refused(message: str, ways: list[slow_reader.Reading]) -> str:
     """Whether a refusal has a reason that the slow reader sees, too."""
     if len(ways) != 1:
-        assert any(word in message for word in ("two ways", "without class folders", "no training part", "two folders",
-                                                "two training parts", "no images in class folders")), message  # fmt: skip
+        assert any(words in message for words in UNCLEAR), message
         return "unclear"
     way = ways[0]
     contents = {

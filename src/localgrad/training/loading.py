@@ -232,14 +232,7 @@ def _folder_parts(
         if not has_tables:
             raise
         folders = Folders({})
-    if has_tables and len(folders.classes.get("train", ())) < 2:  # images in no class folders, and
-   
-   
-   
-   
-   
-    a
-    table that names them
+    if has_tables and len(folders.classes.get("train", ())) < 2:  # images without classes, and a table that names them
         tables = find_tables(str(path), path)
         return dict(tables.parts), list(tables.notes), {}
     return _parts_of_folders(folders)
