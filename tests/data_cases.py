@@ -137,6 +137,11 @@ LAYOUTS = (
         reads={"train": "*"},
     ),
     Layout(
+        tree=("{first,second}/{train,test}/{cat,dog}/*",),
+        how="refused with both readings: two data sets, or two classes",
+        refused="two ways. As several data sets: type --data .*first.*type --train-data",
+    ),
+    Layout(
         tree=("train/*", "test/*"),
         how="refused: splits without labels, or two classes called so",
         refused="'test' and 'train' in .* hold images without class folders.*type --train-data",

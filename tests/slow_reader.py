@@ -120,6 +120,8 @@ def inside_out(top: Folder) -> list[Reading]:
         roles = [role(each.name) for each in folder.filled()]
         if folder.files or "train" not in roles or None in roles or len(set(roles)) < len(roles):
             return []
+        if any(each.filled() for each in folder.filled()):
+            return [{"train": {}}, {"train": {}}]
         for each in folder.filled():
             found.setdefault(role(each.name) or "", {})[folder.name] = each.below()
     return [found] if set(found) != {"train"} else []

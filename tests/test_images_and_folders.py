@@ -199,6 +199,28 @@ def test_impossible_options_are_refused(option: dict[str, Any], message: str) ->
         load_data("digits", **option)
 
 
+@pytest.mark.filterwarnings("ignore")  # Pillow's
+@pytest.mark.parametrize("kind", ["png", "jpeg", "tiff", "gif", "webp", "bmp"])
+def test_damaged_bytes_never_end_in_a_traceback(kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    whole = saved(Image.fromarray(COLOUR), kind, **({"exif": exif} if kind not in ("gif", "bmp") else {}))
+    rng = np.random.default_rng(0)
+    for _ in range(150):
+        damaged = bytearray(whole)
+        for place in rng.integers(0, len(whole), rng.integers(1, 4)):
+            damaged[place] = rng.integers(0, 256)
+        try:
+            images.probe(bytes(damaged), images.Reading())
+        except images.Unreadable as error:
+            assert error.reason
+
+
+def test_damaged_exif_data_leave_the_pixels() -> None:
+    whole = saved(Image.fromarray(COLOUR), "png", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
+    assert np.array_equal(images.to_pixels(images.open_image(whole), images.Reading()).permute(1, 2, 0), COLOUR)
+
+
 def test_grey_over_a_colour_is_colour(tmp_path: Path) -> None:
     see_through = array(np.zeros((2, 2, 2), np.uint8), "png")  # LA
     pairs(tmp_path, see_through)

@@ -226,6 +226,11 @@ def _inside_out(path: Path) -> Folders | None:
         splits = [split_of(below.name) for below in inner]
         if _has_images(folder) or "train" not in splits or None in splits or len(set(splits)) != len(splits):
             return None
+        if any(_is_nested(below) for below in inner):
+            raise DataError(
+                f"{path} can be read in two ways. As several data sets: type --data {folder}. With the classes "
+                f"{_listed(folders)}: type --train-data {path}."
+            )
         for split, below in zip(splits, inner, strict=True):
             assert split is not None, "checked above"
             classes.setdefault(split, {})[folder.name] = below
@@ -278,7 +283,7 @@ def images_below(folder: Path, skipped: Skipped) -> Iterator[str]:
     top = str(folder)
     seen: set[tuple[int, int]] = set()
     listing = []
-    for root, below, names in os.walk(top, followlinks=True):
+    for root, below, names in os.walk(top, onerror=_refuse, followlinks=True):
         where = Path(root).stat()
         if (where.st_dev, where.st_ino) in seen:  # a link to a folder above
             below[:] = []
@@ -298,6 +303,10 @@ def images_below(folder: Path, skipped: Skipped) -> Iterator[str]:
                 yield path
             else:
                 skipped.others[reason_of(path, suffix)] += 1
+
+
+def _refuse(error: OSError) -> None:
+    raise DataError(f"The folder {error.filename} can't be read ({error.strerror}).") from error
 
 
 def reason_of(path: str, suffix: str) -> str:

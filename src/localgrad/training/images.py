@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import io
 import re
-import struct
-import zlib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -49,8 +47,10 @@ _SIGNATURES = (
     *(b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\0\0\x01\0", b"8BPS", b"qoif"),
     *(b"\0\0\0\x0cjP", b"P1\n", b"P2\n", b"P3\n", b"P4\n", b"P5\n", b"P6\n"),
 )
-_BROKEN = (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, KeyError, OverflowError, AttributeError)
+_DEEP_COLOUR = (b"\x89PNG", b"II*\0", b"MM\0*")  # formats that may have 16 bits in several channels
 _ORIENTATION = 0x0112
+_EXIF_KEYS = {"exif", "Raw profile type exif", "Raw profile type xmp", "XML:com.adobe.xmp", "xmp"}
+"""Where Pillow's readers keep EXIF data, or an orientation as XMP."""
 
 
 class Unreadable(Exception):  # noqa: N818  a message between functions; becomes a DataError or a count
@@ -140,16 +140,24 @@ def image_suffixes() -> frozenset[str]:
     """Endings, in small letters, of the files that the installed Pillow decodes."""
     from PIL import Image
 
-    Image.init()
+    _know_all_formats()
     known = Image.registered_extensions().items()
     return frozenset(ending.lower() for ending, kind in known if kind in Image.OPEN and kind not in _STUBS)
+
+
+def _know_all_formats() -> None:
+    """Let Pillow load all its readers, the common ones first, in which order it asks them about each file."""
+    from PIL import Image
+
+    Image.preinit()
+    Image.init()
 
 
 @cache
 def _signed_formats() -> tuple[str, ...]:
     from PIL import Image
 
-    Image.init()
+    _know_all_formats()
     return tuple(kind for kind in Image.OPEN if kind not in _STUBS + _GUESSES)
 
 
@@ -199,18 +207,22 @@ def open_image(encoded: bytes) -> Image.Image:
         raise Unreadable(encoded.kind, encoded.reason)
     try:
         image: Image.Image = Image.open(io.BytesIO(encoded))
-        kind = image.format
         image.load()
-        if image.getexif().get(_ORIENTATION, 1) != 1:
-            image = ImageOps.exif_transpose(image)
-            image.format = kind
     except UnidentifiedImageError as error:  # whose own text names the buffer in memory
         if encoded.startswith(_SIGNATURES) or encoded[8:12] in (b"WEBP", b"AVIF"):
             raise Unreadable("corrupt", "its header is damaged") from error
         raise Unreadable("no image", "no image by its content" if encoded else "empty") from error
-    except (*_BROKEN, struct.error, zlib.error, MemoryError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's readers say many things to damaged bytes
         raise Unreadable("corrupt", first_line(error)) from error
-    return image
+    try:
+        has_exif = not _EXIF_KEYS.isdisjoint(image.info) or hasattr(image, "tag_v2")  # tested first: it is quick
+        if not has_exif or image.getexif().get(_ORIENTATION, 1) == 1:
+            return image
+        upright = ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF data: the pixels are sound
+        return image
+    upright.format = image.format  # which says how deep it is
+    return upright
 
 
 def to_pixels(image: Image.Image, reading: Reading) -> Tensor:
@@ -233,7 +245,10 @@ def to_pixels(image: Image.Image, reading: Reading) -> Tensor:
     if image.mode == "LAB":
         image = _from_lab(image)
     num_channels = reading.num_channels
-    pixels = np.array(image.convert("L" if num_channels == 1 else "RGB"))
+    try:
+        pixels = np.array(image.convert("L" if num_channels == 1 else "RGB"))
+    except ValueError as error:
+        raise Unreadable("corrupt", f"Pillow makes no colours of its mode {image.mode}") from error
     return torch.from_numpy(pixels.reshape(image.height, image.width, num_channels)).permute(2, 0, 1)
 
 
@@ -344,10 +359,11 @@ def probe(encoded: bytes, reading: Reading) -> Probed:
     from PIL import Image
 
     image = open_image(encoded)
-    lazy: Any = Image.open(io.BytesIO(encoded))
+    lazy: Any = Image.open(io.BytesIO(encoded)) if encoded.startswith(_DEEP_COLOUR) else None
     deep = is_deep(image)
-    deep_colour = not deep and any(";16" in str(tile) for tile in lazy.tile)
-    to_pixels(image, reading)
+    deep_colour = lazy is not None and not deep and any(";16" in str(tile) for tile in lazy.tile)
+    if deep:
+        to_pixels(image, reading)
     share = None
     if deep and type_range(image):
         share = float(np.asarray(image).max()) / DEEP_TYPES_MAX
@@ -359,7 +375,7 @@ def probe(encoded: bytes, reading: Reading) -> Probed:
         share=share,
         is_deep=deep,
         is_deep_colour=deep_colour,
-        has_frames=bool(getattr(lazy, "is_animated", False)),
+        has_frames=bool(getattr(image, "is_animated", False)),
         is_transparent=is_transparent(image),
     )
 
