@@ -199,9 +199,8 @@ def test_how_images_are_read_is_kept_with_the_run(here: Path, cli_: Cli) -> None
     (here / "micro.toml").write_text(micro().to_toml())
     options = ("train", "--recipe", "micro.toml", "--out", "run")
     assert_refused(cli_(*options), "less than a sixteenth", "--image-range 0,4095")
-    parts = ("--train-data", "a", "--test-data", "b", "--val-data", "b")
-    said = cli_("train", "--recipe", "micro.toml", *parts, "--out", "run")
-                "0.25")  # fmt: skip
+    wanted = ("--image-range", "0,4095", "--fit", "pad", "--background", "#101010", "--mean", "0.5", "--std", "0.25")
+    said = cli_(*options, *wanted)
     assert said.code == 0, said.err
     assert "read by 0 to 4095 (16 of 16 sampled)" in said.out
     info = json.loads((here / "run" / "data.json").read_text())
