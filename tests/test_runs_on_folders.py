@@ -78,11 +78,12 @@ def test_the_first_lines_say_what_was_found(here: Path) -> None:
     listener = Listener()
     summary = run.train(micro({"data.on_corrupt": "skip"}), out=here / "run", sinks=[listener])
     assert listener.lines[:4] == (
-        "11 training, 12 validation, 11 test images, 2 classes",
+        "11 training, 12 validation, 11 test images, 2 classes (cat, dog)",
         "left out of train: 1 corrupt, 1 .txt",
         "left out of test: 1 empty",
         "listed in skipped.csv in the run folder",
     )
+    assert "Found train in set/train, val in set/val, test in set/test." in listener.lines
     assert "The data set's own validation part selects the best epoch." in listener.lines
     assert summary["num_test"] == 11
     assert summary["skipped"] == {"train": {"corrupt": 1, ".txt": 1}, "test": {"empty": 1}}

@@ -45,6 +45,9 @@ from localgrad.training.stagewise import StagewiseTrainer, disk_needed, estimate
 from localgrad.training.trainer import Trainer, evaluate, load_best_weights
 from localgrad.units import format_bytes
 
+_FEW = 10  # classes that are named in the first lines of a run
+_ONE_LINE = 100
+
 
 def train(
     recipe: Recipe,
@@ -560,7 +563,7 @@ def _emit_start(job: Job, trainer: Trainer, peak: int, baseline: int) -> None:
     )
     details = [
         f"{info.num_train:,} training, {info.num_val:,} validation, {info.num_test:,} test images, "
-        f"{info.num_classes} classes",
+        f"{info.num_classes} classes{_some_names(info.class_names)}",
         *_left_out(info),
         *info.notes,
         f"modules: {spans}",
@@ -580,6 +583,12 @@ def _emit_start(job: Job, trainer: Trainer, peak: int, baseline: int) -> None:
     )
     for sink in trainer.sinks:
         sink.emit(event)
+
+
+def _some_names(names: Sequence[str]) -> str:
+    """The names of classes in brackets, where they are few."""
+    listed = ", ".join(names)
+    return f" ({listed})" if len(names) <= _FEW and len(listed) < _ONE_LINE else ""
 
 
 def _left_out(info: DataInfo) -> list[str]:

@@ -222,9 +222,11 @@ def _inside_out(path: Path) -> Folders | None:
     classes: dict[Split, dict[str, Path]] = {}
     folders = [folder for folder in visible_folders(path) if _holds_images(folder)]
     for folder in folders:
+        if _has_images(folder):
+            return None
         inner = [below for below in visible_folders(folder) if _holds_images(below)]
         splits = [split_of(below.name) for below in inner]
-        if _has_images(folder) or "train" not in splits or None in splits or len(set(splits)) != len(splits):
+        if "train" not in splits or None in splits or len(set(splits)) != len(splits):
             return None
         if any(_is_nested(below) for below in inner):
             raise DataError(

@@ -263,6 +263,9 @@ def _parts_of_folders(folders: Folders) -> tuple[dict[Split, Part], list[str], d
         )
     skipped["train" if "train" in skipped else next(iter(skipped), "train")].others.update(folders.others)
     notes = list(folders.notes)
+    roots = {split: folders.roots[split] for split in SPLITS if split in folders.roots}
+    if len(set(roots.values())) > 1:
+        notes.append("Found " + ", ".join(f"{split} in {root}" for split, root in roots.items()) + ".")
     if empty:
         listed = ", ".join(f"{name} ({', '.join(splits)})" for name, splits in empty.items())
         notes.append(f"Class folders without an image: {listed}.")

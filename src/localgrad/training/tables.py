@@ -12,6 +12,7 @@ file's own names count, and classes are matched by name.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -90,7 +91,7 @@ def find_tables(name: str, path: Path | None = None, *, config: str | None = Non
     return _parts_of(name, _loaded(name, partial(_load_dataset, str(path))), str(path))
 
 
-def holds_tables(path: Path, kinds: Sequence[str] = tuple(TABLE_LOADERS)) -> str:
+def holds_tables(path: Path, kinds: tuple[str, ...] = tuple(TABLE_LOADERS)) -> str:
     """What tables a folder, or one of its folders, holds.
 
     Args:
@@ -100,8 +101,9 @@ def holds_tables(path: Path, kinds: Sequence[str] = tuple(TABLE_LOADERS)) -> str
     Returns:
         ``only`` where they are what counts, ``beside`` where images may count more, or an empty text.
     """
-    here = [p for folder in (path, *visible_folders(path)) for p in sorted(folder.iterdir()) if p.is_file()]
-    tables = [p for p in here if p.suffix.lower() in kinds and not is_hidden(p.name)]
+    names = [(folder, entry.name) for folder in (path, *visible_folders(path)) for entry in os.scandir(folder)]
+    tables = [folder / name for folder, name in names if name.lower().endswith(kinds) and not is_hidden(name)]
+    tables = [table for table in tables if table.is_file()]
     if any(p.name in ("dataset_dict.json", "state.json") for p in tables):
         return "only"
     if any(p.suffix.lower() in (".parquet", ".arrow") or p.stem == "metadata" for p in tables):
