@@ -318,6 +318,26 @@ def test_shards_with_class_names_of_their_own(tmp_path: Path) -> None:
         assert sorted(name for name, pixels in names if pixels == raw) == ["cat", "dog"]
 
 
+def test_names_that_look_like_patterns(tmp_path: Path) -> None:
+    root = tmp_path / "my set [v2]"
+    plant(root, ("{cat,dog}/*",))
+    assert load_data(str(root)).info.class_names == ("cat", "dog")
+    table(root / "all.parquet", ["cat", "dog"] * 5)
+    assert load_data(str(root / "all.parquet"), val_fraction=0).info.num_train == 8
+    with pytest.raises(DataError, match="for a pattern: rename the folder, or name single files with --train-data"):
+        load_data(str(root))
+
+
+def test_a_table_is_the_second_thing_that_is_tried(tmp_path: Path) -> None:
+    plant(tmp_path, ("train/*", "test/*"))
+    (tmp_path / "submission.csv").write_text("id,label\n1,0\n")
+    with pytest.raises(DataError, match=r"without class folders.*As a table: .* no single column of type Image"):
+        load_data(str(tmp_path))
+    table(tmp_path / "all.parquet", [-1] * 4)
+    with pytest.raises(DataError, match="The part 'train' of .* has no labels"):
+        load_data(str(tmp_path / "all.parquet"))
+
+
 def test_a_class_of_a_table_that_isnt_trained_is_refused(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     table(tmp_path / "set" / "train.parquet", ["cat", "dog"] * 4)

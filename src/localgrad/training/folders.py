@@ -108,7 +108,7 @@ def read_folders(path: Path, *, train_is_given: bool = False) -> Folders:
     here = _unwrapped(path)
     found = _readings(here, shown=path)
     if here != path:
-        note = f"Read from {here}: nothing else is in {path}."
+        note = f"Read from {here}, the only folder with images in {path}."
         found = Folders(found.classes, (note, *found.notes), found.roots, found.others)
     return found
 
@@ -210,7 +210,7 @@ def _as_splits(path: Path, splits: Mapping[Split, Path], left_out: Sequence[Path
         found: Skipped = Skipped()
         count = sum(1 for _ in images_below(folder, found))
         others["in a folder without labels"] += count
-        notes.append(f"Left out: {count} images in {folder}, which has no class folders of a split.")
+        notes.append(f"Left out: {count} images in {folder}, which has no class folders, or no split's name.")
     classes = {split: {folder.name: folder for folder in visible_folders(root)} for split, root in splits.items()}
     for root in splits.values():
         others.update(_strays(root))

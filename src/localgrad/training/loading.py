@@ -226,14 +226,18 @@ def _folder_parts(
     if not any(path.iterdir()):
         raise DataError(f"The data folder {path} is empty: expected class folders of images, or parquet files.")
     has_tables = not train_is_given and holds_tables(path) == "beside"
+    folders, why_not = Folders({}), ""
     try:
         folders = read_folders(path, train_is_given=train_is_given)
-    except DataError:
+    except DataError as error:
         if not has_tables:
             raise
-        folders = Folders({})
+        why_not = str(error)
     if has_tables and len(folders.classes.get("train", ())) < 2:  # images without classes, and a table that names them
-        tables = find_tables(str(path), path)
+        try:
+            tables = find_tables(str(path), path)
+        except DataError as error:
+            raise DataError(f"{why_not or f'There is one class at most in {path}.'} As a table: {error}") from error
         return dict(tables.parts), list(tables.notes), {}
     return _parts_of_folders(folders)
 

@@ -11,6 +11,7 @@ file's own names count, and classes are matched by name.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -83,6 +84,11 @@ def find_tables(name: str, path: Path | None = None, *, config: str | None = Non
     plain = _plain_tables(path)
     if plain:
         return _parts_of(name, _by_files(name, plain), str(path))
+    if glob.has_magic(str(path.resolve())):
+        raise DataError(
+            f"The Hugging Face library takes the brackets, * or ? in {path.resolve()} for a pattern: rename the folder, or "
+            "name single files with --train-data, --val-data and --test-data."
+        )
     if holds_tables(path, kinds=(".parquet", ".arrow")):
         files = _loaded(name, partial(_data_files, str(path)))
         own_names = {_class_names_in(file) for paths in files.values() for file in paths} - {None}
@@ -136,7 +142,7 @@ def _by_files(name: str, files: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     for part, paths in files.items():
         for path in paths:
             kind = TABLE_LOADERS.get(Path(path).suffix.lower(), "parquet")
-            rows = _loaded(name, partial(_load_dataset, kind, data_files={"train": [path]}))["train"]
+            rows = _loaded(name, partial(_load_dataset, kind, data_files={"train": [glob.escape(path)]}))["train"]
             parts.setdefault(part, []).append(rows)
     return parts
 
@@ -229,6 +235,8 @@ def _parts_of(name: str, loaded: Mapping[str, Any], folder: str) -> Tables:
             continue
         read = _part(f"{name} {split}", rows, folder)
         unlabelled = read.images.labels == UNLABELLED
+        if split == "train" and len(read.images) and unlabelled.all():
+            raise DataError(f"The part {splits[split]!r} of {name} has no labels: all are missing or -1.")
         if split != "train" and len(read.images) and unlabelled.all():
             # Some publishers keep the labels of the test part to themselves, and write -1.
             notes.append(f"The part {splits[split]!r} is not used: its images have no labels.")
