@@ -334,7 +334,7 @@ def test_a_table_is_the_second_thing_that_is_tried(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"without class folders.*As a table: .* no single column of type Image"):
         load_data(str(tmp_path))
     table(tmp_path / "all.parquet", [-1] * 4)
-    with pytest.raises(DataError, match="The part 'train' of .* has no labels"):
+    with pytest.raises(DataError, match=r"The part 'train' of .* has no labels"):
         load_data(str(tmp_path / "all.parquet"))
 
 

@@ -254,8 +254,6 @@ def to_pixels(image: Image.Image, reading: Reading) -> Tensor:
         image = _at_8_bits(image, reading)
     if is_transparent(image):
         image = _over(image, reading.background)
-    if image.mode == "LAB":
-        image = _from_lab(image)
     num_channels = reading.num_channels
     try:
         pixels = np.array(image.convert("L" if num_channels == 1 else "RGB"))
@@ -324,16 +322,6 @@ def _over(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
         image = image.convert("L")  # with its transparent colour, which only greys and colours keep
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image).convert("RGB")
-
-
-def _from_lab(image: Image.Image) -> Image.Image:
-    from PIL import ImageCms
-
-    made = ImageCms.profileToProfile(
-        image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB"
-    )
-    assert made is not None, "only an image that is changed in place gives none"
-    return made
 
 
 # ------------------------------------------------------------------------------------------------------- probing

@@ -86,8 +86,8 @@ def find_tables(name: str, path: Path | None = None, *, config: str | None = Non
         return _parts_of(name, _by_files(name, plain), str(path))
     if glob.has_magic(str(path.resolve())):
         raise DataError(
-            f"The Hugging Face library takes the brackets, * or ? in {path.resolve()} for a pattern: rename the folder, or "
-            "name single files with --train-data, --val-data and --test-data."
+            f"The Hugging Face library takes the brackets, * or ? in {path.resolve()} for a pattern: rename the "
+            "folder, or name single files with --train-data, --val-data and --test-data."
         )
     if holds_tables(path, kinds=(".parquet", ".arrow")):
         files = _loaded(name, partial(_data_files, str(path)))
