@@ -51,6 +51,7 @@ class Scenario:
     shard: bool = False
     optimizer: str = "adamw"
     model: dict[str, Any] = field(default_factory=dict)
+    unread: bool = False  # give blocks a parameter that they never read
 
 
 EVERYTHING: dict[str, Any] = {"clip_grad": 1.0, "accumulation": 2, "ema_decay": 0.99}
@@ -76,6 +77,7 @@ SCENARIOS: dict[str, Scenario] = {
     "reconcile": Scenario(kind="vit", modules=4, objective=FeatureReconstruction(reconcile=0.5)),
     "bf16": Scenario(settings={"precision": "bf16"}),
     "still": Scenario(kind="vit", modules=4, drop_path=0.0, settings={"clip_grad": 1.0, "ema_decay": 0.99}),
+    "unread": Scenario(kind="vit", modules=4, drop_path=0.0, settings={"accumulation": 3}, unread=True),
     "still parts": Scenario(kind="vit", modules=3, drop_path=0.0, settings={"accumulation": 3}),
     "halves": Scenario(
         modules=2,
@@ -97,7 +99,7 @@ SCENARIOS: dict[str, Scenario] = {
 SCENARIOS |= {
     name: Scenario(kind="vit", modules=2, drop_path=0.0, optimizer=name) for name in ("lamb", "lion", "nesterov")
 }
-BY_ROWS = ["still", "still parts", "halves", "norms", "large", "lamb", "lion", "nesterov"]
+BY_ROWS = ["still", "still parts", "unread", "halves", "norms", "large", "lamb", "lion", "nesterov"]
 """These once more, each replica with rows of the weights only."""
 MEASURED = ["large, rows"]
 SCENARIOS |= {f"{name}, rows": replace(SCENARIOS[name], shard=True) for name in BY_ROWS}
@@ -118,6 +120,9 @@ def data(*, mixes: bool) -> list[tuple[Tensor, Tensor]]:
 def learner_of(scenario: Scenario, team: Team | None) -> LocalLearner | ParallelLearner:
     drop_path = {"drop_path_rate": scenario.drop_path} if scenario.drop_path else {}
     model = make(scenario.kind, **scenario.model, **drop_path)
+    if scenario.unread:
+        for block in (model.blocks[0], model.blocks[-1]):
+            block.register_parameter("unread", torch.nn.Parameter(torch.ones(3)))
     torch.manual_seed(1)
     settings: dict[str, Any] = {
         "modules": scenario.modules,

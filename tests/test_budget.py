@@ -6,6 +6,7 @@ import itertools
 import json
 import multiprocessing
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -703,3 +704,34 @@ def test_estimate_refuses_what_it_cannot_copy() -> None:
     for batch in (4, torch.zeros(2, 3, 4, 4), (torch.zeros(2, 3, 4, 4), 5)):
         with pytest.raises(RecipeError, match="estimate: "):
             localgrad.estimate(Loop().step, batch)
+
+
+def test_a_plan_that_is_used_for_something_else_says_so() -> None:
+    model = make("vit")
+    found = localgrad.plan(model, batch_size=4, modules=2, precision="bf16", input_size=SIZE, device="cuda")
+    own = replace(found, made_for={})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        LocalLearner(model, modules=own, input_size=SIZE)
+    says = "device 'cuda', here 'cpu'; execution.precision 'bf16', here 'fp32': its forecast"
+    with pytest.warns(UserWarning, match=says):
+        LocalLearner(model, modules=found, input_size=SIZE)
+    here = replace(found, made_for={**found.made_for, "device": "cpu"})
+    for changes, says in (
+        ({"accumulation": 2}, "accumulation 1, here 2"),
+        ({"clip_grad": 1.0}, "no clip_grad, here one"),
+        ({"ema_decay": 0.9}, "no ema_decay, here one"),
+        ({"overlap": 1}, "local.overlap 0, here 1"),
+        ({"objective": GreedySupervised()}, r"objective 'FeatureReconstruction\(\)', here 'GreedySupervised\(\)'"),
+    ):
+        with pytest.warns(UserWarning, match=says):
+            LocalLearner(model, modules=here, input_size=SIZE, precision="bf16", **changes)
+    with pytest.warns(UserWarning, match="num_parameters [0-9]+, here [0-9]+"):
+        LocalLearner(make("vit", embed_dim=64), modules=here, input_size=SIZE, precision="bf16")
+    learner = LocalLearner(model, modules=here, input_size=SIZE, precision="bf16")
+    learner.configure_optimizers(adamw)
+    learner.step(torch.randn(2, *SIZE), torch.arange(2))  # a smaller one fits
+    with pytest.warns(UserWarning, match="training.batch_size 4, here 6"):
+        learner.step(torch.randn(6, *SIZE), torch.arange(6) % 5)
+    with pytest.raises(PartitionError, match="checkpoint: 'halves', but a plan says itself what is recomputed"):
+        LocalLearner(model, modules=own, input_size=SIZE, checkpoint="halves")

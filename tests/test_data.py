@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import pickle
@@ -508,6 +509,8 @@ def test_some_real_images_beside_the_repository():
         ({"mean": (0.5,)}, "mean and std go together"),
         ({"mean": (0.5,) * 3, "std": (0.5,) * 3}, "The images have 1 channels"),
         ({"mean": (0.5,), "std": (0.0,)}, "std must be above 0"),
+        ({"mean": (0.5,), "std": (float("nan"),)}, "mean and std must be finite"),
+        ({"mean": (float("inf"),), "std": (0.5,)}, "mean and std must be finite"),
     ],
 )
 def test_impossible_settings_are_refused(setting, message):
@@ -645,6 +648,14 @@ def test_a_batch_of_nothing_but_corrupt_images_ends_the_run(tmp_path):
 def test_impossible_batches_are_refused(digits, setting, message):
     with pytest.raises(DataError, match=message):
         all_batches(digits, **setting)
+
+
+@pytest.mark.parametrize("label", [-100, -1, 10])
+def test_batches_of_labels_that_mean_no_class_are_refused(digits, label):
+    images = digits.train.subset(torch.arange(8))
+    images.labels[5] = label
+    with pytest.raises(DataError, match=rf"from 0 to 9 \(10 classes\), got {label} for image 5"):
+        all_batches(dataclasses.replace(digits, train=images))
 
 
 # --------------------------------------------------------------------------------------------- prediction

@@ -504,9 +504,13 @@ PACKAGE = Path(localgrad.__file__).parent
 LAYERS = (
     ("errors",),
     ("units",),
-    ("partition",),
+    ("_balance", "partition"),
     ("_fake",),
-    ("_timm_adapters", "_observe", "backbone", "_halves"),
+    ("_state",),
+    ("_written",),
+    ("_likeness",),
+    ("_timm_adapters", "_observe", "_layouts", "_proof", "backbone", "_halves"),
+    ("averaging",),
     ("auxiliary",),
     ("objectives",),
     ("execution",),
@@ -657,7 +661,11 @@ DETACHED = {
     "execution.global_step": ["term", "value.logits", "value.loss"],  # figures, once the backward pass is done
     "execution.local_step": ["output.loss"],  # the figure, once its backward pass is done
     "objectives.reconstruction": ["state"],  # a target inside the module; what goes on keeps its graph
-    "learner": ["buffer"],  # a copy of a running statistic, put back after check_isolation
+    "_fake": ["tensor"],  # a copy of a weight on the host
+    "_state": ["tensor"],  # values to be had back
+    # The proof's images, its figures once the backward pass is done, and what a call had been given.
+    "_proof": ["images", "logits", "tensor", "tensor", "tensor"],
+    "_written": ["twin(features.clone())", "value"],  # of a copy that is tried; what a module shows of an earlier pass
     "planning.parts": ["torch.ops.aten"],  # the operator's own name, in a list of those that take no time
     "planning.memory": ["inputs", "outputs"],  # the seams of a chain of parts, on fake tensors
     "training.folder": ["tensor"],  # weights on their way to disk

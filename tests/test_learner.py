@@ -14,7 +14,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 import localgrad
-from helpers import SIZE, VIT, adamw, assert_same, batches, make, train
+from helpers import SIZE, VIT, adamw, assert_same, batches, copied, flat, make, term_of, train
 from localgrad import Contrastive, FeatureReconstruction, GreedySupervised, ImageReconstruction, LocalLearner, Plan
 from localgrad.errors import BackboneError, CheckpointError, DeviceError, PartitionError, RecipeError
 from localgrad.learner import end_to_end, make_plan
@@ -487,3 +487,58 @@ def test_the_end_to_end_baseline_keeps_an_average_where_the_run_does() -> None:
     baseline = end_to_end(make_learner(ema_decay=0.9))
     assert baseline.plan.num_modules == 1
     assert baseline.averaged_model is not None  # or the run would be compared with less than its like
+
+
+@pytest.mark.parametrize("checkpoint", ["none", "halves/2"])
+@pytest.mark.parametrize("classifier", ["transformer", "next"])
+def test_learners_of_one_seed_are_the_same_whenever_it_was_set(classifier: str, checkpoint: str) -> None:
+    """Before the model was made, after it, or with other draws in between; a second one in the process too."""
+
+    def trained(*, seed_first: bool, draws: int) -> tuple[dict[str, Any], list[Any]]:
+        torch.manual_seed(3 if seed_first else 99)
+        model = make(drop_path_rate=0.3, proj_drop_rate=0.1)
+        weights = make()  # seeds again: the same weights in all
+        model.load_state_dict(weights.state_dict())
+        torch.manual_seed(3)
+        torch.rand(draws)
+        objective = FeatureReconstruction(classifier=classifier)
+        state = torch.get_rng_state()
+        learner = LocalLearner(model, modules=3, objective=objective, input_size=SIZE, checkpoint=checkpoint)
+        assert torch.equal(torch.get_rng_state(), state), "making a learner draws nothing of the caller's"
+        learner.configure_optimizers(adamw)
+        first = copied(learner.modules[0].objective)
+        results = [learner.step(*batch) for batch in batches(2)]
+        return {"auxiliary": first, **flat(learner.state_dict())}, [result.losses for result in results]
+
+    reference, losses = trained(seed_first=True, draws=0)
+    for seed_first, draws in ((True, 0), (False, 0), (False, 17)):
+        state, own_losses = trained(seed_first=seed_first, draws=draws)
+        assert_same(state, reference)
+        assert_same(own_losses, losses)
+
+
+def test_modules_have_auxiliary_nets_of_their_own_and_another_seed_other_ones() -> None:
+    def places(seed: int) -> list[Tensor]:
+        model = make()
+        torch.manual_seed(seed)
+        learner = LocalLearner(model, modules=3, input_size=SIZE)
+        return [term_of(module.objective, "task").classifier.places for module in learner.modules[:2]]
+
+    first, second = places(0)
+    assert not torch.equal(first, second)
+    assert torch.equal(places(0)[1], second)
+    assert not torch.equal(places(4)[0], first)
+
+
+def test_auxiliary_nets_can_draw_as_any_new_layer_does() -> None:
+    def made(draws: int) -> Tensor:
+        model = make()
+        torch.manual_seed(0)
+        torch.rand(draws)
+        learner = LocalLearner(model, modules=2, input_size=SIZE, auxiliary_from="state")
+        return term_of(learner.modules[0].objective, "task").classifier.places.detach()
+
+    assert torch.equal(made(3), made(3))
+    assert not torch.equal(made(3), made(4))
+    with pytest.raises(RecipeError, match="auxiliary_from: unknown 'x'; take seed or state"):
+        LocalLearner(make(), modules=2, input_size=SIZE, auxiliary_from="x")

@@ -5,17 +5,20 @@ from __future__ import annotations
 import io
 import itertools
 import sys
+from typing import Any
 
 import pytest
 import timm
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
+from localgrad.auxiliary import exempt_from_decay
 from localgrad.errors import RecipeError
 from localgrad.learner import LocalLearner, estimate_step
-from localgrad.training.optim import SCHEDULERS, OptimizerFactory, Schedule
+from localgrad.objectives.methods import FeatureReconstruction, GreedySupervised, Objective
+from localgrad.training.optim import SCHEDULERS, OptimizerFactory, Schedule, note_of_warmup
 
 MODELS = {
     "vit": ("vit_tiny_patch16_224", {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}),
@@ -57,6 +60,42 @@ def test_auxiliary_nets_decay_their_matrices_only() -> None:
     assert groups == {0.0: 3, 0.1: 1}
 
 
+AUXILIARY: dict[str, Objective] = {
+    "transformers": FeatureReconstruction(decoder="transformer", classifier="transformer"),
+    "next": GreedySupervised(classifier="next", classifier_options={"depth": 2}),
+    "next, fresh": GreedySupervised(classifier="next", classifier_options={"weights": "fresh", "depth": 2}),
+    "masked": FeatureReconstruction(decoder="conv", classifier="mlp", mask=0.5),
+}
+
+
+@pytest.mark.parametrize("objective", AUXILIARY)
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_auxiliary_nets_are_decayed_as_the_model_is(name: str, objective: str) -> None:
+    """Matrices are; vectors, positions, and copies of what the model's own list names aren't."""
+    model = make(name)
+    learner = LocalLearner(model, modules=2, objective=AUXILIARY[objective], input_size=(3, 16, 16))
+    learner.configure_optimizers(OptimizerFactory(model, name="adamw", lr=1e-3, weight_decay=0.1))
+    found = {
+        id(p): group["weight_decay"] for o in learner.optimizers for group in o.param_groups for p in group["params"]
+    }
+    positions = ("places", "pos_embed", "relative_position_bias_table", "mask_token")
+    seen = set()
+    for module in learner.modules:
+        for parameter_name, parameter in module.objective.named_parameters():
+            is_position = any(word in parameter_name for word in positions)
+            seen |= {word for word in positions if word in parameter_name}
+            assert found[id(parameter)] == (0.0 if parameter.ndim <= 1 or is_position else 0.1), parameter_name
+    expected = {"transformers": {"places"}, "masked": {"mask_token"}}.get(objective, set())
+    assert seen == (expected or ({"relative_position_bias_table"} if name == "swin" else set()))
+
+
+def test_a_term_of_ones_own_can_exempt_a_table() -> None:
+    table, matrix = exempt_from_decay(nn.Parameter(torch.zeros(4, 3))), nn.Parameter(torch.zeros(4, 3))
+    optimizer = OptimizerFactory(make("vit"), name="adamw", lr=1e-3, weight_decay=0.1)([table, matrix])
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert decay == {id(table): 0.0, id(matrix): 0.1}
+
+
 @pytest.mark.parametrize("name", ["adamw", "AdamW", "sgd", "lamb", "lion", "adan"])
 def test_optimizers_are_timms(name: str) -> None:
     model = make("vit")
@@ -75,6 +114,54 @@ def test_an_optimizer_that_this_machine_lacks_is_refused() -> None:
     factory = OptimizerFactory(model, name="fusedadam", lr=0.01, weight_decay=0.0)
     with pytest.raises(RecipeError, match=r"timm can't make 'fusedadam' here \(.*\); take adamw, sgd or lamb"):
         factory(list(model.parameters()))
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", list_optimizers())
+@pytest.mark.filterwarnings("ignore:It is highly recommended to have 'opt_einsum'")
+def test_every_optimizer_of_timm_trains_or_is_refused_in_a_line(name: str) -> None:
+    torch.manual_seed(0)
+    model = make("vit")
+    learner = LocalLearner(model, modules=2, input_size=(3, 16, 16))
+    before = [weight.clone() for weight in model.parameters()]
+    try:
+        learner.configure_optimizers(OptimizerFactory(model, name=name, lr=1e-3, weight_decay=0.05))
+    except RecipeError as error:
+        assert name.startswith(("bnb", "fused", "adahessian")), "the others train"
+        assert "\n" not in str(error)
+        return
+    for _ in range(2):
+        learner.step(torch.randn(4, 3, 16, 16), torch.arange(4))
+    for old, new in zip(before, model.parameters(), strict=True):
+        assert torch.isfinite(new).all()
+        assert not torch.equal(old, new)
+
+
+@pytest.mark.parametrize("name", ["adahessian", "AdaHessian"])
+def test_optimizers_of_second_gradients_are_refused(name: str) -> None:
+    with pytest.raises(RecipeError, match=f"training.optimizer: '{name}' needs second gradients.*take adamw"):
+        OptimizerFactory(make("vit"), name=name, lr=0.01, weight_decay=0.0)
+
+
+NOTHING = [float("nan"), float("inf"), -1.0, -0.0, 1e300, 1e-300]
+
+
+@pytest.mark.parametrize("value", NOTHING)
+def test_learning_rates_that_are_none_are_refused(value: float) -> None:
+    model = make("vit")
+    with pytest.raises(RecipeError, match=r"^training.lr: .* is no learning rate; take a number above 0"):
+        OptimizerFactory(model, name="adamw", lr=value, weight_decay=0.0)
+    factory = OptimizerFactory(model, name="adamw", lr=1.0, weight_decay=0.0)
+    with pytest.raises(RecipeError, match=r"^training.lr_depth: with a factor of .* is no learning rate"):
+        factory.scaled(value, 1.0)
+    with pytest.raises(RecipeError, match=r"^learning rate: .* is no learning rate"):
+        schedule_of(optimizers(1, lr=1e-2), lr=value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_weight_decays_that_are_none_are_refused(value: float) -> None:
+    with pytest.raises(RecipeError, match=r"^training.weight_decay: .* is no decay; take a number from 0 on"):
+        OptimizerFactory(make("vit"), name="adamw", lr=0.01, weight_decay=value)
 
 
 # ------------------------------------------------------------------------------- small states
@@ -177,6 +264,75 @@ def rates(schedule: Schedule, num_batches: int) -> list[float]:
         [rate] = {group["lr"] for optimizer in schedule.optimizers for group in optimizer.param_groups}
         found.append(rate)
     return found
+
+
+def schedule_of(made: list[torch.optim.Optimizer], lr: float | None = None, **changes: Any) -> Schedule:
+    if lr is not None:
+        made[0].param_groups[0]["lr"] = lr
+    settings = {"name": "cosine", "epochs": 4, "batches_per_epoch": 8, "warmup_epochs": 0.0, "warmup_lr": 0.0}
+    return Schedule(made, **{**settings, "min_lr": 0.0, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        *(({key: value}, f"^training.{key}: ") for key in ("warmup_lr", "min_lr", "warmup_epochs", "warmup_stagger")
+          for value in (float("nan"), float("inf"), -1.0)),
+        ({"min_lr": 0.1}, r"^training.min_lr: 0.1 is above the learning rate \(0.01\), which would rise to the end"),
+        ({"min_lr": 0.1, "name": "poly"}, "^training.min_lr: 0.1 is above"),
+        ({"min_lr": 0.1, "name": "tanh"}, "^training.min_lr: 0.1 is above"),
+        ({"warmup_lr": 0.1, "warmup_epochs": 1}, "^training.warmup_lr: 0.1 is above .* would fall in the warm-up"),
+        ({"epochs": 0}, "^training.epochs: 0 is below 1"),
+        ({"batches_per_epoch": 0}, "^batches_per_epoch must be at least 1, got 0"),
+    ],
+)  # fmt: skip
+def test_schedules_that_are_none_are_refused(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(RecipeError, match=says):
+        schedule_of(optimizers(1), **changes)
+
+
+def test_a_rate_of_a_module_below_the_least_is_named() -> None:
+    first, second = optimizers(1, lr=1e-7) + optimizers(1)
+    with pytest.raises(RecipeError, match="min_lr: 1e-06 is above the learning rate of local module 0"):
+        schedule_of([first, second], min_lr=1e-6)
+
+
+def test_rates_that_nobody_uses_may_be_any() -> None:
+    assert schedule_of(optimizers(1), warmup_lr=0.1).learning_rate == 1e-2
+    assert schedule_of(optimizers(1), min_lr=0.1, name="step").learning_rate == 1e-2
+
+
+@pytest.mark.parametrize("batches", [1, 2, 8])
+@pytest.mark.parametrize("epochs", [1, 2, 3, 5])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_short_runs_start_at_their_rate_and_end_below_it(name: str, epochs: int, batches: int) -> None:
+    schedule = schedule_of(optimizers(1), name=name, epochs=epochs, batches_per_epoch=batches)
+    found = rates(schedule, epochs * batches)
+    assert found[0] == pytest.approx(1e-2, rel=1e-4)
+    assert found == sorted(found, reverse=True)
+    if name == "multistep" and epochs * batches >= 8:
+        assert [round(1e-2 / rate) for rate in found] == sorted([round(1e-2 / rate) for rate in found])
+        assert len(set(found)) == 3, "two decays, apart"
+        first = next(number for number, rate in enumerate(found) if rate < 1e-2)
+        assert first + 1 >= epochs * batches // 3, "the first third at least at the whole rate"
+
+
+def test_a_warm_up_of_less_than_an_update_is_none() -> None:
+    assert rates(schedule_of(optimizers(1), epochs=1, batches_per_epoch=1, warmup_epochs=5.0), 1) == [1e-2]
+
+
+@pytest.mark.parametrize(
+    ("asked", "epochs", "batches", "says"),
+    [
+        (5.0, 25, 8, None),
+        (0.0, 1, 1, None),
+        (5.0, 10, 8, "warm-up: 2 of 10 epochs, a fifth of the run, instead of 5 epochs (training.warmup_epochs)"),
+        (20.0, 3, 8, "warm-up: 0.6 of 3 epochs, a fifth of the run, instead of 20 epochs (training.warmup_epochs)"),
+        (1.0, 1, 3, "warm-up: none, as a fifth of the run is no update, instead of 1 epochs (training.warmup_epochs)"),
+    ],
+)
+def test_a_warm_up_that_is_cut_is_told(asked: float, epochs: int, batches: int, says: str | None) -> None:
+    assert note_of_warmup(asked, epochs, batches) == says
 
 
 @pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "none"])

@@ -294,7 +294,9 @@ def test_a_plan_for_a_gpu_can_be_trained_without_one(
 ) -> None:
     path = changed(plan_file, tmp_path / "cuda.json", lambda plan: plan["made_for"].update(device="cuda"))
     options = ("--plan", path, "--limit", "120", "--epochs", "1", "--device", "cpu", "--out", "run")
-    assert cli_("train", *options).code == 0
+    said = cli_("train", *options)
+    assert said.code == 0
+    assert "plan: made for device 'cuda', here 'cpu': its forecast isn't one of this run" in " ".join(said.out.split())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert_refused(cli_("train", "--plan", path, "--device", "cuda"), "no CUDA GPU")
 

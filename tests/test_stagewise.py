@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,11 +18,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from helpers import (
     EVERYTHING,
     Recorder,
+    assert_same,
     assert_same_run,
     interrupt_at_step,
     metrics_of,
@@ -29,7 +32,7 @@ from helpers import (
 )
 from localgrad import run
 from localgrad.build import build
-from localgrad.errors import CheckpointError, DeviceError, RecipeError, RunFolderError
+from localgrad.errors import BackboneError, CheckpointError, DeviceError, RecipeError, RunFolderError
 from localgrad.execution.local_module import LocalModule, Walk
 from localgrad.execution.local_step import LocalStep
 from localgrad.learner import LocalLearner, estimate_step
@@ -119,6 +122,28 @@ def at_module(trainer: StagewiseTrainer, index: int, epoch: int = 0) -> Stagewis
     trainer.position.epoch, trainer.position.batch = index * EPOCHS + epoch, 0
     trainer._prepare()
     return trainer
+
+
+def test_what_is_replaced_between_steps_is_not_left_untrained(folder: RunFolder) -> None:
+    trainer = make(folder)
+    trainer._prepare()
+    fed = trainer._feed()
+    trainer.learner.train()
+    trainer._step(next(fed))
+    trainer.learner.model.head = nn.Identity()
+    with pytest.raises(BackboneError, match="module head was replaced after the learner was made"):
+        trainer._step(next(fed))
+
+
+@pytest.mark.parametrize("part", ["learner", "sums", "random"])
+def test_a_spoilt_checkpoint_changes_nothing(folder: RunFolder, part: str) -> None:
+    trainer = make(folder)
+    state = {**copy.deepcopy(trainer.state_dict()), "position": {**asdict(trainer.position), "num_images": 7}}
+    state[part] = {}
+    before = copy.deepcopy(trainer.state_dict())
+    with pytest.raises(CheckpointError, match="doesn't fit this run"):
+        trainer.load_state_dict(state)
+    assert_same(trainer.state_dict(), before)
 
 
 # ------------------------------------------------------------------------------------- a whole run

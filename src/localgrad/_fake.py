@@ -1,7 +1,9 @@
 """Copies of models, optimizers and learners whose tensors have shapes but no memory.
 
 ``fake_copy`` is ``copy.deepcopy`` with every tensor on the way replaced by a fake one, so it reaches whatever a deep
-copy reaches: parameters, buffers, optimizer state, plain attributes, items of containers. ``without_initialization``
+copy reaches: parameters, buffers, optimizer state, plain attributes, items of containers. It carries no hooks of
+users: what they would read (is there a NaN?) isn't there. torch's own, which some of its layers are made of, stay.
+``without_initialization``
 builds a model without filling its weights, for those who want to know its shapes only.
 
 The private names of PyTorch that the package needs (``TorchDispatchMode``, ``FakeTensorMode``) are imported in this
@@ -18,8 +20,10 @@ import copyreg
 import inspect
 import math
 import random
+import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, TypeVar, cast
 
 import numpy as np
@@ -27,30 +31,43 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch._subclasses import fake_tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+)
 from torch._subclasses.fake_tensor import unset_fake_temporarily as real_tensors
 from torch.autograd.graph import _engine_run_backward
+from torch.nn.modules import module as torchs_modules
 from torch.overrides import TorchFunctionMode
 from torch.utils import _python_dispatch
 
+from .errors import BackboneError, reason_of
+
 __all__ = [
+    "NEEDS_VALUES",
     "DataDependentOutputException",
     "FakeTensor",
     "FakeTensorMode",
     "TorchDispatchMode",
     "TorchFunctionMode",
     "backward_under_modes",
+    "by_shapes_alone",
     "copies_within",
     "copy_on_host",
+    "copy_without_hooks",
     "fake_copy",
     "fake_copy_with_memo",
+    "looks_at_values",
     "quick_view",
-    "random_state_kept",
     "real_tensors",
     "without_initialization",
 ]
 
 T = TypeVar("T")
+
+NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
+"""What is raised where code asks fake tensors for values: by a condition, or as a shape."""
 
 
 class TorchDispatchMode(_python_dispatch.TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -82,6 +99,21 @@ class FakeTensorMode(fake_tensor.FakeTensorMode):  # type: ignore[no-untyped-cal
         with torch._C._DisableTorchDispatch():  # another mode may be on
             like = FakeTensor(self, torch.empty(0, device="meta"), _CPU)
         self._attributes = {name: value for name, value in vars(like).items() if name != "fake_mode"}
+        self._hooks_put_away: list[list[tuple[dict[int, Any], dict[int, Any]]]] = []
+
+    def __enter__(self) -> FakeTensorMode:
+        """Make tensors fake, and put away the hooks that users set on all modules at once."""
+        self._hooks_put_away.append([(hooks, dict(hooks)) for hooks in _HOOKS_ON_ALL_MODULES if hooks])
+        for hooks, _ in self._hooks_put_away[-1]:
+            hooks.clear()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        """Make tensors real again."""
+        super().__exit__(*exception)
+        for hooks, kept in self._hooks_put_away.pop():
+            hooks.update(kept)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -98,8 +130,9 @@ class FakeTensorMode(fake_tensor.FakeTensorMode):  # type: ignore[no-untyped-cal
             return recipe(self, args)
         result = _dispatch(self, func, types, args, kwargs)
         if key not in self._recipes:
-            changes_shapes = torch.Tag.inplace_view in func.tags
-            self._recipes[key] = None if changes_shapes else _recipe_for(result, args, kwargs)
+            # What a user's operator gives may follow from anything, and its rule may be replaced.
+            is_pytorchs = func.namespace in _NAMESPACES and torch.Tag.inplace_view not in func.tags
+            self._recipes[key] = _recipe_for(result, args, kwargs) if is_pytorchs else None
         return result
 
     def cpp_meta_supports_symint(self, func: Any) -> bool:
@@ -153,6 +186,9 @@ class FakeTensorMode(fake_tensor.FakeTensorMode):  # type: ignore[no-untyped-cal
         return True
 
 
+_HOOKS_ON_ALL_MODULES: list[dict[int, Any]] = [
+    hooks for name, hooks in vars(torchs_modules).items() if name.startswith("_global_") and isinstance(hooks, dict)
+]
 _dispatch = inspect.unwrap(fake_tensor.FakeTensorMode.__torch_dispatch__)
 _PLAIN = {type(None), bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format}
 _WITH_KERNELS = {
@@ -162,6 +198,7 @@ _WITH_KERNELS = {
     torch.ops.aten._softmax_backward_data.default,
 }
 """The slowest of those that PyTorch decomposes in Python (up to thirty operators) though it needs not."""
+_NAMESPACES = ("aten", "prims")
 _CPU = torch.device("cpu")
 _Recipe = Callable[[FakeTensorMode, tuple[Any, ...]], Any]
 """Given the mode and the positional arguments of an operator, makes what the operator gives."""
@@ -342,6 +379,9 @@ def fake_copy(obj: T) -> tuple[FakeTensorMode, T]:
     CPU ones, since autograd's backward on fake CUDA tensors needs a GPU. A tensor that a closure
     captured isn't reached, and is refused by the fake mode when it is used.
 
+    Hooks that users set on modules or tensors aren't copied; they read values, of which there are none. Those whose
+    code is torch's own are (spectral and weight norm, pruning, FSDP): without them the layer would be another one.
+
     Args:
         obj: a module, an optimizer, a learner that holds both, a tuple of such things.
 
@@ -361,7 +401,7 @@ def fake_copy_with_memo(obj: T) -> tuple[FakeTensorMode, T, list[tuple[Any, Any]
     memo: dict[int, Any] = {}
     with _FakeCopier(fake_mode) as copier, _generators_made_anew():
         try:
-            copied = copy.deepcopy(obj, memo)
+            copied = copy_without_hooks(obj, memo)
         except TypeError as error:
             error.add_note(f"fake_copy: {type(obj).__name__} holds something that copy.deepcopy can't copy")
             raise
@@ -374,7 +414,11 @@ def fake_copy_with_memo(obj: T) -> tuple[FakeTensorMode, T, list[tuple[Any, Any]
 
 
 class _HostCopier(TorchFunctionMode):
-    """While active, ``copy.deepcopy`` of a tensor gives one on the processor, 16 bits as 32. Use `copy_on_host`."""
+    """While active, ``copy.deepcopy`` of a tensor gives one on the processor. Use `copy_on_host`."""
+
+    def __init__(self, *, widens: bool) -> None:
+        super().__init__()
+        self.widens = widens
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -389,27 +433,95 @@ class _HostCopier(TorchFunctionMode):
             return self._copied(args[0])
         return func(*args, **(kwargs or {}))
 
-    @staticmethod
-    def _copied(tensor: Tensor) -> Tensor:
+    def _copied(self, tensor: Tensor) -> Tensor:
         with torch._C.DisableTorchFunction(), torch.no_grad():
-            small = tensor.is_floating_point() and tensor.element_size() == 2
+            small = self.widens and tensor.is_floating_point() and tensor.element_size() == 2
             return tensor.detach().to("cpu", torch.float32 if small else tensor.dtype, copy=True)
 
 
-def copy_on_host(obj: T) -> tuple[T, list[tuple[Any, Any]]]:
-    """Copy any object so that its tensors are on the processor, those of 16 bits in float32.
+def copy_on_host(obj: T, *, widens: bool) -> tuple[T, list[tuple[Any, Any]]]:
+    """Copy any object so that its tensors are on the processor.
 
     Args:
         obj: as for `fake_copy`.
+        widens: make float32 of floats of 16 bits, for which a processor lacks some operators.
 
     Returns:
         The copy, and (original, copy) of everything that was reached.
     """
     memo: dict[int, Any] = {}
-    with _HostCopier():
+    with _HostCopier(widens=widens):
         copied = copy.deepcopy(obj, memo)
     originals = [original for original in memo.get(id(memo), []) if id(original) in memo]
     return copied, [(original, memo[id(original)]) for original in originals]
+
+
+def copy_without_hooks(obj: T, memo: dict[int, Any] | None = None) -> T:
+    """``copy.deepcopy``, but that hooks of users stay with the original; torch's own are copied.
+
+    Args:
+        obj: as for `fake_copy`.
+        memo: as for ``copy.deepcopy``.
+    """
+    memo = {} if memo is None else memo
+    # What stands in the memo already isn't copied: not the hooks, and nothing that only they hold (locks, files).
+    tables = [table for module in _modules_reached(obj) for table in _hooks_of(module)]
+    memo.update({id(table): type(table)() for table in tables})
+    copied = copy.deepcopy(obj, memo)
+    for table in tables:
+        memo[id(table)].update({key: copy.deepcopy(hook, memo) for key, hook in table.items() if _is_torchs(hook)})
+    return copied
+
+
+def _modules_reached(obj: object) -> Iterator[nn.Module]:
+    """The modules that a deep copy of ``obj`` copies."""
+    seen: set[int] = set()
+    waiting = [obj]
+    while waiting:
+        item = waiting.pop()
+        if id(item) in seen or isinstance(item, _HOLD_NO_MODULES):
+            continue
+        seen.add(id(item))
+        if isinstance(item, nn.Module):
+            yield item
+            waiting += [value for name, value in vars(item).items() if not name.endswith("_hooks")]
+        elif isinstance(item, dict):
+            waiting += item.values()
+        elif isinstance(item, (list, tuple, set, frozenset)):
+            waiting += item
+        elif isinstance(item, types.MethodType):
+            waiting.append(item.__self__)
+        elif isinstance(item, partial):
+            waiting += [item.func, item.args, item.keywords]
+        else:
+            waiting += getattr(item, "__dict__", {}).values()
+
+
+_HOLD_NO_MODULES = (
+    Tensor,
+    str,
+    bytes,
+    int,
+    float,
+    type,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.ModuleType,
+)
+
+
+def _hooks_of(module: nn.Module) -> list[dict[int, Any]]:
+    """The tables of hooks that a module has."""
+    return [table for name, table in vars(module).items() if name.endswith("_hooks") and isinstance(table, dict)]
+
+
+def _is_torchs(hook: Any) -> bool:
+    """Whether the code of a hook is torch's own: part of a layer (its old spectral and weight norms), not a user's."""
+    while isinstance(hook, partial) or type(hook).__name__ == "_WrappedHook":  # torch wraps those of loading
+        hook = hook.func if isinstance(hook, partial) else hook.hook
+    if not isinstance(hook, (types.FunctionType, types.MethodType)):
+        hook = type(hook).forward if isinstance(hook, nn.Module) else type(hook).__call__
+    return f"{getattr(hook, '__module__', '')}.".startswith("torch.")
 
 
 @contextlib.contextmanager
@@ -441,6 +553,35 @@ def random_state_kept() -> Iterator[None]:
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
+
+
+@contextlib.contextmanager
+def by_shapes_alone() -> Iterator[None]:
+    """A region for estimates: what the caller has on around it (no gradients, autocast, a default device) is off.
+
+    Random states are put back.
+
+    Raises:
+        BackboneError: inside, code asked for values.
+    """
+    processor = contextlib.nullcontext() if torch.get_default_device() == _CPU else _CPU
+    in_autocast = torch.is_autocast_enabled("cpu")
+    torch.set_autocast_enabled("cpu", False)  # noqa: FBT003  # as a region it would keep cast weights until its end
+    try:
+        with random_state_kept(), torch.inference_mode(mode=False), torch.enable_grad(), processor:
+            yield
+    except NEEDS_VALUES as error:
+        raise looks_at_values(error) from error
+    finally:
+        torch.set_autocast_enabled("cpu", in_autocast)
+
+
+def looks_at_values(error: Exception) -> BackboneError:
+    """The error of a model whose own forward can't do with shapes alone."""
+    return BackboneError(
+        f"model: its forward looks at values ({reason_of(error)}), and estimates have shapes alone: train it with "
+        "explicit modules=[...] (the first block of every module but the first), or leave the check out."
+    )
 
 
 class without_initialization(TorchFunctionMode):  # noqa: N801  # used as a context manager

@@ -18,23 +18,23 @@ Shapes: B batch first in every tensor; what follows is the block's own layout.
 
 from __future__ import annotations
 
-import copy
-import functools
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from ._fake import TorchDispatchMode
+from ._fake import TorchDispatchMode, random_state_kept
+from ._likeness import is_foreign, likeness, signature
 from ._timm_adapters import Step, attribute, identity
+from ._written import NO_STATE, Observed, State, has_hooks, observe, random_state, set_random_state, twin_of
 
 ATTENTION_NAMES = ("_attn", "_shifted_window_attn", "_partition_attn", "attn", "token_mixer")
 """Where a block keeps its attention, the first that exists: Swin's methods roll and cut windows around ``attn``."""
+
+__all__ = ["DRAW_OF_ROWS", "Branch", "Piece", "find_pieces", "observed", "signature", "whole_block"]
 
 DRAW_OF_ROWS = torch.ops.aten.bernoulli_.float
 """How a processor draws a mask (dropout, also inside fused attention; drop path)."""
@@ -73,6 +73,53 @@ class Branch:
 
 
 @dataclass(frozen=True)
+class AsCut:
+    """A module as it was when it was cut: its branches give what it gives for as long as it is so.
+
+    Attributes:
+        module: the module.
+        kind: its class.
+        functions: the methods that its forward pass runs, with the code that they had, by name.
+        own: what the instance has in place of them, by name; ``None`` for nothing.
+        children: modules that the branches call, by name.
+    """
+
+    module: nn.Module
+    kind: type[nn.Module]
+    functions: tuple[tuple[str, Any, Any], ...]
+    own: tuple[tuple[str, Any], ...]
+    children: tuple[tuple[str, nn.Module], ...]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> AsCut:
+        """A module as it is now."""
+        names = [name for name in ("forward", *ATTENTION_NAMES) if hasattr(type(module), name)]
+        functions = [(name, getattr(type(module), name)) for name in names]
+        return cls(
+            module,
+            type(module),
+            tuple((name, function, attribute(function, "__code__")) for name, function in functions),
+            tuple((name, vars(module).get(name)) for name in names),
+            tuple(module.named_children()),
+        )
+
+    def holds(self) -> bool:
+        """Whether the module still is so. Runs at every step: lean."""
+        module, kind = self.module, self.kind
+        if type(module) is not kind:
+            return False
+        own, children = vars(module), module._modules
+        return (
+            all(children.get(name) is child for name, child in self.children)
+            and all(own.get(name) is value for name, value in self.own)
+            and all(
+                (found := getattr(kind, name, None)) is function and getattr(found, "__code__", None) is code
+                for name, function, code in self.functions
+            )
+        )
+
+
+@dataclass(frozen=True)
 class Piece:
     """A part of a block that can be recomputed by itself.
 
@@ -84,12 +131,16 @@ class Piece:
             may run over parts of the batch.
         draws: of each tensor of random numbers that it draws in training mode, the axes in their order in memory, for
             more than one image (for a single one, a convolution may choose another order).
+        state: what running it changes, to be taken back when it is recomputed.
+        cut: of a residual branch, the module that it is a part of.
     """
 
     branch: Callable[[Tensor], Tensor]
     drop_path: Callable[[Tensor], Tensor] | None
     per_image: bool = True
     draws: tuple[tuple[int, ...], ...] = ()
+    state: State = NO_STATE
+    cut: AsCut | None = None
 
     def __call__(self, features: Tensor) -> Tensor:
         """Run the piece plainly."""
@@ -98,9 +149,30 @@ class Piece:
         return features + self.drop_path(self.branch(features))
 
 
-def whole_block(block: nn.Module) -> Piece:
-    """A block as one piece, for the whole batch at once."""
-    return Piece(block, None, per_image=False)
+def whole_block(block: nn.Module, example: Tensor) -> Piece:
+    """A block as one piece, for the whole batch at once.
+
+    Args:
+        block: one block of a backbone.
+        example: features that enter it, [2 or more, ...].
+    """
+    return Piece(block, None, per_image=False, state=observed(block, example).state_of(block))
+
+
+def observed(module: nn.Module, example: Tensor) -> Observed:
+    """What a module's forward pass changes in training mode; the module and all random states are as before.
+
+    Args:
+        module: a block, a stem, a tail.
+        example: what enters it, [2 or more, ...].
+    """
+
+    def run() -> Observed:
+        with torch.no_grad(), random_state_kept(), _one_thread():
+            twin = _with_random_weights(twin_of(module)).train()
+            return observe(module, twin, example, foreign=is_foreign(module))
+
+    return _remembered(_known_states, module, example, run)
 
 
 def find_pieces(block: nn.Module, example: Tensor, *, halves: bool = True) -> list[Piece]:
@@ -112,22 +184,41 @@ def find_pieces(block: nn.Module, example: Tensor, *, halves: bool = True) -> li
         halves: look for attention and MLP; otherwise only for how the block draws, so that it may run over chunks.
 
     Returns:
-        Two or more pieces where the block's written form is known, else one: the whole block. The block and the random
-        state are as before.
+        Two or more pieces where the block's written form is known, else one: the whole block. So is a block that writes
+        state (running statistics, a counter), which is one before it and one behind, and a block with hooks. The block
+        and the random state are as before.
     """
-    if any(isinstance(module, _BatchNorm) for module in block.modules()):
-        return [whole_block(block)]  # batch statistics: a half would see another batch than the block does
-    alike = signature(block), example.shape[1:], example.dtype, example.device.type
-    if alike not in _known_cuts:
-        with torch.no_grad(), _random_state_kept(example.device), _one_thread():
-            _known_cuts[alike] = _find_cuts(block, example)
+    seen = observed(block, example)
+    if seen.parts or seen.draws or any(map(has_hooks, block.modules())):
+        return [Piece(block, None, per_image=False, state=seen.state_of(block))]
+
+    def run() -> dict[bool, _Cuts]:
+        with torch.no_grad(), random_state_kept(), _one_thread():
+            return _find_cuts(block, example)
+
+    known = _remembered(_known_cuts, block, example, run)
     pieces: list[Piece] = []
-    for step, (number, found) in zip(_steps(block), _known_cuts[alike][halves], strict=True):
-        cut = list(_candidates(step))[number]
-        pieces += [
-            replace(piece, per_image=same.per_image, draws=same.draws) for piece, same in zip(cut, found, strict=True)
-        ]
+    for step, (number, found) in zip(_steps(block), known[halves], strict=True):
+        *candidates, whole = _candidates(step)
+        cut = None if number == len(candidates) else AsCut.of(step.module if isinstance(step, Step) else step)
+        for piece, same in zip([*candidates, whole][number], found, strict=True):
+            per_image = same.per_image and not seen.mixes
+            pieces.append(replace(piece, per_image=per_image, draws=same.draws, cut=cut))
     return pieces
+
+
+T = TypeVar("T")
+
+
+def _remembered(known: dict[Any, T], module: nn.Module, example: Tensor, find: Callable[[], T]) -> T:
+    """What was found out about a module that is alike, or is now; modules that can't be compared are their own."""
+    alike: Hashable | None = likeness(module)
+    if alike is None:
+        return find()
+    key = alike, example.shape[1:], example.dtype, example.device.type
+    if key not in known:
+        known[key] = find()
+    return known[key]
 
 
 class _Found(NamedTuple):
@@ -139,16 +230,18 @@ class _Found(NamedTuple):
 
 _Cuts = list[tuple[int, list[_Found]]]  # for each step of a block: which candidate it is, and of what kind its pieces
 _known_cuts: dict[Any, dict[bool, _Cuts]] = {}  # blocks that are alike are cut alike: one proof for all blocks of a ViT
+_known_states: dict[Any, Observed] = {}
 
 
 def _find_cuts(block: nn.Module, example: Tensor) -> dict[bool, _Cuts]:
     """How a block can be cut: with its halves looked for (key true), and only as a whole."""
-    # Weights as they come would prove nothing: a norm or a layer scale that starts at zero hides its whole branch.
-    twin = _with_random_weights(copy.deepcopy(block))
+    # Weights as they come would prove nothing: a norm or a layer scale that starts at zero hides its whole branch. So
+    # does a buffer that is one in this block, and something else in another.
+    twin = _with_random_weights(twin_of(block), buffers=True)
     cuts: dict[bool, _Cuts] = {True: [], False: []}
     for step in _steps(twin):
         *candidates, whole = _candidates(step)
-        state = _random_state(example.device)
+        state = random_state(example.device)
         step.train()
         outputs, noted, _ = _run_noting(whole, example)
         number, noted_of_halves = len(candidates), noted
@@ -164,45 +257,20 @@ def _find_cuts(block: nn.Module, example: Tensor) -> dict[bool, _Cuts]:
     return cuts
 
 
-def signature(module: nn.Module) -> str:
-    """A text that is the same for modules that compute alike: classes, plain attributes, shapes; no values of weights.
-
-    Floats count only as zero or not: the rate of a drop path changes neither form nor cost, whether there is one does.
-    """
-    digest = hashlib.sha256()
-    for name, part in module.named_modules():
-        plain = {key: _plain(value) for key, value in vars(part).items() if key not in ("name", "training")}
-        digest.update(repr((name, type(part).__qualname__, sorted(plain.items(), key=str))).encode())
-        for tensor_name, tensor in (*part._parameters.items(), *part._buffers.items()):
-            if tensor is not None:
-                digest.update(repr((tensor_name, *tensor.shape, tensor.dtype, tensor.requires_grad)).encode())
-    return digest.hexdigest()
-
-
-def _plain(value: object) -> object:
-    """A plain value as it counts in a signature; ``None`` for what is no plain value."""
-    if isinstance(value, float):
-        return value != 0
-    if isinstance(value, (tuple, list)):
-        return tuple(_plain(item) for item in value)
-    if isinstance(value, functools.partial):
-        return value.func.__qualname__, _plain(value.args), _plain(value.keywords)
-    if isinstance(value, dict):
-        return tuple((str(key), _plain(item)) for key, item in value.items())
-    return value if isinstance(value, (bool, int, str)) else None
-
-
 def _steps(block: nn.Module) -> list[nn.Module]:
     return list(block) if isinstance(block, nn.Sequential) else [block]
 
 
-def _with_random_weights(block: nn.Module) -> nn.Module:
-    for parameter in block.parameters():
-        if parameter.ndim > 1:
-            bound = max(1, parameter[0].numel()) ** -0.5
-            parameter.uniform_(-bound, bound)
+def _with_random_weights(block: nn.Module, *, buffers: bool = False) -> nn.Module:
+    for tensor in (*block.parameters(), *(block.buffers() if buffers else ())):
+        if not tensor.is_floating_point():
+            if tensor.is_complex():
+                tensor.normal_()
+        elif tensor.ndim > 1 and isinstance(tensor, nn.Parameter):
+            bound = max(1, tensor[0].numel()) ** -0.5
+            tensor.uniform_(-bound, bound)
         else:
-            parameter.uniform_(0.5, 1.5)
+            tensor.uniform_(0.5, 1.5)
     return block
 
 
@@ -287,7 +355,7 @@ def _noted_if_same(
     state, outputs = given
     try:
         step.train()
-        _set_random_state(example.device, state)
+        set_random_state(example.device, state)
         found, noted, shown = _run_noting(pieces, example)
         if not torch.equal(found, outputs):
             return None
@@ -306,12 +374,6 @@ def _through(pieces: Sequence[Piece], features: Tensor) -> Tensor:
     for piece in pieces:
         features = piece(features)
     return features
-
-
-@contextmanager
-def _random_state_kept(device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield
 
 
 @contextmanager
@@ -340,23 +402,12 @@ class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **(kwargs or {}))
         like = next((value for value in args if isinstance(value, Tensor)), torch.empty(0))
-        before = _random_state(like.device)
+        before = random_state(like.device)
         result = func(*args, **(kwargs or {}))
-        if not torch.equal(before, _random_state(like.device)):  # fused attention has the tag, and mostly no dropout
+        if not torch.equal(before, random_state(like.device)):  # fused attention has the tag, and mostly no dropout
             self.seen.append((func, tuple(like.shape)))
             self.layouts.append(tuple(sorted(range(like.ndim), key=like.stride, reverse=True)))
         return result
-
-
-def _random_state(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _set_random_state(device: torch.device, state: Tensor) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
-        torch.set_rng_state(state)
 
 
 _Noted = tuple[Piece, Tensor, _Draws]  # a piece, what entered it, and what it drew
@@ -367,10 +418,13 @@ def _run_noting(pieces: Sequence[Piece], features: Tensor) -> tuple[Tensor, list
     noted = []
     shown = torch.ones(len(features), dtype=torch.bool, device=features.device)
     for piece in pieces:
+        version = features._version
         with _Draws() as draws:
             output = piece.branch(features)
         noted.append((piece, features, draws))
         if piece.drop_path is not None:
+            if features._version != version:
+                raise ValueError("the branch writes into what it receives, from which it couldn't be recomputed")
             output = piece.drop_path(output)
             shown &= output.flatten(1).any(1)
             output = features + output

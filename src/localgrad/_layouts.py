@@ -206,7 +206,7 @@ def change_features(features: Tensor, layout: Layout) -> Tensor:
         layout: of them.
     """
     grid = torch.zeros(len(features), *layout.grid, layout.width, dtype=features.dtype, device=features.device)
-    values = torch.randn(layout.width, generator=torch.Generator().manual_seed(2))
+    values = torch.randn(layout.width, generator=torch.Generator().manual_seed(2), device="cpu")
     row, column = (_cells(length, share, 0) for length, share in zip(layout.grid, PLACE, strict=True))
     grid[:, row, column] = 4 * features.std() * values.to(grid)
     return layout.add(features, grid)

@@ -9,16 +9,17 @@ Shapes: B batch; images [B, C, H, W].
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ._fake import FakeTensor
+from ._fake import NEEDS_VALUES, FakeTensor, looks_at_values
 from ._timm_adapters import TRUNK_NAMES, TWO_STREAMS, attribute, child_of, unsupported
-from .errors import BackboneError
+from .errors import BackboneError, reason_of
 
 
 @dataclass(frozen=True)
@@ -91,25 +92,97 @@ def observe(model: nn.Module, stations: list[Station], images: Tensor) -> Seen:
         if name not in trunks:
             handles.append(child.register_forward_pre_hook(_child_hook(name, log)))
     try:
-        logits = _probe(model, log)(images)
+        logits = _probe(model, log)(images.clone())  # it may write into them
     except torch.OutOfMemoryError:
         raise
+    except NEEDS_VALUES as error:
+        raise looks_at_values(error) from error
     except (AssertionError, RuntimeError, ValueError) as error:
+        _check_dtypes(model, error)
         raise BackboneError(
-            f"the model does not take images of input_size={tuple(images.shape[1:])}: {error} Build it for them "
-            f"(timm.create_model(..., img_size={images.shape[-1]}) where the family has that argument), or pass "
+            f"the model does not take images of input_size={tuple(images.shape[1:])}: {reason_of(error)} Build it for "
+            f"them (timm.create_model(..., img_size={images.shape[-1]}) where the family has that argument), or pass "
             f"the size it was built for{_built_for(model)}."
         ) from error
     finally:
         for handle in handles:
             handle.remove()
     if not isinstance(logits, Tensor) or logits.ndim != 2:
-        raise BackboneError("the model returns no [B, num_classes] logits: build it with num_classes=N and pooling.")
+        got = list(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise BackboneError(
+            f"the model returns {got} for {len(images)} images, and no logits [B, num_classes]: build it with "
+            "num_classes=N and pooling (global_pool='avg' or 'token')."
+        )
     if not isinstance(logits, FakeTensor) and not logits.isfinite().all():
         raise BackboneError(
             "the model's logits are not finite numbers, so nothing can be compared with them: check its weights."
         )
     return _sort(model, log, logits)
+
+
+def _check_dtypes(model: nn.Module, error: Exception) -> None:
+    """Blame an error on the types of the weights, where they are of several."""
+    dtypes = {str(weight.dtype).removeprefix("torch.") for weight in model.parameters()}
+    if len(dtypes) > 1:
+        raise BackboneError(
+            f"the model's weights are of several types ({', '.join(sorted(dtypes))}), and its forward fails on them "
+            f"({reason_of(error)}): cast it to one, as by model.float()."
+        ) from error
+
+
+@contextmanager
+def watch_inputs(
+    model: nn.Module, parts: Sequence[nn.Module], shapes: Sequence[tuple[int, ...] | None]
+) -> Iterator[set[int]]:
+    """While the model and its parts run, in whatever mode: which parts write into what they receive?
+
+    The images are given as copies to the model and the first part, so that both begin with the same.
+
+    Args:
+        model: the timm model.
+        parts: in order, the stem first.
+        shapes: of one image's features that enter each part, None for the stem.
+
+    Yields:
+        The numbers of those parts, complete once they have run.
+
+    Raises:
+        BackboneError: inside, where features of another shape enter a part.
+    """
+    writing: set[int] = set()
+
+    def copy_images(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0].clone(), *args[1:])
+
+    def watch(number: int, part: nn.Module) -> Iterator[Any]:
+        entered: list[tuple[Tensor, int]] = []
+
+        def enter(_: nn.Module, args: tuple[Any, ...]) -> None:
+            shape = shapes[number]
+            if shape is not None and tuple(args[0].shape[1:]) != shape:
+                raise unsupported(
+                    model,
+                    f"in {'train' if part.training else 'eval'} mode features of shape {list(args[0].shape)} and not "
+                    f"[B, {', '.join(map(str, shape))}] enter {'the tail' if number == len(parts) - 1 else 'a block'}, "
+                    "so they have no grid (where tokens are dropped, build it with patch_drop_rate=0)",
+                )
+            entered.append((args[0], args[0]._version))
+
+        def leave(_: nn.Module, __: Any, ___: Any) -> None:
+            features, version = entered.pop()
+            if features._version != version:
+                writing.add(number)
+
+        yield part.register_forward_pre_hook(enter, prepend=True)
+        yield part.register_forward_hook(leave)
+
+    handles = [hook for number, part in enumerate(parts) for hook in watch(number, part)]
+    handles += [module.register_forward_pre_hook(copy_images, prepend=True) for module in (model, parts[0])]
+    try:
+        yield writing
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _built_for(model: nn.Module) -> str:

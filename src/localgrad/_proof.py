@@ -24,10 +24,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,9 +36,6 @@ from torch.utils.checkpoint import checkpoint
 
 from ._state import ModelState, left_as_it_was
 from ._timm_adapters import unsupported
-
-if TYPE_CHECKING:
-    from .backbone import Backbone
 
 FEATURES_SHARE = 0.01
 """Length of the last block's cotangent beside that of the logits: large enough to count, too small to drown them."""
@@ -50,24 +47,33 @@ class Trace:
 
     calls: list[tuple[str, bytes]] = field(default_factory=list)
     """Of every call of a block, in order: its name, and a digest of all tensors that it was given."""
-    shapes: list[torch.Size] = field(default_factory=list)
-    """Of the first tensor that each call was given."""
     last: Tensor | None = None
     """What the last call gave."""
     is_forward: bool = True
     """Whether the forward pass is under way: a model that recomputes calls its blocks in the backward pass again."""
-    logits: Any = None
+    logits: Tensor | None = None
     gradients: dict[str, bytes | Tensor | None] = field(default_factory=dict)
     """Of images and parameters, by name: digests, but for the tensors of what several parts read."""
 
 
-def prove(backbone: Backbone, blocks: Sequence[tuple[str, nn.Module]], images: Tensor) -> frozenset[str]:
-    """Compare parts with their model.
+def prove(
+    model: nn.Module,
+    chain: nn.Module,
+    parts: Sequence[nn.Module],
+    blocks: Sequence[tuple[str, nn.Module]],
+    images: Tensor,
+    *,
+    moving: Collection[nn.Module] = (),
+) -> frozenset[str]:
+    """Compare parts with their model; both are left as they are.
 
     Args:
-        backbone: its parts and its model, on the processor; left as they are.
+        model: on the processor.
+        chain: runs the parts in sequence; shares its parameters with the model.
+        parts: stem, blocks and tail.
         blocks: the modules of the trunk, by name, that both call.
         images: [B, C, H, W], B at least 2.
+        moving: modules that a forward pass changes, beside those with buffers in training.
 
     Returns:
         Names of the buffers that a forward pass writes.
@@ -75,31 +81,28 @@ def prove(backbone: Backbone, blocks: Sequence[tuple[str, nn.Module]], images: T
     Raises:
         BackboneError: something differs; the message says what.
     """
-    model = backbone.model
     blocks = list({id(block): (name, block) for name, block in blocks if not isinstance(block, nn.Identity)}.values())
     written: set[str] = set()
-    shapes: list[list[torch.Size]] = []
-    shared = _read_by_several(backbone)
-    with left_as_it_was(model, backbone) as state, torch.enable_grad(), _nothing_hidden(model):
+    counts = Counter(id(weight) for part in parts for weight in part.parameters())
+    shared = {number for number, count in counts.items() if count > 1}
+    with left_as_it_was(model, chain) as state, torch.enable_grad(), _nothing_hidden(model):
         for mode in ("eval", "train"):
             # Only batch norms need a second image, and only in training; what else the number of images may
             # show, splitting has seen by its own two.
             count = 2 if mode == "train" and any(isinstance(m, _BatchNorm) for m in model.modules()) else 1
             traces = []
-            for run in (model, backbone):
+            for run in (model, chain):
                 state.restore()
-                backbone.train(mode == "train")
-                traces.append(_trace(run, model, blocks, images[:count], shared))
+                for each in (model, chain):
+                    each.train(mode == "train")
+                with _observed(blocks, moving) as trace:
+                    _run(run, model, images[:count], trace, shared)
+                traces.append(trace)
                 if run is model:
                     written |= state.written_buffers()
                     _check_written(model, state)
             theirs, ours = traces
             _compare(model, theirs, ours, mode)
-            shapes.append(theirs.shapes)
-    if [shape[1:] for shape in shapes[0]] != [shape[1:] for shape in shapes[1]]:
-        raise unsupported(
-            model, "in train mode it drops tokens, so features have no grid (build it with patch_drop_rate=0)"
-        )
     return frozenset(written)
 
 
@@ -131,54 +134,59 @@ def _check_written(model: nn.Module, state: ModelState) -> None:
         )
 
 
-def _trace(
-    run: nn.Module, model: nn.Module, blocks: Sequence[tuple[str, nn.Module]], images: Tensor, shared: set[int]
-) -> Trace:
-    trace = Trace()
-    named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+def _run(run: nn.Module, model: nn.Module, images: Tensor, trace: Trace, shared: Collection[int]) -> None:
+    """One forward and one backward pass, noted in a trace."""
     entered = images.detach().clone().requires_grad_()
-    with _observed(blocks, trace):
-        # A clone, since a leaf that needs a gradient could not be written into, as images can.
-        trace.logits = run(entered.clone())
-        trace.is_forward = False
-        ends = [end for end in (trace.logits, trace.last) if isinstance(end, Tensor) and end.requires_grad]
-        if not ends:
-            return trace
-        starts = [("the images", entered), *named]
-        lengths = [1.0 if end is trace.logits else FEATURES_SHARE for end in ends]
-        cotangents = [_cotangent(end, length) for end, length in zip(ends, lengths, strict=True)]
-        found = torch.autograd.grad(ends, [start for _, start in starts], cotangents, allow_unused=True)
+    starts = [("the images", entered), *((name, w) for name, w in model.named_parameters() if w.requires_grad)]
+    # A clone, since a leaf that needs a gradient could not be written into, as images can.
+    logits = run(entered.clone())
+    trace.is_forward = False
+    ends = [end for end in (logits, trace.last) if isinstance(end, Tensor) and end.requires_grad]
+    trace.last = None
+    trace.logits = logits.detach() if isinstance(logits, Tensor) else None
+    if not ends:
+        return
+    cotangents = [_cotangent(end, 1.0 if end is logits else FEATURES_SHARE) for end in ends]
+    found = torch.autograd.grad(ends, [start for _, start in starts], cotangents, allow_unused=True)
     for (name, start), gradient in zip(starts, found, strict=True):
         keeps = gradient is None or id(start) in shared
         trace.gradients[name] = gradient if keeps else digest([gradient])
-    trace.last = None
-    trace.logits = trace.logits.detach() if isinstance(trace.logits, Tensor) else trace.logits
-    return trace
 
 
 @contextmanager
-def _observed(blocks: Sequence[tuple[str, nn.Module]], trace: Trace) -> Iterator[None]:
+def _observed(blocks: Sequence[tuple[str, nn.Module]], moving: Collection[nn.Module]) -> Iterator[Trace]:
     """Let blocks note what they are given, and recompute what is inside them in the backward pass."""
-    before = [(block, vars(block).get("forward")) for _, block in blocks]
+    trace = Trace()
+    before = [(vars(block), dict(vars(block))) for _, block in blocks]
     for name, block in blocks:
-        vars(block)["forward"] = _noting(name, block.forward, trace)
+        vars(block)["forward"] = _noting(name, block, trace, moving)
+        vars(block)["_compiled_call_impl"] = None  # compiled, it would not be called
     try:
-        yield
+        yield trace
     finally:
-        for block, forward in before:
-            if forward is None:
-                del vars(block)["forward"]
-            else:
-                vars(block)["forward"] = forward
+        for attributes, were in before:
+            for name in ("forward", "_compiled_call_impl"):
+                attributes.pop(name, None)
+                if name in were:
+                    attributes[name] = were[name]
 
 
-def _noting(name: str, forward: Callable[..., Any], trace: Trace) -> Callable[..., Any]:
+def _noting(name: str, block: nn.Module, trace: Trace, moving: Collection[nn.Module]) -> Callable[..., Any]:
+    forward = block.forward
+    moves = any(module in moving or (module.training and module._buffers) for module in block.modules())
+
     def noted(*args: Any, **kwargs: Any) -> Any:
+        given = list(tensors_in((args, dict(sorted(kwargs.items())))))
         if trace.is_forward:
-            given = list(tensors_in((args, dict(sorted(kwargs.items())))))
             trace.calls.append((name, digest(given)))
-            trace.shapes.append(given[0].shape if given else torch.Size())
-        output = checkpoint(forward, *args, use_reentrant=False, determinism_check="none", **kwargs)
+        again = _Again(block if moves else None, given)
+
+        def call() -> Any:
+            return forward(*again.replaced(args), **again.replaced(kwargs))
+
+        # Without arguments, which a checkpoint would save, and refuse once they were written into.
+        output = checkpoint(call, use_reentrant=False, context_fn=lambda: (nullcontext(), again))
+        again.called()
         if trace.is_forward:
             trace.last = next(tensors_in(output), None)
         return output
@@ -186,8 +194,50 @@ def _noting(name: str, forward: Callable[..., Any], trace: Trace) -> Callable[..
     return noted
 
 
+class _Again:
+    """A region in which a call is repeated from what there was before it: of its block, and of what it was given.
+
+    Args:
+        block: whose state moves when it is called; ``None`` for one that has none.
+        given: the tensors of the call, some of which it may write into.
+    """
+
+    def __init__(self, block: nn.Module | None, given: Sequence[Tensor]) -> None:
+        self.block = block
+        self.state = None if block is None else ModelState([block], torch.device("cpu"))
+        self.given = [(tensor, tensor._version, tensor.detach().clone()) for tensor in given]
+        self.copies: dict[int, Tensor] = {}
+        self.ends = ExitStack()
+
+    def called(self) -> None:
+        """After the call: only what it wrote into is needed again."""
+        self.given = [kept for kept in self.given if kept[0]._version != kept[1]]
+
+    def __enter__(self) -> None:
+        """Begin, with what there was before."""
+        if self.block is not None and self.state is not None:
+            self.ends.enter_context(left_as_it_was(self.block))
+            self.state.restore(with_random=False)
+        # Copies of copies: a leaf that needs a gradient can't be written into.
+        self.copies = {
+            id(tensor): value.requires_grad_(tensor.requires_grad).clone() for tensor, _, value in self.given
+        }
+
+    def __exit__(self, *exception: object) -> None:
+        """End, with what there was at the beginning."""
+        self.ends.close()
+
+    def replaced(self, value: Any) -> Any:
+        """Arguments, in a repeated call with copies of what the first one wrote into."""
+        if isinstance(value, Tensor):
+            return self.copies.get(id(value), value)
+        if isinstance(value, (tuple, list)):
+            return type(value)(self.replaced(item) for item in value)
+        return {key: self.replaced(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
 def _compare(model: nn.Module, theirs: Trace, ours: Trace, mode: str) -> None:
-    if not isinstance(theirs.logits, Tensor):
+    if theirs.logits is None:
         raise unsupported(model, f"in {mode} mode it returns no tensor of logits")
     for expected, found in zip(theirs.calls, ours.calls, strict=False):
         if expected != found:
@@ -195,7 +245,7 @@ def _compare(model: nn.Module, theirs: Trace, ours: Trace, mode: str) -> None:
     if len(theirs.calls) != len(ours.calls):
         calls = f"{len(ours.calls)} blocks, the model {len(theirs.calls)}"
         raise unsupported(model, f"in {mode} mode its parts call {calls}")
-    if not isinstance(ours.logits, Tensor) or digest([ours.logits]) != digest([theirs.logits]):
+    if ours.logits is None or digest([ours.logits]) != digest([theirs.logits]):
         raise unsupported(model, f"in {mode} mode its parts give other logits than the model")
     for name, expected_gradient in theirs.gradients.items():
         if not _same_gradient(expected_gradient, ours.gradients.get(name)):
@@ -211,15 +261,8 @@ def _same_gradient(expected: bytes | Tensor | None, found: bytes | Tensor | None
     return bool((expected - found).abs().max() <= bound)
 
 
-def _read_by_several(backbone: Backbone) -> set[int]:
-    """Identities of the parameters that stand in more than one part."""
-    parts = (backbone.stem, *backbone.blocks, backbone.tail)
-    counts = Counter(id(weight) for part in parts for weight in part.parameters())
-    return {number for number, count in counts.items() if count > 1}
-
-
 def _cotangent(end: Tensor, length: float) -> Tensor:
-    return length * torch.randn(end.shape, generator=torch.Generator().manual_seed(1)).to(end.dtype)
+    return length * torch.randn(end.shape, generator=torch.Generator().manual_seed(1), device="cpu").to(end.dtype)
 
 
 def digest(tensors: Sequence[Tensor]) -> bytes:

@@ -81,6 +81,15 @@ class ModelState:
                     written.add(name)
         return written
 
+    def changed_modules(self) -> set[nn.Module]:
+        """The modules that don't look now as they did: other attributes, contents or values."""
+        known = {id(tensor): value for tensor, value in self._values}
+        return {
+            kept.module
+            for kept in self._modules
+            if not kept.is_same() or any(not same_bits(tensor, known[id(tensor)]) for tensor in kept.tensors())
+        }
+
     def replaced_buffers(self, module: nn.Module) -> list[str]:
         """Names of a module's own buffers that another tensor stands for now."""
         kept = next(kept for kept in self._modules if kept.module is module)
@@ -94,8 +103,8 @@ class ModelState:
         return [name for name, weight in named if before.get(id(weight), version_of(weight)) != version_of(weight)]
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Give everything back."""
+    def restore(self, *, with_random: bool = True) -> None:
+        """Give everything back; the random states only if asked."""
         for kept in self._modules:
             kept.restore()
         for tensor, value in self._values:
@@ -107,7 +116,8 @@ class ModelState:
             weight.grad = gradient
             if weight.requires_grad != requires_grad:
                 weight.requires_grad_(requires_grad)
-        self.random.restore()
+        if with_random:
+            self.random.restore()
 
 
 class _Kept:
@@ -128,6 +138,13 @@ class _Kept:
                 if isinstance(item, Tensor) and not isinstance(item, nn.Parameter):
                     yield item
 
+    def is_same(self) -> bool:
+        """Whether attributes are the same objects, but for the mode, and containers hold the same ones."""
+        present = {**vars(self.module), "training": self.attributes["training"]}
+        return _alike(present, self.attributes) and all(
+            _alike(self.attributes[name], content) for name, content in self.contents.items()
+        )
+
     def restore(self) -> None:
         present = vars(self.module)
         for name in present.keys() - self.attributes.keys():
@@ -139,16 +156,20 @@ class _Kept:
 
 def _refill(container: Any, content: Any) -> None:
     """Give a container its contents back, if it has others."""
-    if not container and not content:  # most are hooks that nobody set
-        return
-    same_items = len(container) == len(content) and all(
-        mine is theirs for mine, theirs in zip(_items(container), _items(content), strict=True)
-    )
-    if same_items:
+    if _alike(container, content):
         return
     container.clear()
     add: Callable[[Any], None] = container.update if isinstance(container, (dict, set)) else container.extend
     add(content)
+
+
+def _alike(container: Any, content: Any) -> bool:
+    """Whether two containers hold the same objects."""
+    if len(container) != len(content):
+        return False
+    if not content:  # most are hooks that nobody set
+        return True
+    return all(mine is theirs for mine, theirs in zip(_items(container), _items(content), strict=True))
 
 
 def _items(container: Any) -> list[Any]:

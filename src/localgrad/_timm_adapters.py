@@ -66,6 +66,20 @@ def with_plain_attention(block: nn.Module) -> nn.Module:
     return block
 
 
+def undecayed(model: nn.Module, weight_decay: float = 1.0) -> frozenset[int]:
+    """The ids of the parameters that timm leaves weight decay off: vectors, and what the model itself names.
+
+    Args:
+        model: a whole model of timm, whose ``no_weight_decay`` names positions and tokens.
+        weight_decay: of the others; with none, all are left off.
+    """
+    from timm.optim import param_groups_weight_decay
+
+    named: set[str] = getattr(model, "no_weight_decay", set)()
+    groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=named)
+    return frozenset(id(weight) for group in groups if not group["weight_decay"] for weight in group["params"])
+
+
 def rearrange(features: Tensor, source: Kind, target: Kind, grid: tuple[int, int], *, dense: bool) -> Tensor:
     """Move features from one layout to another: the same values, and the same strides that timm gives them.
 
@@ -235,6 +249,25 @@ def same(one: Tensor, other: Tensor) -> bool:
     return isinstance(one, FakeTensor) or torch.equal(one, other)
 
 
+class InputKept(nn.Module):
+    """A block that writes into what it receives (an in-place activation first), made to write into a copy of it.
+
+    Its input is also what an objective reconstructs, what is recomputed from, and what another module or process sees.
+
+    Args:
+        block: the block.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, features: Tensor) -> Tensor:
+        """What the block gives; the features stay as they are."""
+        result: Tensor = self.block(features.clone())
+        return result
+
+
 class Step(nn.Module):
     """One call of a timm module, with what its caller did around it.
 
@@ -295,6 +328,22 @@ class Step(nn.Module):
         """The timm module itself, where nothing happens around it."""
         around = self.args or self.kwargs or len(self.recomputed) or self.unpack or self.glue is not identity
         return self if around else self.module
+
+
+def recomputes(module: nn.Module) -> bool:
+    """Whether timm's flag is on, by which a model or stage recomputes its blocks in the backward pass."""
+    return bool(attribute(module, "grad_checkpointing"))
+
+
+def input_channels(model: nn.Module) -> int | None:
+    """Channels of the images that a model was built for, None where it doesn't tell: by itself, or by its stem."""
+    channels = attribute(model, "in_chans")
+    if channels is None:
+        names = (attribute(model, "pretrained_cfg") or {}).get("first_conv")
+        first = names if isinstance(names, str) else next(iter(names or ()), "")
+        stem = dict(model.named_modules()).get(first) if first else None
+        channels = attribute(stem, "in_channels") if isinstance(stem, nn.Conv2d) else None
+    return channels if isinstance(channels, int) else None
 
 
 def child_of(module: nn.Module, name: str) -> nn.Module | None:

@@ -5,20 +5,20 @@ An **auxiliary classifier** predicts the labels from them.
 
 What decides whether local learning saves memory at all is the resolution that a decoder works at. InfoPro's
 (arXiv 2101.10832, appendix) interpolates the features to image size before its convolutions; on Swin-Tiny that
-keeps more bytes than end-to-end training does. Every decoder here stays at the module's own resolution and
-upsamples in its last layer only, by pixel shuffle (Shi et al., arXiv 1609.05158, section 3.2): a position with
-``r * r * D`` channels becomes an ``r x r`` patch with ``D`` channels. The seed paper (arXiv 2212.14215) compares
-three decoder structures without giving their layers in the copies that can be had, so the three here are ours.
+keeps more bytes than end-to-end training does. Every decoder here but that one (``BilinearDecoder``, for InfoPro's own
+form) stays at the module's own resolution and upsamples in its last layer only, by pixel shuffle (Shi et al., arXiv
+1609.05158, section 3.2): a position with ``r * r * D`` channels becomes an ``r x r`` patch with ``D`` channels. The
+seed paper (arXiv 2212.14215) compares three decoder structures without giving their layers in the copies that can be
+had, so the three here are ours.
 
 Shapes: B batch · H W grid of the module's output · D its width · h w grid of the target · d its width.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -27,6 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localgrad._timm_adapters import with_plain_attention
+from localgrad._written import twin_of
+from localgrad.averaging import OtherBuffers, averaged_pairs
 from localgrad.backbone import Layout
 from localgrad.errors import RecipeError, did_you_mean
 
@@ -34,6 +36,23 @@ HEAD_WIDTH = 32
 """Channels of one attention head; widths of transformer decoders and classifiers are multiples of it."""
 FEW_TOKENS = 32
 """Over no more of them the scores of attention are fewer than the numbers of a head's queries."""
+
+
+_EXEMPT = "_no_weight_decay"
+
+
+def exempt_from_decay(parameter: nn.Parameter) -> nn.Parameter:
+    """Mark a parameter of an auxiliary net that isn't to be decayed, though it is no vector: positions, tokens.
+
+    The mark is an attribute, ``_no_weight_decay``, as state space models have it (Mamba, arXiv 2312.00752, its code).
+    """
+    setattr(parameter, _EXEMPT, True)
+    return parameter
+
+
+def is_exempt_from_decay(parameter: nn.Parameter) -> bool:
+    """Whether a parameter carries that mark."""
+    return bool(getattr(parameter, _EXEMPT, False))
 
 
 class Decoder(nn.Module, ABC):
@@ -129,6 +148,40 @@ class ConvDecoder(Decoder):
         return cast(Tensor, patches.permute(0, 2, 3, 1).contiguous())
 
 
+class BilinearDecoder(Decoder):
+    """InfoPro's (arXiv 2101.10832, appendix, and its released code): upsampled first, then convolved at full size.
+
+    Bilinear interpolation to the target's grid, 3x3 convolution, batch norm, ReLU, 3x3 convolution. It costs more
+    memory than any other here: its features are as large as the image, with the module's width.
+
+    Args:
+        source: layout of the module's output features.
+        target: layout of what is predicted.
+        hidden_width: channels between the convolutions.
+    """
+
+    def __init__(self, source: Layout, target: Layout, *, hidden_width: int | None = None) -> None:
+        super().__init__(source, target)
+        hidden = _size("hidden_width", hidden_width, default=12)
+        self.first = nn.Conv2d(source.width, hidden, 3, padding=1)
+        self.norm = nn.BatchNorm2d(hidden)
+        self.second = nn.Conv2d(hidden, target.width, 3, padding=1)
+        self.ratio = (1, 1)
+
+    def patches(self, grid: Tensor) -> Tensor:
+        """Upsample, then convolve; a patch is a single position of the target."""
+        large = F.interpolate(grid.permute(0, 3, 1, 2), self.target.grid, mode="bilinear", align_corners=True)
+        return cast(Tensor, self.second(F.relu(self.norm(self.first(large)))).permute(0, 2, 3, 1).contiguous())
+
+    def spread(self, positions: Tensor) -> Tensor:
+        """Positions of the output's grid as those of the target's, the nearest ones."""
+        rows, columns = (
+            torch.arange(wide, device=positions.device) * narrow // wide
+            for wide, narrow in zip(self.target.grid, self.source.grid, strict=True)
+        )
+        return positions[:, rows][:, :, columns]
+
+
 class TransformerDecoder(Decoder):
     """Norm, linear to a width, transformer blocks over windows, norm, linear, pixel shuffle.
 
@@ -209,12 +262,40 @@ class Pool(nn.Module):
         return cast(Tensor, self.norm(pooled))
 
 
-class LinearClassifier(Classifier):
-    """Average pool, norm, linear: the head of TRGL (arXiv 2309.17357) and of most of the field."""
+class PoolOfNormed(nn.Module):
+    """Each position normed, then the mean over the grid, beside the class and register tokens.
 
-    def __init__(self, source: Layout, num_classes: int) -> None:
+    Args:
+        source: layout of the features that come in.
+    """
+
+    def __init__(self, source: Layout) -> None:
+        super().__init__()
+        self.source = source
+        self.width = source.width * (1 + source.num_prefix_tokens)
+        self.norm = nn.LayerNorm(source.width)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features to one vector an image, [B, width]."""
+        mean = self.norm(self.source.to_grid(features)).mean(dim=(1, 2))
+        prefix = self.source.prefix(features)
+        return mean if prefix is None else torch.cat([mean, self.norm(prefix).flatten(1)], dim=1)
+
+
+class LinearClassifier(Classifier):
+    """Average pool, norm, linear: the head of most of the field.
+
+    Args:
+        source: layout of the module's output features.
+        num_classes: classes to tell apart.
+        norm_first: norm, average pool, linear, in the order of TRGL's head (arXiv 2309.17357) and of Swin's own.
+    """
+
+    def __init__(self, source: Layout, num_classes: int, *, norm_first: bool = False) -> None:
         super().__init__(source, num_classes)
-        self.pool = Pool(source)
+        if not isinstance(norm_first, bool):
+            raise RecipeError(f"classifier_options: norm_first must be true or false, got {norm_first!r}.")
+        self.pool: Pool | PoolOfNormed = PoolOfNormed(source) if norm_first else Pool(source)
         self.head = nn.Linear(self.pool.width, num_classes)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -267,7 +348,7 @@ class TransformerClassifier(Classifier):
         self.enter = nn.Linear(source.width, width)
         # Early features barely know where they stand; without places, attention over them is over a bag.
         num_tokens = self.grid[0] * self.grid[1] + source.num_prefix_tokens
-        self.places = nn.Parameter(torch.randn(num_tokens, width) * 0.02)
+        self.places = exempt_from_decay(nn.Parameter(torch.randn(num_tokens, width) * 0.02))
         self.blocks = transformer_blocks(width, depth, num_tokens=num_tokens)
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, num_classes))
 
@@ -292,6 +373,7 @@ class NextClassifier(Classifier):
         source: layout of the module's output features.
         num_classes: classes to tell apart.
         following: the blocks that follow, each with the layout of what it gives.
+        undecayed: ids of the model's parameters that it leaves weight decay off; their copies have none either.
         depth: how many of them, at most; always at least one.
         weights: ``fresh`` (like them, initialised anew, trained), ``copy`` (starts as they start, trained) or ``ema``
             (follows them, not trained).
@@ -304,6 +386,7 @@ class NextClassifier(Classifier):
         num_classes: int,
         *,
         following: Sequence[tuple[nn.Module, Layout]],
+        undecayed: Collection[int] = (),
         depth: int = 1,
         weights: str = "copy",
         decay: float = 0.99,
@@ -318,12 +401,17 @@ class NextClassifier(Classifier):
             raise RecipeError("classifier: 'next' needs blocks that follow, and there are none; take 'transformer'.")
         self.weights = weights
         self.decay = decay
-        self.blocks = nn.Sequential(*(copy.deepcopy(block) for block, _ in taken))
+        self.blocks = nn.Sequential(*(twin_of(block) for block, _ in taken))
+        for mine, (block, _) in zip(self.blocks, taken, strict=True):
+            for own, copied in zip(mine.parameters(), block.parameters(), strict=True):
+                if id(copied) in undecayed or is_exempt_from_decay(copied):
+                    exempt_from_decay(own)
         # A list: they are other modules', and stay theirs; only an average looks at them again.
         self._sources = [block for block, _ in taken] if weights == "ema" else []
         if weights == "fresh":
             self.blocks.apply(_initialise)
         if weights == "ema":
+            self._others = [OtherBuffers() for _ in taken]
             self.blocks.requires_grad_(requires_grad=False)
         self.pool = Pool(taken[-1][1])
         self.head = nn.Linear(self.pool.width, num_classes)
@@ -337,11 +425,10 @@ class NextClassifier(Classifier):
         """Take a step towards the blocks that are followed."""
         if self.weights != "ema":
             return
-        for mine, source in zip(self.blocks, self._sources, strict=True):
-            pairs = zip((*mine.parameters(), *mine.buffers()), (*source.parameters(), *source.buffers()), strict=True)
-            for own, other in pairs:
-                if own.is_floating_point():
-                    own.lerp_(other.to(own.device), 1 - self.decay)
+        for mine, source, others in zip(self.blocks, self._sources, self._others, strict=True):
+            for own, other in averaged_pairs(mine, source):
+                own.lerp_(other.to(own.device), 1 - self.decay)
+            others.follow(mine, source)
 
 
 def _initialise(module: nn.Module) -> None:
@@ -375,6 +462,9 @@ DECODERS: Mapping[str, Callable[..., Decoder]] = {
     "conv": ConvDecoder,
     "transformer": TransformerDecoder,
 }
+"""Those that work at the module's own resolution."""
+SOURCE_DECODERS: Mapping[str, Callable[..., Decoder]] = {"bilinear": BilinearDecoder}
+"""Those of methods in their sources' own forms, which don't."""
 CLASSIFIERS: Mapping[str, Callable[..., Classifier]] = {
     "linear": LinearClassifier,
     "mlp": MlpClassifier,
@@ -389,7 +479,7 @@ def build_decoder(name: str, source: Layout, target: Layout, options: Mapping[st
     """Make a decoder by name.
 
     Args:
-        name: ``linear``, ``conv`` or ``transformer``.
+        name: ``linear``, ``conv``, ``transformer`` or ``bilinear``.
         source: layout of the module's output features.
         target: layout of what it predicts.
         options: keyword arguments of that decoder's class.
@@ -397,7 +487,7 @@ def build_decoder(name: str, source: Layout, target: Layout, options: Mapping[st
     Raises:
         RecipeError: unknown name, or options that this decoder doesn't take.
     """
-    return _build("decoder", DECODERS, name, options)(source, target)
+    return _build("decoder", {**DECODERS, **SOURCE_DECODERS}, name, options)(source, target)
 
 
 def build_classifier(
@@ -406,6 +496,8 @@ def build_classifier(
     num_classes: int,
     options: Mapping[str, Any],
     following: Sequence[tuple[nn.Module, Layout]] = (),
+    *,
+    undecayed: Collection[int] = (),
 ) -> Classifier:
     """Make an auxiliary classifier by name.
 
@@ -415,11 +507,13 @@ def build_classifier(
         num_classes: classes to tell apart.
         options: keyword arguments of that classifier's class.
         following: the model's blocks after the module, for ``next``.
+        undecayed: as for ``NextClassifier``.
 
     Raises:
         RecipeError: unknown name, or options that this classifier doesn't take.
     """
-    known: dict[str, Callable[..., Classifier]] = {**CLASSIFIERS, "next": partial(NextClassifier, following=following)}
+    next_one = partial(NextClassifier, following=following, undecayed=undecayed)
+    known: dict[str, Callable[..., Classifier]] = {**CLASSIFIERS, "next": next_one}
     return _build("classifier", known, name, options)(source, num_classes)
 
 

@@ -14,14 +14,16 @@ before the first block and after the last. From this follow
   comparing bits. Plain arguments are frozen, tensor arguments (rope) are computed again at each call;
 * the *tail*: the children called after the last block, then a shallow copy's own ``forward_head``.
 
-Then it proves the result: the parts must give the model's logits bit for bit, or ``BackboneError`` is raised. No
-model is split wrongly in silence.
+Then it proves the result (``_proof``): the parts must give the model's logits and every gradient bit for bit, or
+``BackboneError`` is raised. No model is split wrongly in silence, and the model is left as it was (``_state``). A part
+never writes into what it receives: where the proof sees one do so, it is given a copy from then on. A model on a GPU,
+or with weights of 16 bits, is split by a copy in host memory, in float32; the parts found hold its own tensors.
 
 How it differs. timm's ``forward_intermediates`` reads features out but can't cut the graph into modules that are
 trained, moved and compiled on their own; ``torch.fx`` graphs lose the modules; forward hooks that detach work in
 one process only. Parameters are shared with the model, never copied: training the parts trains the model. Settings
 changed on the model afterwards (``reset_classifier``, ``set_input_size``) are not seen: split again. timm's
-``grad_checkpointing`` flag has no effect on the parts, since blocks are called directly.
+``grad_checkpointing`` flag has no effect on the parts, since blocks are called directly; ``LocalLearner`` follows it.
 
 Sources: timm 1.0.31 (``forward_features``/``forward_head`` and the ``blocks``/``stages``/``layers`` convention);
 hiera's unrolled token order: arXiv 2306.00989, Section 3.
@@ -33,29 +35,33 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ._fake import FakeTensor, copy_on_host, fake_copy_with_memo, random_state_kept
+from ._fake import FakeTensor, by_shapes_alone, copy_on_host, fake_copy_with_memo, random_state_kept
 from ._layouts import Layout, LayoutFinder, change_features, change_image
-from ._observe import Call, Seen, find_stations, observe, trunks_of
+from ._observe import Call, Seen, find_stations, observe, trunks_of, watch_inputs
 from ._proof import prove
 from ._state import left_as_it_was
 from ._timm_adapters import (
     SUPPORTED_FAMILIES,
     TENSOR_ARGUMENTS,
+    InputKept,
     Recomputed,
     Step,
     attribute,
     find_glue,
     find_recomputed,
+    input_channels,
     kind_after,
+    recomputes,
     unsupported,
 )
-from .errors import BackboneError
+from .errors import BackboneError, reason_of
 
 __all__ = ["SUPPORTED_FAMILIES", "Backbone", "Layout", "outline", "split"]
 
@@ -70,10 +76,12 @@ class Stem(nn.Module):
     def __init__(self, part: nn.Module) -> None:
         super().__init__()
         self.part = part
+        self.copies_input = True  # until it is known whether the part writes into it
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, C, H, W] -> features."""
-        features: Tensor = self.part.forward_features(images)  # type: ignore[operator]
+        given = images.clone() if self.copies_input else images
+        features: Tensor = self.part.forward_features(given)  # type: ignore[operator]
         return features
 
 
@@ -100,10 +108,11 @@ class Tail(nn.Module):
         self.glue = glue
         self.before_head = tuple(before_head)
         self.unused = nn.ParameterList(unused)
+        self.copies_input = False  # whether what follows writes into it
 
     def forward(self, features: Tensor) -> Tensor:
         """Features -> [B, num_classes]."""
-        features = self.glue(features)
+        features = self.glue(features.clone() if self.copies_input else features)
         for name in self.before_head:
             features = self.part.get_submodule(name)(features)
         logits: Tensor = self.part.forward_head(features)  # type: ignore[operator]
@@ -119,11 +128,11 @@ class Backbone(nn.Module):
 
     model: nn.Module
     """The plain timm model: its ``state_dict()`` is what to export."""
-    stem: nn.Module
+    stem: Stem
     """[B, C, H, W] -> features."""
     blocks: nn.ModuleList
     """Features -> features, each from and to one tensor."""
-    tail: nn.Module
+    tail: Tail
     """Features -> [B, num_classes]."""
     block_names: tuple[str, ...]
     """Dotted path of each block in the timm model."""
@@ -140,9 +149,9 @@ class Backbone(nn.Module):
         self,
         model: nn.Module,
         *,
-        stem: nn.Module,
+        stem: Stem,
         blocks: Iterable[nn.Module],
-        tail: nn.Module,
+        tail: Tail,
         block_names: Sequence[str],
         layouts: Sequence[Layout],
         stage_boundaries: Sequence[int],
@@ -190,15 +199,50 @@ class Backbone(nn.Module):
         Most parameters change in place; where torch makes new ones, the model's own must follow.
         """
         for part in (self.stem.part, self.tail.part):
-            _adopt(self.model._parameters, part._parameters)  # type: ignore[union-attr]
-            _adopt(self.model._buffers, part._buffers)  # type: ignore[union-attr]
+            _adopt(self.model._parameters, part._parameters)
+            _adopt(self.model._buffers, part._buffers)
 
     def example(self, index: int) -> Tensor:
         """Random features such as enter block ``index``, for two images; the random state stays as it was."""
         like = next(self.parameters())
         generator = torch.Generator().manual_seed(index)
         shape = self.layouts[index].shape
-        return torch.randn(2, *shape, generator=generator).to(like.device, like.dtype)
+        return torch.randn(2, *shape, generator=generator, device="cpu").to(like.device, like.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, and so of the images and features."""
+        return next(self.parameters()).dtype
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether timm's ``grad_checkpointing`` is on where blocks that are called directly pass by it."""
+        called = set(self.modules())
+        return any(recomputes(module) for module in self.model.modules() if module not in called)
+
+    @property
+    def modules_passed_by(self) -> list[str]:
+        """Modules of the model (itself, its stages) that have hooks, and that are never called as the parts are."""
+        called = set(self.modules())
+        kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        return [
+            name or type(module).__name__
+            for name, module in self.model.named_modules()
+            if module not in called and any(vars(module)[kind] for kind in kinds)
+        ]
+
+    @contextmanager
+    def _keeping_inputs(self) -> Iterator[None]:
+        """While the parts run, find those that write into their input; give them copies from then on."""
+        parts = [self.stem, *self.blocks, self.tail]
+        shapes = [None, *(layout.shape for layout in self.layouts)]
+        self.stem.copies_input = False
+        with watch_inputs(self.model, parts, shapes) as writing:
+            yield
+        last = len(parts) - 1
+        self.stem.copies_input, self.tail.copies_input = 0 in writing, last in writing
+        for number in sorted(writing - {0, last}):
+            self.blocks[number - 1] = InputKept(parts[number])
 
     def check_boundaries(self, boundaries: Sequence[int]) -> None:
         """Refuse boundaries across which local modules would share a parameter, or a buffer that they write.
@@ -209,14 +253,14 @@ class Backbone(nn.Module):
         Raises:
             BackboneError: something is shared; the message names it and its blocks.
         """
-        owners: dict[int, dict[int, list[str]]] = {}
+        owners: dict[object, dict[int, list[str]]] = {}
         for module, (name, part) in self._parts_by_module(boundaries):
             for tensor in _tensors(part):
-                owners.setdefault(id(tensor), {}).setdefault(module, []).append(name)
+                owners.setdefault(_memory_of(tensor), {}).setdefault(module, []).append(name)
         named: list[tuple[str, Tensor]] = [*self.model.named_parameters()]
         named += [(name, buffer) for name, buffer in self.model.named_buffers() if name in self._written_buffers]
         for name, tensor in named:
-            modules = owners.get(id(tensor), {})
+            modules = owners.get(_memory_of(tensor), {})
             if len(modules) > 1:
                 places = ", ".join(part for parts in modules.values() for part in parts)
                 raise BackboneError(
@@ -232,9 +276,9 @@ class Backbone(nn.Module):
 
 
 def split(model: nn.Module, input_size: tuple[int, int, int]) -> Backbone:
-    """Split a timm model into stem, blocks and tail, and prove that they give the same logits.
+    """Split a timm model into stem, blocks and tail, and prove that they give the same logits and gradients.
 
-    The model keeps its parameters (the parts share them), its mode, its buffers; the random state stays too.
+    The model keeps its parameters (the parts share them) and is left as it was; the random state stays too.
 
     Args:
         model: a timm model with a classifier, on any device, as ``timm.create_model`` returns it.
@@ -245,14 +289,14 @@ def split(model: nn.Module, input_size: tuple[int, int, int]) -> Backbone:
 
     Raises:
         BackboneError: the model has no trunk that this file knows, no classifier, another image size, or parts
-            that don't give its logits bit for bit.
+            that don't give its logits and gradients bit for bit.
     """
     size = _check_arguments(model, input_size)
     if _is_proved_in_place(model):
         return _split(model, size)
     # Elsewhere: there some backward passes differ from themselves, and there memory is what users lack.
     with random_state_kept():
-        copied, copies = copy_on_host(model)
+        copied, copies = copy_on_host(model, widens=len({weight.dtype for weight in model.parameters()}) == 1)
     backbone = _split(copied, size)
     made: Backbone = copy.deepcopy(backbone, {id(twin): original for original, twin in copies})
     for module in set(made.modules()) - set(model.modules()):
@@ -269,24 +313,28 @@ def _is_proved_in_place(model: nn.Module) -> bool:
 def _split(model: nn.Module, size: tuple[int, int, int]) -> Backbone:
     stations = find_stations(model)
     with torch.inference_mode(mode=False), left_as_it_was(model) as state, torch.no_grad():
-        images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()))
+        images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0), device="cpu")
+        images = images.to(next(model.parameters()))
         model.eval()
         seen = observe(model, stations, images)
+        moving = state.changed_modules()
         state.restore()
         model.eval()
         try:
             backbone = _assemble(model, seen, images)
             state.restore()
             model.eval()
-            if not torch.equal(backbone(images), seen.logits):
+            if not torch.equal(backbone(images.clone()), seen.logits):
                 raise unsupported(model, "in eval mode its parts give other logits than the model")
             state.restore()
             blocks = [(call.station.name, call.station.module) for call in seen.calls]
-            backbone._written_buffers = prove(backbone, blocks, images)
+            parts = (backbone.stem, *backbone.blocks, backbone.tail)
+            with backbone._keeping_inputs():
+                backbone._written_buffers = prove(model, backbone, parts, blocks, images, moving=moving)
         except torch.OutOfMemoryError:
             raise
         except (AttributeError, TypeError, RuntimeError) as error:
-            raise unsupported(model, f"its parts don't run on their own ({error})") from error
+            raise unsupported(model, f"its parts don't run on their own ({reason_of(error)})") from error
     for module in set(backbone.modules()) - set(model.modules()):
         module.training = model.training
     return backbone
@@ -310,7 +358,7 @@ def outline(model: nn.Module, input_size: tuple[int, int, int]) -> Backbone:
     """
     size = _check_arguments(model, input_size)
     fake_mode, fake_model, copies = fake_copy_with_memo(model)
-    with random_state_kept(), left_as_it_was(fake_model) as state, fake_mode, torch.no_grad():
+    with by_shapes_alone(), left_as_it_was(fake_model) as state, fake_mode, torch.no_grad():
         fake_model.eval()
         images = torch.empty(2, *size, dtype=next(model.parameters()).dtype)
         try:
@@ -318,8 +366,10 @@ def outline(model: nn.Module, input_size: tuple[int, int, int]) -> Backbone:
             state.restore()
             fake_model.eval()
             backbone = _assemble(fake_model, seen, images)
+            with backbone._keeping_inputs():
+                backbone.train()(images)
         except (AttributeError, TypeError, RuntimeError) as error:
-            raise unsupported(model, f"its parts don't run on their own ({error})") from error
+            raise unsupported(model, f"its parts don't run on their own ({reason_of(error)})") from error
     originals = {id(copied): original for original, copied in copies if isinstance(original, Tensor)}
     made: Backbone = copy.deepcopy(backbone, originals)
     return made.train(model.training)
@@ -334,12 +384,13 @@ def _check_arguments(model: nn.Module, input_size: tuple[int, int, int]) -> tupl
     size = tuple(int(length) for length in input_size)
     if len(size) != 3 or min(size) < 1:
         raise BackboneError(f"input_size is (channels, height, width), got {input_size!r}: pass e.g. (3, 224, 224).")
+    _check_is_plain(model)
     for method in ("forward_features", "forward_head"):
         if not callable(attribute(model, method)):
             raise unsupported(model, f"a timm model has the method {method}, this one has not")
     if attribute(model, "num_classes") == 0:
         raise BackboneError("the model has no classifier (num_classes=0): pass num_classes=N to timm.create_model.")
-    channels = attribute(model, "in_chans")
+    channels = input_channels(model)
     if channels not in (None, size[0]):
         raise BackboneError(
             f"input_size={size} has {size[0]} channels, but the model was built for {channels}: "
@@ -347,12 +398,75 @@ def _check_arguments(model: nn.Module, input_size: tuple[int, int, int]) -> tupl
         )
     if next(model.parameters(), None) is None:
         raise unsupported(model, "it has no parameters")
+    _check_weights(model)
     if any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in model.parameters()):
         raise BackboneError(
             "the model's parameters are on the meta device or fake, so its parts can't be compared with it: "
             "split a real model, then deep-copy the backbone."
         )
     return size
+
+
+def _check_is_plain(model: nn.Module) -> None:
+    """Refuse what stands around a timm model, or was made of one, and can't be taken apart or trained."""
+    for name, module in model.named_modules():
+        if name and not _is_timms(model) and _is_timms(module):
+            path = "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in name.split("."))
+            raise BackboneError(
+                f"model: {type(model).__name__} stands around the timm model, whose blocks are called without it: pass "
+                f"model{path} (and compile=True for torch.compile, ParallelLearner for several processes)."
+            )
+    if getattr(model, "_compiled_call_impl", None) is not None:
+        raise BackboneError(
+            "model: model.compile() was called, but local modules never call the model itself; pass compile=True to "
+            "the learner, and a model on which it wasn't."
+        )
+    for name, module in model.named_modules():
+        where = f"its part {name}" if name else "model"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise BackboneError(
+                f"{where} was scripted or traced by torch.jit, and can't be split: pass the model that it was made of."
+            )
+        made_in = type(module).__module__
+        if made_in.startswith("torch.ao.nn.") and ".quantized." in made_in and ".qat." not in made_in:
+            raise BackboneError(
+                f"{where} is a quantised {type(module).__name__}, whose weights can't be trained: pass the model as it "
+                "was before, and quantise it after training."
+            )
+
+
+def _is_timms(model: nn.Module) -> bool:
+    """Whether a module has timm's two methods by its own class (wrappers hand on their model's attributes)."""
+    return all(callable(getattr(type(model), method, None)) for method in ("forward_features", "forward_head"))
+
+
+def _check_weights(model: nn.Module) -> None:
+    """Refuse weights that a plain training loop couldn't train, or that are in several places."""
+    for name, weight in model.named_parameters():
+        if isinstance(weight, nn.UninitializedParameter):
+            continue  # of a lazy layer: the first pass makes it
+        kind = type(weight.data)
+        if kind not in (Tensor, nn.Parameter, FakeTensor):
+            raise BackboneError(
+                f"model: {name} is a {kind.__name__}, not a plain tensor (quantised or sharded weights): pass the "
+                "model as it was before that."
+            )
+        if not (weight.is_floating_point() or weight.is_complex()):
+            raise BackboneError(
+                f"model: {name} is of type {weight.dtype}, which has no gradients: pass the model as it was before it "
+                "was quantised, or make that a buffer."
+            )
+        if weight.is_inference():
+            raise BackboneError(
+                f"model: {name} was made under torch.inference_mode(), and can't be trained: make the model outside of "
+                "it."
+            )
+    devices = sorted({str(weight.device) for weight in model.parameters()})
+    if len(devices) > 1 and "meta" not in devices:
+        raise BackboneError(
+            f"model: its weights are on several devices ({', '.join(devices)}): move it to one, as by "
+            f"model.to({devices[0]!r}); offload=True keeps idle modules in host memory."
+        )
 
 
 # Assembly -------------------------------------------------------------------------------------------------------
@@ -528,6 +642,12 @@ def _stage_boundaries(groups: list[list[Call]], layouts: list[Layout]) -> list[i
     if any(stages):
         return [index for index, (before, stage) in enumerate(pairwise(stages), start=1) if stage != before]
     return [i for i, (before, after) in enumerate(pairwise(layouts)) if i > 0 and before.grid != after.grid]
+
+
+def _memory_of(tensor: Tensor) -> object:
+    """The same for tensors that begin at the same place in memory, such as two parameters made of one tensor."""
+    has_memory = not (tensor.is_meta or isinstance(tensor, FakeTensor)) and tensor.numel()
+    return (tensor.device, tensor.data_ptr()) if has_memory else id(tensor)
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

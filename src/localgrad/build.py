@@ -19,7 +19,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from localgrad.backbone import Backbone, split
-from localgrad.errors import BackboneError, DeviceError, RecipeError, did_you_mean
+from localgrad.errors import BackboneError, DeviceError, RecipeError, did_you_mean, reason_of
 from localgrad.execution.local_step import check_precision
 from localgrad.execution.team import Team
 from localgrad.learner import Factories, LocalLearner, default_input_size, make_plan
@@ -28,7 +28,7 @@ from localgrad.parallel import ParallelLearner
 from localgrad.recipe import ModelSettings, Recipe, TrainingSettings, validated
 from localgrad.training.augment import Augment
 from localgrad.training.data import Batches, DataInfo, ImageSet, Splits, load_data, note_on_fit
-from localgrad.training.optim import OptimizerFactory, Schedule
+from localgrad.training.optim import OptimizerFactory, Schedule, check_optimizer, check_schedule
 
 EVALUATION_BATCH = 256
 Planned = Callable[[Recipe, Backbone], Recipe]
@@ -96,6 +96,7 @@ def build(
         raise RecipeError(
             "--offload: end-to-end steps (--global-every, --global-tail) need all modules on the device; leave one out."
         )
+    _check_training(recipe)
     objective = build_recipe_objective(recipe)
     if execution.num_threads is not None:
         torch.set_num_threads(execution.num_threads)
@@ -106,11 +107,8 @@ def build(
     model = create_model(settings_of_model, num_classes=data.info.num_classes, num_channels=channels)
     size = input_size_of(model, method.model, channels)
     check_patches(model, size[1:])
-    if is_new and settings_of_model.pretrained and method.data.mean is None:
-        recipe, data = _normalised_as_pretrained(recipe, data, model)
-        method = recipe.method
-    cut_off = note_on_fit(data, size[1:])
-    data = data if cut_off is None else data.said(cut_off)
+    recipe, data = _settled(recipe, data, model, size[1:], has_new_weights=is_new and settings_of_model.pretrained)
+    objective = objective.with_pixels(data.info.mean, data.info.std)
     waits = is_sequential or execution.offload or team is not None  # on the processor, until its modules are made
     backbone = split(model if waits else model.to(device), size)
     if planned is not None:
@@ -128,6 +126,7 @@ def build(
         "offload": execution.offload,
         "overlap": method.local.overlap,
         "freeze_from": training.freeze_from,
+        "auxiliary_from": "state",  # seeded right before; as it was when the published runs were made
     }
     if team is None:
         learner = LocalLearner(
@@ -201,20 +200,44 @@ def _load(recipe: Recipe, *, download: bool) -> Splits:
     )
 
 
-def _normalised_as_pretrained(recipe: Recipe, data: Splits, model: nn.Module) -> tuple[Recipe, Splits]:
-    """The recipe and the data, normalised by the mean and std that a model's weights were trained with."""
+def _settled(
+    recipe: Recipe, data: Splits, model: nn.Module, size: tuple[int, int], *, has_new_weights: bool
+) -> tuple[Recipe, Splits]:
+    """The recipe and the data once the model is there: normalised as new weights were trained, and what is cut off."""
+    cut_off = note_on_fit(data, size)
+    data = data if cut_off is None else data.said(cut_off)
+    if not has_new_weights or recipe.method.data.mean is not None:
+        return recipe, data
     trained_with: dict[str, Any] = getattr(model, "pretrained_cfg", {})
     if "mean" not in trained_with or "std" not in trained_with:
         return recipe, data.said("timm doesn't say what the weights were normalised by; the data's own is taken.")
     data = data.normalised_by(trained_with["mean"], trained_with["std"])
     mean, std = data.info.mean, data.info.std
     data = data.said(
-        f"Normalised by mean {', '.join(f'{m:.4g}' for m in mean)} and std "
-        f"{', '.join(f'{s:.4g}' for s in std)}, as the "
-        "pretrained weights were trained; --mean and --std set others."
+        f"Normalised by mean {', '.join(f'{m:.4g}' for m in mean)} and std {', '.join(f'{s:.4g}' for s in std)}, as "
+        "the pretrained weights were trained; --mean and --std set others."
     )
     settings = replace(recipe.method.data, mean=mean, std=std)
     return replace(recipe, method=replace(recipe.method, data=settings)), data
+
+
+def _check_training(recipe: Recipe) -> None:
+    """Refuse optimizers and numbers that can't be, before data is read."""
+    training, execution = recipe.method.training, recipe.execution
+    check_optimizer(training.optimizer)
+    check_schedule(
+        training.lr * min(training.lr_depth),
+        name=training.scheduler,
+        epochs=training.epochs,
+        warmup_epochs=training.warmup_epochs,
+        warmup_lr=training.warmup_lr,
+        min_lr=training.min_lr,
+    )
+    own = training.batch_size // execution.replicas
+    if execution.accumulation > own:
+        raise RecipeError(
+            f"--accumulation: {execution.accumulation} parts can't be made of a batch of {own} images; take fewer."
+        )
 
 
 def _optimizer_alone(learner: LocalLearner, index: int, optimizer: Factories) -> Optimizer:
@@ -371,9 +394,8 @@ def create_model(settings: ModelSettings, *, num_classes: int | None, num_channe
             del options["img_size"]  # a convolutional model, which takes any size
             return create()
     except Exception as error:  # timm's own checks are asserts and errors of many kinds
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise BackboneError(
-            f"--model: timm can't make {settings.name!r} with {_listed(options)}: {reason}. "
+            f"--model: timm can't make {settings.name!r} with {_listed(options)}: {reason_of(error).rstrip('.')}. "
             "Check --img-size, --patch-size and model.options."
         ) from error
 

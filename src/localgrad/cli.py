@@ -87,7 +87,7 @@ ObjectiveOption = Annotated[
     str | None, typer.Option(help="feature, image, greedy or contrastive.", rich_help_panel=METHOD)
 ]
 DecoderOption = Annotated[
-    str | None, typer.Option(help="Auxiliary decoder: linear, conv or transformer.", rich_help_panel=METHOD)
+    str | None, typer.Option(help="Auxiliary decoder: linear, conv, transformer or bilinear.", rich_help_panel=METHOD)
 ]
 ClassifierOption = Annotated[
     str | None, typer.Option(help="Auxiliary classifier: linear, mlp, transformer or next.", rich_help_panel=METHOD)
@@ -108,7 +108,9 @@ PrecisionOption = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.",
 CompileOption = Annotated[
     bool | None, typer.Option("--compile", help="Compile each local module.", rich_help_panel=EXECUTION)
 ]
-PresetOption = Annotated[str | None, typer.Option(help="Start from a preset: digits, paper, infopro, greedy.")]
+PresetOption = Annotated[
+    str | None, typer.Option(help="Start from a preset: digits, paper, infopro, greedy, infopro-source, trgl-source.")
+]
 RecipeOption = Annotated[Path | None, typer.Option(help="Start from a recipe in TOML.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Any value of the recipe: --set training.min_lr=1e-5.")
@@ -659,7 +661,7 @@ def compare(  # noqa: PLR0917  # one parameter an option
 def reproduce(  # noqa: PLR0917  # one parameter an option
     table: Annotated[
         str | None,
-        typer.Argument(help="cifar10, cifar100, stl10, svhn, vit, ranking, epochs or images; all by default."),
+        typer.Argument(help="cifar10, cifar100, stl10, svhn, vit, ranking, epochs, images or sources; all by default."),
     ] = None,
     profile: Annotated[str | None, typer.Option(help="Size: smoke (seconds), cpu (reduced), gpu (full).")] = None,
     data: Annotated[str | None, typer.Option(help="Only these: cifar10,svhn.")] = None,

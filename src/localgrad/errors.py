@@ -9,6 +9,7 @@ it got, and what to type next. Faults of our own are ``assert``, never one of th
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 NEAR = 0.6
@@ -75,6 +76,27 @@ class IsolationError(LocalgradError, RuntimeError):
 
 class DivergenceError(LocalgradError, RuntimeError):
     """A loss that is no longer a finite number."""
+
+
+def reason_of(error: BaseException, limit: int = 600) -> str:
+    """What an error says, on one line: its useful part often stands under the first one.
+
+    Args:
+        error: of torch, of timm, or of a model's own code.
+        limit: characters that are kept at most; the end matters as the beginning does, so the middle goes.
+
+    Returns:
+        All lines as one, without the C++ frames that torch may append; the error's class where it says nothing.
+    """
+    said = _NATIVE_FRAMES.split(str(error), maxsplit=1)[0]
+    line = " ".join(said.split()) or type(error).__name__
+    if len(line) <= limit:
+        return line
+    half = (limit - 5) // 2
+    return f"{line[:half]} ... {line[-half:]}"
+
+
+_NATIVE_FRAMES = re.compile(r"\n\s*(?:Exception raised from |C\+\+ CapturedTraceback|frame #0)")
 
 
 def did_you_mean(name: str, known: Iterable[str], count: int = 3) -> str:

@@ -8,23 +8,52 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from localgrad._state import left_as_it_was
+from localgrad._timm_adapters import input_channels
 from localgrad.backbone import Backbone, split
-from localgrad.errors import BackboneError, CheckpointError, IsolationError, PartitionError, RecipeError
+from localgrad.errors import (
+    BackboneError,
+    CheckpointError,
+    DeviceError,
+    IsolationError,
+    PartitionError,
+    RecipeError,
+)
 from localgrad.execution.checkpointing import Recomputed
+from localgrad.execution.checks import (
+    FACTORY,
+    Remembered,
+    check_images,
+    check_labels,
+    check_model,
+    check_optimizer,
+    check_schedulers,
+    check_tensors,
+    check_values,
+)
 from localgrad.execution.global_step import GlobalStep
 from localgrad.execution.local_module import build_local_modules, recomputed_in
-from localgrad.execution.local_step import LocalStep, autocast, check_precision
+from localgrad.execution.local_step import LocalStep, autocast, check_precision, drawing_from
 from localgrad.execution.offload import HOST, Offloader
 from localgrad.execution.sequential import SequentialExecutor, StepResult
 from localgrad.execution.sharding import put, put_optimizer
+from localgrad.execution.states import (
+    check_objective,
+    check_optimizer_state,
+    check_scaler_state,
+    describe,
+    or_as_before,
+)
 from localgrad.objectives.base import LocalBatch
 from localgrad.objectives.methods import FeatureReconstruction, Objective
 from localgrad.partition import Checkpointing, Plan, Request, resolve
@@ -48,13 +77,14 @@ class LocalLearner:
     Args:
         model: any timm model that ``localgrad.split`` takes, on its device; or a backbone that is split already.
         modules: how many local modules (balanced by activation bytes), ``"stages"``, explicit boundaries (the
-            first block of every module but the first), or a ``Plan``. 1 is end-to-end training.
+            first block of every module but the first), or a ``Plan``. 1 is end-to-end training. A plan made for
+            other settings, another device or smaller batches trains, with a warning that its forecast isn't of this.
         objective: what every module but the last is trained on; by default ``FeatureReconstruction()``.
         input_size: (C, H, W) of the images; by default the model's own.
         precision: ``fp32``, ``bf16`` or ``fp16`` autocast.
         checkpoint: what modules recompute in their backward pass: ``"blocks"`` (or ``True``), ``"halves"``,
             ``"halves/8"`` (over 8 chunks of the batch), ``"halves/8:3"`` (the first three blocks), ``"none"``; one for
-            all, or a list.
+            all, or a list. By default blocks where ``model.set_grad_checkpointing()`` is on, else none.
         compile: run each local module through ``torch.compile``.
         clip_grad: largest norm of each module's gradient.
         accumulation: parts that ``step`` cuts a batch into, to save memory; one update a step all the same. What looks
@@ -66,14 +96,24 @@ class LocalLearner:
         overlap: last blocks of the module before that each module's loss trains as well; they run in both (as in
             interlocking backpropagation, arXiv 2010.04116, whose windows overlap by whole modules).
         freeze_from: share of the training after which modules stop to learn: the first one then, each next one later,
-            the last never; ``at`` tells the learner how much is over. As in FreezeOut (arXiv 1706.04983), by module.
+            the last never; ``at`` tells the learner how much is over. As in FreezeOut (arXiv 1706.04983), by module. A
+            frozen module's batch norms use their running statistics, which stay; dropout and drop path go on.
         global_checkpoint: what an end-to-end step (``global_step``) recomputes, as for ``checkpoint``.
+        auxiliary_from: what auxiliary nets are initialised from: the ``seed`` alone, that is what ``torch.manual_seed``
+            was last given, whatever was drawn since; or torch's random ``state``, as any new layer is.
+
+    Two learners of equal models that are made after the same ``torch.manual_seed`` are the same, and draw the same in
+    their steps, whether the seed was set before or after the model was made. (With one module, steps draw from torch's
+    random state, as in any loop.) Making one leaves that state as it was.
 
     Raises:
-        BackboneError: the model can't be split, or a parameter is shared across a boundary.
+        BackboneError: the model can't be split, a parameter is shared across a boundary, or there is one class only.
         PartitionError: the modules asked for can't be made.
         RecipeError: an option has an impossible value.
     """
+
+    is_parallel = False
+    """Whether other processes train other modules."""
 
     def __init__(
         self,
@@ -93,38 +133,45 @@ class LocalLearner:
         overlap: int = 0,
         freeze_from: float | None = None,
         global_checkpoint: str | Checkpointing = "blocks",
+        auxiliary_from: str = "seed",
     ) -> None:
-        if isinstance(overlap, bool) or not isinstance(overlap, int) or overlap < 0:
-            raise RecipeError(f"overlap must be a number of blocks, 0 for none, got {overlap!r}.")
-        if overlap and freeze_from is not None:
-            raise RecipeError("overlap: a frozen module's last blocks would go on learning; leave freeze_from out.")
-        if overlap and offload:
-            raise RecipeError("overlap: blocks that two modules train can't be offloaded; leave offload out.")
-        if freeze_from is not None and not 0 <= freeze_from <= 1:
-            raise RecipeError(f"freeze_from must be a share of the training, from 0 to 1, got {freeze_from}.")
-        if accumulation is not None and accumulation < 1:
-            raise RecipeError(f"accumulation must be at least 1, got {accumulation}.")
-        if clip_grad is not None and not clip_grad > 0:
-            raise RecipeError(f"clip_grad must be above 0, got {clip_grad}; leave it out for no clipping.")
-        if device is not None and not offload:
-            raise RecipeError(f"device: {device} needs offload=True; without it, move the model: model.to({device!r}).")
+        _check_options(
+            overlap=overlap,
+            freeze_from=freeze_from,
+            accumulation=accumulation,
+            clip_grad=clip_grad,
+            device=device,
+            offload=offload,
+            auxiliary_from=auxiliary_from,
+        )
         if isinstance(model, Backbone) and input_size not in (None, model.input_size):
             raise BackboneError(f"input_size: {input_size}, but the backbone was split for {model.input_size}.")
         self.backbone = model if isinstance(model, Backbone) else split(model, input_size or default_input_size(model))
         self.model = self.backbone.model
+        check_model(self.backbone)
         self.offload = offload
         self._device: torch.device | None = None
         if offload:
             self._device = torch.device(device or self.device)
             self.backbone.to(HOST)
-        check_precision(precision, self.device)
+        check_precision(precision, self.device, self.backbone.dtype)
+        if checkpoint is False and self.backbone.recomputes:  # timm's own flag is on
+            checkpoint = "blocks"
         self.objective = objective or FeatureReconstruction()
         self.plan = make_plan(self.backbone, modules, checkpoint=checkpoint)
         self.overlap = overlap
         self.freeze_from = freeze_from
         self.global_checkpoint = Checkpointing.parse(global_checkpoint)
-        self.modules = build_local_modules(self.backbone, self.plan, self.objective, overlap=overlap)
+        self.seed = torch.initial_seed()  # with the batch's number, of what each of several modules draws
+        self.modules = build_local_modules(
+            self.backbone,
+            self.plan,
+            self.objective,
+            overlap=overlap,
+            drawing=lambda index: drawing_from(self.device, (self.seed, index) if auxiliary_from == "seed" else None),
+        )
         self._check_uses(ema_decay, compiled=compile)
+        self._say_what_is_passed_by()
         self.precision = precision
         self.averaged_model: nn.Module | None = None
         self._offloader = None if self._device is None else Offloader(self.modules, self._device)
@@ -137,13 +184,44 @@ class LocalLearner:
             "accumulation": accumulation or self.plan.accumulation,
             "compile": compile,
         }
+        self._planned_batch: int | None = None  # until a step has said that batches are of another size
+        if isinstance(modules, Plan):
+            self._say_what_differs(overlap)
         self._twins: ProcessGroup | None = None  # processes that train the same modules on other images
         self._executor: SequentialExecutor | None = None
         self._global_step: GlobalStep | None = None
         self._global_recomputed: list[dict[int, Recomputed]] | None = None
         self.optimizer_factory: Factories | None = None
         self.num_steps = 0
-        self.seed = torch.initial_seed()  # with the batch's number, of what each of several modules draws
+        self._progress = 0.0
+        self._values_checked = False
+        self._still: list[nn.Module] = []  # modules that were put in evaluation mode one by one
+        self._remember()
+
+    def _remember(self) -> None:
+        """Note what the learner is made of, for ``check_ready``; once all is in its place."""
+        ours = {f"local module {index}": module for index, module in enumerate(self.modules)}
+        self._made_of = Remembered({"": self.model, **ours})
+        weights = self.backbone.stem.parameters()
+        self._image_dtypes = list(dict.fromkeys(weight.dtype for weight in weights if weight.is_floating_point()))
+
+    def __copy__(self) -> Self:
+        twin = object.__new__(type(self))
+        vars(twin).update(vars(self))
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """Not picklable: it holds functions that were found out about the model."""
+        raise CheckpointError(
+            f"{type(self).__name__}: it can't be pickled; save learner.state_dict(), and load that into a learner made "
+            "alike (copy.deepcopy makes a copy in memory)."
+        )
 
     def uses(self, what: str) -> bool:
         """Whether a local objective looks at something beside its module's features; see ``Term.uses``."""
@@ -157,6 +235,44 @@ class LocalLearner:
         if self.uses("gradient") and (compiled or self.overlap):
             other = "overlap" if self.overlap else "compile"
             raise RecipeError(f"reconcile and {other} don't go together; leave one of them out.")
+
+    def _say_what_is_passed_by(self) -> None:
+        """What users set on the model itself or on a stage isn't met where blocks are called one by one."""
+        hooked = self.backbone.modules_passed_by
+        if hooked:
+            warnings.warn(
+                f"hooks of {', '.join(hooked)} don't run in training, since blocks are called one by one: set them on "
+                "blocks, or on the parts of blocks.",
+                stacklevel=3,
+            )
+
+    def _say_what_differs(self, overlap: int) -> None:
+        """Warn where a plan was made for something else: it trains all the same, but its forecast isn't of this."""
+        plan, settings = self.plan, self._settings
+        here: dict[str, Any] = {
+            "device": self.device.type,
+            "input_size": list(self.backbone.input_size),
+            "num_classes": self.backbone.num_classes,
+            "num_parameters": num_parameters(self.backbone),
+            "training.freeze_from": self.freeze_from,
+            "execution.precision": self.precision,
+            "execution.compile": settings["compile"],
+            "local.overlap": overlap,
+            "objective": self.objective.described,
+        }
+        different = plan.differences(here)
+        if plan.forecast and settings["accumulation"] != plan.accumulation:
+            different.append(f"accumulation {plan.accumulation}, here {settings['accumulation']}")
+        for name, value in (("clip_grad", settings["clip_grad"]), ("ema_decay", self._ema)):
+            planned = plan.made_for.get(f"training.{name}")
+            if plan.made_for and (planned is None) != (value is None):
+                different.append(f"{'no ' if planned is None else ''}{name}, here {'none' if value is None else 'one'}")
+        if self.offload and plan.made_for:
+            different.append("no offload, here it is on")
+        if "parallel" in plan.forecast and not self.is_parallel:
+            different.append("several processes, here one")
+        _warn_of_plan(different)
+        self._planned_batch = plan.made_for.get("training.batch_size")
 
     @property
     def device(self) -> torch.device:
@@ -186,18 +302,33 @@ class LocalLearner:
         """Make one optimizer a local module.
 
         Args:
-            factory: called once for each module with its trainable parameters; or one factory a module.
+            factory: called once for each module with its trainable parameters, to make an optimizer of all of them and
+                no others; or a list of such factories, one a module.
 
         Raises:
-            RecipeError: a module has nothing to train.
+            RecipeError: a module has nothing to train, or what a factory made isn't an optimizer of what it was given;
+                the learner is as it was.
+            BackboneError: the model was changed since the learner was made.
         """
+        steps = self._make_steps(factory)
         self.optimizer_factory = factory
         self._global_step = None  # it holds the optimizers of before
-        steps = [self.local_step(index, factory) for index in self.own]
         self._seed(steps)
         if self._offloader is not None:
             self._offloader.attach([step.optimizer for step in steps])
-        self._executor = SequentialExecutor(steps, None if self._offloader is None else self._offloader.training)
+        executor = SequentialExecutor(steps, None if self._offloader is None else self._offloader.training)
+        self._take_executor(executor)
+
+    def _make_steps(self, factory: Factories) -> list[LocalStep]:
+        self._made_of.check()
+        return [self.local_step(index, factory) for index in self.own]
+
+    def _take_executor(self, executor: SequentialExecutor) -> None:
+        """From now on train so; who recovers from memory that runs out, and what is frozen, goes on."""
+        executor.recover = None if self._executor is None else self._executor.recover
+        self._executor = executor
+        self._values_checked = False
+        self._freeze()
 
     def _seed(self, steps: Sequence[LocalStep]) -> None:
         """Make what each module draws its own, wherever it runs; one module draws as any PyTorch loop does."""
@@ -214,34 +345,64 @@ class LocalLearner:
             factory: called with its trainable parameters; or one a module.
 
         Raises:
-            RecipeError: the module has nothing to train.
+            RecipeError: the module has nothing to train, or what the factory made isn't an optimizer of just that.
         """
         if not callable(factory):
+            if not isinstance(factory, (list, tuple)) or not all(map(callable, factory)):
+                raise RecipeError(
+                    f"configure_optimizers: got {type(factory).__name__}, not a factory or a list of them; write "
+                    f"{FACTORY}."
+                )
             if len(factory) != len(self.modules):
                 raise RecipeError(
                     f"{len(factory)} optimizer factories were given for {len(self.modules)} local modules."
                 )
-            factory = factory[index]
+            make = factory[index]
+        else:
+            make = factory
         parameters = self.parameters(index)
         if not parameters:
             raise RecipeError(f"local module {index} has no trainable parameter; unfreeze some, or use fewer modules.")
+        places = dict.fromkeys(weight.device for weight in self.modules[index].parameters())
+        if len(places) > 1:
+            raise DeviceError(
+                f"local module {index}: its weights are on {' and '.join(map(str, places))}; move the model first, "
+                "then make the learner: LocalLearner(model.to(device), ...)."
+            )
         device = self._device or parameters[0].device
-        optimizer = factory(parameters)
+        optimizer = make(parameters)
+        check_optimizer(optimizer, parameters, index, self._names)
         return LocalStep(self.modules[index], parameters, optimizer, device=device, twins=self._twins, **self._settings)
+
+    def _names(self) -> dict[int, str]:
+        """Of all parameters, by ``id``."""
+        named = list(self.model.named_parameters())
+        for index, module in enumerate(self.modules):
+            named += module.objective.named_parameters(prefix=f"modules.{index}.objective")
+        return {id(weight): name for name, weight in named}
 
     def step(self, images: Tensor, labels: Tensor) -> StepResult:
         """Train every local module on one batch: K forwards, K losses, K backwards, K updates.
 
+        The model trains in training mode, but for modules of it that you put in evaluation mode one by one (norms that
+        are to stay still): ``learner.eval()``, ``learner.train()`` and steps leave those as they are. Gradients of
+        another backward pass, or of a step that failed, are dropped first. Values are looked at in the first step only,
+        which waits for the device; a later batch of which no label counts has the loss NaN, as in PyTorch.
+
         Args:
-            images: [B, C, H, W], normalised, on the model's device.
-            labels: class indices [B], or soft targets [B, num_classes].
+            images: [B, C, H, W], normalised, of the model's dtype and on its device.
+            labels: class indices int64 [B], -100 for an image whose label doesn't count; or soft targets
+                [B, num_classes], probabilities.
 
         Returns:
             Logits, losses and terms, detached.
 
         Raises:
-            RecipeError: no optimizers yet.
-            BackboneError: images of another size than the model was split for.
+            RecipeError: no optimizers yet, schedulers for some of them only, weights that no optimizer holds, or
+                gradients that are off (``torch.no_grad``).
+            BackboneError: images of another size, dtype or device than the model was split for; or the model was
+                changed since the learner was made.
+            DataError: an empty batch; labels that don't fit the images or the classes; images that aren't finite.
         """
         return self.step_on(LocalBatch(images, labels))
 
@@ -251,18 +412,58 @@ class LocalLearner:
         Args:
             batch: images and labels; ``batch.images`` may be ``None`` afterwards.
         """
-        if self._executor is None:
-            raise no_optimizers()
-        if batch.images is None or tuple(batch.images.shape[1:]) != self.backbone.input_size:
-            got = None if batch.images is None else list(batch.images.shape)
-            raise BackboneError(
-                f"images: got {got}, but this learner was made for "
-                f"[B, {', '.join(map(str, self.backbone.input_size))}]; pass input_size= for another size."
-            )
+        executor = self._begin(batch)
+        assert batch.images is not None, "checked before"
+        if self._planned_batch is not None and len(batch.images) > self._planned_batch:  # smaller ones need less
+            _warn_of_plan(self.plan.differences({"training.batch_size": len(batch.images)}))
+            self._planned_batch = None
         batch.number = self.num_steps
         if self.uses("teacher"):
             batch.teacher = self.averaged_logits(batch.images).float().softmax(dim=1)
-        return self._stepped(self._executor.step, batch)
+        return self._stepped(executor.step, batch)
+
+    def _begin(self, batch: LocalBatch) -> SequentialExecutor:
+        """Refuse a step that would train something else than it seems, before anything is changed."""
+        if self._executor is None:
+            raise no_optimizers()
+        self.check_ready(self._executor.steps)
+        self._check_batch(batch)
+        return self._executor
+
+    def check_ready(self, steps: Sequence[LocalStep]) -> None:
+        """Refuse to train a model that was changed since the learner or its optimizers were made.
+
+        It compares objects, with no operator and without waiting for the device.
+
+        Args:
+            steps: those that are to be run.
+
+        Raises:
+            RecipeError: weights are in no optimizer, or schedulers are attached to some optimizers.
+            BackboneError: a module or parameter was replaced, or has another dtype.
+            DeviceError: the model was moved.
+        """
+        self._made_of.check()
+        for step in steps:
+            if step.follow_model():
+                self._global_step = None
+        check_schedulers([step.optimizer for step in steps])
+
+    def _check_batch(self, batch: LocalBatch) -> None:
+        images, size = batch.images, self.backbone.input_size
+        check_tensors(batch)
+        if images is None or tuple(images.shape[1:]) != size:
+            got = None if images is None else list(images.shape)
+            raise BackboneError(
+                f"images: got {got}, but this learner was made for "
+                f"[B, {', '.join(map(str, size))}]; pass input_size= for another size."
+            )
+        autocasts = self.precision != "fp32" or torch.is_autocast_enabled(self.device.type)
+        check_images(images, self._image_dtypes, self.device, autocasts=autocasts)
+        check_labels(batch.labels, images, self.backbone.num_classes)
+        if not self._values_checked:
+            check_values(batch, self.backbone.num_classes)
+            self._values_checked = True
 
     def global_step(self, images: Tensor, labels: Tensor) -> StepResult:
         """Train all modules end to end on one batch, recomputing as ``global_checkpoint`` says.
@@ -272,13 +473,13 @@ class LocalLearner:
 
         Args:
             images: [B, C, H, W], normalised, on the model's device.
-            labels: class indices [B], or soft targets [B, num_classes].
+            labels: as for ``step``.
 
         Returns:
             Figures of the last module; the others have no losses.
 
         Raises:
-            RecipeError: no optimizers yet, or modules are offloaded.
+            RecipeError: modules are offloaded; and what ``step`` raises.
         """
         return self.global_step_on(LocalBatch(images, labels))
 
@@ -288,11 +489,9 @@ class LocalLearner:
         Args:
             batch: images and labels.
         """
-        if self._executor is None:
-            raise no_optimizers()
-        if self._offloader is not None:
+        if self._executor is not None and self._offloader is not None:
             raise RecipeError("an end-to-end step needs all modules on the device; leave offload out, or global steps.")
-        executor = self._executor
+        executor = self._begin(batch)
         steps = executor.steps
 
         def run() -> StepResult:
@@ -300,8 +499,6 @@ class LocalLearner:
                 self._global_step = GlobalStep(steps, self._recomputed_globally())
             return self._global_step(batch)
 
-        for step in steps:
-            step.updating = False  # whatever became of the last one
         return self._stepped(lambda _: executor.recovering(len(steps), steps, run), batch)
 
     def _recomputed_globally(self) -> list[dict[int, Recomputed]]:
@@ -313,13 +510,55 @@ class LocalLearner:
         return self._global_recomputed
 
     def _stepped(self, step: Callable[[LocalBatch], StepResult], batch: LocalBatch) -> StepResult:
-        if not (self.model.training and self.modules[0].training):
-            self.train()
-        result = step(batch)
-        self.num_steps += 1
-        if self._ema is not None:
-            self._ema.update(self.model, step=self.num_steps)
+        self._in_training()
+        steps = self._executor.steps if self._executor else ()
+        before = [each.num_updates for each in steps]
+        try:
+            result = step(batch)
+            self.num_steps += 1
+            if self._ema is not None:
+                self._ema.update(self.model, step=self.num_steps)
+        except BaseException as error:
+            for note in self._half_done(before):
+                error.add_note(note)
+            raise
         return result
+
+    def _half_done(self, before: Sequence[int]) -> Iterator[str]:
+        """What an unfinished step has changed, in words.
+
+        Args:
+            before: updates of each module before it.
+        """
+        steps = self._executor.steps if self._executor else ()
+        done = [str(index) for index, step in enumerate(steps) if step.num_updates > before[index]]
+        torn = [str(index) for index, step in enumerate(steps) if step.updating]
+        begun = f"localgrad: step {self.num_steps} wasn't finished:"
+        if done or torn:
+            partly = f"; those of {torn[0]} perhaps in part" if torn else ""
+            others = "the others weren't" if len(done) < len(steps) else "the average of weights may not be"
+            yield (
+                f"{begun} weights of local modules {', '.join(done) or 'none'} were updated, {others}{partly}. The "
+                "next step goes on from there; load_state_dict goes back."
+            )
+        else:
+            yield f"{begun} no weights were updated (running statistics may have moved). The next step begins anew."
+
+    def _in_training(self) -> None:
+        """Have the model in training mode, but for the modules that someone put in evaluation mode one by one."""
+        if self.model.training and self.modules[self.own[0]].training:
+            self._note_still()
+        else:
+            self.train()
+
+    def _note_still(self) -> None:
+        """Note which modules are in evaluation mode while the model is in training mode."""
+        if self.modules[self.own[0]].training:
+            self._still = [module for module in self._made_of.modules if not module.training]
+        else:  # evaluated by us, and then put back by someone who knows the model only
+            theirs = dict.fromkeys(self.model.modules())
+            ours = [module for module in self._still if module not in theirs]
+            self._still = [*ours, *(module for module in theirs if not module.training)]
 
     def at(self, progress: float) -> None:
         """Tell the learner how much of its training is over, for what changes over time.
@@ -329,10 +568,14 @@ class LocalLearner:
         """
         for index in self.own:
             self.modules[index].objective.at(progress)
+        self._progress = progress
+        self._freeze()
+
+    def _freeze(self) -> None:
         steps = () if self._executor is None else self._executor.steps
         for index, step in zip(self.own, steps, strict=False):
             begins = frozen_from(self.freeze_from, index, len(self.modules))
-            step.frozen = begins is not None and progress >= begins
+            step.frozen = begins is not None and self._progress >= begins
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> tuple[Tensor | None, ...]:
@@ -345,7 +588,11 @@ class LocalLearner:
 
         Returns:
             For each module [B, num_classes], or ``None`` where its objective has no classifier.
+
+        Raises:
+            BackboneError: the model was changed since the learner was made.
         """
+        self._made_of.check()
         found = []
         features = images
         for index, module in enumerate(self.modules):
@@ -423,12 +670,20 @@ class LocalLearner:
         self._executor.recover = recover
 
     def train(self, mode: bool = True) -> LocalLearner:  # noqa: FBT001, FBT002  # torch's own signature
-        """Put the model and the auxiliary nets in training mode (or, with ``False``, in evaluation mode)."""
+        """Put the model and the auxiliary nets in training mode (or, with ``False``, in evaluation mode).
+
+        Modules that were put in evaluation mode one by one, while the model was in training mode, stay there:
+        ``model.train()`` puts those back, too.
+        """
         if self._offloader is not None and not mode:
             self._offloader.rest()
-        self.model.train(mode)
+        if self.model.training:
+            self._note_still()
         for module in self.modules:
             module.train(mode)
+        self.model.train(mode)  # last: a model's own train() may keep parts of it still
+        for still in self._still if mode else ():
+            still.training = False
         return self
 
     def eval(self) -> LocalLearner:
@@ -436,7 +691,10 @@ class LocalLearner:
         return self.train(mode=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs: model, auxiliary nets, every optimizer and scaler, average, count."""
+        """Everything that a resumed run needs: model, auxiliary nets, every optimizer and scaler, average, count.
+
+        As with PyTorch's own, its tensors are the learner's: save it, or ``copy.deepcopy`` it, before training goes on.
+        """
         steps = self._executor.steps if self._executor else ()
         return {
             "model": self.model.state_dict(),
@@ -447,37 +705,66 @@ class LocalLearner:
             "num_steps": self.num_steps,
             "seed": self.seed,
             "boundaries": list(self.plan.boundaries),
+            "objective": describe(self.objective),
+            "optimizer_classes": [type(step.optimizer).__name__ for step in steps],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a state from ``state_dict``.
+        """Take up a state from ``state_dict``, whose tensors are copied.
 
         Raises:
-            CheckpointError: it is of another model, another partition, or made before optimizers were configured;
-                the learner is as it was.
+            CheckpointError: it is of another model, partition, objective or optimizer, or made before optimizers were
+                configured; the learner is as it was.
         """
         steps = self._executor.steps if self._executor else ()
+        self._check_state(state, steps)
+        if self._offloader is not None:
+            self._offloader.rest()
+        with or_as_before([step.optimizer for step in steps]):
+            for index, step in zip(self.own, steps, strict=False):  # there may be none
+                put_optimizer(step.optimizer, copy.deepcopy(state["optimizers"][index]))
+            self._take_weights(state["model"], state["averaged_model"])
+        for index in self.own:
+            load_weights(self.modules[index].objective, state["objectives"][index])
+        for index, step in zip(self.own, steps, strict=False):
+            step.scaler.load_state_dict(state["scalers"][index])
+        self.num_steps, self.seed = state["num_steps"], state["seed"]
+        self._seed(steps)
+
+    def _check_state(self, state: dict[str, Any], steps: Sequence[LocalStep]) -> None:
+        needed = ("model", "objectives", "optimizers", "scalers", "averaged_model", "num_steps", "seed", "boundaries")
+        missing = [key for key in needed if not isinstance(state, Mapping) or key not in state]
+        if missing:
+            raise CheckpointError(f"checkpoint: it has no {', '.join(missing)}; give what learner.state_dict() gave.")
         found, own = ((tuple(state["boundaries"]), len(state["optimizers"])), len(self.modules) if steps else 0)
         if found != (self.plan.boundaries, own):
             raise CheckpointError(
                 f"checkpoint: it has boundaries {list(found[0])} and {found[1]} optimizers, this learner "
                 f"{list(self.plan.boundaries)} and {own}; use the same modules, and configure optimizers first."
             )
+        lengths = {key: len(state[key]) for key in ("objectives", "scalers")}
+        if lengths != {"objectives": len(self.modules), "scalers": own}:
+            raise CheckpointError(
+                f"checkpoint: it has {lengths['objectives']} objectives and {lengths['scalers']} scalers for "
+                f"{len(self.modules)} local modules; it isn't whole."
+            )
+        check_objective(state.get("objective"), self.objective)
         if self._ema is not None and state["averaged_model"] is None:
             raise CheckpointError("checkpoint: it holds no average of the weights; leave ema_decay out.")
+        if self._ema is None and state["averaged_model"] is not None:
+            raise CheckpointError(
+                "checkpoint: it holds an average of the weights, and this learner keeps none; make it with ema_decay, "
+                "or set state['averaged_model'] = None to drop it."
+            )
         check_weights(self.model, state["model"])
+        if state["averaged_model"] is not None:
+            check_weights(self.model, state["averaged_model"])
+        classes = state.get("optimizer_classes") or [None] * len(self.modules)
         for index in self.own:
             check_weights(self.modules[index].objective, state["objectives"][index])
-        if self._offloader is not None:
-            self._offloader.rest()
-        self._take_weights(state["model"], state["averaged_model"])
-        for index in self.own:
-            load_weights(self.modules[index].objective, state["objectives"][index])
-        for index, step in zip(self.own, steps, strict=False):  # there may be none
-            put_optimizer(step.optimizer, state["optimizers"][index])
-            step.scaler.load_state_dict(state["scalers"][index])
-        self.num_steps, self.seed = state["num_steps"], state["seed"]
-        self._seed(steps)
+        for index, step in zip(self.own, steps, strict=False):
+            check_optimizer_state(step.optimizer, state["optimizers"][index], classes[index], index)
+            check_scaler_state(step.scaler, state["scalers"][index], index)
 
     def _take_weights(self, weights: dict[str, Tensor], averages: dict[str, Tensor] | None) -> None:
         """Take a whole model's weights, and those of its average where one is kept."""
@@ -485,6 +772,35 @@ class LocalLearner:
         if self.averaged_model is not None:
             assert averages is not None, "checked before"
             load_weights(self.averaged_model, averages)
+
+
+def _check_options(
+    *,
+    overlap: int,
+    freeze_from: float | None,
+    accumulation: int | None,
+    clip_grad: float | None,
+    device: torch.device | str | None,
+    offload: bool,
+    auxiliary_from: str,
+) -> None:
+    """Refuse values of a learner's options that are impossible, or don't go together."""
+    if isinstance(overlap, bool) or not isinstance(overlap, int) or overlap < 0:
+        raise RecipeError(f"overlap must be a number of blocks, 0 for none, got {overlap!r}.")
+    if overlap and freeze_from is not None:
+        raise RecipeError("overlap: a frozen module's last blocks would go on learning; leave freeze_from out.")
+    if overlap and offload:
+        raise RecipeError("overlap: blocks that two modules train can't be offloaded; leave offload out.")
+    if freeze_from is not None and not 0 <= freeze_from <= 1:
+        raise RecipeError(f"freeze_from must be a share of the training, from 0 to 1, got {freeze_from}.")
+    if accumulation is not None and accumulation < 1:
+        raise RecipeError(f"accumulation must be at least 1, got {accumulation}.")
+    if clip_grad is not None and (isinstance(clip_grad, (bool, str)) or not 0 < clip_grad < math.inf):
+        raise RecipeError(f"clip_grad must be a number above 0, got {clip_grad!r}; leave it out for no clipping.")
+    if auxiliary_from not in ("seed", "state"):
+        raise RecipeError(f"auxiliary_from: unknown {auxiliary_from!r}; take seed or state.")
+    if device is not None and not offload:
+        raise RecipeError(f"device: {device} needs offload=True; without it, move the model: model.to({device!r}).")
 
 
 def make_plan(backbone: Backbone, modules: Request | Plan, *, checkpoint: CheckpointRequest = False) -> Plan:
@@ -496,14 +812,25 @@ def make_plan(backbone: Backbone, modules: Request | Plan, *, checkpoint: Checkp
         checkpoint: what modules recompute: one for all, or one each, as for ``LocalLearner``; not for a ``Plan``.
 
     Raises:
-        PartitionError: the modules asked for can't be made, or a plan is of another model.
+        PartitionError: the modules asked for can't be made, a plan is of another model, or both it and ``checkpoint``
+            say what is recomputed.
     """
     name = model_name(backbone.model)
     if isinstance(modules, Plan):
         if (modules.model, modules.num_blocks) != (name, len(backbone.blocks)):
             raise _other_model(modules, name, len(backbone.blocks))
+        if checkpoint not in (False, "none"):
+            raise PartitionError(
+                f"checkpoint: {checkpoint!r}, but a plan says itself what is recomputed; leave it out, or make another "
+                "plan: dataclasses.replace(plan, checkpoint=...)."
+            )
         return modules
-    costs = activation_bytes(backbone)
+    try:
+        costs = activation_bytes(backbone)
+    except BackboneError:
+        if isinstance(modules, int):
+            raise
+        costs = [0] * len(backbone.blocks)  # by values only, and boundaries are given
     boundaries = resolve(modules, costs, backbone.stage_boundaries)
     num_modules = len(boundaries) + 1
     listed = [checkpoint] * num_modules if isinstance(checkpoint, (bool, str, Checkpointing)) else list(checkpoint)
@@ -518,7 +845,8 @@ def make_plan(backbone: Backbone, modules: Request | Plan, *, checkpoint: Checkp
 
 def activation_bytes(backbone: Backbone) -> list[int]:
     """Bytes that autograd keeps for one image in each block; the stem counts to the first, the tail to the last."""
-    images = torch.empty(2, *backbone.input_size, device="meta")  # two: batch norms refuse to train on one
+    # Two images: batch norms refuse to train on one.
+    images = torch.empty(2, *backbone.input_size, dtype=backbone.dtype, device="meta")
     stem, *blocks, tail = block_activation_bytes([backbone.stem, *backbone.blocks, backbone.tail], images)
     blocks[0] += stem
     blocks[-1] += tail
@@ -604,7 +932,7 @@ class _EstimatedStep:
             labels = labels[: 2 * learner._settings["accumulation"]]
         # The first step makes all optimizer state, also that of auxiliary nets, which an end-to-end step leaves alone.
         step = learner.global_step_on if self.globally and not first else learner.step_on
-        return step(LocalBatch(torch.empty(len(labels), *self.size[1:]), labels))
+        return step(LocalBatch(torch.empty(len(labels), *self.size[1:], dtype=learner.backbone.dtype), labels))
 
 
 def _annotate_modules(learner: LocalLearner) -> None:
@@ -648,9 +976,11 @@ def check_isolation(learner: LocalLearner, images: Tensor | None = None, labels:
         device = HOST
         images, labels = (None if given is None else given.to(HOST) for given in (images, labels))
     try:
-        with torch.random.fork_rng(), _still_buffers(learner.model):
+        with left_as_it_was(learner.model, *learner.modules):
             batch = LocalBatch(
-                torch.randn(2, *learner.backbone.input_size, device=device) if images is None else images,
+                torch.randn(2, *learner.backbone.input_size, device=device).to(learner.backbone.dtype)
+                if images is None
+                else images,
                 torch.arange(2, device=device) % learner.backbone.num_classes if labels is None else labels,
             )
             features = batch.images
@@ -674,18 +1004,8 @@ def check_isolation(learner: LocalLearner, images: Tensor | None = None, labels:
             parameter.grad = gradient
 
 
-@contextlib.contextmanager
-def _still_buffers(model: nn.Module) -> Iterator[None]:
-    kept = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        for buffer, value in kept:
-            buffer.copy_(value)
-
-
 def default_input_size(model: nn.Module) -> tuple[int, int, int]:
-    """(C, H, W) that a timm model was configured for.
+    """(C, H, W) that a timm model was configured for, with the channels that it was built for (``in_chans``).
 
     Raises:
         BackboneError: the model doesn't say; pass ``input_size``.
@@ -696,7 +1016,12 @@ def default_input_size(model: nn.Module) -> tuple[int, int, int]:
         raise BackboneError(f"{type(model).__name__} doesn't tell its input size; pass input_size=(C, H, W).")
     embed = getattr(getattr(model, "patch_embed", None), "img_size", None)
     height, width = embed or size[1:]
-    return size[0], height, width
+    return input_channels(model) or size[0], height, width
+
+
+def num_parameters(backbone: Backbone) -> int:
+    """Numbers that a model learns or holds still: what tells models of one name and depth apart."""
+    return sum(parameter.numel() for parameter in backbone.parameters())
 
 
 def model_name(model: nn.Module) -> str:
@@ -730,6 +1055,10 @@ def check_weights(module: nn.Module, state: dict[str, Tensor]) -> None:
             f"{len(unknown)} unknown ({', '.join(unknown[:3])})."
         )
     for key, value in own.items():
+        if not isinstance(value, Tensor):  # a module's extra state
+            continue
+        if not isinstance(state[key], Tensor):
+            raise CheckpointError(f"checkpoint: {key} is a {type(state[key]).__name__}, not a tensor.")
         if value.shape != state[key].shape:
             raise CheckpointError(
                 f"checkpoint: it is of another model: {key} has shape {list(state[key].shape)}, "
@@ -752,7 +1081,7 @@ def _exchanged(model: nn.Module, other: nn.Module) -> Iterator[None]:
 
 
 def make_ema(model: nn.Module, decay: float | None, *, on_host: bool) -> ModelEmaV3 | None:
-    """Timm's moving average of a model's weights.
+    """A moving average of a model's weights, see ``MovingAverage``.
 
     Args:
         model: on its device.
@@ -766,11 +1095,20 @@ def make_ema(model: nn.Module, decay: float | None, *, on_host: bool) -> ModelEm
         return None
     if not 0 < decay < 1:
         raise RecipeError(f"ema_decay must lie between 0 and 1, got {decay}; 0.9998 is usual.")
-    from timm.utils.model_ema import ModelEmaV3
+    from localgrad.execution.moving_average import MovingAverage
 
     if on_host:  # while the model may be in two places, which foreach can't take
-        return ModelEmaV3(model, decay=decay, use_warmup=True, device=HOST, foreach=False)
-    return ModelEmaV3(model, decay=decay, use_warmup=True)
+        return MovingAverage(model, decay=decay, use_warmup=True, device=HOST, foreach=False)
+    return MovingAverage(model, decay=decay, use_warmup=True)
+
+
+def _warn_of_plan(different: Sequence[str]) -> None:
+    if different:
+        warnings.warn(
+            f"plan: made for {'; '.join(different)}: its forecast isn't one of this training; plan again, or give "
+            "dataclasses.replace(plan, made_for={}) if it is meant so.",
+            stacklevel=4,
+        )
 
 
 def no_optimizers() -> RecipeError:

@@ -8,26 +8,30 @@ on processors that round alike. ``whole_state_dict()`` gathers the model.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
+from localgrad._fake import by_shapes_alone, copy_without_hooks, fake_copy
 from localgrad.auxiliary import NextClassifier
+from localgrad.averaging import has_spectral_norms
+from localgrad.backbone import Layout
 from localgrad.errors import ParallelError, RecipeError
-from localgrad.execution.local_module import LocalModule, site_of
+from localgrad.execution.checks import check_labels
+from localgrad.execution.local_module import CONTEXT_GRID, LocalModule, observed_parts, site_of
 from localgrad.execution.local_step import LocalStep, autocast, check_precision
 from localgrad.execution.pipeline import Links, PipelineExecutor, ShareResult
 from localgrad.execution.schedule import NUM_BUFFERS, shares
 from localgrad.execution.sharding import Rows, check_optimizer, exchange, gathered, put, release, shard, whole
+from localgrad.execution.states import describe
 from localgrad.execution.team import Team
 from localgrad.execution.wire import WIRES, Packet
 from localgrad.learner import Factories, LocalLearner, make_ema, no_optimizers
-from localgrad.objectives.base import LocalBatch, Site
+from localgrad.objectives.base import IGNORED, LocalBatch, Site
 
 
 class ParallelLearner(LocalLearner):
@@ -45,8 +49,12 @@ class ParallelLearner(LocalLearner):
         **settings: as for ``LocalLearner``, but for ``device``, ``offload``, ``overlap`` and ``global_checkpoint``.
 
     Raises:
-        ParallelError: more ranks than local modules, or what needs several modules in one place.
+        ParallelError: more ranks than local modules, what needs several modules in one place, or replicas of a part
+            with state that nobody knows how to average (running statistics of norms are averaged); or an average of
+            layers with spectral norm under ``shard``.
     """
+
+    is_parallel = True
 
     def __init__(
         self,
@@ -71,10 +79,18 @@ class ParallelLearner(LocalLearner):
         check_precision(self.precision, self.team.device)
         self.shares = shares_of(self.plan.activation_bytes or [1] * self.plan.num_modules, self.team.num_ranks)
         self._refuse(compiled=bool(self._settings["compile"]))
+        if self.team.num_replicas > 1:
+            self._refuse_own_ways()
         self._settle()
         self.skeleton: list[LocalModule] | None = None  # of the own modules: whole shapes, where they are sharded
         self._average_over_replicas(by_rows=shard)
+        self._remember()  # tensors were moved, and with replicas cut into rows
         self._own_parts = Rows([part for index in self.own for part in self.modules[index].parts])
+        if shard and ema_decay is not None and has_spectral_norms(self._own_parts):
+            raise ParallelError(
+                f"ema_decay: {ema_decay} with --shard: the average of a layer with spectral norm needs whole weights, "
+                "and each process has rows; leave one of them out."
+            )
         self._ema = make_ema(self._own_parts, ema_decay, on_host=False)
         self.links = Links(self.team.place, self.team.device, num_buffers=num_buffers, wire=wire)
 
@@ -90,16 +106,31 @@ class ParallelLearner(LocalLearner):
         if compiled and self.team.num_replicas > 1:
             raise ParallelError("--compile: not with several replicas; leave one of them out.")
 
+    def _refuse_own_ways(self) -> None:
+        """Refuse state that follows a replica's own images, and of which nobody knows how to average it."""
+        for name, part, seen in observed_parts(self.backbone):
+            for path in seen.by_images:
+                net = part.get_submodule(path)
+                if not isinstance(net, _NormBase):
+                    raise ParallelError(
+                        f"--replicas {self.team.num_replicas}: {type(net).__name__} in {name} writes what it sees of "
+                        "the images into itself, and each replica sees others; take --replicas 1."
+                    )
+
     def _average_over_replicas(self, *, by_rows: bool) -> None:
         """Let replicas average gradients: each of whole modules (DDP, in ``LocalStep``), or of its rows (FSDP2)."""
         if not by_rows:
             self._twins = self.team.twins
+            if self._twins is not None:  # DDP has to know whether to wait for gradients that never come
+                for index in self.own:
+                    unread = unread_parameters(self.modules[index], self.sites[index], self.backbone.dtype)
+                    self.modules[index].has_unread = bool(unread)
             return
         twins = self.team.twins_mesh
         if twins is None:
             raise ParallelError("--shard: there is one replica only, and nobody to share with; add --replicas 2.")
         own = [self.modules[index] for index in self.own]
-        self.skeleton = [copied.to("meta") for copied in copy.deepcopy(own)]
+        self.skeleton = [copied.to("meta") for copied in copy_without_hooks(own)]
         for module in own:
             shard(module, twins)
         self.backbone.follow_parts()
@@ -144,14 +175,15 @@ class ParallelLearner(LocalLearner):
 
     def configure_optimizers(self, factory: Factories) -> None:
         """Make one optimizer for each of the own modules. As for ``LocalLearner``; call it in every process."""
-        self.optimizer_factory = factory
-        steps = [self.local_step(index, factory) for index in self.own]
+        steps = self._make_steps(factory)
         if self.skeleton is not None:
             for step in steps:
                 check_optimizer(step.optimizer)
+        self.optimizer_factory = factory
         self._seed(steps)
         uses = [module.objective.uses for module in self.modules]
-        self._executor = self._pipeline = PipelineExecutor(steps, self.links, first=self.own.start, uses=uses)
+        self._pipeline = PipelineExecutor(steps, self.links, first=self.own.start, uses=uses)
+        self._take_executor(self._pipeline)
 
     def _seed(self, steps: Sequence[LocalStep]) -> None:
         super()._seed(steps)
@@ -169,11 +201,16 @@ class ParallelLearner(LocalLearner):
 
         Args:
             images: [B, C, H, W]; those of the first rank are used.
-            labels: class indices [B], or soft targets [B, num_classes]; those of the first rank are used.
+            labels: class indices int64 [B], or soft targets [B, num_classes]; those of the first rank are used. With
+                several replicas none may be ignored (-100): each counts its own, and all weigh alike.
 
         Returns:
             Figures of the own modules.
+
+        Raises:
+            LocalgradError: as ``LocalLearner.step``.
         """
+        check_labels(labels, images, self.backbone.num_classes)
         return self.share(LocalBatch(images, labels), labels if labels.ndim == 1 else labels.argmax(dim=1))
 
     def share(self, batch: LocalBatch | None = None, targets: Tensor | None = None) -> ShareResult:
@@ -188,8 +225,12 @@ class ParallelLearner(LocalLearner):
         """
         if self._executor is None:
             raise no_optimizers()
-        if not all(self.modules[index].training for index in self.own):
-            self.train()
+        for index in self.own:
+            release(self.modules[index])  # after a step that failed, rows are what is trained
+        self.check_ready(self._executor.steps)
+        if batch is not None and self.team.place.rank == 0:
+            self._check_batch(batch)
+        self._in_training()
         result = self._pipeline.share(batch, targets, number=self.num_steps)
         for index in self.own:
             release(self.modules[index])  # a frozen one has no backward pass, after which that is done
@@ -198,18 +239,27 @@ class ParallelLearner(LocalLearner):
             self._ema.update(self._own_parts, step=self.num_steps)
         return result
 
+    def _check_batch(self, batch: LocalBatch) -> None:
+        first = not self._values_checked
+        super()._check_batch(batch)
+        if first and self.team.num_replicas > 1 and bool((batch.labels == IGNORED).any()):
+            raise ParallelError(
+                f"labels: some are {IGNORED}, ignored; replicas weigh alike, however many labels count in each: leave "
+                "those images out, or --replicas."
+            )
+
     @torch.no_grad()
     def average_statistics(self) -> None:
-        """Make the running statistics of batch norms, and of their average, the mean over the replicas.
+        """Make the running statistics of batch and instance norms, and of their average, the mean over the replicas.
 
-        In a step each replica's batch norms see its own images, as they see the parts of a batch with ``accumulation``.
+        In a step each replica's norms see its own images, as they see the parts of a batch with ``accumulation``.
         Running statistics are linear in what was seen, so they may go their own ways until someone looks at them:
         before evaluating and saving. All replicas call this together.
         """
         if self.team.twins is None:
             return
         places = [self.modules[index] for index in self.own] + ([] if self._ema is None else [self._ema.module])
-        norms = [net for place in places for net in place.modules() if isinstance(net, _BatchNorm)]
+        norms = [net for place in places for net in place.modules() if isinstance(net, _NormBase)]
         for norm in dict.fromkeys(norms):
             for buffer in (norm.running_mean, norm.running_var):
                 if buffer is not None:
@@ -282,8 +332,8 @@ class ParallelLearner(LocalLearner):
     def _averaged(self) -> Iterator[None]:
         """Let the own modules have their averaged weights."""
         assert self._ema is not None, "an average is kept"
-        mine, theirs = (rows.parts.state_dict(keep_vars=True).values() for rows in (self._own_parts, self._ema.module))
-        pairs = list(zip(mine, theirs, strict=True))
+        mine, theirs = ([*net.parameters(), *net.buffers()] for net in (self._own_parts, self._ema.module))
+        pairs = list(zip(mine, theirs, strict=True))  # each once, or a shared weight would be exchanged back
         for tensor, other in pairs:
             exchange(tensor, other)
         try:
@@ -308,6 +358,10 @@ class ParallelLearner(LocalLearner):
             "num_steps": self.num_steps,
             "seed": self.seed,
             "boundaries": list(self.plan.boundaries),
+            "objective": describe(self.objective),
+            "optimizer_classes": {
+                index: type(step.optimizer).__name__ for index, step in zip(own, steps, strict=False)
+            },
         }
 
     def objective_weights(self, index: int) -> dict[str, Tensor]:
@@ -356,6 +410,34 @@ class ParallelLearner(LocalLearner):
         return {name: found[name] for name in self.model.state_dict()}
 
 
+def unread_parameters(module: LocalModule, site: Site, dtype: torch.dtype) -> list[str]:
+    """Trainable parameters of a local module that its loss doesn't depend on, found on tensors without memory.
+
+    Args:
+        module: of ``site``.
+        site: where it stands.
+        dtype: of its features.
+
+    Returns:
+        Their names in the module.
+    """
+
+    def features_in(layout: Layout) -> Tensor:
+        return torch.empty(2, *layout.shape, dtype=dtype)
+
+    with by_shapes_alone():
+        fake_mode, fake = fake_copy(module)
+        with fake_mode:
+            batch = LocalBatch(features_in(site.image), torch.zeros(2, dtype=torch.int64))
+            batch.previous = None if site.previous is None else features_in(site.previous)
+            batch.context = tuple(
+                torch.empty(2, *(min(side, CONTEXT_GRID) for side in layout.grid), layout.width, dtype=dtype)
+                for layout in site.context
+            )
+            fake.train()(features_in(site.inputs), batch).loss.backward()
+    return [name for name, weight in fake.named_parameters() if weight.requires_grad and weight.grad is None]
+
+
 def merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The state of a whole learner, made of the parts of all ranks in order.
 
@@ -374,7 +456,9 @@ def merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return {name: value for part in parts for name, value in part[key].items()}
 
     first = parts[0]
+    kept = {"objective": first["objective"], "optimizer_classes": listed("optimizer_classes")}
     return {
+        **(kept if "objective" in first else {}),
         **{key: first[key] for key in ("num_steps", "seed", "boundaries")},
         **{key: listed(key) for key in ("objectives", "optimizers", "scalers")},
         "model": joined("model"),

@@ -303,12 +303,10 @@ def parse_toml(text: str, source: str) -> dict[str, Any]:
 
 
 def preset_names() -> list[str]:
-    """Names of the presets that ship with the package."""
-    return sorted(
-        entry.name.removesuffix(".toml")
-        for entry in resources.files("localgrad.presets").iterdir()
-        if entry.name.endswith(".toml")
-    )
+    """Names of the presets that ship with the package; those of sources' own forms come last."""
+    files = [entry.name for entry in resources.files("localgrad.presets").iterdir()]
+    names = [name.removesuffix(".toml") for name in files if name.endswith(".toml")]
+    return sorted(names, key=lambda name: (name.endswith("-source"), name))
 
 
 def preset(name: str) -> dict[str, Any]:

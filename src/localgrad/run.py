@@ -22,14 +22,22 @@ from torch import Tensor, nn
 
 from localgrad.backbone import Backbone
 from localgrad.build import Job, build, create_model, input_size_of, resolve_device
-from localgrad.errors import CheckpointError, DeviceError, LocalgradError, MemoryExceeded, RecipeError, RunFolderError
+from localgrad.errors import (
+    CheckpointError,
+    DeviceError,
+    LocalgradError,
+    MemoryExceeded,
+    PartitionError,
+    RecipeError,
+    RunFolderError,
+)
 from localgrad.execution.sequential import out_of_memory
 from localgrad.execution.team import Team, was_restarted
 from localgrad.learner import end_to_end, estimate_step
 from localgrad.parallel import ParallelLearner
 from localgrad.partition import Plan
 from localgrad.planning.memory import MemoryProfile
-from localgrad.plans.recipes import check_plan_fits, laid_over, plan_recipe, refuse_together, task_on
+from localgrad.plans.recipes import check_plan_fits, laid_over, note_of_plan, plan_recipe, refuse_together, task_on
 from localgrad.plans.replanning import Replanner
 from localgrad.recipe import Recipe, difference
 from localgrad.share_memory import estimate_share
@@ -40,6 +48,7 @@ from localgrad.training.feature_cache import check_space
 from localgrad.training.folder import RunFolder, check_writable, load_saved_weights, save_weights
 from localgrad.training.health import HealthCheck
 from localgrad.training.image_sets import Skipped, table_of
+from localgrad.training.optim import note_of_warmup
 from localgrad.training.parallel import ParallelTrainer, name_of, whole
 from localgrad.training.stagewise import StagewiseTrainer, disk_needed, estimate_stages, gather
 from localgrad.training.trainer import Trainer, evaluate, load_best_weights
@@ -561,6 +570,8 @@ def _emit_start(job: Job, trainer: Trainer, peak: int, baseline: int) -> None:
         names[span.start] if len(span) == 1 else f"{names[span.start]} … {names[span.stop - 1]}"
         for span in learner.plan.spans
     )
+    training = method.training
+    warmup = note_of_warmup(training.warmup_epochs, training.epochs, len(trainer.train))
     details = [
         f"{info.num_train:,} training, {info.num_val:,} validation, {info.num_test:,} test images, "
         f"{info.num_classes} classes{_some_names(info.class_names)}",
@@ -570,6 +581,7 @@ def _emit_start(job: Job, trainer: Trainer, peak: int, baseline: int) -> None:
         f"estimated peak {format_bytes(peak)}, end-to-end {format_bytes(baseline)}",
         *([] if not isinstance(learner, ParallelLearner) else [_shared_out(learner)]),
         *trainer.details(),
+        *(note for note in (warmup, _note_of_plan(job, trainer.folder)) if note is not None),
     ]
     event = RunStarted(
         folder=str(trainer.folder.path),
@@ -598,6 +610,17 @@ def _left_out(info: DataInfo) -> list[str]:
         listed = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
         lines.append(f"left out of {part}: {listed}")
     return [*lines, "listed in skipped.csv in the run folder"] if info.num_skipped else lines
+
+
+def _note_of_plan(job: Job, folder: RunFolder) -> str | None:
+    """A line where the run's plan was made for something else: another device, or what a resumed run changed."""
+    try:
+        plan = Plan.from_json((folder.path / "plan.json").read_text())
+    except OSError:  # the run has none
+        return None
+    except PartitionError as error:
+        return f"plan.json: {error}"
+    return note_of_plan(plan, job.recipe, job.device.type)
 
 
 def _shared_out(learner: ParallelLearner) -> str:

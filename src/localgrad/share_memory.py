@@ -45,6 +45,7 @@ def estimate_share(
         uses=[module.objective.uses for module in learner.modules],
         settings={**learner._settings, "compile": False},
         batch_size=batch_size,
+        dtype=learner.backbone.dtype,
         factory=optimizer,
         num_received=0 if place.before is None else learner.links.num_slots,
         num_sent=0 if place.behind is None else learner.links.num_buffers,
@@ -150,7 +151,8 @@ class _ShardedStep(LocalStep):
         *,
         received: Tensor | None = None,
     ) -> LocalOutput:
-        self._gathered: Tensor | None = torch.empty(sum(row.numel() for row in self._rows) * self._num_sharers)
+        num_gathered = sum(row.numel() for row in self._rows) * self._num_sharers
+        self._gathered: Tensor | None = torch.empty(num_gathered, dtype=self._rows[0].dtype)
         whole = [
             nn.Parameter(torch.empty(shape, dtype=row.dtype), row.requires_grad)
             for shape, row in zip(self._shapes, self._rows, strict=True)
@@ -183,6 +185,7 @@ class _ShareStep:
     uses: list[frozenset[str]]
     settings: dict[str, Any]
     batch_size: int
+    dtype: torch.dtype
     factory: Factories
     num_received: int
     num_sent: int
@@ -221,7 +224,7 @@ class _ShareStep:
 
         def empty(layout: Layout | None) -> Tensor:
             assert layout is not None, "of a module behind others"
-            return torch.empty(self.batch_size, *layout.shape)
+            return torch.empty(self.batch_size, *layout.shape, dtype=self.dtype)
 
         if self.first == 0:
             images = empty(site.image)
@@ -236,5 +239,6 @@ class _ShareStep:
         if self.executor.is_used("context", self.first):
             for number, layout in enumerate(site.context):
                 rows, columns = (min(side, CONTEXT_GRID) for side in layout.grid)
-                packet[f"context{number:03d}"] = torch.empty(self.batch_size, rows, columns, layout.width)
+                shape = self.batch_size, rows, columns, layout.width
+                packet[f"context{number:03d}"] = torch.empty(shape, dtype=self.dtype)
         return packet

@@ -10,7 +10,7 @@ import datetime
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,13 +18,14 @@ from rich.table import Table
 from torch import Tensor
 
 from localgrad.auxiliary import DECODERS
-from localgrad.backbone import split
+from localgrad.backbone import Backbone, split
 from localgrad.build import check_model_name, create_model, input_size_of, resolve_device
 from localgrad.comparing.contenders import Local, Method, Stage, default_methods
 from localgrad.comparing.plots import check_path, check_writable, plot_timeline, plot_trade_off
 from localgrad.comparing.side_by_side import Comparison, Report, Row, compare
 from localgrad.errors import LocalgradError, PartitionError, RecipeError, did_you_mean
 from localgrad.execution.local_step import check_precision
+from localgrad.learner import num_parameters
 from localgrad.objectives.methods import OBJECTIVES
 from localgrad.partition import Checkpointing, Plan
 from localgrad.recipe import ModelSettings
@@ -137,6 +138,7 @@ def run(settings: Settings, report: Report) -> Comparison:
         "command": shlex.join(["localgrad", *sys.argv[1:]]),
         "settings": {name: _plain(value) for name, value in asdict(settings).items()},
     }
+    about["notes"] = _notes_of_plans(settings, precisions, backbone, device)
     stage = Stage(backbone, optimizer, settings.batch_size, device)
     comparison = compare(
         stage,
@@ -209,8 +211,34 @@ def _methods(settings: Settings, precisions: Sequence[str]) -> list[Method]:
         precisions=precisions,
         compile=settings.compile,
         budgets=[_budget(text) for text in _choices("--memory-budget", settings.budget)],
-        plans=[(f"plan {path.stem}", _read_plan(path)) for path in settings.plans],
+        # Their rows have forecasts of their own; in what they were made for something else is told below the table.
+        plans=[(f"plan {path.stem}", replace(_read_plan(path), made_for={})) for path in settings.plans],
     )
+
+
+def _notes_of_plans(
+    settings: Settings, precisions: Sequence[str], backbone: Backbone, device: torch.device
+) -> list[str]:
+    """A line for each plan that was made for something else than what is compared."""
+    notes = []
+    for path in settings.plans:
+        plan = _read_plan(path)
+        planned = plan.made_for.get("execution.precision")
+        here = {
+            "training.batch_size": settings.batch_size,
+            "training.optimizer": settings.optimizer,
+            "execution.precision": planned if planned in precisions else precisions[0],
+            "device": device.type,
+            "input_size": list(backbone.input_size),
+            "num_classes": backbone.num_classes,
+            "num_parameters": num_parameters(backbone),
+        }
+        different = plan.differences(here)
+        if "parallel" in plan.forecast:
+            different.append("several processes, here one")
+        if different:
+            notes.append(f"plan {path.stem}: made for {'; '.join(different)}: its own forecast isn't one of this row.")
+    return notes
 
 
 def _choices(option: str, text: str, known: Iterable[str] = ()) -> list[str]:
@@ -370,6 +398,7 @@ def notes_of(comparison: Comparison) -> list[str]:
         notes.append("* no other method of its precision is as fast and as small; ratios are to end-to-end.")
     if any(row.compile for row in rows):
         notes.append("compiled methods have no estimate: the compiler decides what is kept.")
+    notes += comparison.about.get("notes", [])
     if comparison.about.get("is_interrupted"):
         notes.append("interrupted: what had been measured by then.")
     notes += [f"{number} {row.name}: {row.error}" for number, row in enumerate(rows, 1) if row.error is not None]

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from localgrad.comparing.contenders import END_TO_END, Local, Method, Runner, Stage
 from localgrad.comparing.measuring import peak_of, timed
-from localgrad.errors import MemoryExceeded, RecipeError
+from localgrad.errors import MemoryExceeded, RecipeError, reason_of
 from localgrad.execution.sequential import out_of_memory
 from localgrad.objectives.base import LocalBatch
 from localgrad.planning.memory import MemoryProfile
@@ -286,7 +286,7 @@ class _Failing:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> bool:
         if not isinstance(error, Exception):
             return False
-        said = str(error).strip().split("\n")[0][:200]
+        said = reason_of(error, limit=200)
         kind_name = type(error).__name__
         if isinstance(error, MemoryExceeded) or (isinstance(error, RuntimeError) and out_of_memory(error) is not None):
             self.row.error = "out of memory"

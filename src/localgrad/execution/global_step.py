@@ -9,6 +9,7 @@ Auxiliary nets have no part in such a step.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from localgrad.execution.checkpointing import Recomputed
-from localgrad.execution.local_step import LocalStep, autocast
+from localgrad.execution.local_step import LocalStep, autocast, check_surroundings, explained, single_images_refused
 from localgrad.execution.sequential import StepResult
 from localgrad.objectives.base import LocalBatch
 
@@ -45,6 +46,18 @@ class GlobalStep:
             Figures of the last module; the others have no losses.
         """
         last = self.steps[-1]
+        assert batch.images is not None, "a step starts with images"
+        for step in self.steps:
+            step.begin()
+        check_surroundings(last.device_type, last.precision, batch.images, batch.labels)
+        with contextlib.ExitStack() as still:
+            still.enter_context(single_images_refused(len(batch.labels), last.accumulation))
+            for step in self.steps:
+                if step.frozen:
+                    still.enter_context(step.as_frozen.running())
+            return self._train(batch, last)
+
+    def _train(self, batch: LocalBatch, last: LocalStep) -> StepResult:
         scaler = last.scaler
         parts = batch.parts(last.accumulation)
         outputs, losses, terms = [], [], []
@@ -86,6 +99,7 @@ class GlobalStep:
         scaler.update()
         for step in self.steps:
             step.module.objective.follow()
+            step.num_updates += not step.frozen
             step.updating = False
 
 
@@ -109,5 +123,6 @@ class _Together(torch.optim.Optimizer):
         """Update every module that still learns; blocks that two modules train are updated by their first alone."""
         for step in self.steps:
             if not step.frozen:
-                step.optimizer.step()
+                with explained(step.optimizer):
+                    step.optimizer.step()
             step.optimizer.zero_grad(set_to_none=True)

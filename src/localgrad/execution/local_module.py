@@ -7,15 +7,20 @@ exactly once a step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from localgrad._halves import find_pieces, whole_block
+from localgrad._halves import Piece, find_pieces, observed, whole_block
+from localgrad._timm_adapters import undecayed
+from localgrad._written import Observed
 from localgrad.backbone import Backbone, Layout, Stem
-from localgrad.execution.checkpointing import Part, Recomputed
+from localgrad.errors import BackboneError
+from localgrad.execution.checkpointing import Part, Recomputed, run_telling_branches
 from localgrad.objectives.base import LocalBatch, LocalObjective, ObjectiveValue, Site
 from localgrad.objectives.methods import Objective
 from localgrad.partition import Checkpointing, Plan
@@ -70,6 +75,7 @@ class LocalModule(nn.Module):
         layout: of what it hands on; for the last module, anything.
         shared: parts at the start that belong to the module before.
         given: parts at the end that the next module runs as well.
+        pieces: by number of a part, its pieces, where the objective looks at residual branches.
     """
 
     def __init__(
@@ -81,6 +87,7 @@ class LocalModule(nn.Module):
         layout: Layout | None = None,
         shared: int = 0,
         given: int = 0,
+        pieces: Mapping[int, Sequence[Piece]] | None = None,
     ) -> None:
         super().__init__()
         self.parts = nn.ModuleList(parts)
@@ -89,15 +96,18 @@ class LocalModule(nn.Module):
         self.layout = layout
         self.shared = shared
         self.given = given
+        self.pieces = dict(pieces or {})
         self.keeps_gradient = False
+        self.has_unread = False  # whether it has trainable parameters that no loss of its reads; known where it matters
         self.gradient: Tensor | None = None
 
-    def walk(self, inputs: Tensor, *, with_states: bool = False) -> Walk:
+    def walk(self, inputs: Tensor, *, with_states: bool = False, branches: list[Tensor] | None = None) -> Walk:
         """Run the parts in order: image or features in, features (or the model's logits) out.
 
         Args:
             inputs: what the module before handed on; the images for the first module.
             with_states: list what entered each block, and the tail.
+            branches: takes what each residual branch gives, before its drop path.
         """
         states = []
         handed_on = None
@@ -106,8 +116,12 @@ class LocalModule(nn.Module):
                 handed_on = inputs
             if with_states and not isinstance(part, Stem):
                 states.append(inputs)
-            run: Part = self.recomputed.get(number, part) if self.training else part
-            inputs = run(inputs)
+            recomputed = self.recomputed.get(number) if self.training else None
+            if branches is not None and number in self.pieces:
+                inputs = run_telling_branches(self.pieces[number], inputs, recomputed, branches)
+            else:
+                run: Part = recomputed or part
+                inputs = run(inputs)
         return Walk(inputs, inputs if handed_on is None else handed_on, states)
 
     def features(self, inputs: Tensor) -> Tensor:
@@ -139,11 +153,18 @@ class LocalModule(nn.Module):
             Detached features, the loss with its graph, and detached figures.
         """
         entered = self.objective.enter(inputs, batch)
-        outputs, handed_on, states = self.walk(entered, with_states="states" in self.objective.uses)
+        branches: list[Tensor] = []
+        outputs, handed_on, states = self.walk(
+            entered,
+            with_states="states" in self.objective.uses,
+            branches=branches if "branches" in self.objective.uses else None,
+        )
         if self.keeps_gradient and outputs.requires_grad:
             outputs.register_hook(self._keep)  # type: ignore[no-untyped-call]
         target = inputs if received is None else received
+        batch.branches = tuple(branches)
         value: ObjectiveValue = self.objective(target, outputs, batch, states)
+        batch.branches = ()
         return LocalOutput(
             features=handed_on.detach(),
             loss=value.loss,
@@ -189,7 +210,17 @@ def site_of(backbone: Backbone, boundaries: Sequence[int], index: int, *, overla
         previous=received[max(0, index - 1)],
         context=tuple(received[1 : index + 1]),
         following=tuple((backbone.blocks[number], layouts[number + 1]) for number in range(stop, num_blocks)),
+        undecayed=undecayed(backbone.model),
     )
+
+
+def build_objective(objective: Objective, site: Site, dtype: torch.dtype) -> LocalObjective:
+    """Make the objective of a site, its auxiliary nets in the type of the model's weights."""
+    built = objective.build(site)
+    for weight in built.parameters():  # buffers are factors of losses, which are in float32
+        if weight.dtype == torch.get_default_dtype() != dtype:
+            weight.data = weight.data.to(dtype)
+    return built
 
 
 def shared_blocks(edges: Sequence[int], index: int, overlap: int) -> int:
@@ -203,7 +234,14 @@ def shared_blocks(edges: Sequence[int], index: int, overlap: int) -> int:
     return min(overlap, edges[index] - edges[index - 1]) if 0 < index < len(edges) - 1 else 0
 
 
-def build_local_modules(backbone: Backbone, plan: Plan, objective: Objective, *, overlap: int = 0) -> list[LocalModule]:
+def build_local_modules(
+    backbone: Backbone,
+    plan: Plan,
+    objective: Objective,
+    *,
+    overlap: int = 0,
+    drawing: Callable[[int], AbstractContextManager[None]] = lambda _index: nullcontext(),
+) -> list[LocalModule]:
     """Make the local modules of a plan from a backbone's parts; auxiliary nets join the backbone's device.
 
     Args:
@@ -211,9 +249,11 @@ def build_local_modules(backbone: Backbone, plan: Plan, objective: Objective, *,
         plan: boundaries, and which modules checkpoint inside.
         objective: what every module but the last is trained on.
         overlap: blocks of the module before that each module trains as well.
+        drawing: given a module's number, the region in which its auxiliary nets are made; decides what they draw.
 
     Raises:
-        BackboneError: a parameter is shared across a boundary.
+        BackboneError: a parameter is shared across a boundary, or the objective looks at residual branches and a block
+            can't be cut into them.
     """
     backbone.check_boundaries(plan.boundaries)
     device = next(backbone.parameters()).device
@@ -225,17 +265,39 @@ def build_local_modules(backbone: Backbone, plan: Plan, objective: Objective, *,
         stem, tail = [backbone.stem] * first, [backbone.tail] * last
         shared, given = (shared_blocks(edges, number, overlap) for number in (index, index + 1))
         blocks = [backbone.blocks[number] for number in range(span.start - shared, span.stop)]
+        with drawing(index):
+            built = build_objective(objective, site, backbone.dtype)
+        looks = "branches" in built.uses
         modules.append(
             LocalModule(
                 [*stem, *blocks, *tail],
-                objective.build(site).to(device),
+                built.to(device),
                 recomputed_in(backbone, plan, index, overlap=overlap),
                 layout=None if last else backbone.layouts[span.stop - given],
                 shared=shared,
                 given=given,
+                pieces=_branched(backbone, range(span.start - shared, span.stop), len(stem)) if looks else None,
             )
         )
     return modules
+
+
+def _branched(backbone: Backbone, blocks: range, before: int) -> dict[int, list[Piece]]:
+    """The pieces of blocks, by number of the part; ``before`` parts stand before the first of them.
+
+    Raises:
+        BackboneError: a block that is no change of shape can't be cut into residual branches.
+    """
+    found = {}
+    for number, block in enumerate(blocks, before):
+        found[number] = find_pieces(backbone.blocks[block], backbone.example(block), halves=True)
+        is_residual = any(piece.drop_path is not None for piece in found[number])
+        if not is_residual and backbone.layouts[block] == backbone.layouts[block + 1]:
+            raise BackboneError(
+                f"transport_per: {backbone.block_names[block]} can't be cut into its residual branches; take "
+                "transport_per = 'block'."
+            )
+    return found
 
 
 def recomputed_in(backbone: Backbone, plan: Plan, index: int, *, overlap: int = 0) -> dict[int, Recomputed]:
@@ -258,6 +320,19 @@ def recompute(backbone: Backbone, index: int, how: Checkpointing) -> Recomputed:
         how: ``blocks`` or ``halves``.
     """
     block = backbone.blocks[index]
+    example = backbone.example(index)
     if how.level == "blocks" and how.chunks == 1:
-        return Recomputed([whole_block(block)])
-    return Recomputed(find_pieces(block, backbone.example(index), halves=how.level == "halves"), how.chunks)
+        return Recomputed([whole_block(block, example)], block=block)
+    return Recomputed(find_pieces(block, example, halves=how.level == "halves"), how.chunks, block)
+
+
+def observed_parts(backbone: Backbone) -> Iterator[tuple[str, nn.Module, Observed]]:
+    """The stem, each block and the tail: its name, itself, and what its forward pass changes in training mode."""
+    like = next(backbone.parameters())
+    images = torch.randn(2, *backbone.input_size, generator=torch.Generator().manual_seed(0)).to(
+        like.device, like.dtype
+    )
+    yield "the stem", backbone.stem, observed(backbone.stem, images)
+    for index, (name, block) in enumerate(zip(backbone.block_names, backbone.blocks, strict=True)):
+        yield name, block, observed(block, backbone.example(index))
+    yield "the tail", backbone.tail, observed(backbone.tail, backbone.example(len(backbone.blocks)))

@@ -20,10 +20,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from localgrad.errors import DeviceError
+from localgrad._written import Before, Undo
+from localgrad.errors import DeviceError, RecipeError
+from localgrad.execution.checks import same_device
+from localgrad.execution.frozen import Frozen
 from localgrad.execution.local_module import LocalModule, LocalOutput
 from localgrad.objectives.base import LocalBatch
 
@@ -76,9 +78,15 @@ class LocalStep:
         self.precision = precision
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=precision == "fp16")
         self.updating = False  # whether weights may have been changed in part
+        self.num_updates = 0
         self.frozen = False  # whether the module only runs, and learns no more
+        self._undo = Undo(module)
+        self.as_frozen = Frozen(module)
         # Of what is drawn at random in a step; by default the caller's own numbers are.
         self.seed: tuple[int, ...] | None = None
+        self._all = list(module.parameters())
+        self._learning = [weight.requires_grad for weight in self._all]
+        self._stays = self._all[0].device == self.device  # offloaded modules come and go
         self._is_compiled = compile
         self._forward: Callable[..., LocalOutput] = _compiled(module) if compile else module
         self._replicated: DistributedDataParallel | None = None
@@ -86,11 +94,72 @@ class LocalStep:
             # Running statistics are averaged when someone looks at them: ``ParallelLearner.average_statistics``.
             known = inspect.signature(DistributedDataParallel).parameters
             name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-            options: dict[str, Any] = {name: False}  # the newer name is since PyTorch 2.15, which warns of the older
+            options: dict[str, Any] = {
+                name: False,
+                "find_unused_parameters": module.has_unread,
+            }  # the newer name is since PyTorch 2.15, which warns of the older
             self._forward = self._replicated = DistributedDataParallel(module, process_group=twins, **options)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For deep copies: compiled code belongs to the module that it was made of."""
+        return {**vars(self), "_forward": None if self._is_compiled else self._forward}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self._is_compiled:
+            self._forward = _compiled(self.module)
+
+    def follow_model(self) -> bool:
+        """Notice weights that were frozen or unfrozen since the optimizer was made.
+
+        Returns:
+            Whether the parameters to train are others now.
+
+        Raises:
+            RecipeError: one that requires a gradient now is in no optimizer, or there is none left.
+            DeviceError: the module was moved.
+        """
+        if self._stays and not same_device(self._all[0].device, self.device):
+            raise DeviceError(
+                f"model: it is on {self._all[0].device}, and its optimizers were made for {self.device}; move the "
+                "model first, then make the learner: LocalLearner(model.to(device), ...)."
+            )
+        learning = [weight.requires_grad for weight in self._all]
+        if learning == self._learning:
+            return False
+        held = {id(weight) for group in self.optimizer.param_groups for weight in group["params"]}
+        for name, weight in self.module.named_parameters():
+            if weight.requires_grad and id(weight) not in held:
+                raise RecipeError(
+                    f"model: {name} of a local module was unfrozen, and no optimizer holds it; call "
+                    "learner.configure_optimizers(...) again after requires_grad_(True), or add it to the module's own "
+                    "in learner.optimizers with add_param_group."
+                )
+        if not any(learning) and not self.frozen:
+            raise RecipeError(
+                "model: all parameters of a local module were frozen; unfreeze some, or use fewer modules."
+            )
+        known = set(map(id, self.parameters))
+        self.parameters += [weight for weight in self._all if weight.requires_grad and id(weight) not in known]
+        self._learning = learning
+        return True
+
+    def begin(self) -> None:
+        """Begin without what another backward pass or an unfinished step has left."""
+        for weight in self.parameters:
+            if weight.grad is not None:
+                weight.grad = None
+        self.module.gradient = None
+        if self.updating:  # the scaler may think that the optimizer is in the middle of its step
+            state = self.scaler.state_dict()
+            self.scaler = torch.amp.GradScaler(self.device_type, enabled=self.precision == "fp16")
+            self.scaler.load_state_dict(state)
+        self.updating = False
+
     def __call__(self, inputs: Tensor, batch: LocalBatch, hand_on: HandOn | None = None) -> LocalOutput:
-        """Train on one batch.
+        """Train on one batch, from cleared gradients on.
+
+        A frozen module only runs, and its state stays; see ``Frozen``.
 
         Args:
             inputs: what the module before gave, detached; the images for the first module.
@@ -101,8 +170,10 @@ class LocalStep:
         Returns:
             The module's output, its graph gone: features for the next module, and the figures.
         """
-        self.updating = False  # whatever became of the last one
-        with drawing_from(self.device, None if self.seed is None else (*self.seed, batch.number)):
+        self.begin()  # whatever became of the last one
+        check_surroundings(self.device_type, self.precision, inputs, batch.labels)
+        seed = None if self.seed is None else (*self.seed, batch.number)
+        with drawing_from(self.device, seed), single_images_refused(len(inputs), self.accumulation):
             if self.accumulation == 1:
                 output = self._forward_backward(inputs, batch, 1.0, hand_on)
             else:
@@ -115,7 +186,7 @@ class LocalStep:
         self, inputs: Tensor, batch: LocalBatch, share: float, hand_on: HandOn | None = None
     ) -> LocalOutput:
         if self.frozen:
-            with torch.no_grad(), autocast(self.device_type, self.precision):
+            with torch.no_grad(), autocast(self.device_type, self.precision), self.as_frozen.running():
                 output = self._forward(inputs, batch)
             if hand_on is not None:
                 hand_on(output.features)
@@ -190,21 +261,19 @@ class LocalStep:
                 outputs.append(self._forward_backward(chunk, part, shares[-1], take))
         return _merge(outputs, shares)
 
-    def snapshot(self) -> list[Tensor]:
-        """What a step changes before its update: the random state, and running statistics."""
-        return [_random_state(self.device), *(buffer.clone() for buffer in self._statistics())]
+    def snapshot(self) -> tuple[Tensor, Before]:
+        """What a step changes before its update: random states, and what forward passes write (running statistics)."""
+        return _random_state(self.device), self._undo.remember()
 
-    @torch.no_grad()
-    def go_back(self, state: list[Tensor]) -> None:
-        """Undo an unfinished step: gradients are dropped, statistics and random state are as in the snapshot."""
+    def go_back(self, state: tuple[Tensor, Before]) -> None:
+        """Undo an unfinished step: gradients are dropped, all else is as in the snapshot.
+
+        Raises:
+            RuntimeError: the step wrote a buffer that no step before had written.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         _set_random_state(self.device, state[0])
-        for buffer, value in zip(self._statistics(), state[1:], strict=True):
-            buffer.copy_(value)
-
-    def _statistics(self) -> list[Tensor]:
-        norms = [module for module in self.module.modules() if isinstance(module, _BatchNorm)]
-        return [buffer for norm in norms for buffer in norm.buffers()]
+        self._undo.undo(state[1])
 
     def run_as(self, accumulation: int) -> None:
         """Cut batches into another number of parts from now on; a compiled module is compiled anew."""
@@ -217,11 +286,30 @@ class LocalStep:
         if self.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.parameters, self.clip_grad)
-        self.scaler.step(self.optimizer)
+        with explained(self.optimizer):
+            self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.module.objective.follow()
+        self.num_updates += 1
         self.updating = False
+
+
+@contextlib.contextmanager
+def explained(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """A region for an optimizer's step, whose own complaint about what it lacks becomes one line.
+
+    Raises:
+        RecipeError: naming the optimizer.
+    """
+    try:
+        yield
+    except (TypeError, AssertionError) as error:
+        reason = " ".join(str(error).split()) or "an assertion"
+        raise RecipeError(
+            f"the step of {type(optimizer).__name__} failed ({reason}); if it needs a closure or "
+            "more than gradients, take AdamW, SGD, Lion or LAMB."
+        ) from error
 
 
 @contextlib.contextmanager
@@ -247,6 +335,71 @@ def drawing_from(device: torch.device, seed: tuple[int, ...] | None) -> Iterator
     finally:
         for each, state in zip(devices, before, strict=True):
             _set_random_state(each, state)
+
+
+def check_surroundings(device_type: str, precision: str, *given: Tensor) -> None:
+    """Refuse to train where PyTorch was told not to, or in another precision than the learner's.
+
+    Args:
+        device_type: of the device that trains.
+        precision: as for ``LocalStep``.
+        given: images and labels.
+
+    Raises:
+        RecipeError: naming what is on around the step.
+    """
+    if not torch.is_grad_enabled():
+        raise RecipeError(
+            "step: it was called under torch.no_grad() or torch.inference_mode(), where nothing trains; call it "
+            "outside."
+        )
+    if any(tensor.is_inference() for tensor in given):
+        raise RecipeError(
+            "step: images or labels were made under torch.inference_mode(), and can't be trained on; make them "
+            "outside, or pass images.clone() and labels.clone()."
+        )
+    if torch.is_autocast_enabled(device_type):
+        around = torch.get_autocast_dtype(device_type)
+        if around != PRECISIONS[precision]:
+            raise RecipeError(
+                f"step: it was called under torch.autocast in {around}, and this learner has precision={precision!r}; "
+                "call it outside, and say the precision when the learner is made."
+            )
+
+
+@contextlib.contextmanager
+def single_images_refused(num_images: int, accumulation: int) -> Iterator[None]:
+    """Say in words what PyTorch says of a batch norm that gets a single value for each channel.
+
+    Args:
+        num_images: of the batch.
+        accumulation: parts that it is cut into.
+
+    Raises:
+        RecipeError: inside, naming how many parts would do.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        if accumulation == 1:
+            raise RecipeError(
+                f"images: a batch of {num_images} leaves a batch norm of the model one value for each channel, and no "
+                "variance; take larger batches, and leave a small last one out (drop_last=True)."
+            ) from error
+        fitting = next((n for n in range(accumulation, 0, -1) if _smallest_part(num_images, n) > 1), None)
+        instead = "larger batches" if fitting is None else f"accumulation={fitting}, or larger batches"
+        raise RecipeError(
+            f"accumulation: {accumulation} parts of {num_images} images leave a batch norm of the model one value for "
+            f"each channel, and no variance; take {instead}."
+        ) from error
+
+
+def _smallest_part(num_images: int, count: int) -> int:
+    """Images in the last part of a batch, as ``Tensor.chunk`` cuts."""
+    size = -(-num_images // count)
+    return (num_images - 1) % size + 1
 
 
 def _generator(device: torch.device) -> torch.Generator:
@@ -318,8 +471,11 @@ def autocast(device_type: str, precision: str) -> contextlib.AbstractContextMana
     return cast(contextlib.AbstractContextManager[None], torch.autocast(device_type, dtype=dtype))
 
 
-def check_precision(precision: str, device: torch.device) -> None:
-    """Refuse a precision that is unknown or that the device doesn't have.
+def check_precision(precision: str, device: torch.device, weights: torch.dtype = torch.float32) -> None:
+    """Refuse a precision that is unknown, that the device doesn't have, or that isn't one for weights of that type.
+
+    Weights in bfloat16 or float64 are trained as they are. Those in float16 aren't: most updates are smaller than what
+    they can hold, and PyTorch's gradient scaler doesn't take their gradients.
 
     Raises:
         DeviceError: naming what to type instead.
@@ -328,3 +484,13 @@ def check_precision(precision: str, device: torch.device) -> None:
         raise DeviceError(f"precision: unknown {precision!r}; take one of {', '.join(PRECISIONS)}.")
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise DeviceError(f"precision: {device} has no bf16; take --precision fp16 or fp32.")
+    if weights == torch.float16:
+        raise DeviceError(
+            "precision: the model's weights are float16, in which updates get lost; call model.float() and take "
+            "precision='fp16', or call model.bfloat16()."
+        )
+    if PRECISIONS[precision] not in (None, weights) and weights != torch.float32:
+        raise DeviceError(
+            f"precision: {precision!r} is for weights in float32, and the model's are {weights}; take "
+            "precision='fp32', which leaves them as they are, or call model.float()."
+        )

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from localgrad.errors import ParallelError
+from localgrad.errors import ParallelError, reason_of
 from localgrad.execution.pipeline import Neighbours
 from localgrad.execution.wire import Line
 
@@ -211,9 +211,9 @@ def meet() -> Any:
         store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=joining()))  # type: ignore[attr-defined]
     except (RuntimeError, ValueError, OSError) as error:  # a port in use, an address of nobody, a variable unset
         where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
-        reason = str(error).strip().split("\n")[0]
         raise ParallelError(
-            f"processes can't meet at {where} ({reason}); give torchrun another --master-port, or --standalone."
+            f"processes can't meet at {where} ({reason_of(error)}); give torchrun another --master-port, or "
+            "--standalone."
         ) from error
     finally:
         late.cancel()

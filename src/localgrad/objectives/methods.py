@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, cast
 
 from torch import nn
@@ -31,7 +31,7 @@ from localgrad.backbone import Layout
 from localgrad.errors import RecipeError, did_you_mean
 from localgrad.objectives.base import ContextSupply, LocalObjective, Site, Term, Weight
 from localgrad.objectives.reconstruction import ERRORS, BlockReconstruction, Reconstruction
-from localgrad.objectives.regularisers import SimilarityMatching, Transport
+from localgrad.objectives.regularisers import BranchTransport, SimilarityMatching, Transport
 from localgrad.objectives.supervised import SupervisedContrastive, TaskLoss
 
 Options = Mapping[str, Any]
@@ -47,6 +47,8 @@ class Objective(ABC):
     Attributes:
         label_smoothing: of every task loss, also the last module's; from 0 to 1.
         transport_tau: transport penalty over the module's blocks (TRGL, arXiv 2309.17357); off by default.
+        transport_per: what the penalty is charged on: each ``block`` as a whole, or each residual ``branch`` (attention
+            and MLP apart), as TRGL does.
         similarity_weight: weight of similarity matching (arXiv 1901.06656).
         contrastive_weight: weight of the supervised contrastive loss (arXiv 2004.11362).
         temperature: of the contrastive loss.
@@ -60,6 +62,7 @@ class Objective(ABC):
 
     label_smoothing: float = 0.0
     transport_tau: Weight | None = None
+    transport_per: str = "block"
     similarity_weight: Weight = 0.0
     contrastive_weight: Weight = 0.0
     temperature: float = 0.1
@@ -71,6 +74,18 @@ class Objective(ABC):
     def looks_inside(self) -> bool:
         """Whether what is built depends on more than the layouts of a module's inputs and outputs."""
         return self.transport_tau is not None or self.context > 0
+
+    def with_pixels(self, mean: Sequence[float], std: Sequence[float]) -> Objective:
+        """The same for images whose pixels from 0 to 1 were normalised with these, per channel, where it matters."""
+        return self
+
+    @property
+    def described(self) -> str:
+        """A text that is the same for objectives whose steps need the same memory and time."""
+        names = [entry.name for entry in fields(self) if entry.name != "label_smoothing"]
+        defaults = {entry.name: entry.default for entry in fields(self)}
+        given = {name: value for name in names if (value := getattr(self, name)) not in (defaults[name], {})}
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in given.items())})"
 
     @abstractmethod
     def terms(self, site: Site) -> dict[str, tuple[Weight, Term]]:
@@ -132,6 +147,8 @@ class Objective(ABC):
             raise RecipeError(f"label_smoothing must be from 0 to below 1, got {self.label_smoothing}.")
         if isinstance(self.context, str) or not 0 <= self.context <= 1:
             raise RecipeError(f"context must be a share of the training, from 0 to 1, got {self.context}.")
+        if self.transport_per not in ("block", "branch"):
+            raise RecipeError(f"transport_per: unknown {self.transport_per!r}; take block or branch.")
         for name, ends in self.over_time.items():
             if (
                 not isinstance(ends, (tuple, list))
@@ -155,11 +172,11 @@ class Objective(ABC):
             found["transport"] = 1.0, self._transport(site)
         return found
 
-    def _transport(self, site: Site) -> Transport:
+    def _transport(self, site: Site) -> Transport | BranchTransport:
         tau = _at(site, "transport_tau", cast(Weight, self.transport_tau))
         if not tau > 0:
             raise RecipeError(f"transport_tau must be above 0, got {self.transport_tau}; leave it out for no penalty.")
-        return Transport(tau)
+        return Transport(tau) if self.transport_per == "block" else BranchTransport(tau)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +208,8 @@ class GreedySupervised(Objective):
         if not 0 <= share <= 1:
             raise RecipeError(f"teacher_share must be from 0 to 1, got {self.teacher_share}.")
         options = _for_depth(site, self.classifier_options)
-        classifier = build_classifier(self.classifier, site.outputs, site.num_classes, options, site.following)
+        shapes = site.outputs, site.num_classes
+        classifier = build_classifier(self.classifier, *shapes, options, site.following, undecayed=site.undecayed)
         return {"task": (self.task_weight, TaskLoss(classifier, self.label_smoothing, share))}
 
 
@@ -257,11 +275,16 @@ class ImageReconstruction(GreedySupervised):
     """InfoPro on transformers: task loss, and reconstruction of the image by every module.
 
     Attributes:
-        decoder: auxiliary decoder: ``linear``, ``conv`` or ``transformer``.
+        decoder: auxiliary decoder: ``linear``, ``conv``, ``transformer``, or ``bilinear`` (InfoPro's own, which costs
+            more memory than it saves).
         decoder_options: keyword arguments of that decoder.
         reconstruction_weight: weight of the reconstruction error.
-        reconstruction_error: ``mse``, ``smooth_l1`` or ``cosine``.
+        reconstruction_error: ``mse``, ``smooth_l1`` or ``cosine`` of normalised pixels; or ``bce``, InfoPro's own:
+            binary cross-entropy of pixels from 0 to 1.
         mask: share of positions that is hidden from the decoder, and alone counts; for decoders that mix positions.
+        pixel_mean: per channel, of pixels from 0 to 1: what images were normalised with, for ``bce``. A recipe takes
+            its data set's.
+        pixel_std: likewise.
     """
 
     decoder: str = "linear"
@@ -269,13 +292,43 @@ class ImageReconstruction(GreedySupervised):
     reconstruction_weight: Weight = 1.0
     reconstruction_error: str = "mse"
     mask: float = 0.0
+    pixel_mean: tuple[float, ...] | None = None
+    pixel_std: tuple[float, ...] | None = None
+
+    def with_pixels(self, mean: Sequence[float], std: Sequence[float]) -> Objective:
+        """The same for images that were normalised with these, where it isn't told yet and looked at."""
+        if self.reconstruction_error != "bce" or self.pixel_mean is not None or self.pixel_std is not None:
+            return self
+        return replace(self, pixel_mean=tuple(mean), pixel_std=tuple(std))
 
     def terms(self, site: Site) -> dict[str, tuple[Weight, Term]]:
         """Make the task term and the reconstruction term."""
         term = _reconstruction(
-            self, site, site.image, of="image", error=self.reconstruction_error, mask=self.mask, normalise=False
+            self,
+            site,
+            site.image,
+            of="image",
+            error=self.reconstruction_error,
+            mask=self.mask,
+            normalise=False,
+            pixels=self._pixels(site) if self.reconstruction_error == "bce" else None,
         )
         return super().terms(site) | {"reconstruction": (self.reconstruction_weight, term)}
+
+    def _pixels(self, site: Site) -> tuple[Sequence[float], Sequence[float]]:
+        mean, std, width = self.pixel_mean, self.pixel_std, site.image.width
+        if mean is None or std is None:
+            raise RecipeError(
+                "reconstruction_error: 'bce' compares pixels from 0 to 1; give pixel_mean and pixel_std, per channel, "
+                "with which images were normalised."
+            )
+        if not (
+            len(mean) == len(std) == width and all(map(math.isfinite, mean)) and all(0 < s < math.inf for s in std)
+        ):
+            raise RecipeError(
+                f"pixel_mean and pixel_std: {mean} and {std}; give {width} finite numbers each, std above 0."
+            )
+        return mean, std
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,11 +364,14 @@ def _reconstruction(
     error: str,
     mask: float,
     normalise: bool,
+    pixels: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> Reconstruction:
     if error not in ERRORS:
         raise RecipeError(
             f"reconstruction_error: unknown {error!r}; take {', '.join(ERRORS)}.{did_you_mean(error, ERRORS)}"
         )
+    if error == "bce" and pixels is None:
+        raise RecipeError("reconstruction_error: 'bce' is of pixels; take it with the objective 'image', or take mse.")
     if isinstance(mask, str) or not 0 <= mask < 1:
         raise RecipeError(f"mask must be a share of the positions, from 0 to below 1, got {mask}.")
     decoder = build_decoder(objective.decoder, site.outputs, target, _for_depth(site, objective.decoder_options))
@@ -324,7 +380,8 @@ def _reconstruction(
             f"mask: the decoder {objective.decoder!r} sees one position at a time, so it can't find a hidden one; take "
             "conv or transformer."
         )
-    return Reconstruction(decoder, of=of, normalise=normalise and target != site.image, error=error, mask=mask)
+    normalise = normalise and target != site.image
+    return Reconstruction(decoder, of=of, normalise=normalise, error=error, mask=mask, pixels=pixels)
 
 
 OBJECTIVES: Mapping[str, type[Objective]] = {

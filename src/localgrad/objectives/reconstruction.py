@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localgrad.auxiliary import Decoder
-from localgrad.objectives.base import LocalBatch, Term, TermValue
+from localgrad.objectives.base import LocalBatch, Term, TermValue, in_float32
 
 
 def _cosine_error(prediction: Tensor, target: Tensor) -> Tensor:
@@ -34,8 +34,10 @@ ERRORS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mse": lambda prediction, target: F.mse_loss(prediction, target, reduction="none"),
     "smooth_l1": lambda prediction, target: F.smooth_l1_loss(prediction, target, reduction="none"),
     "cosine": _cosine_error,
+    "bce": lambda prediction, target: F.binary_cross_entropy_with_logits(prediction, target, reduction="none"),
 }
-"""Error of a prediction and its target, both [B, h, w, d], at every position."""
+"""Error of a prediction and its target, both [B, h, w, d], at every position. ``bce``, binary cross-entropy as
+InfoPro's, takes predictions as logits and targets as pixels from 0 to 1."""
 TARGETS = ("inputs", "previous", "blocks", "image")
 
 
@@ -49,12 +51,27 @@ class Reconstruction(Term):
         normalise: layer-normalise each position of the target.
         error: one of ``ERRORS``.
         mask: share of the output's positions that is hidden from the decoder, and alone counts; 0 for none.
+        pixels: mean and standard deviation, per channel, with which pixels from 0 to 1 were normalised, where the
+            target is to be those pixels.
     """
 
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
     def __init__(
-        self, decoder: Decoder, *, of: str = "inputs", normalise: bool, error: str = "mse", mask: float = 0.0
+        self,
+        decoder: Decoder,
+        *,
+        of: str = "inputs",
+        normalise: bool,
+        error: str = "mse",
+        mask: float = 0.0,
+        pixels: tuple[Sequence[float], Sequence[float]] | None = None,
     ) -> None:
         super().__init__()
+        self.has_pixels = pixels is not None
+        for name, values in zip(("pixel_mean", "pixel_std"), pixels or (), strict=False):
+            self.register_buffer(name, torch.tensor([float(value) for value in values]), persistent=False)
         self.decoder = decoder
         self.of = of
         self.uses = frozenset({"inputs": (), "image": ("images",), "previous": ("previous",)}[of])
@@ -82,12 +99,14 @@ class Reconstruction(Term):
             hidden: [B, H, W], the output's positions that count; all by default.
         """
         target = self.decoder.target.to_grid(source)
+        if self.has_pixels:
+            target = (target.float() * self.pixel_std + self.pixel_mean).clamp(0, 1)  # but for rounding, they are
         if self.normalise:
             target = F.layer_norm(target, target.shape[-1:])
         if hidden is None and self.error == "mse":
             # torch's scalar keeps a storage of the target's size, for as long as it lives
-            return F.mse_loss(prediction.float(), target.float()).clone()
-        error = ERRORS[self.error](prediction.float(), target.float())
+            return F.mse_loss(in_float32(prediction), in_float32(target)).clone()
+        error = ERRORS[self.error](in_float32(prediction), in_float32(target))
         if hidden is None:
             return error.mean()
         counts = self.decoder.spread(hidden).unsqueeze(-1).float()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localgrad.backbone import Layout
-from localgrad.objectives.base import LocalBatch, Term, TermValue
+from localgrad.objectives.base import IGNORED, LocalBatch, Term, TermValue, in_float32, one_hot
 
 
 class Transport(Term):
@@ -36,7 +36,31 @@ class Transport(Term):
         total = torch.zeros((), device=outputs.device)
         for before, after in pairwise((*states, outputs)):
             if before.shape == after.shape:
-                total = total + F.mse_loss(after.float(), before.float())
+                total = total + F.mse_loss(in_float32(after), in_float32(before))
+        return TermValue(total / (2 * self.tau))
+
+
+class BranchTransport(Term):
+    """The transport penalty as TRGL charges it (arXiv 2309.17357, section 3): per residual branch.
+
+    ``sum over branches of mean(branch output ** 2) / (2 tau)``, attention and MLP apart, each after its layer scale and
+    before its drop path. As in ``Transport`` a mean stands for the paper's squared norm.
+
+    Args:
+        tau: the larger, the freer.
+    """
+
+    uses = frozenset({"branches"})
+
+    def __init__(self, tau: float) -> None:
+        super().__init__()
+        self.tau = tau
+
+    def forward(self, inputs: Tensor, outputs: Tensor, batch: LocalBatch, states: Sequence[Tensor] = ()) -> TermValue:
+        """Compute the penalty. Arguments as in ``Term.forward``."""
+        total = torch.zeros((), device=outputs.device)
+        for branch in batch.branches:
+            total = total + branch.float().square().mean()
         return TermValue(total / (2 * self.tau))
 
 
@@ -44,7 +68,8 @@ class SimilarityMatching(Term):
     """Similarity matching (Nokland and Eidnes, arXiv 1901.06656, section 2.2): images that share a class look alike.
 
     The mean squared difference of two B x B matrices of cosine similarities: of the labels (one-hot, centred), and of
-    the standard deviations over all positions of a linear map of the features (centred).
+    the standard deviations over all positions of a linear map of the features (centred). Images whose label is ignored
+    (-100) have no part in it.
 
     Args:
         source: layout of the module's output features.
@@ -60,15 +85,21 @@ class SimilarityMatching(Term):
 
     def forward(self, inputs: Tensor, outputs: Tensor, batch: LocalBatch, states: Sequence[Tensor] = ()) -> TermValue:
         """Compute the loss. Arguments as in ``Term.forward``."""
-        mapped = self.project(self.source.to_grid(outputs)).flatten(1, 2).float()
+        mapped = in_float32(self.project(self.source.to_grid(outputs)).flatten(1, 2))
         spread = (mapped.var(dim=1, unbiased=False) + 1e-6).sqrt()
-        labels = batch.labels
-        targets = labels.float() if labels.is_floating_point() else F.one_hot(labels, self.num_classes).float()
+        targets = one_hot(batch.labels, self.num_classes)
         with torch.autocast(outputs.device.type, enabled=False):
-            return TermValue(F.mse_loss(_similarities(spread), _similarities(targets)))
+            if batch.labels.is_floating_point():
+                return TermValue(F.mse_loss(_similarities(spread), _similarities(targets)))
+            counted = (batch.labels != IGNORED).float()
+            # Pairs of an ignored image are 0 on both sides: what is left of the mean is one over all other pairs.
+            loss = F.mse_loss(_similarities(spread, counted), _similarities(targets))
+            return TermValue(loss * (len(counted) / counted.sum().clamp(min=1.0)).square())
 
 
-def _similarities(rows: Tensor) -> Tensor:
-    """Cosine similarities of centred rows, [B, D] to [B, B]."""
+def _similarities(rows: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Cosine similarities of centred rows, [B, D] to [B, B]; 0 of those that don't count."""
     unit = F.normalize(rows - rows.mean(dim=1, keepdim=True), dim=1)
+    if counted is not None:
+        unit = unit * counted.unsqueeze(1)
     return unit @ unit.T

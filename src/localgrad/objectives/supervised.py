@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from localgrad.auxiliary import Classifier, Pool
 from localgrad.backbone import Layout
-from localgrad.objectives.base import LocalBatch, Term, TermValue
+from localgrad.objectives.base import IGNORED, LocalBatch, Term, TermValue, in_float32, one_hot
 
 
 class TaskLoss(Term):
     """Cross-entropy of a classifier on the module's output.
+
+    Of class indices, the mean over the images whose label isn't ignored (-100); of a batch in parts as well.
 
     Args:
         classifier: maps the module's output to logits; the identity for the last module, whose output they are.
@@ -38,10 +40,13 @@ class TaskLoss(Term):
         """Compute the cross-entropy. Arguments as in ``Term.forward``."""
         logits = self.classifier(outputs)
         smoothing = 0.0 if batch.labels.is_floating_point() else self.label_smoothing
-        loss = F.cross_entropy(logits, batch.labels, label_smoothing=smoothing)
+        loss = F.cross_entropy(in_float32(logits), batch.labels, label_smoothing=smoothing)
+        if batch.label_factor is not None:  # a part may hold no label that counts, and the mean over none is no number
+            factor = batch.label_factor.to(loss.dtype)
+            loss = (loss * factor).masked_fill(factor == 0, 0.0)
         if self.teacher_share:
             assert batch.teacher is not None, "the learner asks the teacher where a term uses it"
-            taught = F.cross_entropy(logits.float(), batch.teacher)
+            taught = F.cross_entropy(in_float32(logits), batch.teacher)
             loss = (1 - self.teacher_share) * loss + self.teacher_share * taught
         return TermValue(loss, logits)
 
@@ -61,7 +66,7 @@ class SupervisedContrastive(Term):
     For every anchor i, with z the normalised projections and t the temperature:
     ``-mean over positives p of log(exp(z_i.z_p / t) / sum over a != i of exp(z_i.z_a / t))``.
     With soft targets a pair is positive to the degree that its targets overlap. Anchors without a positive in
-    the batch don't count.
+    the batch don't count; images whose label is ignored (-100) have no part in it.
 
     Args:
         source: layout of the module's output features.
@@ -81,14 +86,16 @@ class SupervisedContrastive(Term):
 
     def forward(self, inputs: Tensor, outputs: Tensor, batch: LocalBatch, states: Sequence[Tensor] = ()) -> TermValue:
         """Compute the contrastive loss. Arguments as in ``Term.forward``."""
-        z = F.normalize(self.project(outputs).float(), dim=1)
+        z = F.normalize(in_float32(self.project(outputs)), dim=1)
         with torch.autocast(z.device.type, enabled=False):  # exp of bf16 similarities is too coarse
             return TermValue(self.loss(z, batch.labels))
 
     def loss(self, z: Tensor, labels: Tensor) -> Tensor:
         """The loss of unit vectors z [B, width]; labels [B] or [B, num_classes]."""
-        soft = labels.float() if labels.is_floating_point() else F.one_hot(labels, self.num_classes).float()
+        soft = one_hot(labels, self.num_classes)
         others = ~torch.eye(len(z), dtype=torch.bool, device=z.device)
+        if not labels.is_floating_point():
+            others = others & (labels != IGNORED)
         positives = (soft @ soft.T) * others
         similarities = (z @ z.T / self.temperature).masked_fill(~others, float("-inf"))
         log_shares = F.log_softmax(similarities, dim=1).masked_fill(~others, 0.0)

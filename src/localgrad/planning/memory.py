@@ -60,10 +60,10 @@ from localgrad._fake import (
     TorchDispatchMode,
     TorchFunctionMode,
     backward_under_modes,
+    by_shapes_alone,
     fake_copy,
     fake_copy_with_memo,
     quick_view,
-    random_state_kept,
 )
 
 T = TypeVar("T")
@@ -589,7 +589,7 @@ def simulate(
         ...     (model, optimizer), train_step, inputs={"images": ((64, 3, 224, 224), torch.float32)}
         ... )  # doctest: +SKIP
     """
-    with random_state_kept():
+    with by_shapes_alone():
         fake_mode, fake_learner, memo = fake_copy_with_memo(learner)
         reached = [copied for _, copied in memo]
         with fake_mode, autocast_of(device), _foreach_of(device):
@@ -698,7 +698,7 @@ def block_activation_bytes(parts: Sequence[nn.Module], inputs: Tensor) -> list[i
     Returns:
         Bytes for each part, at the batch size of ``inputs``.
     """
-    with random_state_kept():
+    with by_shapes_alone():
         fake_mode, (chain, features) = fake_copy((list(parts), inputs.detach()))
         states = [tensor for part in chain for tensor in (*part.parameters(), *part.buffers())]
         saved = _SavedStorages(states)

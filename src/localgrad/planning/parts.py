@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.flop_counter import flop_registry
 
-from localgrad._fake import FakeTensorMode, copies_within, fake_copy, random_state_kept
+from localgrad._fake import FakeTensorMode, by_shapes_alone, copies_within, fake_copy
 from localgrad._halves import Branch, Piece, find_pieces, signature, whole_block
 from localgrad.backbone import Backbone
 from localgrad.execution.checkpointing import Recomputed, checkpointed
-from localgrad.execution.local_module import CONTEXT_GRID, site_of
-from localgrad.execution.local_step import autocast
+from localgrad.execution.local_module import CONTEXT_GRID, build_objective, site_of
+from localgrad.execution.local_step import autocast, single_images_refused
 from localgrad.objectives.base import ContextSupply, LocalBatch, LocalObjective, Site
 from localgrad.objectives.methods import Objective
 from localgrad.partition import Checkpointing
@@ -188,7 +188,7 @@ class _Measured(NamedTuple):
 
 Run = Callable[[Tensor], Tensor]
 Cuts = dict[str, list[Piece]]
-"""The pieces of a block by level of checkpointing."""
+"""The pieces of a block by level of checkpointing; ``whole``, it is one piece."""
 Like = tuple[tuple[int, ...], torch.dtype]
 
 
@@ -296,7 +296,7 @@ class _Workshop:
         if how.level == "none":
             run: Run = block
         elif how == Checkpointing("blocks"):
-            run = Recomputed([whole_block(block)])
+            run = Recomputed(pieces["whole"])
         else:
             return self._chunked(pieces[how.level], like, how.chunks)
         return self.measure(run, like, weights).cost
@@ -332,7 +332,7 @@ class _Workshop:
         mark = _mark_of(piece)
 
         def measured(size: int) -> _Measured:
-            run, like = partial(checkpointed, piece.branch), ((size, *rest), dtype)
+            run, like = partial(checkpointed, piece.branch, state=piece.state), ((size, *rest), dtype)
             key = "chunk", mark, like
             measure = partial(self.measure, run, like, _weights_of(piece), present=True, accumulates=False)
             found: _Measured = self.once(key, measure)
@@ -434,7 +434,7 @@ def _mark_of(piece: Piece) -> object:
         [signature(call) if isinstance(call, nn.Module) else getattr(call, "__name__", "") for call in _calls_in(part)]
         for part in (branch.before, branch.inner, branch.after)
     ]
-    return repr((calls, branch.args, branch.kwargs))
+    return id(piece) if any(None in found for found in calls) else repr((calls, branch.args, branch.kwargs))
 
 
 def _calls_in(part: Callable[[Tensor], Tensor]) -> Sequence[Callable[[Tensor], Tensor]]:
@@ -477,11 +477,13 @@ def measure_costs(backbone: Backbone, objective: Objective, optimizer: Optimizer
     pieces = []
     for index, block in enumerate(backbone.blocks):
         example = backbone.example(index)
-        pieces.append({level: find_pieces(block, example, halves=level == "halves") for level in ("blocks", "halves")})
-    with random_state_kept():
+        found = {level: find_pieces(block, example, halves=level == "halves") for level in ("blocks", "halves")}
+        pieces.append({"whole": [whole_block(block, example)], **found})
+    with by_shapes_alone():
         fake_mode, (fake, fake_pieces) = fake_copy((backbone, pieces))
         fake.train()
-        with without_collector():  # it would look at every fake tensor again and again: a sixth of the time
+        # The collector would look at every fake tensor again and again: a sixth of the time.
+        with without_collector(), single_images_refused(settings.batch_size, settings.accumulation):
             return _measure_all(_Workshop(fake_mode, settings), fake, fake_pieces, (objective, optimizer))
 
 
@@ -498,7 +500,7 @@ def _measure_all(
     like: Like = ((size, *backbone.input_size), dtype)
     for number, unit in enumerate(units):
         likes.append(like)
-        mark = signature(unit), like
+        mark = signature(unit) or id(unit), like
         weights = [weight for weight in unit.parameters() if weight.requires_grad]
         is_block = 0 < number <= len(backbone.blocks)
         stem = number == 0  # the images are there before it, and need no gradient
@@ -559,7 +561,7 @@ def _measure_heads(
                 key = start, stop
             if key not in numbers:
                 with shop.fake_mode, copies_within(shop.fake_mode):
-                    built = objective.build(site)
+                    built = build_objective(objective, site, backbone.dtype)
                 built.train()
                 uses |= built.uses if start else frozenset()
                 outputs = likes[stop + 1]
@@ -592,8 +594,10 @@ def _measure_head(
         labels = torch.empty(images_like[0][0], dtype=torch.int64)
         batch = LocalBatch(images, labels, teacher=torch.empty(images_like[0][0], site.num_classes))
         if site.previous is not None and "previous" in objective.uses:
-            batch.previous = torch.empty(images_like[0][0], *site.previous.shape)
+            batch.previous = torch.empty(images_like[0][0], *site.previous.shape, dtype=images_like[1])
         states = [shop.source(*like) for like in states_like] if "states" in objective.uses else []
+        if "branches" in objective.uses:  # two a block, mostly; the step that confirms a plan has just those there are
+            batch.branches = tuple(shop.source(*like) for like in states_like for _ in range(2))
     terms = [weight for weight in objective.terms.parameters() if weight.requires_grad]
     cost = shop.measure(
         lambda outputs: objective(inputs, outputs, batch, states).loss, outputs_like, terms, present=True
@@ -607,10 +611,13 @@ def _measure_head(
 
 def _measure_context(shop: _Workshop, context: ContextSupply, site: Site, inputs_like: Like) -> PartCost:
     """Measure how context of earlier modules is added to what a module receives."""
-    (size, *_), _ = inputs_like
+    (size, *_), dtype = inputs_like
     with shop.fake_mode:
         grids = [tuple(min(side, CONTEXT_GRID) for side in layout.grid) for layout in site.context]
-        pooled = [torch.empty(size, *grid, layout.width) for grid, layout in zip(grids, site.context, strict=True)]
+        pooled = [
+            torch.empty(size, *grid, layout.width, dtype=dtype)
+            for grid, layout in zip(grids, site.context, strict=True)
+        ]
     weights = list(context.parameters())
     measured = shop.measure(lambda inputs: context(inputs, pooled), inputs_like, weights, present=True)
     return measured.cost

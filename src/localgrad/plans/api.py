@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,14 +13,14 @@ from localgrad._fake import without_initialization
 from localgrad.backbone import Backbone, outline
 from localgrad.build import check_model_name
 from localgrad.errors import RecipeError
-from localgrad.execution.local_step import PRECISIONS
+from localgrad.execution.local_step import PRECISIONS, check_precision
 from localgrad.learner import LocalLearner, OptimizerFactory, default_input_size, estimate_step
 from localgrad.objectives.methods import FeatureReconstruction, Objective
 from localgrad.partition import Plan, Request
 from localgrad.planning.memory import MemoryProfile, simulate
 from localgrad.plans.budget import Task, plan_to_budget
 from localgrad.plans.parallel import Parallel, plan_parallel
-from localgrad.plans.recipes import kind_of
+from localgrad.plans.recipes import kind_of, made_for_task
 from localgrad.units import parse_bytes
 
 
@@ -78,7 +79,8 @@ def plan(
         balance: with ``parallel``: ``time`` for the fastest slowest rank, ``memory`` for the smallest largest one.
 
     Returns:
-        A plan with its forecast; train with ``LocalLearner(model, modules=plan)``.
+        A plan with its forecast; train with ``LocalLearner(model, modules=plan)``. What it was made for is in it, and a
+        learner that is used for something else says so.
 
     Raises:
         BudgetError: no plan fits; the message says the least that does, and what to change.
@@ -108,10 +110,13 @@ def plan(
         global_share=global_share,
         freeze_from=freeze_from,
     )
+    check_precision(precision, torch.device("cpu"), task.backbone.dtype)
     num_bytes = None if budget is None else parse_bytes(budget)
     if parallel is None:
-        return plan_to_budget(task, batch_size, num_bytes)
-    return plan_parallel(task, batch_size, Parallel(num_ranks=parallel, balance=balance), num_bytes)
+        found = plan_to_budget(task, batch_size, num_bytes)
+    else:
+        found = plan_parallel(task, batch_size, Parallel(num_ranks=parallel, balance=balance), num_bytes)
+    return replace(found, made_for=made_for_task(task, batch_size))
 
 
 def _outlined(model: nn.Module | str, input_size: tuple[int, int, int] | None) -> Backbone:

@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from localgrad._halves import signature
 from localgrad.backbone import Backbone
 from localgrad.errors import BudgetError
+from localgrad.execution.local_module import observed_parts
 from localgrad.learner import LocalLearner, OptimizerFactory, estimate_step, frozen_from, model_name
 from localgrad.objectives.methods import Objective
 from localgrad.partition import Boundaries, Checkpointing, Plan, Request, resolve
@@ -376,15 +376,15 @@ def _global_steps(task: Task, search: Search, plan: Plan, batch_size: int, usabl
 def _notes(task: Task, plan: Plan) -> list[str]:
     if plan.accumulation > 1 and looks_at_whole_batches(task):
         return [
-            "batch norms and contrastive terms see a part of the batch at a time: accumulation changes results here"
+            "what looks at a whole batch (batch norms, contrastive terms) sees a part of it at a time: accumulation "
+            "changes results here"
         ]
     return []
 
 
 def looks_at_whole_batches(task: Task) -> bool:
     """Whether results depend on which images are in a part of a batch together."""
-    norms = any(isinstance(module, _BatchNorm) for module in task.backbone.modules())
-    return norms or task.objective.compares_images
+    return task.objective.compares_images or any(seen.sees_batches for _, _, seen in observed_parts(task.backbone))
 
 
 def _rivals(task: Task, batch_size: int, base: int) -> list[dict[str, Any]]:
@@ -590,13 +590,16 @@ _recent: dict[str, Costs] = {}
 
 
 def _cache_key(task: Task, settings: Settings) -> str | None:
-    """A digest of everything that the costs depend on; ``None`` for an optimizer that can't be told by its text."""
+    """A digest of everything that the costs depend on; ``None`` where an optimizer or a part has no text."""
     optimizer = getattr(task.optimizer, "cache_key", None)
     if optimizer is None:
         return None
     backbone = task.backbone
+    signatures = [signature(part) for part in (backbone.stem, *backbone.blocks, backbone.tail)]
+    if None in signatures:
+        return None
     parts = (
-        [signature(part) for part in (backbone.stem, *backbone.blocks, backbone.tail)],
+        signatures,
         (backbone.input_size, backbone.num_classes, backbone.layouts),
         (repr(task.objective), optimizer, dataclasses.astuple(settings)),
         [metadata.version(name) for name in ("torch", "timm")],

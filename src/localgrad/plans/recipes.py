@@ -15,6 +15,7 @@ from localgrad._fake import without_initialization
 from localgrad.backbone import Backbone, outline
 from localgrad.build import build_recipe_objective, check_model_name, check_patches, create_model, input_size_of
 from localgrad.errors import BudgetError, RecipeError
+from localgrad.learner import num_parameters
 from localgrad.partition import Plan
 from localgrad.plans.budget import Task, plan_to_budget
 from localgrad.plans.parallel import Parallel, plan_parallel
@@ -60,7 +61,10 @@ def task_on(recipe: Recipe, backbone: Backbone, *, device: str) -> Task:
     refuse_together(recipe)
     return Task(
         backbone=backbone,
-        objective=build_recipe_objective(recipe),
+        # Pixels' mean and deviation need the data, which isn't read here; memory and time don't depend on them.
+        objective=build_recipe_objective(recipe).with_pixels(
+            *zip(*[(0.5, 0.25)] * backbone.input_size[0], strict=True)
+        ),
         optimizer=OptimizerFactory(model, name=training.optimizer, lr=training.lr, weight_decay=training.weight_decay),
         precision=execution.precision,
         device=device,
@@ -121,6 +125,29 @@ def plan_recipe(recipe: Recipe, task: Task, budget: int | None, parallel: Parall
     return replace(plan, made_for=made_for(recipe, task.backbone, task.device))
 
 
+def made_for_task(task: Task, batch_size: int) -> dict[str, Any]:
+    """What a plan has to remember that was made without a recipe."""
+    return {
+        "training.batch_size": batch_size,
+        "training.ema_decay": task.ema_decay,
+        "training.clip_grad": task.clip_grad,
+        "training.freeze_from": task.freeze_from,
+        "local.overlap": task.overlap,
+        "execution.precision": task.precision,
+        "execution.compile": task.compiled,
+        "objective": task.objective.described,
+        "device": task.device,
+        "input_size": list(task.backbone.input_size),
+        "num_classes": task.backbone.num_classes,
+        "num_parameters": num_parameters(task.backbone),
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in VERSIONS}
+
+
 def made_for(recipe: Recipe, backbone: Backbone, device: str) -> dict[str, Any]:
     """What a plan for a recipe has to remember."""
     values = _flat(recipe)
@@ -129,7 +156,8 @@ def made_for(recipe: Recipe, backbone: Backbone, device: str) -> dict[str, Any]:
         "device": device,
         "input_size": list(backbone.input_size),
         "num_classes": backbone.num_classes,
-        "versions": {name: metadata.version(name) for name in VERSIONS},
+        "num_parameters": num_parameters(backbone),
+        "versions": _versions(),
     }
 
 
@@ -175,6 +203,29 @@ def check_plan_is_for(plan: Plan, recipe: Recipe) -> None:
     different = [f"{key} {_plain(old)!r}, here {new!r}" for key, old, new in pairs if _plain(old) != new]
     if different:
         raise BudgetError(f"--plan: it was made for {'; '.join(different)}. Make a new one with localgrad plan.")
+
+
+def note_of_plan(plan: Plan, recipe: Recipe, device: str) -> str | None:
+    """A line for a run whose plan was made for something else than what runs; ``None`` where it holds.
+
+    Args:
+        plan: that the run began with.
+        recipe: as it runs now.
+        device: the kind that it runs on.
+    """
+    values = _flat(recipe)
+    here = {key: values[key] for key in REMEMBERED} | {"device": device, "versions": _versions()}
+    different = plan.differences(here)
+    different += [
+        f"{key} {value!r}, here {_plain(values[key])!r}"
+        for key, value in how_to_run(plan).items()
+        if value != _plain(values[key])
+    ]
+    if "parallel" in plan.forecast and recipe.execution.parallel == "none":
+        different.append("several processes, here one")
+    if not different:
+        return None
+    return f"plan: made for {'; '.join(different)}: its forecast isn't one of this run"
 
 
 def check_plan_fits(plan: Plan, backbone: Backbone, data: str) -> None:

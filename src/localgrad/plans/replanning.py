@@ -68,7 +68,7 @@ class Replanner:
         return self.recipe
 
     def explain(self, error: MemoryExceeded, folder: Path) -> DeviceError:
-        """An error that names the module, the plan's figure, the observed one, and the command that goes on."""
+        """An error that names the module, the plan's figure, the observed one, what they are of, and the command."""
         learner = self.job.learner
         where = "an end-to-end step"
         if error.module < learner.plan.num_modules:
@@ -88,7 +88,8 @@ class Replanner:
                 f"{shlex.quote(str(folder))} --checkpoint {values} --accumulation {plan.accumulation} "
                 "(or --on-oom replan)"
             )
+        # Two different things, each told by what it is: they are no measure of one another.
         return DeviceError(
-            f"{self.job.device}: memory ran out in {where}: planned {format_bytes(planned)}, observed "
-            f"{format_bytes(observed)} ({what}); {advice}."
+            f"{self.job.device}: memory ran out in {where}: planned {format_bytes(planned)} (all tensors alive in that "
+            f"step, as estimated), observed {format_bytes(observed)} at most in the run so far ({what}); {advice}."
         )

@@ -91,9 +91,32 @@ REMEDIES: dict[str, Overlay] = {
 """Further ones, for the tables ``ranking`` and ``images`` alone."""
 
 
+SOURCES: dict[str, Overlay] = {
+    # arXiv 2309.17357: its head norms before it pools, its penalty is charged per branch, attention and MLP apart.
+    "trgl-source": _local(
+        "greedy",
+        classifier="linear",
+        classifier_options={"norm_first": True},
+        transport_tau=1.0,
+        transport_per="branch",
+    ),
+    # arXiv 2101.10832, with the weights of its released command for ResNet-110 in 16 modules on CIFAR-10 (other
+    # numbers of modules and data sets have others there), linear between the first and the last but one.
+    "infopro-source": _local(
+        "image",
+        decoder="bilinear",
+        classifier="linear",
+        reconstruction_error="bce",
+        reconstruction_weight=[5.0, 0.5],
+        task_weight=[0.0, 1.0],
+    ),
+}
+"""Methods in their sources' own forms, for the table ``sources``; ``trgl`` and ``image`` stay as published."""
+
+
 def overlay_of(method: str) -> Overlay:
     """What a method or remedy changes in a recipe."""
-    return {**METHODS, **REMEDIES}[method]
+    return {**METHODS, **REMEDIES, **SOURCES}[method]
 
 
 def begins_at(method: str) -> float:

@@ -113,6 +113,14 @@ _ALL = (
         num_images=10_000,
         has_published=False,
     ),
+    Table(
+        name="sources",
+        title="Sources' own forms beside ours, at K = 4",
+        data=("cifar10",),
+        methods=(END_TO_END, "trgl", "trgl-source", "image", "infopro-source"),
+        modules=(4,),
+        has_published=False,
+    ),
 )
 TABLES: dict[str, Table] = {table.name: table for table in _ALL}
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from localgrad.build import resolve_device
 from localgrad.errors import DataError, RecipeError, RunFolderError, did_you_mean
-from localgrad.reproduce.methods import BASELINES, METHODS, REMEDIES
+from localgrad.reproduce.methods import BASELINES, METHODS, REMEDIES, SOURCES
 from localgrad.reproduce.profiles import DATA, PROFILES, Profile
 from localgrad.reproduce.results import (
     Row,
@@ -88,7 +88,7 @@ def chosen_errands(settings: Settings) -> list[Errand]:
             raise RecipeError(f"{option}: {value} is below 1; take 1.")
     resolve_device(settings.device)
     tables = [TABLES[name] for name in _names("TABLE", settings.table, TABLES)]
-    methods = _names("--methods", settings.methods, [*METHODS, *REMEDIES])
+    methods = _names("--methods", settings.methods, [*METHODS, *REMEDIES, *SOURCES])
     data = _names("--data", settings.data, DATA)
     modules = _numbers("--modules", settings.modules, least=2)
     seeds, epochs = _numbers("--seeds", settings.seeds, least=0), _numbers("--epochs", settings.epochs, least=1)

@@ -296,13 +296,17 @@ def _check_labels(name: str, found: Found) -> None:
             continue
         if not len(images):
             raise DataError(f"The part {part!r} of {name} is empty: it has no images.")
-        strange = ((images.labels < 0) | (images.labels >= num_classes)).nonzero()
-        if len(strange):
-            row = int(strange[0])
-            raise DataError(
-                f"Labels must be from 0 to {num_classes - 1} ({num_classes} classes), got "
-                f"{int(images.labels[row])} for image {row} of the part {part!r} of {name}."
-            )
+        _check_range(f"part {part!r} of {name}", images.labels, num_classes)
+
+
+def _check_range(what: str, labels: Tensor, num_classes: int) -> None:
+    strange = ((labels < 0) | (labels >= num_classes)).nonzero()
+    if len(strange):
+        row = int(strange[0])
+        raise DataError(
+            f"Labels must be from 0 to {num_classes - 1} ({num_classes} classes), got {int(labels[row])} for image "
+            f"{row} of the {what}."
+        )
 
 
 def _check_classes(name: str, class_names: Sequence[str], train: ImageSet) -> None:
@@ -509,10 +513,10 @@ def _checked_statistics(
     mean, std = (tuple(values) * (num_channels if len(values) == 1 else 1) for values in (mean, std))
     if not len(mean) == len(std) == num_channels:
         raise DataError(f"The images have {num_channels} channels, got mean {tuple(mean)} and std {tuple(std)}.")
-    if not all(0 < value < math.inf for value in std):
+    if not all(map(math.isfinite, (*mean, *std))):
+        raise DataError(f"mean and std must be finite, got {tuple(mean)} and {tuple(std)}.")
+    if min(std) <= 0:
         raise DataError(f"std must be above 0, got {tuple(std)}.")
-    if not all(math.isfinite(value) for value in mean):
-        raise DataError(f"mean must be finite, got {tuple(mean)}.")
     return mean, std
 
 
@@ -569,7 +573,8 @@ class Batches:
             part of every batch, in evaluation every so many-th batch.
 
     Raises:
-        DataError: for a batch that is larger than the images are many, where that would leave no batch.
+        DataError: for a batch that is larger than the images are many, where that would leave no batch; or a label that
+            means no class (nor may one be ignored: accuracies count every image).
     """
 
     def __init__(
@@ -590,6 +595,7 @@ class Batches:
             raise DataError(f"batch_size must be 1 or more, got {batch_size}.")
         if num_workers < 0:
             raise DataError(f"num_workers must be 0 or more, got {num_workers}.")
+        _check_range("set that batches are made of", images.labels, info.num_classes)
         self.images = images
         self.batch_size = batch_size
         self.image_size = image_size

@@ -34,7 +34,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from localgrad.errors import CheckpointError, RunFolderError
+from localgrad.errors import CheckpointError, RunFolderError, reason_of
 
 FORMAT = 2
 """Version of ``last.pt``; a checkpoint of another version is refused."""
@@ -148,8 +148,8 @@ class RunFolder:
             return torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, *_DAMAGED) as error:
             raise CheckpointError(
-                f"checkpoint {path}: it is truncated or no checkpoint ({_first_line(error)}); restore it from a "
-                "copy, or start the run again in another folder."
+                f"checkpoint {path}: it is truncated or no checkpoint ({reason_of(error, limit=300)}); restore it "
+                "from a copy, or start the run again in another folder."
             ) from error
 
     def _load_last(self) -> dict[str, Any]:
@@ -188,7 +188,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):
             raise  # only torch's own writer reports a full disk so
-        reason = error.strerror if isinstance(error, OSError) else _first_line(error)
+        reason = error.strerror if isinstance(error, OSError) else reason_of(error, limit=300)
         raise RunFolderError(
             f"{path}: can't be written ({reason}); what was there before is still there. Make room, or see who may "
             "write there."
@@ -232,8 +232,6 @@ def load_saved_weights(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError as error:
         raise CheckpointError(f"weights {path}: there are none; train the run first.") from error
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"weights {path}: truncated or no safetensors file ({_first_line(error)}).") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:200]
+        raise CheckpointError(
+            f"weights {path}: truncated or no safetensors file ({reason_of(error, limit=300)})."
+        ) from error

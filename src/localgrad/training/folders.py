@@ -304,14 +304,14 @@ def images_below(folder: Path, skipped: Skipped) -> Iterator[str]:
             elif is_image(path, suffix):
                 yield path
             else:
-                skipped.others[reason_of(path, suffix)] += 1
+                skipped.others[why_left_out(path, suffix)] += 1
 
 
 def _refuse(error: OSError) -> None:
     raise DataError(f"The folder {error.filename} can't be read ({error.strerror}).") from error
 
 
-def reason_of(path: str, suffix: str) -> str:
+def why_left_out(path: str, suffix: str) -> str:
     """Why a file that is no image is left out: its ending, as a rule."""
     where = Path(path)
     if where.is_symlink() and not where.exists():
@@ -352,6 +352,6 @@ def _strays(root: Path) -> Counter[str]:
             elif not _is_folder(entry):
                 suffix = _suffix(entry.name)
                 is_stray = is_image(entry.path, suffix)
-                strays["image outside class folders" if is_stray else reason_of(entry.path, suffix)] += 1
+                strays["image outside class folders" if is_stray else why_left_out(entry.path, suffix)] += 1
     strays += Counter()
     return strays

@@ -16,7 +16,6 @@ the weights as they are trained (not their average), and leaves the learner and 
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -24,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from localgrad._fake import copy_without_hooks
 from localgrad.backbone import Backbone, Layout
 from localgrad.learner import LocalLearner, check_weights, load_weights
 from localgrad.objectives.base import LocalBatch
@@ -116,7 +116,7 @@ class HealthCheck:
         stops = [span.stop for span in self.learner.plan.spans]
         with _at_rest(self.learner):
             if self._reference is not None:  # the same images at every check: its features are made once
-                reference = copy.deepcopy(self.learner.backbone)
+                reference = copy_without_hooks(self.learner.backbone)
                 load_weights(reference.model, self._reference)
                 self._reference, self._reference_features = None, pooled_features(reference, stops, self._train)[0]
                 del reference

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from localgrad.errors import DataError
+from localgrad.errors import DataError, reason_of
 from localgrad.training.augment import Fit, resize_to_fit
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ def open_image(encoded: bytes) -> Image.Image:
             raise Unreadable("corrupt", "its header is damaged") from error
         raise Unreadable("no image", "no image by its content" if encoded else "empty") from error
     except Exception as error:  # Pillow's readers say many things to damaged bytes
-        raise Unreadable("corrupt", first_line(error)) from error
+        raise Unreadable("corrupt", reason_of(error, limit=300)) from error
     try:
         has_exif = not _EXIF_KEYS.isdisjoint(image.info) or hasattr(image, "tag_v2")  # tested first: it is quick
         if not has_exif or image.getexif().get(_ORIENTATION, 1) == 1:
@@ -414,8 +414,3 @@ def check_range(seen: Sequence[Probed], image_range: tuple[float, float] | None)
             f"65535): if {2**bits - 1} is white, type --image-range 0,{2**bits - 1}; if they are meant to be nearly "
             "black, --image-range 0,65535."
         )
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its name."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from localgrad.errors import DataError, did_you_mean
+from localgrad.errors import DataError, did_you_mean, reason_of
 from localgrad.training.folders import (
     SPLITS,
     Folders,
@@ -41,7 +41,7 @@ from localgrad.training.image_sets import (
     bytes_of,
     raise_unless_skipped,
 )
-from localgrad.training.images import Reading, Unreadable, first_line, image_suffixes, open_image, to_pixels
+from localgrad.training.images import Reading, Unreadable, image_suffixes, open_image, to_pixels
 from localgrad.training.tables import Part, find_tables, holds_tables, matched
 
 __all__ = ["DEFAULT_ROOT", "KNOWN_NAMES", "FileImages", "Found", "InMemoryImages", "find", "list_image_files"]
@@ -195,7 +195,7 @@ def _find_in_torchvision(root: Path, download: bool, *, name: str) -> Found:  # 
     except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
         raise DataError(
             f"{name} is not (or not complete) in {root}: fetch it with --download, or name the folder that "
-            f"holds it with --root DIR ({first_line(error)})."
+            f"holds it with --root DIR ({reason_of(error, limit=300)})."
         ) from error
     class_names = tuple(getattr(parts[0], "classes", ())) or tuple(str(digit) for digit in range(10))
     train, test = (_images_of(part) for part in parts)

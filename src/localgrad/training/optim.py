@@ -2,7 +2,9 @@
 
 Weight decay is left off biases, norms and whatever the model itself names (position embeddings, tokens), as timm
 does for a whole model; timm decides on the plain model, and the decision is carried over parameter by parameter.
-Schedulers count batches, never optimizer steps or calls, so that all modules stand at the same place in time.
+Auxiliary nets have the same groups: their positions, and their copies of what the model names, say so themselves
+(``auxiliary.exempt_from_decay``). Schedulers count batches, never optimizer steps or calls, so that all modules stand
+at the same place in time.
 """
 
 from __future__ import annotations
@@ -10,15 +12,21 @@ from __future__ import annotations
 import copy
 import importlib
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from localgrad._timm_adapters import undecayed
+from localgrad.auxiliary import is_exempt_from_decay
 from localgrad.errors import RecipeError, did_you_mean
 
 SCHEDULERS = ("cosine", "tanh", "step", "multistep", "poly", "none")
+FALLING = ("cosine", "tanh", "poly")
+"""Those that end at ``min_lr``."""
 WARMUP_SHARE = 0.2
 """Warm-up takes at most this share of all epochs, so that a short run still reaches its learning rate."""
 
@@ -33,30 +41,28 @@ class OptimizerFactory:
         weight_decay: of the parameters that are decayed.
 
     Raises:
-        RecipeError: unknown optimizer, or the library that it is in is missing.
+        RecipeError: unknown optimizer, one that needs more than gradients, or the library that it is in is missing; or
+            a learning rate or weight decay that can't be one.
     """
 
     def __init__(self, model: nn.Module, *, name: str, lr: float, weight_decay: float) -> None:
-        from timm.optim import get_optimizer_info, list_optimizers, param_groups_weight_decay
-
-        known = list_optimizers()
-        if name.lower() not in known:
+        info = check_optimizer(name)
+        check_rate("training.lr", lr)
+        if not 0 <= weight_decay <= _LARGEST:
             raise RecipeError(
-                f"training.optimizer: timm has no {name!r}; take adamw, sgd, lamb or another of "
-                f"timm.optim.list_optimizers().{did_you_mean(name, known)}"
+                f"training.weight_decay: {weight_decay} is no decay; take a number from 0 on, such as 0.05."
             )
-        self._eight_bit = _of_bitsandbytes(get_optimizer_info(name.lower()))
+        self._eight_bit = _of_bitsandbytes(info)
         self.name = name
         self.lr = lr
         self.weight_decay = weight_decay
-        listed: set[str] = getattr(model, "no_weight_decay", set)()
-        groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=listed)
-        self._undecayed = {id(p) for group in groups if not group["weight_decay"] for p in group["params"]}
+        self._undecayed = undecayed(model, weight_decay)
 
     def scaled(self, lr: float, weight_decay: float) -> OptimizerFactory:
         """The same factory for one local module, with factors on its learning rate and weight decay."""
         other = copy.copy(self)
         other.lr, other.weight_decay = self.lr * lr, self.weight_decay * weight_decay
+        check_rate(f"training.lr_depth: with a factor of {lr:g} the learning rate", other.lr)
         return other
 
     @property
@@ -72,11 +78,11 @@ class OptimizerFactory:
         """
         from timm.optim import create_optimizer_v2
 
-        undecayed = [p for p in parameters if p.ndim <= 1 or id(p) in self._undecayed]
-        known = set(map(id, undecayed))
+        free = [p for p in parameters if p.ndim <= 1 or id(p) in self._undecayed or is_exempt_from_decay(p)]
+        known = set(map(id, free))
         decayed = [p for p in parameters if id(p) not in known]
         groups: list[dict[str, Any]] = [
-            {"params": undecayed, "weight_decay": 0.0},
+            {"params": free, "weight_decay": 0.0},
             {"params": decayed, "weight_decay": self.weight_decay},
         ]
         groups = [group for group in groups if group["params"]]
@@ -95,6 +101,29 @@ class OptimizerFactory:
                 f"training.optimizer: timm can't make {self.name!r} here ({error}); take adamw, sgd or lamb."
             ) from error
         return optimizer
+
+
+def check_optimizer(name: str) -> Any:
+    """Timm's ``OptimInfo`` of an optimizer that a local module's step can use.
+
+    Raises:
+        RecipeError: unknown to timm, or in need of more than gradients.
+    """
+    from timm.optim import get_optimizer_info, list_optimizers
+
+    known = list_optimizers()
+    if name.lower() not in known:
+        raise RecipeError(
+            f"training.optimizer: timm has no {name!r}; take adamw, sgd, lamb or another of "
+            f"timm.optim.list_optimizers().{did_you_mean(name, known)}"
+        )
+    info = get_optimizer_info(name.lower())
+    if info.second_order:
+        raise RecipeError(
+            f"training.optimizer: {name!r} needs second gradients, and a step takes first ones only; take adamw, sgd "
+            "or lamb."
+        )
+    return info
 
 
 def _of_bitsandbytes(info: Any) -> tuple[Callable[..., Optimizer], dict[str, Any]] | None:
@@ -126,15 +155,87 @@ def _of_bitsandbytes(info: Any) -> tuple[Callable[..., Optimizer], dict[str, Any
     return getattr(module, where.rpartition(".")[2]), options
 
 
+_LEAST, _LARGEST = (getattr(torch.finfo(torch.float32), name) for name in ("tiny", "max"))
+
+
+def check_rate(what: str, rate: float) -> None:
+    """Refuse a learning rate that isn't above 0 and finite in float32, in which weights are updated.
+
+    Raises:
+        RecipeError: naming ``what`` it is.
+    """
+    if not _LEAST <= rate <= _LARGEST:
+        raise RecipeError(f"{what}: {rate} is no learning rate; take a number above 0, such as 0.001.")
+
+
+def check_schedule(
+    lr: float, *, name: str, epochs: int, warmup_epochs: float, warmup_lr: float, min_lr: float, who: str = ""
+) -> None:
+    """Refuse learning rates and a warm-up that make no schedule.
+
+    Args:
+        lr: peak learning rate.
+        name: of the scheduler.
+        epochs: length of the run.
+        warmup_epochs: linear warm-up.
+        warmup_lr: learning rate at its start.
+        min_lr: learning rate at the end of the run; ``step``, ``multistep`` and ``none`` don't look at it.
+        who: whose learning rate it is, for messages.
+
+    Raises:
+        RecipeError: an unknown scheduler, a number that is none, or one that lies on the wrong side of ``lr``.
+    """
+    if name not in SCHEDULERS:
+        raise RecipeError(
+            f"training.scheduler: unknown {name!r}; take one of {', '.join(SCHEDULERS)}."
+            f"{did_you_mean(name, SCHEDULERS)}"
+        )
+    if epochs < 1:
+        raise RecipeError(f"training.epochs: {epochs} is below 1; take 1 or more.")
+    if not 0 <= warmup_epochs < math.inf:
+        raise RecipeError(
+            f"training.warmup_epochs: {warmup_epochs} is no number of epochs; take one from 0 on, such as 5."
+        )
+    given = [("warmup_lr", warmup_lr, warmup_epochs > 0), ("min_lr", min_lr, name in FALLING)]
+    for key, rate, is_used in given:
+        if not 0 <= rate <= _LARGEST:
+            raise RecipeError(f"training.{key}: {rate} is no learning rate; take a number from 0 on, such as 1e-6.")
+        if is_used and rate > lr:
+            change = "fall in the warm-up" if key == "warmup_lr" else "rise to the end"
+            raise RecipeError(
+                f"training.{key}: {rate:g} is above the learning rate{who} ({lr:g}), which would {change}; take less, "
+                "or a larger --lr."
+            )
+
+
+def warmup_of(warmup_epochs: float, epochs: int, batches_per_epoch: int) -> float:
+    """Epochs that a warm-up takes: at most a fifth of the run, and none where that is less than an update."""
+    taken = min(warmup_epochs, WARMUP_SHARE * epochs)
+    return taken if taken * batches_per_epoch >= 1 else 0.0
+
+
+def note_of_warmup(warmup_epochs: float, epochs: int, batches_per_epoch: int) -> str | None:
+    """A line that says how long the warm-up is, where it is shorter than asked for."""
+    taken = warmup_of(warmup_epochs, epochs, batches_per_epoch)
+    if taken == warmup_epochs:
+        return None
+    told = (
+        f"{taken:g} of {epochs} epochs, a fifth of the run," if taken else "none, as a fifth of the run is no update,"
+    )
+    return f"warm-up: {told} instead of {warmup_epochs:g} epochs (training.warmup_epochs)"
+
+
 class Schedule:
     """Learning rates of all local modules over the run.
 
     Args:
         optimizers: one a local module.
-        name: timm's name of the scheduler; ``none`` keeps the learning rate after the warm-up.
+        name: timm's name of the scheduler. ``none`` keeps the learning rate after the warm-up, ``step`` divides it by
+            ten after each third of the run, ``multistep`` after half and after three quarters of it; in runs of three
+            epochs and more that is after whole epochs.
         epochs: length of the run.
         batches_per_epoch: updates an epoch.
-        warmup_epochs: linear warm-up, at most a fifth of the run.
+        warmup_epochs: linear warm-up, at most a fifth of the run (see ``warmup_of``).
         warmup_lr: learning rate at its start.
         min_lr: learning rate at the end of the run.
         warmup_stagger: epochs by which each local module's warm-up is longer than that of the module before.
@@ -159,13 +260,19 @@ class Schedule:
     ) -> None:
         from timm.scheduler import create_scheduler_v2
 
-        if name not in SCHEDULERS:
-            raise RecipeError(
-                f"training.scheduler: unknown {name!r}; take one of {', '.join(SCHEDULERS)}."
-                f"{did_you_mean(name, SCHEDULERS)}"
-            )
         self.optimizers = tuple(optimizers)
-        longest = min(warmup_epochs, WARMUP_SHARE * epochs) + (first + len(self.optimizers) - 1) * warmup_stagger
+        for index, optimizer in enumerate(self.optimizers, first):
+            who = f" of local module {index}" if first + len(self.optimizers) > 1 else ""
+            rates = {"warmup_epochs": warmup_epochs, "warmup_lr": warmup_lr, "min_lr": min_lr}
+            lr = min(group["lr"] for group in optimizer.param_groups)
+            check_rate(f"learning rate{who}", lr)
+            check_schedule(lr, name=name, epochs=epochs, who=who, **rates)
+        if batches_per_epoch < 1:
+            raise RecipeError(f"batches_per_epoch must be at least 1, got {batches_per_epoch}.")
+        warmup = warmup_of(warmup_epochs, epochs, batches_per_epoch)
+        if not 0 <= warmup_stagger < math.inf:
+            raise RecipeError(f"training.warmup_stagger: {warmup_stagger} is no number of epochs; take one from 0 on.")
+        longest = warmup + (first + len(self.optimizers) - 1) * warmup_stagger
         if warmup_stagger and longest >= epochs:
             raise RecipeError(
                 f"training.warmup_stagger: {warmup_stagger} makes the last module's warm-up {longest:g} of {epochs} "
@@ -176,9 +283,9 @@ class Schedule:
                 optimizer,
                 sched="step" if name == "none" else name,
                 num_epochs=epochs,
-                decay_epochs=10 * epochs if name == "none" else max(1, epochs // 3),
-                decay_milestones=[epochs // 2, epochs * 3 // 4],
-                warmup_epochs=min(warmup_epochs, WARMUP_SHARE * epochs) + index * warmup_stagger,
+                decay_epochs=10 * epochs if name == "none" else epochs // 3 or epochs / 3,
+                decay_milestones=_milestones(epochs, batches_per_epoch),
+                warmup_epochs=warmup + index * warmup_stagger,
                 warmup_lr=warmup_lr,
                 min_lr=min_lr,
                 decay_rate=1.0 if name == "poly" else 0.1,  # timm takes it for poly's power
@@ -198,3 +305,10 @@ class Schedule:
     def learning_rate(self) -> float:
         """The current learning rate of the first local module."""
         return float(self.optimizers[0].param_groups[0]["lr"])
+
+
+def _milestones(epochs: int, batches_per_epoch: int) -> list[float]:
+    """The epochs after which ``multistep`` decays: half and three quarters of them, never in the first update."""
+    half, three_quarters = (epochs // 2, epochs * 3 // 4) if epochs > 2 else (epochs / 2, epochs * 3 / 4)
+    # timm decays one update before a milestone.
+    return [max(half, 2 / batches_per_epoch), max(three_quarters, 3 / batches_per_epoch)]

@@ -120,7 +120,7 @@ class ParallelTrainer(Trainer):
                 yield Fed(LocalBatch(None, nothing), nothing)
             return
         for batch in self.train.epoch(self.position.epoch, start=self.position.batch):
-            fed = Fed(LocalBatch(batch.images, batch.labels), batch.targets)
+            fed = Fed(LocalBatch(batch.images, batch.labels, counts_all=True), batch.targets)
             del batch
             yield fed
             if links.is_over:

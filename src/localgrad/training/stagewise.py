@@ -39,6 +39,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from localgrad.errors import CheckpointError
 from localgrad.execution.local_step import LocalStep, autocast
 from localgrad.execution.offload import HOST
+from localgrad.execution.states import check_optimizer_state, check_scaler_state
 from localgrad.learner import Factories, LocalLearner
 from localgrad.objectives.base import LocalBatch
 from localgrad.planning.memory import MemoryProfile, simulate
@@ -129,7 +130,14 @@ class StagewiseTrainer(Trainer):
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on bit for bit, but the features: those are on disk, or made again."""
         step = self._local_step
-        own = None if step is None else {"optimizer": step.optimizer.state_dict(), "scaler": step.scaler.state_dict()}
+        own = None
+        if step is not None:
+            name = type(step.optimizer).__name__
+            own = {
+                "optimizer": step.optimizer.state_dict(),
+                "scaler": step.scaler.state_dict(),
+                "optimizer_class": name,
+            }
         return {**super().state_dict(), "local_step": own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -145,6 +153,8 @@ class StagewiseTrainer(Trainer):
                 raise ValueError(f"module {self.index} is under way and has no optimizer")
             if own is not None:
                 step = self._begin_module()
+                check_optimizer_state(step.optimizer, own["optimizer"], own.get("optimizer_class"), self.index)
+                check_scaler_state(step.scaler, own["scaler"], self.index)
                 step.optimizer.load_state_dict(own["optimizer"])
                 step.scaler.load_state_dict(own["scaler"])
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
@@ -209,7 +219,7 @@ class StagewiseTrainer(Trainer):
         start, variant = self.position.batch, self._own_epoch % self.num_variants
         images = self.train.epoch(variant, start=start) if self._looks_at_images else None
         for rows in self._read(self.index, _name(variant), start):
-            batch = LocalBatch(None if images is None else next(images).images, rows.labels)
+            batch = LocalBatch(None if images is None else next(images).images, rows.labels, counts_all=True)
             fed = Fed(batch, rows.targets, rows.features)
             del rows, batch  # what they hold is the step's to free
             yield fed
@@ -223,6 +233,7 @@ class StagewiseTrainer(Trainer):
         inputs, fed.features = fed.features, None
         progress = self._num_updates() / (self._own_epochs * len(self.train))
         self.learner.modules[self.index].objective.at(progress)
+        self.learner.check_ready([self._local_step])
         output = self._local_step(inputs, fed.batch)
         return StageFigures((output.loss,), (output.terms,), output.logits)
 
@@ -232,7 +243,8 @@ class StagewiseTrainer(Trainer):
         by_module: list[float | None] = [None] * len(self.learner.modules)
         if self.val is None:
             return None, by_module
-        module, count = self.learner.modules[self.index].eval(), None
+        self.learner.eval()
+        module, count = self.learner.modules[self.index], None
         for rows in self._read(self.index, VAL):
             with autocast(self.train.device.type, self.learner.precision):
                 logits = module.objective.classify(module.features(rows.features))
@@ -304,7 +316,7 @@ class StagewiseTrainer(Trainer):
                 self._inputs = self._cache_of(index - 1)
             start = time.perf_counter()
             place(self.learner, index, self.train.device)
-            self.learner.modules[index].eval()
+            self.learner.eval()
             parts = [_name(variant) for variant in range(self.num_variants)] + [VAL] * (self.val is not None)
             write_cache(folder, ((part, self._features(index, part)) for part in parts), identity)
             found = open_cache(folder, identity)
@@ -413,13 +425,14 @@ def _estimate_stage(
     images = (batch_size, *learner.backbone.input_size)
     span = learner.plan.spans[index]
     inputs = images if index == 0 else (batch_size, *learner.backbone.layouts[span.start].shape)
-    looks = "images" in learner.modules[index].objective.uses
+    looks, dtype = "images" in learner.modules[index].objective.uses, learner.backbone.dtype
 
     def run(copied: LocalStep, labels: Tensor) -> object:
         if index == 0:
-            received = torch.empty(inputs)
+            received = torch.empty(inputs, dtype=dtype)
             return copied(received, LocalBatch(received if looks else None, labels))
-        return copied(torch.empty(inputs), LocalBatch(torch.empty(images) if looks else None, labels))
+        compared = torch.empty(images, dtype=dtype) if looks else None
+        return copied(torch.empty(inputs, dtype=dtype), LocalBatch(compared, labels))
 
     return simulate(
         step,

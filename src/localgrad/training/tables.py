@@ -24,10 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from localgrad.errors import DataError, did_you_mean
+from localgrad.errors import DataError, did_you_mean, reason_of
 from localgrad.training.folders import SPLITS, Split, is_hidden, split_of, visible_folders
 from localgrad.training.image_sets import FileImages, FilesInTable
-from localgrad.training.images import first_line
 
 TABLE_LOADERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".jsonl": "json", ".json": "json"}
 IMAGE_COLUMNS = ("image", "img")
@@ -156,7 +155,7 @@ def _loaded(name: str, load: Callable[[], Any]) -> Any:
         known = ("digits", "cifar10", "cifar100", "stl10", "svhn")
         raise DataError(
             f"{name} is not one of {', '.join(known)}, and the Hugging Face library can't load it: "
-            f"{first_line(error)}{did_you_mean(name.lower(), known)}"
+            f"{reason_of(error, limit=300)}{did_you_mean(name.lower(), known)}"
         ) from error
     if isinstance(loaded, dict):
         return {str(part): rows for part, rows in loaded.items()}

@@ -264,15 +264,18 @@ class Trainer:
         """Take up a saved state.
 
         Raises:
-            CheckpointError: it is of another model, or a part is missing.
+            CheckpointError: it is of another model, or a part is missing; all is as it was.
         """
+        before = self.position, self._sums, random_state()
         try:
-            self.learner.load_state_dict(state["learner"])
             self.position = Position(**state["position"])
             self._sums = self._new_sums()
             self._load_sums(state["sums"])
             _restore_random_state(state["random"])
+            self.learner.load_state_dict(state["learner"])  # last: it is all or nothing by itself
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            self.position, self._sums = before[:2]
+            _restore_random_state(before[2])
             reason = str(error).removeprefix("checkpoint: ").removesuffix(".")
             raise CheckpointError(
                 f"checkpoint {self.folder.last}: it doesn't fit this run ({reason}); restore the run's own, or start "
@@ -313,7 +316,7 @@ class Trainer:
     def _feed(self) -> Iterator[Fed]:
         """The rest of the epoch under way."""
         for batch in self.train.epoch(self.position.epoch, start=self.position.batch):
-            fed = Fed(LocalBatch(batch.images, batch.labels), batch.targets)
+            fed = Fed(LocalBatch(batch.images, batch.labels, counts_all=True), batch.targets)
             del batch  # the images are the step's to free
             yield fed
 

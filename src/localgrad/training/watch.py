@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from localgrad.errors import DivergenceError, LocalgradError, ParallelError
+from localgrad.errors import DivergenceError, LocalgradError, ParallelError, reason_of
 
 BEAT_SECONDS = 0.5
 HEARD_SECONDS = 3 * BEAT_SECONDS
@@ -270,5 +270,5 @@ def _is_broken(error: Exception) -> bool:
 
 
 def _in_words(error: Exception) -> str:
-    reason = str(error).strip().split("\n")[0]
-    return f"{type(error).__name__}: {reason}" if reason else type(error).__name__
+    reason = reason_of(error)
+    return reason if reason == type(error).__name__ else f"{type(error).__name__}: {reason}"

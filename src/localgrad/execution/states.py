@@ -1,0 +1,133 @@
+"""What a learner's state must be to be loaded: seen before anything is changed, so that it is all or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from localgrad.errors import CheckpointError
+from localgrad.objectives.methods import Objective
+
+LIKE_PARAMETERS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+"""What optimizers of torch and timm keep in a parameter's own shape."""
+OF_OTHERS = {"params", "param_names", "initial_lr", "lr_scale"}
+"""What a group of parameters has from others than its optimizer's class: schedulers, timm."""
+
+
+def describe(objective: Objective) -> dict[str, Any]:
+    """An objective in plain values: its class, and those of its options that aren't the default."""
+    options = {}
+    for field in dataclasses.fields(objective):
+        value, default = getattr(objective, field.name), field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if _plain(value) != _plain(default):
+            options[field.name] = _plain(value)
+    return {"name": type(objective).__name__, "options": options}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return value if isinstance(value, (bool, int, float, str, type(None))) else type(value).__qualname__
+
+
+def check_objective(saved: Mapping[str, Any] | None, own: Objective) -> None:
+    """Refuse the state of another objective.
+
+    Args:
+        saved: from ``describe``; ``None`` in checkpoints of before it was kept.
+        own: the learner's.
+
+    Raises:
+        CheckpointError: naming both.
+    """
+    ours = describe(own)
+    if saved is not None and saved != ours:
+        theirs, here = (
+            f"{each['name']}({', '.join(f'{name}={value!r}' for name, value in each['options'].items())})"
+            for each in (saved, ours)
+        )
+        raise CheckpointError(
+            f"checkpoint: it was trained on {theirs}, this learner has {here}; make it with the same objective, or "
+            "del state['objective'] to go on with this one."
+        )
+
+
+def check_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any], saved_class: str | None, index: int) -> None:
+    """Refuse an optimizer's state that isn't of its class and its parameters.
+
+    Args:
+        optimizer: of a local module.
+        state: its part of a checkpoint.
+        saved_class: the name of the class that it is from; ``None`` in checkpoints of before that was kept.
+        index: of the local module.
+
+    Raises:
+        CheckpointError: naming the difference.
+    """
+    where, own = f"checkpoint: the optimizer of local module {index}", type(optimizer).__name__
+    if saved_class is not None and saved_class != own:
+        raise CheckpointError(f"{where} was {saved_class}, and this learner has {own}; configure {saved_class}.")
+    if not isinstance(state, Mapping) or {"state", "param_groups"} - state.keys():
+        raise CheckpointError(f"{where} has no state or param_groups; save learner.state_dict() again.")
+    theirs, ours = state["param_groups"], optimizer.param_groups
+    sizes = [[len(group["params"]) for group in groups] for groups in (theirs, ours)]
+    if sizes[0] != sizes[1]:
+        raise CheckpointError(
+            f"{where} has groups of {sizes[0]} parameters, this learner's of {sizes[1]}; configure it as it was, with "
+            "as many frozen parameters."
+        )
+    for saved, mine in zip(theirs, ours, strict=True):
+        unknown, missing = (
+            sorted(map(str, a.keys() - b.keys() - OF_OTHERS)) for a, b in ((saved, mine), (mine, saved))
+        )
+        if unknown and missing:
+            raise CheckpointError(
+                f"{where} was another one: it has {', '.join(unknown[:3])}, and this learner's {own} "
+                f"{', '.join(missing[:3])}; configure the same class."
+            )
+    parameters = [weight for group in ours for weight in group["params"]]
+    keys = [key for group in theirs for key in group["params"]]
+    by_key = dict(zip(keys, parameters, strict=True))
+    for key, slots in state["state"].items():
+        for name, value in slots.items() if isinstance(slots, Mapping) and key in by_key else ():
+            shape = by_key[key].shape
+            if name in LIKE_PARAMETERS and isinstance(value, Tensor) and value.ndim and value.shape != shape:
+                raise CheckpointError(
+                    f"{where} has {name} of shape {list(value.shape)} for a parameter of shape {list(shape)}; it is of "
+                    "another model, or of parameters in another order."
+                )
+
+
+def check_scaler_state(scaler: torch.amp.GradScaler, state: Mapping[str, Any], index: int) -> None:
+    """Refuse to go on in fp16 from a state that has no loss scale.
+
+    Raises:
+        CheckpointError: naming the local module.
+    """
+    if scaler.is_enabled() and not state:
+        raise CheckpointError(
+            f"checkpoint: local module {index} has no loss scale, as it wasn't trained in fp16; make the learner with "
+            "precision='bf16' or 'fp32'."
+        )
+
+
+@contextlib.contextmanager
+def or_as_before(optimizers: Sequence[Optimizer]) -> Iterator[None]:
+    """A region after which, if it fails, optimizers have their states of before: loading puts others in their place."""
+    before = [(optimizer.state, optimizer.param_groups) for optimizer in optimizers]
+    try:
+        yield
+    except BaseException:
+        for optimizer, (state, groups) in zip(optimizers, before, strict=True):
+            optimizer.state, optimizer.param_groups = state, groups
+        raise
