@@ -33,13 +33,13 @@ class Folder:
     def name(self) -> str:
         return self.path.name
 
-    def below(self) -> list[Path]:
+    def images(self) -> list[Path]:
         """All images, this folder's and those below."""
-        return self.files + [file for folder in self.folders for file in folder.below()]
+        return self.files + [file for folder in self.folders for file in folder.images()]
 
     def filled(self) -> list[Folder]:
         """The folders that have images."""
-        return [folder for folder in self.folders if folder.below()]
+        return [folder for folder in self.folders if folder.images()]
 
 
 def scan(path: Path) -> Folder:
@@ -84,7 +84,7 @@ def readings(path: Path) -> list[Reading]:
     named = {folder.name: inner(folder) for folder in folders if role(folder.name)}
     unnamed = [folder for folder in folders if not role(folder.name)]
     splits = {name: folder for name, folder in named.items() if folder.filled()}
-    as_classes = [{"train": {folder.name: folder.below() for folder in folders}}] if folders else []
+    as_classes = [{"train": {folder.name: folder.images() for folder in folders}}] if folders else []
     if not named:
         return inside_out(top) or as_classes
     if not splits:
@@ -92,7 +92,7 @@ def readings(path: Path) -> list[Reading]:
         return as_classes if unnamed and all(trains) else [*as_classes, {}]
     by_role: Reading = {}
     for name, folder in splits.items():
-        own = {each.name: each.below() for each in folder.filled()}
+        own = {each.name: each.images() for each in folder.filled()}
         if by_role.setdefault(role(name) or "", own) is not own:
             return [*as_classes, {}]
     if "train" not in by_role:
@@ -123,7 +123,7 @@ def inside_out(top: Folder) -> list[Reading]:
         if any(each.filled() for each in folder.filled()):
             return [{"train": {}}, {"train": {}}]
         for each in folder.filled():
-            found.setdefault(role(each.name) or "", {})[folder.name] = each.below()
+            found.setdefault(role(each.name) or "", {})[folder.name] = each.images()
     return [found] if set(found) != {"train"} else []
 
 

@@ -71,9 +71,9 @@ def test_layouts(case: Layout, tmp_path: Path) -> None:
     splits = load_data(str(root), val_fraction=0.25, **options)
     wanted: dict[str, list[tuple[str, bytes]]] = {}
     for split, pattern in case.reads.items():
-        place = pattern.split("/").index(next(part for part in pattern.split("/") if "*" in part))
+        level = pattern.split("/").index(next(part for part in pattern.split("/") if "*" in part))
         wanted[split] = sorted(
-            (file.relative_to(root).parts[place], Image.open(file).tobytes())
+            (file.relative_to(root).parts[level], Image.open(file).tobytes())
             for file in root.glob(f"{pattern}/**/*.png")
             if not any(part.startswith((".", "__MACOSX")) for part in file.relative_to(root).parts)
         )
@@ -204,12 +204,12 @@ def test_impossible_options_are_refused(option: dict[str, Any], message: str) ->
 def test_damaged_bytes_never_end_in_a_traceback(kind: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    whole = saved(Image.fromarray(COLOUR), kind, **({"exif": exif} if kind not in ("gif", "bmp") else {}))
+    sound = saved(Image.fromarray(COLOUR), kind, **({"exif": exif} if kind not in ("gif", "bmp") else {}))
     rng = np.random.default_rng(0)
     for _ in range(150):
-        damaged = bytearray(whole)
-        for place in rng.integers(0, len(whole), rng.integers(1, 4)):
-            damaged[place] = rng.integers(0, 256)
+        damaged = bytearray(sound)
+        for spot in rng.integers(0, len(sound), rng.integers(1, 4)):
+            damaged[spot] = rng.integers(0, 256)
         try:
             images.probe(bytes(damaged), images.Reading())
         except images.Unreadable as error:
@@ -217,8 +217,8 @@ def test_damaged_bytes_never_end_in_a_traceback(kind: str) -> None:
 
 
 def test_damaged_exif_data_leave_the_pixels() -> None:
-    whole = saved(Image.fromarray(COLOUR), "png", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
-    assert np.array_equal(images.to_pixels(images.open_image(whole), images.Reading()).permute(1, 2, 0), COLOUR)
+    sound = saved(Image.fromarray(COLOUR), "png", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
+    assert np.array_equal(images.to_pixels(images.open_image(sound), images.Reading()).permute(1, 2, 0), COLOUR)
 
 
 def test_grey_over_a_colour_is_colour(tmp_path: Path) -> None:
@@ -251,9 +251,13 @@ def test_links_are_followed_and_cycles_end(tmp_path: Path) -> None:
     (tmp_path / "set" / "cat" / "again").symlink_to(tmp_path / "set" / "cat")
     (tmp_path / "set" / "gone").symlink_to(tmp_path / "nowhere")
     (tmp_path / "set" / "self").symlink_to(tmp_path / "set" / "self")
+    plant(tmp_path / "far", ("one/*", "two/*"))
+    (tmp_path / "far" / "one" / "other").symlink_to(tmp_path / "far" / "two")
+    (tmp_path / "far" / "two" / "other").symlink_to(tmp_path / "far" / "one")
+    (tmp_path / "set" / "eel").symlink_to(tmp_path / "far" / "one")
     splits = load_data(str(tmp_path / "set"), val_fraction=0)
-    assert splits.info.class_names == ("cat", "dog")
-    assert splits.info.num_train + splits.info.num_test == 12
+    assert splits.info.class_names == ("cat", "dog", "eel")
+    assert splits.info.num_train + splits.info.num_test == 24
     assert splits.info.skipped["train"]["dangling link"] >= 1
 
 

@@ -208,7 +208,7 @@ def _as_splits(path: Path, splits: Mapping[Split, Path], left_out: Sequence[Path
     others: Counter[str] = Counter()
     for folder in left_out:
         found: Skipped = Skipped()
-        count = sum(1 for _ in images_below(folder, found))
+        count = sum(1 for _ in images_under(folder, found))
         others["in a folder without labels"] += count
         notes.append(f"Left out: {count} images in {folder}, which has no class folders, or no split's name.")
     classes = {split: {folder.name: folder for folder in visible_folders(root)} for split, root in splits.items()}
@@ -224,18 +224,18 @@ def _inside_out(path: Path) -> Folders | None:
     for folder in folders:
         if _has_images(folder):
             return None
-        inner = [below for below in visible_folders(folder) if _holds_images(below)]
-        splits = [split_of(below.name) for below in inner]
+        inner = [each for each in visible_folders(folder) if _holds_images(each)]
+        splits = [split_of(each.name) for each in inner]
         if "train" not in splits or None in splits or len(set(splits)) != len(splits):
             return None
-        if any(_is_nested(below) for below in inner):
+        if any(_is_nested(each) for each in inner):
             raise DataError(
                 f"{path} can be read in two ways. As several data sets: type --data {folder}. With the classes "
                 f"{_listed(folders)}: type --train-data {path}."
             )
-        for split, below in zip(splits, inner, strict=True):
+        for split, each in zip(splits, inner, strict=True):
             assert split is not None, "checked above"
-            classes.setdefault(split, {})[folder.name] = below
+            classes.setdefault(split, {})[folder.name] = each
     if set(classes) == {"train"}:
         return None
     return Folders(classes, (f"Splits are read from inside of each class of {path}.",), dict.fromkeys(classes, path))
@@ -251,7 +251,7 @@ def _split_root(folder: Path) -> Path:
     """Where a split's class folders lie: below another folder of the split's name, as in ``seg_train/seg_train``."""
     root = folder
     while not _has_images(root):
-        inner = [below for below in visible_folders(root) if _holds_images(below)]
+        inner = [each for each in visible_folders(root) if _holds_images(each)]
         same = len(inner) == 1 and (inner[0].name == root.name or split_of(inner[0].name) == split_of(folder.name))
         if not same:
             break
@@ -261,7 +261,7 @@ def _split_root(folder: Path) -> Path:
 
 def _is_nested(folder: Path) -> bool:
     """Whether images lie in folders of a folder."""
-    return any(_holds_images(below) for below in visible_folders(folder))
+    return any(_holds_images(each) for each in visible_folders(folder))
 
 
 def _listed(folders: Sequence[Path]) -> str:
@@ -272,7 +272,7 @@ def _listed(folders: Sequence[Path]) -> str:
 # ---------------------------------------------------------------------------------------------------- files
 
 
-def images_below(folder: Path, skipped: Skipped) -> Iterator[str]:
+def images_under(folder: Path, skipped: Skipped) -> Iterator[str]:
     """The images in a folder and below it, in torchvision's order; links are followed, hidden names are not.
 
     Args:
@@ -282,19 +282,19 @@ def images_below(folder: Path, skipped: Skipped) -> Iterator[str]:
     Yields:
         Paths.
     """
-    top = str(folder)
-    seen: set[tuple[int, int]] = set()
+    trails: dict[str, tuple[tuple[int, int], ...]] = {}  # the folders that each folder lies in
     listing = []
-    for root, below, names in os.walk(top, onerror=_refuse, followlinks=True):
+    for root, inner, names in os.walk(str(folder), onerror=_refuse, followlinks=True):
         where = Path(root).stat()
-        if (where.st_dev, where.st_ino) in seen:  # a link to a folder above
-            below[:] = []
+        trail, own = trails.get(os.path.dirname(root), ()), (where.st_dev, where.st_ino)  # noqa: PTH120  # a str
+        if own in trail:  # a link to a folder that this one lies in
+            inner[:] = []
             continue
-        seen.add((where.st_dev, where.st_ino))
-        hidden = [name for name in below if is_hidden(name)]
+        trails[root] = (*trail, own)
+        hidden = [name for name in inner if is_hidden(name)]
         if hidden:
             skipped.others["hidden folder"] += len(hidden)
-        below[:] = sorted(name for name in below if not is_hidden(name))
+        inner[:] = sorted(name for name in inner if not is_hidden(name))
         listing.append((root, names))
     for root, names in sorted(listing):
         for name in sorted(names):
@@ -328,7 +328,7 @@ def _holds_images(folder: Path, above: tuple[str, ...] = ()) -> bool:
     own = os.path.realpath(folder)
     if own in above:  # a link to a folder above
         return False
-    return _has_images(folder) or any(_holds_images(below, (*above, own)) for below in visible_folders(folder))
+    return _has_images(folder) or any(_holds_images(each, (*above, own)) for each in visible_folders(folder))
 
 
 def _images_in(folder: Path) -> Iterator[str]:

@@ -27,7 +27,7 @@ from localgrad.training.folders import (
     SPLITS,
     Folders,
     Split,
-    images_below,
+    images_under,
     read_classes,
     read_folders,
 )
@@ -255,7 +255,7 @@ def _parts_of_folders(folders: Folders) -> tuple[dict[Split, Part], list[str], d
         labels: list[int] = []
         names: list[str] = []
         for name, folder in sorted(folders.classes[split].items()):
-            found = list(images_below(folder, own))
+            found = list(images_under(folder, own))
             if not found:
                 empty.setdefault(name, []).append(split)
                 continue
@@ -293,7 +293,7 @@ def list_image_files(path: Path, skipped: Skipped | None = None) -> list[Path]:
         return [path]
     if not path.exists():
         raise DataError(f"There is no file or folder {path}: name an image or a folder of images.")
-    found = sorted(Path(name) for name in images_below(path, Skipped() if skipped is None else skipped))
+    found = sorted(Path(name) for name in images_under(path, Skipped() if skipped is None else skipped))
     if not found:
         raise DataError(
             f"There is no image in {path}: looked below it for what Pillow opens, such as "

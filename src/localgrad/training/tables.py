@@ -289,7 +289,7 @@ def matched(labels: Tensor, names: Sequence[str], wanted: Sequence[str]) -> Tens
     """
     if tuple(names) == tuple(wanted[: len(names)]):
         return labels
-    index = {name: place for place, name in enumerate(wanted)}
+    index = {name: number for number, name in enumerate(wanted)}
     table = torch.tensor([index.get(name, UNLABELLED) for name in names] + [len(wanted)])  # the last one is of no class
     return torch.where(labels >= 0, table[labels.clamp(0, len(names))], labels)
 
@@ -359,7 +359,7 @@ def indexed(values: Sequence[Any], what: str) -> tuple[Tensor, tuple[str, ...]]:
     if known == {UNLABELLED}:
         known = set()
     ordered = sorted(known, key=lambda value: (isinstance(value, str), value))
-    index = {value: place for place, value in enumerate(ordered)}
+    index = {value: number for number, value in enumerate(ordered)}
     labels = torch.tensor([index.get(value, UNLABELLED) if value is not None else UNLABELLED for value in plain])
     return labels.long(), tuple(str(value) for value in ordered)
 
