@@ -184,6 +184,12 @@ LAYOUTS = (
         left_out={"hidden folder": 3, "hidden file": 2},
     ),
     Layout(
+        tree=(PETS, "metadata.json", "cat/0.json"),
+        how="classes: tables beside them are counted",
+        reads={"train": "*"},
+        left_out={".json": 2},
+    ),
+    Layout(
         tree=(PETS, "eel/", "cat/notes.txt", "cat/raw.npy", "labels.md"),
         how="an empty class folder is said; what is no image is counted by its ending",
         reads={"train": "[cd]*"},

@@ -34,6 +34,9 @@ LABEL_COLUMNS = ("label", "fine_label", "labels")
 PATH_COLUMNS = (*IMAGE_COLUMNS, "file_name", "path", "file", "filename")
 """Text columns that are taken for paths of images, in tables without a column of images."""
 
+METADATA = ("metadata.csv", "metadata.jsonl")
+"""Tables of images beside them, by the library's own names."""
+
 UNLABELLED = -1
 
 
@@ -111,7 +114,7 @@ def holds_tables(path: Path, kinds: tuple[str, ...] = tuple(TABLE_LOADERS)) -> s
     tables = [table for table in tables if table.is_file()]
     if any(p.name in ("dataset_dict.json", "state.json") for p in tables):
         return "only"
-    if any(p.suffix.lower() in (".parquet", ".arrow") or p.stem == "metadata" for p in tables):
+    if any(p.suffix.lower() in (".parquet", ".arrow") or p.name in METADATA for p in tables):
         return "only"
     return "beside" if tables else ""
 
@@ -125,7 +128,7 @@ def _plain_tables(path: Path) -> dict[str, list[str]]:
     The library would pass over them where there are more images than tables. Not ``metadata``, which is its own name.
     """
     tables = [p for p in sorted(path.iterdir()) if p.suffix.lower() in (".csv", ".jsonl", ".json") and p.is_file()]
-    if not tables or any(p.stem == "metadata" for p in tables):
+    if not tables or any(p.name in METADATA for p in tables):
         return {}
     if any(p.suffix.lower() in (".parquet", ".arrow") for p in path.rglob("*")):
         return {}
