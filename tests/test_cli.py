@@ -161,7 +161,8 @@ def test_bad_data_is_refused(here: Path, cli_: Cli, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     write_images(tmp_path / "one", ("cat",))
     write_images(tmp_path / "corrupt")
-    (tmp_path / "corrupt" / "cat" / "3.png").write_bytes(b"no image")
+    broken = tmp_path / "corrupt" / "cat" / "3.png"
+    broken.write_bytes(broken.read_bytes()[:60])
     for name, words in {
         "empty": ("empty", "class folders"),
         "one": ("two or more classes", "'cat'"),

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from localgrad.errors import DataError
-from localgrad.training import data, loading
+from localgrad.training import data, image_sets, images
 from localgrad.training.data import Augment, Batches, load_data, load_images_for_prediction
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -60,6 +60,10 @@ def png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "png")
     return buffer.getvalue()
+
+
+def as_read(encoded: bytes, num_channels: int = 3) -> torch.Tensor:
+    return images.to_pixels(images.open_image(encoded), images.Reading(num_channels=num_channels))
 
 
 def write_parquet(path: Path, labels: list[int], *, names: list[str] | None, label: str = "label") -> Path:
@@ -226,7 +230,7 @@ def test_missing_files_name_the_root_and_the_way_to_get_them(tmp_path, name):
 # ------------------------------------------------------------------------------------------------- image folders
 
 
-@pytest.mark.parametrize("test_part", ["test", "val"])
+@pytest.mark.parametrize("test_part", ["test", "Testing"])
 def test_image_folder_with_parts(tmp_path, test_part):
     write_folder(tmp_path / "train", {"cat": 10, "dog": 10, "eel": 10})
     write_folder(tmp_path / test_part, {"cat": 2, "eel": 3})
@@ -266,12 +270,12 @@ def test_sizes_are_unified_at_the_models(tmp_path):
     assert splits.train.images.shape[1:] == (3, 8, 8)
     assert "stored at 8x8" in splits.info.notes[-1]
     lazy = load_data(str(tmp_path))
-    assert isinstance(lazy.train, loading.FileImages)
+    assert isinstance(lazy.train, data.FileImages)
     assert next(iter(all_batches(lazy, augment=None))).images.shape[1:] == (3, 8, 8)
 
 
 def test_one_odd_image_among_many_is_noticed_though_it_was_not_probed(tmp_path, monkeypatch):
-    monkeypatch.setattr(loading, "_PROBED", 2)
+    monkeypatch.setattr(image_sets, "_PROBED", 2)
     write_folder(tmp_path, {"cat": 10, "dog": 10}, mode="L")
     picture(0, (6, 9)).save(tmp_path / "cat" / "5.png")
     splits = load_data(str(tmp_path), image_size=(6, 6))
@@ -286,8 +290,8 @@ def test_folders_that_are_no_data_set(tmp_path, layout):
         "empty": "is empty",
         "no classes": "no images in class folders",
         "no images": "no images in class folders",
-        "empty class": "Found no valid file for the classes dog",
-        "only train": "no images in class folders of .*train",
+        "empty class": "two or more classes .* only 'cat'",
+        "only train": "no images in class folders of .*photos",
     }
     path = tmp_path / "photos"
     if layout != "nothing":
@@ -318,13 +322,15 @@ def test_a_test_part_may_not_have_classes_of_its_own(tmp_path):
         load_data(str(tmp_path))
 
 
-@pytest.mark.parametrize("damage", [b"", b"not an image", "truncated"])
+@pytest.mark.parametrize("damage", [60, 40, "flipped"])
 @pytest.mark.parametrize("limit_bytes", [0, 2**30])
 def test_corrupt_images_are_named_or_counted(tmp_path, damage, limit_bytes):
     write_folder(tmp_path / "train", {"cat": 10, "dog": 10})
     write_folder(tmp_path / "test", {"cat": 2, "dog": 2})
     broken = tmp_path / "train" / "cat" / "3.png"
-    broken.write_bytes(broken.read_bytes()[:60] if damage == "truncated" else damage)
+    encoded = broken.read_bytes()
+    flipped = encoded[:60] + bytes(255 - byte for byte in encoded[60:])
+    broken.write_bytes(flipped if damage == "flipped" else encoded[:damage])
 
     def whole_epoch(on_corrupt):
         splits = load_data(
@@ -341,20 +347,40 @@ def test_corrupt_images_are_named_or_counted(tmp_path, damage, limit_bytes):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("content", [b"", b"not an image", b"\0" * 200, None])
+@pytest.mark.parametrize("limit_bytes", [0, 2**30])
+def test_files_that_are_no_images_are_left_out_and_counted(tmp_path, content, limit_bytes):
+    write_folder(tmp_path / "train", {"cat": 10, "dog": 10})
+    write_folder(tmp_path / "test", {"cat": 2, "dog": 2})
+    strange = tmp_path / "train" / "cat" / "3.png"
+    strange.unlink()
+    if content is None:
+        strange.symlink_to(tmp_path / "gone.png")
+    else:
+        strange.write_bytes(content)
+    splits = load_data(str(tmp_path), val_fraction=0, memory_limit_bytes=limit_bytes, image_size=(6, 6))
+    batches = list(all_batches(splits, augment=None, image_size=(6, 6)))
+    assert sum(len(batch.images) for batch in batches) == splits.num_read("train") == 19
+    reason = {None: "dangling link", b"": "empty"}.get(content, "no image by its content")
+    assert splits.skipped["train"].images == {str(strange): reason}
+    assert splits.skipped["train"].counts() == {reason: 1}
+    assert splits.info.num_skipped == (1 if limit_bytes else 0)
+
+
 def test_images_come_upright_and_of_every_mode(tmp_path):
     turned = Image.new("RGB", (4, 2), (255, 0, 0))
     exif = turned.getexif()
     exif[0x0112] = 6
     buffer = io.BytesIO()
     turned.save(buffer, "png", exif=exif)
-    assert loading.to_pixels(loading.open_image(buffer.getvalue()), 3).shape == (3, 4, 2)
+    assert as_read(buffer.getvalue()).shape == (3, 4, 2)
     deep = Image.fromarray(np.full((2, 2), 40000, dtype=np.uint16))
-    assert (loading.to_pixels(loading.open_image(png(deep)), 1) == 40000 >> 8).all()
+    assert (as_read(png(deep), 1) == 40000 >> 8).all()
     for mode in ("1", "L", "LA", "P", "RGB", "RGBA"):
-        assert loading.to_pixels(loading.open_image(png(Image.new(mode, (3, 2)))), 3).shape == (3, 2, 3)
+        assert as_read(png(Image.new(mode, (3, 2)))).shape == (3, 2, 3)
     see_through = Image.new("P", (3, 2))
     see_through.info["transparency"] = b"\x00\x80"
-    assert loading.to_pixels(see_through, 3).shape == (3, 2, 3)
+    assert images.to_pixels(see_through, images.Reading()).shape == (3, 2, 3)
 
 
 # ---------------------------------------------------------------------------------------------------- tables
@@ -385,12 +411,13 @@ def test_a_data_set_saved_to_disk(tmp_path):
     assert load_data(str(tmp_path / "saved")).info.class_names == ("cat", "dog")
 
 
-def test_hidden_test_labels_give_way_to_the_validation_part(tmp_path):
+def test_a_test_part_without_labels_is_left_out(tmp_path):
     for part, labels in {"train": [0, 1] * 5, "validation": [0, 1], "test": [-1, -1]}.items():
         write_parquet(tmp_path / "set" / f"{part}.parquet", labels, names=["cat", "dog"])
     splits = load_data(str(tmp_path / "set"))
-    assert splits.test.labels.tolist() == [0, 1]
-    assert "The part 'test' is not used." in splits.info.notes
+    assert splits.val.labels.tolist() == [0, 1]
+    assert (splits.info.num_train, splits.info.num_test) == (8, 2)
+    assert "The part 'test' is not used: its images have no labels." in splits.info.notes
 
 
 @pytest.mark.parametrize("label", [2, -1])
@@ -658,11 +685,25 @@ def test_prediction_without_images(tmp_path):
 
 def test_prediction_of_a_corrupt_image(tmp_path):
     write_folder(tmp_path, {"cat": 2})
-    (tmp_path / "cat" / "0.png").write_bytes(b"hello")
+    broken = tmp_path / "cat" / "0.png"
+    broken.write_bytes(broken.read_bytes()[:60])
     with pytest.raises(DataError, match=r"0\.png"):
         list(load_images_for_prediction(tmp_path, **PREDICTION))
     [(path, _)] = load_images_for_prediction(tmp_path, **PREDICTION, on_corrupt="skip")
     assert path.name == "1.png"
+
+
+def test_prediction_passes_over_what_is_no_image_and_says_so(tmp_path):
+    write_folder(tmp_path, {"cat": 2})
+    strange = tmp_path / "cat" / "0.png"
+    strange.write_bytes(b"hello")
+    (tmp_path / "notes.txt").write_text("hello")
+    left_out = image_sets.Skipped()
+    [(path, _)] = load_images_for_prediction(tmp_path, **PREDICTION, skipped=left_out)
+    assert path.name == "1.png"
+    assert left_out.counts() == {"no image by its content": 1, ".txt": 1}
+    with pytest.raises(DataError, match=r"0\.png can't be read \(no image by its content\)"):  # it was named
+        list(load_images_for_prediction(strange, **PREDICTION))
 
 
 # ---------------------------------------------------------------------------------- what an import brings along

@@ -64,6 +64,10 @@ recipes = st.builds(
             val_fraction=shares,
             limit=st.none() | positive,
             on_corrupt=st.sampled_from(["error", "skip"]),
+            test_data=st.none() | words,
+            image_range=st.none() | st.tuples(amounts, amounts),
+            mean=st.none() | st.lists(amounts, min_size=1, max_size=3).map(tuple),
+            fit=st.none() | st.sampled_from(["crop", "pad", "squash"]),
         ),
         augment=st.builds(
             Augment,

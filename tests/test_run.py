@@ -335,7 +335,8 @@ def test_predicting_gives_the_softmax_of_the_plain_model(tmp_path: Path, finishe
 
 def test_a_corrupt_image_is_named_or_skipped_with_a_count(tmp_path: Path) -> None:
     data = write_image_folder(tmp_path / "photos")
-    (data / "day" / "03.png").write_bytes(b"no image")
+    broken, strange = data / "day" / "03.png", data / "day" / "04.png"
+    broken.write_bytes(broken.read_bytes()[:60])
     changes = {"data": {"name": str(data), "val_fraction": 0.0}, "training.epochs": 1, "training.batch_size": 8}
     with pytest.raises(DataError, match=r"day/03\.png.*skip"):
         run.train(micro(changes), out=tmp_path / "run")
@@ -343,7 +344,16 @@ def test_a_corrupt_image_is_named_or_skipped_with_a_count(tmp_path: Path) -> Non
     sink = Recorder()
     summary = run.train(micro({**changes, "data.on_corrupt": "skip"}), out=tmp_path / "run", sinks=[sink])
     assert summary["num_skipped"] == 1
-    assert "1 corrupt images left out" in sink.events[0].details  # type: ignore[union-attr]
+    [(part, counts)] = summary["skipped"].items()
+    assert counts == {"corrupt": 1}
+    assert f"left out of {part}: 1 corrupt" in sink.events[0].details  # type: ignore[union-attr]
+    rows = (tmp_path / "run" / "skipped.csv").read_text().splitlines()
+    assert rows[0] == "part,image,reason"
+    assert rows[1].startswith(f"{part},{broken},corrupt: ")
+    strange.write_bytes(b"no image")
+    summary = run.train(micro({**changes, "data.on_corrupt": "skip"}), out=tmp_path / "other")
+    assert summary["num_skipped"] == 2
+    assert f"{strange},no image by its content" in (tmp_path / "other" / "skipped.csv").read_text()
 
 
 @pytest.mark.heavy

@@ -27,7 +27,7 @@ from localgrad.objectives.methods import Objective, build_objective
 from localgrad.parallel import ParallelLearner
 from localgrad.recipe import ModelSettings, Recipe, TrainingSettings, validated
 from localgrad.training.augment import Augment
-from localgrad.training.data import Batches, DataInfo, ImageSet, Splits, load_data
+from localgrad.training.data import Batches, DataInfo, ImageSet, Splits, load_data, note_on_fit
 from localgrad.training.optim import OptimizerFactory, Schedule, check_optimizer, check_schedule
 
 EVALUATION_BATCH = 256
@@ -66,6 +66,7 @@ def build(
     *,
     download: bool = False,
     has_weights: bool = False,
+    is_new: bool = False,
     planned: Planned | None = None,
     team: Team | None = None,
 ) -> Job:
@@ -75,6 +76,7 @@ def build(
         recipe: what to build.
         download: let torchvision fetch a data set that is missing.
         has_weights: weights will be loaded, so pretrained ones aren't needed.
+        is_new: a run begins: the job's recipe says how pretrained weights want images normalised, where it was open.
         planned: gives the recipe with its modules and how they run, once the model is there.
         team: the processes that train it together.
     """
@@ -98,25 +100,15 @@ def build(
     objective = build_recipe_objective(recipe)
     if execution.num_threads is not None:
         torch.set_num_threads(execution.num_threads)
-    side = method.model.img_size
-    settings = method.data
-    data = load_data(
-        settings.name,
-        root=None if settings.root is None else Path(settings.root),
-        download=download,
-        val_fraction=settings.val_fraction,
-        limit=settings.limit,
-        on_corrupt=settings.on_corrupt,
-        seed=method.seed,
-        image_size=None if side is None else (side, side),
-    )
-    objective = objective.with_pixels(data.info.mean, data.info.std)
+    data = _load(recipe, download=download)
     _seed_everything(method.seed)
     settings_of_model = replace(method.model, pretrained=False) if has_weights else method.model
     channels = data.info.num_channels
     model = create_model(settings_of_model, num_classes=data.info.num_classes, num_channels=channels)
     size = input_size_of(model, method.model, channels)
     check_patches(model, size[1:])
+    recipe, data = _settled(recipe, data, model, size[1:], has_new_weights=is_new and settings_of_model.pretrained)
+    objective = objective.with_pixels(data.info.mean, data.info.std)
     waits = is_sequential or execution.offload or team is not None  # on the processor, until its modules are made
     backbone = split(model if waits else model.to(device), size)
     if planned is not None:
@@ -182,6 +174,51 @@ def build(
     # Made once to be checked, and dropped: nothing has been written yet.
     schedule_for([_optimizer_alone(learner, index, optimizer) for index in learner.own])
     return Job(recipe, data, learner, optimizer, schedule_for, batches, device, team)
+
+
+def _load(recipe: Recipe, *, download: bool) -> Splits:
+    """The data of a recipe."""
+    side = recipe.method.model.img_size
+    settings = recipe.method.data
+    return load_data(
+        settings.name,
+        root=None if settings.root is None else Path(settings.root),
+        download=download,
+        val_fraction=settings.val_fraction,
+        limit=settings.limit,
+        on_corrupt=settings.on_corrupt,
+        seed=recipe.method.seed,
+        image_size=None if side is None else (side, side),
+        mean=settings.mean,
+        std=settings.std,
+        train_data=settings.train_data,
+        val_data=settings.val_data,
+        test_data=settings.test_data,
+        image_range=settings.image_range,
+        background=settings.background,
+        fit=settings.fit or "crop",
+    )
+
+
+def _settled(
+    recipe: Recipe, data: Splits, model: nn.Module, size: tuple[int, int], *, has_new_weights: bool
+) -> tuple[Recipe, Splits]:
+    """The recipe and the data once the model is there: normalised as new weights were trained, and what is cut off."""
+    cut_off = note_on_fit(data, size)
+    data = data if cut_off is None else data.said(cut_off)
+    if not has_new_weights or recipe.method.data.mean is not None:
+        return recipe, data
+    trained_with: dict[str, Any] = getattr(model, "pretrained_cfg", {})
+    if "mean" not in trained_with or "std" not in trained_with:
+        return recipe, data.said("timm doesn't say what the weights were normalised by; the data's own is taken.")
+    data = data.normalised_by(trained_with["mean"], trained_with["std"])
+    mean, std = data.info.mean, data.info.std
+    data = data.said(
+        f"Normalised by mean {', '.join(f'{m:.4g}' for m in mean)} and std {', '.join(f'{s:.4g}' for s in std)}, as "
+        "the pretrained weights were trained; --mean and --std set others."
+    )
+    settings = replace(recipe.method.data, mean=mean, std=std)
+    return replace(recipe, method=replace(recipe.method, data=settings)), data
 
 
 def _check_training(recipe: Recipe) -> None:

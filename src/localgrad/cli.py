@@ -168,6 +168,29 @@ def train(  # noqa: PLR0917  # one parameter an option
     on_corrupt: Annotated[
         str | None, typer.Option(help="A corrupt image: error, or skip.", rich_help_panel=DATA)
     ] = None,
+    train_data: Annotated[
+        str | None,
+        typer.Option(help="Class folders or a table to train on, whatever --data holds.", rich_help_panel=DATA),
+    ] = None,
+    val_data: Annotated[
+        str | None, typer.Option(help="Likewise, of the images that select the best epoch.", rich_help_panel=DATA)
+    ] = None,
+    test_data: Annotated[str | None, typer.Option(help="Likewise, of the test images.", rich_help_panel=DATA)] = None,
+    image_range: Annotated[
+        str | None,
+        typer.Option(help="BLACK,WHITE of images of more than 8 bits: 0,4095.", rich_help_panel=DATA),
+    ] = None,
+    background: Annotated[
+        str | None, typer.Option(help="Colour behind transparent images; white by default.", rich_help_panel=DATA)
+    ] = None,
+    mean: Annotated[
+        str | None, typer.Option(help="To normalise by, of values in 0..1: 0.5 or 0.5,0.5,0.5.", rich_help_panel=DATA)
+    ] = None,
+    std: Annotated[str | None, typer.Option(help="Likewise.", rich_help_panel=DATA)] = None,
+    fit: Annotated[
+        str | None,
+        typer.Option(help="Images of another shape: crop (cut), pad (bars) or squash.", rich_help_panel=DATA),
+    ] = None,
     model: ModelOption = None,
     img_size: ImgSizeOption = None,
     patch_size: PatchSizeOption = None,
@@ -285,12 +308,20 @@ def train(  # noqa: PLR0917  # one parameter an option
     from localgrad.errors import RecipeError
     from localgrad.recipe import Recipe, overlay, parse_assignments
 
-    options = {
-        "data.name": data,
+    options: dict[str, Any] = {
+        "data.name": train_data if data is None and resume is None else data,
         "data.root": root,
         "data.limit": limit,
         "data.val_fraction": val_fraction,
         "data.on_corrupt": on_corrupt,
+        "data.train_data": train_data,
+        "data.val_data": val_data,
+        "data.test_data": test_data,
+        "data.image_range": parse_numbers("--image-range", image_range),
+        "data.background": background,
+        "data.mean": parse_numbers("--mean", mean),
+        "data.std": parse_numbers("--std", std),
+        "data.fit": fit,
         "model.name": model,
         "model.img_size": img_size,
         "model.patch_size": patch_size,
@@ -554,7 +585,8 @@ def evaluate(
     if part not in ("test", "val", "train"):
         raise RecipeError(f"--part: unknown {part!r}; take test, val or train.")
     result = run.evaluate_run(run_folder, part=part, device=device, data=data, root=root)
-    typer.echo(f"{part} accuracy  {result['accuracy']:.2%}  ({result['num_images']:,} images)")
+    left_out = "".join(f"; left out: {count:,} {reason}" for reason, count in result["skipped"].items())
+    typer.echo(f"{part} accuracy  {result['accuracy']:.2%}  ({result['num_images']:,} images{left_out})")
     typer.echo(f"by module  {accuracies(result['module_accuracy'])}")
 
 
@@ -567,10 +599,17 @@ def predict(
 ) -> None:
     """Classify images with a run's best weights."""
     from localgrad import run
+    from localgrad.training.image_sets import Skipped
 
-    for prediction in run.predict(run_folder, images, top=top, device=device):
+    skipped = Skipped()
+    for prediction in run.predict(run_folder, images, top=top, device=device, skipped=skipped):
         classes = "  ".join(f"{name} {share:.1%}" for name, share in prediction.classes)
         typer.echo(f"{prediction.path}  {classes}")
+    for name, reason in skipped.images.items():
+        typer.echo(f"left out: {name} ({reason})", err=True)
+    if skipped.others:
+        counts = ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.others.items()))
+        typer.echo(f"left out, which are no images: {counts}", err=True)
 
 
 @app.command()
@@ -741,6 +780,19 @@ def parse_modules(text: str) -> int | str | list[int]:
     except ValueError:
         return text  # a word; which ones there are is checked where blocks are known
     return numbers[0] if len(numbers) == 1 else numbers
+
+
+def parse_numbers(option: str, text: str | None) -> list[float] | None:
+    """Read numbers such as ``0.5,0.5,0.5``."""
+    from localgrad.errors import RecipeError
+
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        example = "0,4095" if option == "--image-range" else "0.5,0.5,0.5"
+        raise RecipeError(f"{option}: {text!r} isn't a list of numbers; take {option} {example}.") from None
 
 
 def _whole(option: str, text: str | None) -> int:

@@ -29,6 +29,7 @@ Positive = Annotated[int, Field(ge=1, strict=True)]  # strict: true is no number
 Fraction = Annotated[float, Field(ge=0, lt=1, strict=True)]
 Amount = Annotated[float, Field(ge=0, strict=True)]
 Factor = Annotated[float, Field(gt=0, strict=True)]
+Number = Annotated[float, Field(strict=True)]
 
 
 def _checkpoint(value: str | list[str]) -> str | list[str]:
@@ -76,6 +77,15 @@ class DataSettings:
         val_fraction: share of the training set that selects the best epoch; 0 takes the last epoch.
         limit: use only this many training images.
         on_corrupt: a corrupt image stops the run (``error``) or is left out and counted (``skip``).
+        train_data: a folder of class folders or a table, instead of the training part that ``name`` holds.
+        val_data: likewise, of the validation part.
+        test_data: likewise, of the test part.
+        image_range: (black, white) of images of more than 8 bits; by default the range of their type.
+        background: a colour behind transparent images: a name, #rrggbb or 255,255,255; by default white.
+        mean: per channel or one for all, of pixel values scaled to 0..1; by default the training images', or with
+            ``model.pretrained`` what the weights were trained with.
+        std: likewise.
+        fit: how images of another shape are brought to the model's: ``crop`` (by default), ``pad`` or ``squash``.
     """
 
     __pydantic_config__ = STRICT
@@ -84,6 +94,14 @@ class DataSettings:
     val_fraction: Fraction = 0.1
     limit: Positive | None = None
     on_corrupt: Literal["error", "skip"] = "error"
+    train_data: str | None = None
+    val_data: str | None = None
+    test_data: str | None = None
+    image_range: tuple[Number, Number] | None = None
+    background: str | None = None
+    mean: tuple[Number, ...] | None = None
+    std: tuple[Factor, ...] | None = None
+    fit: Literal["crop", "pad", "squash"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -68,11 +68,15 @@ from localgrad.training.folder import (
     say,
 )
 from localgrad.training.health import HealthCheck
+from localgrad.training.image_sets import Skipped, table_of
 from localgrad.training.optim import note_of_warmup
 from localgrad.training.parallel import ParallelTrainer, name_of, whole
 from localgrad.training.stagewise import StagewiseTrainer, disk_needed, estimate_stages, gather
 from localgrad.training.trainer import Trainer, evaluate, load_best_weights
 from localgrad.units import format_bytes
+
+_FEW = 10  # classes that are named in the first lines of a run
+_ONE_LINE = 100
 
 
 def train(
@@ -106,7 +110,7 @@ def train(
     """
     if out is not None and holds_run(out):
         if was_restarted():
-            return resume(out, recipe, sinks=sinks, on_oom=on_oom)
+            return resume(out, _normalised_as(read_recipe(out), recipe), sinks=sinks, on_oom=on_oom)
         raise RunFolderError(
             f"--out: {out} already holds a run; continue it with --resume {out}, or choose another folder."
         )
@@ -120,7 +124,8 @@ def train(
     planning = _Planning(plan, budget, cache=cache)
     with team_of(recipe) as team:
         job = together(
-            team, lambda: build(recipe, download=download, planned=planning if is_planned else None, team=team)
+            team,
+            lambda: build(recipe, download=download, is_new=True, planned=planning if is_planned else None, team=team),
         )
         path = out or new_folder(recipe.method.data.name, recipe.method.local.objective)
         path = path if team is None else team.everyone(path)[0]
@@ -131,6 +136,7 @@ def train(
             if team is None or team.is_speaker:
                 folder.write_text("recipe.toml", job.recipe.to_toml())
                 folder.write_json("data.json", _describe(job))
+                folder.write_text("skipped.csv", table_of(job.data.skipped))
                 if planning.plan is not None:
                     folder.write_text("plan.json", planning.plan.to_json())
             if team is not None:
@@ -138,6 +144,14 @@ def train(
             return _fit(job, folder, sinks, health=health, replan=on_oom == "replan")
         finally:
             folder.release()
+
+
+def _normalised_as(begun: Recipe, recipe: Recipe) -> Recipe:
+    """A recipe with the normalisation that a run of it found when it began."""
+    own, data = begun.method.data, recipe.method.data
+    if data.mean is None and recipe.method.model.pretrained:
+        data = replace(data, mean=own.mean, std=own.std)
+    return replace(recipe, method=replace(recipe.method, data=data))
 
 
 def _refuse_in_parallel(recipe: Recipe, *, budget: int | None, on_oom: str) -> None:
@@ -386,7 +400,7 @@ def evaluate_run(
 
     Returns:
         ``accuracy``, ``module_accuracy`` (``None`` where a module has no classifier, or none for averaged weights),
-        ``num_images``, ``part``.
+        ``num_images``, ``part``, ``skipped`` (what was left out of the part, reason to number).
 
     Raises:
         DataError: the data is missing, or was moved and is not what the run was trained on.
@@ -406,7 +420,13 @@ def evaluate_run(
     gather(job.learner, job.device)
     accuracy, by_module = evaluate(job.learner, job.evaluation_batches(images))
     by_module = _of_best(recipe, by_module)
-    return {"part": part, "accuracy": accuracy, "module_accuracy": by_module, "num_images": len(images)}
+    return {
+        "part": part,
+        "accuracy": accuracy,
+        "module_accuracy": by_module,
+        "num_images": job.data.num_read(part),
+        "skipped": job.data.skipped[part].counts(),
+    }
 
 
 def _of_best(recipe: Recipe, by_module: list[float | None]) -> list[float | None]:
@@ -432,7 +452,9 @@ class Prediction:
     classes: tuple[tuple[str, float], ...]
 
 
-def predict(path: Path, images: Path, *, top: int = 3, device: str | None = None) -> Iterator[Prediction]:
+def predict(
+    path: Path, images: Path, *, top: int = 3, device: str | None = None, skipped: Skipped | None = None
+) -> Iterator[Prediction]:
     """Classify images with a run's best weights; the plain timm model alone is used, and the data set not needed.
 
     Args:
@@ -440,6 +462,7 @@ def predict(path: Path, images: Path, *, top: int = 3, device: str | None = None
         images: an image, or a folder of images.
         top: classes to name for each.
         device: by default the recipe's.
+        skipped: takes what is passed over.
     """
     recipe = _on_device(read_recipe(path), device)
     values = _read_data(path)
@@ -459,6 +482,10 @@ def predict(path: Path, images: Path, *, top: int = 3, device: str | None = None
         num_channels=info.num_channels,
         image_size=size[1:],
         on_corrupt=recipe.method.data.on_corrupt,
+        image_range=info.image_range,
+        background=info.background,
+        fit=info.fit,
+        skipped=skipped,
     )
     for image_path, image in found:
         with torch.no_grad():
@@ -733,7 +760,8 @@ def _emit_start(job: Job, trainer: Trainer, peak: int, baseline: int) -> None:
     warmup = note_of_warmup(training.warmup_epochs, training.epochs, len(trainer.train))
     details = [
         f"{info.num_train:,} training, {info.num_val:,} validation, {info.num_test:,} test images, "
-        f"{info.num_classes} classes",
+        f"{info.num_classes} classes{_some_names(info.class_names)}",
+        *_left_out(info),
         *info.notes,
         f"modules: {spans}",
         f"estimated peak {format_bytes(peak)}, end-to-end {format_bytes(baseline)}",
@@ -741,8 +769,6 @@ def _emit_start(job: Job, trainer: Trainer, peak: int, baseline: int) -> None:
         *trainer.details(),
         *(note for note in (warmup, _note_of_plan(job, trainer.folder)) if note is not None),
     ]
-    if info.num_skipped:
-        details.append(f"{info.num_skipped} corrupt images left out")
     event = RunStarted(
         folder=str(trainer.folder.path),
         title=f"{method.model.name} on {info.name}: {modules}, {method.local.objective} objective, {job.device}, "
@@ -755,6 +781,21 @@ def _emit_start(job: Job, trainer: Trainer, peak: int, baseline: int) -> None:
     )
     for sink in trainer.sinks:
         sink.emit(event)
+
+
+def _some_names(names: Sequence[str]) -> str:
+    """The names of classes in brackets, where they are few."""
+    listed = ", ".join(names)
+    return f" ({listed})" if len(names) <= _FEW and len(listed) < _ONE_LINE else ""
+
+
+def _left_out(info: DataInfo) -> list[str]:
+    """What was left out of each part, as lines."""
+    lines = []
+    for part, counts in info.skipped.items():
+        listed = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
+        lines.append(f"left out of {part}: {listed}")
+    return [*lines, "listed in skipped.csv in the run folder"] if info.num_skipped else lines
 
 
 def _note_of_plan(job: Job, folder: RunFolder) -> str | None:
@@ -788,7 +829,7 @@ def _finish(job: Job, trainer: Trainer, peaks: dict[str, Any]) -> dict[str, Any]
     summary = {
         "test_accuracy": accuracy,
         "test_module_accuracy": _of_best(job.recipe, by_module),
-        "num_test": job.data.info.num_test,
+        "num_test": job.data.num_read("test"),
         "losses": position.last_losses,
         **measured,
         **peaks,
@@ -797,12 +838,16 @@ def _finish(job: Job, trainer: Trainer, peaks: dict[str, Any]) -> dict[str, Any]
         "seconds": position.seconds + time.perf_counter() - start,
         "seed": job.recipe.method.seed,
         "plan": json.loads(job.learner.plan.to_json()),
-        "num_skipped": job.data.info.num_skipped,
+        "num_skipped": sum(len(own.images) for own in job.data.skipped.values()),
+        "skipped": {part: own.counts() for part, own in job.data.skipped.items() if own.counts()},
         "device": device_name(job.device),
         "versions": versions(),
         "folder": str(trainer.folder.path),
     }
     if speaks:
+        table = trainer.folder.path / "skipped.csv"  # which grows where images are decoded while training
+        before = table.read_text(errors="replace") if table.exists() else ""
+        trainer.folder.write_text("skipped.csv", table_of(job.data.skipped, before))
         trainer.folder.write_json("summary.json", summary)
         trainer.folder.finish()
     return summary

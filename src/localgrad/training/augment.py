@@ -32,6 +32,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -39,6 +40,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from localgrad.errors import RecipeError
+
+Fit = Literal["crop", "pad", "squash"]
+"""How an image of another shape is brought to the model's: the central part, bars at its sides, or
+other proportions."""
 
 RAND_AUGMENT_GROUP = 8
 """Images that share RandAugment's operations: smaller costs more calls, larger varies less."""
@@ -150,6 +155,8 @@ def augment_batch(
     mean: Sequence[float],
     std: Sequence[float],
     seed: int,
+    fit: Fit = "crop",
+    background: Sequence[int] = (255, 255, 255),
 ) -> tuple[Tensor, Tensor]:
     """Turn stored images into what a training step is fed.
 
@@ -162,6 +169,8 @@ def augment_batch(
         mean: per channel, of pixel values scaled to 0..1.
         std: likewise.
         seed: all that the random draws depend on.
+        fit: how images of another shape are brought to the model's.
+        background: (R, G, B) from 0 to 255, of the bars that ``pad`` adds.
 
     Returns:
         Images float32 [B, C, H, W], and labels: float32 [B, K] where ``augment.gives_soft_labels``,
@@ -170,7 +179,7 @@ def augment_batch(
     images = crop_and_flip(images, *draw_crops(len(images), augment, seed))
     if augment.rand_augment is not None:
         images = rand_augment(images, *augment.rand_augment, seed=seed)
-    floats = normalise(resize_to_cover(images, image_size), mean, std)
+    floats = normalise(resize_to_fit(images, image_size, fit, background), mean, std)
     if augment.erasing:
         floats = erase(floats, draw_boxes(len(floats), image_size, augment.erasing, seed))
     if augment.gives_soft_labels:
@@ -179,7 +188,13 @@ def augment_batch(
 
 
 def prepare_batch(
-    images: Tensor, *, image_size: tuple[int, int], mean: Sequence[float], std: Sequence[float]
+    images: Tensor,
+    *,
+    image_size: tuple[int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    fit: Fit = "crop",
+    background: Sequence[int] = (255, 255, 255),
 ) -> Tensor:
     """Turn stored images into what a model is evaluated on: resized and normalised, nothing random.
 
@@ -188,11 +203,13 @@ def prepare_batch(
         image_size: (H, W) that the model takes, in pixels.
         mean: per channel, of pixel values scaled to 0..1.
         std: likewise.
+        fit: how images of another shape are brought to the model's.
+        background: (R, G, B) from 0 to 255, of the bars that ``pad`` adds.
 
     Returns:
         float32 [B, C, H, W].
     """
-    return normalise(resize_to_cover(images, image_size), mean, std)
+    return normalise(resize_to_fit(images, image_size, fit, background), mean, std)
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -225,14 +242,61 @@ def resize_to_cover(images: Tensor, image_size: tuple[int, int]) -> Tensor:
     height, width = images.shape[-2:]
     if (height, width) == tuple(image_size):
         return images
-    from torchvision.transforms.v2 import InterpolationMode  # type: ignore[import-untyped]
-    from torchvision.transforms.v2 import functional as transforms
-
     scale = min(height / image_size[0], width / image_size[1])
     box = (max(1, round(image_size[0] * scale)), max(1, round(image_size[1] * scale)))
     top, left = (height - box[0]) // 2, (width - box[1]) // 2
     central = images[..., top : top + box[0], left : left + box[1]]
-    resized: Tensor = transforms.resize(central, list(image_size), InterpolationMode.BICUBIC, antialias=True)
+    return _resized(central, image_size)
+
+
+def resize_to_fit(images: Tensor, image_size: tuple[int, int], fit: Fit, background: Sequence[int]) -> Tensor:
+    """Bring images to a size (bicubic, antialiased), cut, with bars, or in other proportions.
+
+    Args:
+        images: uint8 [..., C, h, w].
+        image_size: (H, W) wanted, in pixels.
+        fit: ``crop`` cuts the central part that has the wanted aspect, ``pad`` adds bars, ``squash`` keeps all and
+            changes the proportions.
+        background: (R, G, B) from 0 to 255, of the bars.
+
+    Returns:
+        uint8 [..., C, H, W]; ``images`` themselves where they already have that size.
+    """
+    height, width = images.shape[-2:]
+    if fit == "crop" or (height, width) == tuple(image_size):
+        return resize_to_cover(images, image_size)
+    if fit == "squash":
+        return _resized(images, image_size)
+    scale = min(image_size[0] / height, image_size[1] / width)
+    inner = (max(1, round(height * scale)), max(1, round(width * scale)))
+    top, left = (image_size[0] - inner[0]) // 2, (image_size[1] - inner[1]) // 2
+    red, green, blue = background
+    # Grey as Pillow makes it of a colour (ITU-R 601-2).
+    bars = [round(0.299 * red + 0.587 * green + 0.114 * blue)] if images.shape[-3] == 1 else [red, green, blue]
+    filled = _to_device(torch.tensor(bars, dtype=images.dtype)[:, None, None], images.device)
+    padded = filled.expand(*images.shape[:-2], *image_size).clone()
+    padded[..., top : top + inner[0], left : left + inner[1]] = _resized(images, inner)
+    return padded
+
+
+def share_cut_off(size: tuple[int, int], image_size: tuple[int, int]) -> float:
+    """The share of an image's pixels, from 0 to 1, that `resize_to_cover` cuts off.
+
+    Args:
+        size: (h, w) of the image.
+        image_size: (H, W) wanted.
+    """
+    scale = min(size[0] / image_size[0], size[1] / image_size[1])
+    return 1 - scale * image_size[0] * scale * image_size[1] / (size[0] * size[1])
+
+
+def _resized(images: Tensor, image_size: tuple[int, int]) -> Tensor:
+    if tuple(images.shape[-2:]) == tuple(image_size):
+        return images
+    from torchvision.transforms.v2 import InterpolationMode  # type: ignore[import-untyped]
+    from torchvision.transforms.v2 import functional as transforms
+
+    resized: Tensor = transforms.resize(images, list(image_size), InterpolationMode.BICUBIC, antialias=True)
     return resized
 
 

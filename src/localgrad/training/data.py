@@ -1,19 +1,21 @@
 """The data path: a name becomes parts, parts become batches that are ready for the step.
 
 What it is: `load_data` finds a data set (`loading.py`), checks it, splits a validation part off the training
-part, decodes it into memory where it is small, and says all that it did in a `DataInfo`. `Batches` turns one
-part into batches on the device, shuffled and augmented (`augment.py`) for training, in order and plain for
-evaluation. `load_images_for_prediction` prepares images without labels the same way.
+part where it has none of its own, decodes it into memory where it is small, and says all that it
+did in a `DataInfo`. `Batches` turns one part into batches on the device, shuffled and augmented
+(`augment.py`) for training, in order and plain for evaluation. `load_images_for_prediction`
+prepares images without labels the same way.
 
 Why not a `DataLoader` throughout: the sets that local learning is compared on are small (CIFAR, SVHN,
 STL-10), and the steps short. Indexing a uint8 tensor and augmenting the batch on the device costs
 milliseconds, with no worker process and, but for RandAugment, nothing that waits for the device. Larger sets
 are decoded by worker processes, and the same augmentation follows.
 
-Two rules hold here. Selection is honest: validation images come from the training part, by class and by
-seed, and the test part is never touched by a setting. And a run can be resumed in the middle of an epoch, bit
-for bit: the order of an epoch depends on (seed, epoch), the draws of a batch on (seed, epoch, index), and on
-nothing that ran before; the global random states are neither read nor changed.
+Two rules hold here. Selection is honest: validation images are those that the data set brings for it, or come from the
+training part, by class and by seed, and the test part is never touched by a setting. And a run can
+be resumed in the middle of an epoch, bit for bit: the order of an epoch depends on (seed, epoch),
+the draws of a batch on (seed, epoch, index), and on nothing that ran before; the global random
+states are neither read nor changed.
 
 Shapes: N images of a set, B batch, C channels, H W image, K classes.
 """
@@ -21,8 +23,8 @@ Shapes: N images of a set, B batch, C channels, H W image, K classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import get_args
 
@@ -32,23 +34,18 @@ from torch import Tensor
 from localgrad.errors import DataError
 from localgrad.training.augment import (
     Augment,
+    Fit,
     augment_batch,
     derive_seed,
     generator_for,
     normalise,
     prepare_batch,
+    share_cut_off,
 )
-from localgrad.training.loading import (
-    FileImages,
-    Found,
-    ImageSet,
-    InMemoryImages,
-    OnCorrupt,
-    Shape,
-    find,
-    list_image_files,
-    read_image_files,
-)
+from localgrad.training.folders import Split
+from localgrad.training.image_sets import FileImages, ImageSet, InMemoryImages, OnCorrupt, Skipped
+from localgrad.training.images import WHITE, Probed, Reading, check_range, parse_colour
+from localgrad.training.loading import Found, find, list_image_files, read_image_files
 
 __all__ = [
     "Augment",
@@ -66,6 +63,7 @@ __all__ = [
 
 MEMORY_LIMIT_BYTES = 2 * 1024**3
 TEST_FRACTION = 0.2
+_WORTH_SAYING = 0.01  # share of an image that may be cut off without a word: rounding
 _TEST_SEED = 0  # one test part for everybody, whatever the seed of the run
 
 _IMAGENET = {3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), 1: ((0.449,), (0.226,))}  # 1: their averages
@@ -82,11 +80,15 @@ class DataInfo:
         image_size: (H, W) of the images as they were found, None if they differ.
         mean: per channel, of pixel values scaled to 0..1, over the training part.
         std: likewise.
-        num_skipped: corrupt images left out while loading.
+        num_skipped: images left out while loading: corrupt ones, and files that are none by their content.
         num_train: images.
         num_val: images, 0 if there is no validation part.
         num_test: images.
         notes: sentences about choices that a reader of results should know.
+        image_range: (black, white) of images of more than 8 bits, None for the range of their type.
+        background: (R, G, B) from 0 to 255, behind transparent images.
+        fit: how images of another shape are brought to the model's.
+        skipped: what was left out of each part while loading, reason to number.
     """
 
     name: str
@@ -100,6 +102,10 @@ class DataInfo:
     num_val: int
     num_test: int
     notes: tuple[str, ...]
+    image_range: tuple[float, float] | None = None
+    background: tuple[int, int, int] = WHITE
+    fit: Fit = "crop"
+    skipped: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @property
     def num_classes(self) -> int:
@@ -109,12 +115,41 @@ class DataInfo:
 
 @dataclass(frozen=True)
 class Splits:
-    """The three parts of a data set; ``val`` is None where no validation part was wanted."""
+    """The three parts of a data set; ``val`` is None where no validation part was wanted.
+
+    ``skipped`` has what was left out of each part, and grows where images are decoded while
+    training; ``sizes`` are the (H, W) of sampled images.
+    """
 
     train: ImageSet
     val: ImageSet | None
     test: ImageSet
     info: DataInfo
+    skipped: Mapping[str, Skipped] = field(default_factory=dict)
+    sizes: tuple[tuple[int, int], ...] = ()
+
+    def num_read(self, part: str) -> int:
+        """Images of a part without those that were left out, as far as they were read."""
+        images: ImageSet | None = {"train": self.train, "val": self.val, "test": self.test}[part]
+        left_out = len(self.skipped[part].images) if isinstance(images, FileImages) else 0
+        return 0 if images is None else len(images) - left_out
+
+    def said(self, *notes: str) -> Splits:
+        """The same, with further notes."""
+        return replace(self, info=replace(self.info, notes=(*self.info.notes, *notes)))
+
+    def normalised_by(self, mean: Sequence[float], std: Sequence[float]) -> Splits:
+        """The same, to be normalised otherwise.
+
+        Args:
+            mean: per channel, or one for all; of a colour model, for grey images, their average is taken.
+            std: likewise.
+        """
+        channels = self.info.num_channels
+        if len(mean) == len(std) == 3 and channels == 1:
+            mean, std = [sum(mean) / 3], [sum(std) / 3]
+        mean, std = _checked_statistics(channels, mean, std)
+        return replace(self, info=replace(self.info, mean=mean, std=std))
 
 
 def load_data(
@@ -130,6 +165,12 @@ def load_data(
     memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    train_data: str | None = None,
+    val_data: str | None = None,
+    test_data: str | None = None,
+    image_range: Sequence[float] | None = None,
+    background: str | None = None,
+    fit: Fit = "crop",
 ) -> Splits:
     """Load a data set by name, checked and split.
 
@@ -138,14 +179,21 @@ def load_data(
             OWNER/NAME on the Hugging Face hub.
         root: the folder that holds torchvision's data sets.
         download: whether torchvision may fetch what is missing there.
-        val_fraction: share of the training part that becomes the validation part, from 0 to below 1.
+        val_fraction: share of the training part that becomes the validation part, from 0 to below 1. Where the data
+            set has a validation part, that is taken as it is, or with 0 left unused.
         limit: use this many training images only (after the validation part is split off).
         on_corrupt: leave corrupt images out and count them, or stop at the first.
         seed: of the validation part and of ``limit``.
         image_size: (H, W) that the model takes: images of different sizes are stored at it.
         memory_limit_bytes: decoded sets up to this size are kept in memory.
-        mean: per channel, instead of the training part's (a pretrained model brings its own).
+        mean: per channel or one for all, of pixel values scaled to 0..1, instead of the training part's.
         std: likewise.
+        train_data: a folder of class folders or a table, instead of the training part that ``name`` holds.
+        val_data: likewise, of the validation part.
+        test_data: likewise, of the test part.
+        image_range: (black, white) of images of more than 8 bits; by default the range of their type.
+        background: a colour behind transparent images; white by default.
+        fit: what happens to images of another shape than the model's: ``crop``, ``pad`` or ``squash``.
 
     Returns:
         The parts and their description.
@@ -153,14 +201,31 @@ def load_data(
     Raises:
         DataError: for data that is missing, empty, corrupt, of one class, or labelled outside its classes.
     """
-    _check_settings(val_fraction=val_fraction, limit=limit, on_corrupt=on_corrupt)
-    found = find(name, root=root, download=download)
+    _check_settings(val_fraction=val_fraction, limit=limit, on_corrupt=on_corrupt, fit=fit)
+    given: dict[Split, str | None] = {"train": train_data, "val": val_data, "test": test_data}
+    found = find(name, root=root, download=download, given={k: v for k, v in given.items() if v})
     _check_labels(name, found)
     parts, notes = _split(found, val_fraction=val_fraction, limit=limit, seed=seed)
-    settled = _settle(parts, on_corrupt, image_size, memory_limit_bytes)
-    train, *val, test = settled.parts
+    skipped = {part: found.skipped.get(part) or Skipped() for part in parts}
+    reading = Reading(
+        image_range=_checked_range(image_range),
+        background=WHITE if background is None else parse_colour(background),
+        fit=fit,
+    )
+    settled = _settle(
+        parts,
+        reading,
+        on_corrupt=on_corrupt,
+        skipped=skipped,
+        image_size=image_size,
+        limit_bytes=memory_limit_bytes,
+    )
+    train, val, test = (settled.parts.get(part) for part in ("train", "val", "test"))
+    assert train is not None, "every set has a training part"
+    assert test is not None, "and a test part"
     _check_classes(name, found.class_names, train)
-    used_mean, used_std = _statistics(train, settled.found_shape.num_channels, mean, std)
+    _check_read(name, parts, settled.parts)
+    used_mean, used_std, measured = _statistics(train, settled.found_shape.num_channels, mean, std)
     info = DataInfo(
         name=name,
         class_names=found.class_names,
@@ -168,30 +233,65 @@ def load_data(
         image_size=settled.found_shape.size,
         mean=used_mean,
         std=used_std,
-        num_skipped=settled.num_skipped,
+        num_skipped=sum(len(own.images) for own in skipped.values()),
         num_train=len(train),
-        num_val=sum(len(part) for part in val),
+        num_val=0 if val is None else len(val),
         num_test=len(test),
-        notes=(*found.notes, *notes, *settled.notes),
+        notes=(*found.notes, *notes, *settled.notes, *measured, *_without_images(found.class_names, train)),
+        image_range=reading.image_range,
+        background=reading.background,
+        fit=fit,
+        skipped={part: own.counts() for part, own in skipped.items() if own.counts()},
     )
-    return Splits(train, val[0] if val else None, test, info)
+    return Splits(train, val, test, info, skipped, settled.sizes)
+
+
+def note_on_fit(splits: Splits, image_size: tuple[int, int]) -> str | None:
+    """How much of the images is cut off, as a sentence; None where that is next to nothing.
+
+    Args:
+        splits: loaded.
+        image_size: (H, W) that the model takes.
+    """
+    cut = [share_cut_off(size, image_size) for size in splits.sizes]
+    if splits.info.fit != "crop" or not cut or max(cut) < _WORTH_SAYING:
+        return None
+    return (
+        f"Images are cut to the model's shape: {sum(cut) / len(cut):.0%} of their pixels on average are left "
+        f"out, up to "
+        f"{max(cut):.0%} (of {len(cut)} sampled); --fit pad or --fit squash keeps all."
+    )
 
 
 # ------------------------------------------------------------------------------------------------ checks
 
 
-def _check_settings(*, val_fraction: float, limit: int | None, on_corrupt: str) -> None:
+def _check_settings(*, val_fraction: float, limit: int | None, on_corrupt: str, fit: str) -> None:
     if not 0 <= val_fraction < 1:
         raise DataError(f"val_fraction is a share of the training part, from 0 to below 1, got {val_fraction}.")
     if limit is not None and limit < 2:
         raise DataError(f"limit must leave at least 2 training images, got {limit}.")
     if on_corrupt not in get_args(OnCorrupt):
         raise DataError(f"on_corrupt must be one of {', '.join(get_args(OnCorrupt))}, got {on_corrupt!r}.")
+    if fit not in get_args(Fit):
+        raise DataError(f"fit must be one of {', '.join(get_args(Fit))}, got {fit!r}.")
+
+
+def _checked_range(image_range: Sequence[float] | None) -> tuple[float, float] | None:
+    if image_range is None:
+        return None
+    if len(image_range) != 2 or not -math.inf < image_range[0] < image_range[1] < math.inf:
+        raise DataError(
+            f"image_range is the values of black and of white, the first one smaller, got {tuple(image_range)}; "
+            f"such as "
+            "--image-range 0,4095."
+        )
+    return image_range[0], image_range[1]
 
 
 def _check_labels(name: str, found: Found) -> None:
     num_classes = len(found.class_names)
-    for part, images in (("train", found.train), ("test", found.test)):
+    for part, images in (("train", found.train), ("val", found.val), ("test", found.test)):
         if images is None:
             continue
         if not len(images):
@@ -214,6 +314,21 @@ def _check_classes(name: str, class_names: Sequence[str], train: ImageSet) -> No
     if len(present) < 2:
         only = f"only {class_names[int(present[0])]!r}" if len(present) else "no image at all"
         raise DataError(f"There must be two or more classes among the training images of {name}, got {only}.")
+
+
+def _check_read(name: str, before: Mapping[str, ImageSet], after: Mapping[str, ImageSet]) -> None:
+    """Refuse a part of which nothing is left."""
+    for part, images in after.items():
+        if not len(images):
+            raise DataError(f"None of the {len(before[part])} images of the part {part!r} of {name} can be read.")
+
+
+def _without_images(class_names: Sequence[str], train: ImageSet) -> list[str]:
+    """Say which classes have no training image."""
+    counts = torch.bincount(train.labels, minlength=len(class_names)).tolist()
+    empty = [name for name, count in zip(class_names, counts, strict=True) if not count]
+    listed = ", ".join(empty[:6]) + (f" and {len(empty) - 6} more" if len(empty) > 6 else "")
+    return [f"Classes without a training image: {listed}."] if empty else []
 
 
 # --------------------------------------------------------------------------------------------- splitting
@@ -264,7 +379,7 @@ def stratified_choice(labels: Tensor, num_wanted: int, *, leave_one: bool, seed:
     return is_chosen.nonzero().flatten(), (~is_chosen).nonzero().flatten()
 
 
-def _split(found: Found, *, val_fraction: float, limit: int | None, seed: int) -> tuple[list[ImageSet], list[str]]:
+def _split(found: Found, *, val_fraction: float, limit: int | None, seed: int) -> tuple[dict[str, ImageSet], list[str]]:
     """Make parts out of what was found: train, validation (if there is to be one) and test."""
     train, test, val, notes = found.train, found.test, None, []
     if test is None:
@@ -272,7 +387,12 @@ def _split(found: Found, *, val_fraction: float, limit: int | None, seed: int) -
         notes.append(f"No test part: {len(test)} of {len(test) + len(train)} images are held out as one.")
         if not len(test):
             raise DataError(f"{len(train)} images are too few to hold out a test part of {TEST_FRACTION:.0%}.")
-    if val_fraction:
+    if found.val is not None and val_fraction:
+        val = found.val
+        notes.append("The data set's own validation part selects the best epoch.")
+    elif found.val is not None:
+        notes.append("The part 'val' is not used: val_fraction is 0, which takes the last epoch.")
+    elif val_fraction:
         val, train = _cut(train, round(val_fraction * len(train)), leave_one=True, seed=seed)
         if not len(val):
             val = None
@@ -280,7 +400,8 @@ def _split(found: Found, *, val_fraction: float, limit: int | None, seed: int) -
     if limit is not None and limit < len(train):
         notes.append(f"Limited to {limit} of {len(train)} training images.")
         train, _ = _cut(train, limit, leave_one=False, seed=seed)
-    return [part for part in (train, val, test) if part is not None], notes
+    parts = {"train": train, "val": val, "test": test}
+    return {part: images for part, images in parts.items() if images is not None}, notes
 
 
 def _cut(images: ImageSet, num_wanted: int, *, leave_one: bool, seed: int) -> tuple[ImageSet, ImageSet]:
@@ -292,62 +413,115 @@ def _cut(images: ImageSet, num_wanted: int, *, leave_one: bool, seed: int) -> tu
 
 
 @dataclass(frozen=True)
-class _Settled:
-    """The parts where they will stay, and what was seen on the way there."""
+class _Shape:
+    """What the images of a set have in common: channels, and (H, W) in pixels or None where it varies."""
 
-    parts: Sequence[ImageSet]
-    found_shape: Shape
-    num_skipped: int = 0
+    num_channels: int
+    size: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """The parts where they will stay, what was seen on the way there, and the sizes of sampled images."""
+
+    parts: Mapping[str, ImageSet]
+    found_shape: _Shape
     notes: tuple[str, ...] = ()
+    sizes: tuple[tuple[int, int], ...] = ()
 
 
 def _settle(
-    parts: Sequence[ImageSet], on_corrupt: OnCorrupt, image_size: tuple[int, int] | None, limit_bytes: int
+    parts: Mapping[str, ImageSet],
+    reading: Reading,
+    *,
+    on_corrupt: OnCorrupt,
+    skipped: Mapping[str, Skipped],
+    image_size: tuple[int, int] | None,
+    limit_bytes: int,
 ) -> _Settled:
     """Decode files where the result is small enough."""
-    first = parts[0]
+    first = parts["train"]
     if isinstance(first, InMemoryImages):
-        return _Settled(parts, Shape(first.images.shape[1], (first.images.shape[2], first.images.shape[3])))
-    files = [p.with_settings(3, on_corrupt) for p in parts if isinstance(p, FileImages)]
-    probed = [part.probe() for part in files]
-    size = probed[0].size if len({shape.size for shape in probed}) == 1 else None
-    shape = Shape(max(shape.num_channels for shape in probed), size)
-    return _decode_if_small(files, shape, image_size, limit_bytes)
+        check_range((), reading.image_range)
+        size = (first.images.shape[2], first.images.shape[3])
+        return _Settled(parts, _Shape(first.images.shape[1], size), sizes=(size,))
+    files = {
+        part: images.with_settings(reading, on_corrupt, skipped[part])
+        for part, images in parts.items()
+        if isinstance(images, FileImages)
+    }
+    probed = [image for images in files.values() for image in images.probe()]
+    check_range(probed, reading.image_range)
+    sizes = tuple(image.size for image in probed)
+    shape = _Shape(max(image.num_channels for image in probed), sizes[0] if len(set(sizes)) == 1 else None)
+    settled = _decode_if_small(files, shape, image_size, limit_bytes)
+    return replace(settled, notes=(*_notes_on(probed, reading), *settled.notes), sizes=sizes)
+
+
+def _notes_on(probed: Sequence[Probed], reading: Reading) -> list[str]:
+    """What a sample of the images shows that is read otherwise than one might think."""
+    notes = []
+    frames = sum(image.has_frames for image in probed)
+    if frames:
+        notes.append(f"Of images with several frames the first is read ({frames} of {len(probed)} sampled).")
+    see_through = sum(image.is_transparent for image in probed)
+    if see_through:
+        colour = "white" if reading.background == WHITE else f"{reading.background}"
+        notes.append(f"Transparent images are read over {colour} ({see_through} of {len(probed)} sampled).")
+    deep = sum(image.is_deep for image in probed)
+    if deep:
+        known = "the range of its type" if reading.image_range is None else "{:g} to {:g}".format(*reading.image_range)
+        notes.append(f"Images of more than 8 bits are read by {known} ({deep} of {len(probed)} sampled).")
+    return notes
 
 
 def _decode_if_small(
-    files: Sequence[FileImages], shape: Shape, image_size: tuple[int, int] | None, limit_bytes: int
+    files: Mapping[str, FileImages], shape: _Shape, image_size: tuple[int, int] | None, limit_bytes: int
 ) -> _Settled:
-    files = [part.with_settings(shape.num_channels, part.on_corrupt) for part in files]
-    num_values = sum(len(part) for part in files) * shape.num_channels
+    files = {part: images.with_channels(shape.num_channels) for part, images in files.items()}
+    num_values = sum(len(images) for images in files.values()) * shape.num_channels
     wanted = [size for size in (shape.size, image_size) if size is not None]
     sizes = [size for size in wanted if num_values * size[0] * size[1] <= limit_bytes]
     if not sizes:
         return _Settled(files, shape, notes=("Images are decoded while training.",))
-    decoded = [part.decode(sizes[0]) for part in files]
+    decoded = {part: images.decode(sizes[0]) for part, images in files.items()}
     is_native = sizes[0] == shape.size
-    if is_native and not all(alike for _, _, alike in decoded):
+    if is_native and not all(alike for _, alike in decoded.values()):
         # The few images probed were alike but others are not: take the set for mixed, and for colour.
-        return _decode_if_small(files, Shape(3, None), image_size, limit_bytes)
+        return _decode_if_small(files, _Shape(3, None), image_size, limit_bytes)
     notes = () if is_native else (f"Images are stored at {sizes[0][0]}x{sizes[0][1]} pixels.",)
-    return _Settled([images for images, _, _ in decoded], shape, sum(n for _, n, _ in decoded), notes)
+    return _Settled({part: images for part, (images, _) in decoded.items()}, shape, notes)
 
 
 def _statistics(
     train: ImageSet, num_channels: int, mean: Sequence[float] | None, std: Sequence[float] | None
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The mean and standard deviation asked for, or those of the training part, or ImageNet's."""
+) -> tuple[tuple[float, ...], tuple[float, ...], list[str]]:
+    """The mean and standard deviation asked for, or those of the training part, or ImageNet's; and what to say."""
     if (mean is None) != (std is None):
         raise DataError("mean and std go together: give both, or neither.")
     if mean is None or std is None:
-        return _measured(train.images) if isinstance(train, InMemoryImages) else _IMAGENET[num_channels]
+        if isinstance(train, InMemoryImages):
+            return *_measured(train.images), []
+        return *_IMAGENET[num_channels], ["Normalised by the mean and std of ImageNet; --mean and --std set others."]
+    used = _checked_statistics(num_channels, mean, std)
+    return *used, [f"Normalised by mean {_listed(used[0])} and std {_listed(used[1])}."]
+
+
+def _checked_statistics(
+    num_channels: int, mean: Sequence[float], std: Sequence[float]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    mean, std = (tuple(values) * (num_channels if len(values) == 1 else 1) for values in (mean, std))
     if not len(mean) == len(std) == num_channels:
         raise DataError(f"The images have {num_channels} channels, got mean {tuple(mean)} and std {tuple(std)}.")
     if not all(map(math.isfinite, (*mean, *std))):
         raise DataError(f"mean and std must be finite, got {tuple(mean)} and {tuple(std)}.")
     if min(std) <= 0:
         raise DataError(f"std must be above 0, got {tuple(std)}.")
-    return tuple(mean), tuple(std)
+    return mean, std
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.4g}" for value in values)
 
 
 def _measured(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -484,7 +658,14 @@ class Batches:
     def _prepare(self, images: Tensor, targets: Tensor, seed: int) -> Batch:
         info = self.info
         if self.augment is None:
-            floats = prepare_batch(images, image_size=self.image_size, mean=info.mean, std=info.std)
+            floats = prepare_batch(
+                images,
+                image_size=self.image_size,
+                mean=info.mean,
+                std=info.std,
+                fit=info.fit,
+                background=info.background,
+            )
             return Batch(floats, targets, targets)
         floats, labels = augment_batch(
             images,
@@ -495,6 +676,8 @@ class Batches:
             mean=info.mean,
             std=info.std,
             seed=seed,
+            fit=info.fit,
+            background=info.background,
         )
         return Batch(floats, labels, targets)
 
@@ -510,6 +693,10 @@ def load_images_for_prediction(
     num_channels: int,
     image_size: tuple[int, int],
     on_corrupt: OnCorrupt = "error",
+    image_range: tuple[float, float] | None = None,
+    background: tuple[int, int, int] = WHITE,
+    fit: Fit = "crop",
+    skipped: Skipped | None = None,
 ) -> Iterator[tuple[Path, Tensor]]:
     """Load images without labels, as a model is evaluated on them.
 
@@ -520,6 +707,10 @@ def load_images_for_prediction(
         num_channels: 1 or 3.
         image_size: (H, W) that the model takes, in pixels.
         on_corrupt: pass over corrupt images, or stop at the first.
+        image_range: (black, white) of images of more than 8 bits, that the model was trained with.
+        background: (R, G, B) from 0 to 255, likewise.
+        fit: likewise.
+        skipped: takes what is passed over.
 
     Returns:
         An iterator of paths and images float32 [C, H, W]; it raises DataError at a corrupt image, unless
@@ -528,11 +719,16 @@ def load_images_for_prediction(
     Raises:
         DataError: at once, if there is no such path or no image in it.
     """
-    _check_settings(val_fraction=0, limit=None, on_corrupt=on_corrupt)
-    paths = list_image_files(path)
+    _check_settings(val_fraction=0, limit=None, on_corrupt=on_corrupt, fit=fit)
+    left_out = Skipped() if skipped is None else skipped
+    paths = list_image_files(path, left_out)
+    reading = Reading(num_channels=num_channels, image_range=image_range, background=background, fit=fit)
 
     def prepared() -> Iterator[tuple[Path, Tensor]]:
-        for found, pixels in read_image_files(paths, num_channels, on_corrupt):
-            yield found, prepare_batch(pixels, image_size=image_size, mean=mean, std=std)
+        for found, pixels in read_image_files(paths, reading, on_corrupt, left_out):
+            yield (
+                found,
+                prepare_batch(pixels, image_size=image_size, mean=mean, std=std, fit=fit, background=background),
+            )
 
     return prepared()

@@ -426,6 +426,8 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
 
 def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The lines of a printed summary, as (name, value)."""
+    left_out = summary.get("skipped", {}).get("test", {})
+    without = "".join(f"; left out: {count:,} {reason}" for reason, count in left_out.items())
     peak, baseline = summary["estimated_peak_bytes"], summary["estimated_end_to_end_peak_bytes"]
     epochs, while_training = f"{summary['epochs']}, the best was {summary['best_epoch'] + 1}", "while training"
     if "best_epochs" in summary:  # modules were trained one after another
@@ -435,7 +437,7 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         (
             "test accuracy",
-            f"{summary['test_accuracy']:.2%}  ({summary['num_test']:,} images, read once, at the end)",
+            f"{summary['test_accuracy']:.2%}  ({summary['num_test']:,} images, read once, at the end{without})",
         ),
         ("by module", accuracies(summary["test_module_accuracy"]) + "  (each local module's own classifier)"),
         (

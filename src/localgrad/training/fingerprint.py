@@ -17,7 +17,7 @@ from torch import Tensor
 from localgrad.training.data import FileImages, ImageSet, InMemoryImages, Splits
 
 SAMPLE = 1024
-_OF_PLACE = ("name", "notes", "num_skipped")
+_OF_PLACE = ("name", "notes", "num_skipped", "skipped")
 """What is known of a data set that may change when it is moved."""
 
 

@@ -3,6 +3,8 @@
 ::
 
     recipe.toml                what was asked for, whole
+    data.json                  the data set in words and figures: classes, parts, normalisation, what was left out
+    skipped.csv                the images that were left out: part, image, reason
     metrics.jsonl              one line an epoch, and one a health check
     tensorboard/               the same for TensorBoard
     data.json                  what is known of the images, and a fingerprint of them

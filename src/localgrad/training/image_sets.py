@@ -1,0 +1,415 @@
+"""Labelled images of one part of a data set: decoded in memory, or encoded and decoded when they are read.
+
+`InMemoryImages` holds every image decoded, as one uint8 tensor that lives on the device where it takes little of its
+memory: a batch is then one index operation. `FileImages` holds encoded files, which worker processes decode and
+resize batch by batch.
+
+How it differs from `torchvision.datasets` with a `DataLoader`: no Python per image in the step's
+way where the set is small, and nothing random here at all (`augment.py` draws by batch, on the
+device), so what workers do is a function of the index alone. Files are decoded by Pillow, whose
+calls release Python's lock, in a few threads where all of them are wanted at once.
+
+What is left out of a part on the way stands in its `Skipped`: no image is missing without a name or a count.
+
+Shapes: N images of a set, B batch, C channels, H W image.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import signal
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, cast, final
+
+import torch
+from torch import Tensor
+
+from localgrad.errors import DataError
+from localgrad.training.images import (
+    Kind,
+    Missing,
+    Probed,
+    Reading,
+    Unreadable,
+    num_channels_of,
+    open_image,
+    probe,
+    to_pixels,
+)
+
+OnCorrupt = Literal["skip", "error"]
+
+_COLUMNS = ("part", "image", "reason")
+_DEVICE_SHARE = 0.1  # of the free memory: the rest belongs to the model, which is why one uses localgrad
+_CHUNK = 256  # images a thread decodes before it takes the next lot
+_PROBED = 64  # images opened to learn size and channels; decoding checks the rest
+
+
+@dataclass
+class Skipped:
+    """What was left out of one part of a data set.
+
+    Attributes:
+        images: name to reason, of each that should have been an image.
+        others: reason to number, of files that nobody would take for one (``.txt``, hidden).
+    """
+
+    images: dict[str, str] = field(default_factory=dict)
+    others: Counter[str] = field(default_factory=Counter)
+
+    def counts(self) -> dict[str, int]:
+        """Reason to number, corrupt images under one reason."""
+        kinds = Counter("corrupt" if reason.startswith("corrupt") else reason for reason in self.images.values())
+        return {**dict(sorted(kinds.items())), **dict(sorted(self.others.items()))}
+
+    def add(self, name: str, error: Unreadable) -> None:
+        """Note an image that was left out, once."""
+        self.images[name] = f"corrupt: {error.reason}" if error.kind == "corrupt" else error.reason
+
+
+def table_of(skipped: Mapping[str, Skipped], before: str = "") -> str:
+    """What was left out of each part, image by image, as CSV text.
+
+    Args:
+        skipped: by part.
+        before: such a table, whose rows are kept.
+    """
+    rows = {tuple(row): None for row in csv.reader(io.StringIO(before)) if len(row) == len(_COLUMNS)}
+    rows = {_COLUMNS: None, **rows}
+    rows |= {(part, name, reason): None for part, own in skipped.items() for name, reason in sorted(own.images.items())}
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+class ImageSet(ABC):
+    """Labelled images of one part of a data set.
+
+    Attributes:
+        labels: int64 class indices [N], on the CPU.
+    """
+
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abstractmethod
+    def subset(self, indices: Tensor) -> ImageSet:
+        """The images at ``indices`` (int64 [M]), in that order."""
+
+    @abstractmethod
+    def read(
+        self, batches: Sequence[Tensor], *, image_size: tuple[int, int], device: torch.device, num_workers: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Read batch after batch.
+
+        Args:
+            batches: int64 indices [B] of each batch.
+            image_size: (H, W) that the model takes; what is decoded on the fly comes at this size.
+            device: where the batches are wanted.
+            num_workers: processes that decode ahead, where there is something to decode.
+
+        Yields:
+            Images uint8 [B, C, h, w] and labels int64 [B], on ``device``.
+
+        Raises:
+            DataError: for a corrupt image that is not to be skipped.
+        """
+
+
+@final
+class InMemoryImages(ImageSet):
+    """Decoded images in one tensor.
+
+    Args:
+        images: uint8 [N, C, H, W].
+        labels: int64 [N].
+
+    Raises:
+        DataError: where the two do not belong together.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        if images.ndim != 4 or images.dtype != torch.uint8:
+            raise DataError(f"Images must be uint8 [N, C, H, W], got {images.dtype} {list(images.shape)}.")
+        if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
+            raise DataError(
+                f"Labels must be int64 [{len(images)}], one an image, got {labels.dtype} {list(labels.shape)}."
+            )
+        self.images = images
+        self.labels = labels
+        self._near: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def subset(self, indices: Tensor) -> InMemoryImages:
+        """Copy the images at ``indices`` (int64 [M]), in that order."""
+        return InMemoryImages(self.images[indices], self.labels[indices])
+
+    def read(
+        self,
+        batches: Sequence[Tensor],
+        *,
+        image_size: tuple[int, int],  # unused: resized later, after cropping, on the device
+        device: torch.device,
+        num_workers: int,  # unused: nothing is left to decode
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Index batch after batch; see `ImageSet.read`."""
+        images, labels = self._moved_near(device)
+        for indices in batches:
+            rows = indices.to(images.device, non_blocking=True)
+            picked, targets = images[rows], labels[rows]
+            if picked.device.type != device.type:
+                picked, targets = (t.pin_memory().to(device, non_blocking=True) for t in (picked, targets))
+            yield picked, targets
+
+    def _moved_near(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The tensors on ``device`` if they take little of it, else where they are; once per device."""
+        if device not in self._near:
+            fits = device.type != "cuda" or (self.images.nbytes <= _DEVICE_SHARE * torch.cuda.mem_get_info(device)[0])
+            target = device if fits else self.images.device
+            self._near[device] = (self.images.to(target), self.labels.to(target))
+        return self._near[device]
+
+
+class ImageFiles(ABC):
+    """Encoded images that can be fetched by row; picklable, for worker processes."""
+
+    @abstractmethod
+    def encoded(self, rows: Sequence[int]) -> list[tuple[str, bytes]]:
+        """Name and bytes of each row's image; `Missing` where the file can't be read."""
+
+
+@final
+@dataclass(frozen=True)
+class FilesOnDisk(ImageFiles):
+    """Images that are files of their own."""
+
+    paths: tuple[str, ...]
+
+    def encoded(self, rows: Sequence[int]) -> list[tuple[str, bytes]]:
+        """Read the files at ``rows``; see `ImageFiles.encoded`."""
+        return [(self.paths[row], bytes_of(self.paths[row])) for row in rows]
+
+
+@final
+@dataclass(frozen=True)
+class FilesInTable(ImageFiles):
+    """Images in the rows of a Hugging Face data set, fetched as Arrow so that nothing decodes them twice."""
+
+    table: Any  # a datasets.Dataset in Arrow format with the image column alone
+    column: str
+    name: str
+    folder: str = ""  # that paths in the table start from
+
+    def encoded(self, rows: Sequence[int]) -> list[tuple[str, bytes]]:
+        """Fetch the cells at ``rows``; see `ImageFiles.encoded`."""
+        cells = self.table[list(rows)][self.column].to_pylist()
+        return [
+            self._name_and_bytes(row, cell or {"bytes": b"", "path": None})
+            for row, cell in zip(rows, cells, strict=True)
+        ]
+
+    def _name_and_bytes(self, row: int, cell: dict[str, Any]) -> tuple[str, bytes]:
+        label = f"{self.name}, row {row}" + (f" ({cell['path']})" if cell["path"] else "")
+        if cell["bytes"] is None and cell["path"]:
+            return label, bytes_of(os.path.join(self.folder, cell["path"]))  # noqa: PTH118  # a str, as torchvision's
+        return label, cell["bytes"] or b""
+
+
+@final
+class FileImages(ImageSet):
+    """Encoded images, decoded when they are read.
+
+    Args:
+        files: where the bytes come from.
+        labels: int64 [N].
+        rows: int64 [N], the row of ``files`` that each image is; all of them where None.
+        reading: how they are read.
+        on_corrupt: whether an image that can't be decoded is left out of its batch, or ends the run.
+        skipped: takes what is left out.
+    """
+
+    def __init__(
+        self,
+        files: ImageFiles,
+        labels: Tensor,
+        *,
+        rows: Tensor | None = None,
+        reading: Reading | None = None,
+        on_corrupt: OnCorrupt = "error",
+        skipped: Skipped | None = None,
+    ) -> None:
+        self.files = files
+        self.labels = labels
+        self.rows = torch.arange(len(labels)) if rows is None else rows
+        self.reading = reading or Reading()
+        self.on_corrupt = on_corrupt
+        self.skipped = skipped if skipped is not None else Skipped()
+
+    def subset(self, indices: Tensor) -> FileImages:
+        """The images at ``indices`` (int64 [M]), in that order; nothing is read."""
+        return self._with(labels=self.labels[indices], rows=self.rows[indices])
+
+    def with_settings(self, reading: Reading, on_corrupt: OnCorrupt, skipped: Skipped) -> FileImages:
+        """The same images, to be read and checked otherwise."""
+        return self._with(reading=reading, on_corrupt=on_corrupt, skipped=skipped)
+
+    def with_channels(self, num_channels: int) -> FileImages:
+        """The same images, to be converted to grey (1) or colour (3)."""
+        return self._with(reading=replace(self.reading, num_channels=num_channels))
+
+    def with_labels(self, labels: Tensor) -> FileImages:
+        """The same images with other class indices."""
+        return self._with(labels=labels)
+
+    def _with(self, **changes: Any) -> FileImages:
+        own = {key: getattr(self, key) for key in ("files", "labels", "rows", "reading", "on_corrupt", "skipped")}
+        return FileImages(**{**own, **changes})
+
+    def probe(self) -> list[Probed]:
+        """Open a few images, spread evenly, to learn what they are like.
+
+        Raises:
+            DataError: if none of them can be read, or one is corrupt and not to be skipped.
+        """
+        spread = self.rows[torch.linspace(0, len(self) - 1, min(_PROBED, len(self))).long()]
+        seen = []
+        for name, encoded in self.files.encoded(spread.tolist()):
+            try:
+                seen.append(probe(encoded, self.reading))
+            except Unreadable as error:
+                raise_unless_skipped(name, error, self.on_corrupt)
+        if not seen:
+            raise DataError(f"None of the {len(spread)} images tried can be read, {name} among them.")
+        return seen
+
+    def decode(self, image_size: tuple[int, int]) -> tuple[InMemoryImages, bool]:
+        """Decode every image, in threads.
+
+        Args:
+            image_size: (H, W) that each is brought to.
+
+        Returns:
+            The images that could be decoded (the others are in ``skipped``), and whether all of
+            them had this size and no more colour than ``reading.num_channels`` to begin with.
+
+        Raises:
+            DataError: for a corrupt image, unless those are to be skipped.
+        """
+        pixels = torch.empty((len(self), self.reading.num_channels, *image_size), dtype=torch.uint8)
+        good = torch.ones(len(self), dtype=torch.bool)
+        work = partial(self._decode_chunk, pixels=pixels, good=good)
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+            all_alike = all(list(threads.map(work, range(0, len(self), _CHUNK))))
+        if not good.all():
+            pixels = pixels[good]
+        return InMemoryImages(pixels, self.labels[good]), all_alike
+
+    def _decode_chunk(self, start: int, *, pixels: Tensor, good: Tensor) -> bool:
+        alike, reading = True, self.reading
+        rows = self.rows[start : start + _CHUNK].tolist()
+        for i, (name, encoded) in enumerate(self.files.encoded(rows), start):
+            try:
+                image = open_image(encoded)
+                decoded = to_pixels(image, reading)
+            except Unreadable as error:
+                self.skipped.add(name, raise_unless_skipped(name, error, self.on_corrupt))
+                good[i] = False
+                continue
+            alike &= decoded.shape == pixels.shape[1:]
+            alike &= num_channels_of(image, reading.background) <= reading.num_channels
+            pixels[i] = reading.to_size(decoded, (pixels.shape[2], pixels.shape[3]))
+        return alike
+
+    def read(
+        self, batches: Sequence[Tensor], *, image_size: tuple[int, int], device: torch.device, num_workers: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Decode batch after batch in worker processes; see `ImageSet.read`.
+
+        A skipped image makes its batch smaller, the same in every epoch and after every resume.
+        """
+        loader = torch.utils.data.DataLoader(
+            _DecodedBatches(self, image_size),
+            batch_size=None,
+            sampler=cast("Any", batches),
+            num_workers=num_workers,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=_ignore_signals,
+            generator=torch.Generator(),  # else the loader draws its workers' seed from the global state
+        )
+        for images, labels, unreadable in loader:
+            for name, kind, reason in unreadable:
+                error = Unreadable(kind, reason)
+                self.skipped.add(name, raise_unless_skipped(name, error, self.on_corrupt))
+            if not len(images):
+                name, _, reason = unreadable[0]
+                raise DataError(
+                    f"Not one image of a batch of {len(unreadable)} can be read, {name} among them ({reason})."
+                )
+            yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+
+def _ignore_signals(_worker: int) -> None:
+    """Leave Ctrl-C and SIGTERM to the main process, which stops its workers once the run is saved."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class _DecodedBatches(torch.utils.data.Dataset[tuple[Tensor, Tensor, list[tuple[str, Kind, str]]]]):
+    """What a worker runs; failures travel as text, since a raised one would arrive with its traceback."""
+
+    def __init__(self, images: FileImages, image_size: tuple[int, int]) -> None:
+        self.images = images
+        self.image_size = image_size
+
+    def __getitem__(self, indices: Tensor) -> tuple[Tensor, Tensor, list[tuple[str, Kind, str]]]:
+        good, decoded = [], []
+        unreadable: list[tuple[str, Kind, str]] = []
+        rows, reading = self.images.rows[indices].tolist(), self.images.reading
+        for index, (name, encoded) in zip(indices.tolist(), self.images.files.encoded(rows), strict=True):
+            try:
+                pixels = to_pixels(open_image(encoded), reading)
+            except Unreadable as error:
+                unreadable.append((name, error.kind, error.reason))
+                continue
+            good.append(index)
+            decoded.append(reading.to_size(pixels, self.image_size))
+        empty = torch.empty((0, reading.num_channels, *self.image_size), dtype=torch.uint8)
+        return torch.stack(decoded) if decoded else empty, self.images.labels[good], unreadable
+
+
+def raise_unless_skipped(name: str, error: Unreadable, on_corrupt: OnCorrupt) -> Unreadable:
+    """Give back what happened to an image if that is to be noted and no more.
+
+    A file that is no image by its content is never a reason to stop; values of an unknown range always are.
+
+    Raises:
+        DataError: naming the image.
+    """
+    if error.kind == "range":
+        raise DataError(f"The image {name} can't be read: {error.reason}; type --image-range BLACK,WHITE.") from None
+    if error.kind == "corrupt" and on_corrupt == "error":
+        raise DataError(
+            f"The image {name} can't be read ({error.reason}): remove it, or leave such images out with "
+            "--on-corrupt skip."
+        ) from None
+    return error
+
+
+def bytes_of(path: str) -> bytes:
+    """A file's bytes; `Missing`, with the reason, where it can't be read."""
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        is_link = Path(path).is_symlink()
+        return Missing("no image", "dangling link") if is_link else Missing("corrupt", "there is no such file")
+    except OSError as error:
+        return Missing("corrupt", error.strerror or str(error))
