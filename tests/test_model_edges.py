@@ -233,6 +233,17 @@ def test_hooks_that_blocks_called_one_by_one_pass_by_are_said() -> None:
         make_learner(model)
 
 
+@pytest.mark.parametrize("place", ["", "layers.1"])
+def test_hooks_that_are_set_later_and_pass_by_are_said_once(place: str) -> None:
+    learner = make_learner(make("swin"))
+    (batch,) = batches(1)
+    learner.step(*batch)
+    learner.model.get_submodule(place).register_forward_pre_hook(lambda module, args: None)
+    with pytest.warns(UserWarning, match=r"hooks of \S+ don't run in training"):
+        learner.step(*batch)
+    learner.step(*batch)  # warnings are errors
+
+
 # Types of weights ------------------------------------------------------------------------------------------------
 
 

@@ -220,14 +220,13 @@ class Backbone(nn.Module):
         return any(recomputes(module) for module in self.model.modules() if module not in called)
 
     @property
-    def modules_passed_by(self) -> list[str]:
-        """Modules of the model (itself, its stages) that have hooks, and that are never called as the parts are."""
+    def modules_passed_by(self) -> list[tuple[str, nn.Module]]:
+        """Modules of the model (itself, its stages) that are never called as the parts are, and their names."""
         called = set(self.modules())
-        kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         return [
-            name or type(module).__name__
+            (name or type(module).__name__, module)
             for name, module in self.model.named_modules()
-            if module not in called and any(vars(module)[kind] for kind in kinds)
+            if module not in called
         ]
 
     @contextmanager

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from localgrad._state import left_as_it_was
 from localgrad._timm_adapters import input_channels
+from localgrad._written import has_hooks
 from localgrad.backbone import Backbone, split
 from localgrad.errors import (
     BackboneError,
@@ -171,6 +172,8 @@ class LocalLearner:
             drawing=lambda index: drawing_from(self.device, (self.seed, index) if auxiliary_from == "seed" else None),
         )
         self._check_uses(ema_decay, compiled=compile)
+        self._passed_by = self.backbone.modules_passed_by
+        self._hooks_said: set[str] = set()
         self._say_what_is_passed_by()
         self.precision = precision
         self.averaged_model: nn.Module | None = None
@@ -236,14 +239,15 @@ class LocalLearner:
             other = "overlap" if self.overlap else "compile"
             raise RecipeError(f"reconcile and {other} don't go together; leave one of them out.")
 
-    def _say_what_is_passed_by(self) -> None:
+    def _say_what_is_passed_by(self, stacklevel: int = 3) -> None:
         """What users set on the model itself or on a stage isn't met where blocks are called one by one."""
-        hooked = self.backbone.modules_passed_by
+        hooked = [name for name, module in self._passed_by if name not in self._hooks_said and has_hooks(module)]
         if hooked:
+            self._hooks_said.update(hooked)
             warnings.warn(
                 f"hooks of {', '.join(hooked)} don't run in training, since blocks are called one by one: set them on "
                 "blocks, or on the parts of blocks.",
-                stacklevel=3,
+                stacklevel=stacklevel,
             )
 
     def _say_what_differs(self, overlap: int) -> None:
@@ -433,7 +437,8 @@ class LocalLearner:
     def check_ready(self, steps: Sequence[LocalStep]) -> None:
         """Refuse to train a model that was changed since the learner or its optimizers were made.
 
-        It compares objects, with no operator and without waiting for the device.
+        It compares objects, with no operator and without waiting for the device. Hooks that were set since and won't
+        run are warned of, once.
 
         Args:
             steps: those that are to be run.
@@ -444,6 +449,7 @@ class LocalLearner:
             DeviceError: the model was moved.
         """
         self._made_of.check()
+        self._say_what_is_passed_by(stacklevel=6)
         for step in steps:
             if step.follow_model():
                 self._global_step = None
