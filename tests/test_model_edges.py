@@ -387,6 +387,12 @@ def under_inference_mode() -> nn.Module:
         return make("vit")
 
 
+def lazy() -> nn.Module:
+    model = make("vit")
+    model.head = nn.LazyLinear(5)
+    return model
+
+
 def compiled() -> nn.Module:
     model = make("vit")
     model.compile(backend="eager")
@@ -409,6 +415,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: with_weight(nn.Parameter(torch.ones(128, 32).as_subclass(SubTensor))),
         r"blocks\.1\.mlp\.fc1\.weight is a SubTensor",
     ),
+    "lazy": (lazy, r"head\.weight is of a lazy layer.* call model\(images\) once"),
     "inference mode": (under_inference_mode, r"made under torch\.inference_mode\(\)"),
 }
 

@@ -442,7 +442,9 @@ def _check_weights(model: nn.Module) -> None:
     """Refuse weights that a plain training loop couldn't train, or that are in several places."""
     for name, weight in model.named_parameters():
         if isinstance(weight, nn.UninitializedParameter):
-            continue  # of a lazy layer: the first pass makes it
+            raise BackboneError(
+                f"model: {name} is of a lazy layer, and has no shape yet: call model(images) once before, on one batch."
+            )
         kind = type(weight.data)
         if kind not in (Tensor, nn.Parameter, FakeTensor):
             raise BackboneError(

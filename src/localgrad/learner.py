@@ -25,6 +25,7 @@ from localgrad.backbone import Backbone, split
 from localgrad.errors import (
     BackboneError,
     CheckpointError,
+    DataError,
     DeviceError,
     IsolationError,
     PartitionError,
@@ -391,7 +392,8 @@ class LocalLearner:
         The model trains in training mode, but for modules of it that you put in evaluation mode one by one (norms that
         are to stay still): ``learner.eval()``, ``learner.train()`` and steps leave those as they are. Gradients of
         another backward pass, or of a step that failed, are dropped first. Values are looked at in the first step only,
-        which waits for the device; a later batch of which no label counts has the loss NaN, as in PyTorch.
+        which waits for the device; a later batch of which no label counts has the loss NaN, as in PyTorch. On the
+        processor labels beyond the classes are refused in any step.
 
         Args:
             images: [B, C, H, W], normalised, of the model's dtype and on its device.
@@ -525,10 +527,22 @@ class LocalLearner:
             if self._ema is not None:
                 self._ema.update(self.model, step=self.num_steps)
         except BaseException as error:
+            told = self._in_words(error, batch)
             for note in self._half_done(before):
-                error.add_note(note)
-            raise
+                told.add_note(note)
+            if told is error:
+                raise
+            raise told from error
         return result
+
+    def _in_words(self, error: BaseException, batch: LocalBatch) -> BaseException:
+        """What ended a step: of labels of no class, which processors find in any step, what the first step says."""
+        if isinstance(error, IndexError):
+            try:
+                check_values(batch, self.backbone.num_classes)
+            except DataError as told:
+                return told
+        return error
 
     def _half_done(self, before: Sequence[int]) -> Iterator[str]:
         """What an unfinished step has changed, in words.
