@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import localgrad
 from helpers import SIZE, adamw, assert_same, batches, copied, make, make_learner, train
 from localgrad import Contrastive, FeatureReconstruction, GreedySupervised, LocalLearner
-from localgrad.errors import BackboneError, CheckpointError, DeviceError, LocalgradError, RecipeError
+from localgrad.errors import BackboneError, CheckpointError, DataError, DeviceError, LocalgradError, RecipeError
 from localgrad.execution.local_step import LocalStep
 from localgrad.learner import estimate_step
 from localgrad.objectives.base import LocalBatch
@@ -472,6 +472,10 @@ BAD_BATCHES: dict[str, tuple[Any, Any, str]] = {
     "floats": (IMAGES, LABELS.float(), r"labels: got torch\.float32 \[4\]; class indices are int64"),
     "array": (IMAGES.numpy(), LABELS, r"images: got ndarray; pass a tensor: torch\.as_tensor\(images\)"),
     "list": (IMAGES, [0, 1, 2, 3], "labels: got list; pass a tensor"),
+    "no labels": (IMAGES, None, "labels: got NoneType; pass a tensor"),
+    "sparse": (IMAGES.to_sparse(), LABELS, r"images: got a tensor that is torch\.sparse_coo; .*to_dense"),
+    "nested": (torch.nested.nested_tensor([*IMAGES], layout=torch.jagged), LABELS, "images: got a tensor that is nest"),
+    "labels with a graph": (IMAGES, torch.zeros(4, 5, requires_grad=True).softmax(1), r"pass labels\.detach\(\)"),
     "scalar": (IMAGES, LABELS[0], r"labels: got torch\.int64 \[\]"),
     "other classes": (IMAGES, torch.full((4, 6), 1 / 6), r"labels: got soft labels \[4, 6\]; the model takes \[B, 5\]"),
     "labels elsewhere": (IMAGES, LABELS.to("meta"), "labels: they are on meta, the images on cpu"),
@@ -494,6 +498,16 @@ def test_a_bad_batch_is_one_line_and_changes_nothing() -> None:
     assert learner.num_steps == 0
     assert_same(copied(learner.model), before)
     learner.step(IMAGES, LABELS)  # values were not taken for seen
+
+
+@pytest.mark.parametrize("value", [5, -1])
+def test_labels_of_no_class_are_one_line_in_later_steps_too(value: int) -> None:
+    learner = make_learner()
+    learner.step(IMAGES, LABELS)
+    for step in (learner.step, learner.global_step):
+        with pytest.raises(DataError, match=f"labels: that of image 3 is {value}; they go from 0 to 4") as caught:
+            step(IMAGES, with_value(LABELS, value))
+        assert "wasn't finished" in caught.value.__notes__[0]
 
 
 def test_images_of_inference_mode_are_refused() -> None:

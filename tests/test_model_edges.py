@@ -233,6 +233,17 @@ def test_hooks_that_blocks_called_one_by_one_pass_by_are_said() -> None:
         make_learner(model)
 
 
+@pytest.mark.parametrize("place", ["", "layers.1"])
+def test_hooks_that_are_set_later_and_pass_by_are_said_once(place: str) -> None:
+    learner = make_learner(make("swin"))
+    (batch,) = batches(1)
+    learner.step(*batch)
+    learner.model.get_submodule(place).register_forward_pre_hook(lambda module, args: None)
+    with pytest.warns(UserWarning, match=r"hooks of \S+ don't run in training"):
+        learner.step(*batch)
+    learner.step(*batch)  # warnings are errors
+
+
 # Types of weights ------------------------------------------------------------------------------------------------
 
 
@@ -376,6 +387,12 @@ def under_inference_mode() -> nn.Module:
         return make("vit")
 
 
+def lazy() -> nn.Module:
+    model = make("vit")
+    model.head = nn.LazyLinear(5)
+    return model
+
+
 def compiled() -> nn.Module:
     model = make("vit")
     model.compile(backend="eager")
@@ -398,6 +415,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: with_weight(nn.Parameter(torch.ones(128, 32).as_subclass(SubTensor))),
         r"blocks\.1\.mlp\.fc1\.weight is a SubTensor",
     ),
+    "lazy": (lazy, r"head\.weight is of a lazy layer.* call model\(images\) once"),
     "inference mode": (under_inference_mode, r"made under torch\.inference_mode\(\)"),
 }
 

@@ -221,14 +221,13 @@ class Backbone(nn.Module):
         return any(recomputes(module) for module in self.model.modules() if module not in called)
 
     @property
-    def modules_passed_by(self) -> list[str]:
-        """Modules of the model (itself, its stages) that have hooks, and that are never called as the parts are."""
+    def modules_passed_by(self) -> list[tuple[str, nn.Module]]:
+        """Modules of the model (itself, its stages) that are never called as the parts are, and their names."""
         called = set(self.modules())
-        kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         return [
-            name or type(module).__name__
+            (name or type(module).__name__, module)
             for name, module in self.model.named_modules()
-            if module not in called and any(vars(module)[kind] for kind in kinds)
+            if module not in called
         ]
 
     @contextmanager
@@ -444,7 +443,9 @@ def _check_weights(model: nn.Module) -> None:
     """Refuse weights that a plain training loop couldn't train, or that are in several places."""
     for name, weight in model.named_parameters():
         if isinstance(weight, nn.UninitializedParameter):
-            continue  # of a lazy layer: the first pass makes it
+            raise BackboneError(
+                f"model: {name} is of a lazy layer, and has no shape yet: call model(images) once before, on one batch."
+            )
         kind = type(weight.data)
         if kind not in (Tensor, nn.Parameter, FakeTensor):
             raise BackboneError(

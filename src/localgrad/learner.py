@@ -20,10 +20,12 @@ from torch.optim import Optimizer
 
 from localgrad._state import left_as_it_was
 from localgrad._timm_adapters import input_channels
+from localgrad._written import has_hooks
 from localgrad.backbone import Backbone, split
 from localgrad.errors import (
     BackboneError,
     CheckpointError,
+    DataError,
     DeviceError,
     IsolationError,
     PartitionError,
@@ -171,6 +173,8 @@ class LocalLearner:
             drawing=lambda index: drawing_from(self.device, (self.seed, index) if auxiliary_from == "seed" else None),
         )
         self._check_uses(ema_decay, compiled=compile)
+        self._passed_by = self.backbone.modules_passed_by
+        self._hooks_said: set[str] = set()
         self._say_what_is_passed_by()
         self.precision = precision
         self.averaged_model: nn.Module | None = None
@@ -236,14 +240,15 @@ class LocalLearner:
             other = "overlap" if self.overlap else "compile"
             raise RecipeError(f"reconcile and {other} don't go together; leave one of them out.")
 
-    def _say_what_is_passed_by(self) -> None:
+    def _say_what_is_passed_by(self, stacklevel: int = 3) -> None:
         """What users set on the model itself or on a stage isn't met where blocks are called one by one."""
-        hooked = self.backbone.modules_passed_by
+        hooked = [name for name, module in self._passed_by if name not in self._hooks_said and has_hooks(module)]
         if hooked:
+            self._hooks_said.update(hooked)
             warnings.warn(
                 f"hooks of {', '.join(hooked)} don't run in training, since blocks are called one by one: set them on "
                 "blocks, or on the parts of blocks.",
-                stacklevel=3,
+                stacklevel=stacklevel,
             )
 
     def _say_what_differs(self, overlap: int) -> None:
@@ -387,7 +392,8 @@ class LocalLearner:
         The model trains in training mode, but for modules of it that you put in evaluation mode one by one (norms that
         are to stay still): ``learner.eval()``, ``learner.train()`` and steps leave those as they are. Gradients of
         another backward pass, or of a step that failed, are dropped first. Values are looked at in the first step only,
-        which waits for the device; a later batch of which no label counts has the loss NaN, as in PyTorch.
+        which waits for the device; a later batch of which no label counts has the loss NaN, as in PyTorch. On the
+        processor labels beyond the classes are refused in any step.
 
         Args:
             images: [B, C, H, W], normalised, of the model's dtype and on its device.
@@ -433,7 +439,8 @@ class LocalLearner:
     def check_ready(self, steps: Sequence[LocalStep]) -> None:
         """Refuse to train a model that was changed since the learner or its optimizers were made.
 
-        It compares objects, with no operator and without waiting for the device.
+        It compares objects, with no operator and without waiting for the device. Hooks that were set since and won't
+        run are warned of, once.
 
         Args:
             steps: those that are to be run.
@@ -444,6 +451,7 @@ class LocalLearner:
             DeviceError: the model was moved.
         """
         self._made_of.check()
+        self._say_what_is_passed_by(stacklevel=6)
         for step in steps:
             if step.follow_model():
                 self._global_step = None
@@ -519,10 +527,22 @@ class LocalLearner:
             if self._ema is not None:
                 self._ema.update(self.model, step=self.num_steps)
         except BaseException as error:
+            told = self._in_words(error, batch)
             for note in self._half_done(before):
-                error.add_note(note)
-            raise
+                told.add_note(note)
+            if told is error:
+                raise
+            raise told from error
         return result
+
+    def _in_words(self, error: BaseException, batch: LocalBatch) -> BaseException:
+        """What ended a step: of labels of no class, which processors find in any step, what the first step says."""
+        if isinstance(error, IndexError):
+            try:
+                check_values(batch, self.backbone.num_classes)
+            except DataError as told:
+                return told
+        return error
 
     def _half_done(self, before: Sequence[int]) -> Iterator[str]:
         """What an unfinished step has changed, in words.

@@ -190,14 +190,18 @@ def check_schedulers(optimizers: Sequence[Optimizer]) -> None:
 
 
 def check_tensors(batch: LocalBatch) -> None:
-    """Refuse arrays and lists, which would fail somewhere inside.
+    """Refuse arrays and lists, and tensors that aren't dense, which would fail somewhere inside.
 
     Raises:
         DataError: naming what to pass.
     """
     for name, value in (("images", batch.images), ("labels", batch.labels)):
-        if value is not None and not isinstance(value, Tensor):
-            raise DataError(f"{name}: got {type(value).__name__}; pass a tensor: torch.as_tensor({name}).")
+        if not isinstance(value, Tensor):
+            if value is not None or name == "labels":
+                raise DataError(f"{name}: got {type(value).__name__}; pass a tensor: torch.as_tensor({name}).")
+        elif value.is_nested or value.layout != torch.strided:
+            kind = "nested" if value.is_nested else str(value.layout)
+            raise DataError(f"{name}: got a tensor that is {kind}; pass a dense one: torch.stack(...) or .to_dense().")
 
 
 def check_images(images: Tensor, dtypes: Sequence[torch.dtype], device: torch.device, *, autocasts: bool) -> None:
@@ -265,6 +269,8 @@ def check_labels(labels: Tensor, images: Tensor, num_classes: int) -> None:
         raise DataError(f"labels: got {len(labels)} for {len(images)} images; give one for each.")
     if not same_device(labels.device, images.device):
         raise DataError(f"labels: they are on {labels.device}, the images on {images.device}; pass labels.to(...).")
+    if labels.requires_grad:
+        raise DataError("labels: they require a gradient, and a step gives none back; pass labels.detach().")
 
 
 def check_values(batch: LocalBatch, num_classes: int) -> None:
