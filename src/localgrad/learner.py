@@ -737,7 +737,7 @@ class LocalLearner:
                 configured; the learner is as it was.
         """
         steps = self._executor.steps if self._executor else ()
-        self._check_state(state, steps)
+        self.check_state_dict(state)
         if self._offloader is not None:
             self._offloader.rest()
         with or_as_before([step.optimizer for step in steps]):
@@ -751,7 +751,13 @@ class LocalLearner:
         self.num_steps, self.seed = state["num_steps"], state["seed"]
         self._seed(steps)
 
-    def _check_state(self, state: dict[str, Any], steps: Sequence[LocalStep]) -> None:
+    def check_state_dict(self, state: dict[str, Any]) -> None:
+        """Refuse what ``load_state_dict`` would refuse; nothing is changed.
+
+        Raises:
+            CheckpointError: as there.
+        """
+        steps = self._executor.steps if self._executor else ()
         needed = ("model", "objectives", "optimizers", "scalers", "averaged_model", "num_steps", "seed", "boundaries")
         missing = [key for key in needed if not isinstance(state, Mapping) or key not in state]
         if missing:

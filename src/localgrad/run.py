@@ -846,7 +846,7 @@ def _finish(job: Job, trainer: Trainer, peaks: dict[str, Any]) -> dict[str, Any]
     }
     if speaks:
         table = trainer.folder.path / "skipped.csv"  # which grows where images are decoded while training
-        before = table.read_text(errors="replace") if table.exists() else ""
+        before = table.read_text(encoding="utf-8", errors="replace") if table.exists() else ""
         trainer.folder.write_text("skipped.csv", table_of(job.data.skipped, before))
         trainer.folder.write_json("summary.json", summary)
         trainer.folder.finish()

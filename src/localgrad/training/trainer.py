@@ -268,6 +268,7 @@ class Trainer:
         """
         before = self.position, self._sums, random_state()
         try:
+            self.learner.check_state_dict(state["learner"])  # first, since its reasons say the most
             self.position = Position(**state["position"])
             self._sums = self._new_sums()
             self._load_sums(state["sums"])
