@@ -16,7 +16,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import localgrad
 from helpers import SIZE, adamw, assert_same, batches, copied, make, make_learner, train
 from localgrad import Contrastive, FeatureReconstruction, GreedySupervised, LocalLearner
-from localgrad.errors import BackboneError, CheckpointError, DataError, DeviceError, LocalgradError, RecipeError
+from localgrad.errors import (
+    BackboneError,
+    CheckpointError,
+    DataError,
+    DeviceError,
+    LocalgradError,
+    PartitionError,
+    RecipeError,
+)
 from localgrad.execution.local_step import LocalStep
 from localgrad.learner import estimate_step
 from localgrad.objectives.base import LocalBatch
@@ -776,6 +784,12 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"objective": GreedySupervised(context=cast(Any, [0.5]))}, r"context must be .* got \[0.5\]"),
     ({"objective": GreedySupervised(over_time={"task": (0.0, 0.0)})}, "nothing to learn: every weight"),
 ]
+
+
+@pytest.mark.parametrize("checkpoint", [None, 2])
+def test_what_is_no_checkpointing_is_one_line(checkpoint: Any) -> None:
+    with pytest.raises(PartitionError, match=f"checkpoint: '{checkpoint}' can't be read; take none, blocks"):
+        LocalLearner(make(), modules=2, input_size=SIZE, checkpoint=checkpoint)
 
 
 @pytest.mark.parametrize("number", range(len(OPTIONS)))

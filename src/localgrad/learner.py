@@ -12,7 +12,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Self, SupportsIndex
+from typing import TYPE_CHECKING, Any, Self, SupportsIndex, cast
 
 import torch
 from torch import Tensor, nn
@@ -845,7 +845,8 @@ def make_plan(backbone: Backbone, modules: Request | Plan, *, checkpoint: Checkp
         costs = [0] * len(backbone.blocks)  # by values only, and boundaries are given
     boundaries = resolve(modules, costs, backbone.stage_boundaries)
     num_modules = len(boundaries) + 1
-    listed = [checkpoint] * num_modules if isinstance(checkpoint, (bool, str, Checkpointing)) else list(checkpoint)
+    is_list = isinstance(checkpoint, Sequence) and not isinstance(checkpoint, str)
+    listed: list[object] = [*cast(Sequence[object], checkpoint)] if is_list else [checkpoint] * num_modules
     plan = Plan(
         model=name,
         num_blocks=len(costs),
