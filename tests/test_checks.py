@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,7 +16,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import localgrad
 from helpers import SIZE, adamw, assert_same, batches, copied, make, make_learner, train
 from localgrad import Contrastive, FeatureReconstruction, GreedySupervised, LocalLearner
-from localgrad.errors import BackboneError, CheckpointError, DataError, DeviceError, LocalgradError, RecipeError
+from localgrad.errors import (
+    BackboneError,
+    CheckpointError,
+    DataError,
+    DeviceError,
+    LocalgradError,
+    PartitionError,
+    RecipeError,
+)
 from localgrad.execution.local_step import LocalStep
 from localgrad.learner import estimate_step
 from localgrad.objectives.base import LocalBatch
@@ -347,6 +355,14 @@ class Asks(torch.optim.SGD):
         assert closure is not None, "requires closure"
 
 
+class Twice(torch.optim.SGD):
+    """What PyTorch only warns of: one parameter twice in a group."""
+
+    def __init__(self, params: list[nn.Parameter]) -> None:
+        super().__init__(params, lr=0.1)
+        self.param_groups[0]["params"].append(params[0])
+
+
 def test_what_a_factory_returns_is_looked_at() -> None:
     model = make()
     learner = LocalLearner(model, modules=3, input_size=SIZE)
@@ -370,6 +386,17 @@ def test_what_a_factory_returns_is_looked_at() -> None:
         (torch.optim.LBFGS, "LBFGS, whose step needs a closure"),
         (lambda params: create_optimizer_v2(params, "adahessian", lr=0.1), "needs second gradients"),
         (lambda params: Sam(params, lr=0.1), "two backward passes"),
+        (lambda params: torch.optim.SparseAdam(params, lr=0.1), "needs sparse gradients"),
+        (lambda params: torch.optim.Adam(params, lr=0.1, differentiable=True), "needs a graph of its own"),
+        (lambda params: torch.optim.SGD(params, lr=float("nan")), "SGD with lr=nan"),
+        (lambda params: torch.optim.SGD(params, lr=float("inf")), "SGD with lr=inf"),
+        (
+            lambda params: torch.optim.SGD(
+                [{"params": params[:1]}, {"params": params[1:], "weight_decay": float("nan")}], lr=0.1
+            ),
+            "SGD with weight_decay=nan",
+        ),
+        (Twice, "Twice that holds a parameter twice"),
         (once, "got SGD, not a factory or a list of them"),
         ([adamw, once, adamw], "got list, not a factory"),
         ([adamw], "1 optimizer factories were given for 3 local modules"),
@@ -382,6 +409,39 @@ def test_what_a_factory_returns_is_looked_at() -> None:
     for good in (torch.optim.AdamW, lambda params: create_optimizer_v2(params, "lamb", lr=0.1), [adamw] * 3):
         learner.configure_optimizers(good)
         train(learner, batches(1))
+
+
+def give_to_another(learner: LocalLearner) -> None:
+    learner.optimizers[0].add_param_group({"params": list(learner.model.get_submodule("head").parameters())})
+
+
+CHANGED_OPTIMIZERS: dict[str, tuple[Callable[[LocalLearner], object], str]] = {
+    "two hold it": (give_to_another, "2 parameters that aren't the module's were added to it"),
+    "a group is gone": (lambda learner: learner.optimizers[1].param_groups.pop(), "taken out of its optimizer"),
+    "none is left": (lambda learner: learner.optimizers[0].param_groups.clear(), "taken out of its optimizer"),
+    "one is gone": (lambda learner: learner.optimizers[2].param_groups[0]["params"].pop(), "taken out of its"),
+}
+
+
+@pytest.mark.parametrize("how", CHANGED_OPTIMIZERS)
+def test_what_an_optimizer_holds_is_looked_at_before_each_step(how: str) -> None:
+    change, message = CHANGED_OPTIMIZERS[how]
+    learner = make_learner()
+    train(learner, batches(1))
+    change(learner)
+    for step in (learner.step, learner.global_step):
+        with pytest.raises(RecipeError, match=message):
+            step(*batches(1)[0])
+    learner.configure_optimizers(adamw)
+    train(learner, batches(1))
+
+
+def test_a_copied_learners_optimizers_hold_what_they_should() -> None:
+    learner = make_learner()
+    train(learner, batches(1))
+    twin = copy.deepcopy(learner)
+    twin.load_state_dict(learner.state_dict())
+    train(twin, batches(1))
 
 
 def test_a_failed_configuration_leaves_the_one_before() -> None:
@@ -721,3 +781,44 @@ def test_a_scaler_survives_an_update_that_was_interrupted(globally: bool) -> Non
     Interrupted.armed = False
     result = step(*batches(1)[0])
     assert torch.isfinite(result.losses[-1])
+
+
+# Options of another kind ---------------------------------------------------------------------------------------------
+
+
+OPTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"freeze_from": "0.5"}, "freeze_from must be a share of the training, from 0 to 1, got '0.5'"),
+    ({"ema_decay": "0.9"}, "ema_decay must lie between 0 and 1, got '0.9'"),
+    ({"accumulation": "2"}, "accumulation must be at least 1, a whole number of parts, got '2'"),
+    ({"accumulation": 1.5}, "accumulation must be at least 1, a whole number of parts, got 1.5"),
+    ({"objective": "greedy"}, "objective: got 'greedy', not an objective; make one"),
+    ({"objective": GreedySupervised}, "objective: got <class .*GreedySupervised'>, not an objective"),
+    ({"objective": GreedySupervised(label_smoothing=cast(Any, "0.1"))}, "label_smoothing must be .* got '0.1'"),
+    ({"objective": Contrastive(temperature=cast(Any, "a"))}, "temperature .* must be above 0, got 'a'"),
+    ({"objective": GreedySupervised(context=cast(Any, [0.5]))}, r"context must be .* got \[0.5\]"),
+    ({"objective": GreedySupervised(over_time={"task": (0.0, 0.0)})}, "nothing to learn: every weight"),
+]
+
+
+@pytest.mark.parametrize("checkpoint", [None, 2])
+def test_what_is_no_checkpointing_is_one_line(checkpoint: Any) -> None:
+    with pytest.raises(PartitionError, match=f"checkpoint: '{checkpoint}' can't be read; take none, blocks"):
+        LocalLearner(make(), modules=2, input_size=SIZE, checkpoint=checkpoint)
+
+
+@pytest.mark.parametrize("number", range(len(OPTIONS)))
+def test_options_that_are_no_numbers_are_one_line(number: int) -> None:
+    settings, message = OPTIONS[number]
+    with pytest.raises(RecipeError, match=message):
+        LocalLearner(make(), modules=2, input_size=SIZE, **settings)
+
+
+def test_progress_is_a_share_of_the_training() -> None:
+    learner = make_learner(objective=GreedySupervised(classifier="linear", over_time={"task": (1.0, 0.5)}))
+    for progress in (float("nan"), -0.1, 1.5, "1"):
+        with pytest.raises(RecipeError, match="progress is a share of the training, from 0 to 1, got"):
+            learner.at(cast(Any, progress))
+    learner.at(1)
+    with pytest.raises(DataError, match="labels: got None"):
+        learner.step(batches(1)[0][0], cast(Any, None))
+    train(learner, batches(1))

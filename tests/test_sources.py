@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -125,6 +126,26 @@ def test_trgl_is_estimated_and_planned() -> None:
     assert estimate_step(learner, 8, planned_adamw).peak_bytes >= estimate_step(blocks, 8, planned_adamw).peak_bytes
     found = plan(make(), batch_size=8, modules=2, objective=TRGL, input_size=SIZE)
     assert found.forecast["peak_bytes"] > 0
+
+
+def test_what_branches_would_skip_is_refused() -> None:
+    """Hooks and another forward of a block, set after it was cut: its branches run without them."""
+    learner = make_learner(make(), modules=2, objective=TRGL)
+    train(learner, batches(1))
+    block: Any = learner.model.get_submodule("blocks.1")
+    seen: list[object] = []
+    hook = block.register_forward_hook(lambda *_: seen.append(0))
+    for step in (learner.step, copy.deepcopy(learner).step):
+        with pytest.raises(RecipeError, match=r"transport_per: Block has hooks.*set hooks on its parts"):
+            step(*batches(1)[0])
+    hook.remove()
+    hook = block.attn.register_forward_hook(lambda *_: seen.append(0))
+    train(learner, batches(1))
+    assert len(seen) == 1
+    hook.remove()
+    block.forward = lambda x: x
+    with pytest.raises(RecipeError, match="or another forward"):
+        train(learner, batches(1))
 
 
 def test_blocks_without_branches_are_refused() -> None:

@@ -12,7 +12,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Self, SupportsIndex
+from typing import TYPE_CHECKING, Any, Self, SupportsIndex, cast
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +57,7 @@ from localgrad.execution.states import (
     or_as_before,
 )
 from localgrad.objectives.base import LocalBatch
-from localgrad.objectives.methods import FeatureReconstruction, Objective
+from localgrad.objectives.methods import FeatureReconstruction, Objective, is_number
 from localgrad.partition import Checkpointing, Plan, Request, resolve
 from localgrad.planning.memory import MemoryProfile, annotate, block_activation_bytes, simulate
 
@@ -159,6 +159,11 @@ class LocalLearner:
         check_precision(precision, self.device, self.backbone.dtype)
         if checkpoint is False and self.backbone.recomputes:  # timm's own flag is on
             checkpoint = "blocks"
+        if objective is not None and not isinstance(objective, Objective):
+            raise RecipeError(
+                f"objective: got {objective!r}, not an objective; make one, such as GreedySupervised() or "
+                "FeatureReconstruction()."
+            )
         self.objective = objective or FeatureReconstruction()
         self.plan = make_plan(self.backbone, modules, checkpoint=checkpoint)
         self.overlap = overlap
@@ -585,7 +590,14 @@ class LocalLearner:
 
         Args:
             progress: from 0 to 1.
+
+        Raises:
+            RecipeError: it lies outside.
         """
+        if not is_number(progress) or not 0 <= progress <= 1:
+            raise RecipeError(
+                f"progress is a share of the training, from 0 to 1, got {progress!r}; give min(1.0, step / num_steps)."
+            )
         for index in self.own:
             self.modules[index].objective.at(progress)
         self._progress = progress
@@ -817,10 +829,10 @@ def _check_options(
         raise RecipeError("overlap: a frozen module's last blocks would go on learning; leave freeze_from out.")
     if overlap and offload:
         raise RecipeError("overlap: blocks that two modules train can't be offloaded; leave offload out.")
-    if freeze_from is not None and not 0 <= freeze_from <= 1:
-        raise RecipeError(f"freeze_from must be a share of the training, from 0 to 1, got {freeze_from}.")
-    if accumulation is not None and accumulation < 1:
-        raise RecipeError(f"accumulation must be at least 1, got {accumulation}.")
+    if freeze_from is not None and not (is_number(freeze_from) and 0 <= freeze_from <= 1):
+        raise RecipeError(f"freeze_from must be a share of the training, from 0 to 1, got {freeze_from!r}.")
+    if accumulation is not None and not (isinstance(accumulation, int) and accumulation >= 1):
+        raise RecipeError(f"accumulation must be at least 1, a whole number of parts, got {accumulation!r}.")
     if clip_grad is not None and (isinstance(clip_grad, (bool, str)) or not 0 < clip_grad < math.inf):
         raise RecipeError(f"clip_grad must be a number above 0, got {clip_grad!r}; leave it out for no clipping.")
     if auxiliary_from not in ("seed", "state"):
@@ -859,7 +871,8 @@ def make_plan(backbone: Backbone, modules: Request | Plan, *, checkpoint: Checkp
         costs = [0] * len(backbone.blocks)  # by values only, and boundaries are given
     boundaries = resolve(modules, costs, backbone.stage_boundaries)
     num_modules = len(boundaries) + 1
-    listed = [checkpoint] * num_modules if isinstance(checkpoint, (bool, str, Checkpointing)) else list(checkpoint)
+    is_list = isinstance(checkpoint, Sequence) and not isinstance(checkpoint, str)
+    listed: list[object] = [*cast(Sequence[object], checkpoint)] if is_list else [checkpoint] * num_modules
     plan = Plan(
         model=name,
         num_blocks=len(costs),
@@ -1119,8 +1132,8 @@ def make_ema(model: nn.Module, decay: float | None, *, on_host: bool) -> ModelEm
     """
     if decay is None:
         return None
-    if not 0 < decay < 1:
-        raise RecipeError(f"ema_decay must lie between 0 and 1, got {decay}; 0.9998 is usual.")
+    if not (is_number(decay) and 0 < decay < 1):
+        raise RecipeError(f"ema_decay must lie between 0 and 1, got {decay!r}; 0.9998 is usual.")
     from localgrad.execution.moving_average import MovingAverage
 
     if on_host:  # while the model may be in two places, which foreach can't take

@@ -9,6 +9,7 @@ Shapes: B batch, C channels, H W image.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from operator import is_
@@ -123,7 +124,8 @@ def check_optimizer(
         names: asked for the names of parameters, by ``id``.
 
     Raises:
-        RecipeError: it isn't one; it holds others, or lacks some; or its step needs more than gradients.
+        RecipeError: it isn't one; it holds others, lacks some, or has one twice; its learning rate or weight decay
+            isn't finite; or its step needs more than gradients.
     """
     where = f"local module {index}: the optimizer factory"
     if not isinstance(optimizer, Optimizer):
@@ -149,6 +151,19 @@ def check_optimizer(
             f"{where} returned a {type(optimizer).__name__} that leaves out {named(missing)}; give it all parameters, "
             "or freeze those first with requires_grad_(False)."
         )
+    if sum(len(group["params"]) for group in optimizer.param_groups) > len(held):
+        raise RecipeError(
+            f"{where} returned a {type(optimizer).__name__} that holds a parameter twice, and would update it twice; "
+            f"write {FACTORY}."
+        )
+    for group in optimizer.param_groups:
+        for name in ("lr", "weight_decay"):
+            value = group.get(name)
+            if isinstance(value, float) and not math.isfinite(value):  # not all optimizers of torch refuse it
+                raise RecipeError(
+                    f"{where} returned a {type(optimizer).__name__} with {name}={value}, and weights would be NaN; "
+                    "give it a finite number, such as 1e-3."
+                )
     _check_needs(optimizer, where)
 
 
@@ -161,6 +176,10 @@ def _check_needs(optimizer: Optimizer, where: str) -> None:
         needs = "second gradients (create_graph=True)"
     elif hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step"):
         needs = "two backward passes a step"
+    elif isinstance(optimizer, torch.optim.SparseAdam):
+        needs = "sparse gradients"
+    elif optimizer.defaults.get("differentiable"):
+        needs = "a graph of its own (differentiable=True)"
     if needs is not None:
         raise RecipeError(
             f"{where} returned a {type(optimizer).__name__}, whose step needs {needs}; a local module's step gives it "
@@ -176,7 +195,7 @@ def check_schedulers(optimizers: Sequence[Optimizer]) -> None:
     Raises:
         RecipeError: some have a scheduler, others none.
     """
-    scheduled = ["initial_lr" in optimizer.param_groups[0] for optimizer in optimizers]
+    scheduled = [any("initial_lr" in group for group in optimizer.param_groups[:1]) for optimizer in optimizers]
     if any(scheduled) and not all(scheduled):
         without = scheduled.index(False)
         raise RecipeError(
@@ -196,8 +215,10 @@ def check_tensors(batch: LocalBatch) -> None:
         DataError: naming what to pass.
     """
     for name, value in (("images", batch.images), ("labels", batch.labels)):
+        if name == "labels" and value is None:
+            raise DataError("labels: got None; pass class indices int64 [B], -100 for images that have none.")
         if not isinstance(value, Tensor):
-            if value is not None or name == "labels":
+            if value is not None:
                 raise DataError(f"{name}: got {type(value).__name__}; pass a tensor: torch.as_tensor({name}).")
         elif value.is_nested or value.layout != torch.strided:
             kind = "nested" if value.is_nested else str(value.layout)

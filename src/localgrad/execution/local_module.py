@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from localgrad._halves import Piece, find_pieces, observed, whole_block
+from localgrad._halves import AsCut, Piece, find_pieces, observed, whole_block
 from localgrad._timm_adapters import undecayed
-from localgrad._written import Observed
+from localgrad._written import Observed, has_hooks
 from localgrad.backbone import Backbone, Layout, Stem
-from localgrad.errors import BackboneError
+from localgrad.errors import BackboneError, RecipeError
 from localgrad.execution.checkpointing import Part, Recomputed, run_telling_branches
 from localgrad.objectives.base import LocalBatch, LocalObjective, ObjectiveValue, Site
 from localgrad.objectives.methods import Objective
@@ -97,6 +97,7 @@ class LocalModule(nn.Module):
         self.shared = shared
         self.given = given
         self.pieces = dict(pieces or {})
+        self._passed_by = [by for number, found in self.pieces.items() for by in _passed_by(self.parts[number], found)]
         self.keeps_gradient = False
         self.has_unread = False  # whether it has trainable parameters that no loss of its reads; known where it matters
         self.gradient: Tensor | None = None
@@ -123,6 +124,20 @@ class LocalModule(nn.Module):
                 run: Part = recomputed or part
                 inputs = run(inputs)
         return Walk(inputs, inputs if handed_on is None else handed_on, states)
+
+    def check_branches(self) -> None:
+        """Refuse blocks of which running branch after branch would skip something. No operator runs.
+
+        Raises:
+            RecipeError: hooks were set on a block, or it has another forward than when it was cut.
+        """
+        for module, cut in self._passed_by:
+            if has_hooks(module) or not (cut is None or cut.holds()):
+                raise RecipeError(
+                    f"transport_per: {type(module).__name__} has hooks, or another forward than when the learner was "
+                    "made, which a penalty per branch would skip; set hooks on its parts (attention, MLP), or take "
+                    "transport_per = 'block'."
+                )
 
     def features(self, inputs: Tensor) -> Tensor:
         """What the last part gives. Arguments as for ``walk``."""
@@ -298,6 +313,16 @@ def _branched(backbone: Backbone, blocks: range, before: int) -> dict[int, list[
                 "transport_per = 'block'."
             )
     return found
+
+
+def _passed_by(block: nn.Module, pieces: Sequence[Piece]) -> list[tuple[nn.Module, AsCut | None]]:
+    """The modules of a block that aren't called where its pieces are, each with what it was when it was cut."""
+    cuts = {id(piece.cut.module): piece.cut for piece in pieces if piece.cut is not None}
+    return [
+        (module, cuts.get(id(module)))
+        for module in block.modules()
+        if any(id(inner) in cuts for inner in module.modules())
+    ]
 
 
 def recomputed_in(backbone: Backbone, plan: Plan, index: int, *, overlap: int = 0) -> dict[int, Recomputed]:

@@ -16,6 +16,7 @@ import hashlib
 import inspect
 import types
 from collections.abc import Callable, Iterator, Sequence
+from operator import is_
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -86,6 +87,7 @@ class LocalStep:
         self.seed: tuple[int, ...] | None = None
         self._all = list(module.parameters())
         self._learning = [weight.requires_grad for weight in self._all]
+        self._held = held_by(optimizer)
         self._stays = self._all[0].device == self.device  # offloaded modules come and go
         self._is_compiled = compile
         self._forward: Callable[..., LocalOutput] = _compiled(module) if compile else module
@@ -110,13 +112,14 @@ class LocalStep:
             self._forward = _compiled(self.module)
 
     def follow_model(self) -> bool:
-        """Notice weights that were frozen or unfrozen since the optimizer was made.
+        """Notice weights that were frozen or unfrozen since the optimizer was made, and what it holds otherwise now.
 
         Returns:
             Whether the parameters to train are others now.
 
         Raises:
-            RecipeError: one that requires a gradient now is in no optimizer, or there is none left.
+            RecipeError: blocks aren't what was cut into branches; a weight that requires a gradient is in no optimizer;
+                the optimizer was given one of another module; or there is none left.
             DeviceError: the module was moved.
         """
         if self._stays and not same_device(self._all[0].device, self.device):
@@ -124,16 +127,25 @@ class LocalStep:
                 f"model: it is on {self._all[0].device}, and its optimizers were made for {self.device}; move the "
                 "model first, then make the learner: LocalLearner(model.to(device), ...)."
             )
+        self.module.check_branches()
         learning = [weight.requires_grad for weight in self._all]
-        if learning == self._learning:
+        holds = held_by(self.optimizer)
+        if learning == self._learning and len(holds) == len(self._held) and all(map(is_, holds, self._held)):
             return False
-        held = {id(weight) for group in self.optimizer.param_groups for weight in group["params"]}
+        held = set(map(id, holds))
+        foreign = held - set(map(id, self._all))
+        if foreign:
+            raise RecipeError(
+                f"{type(self.optimizer).__name__} of a local module: {len(foreign)} parameters that aren't the "
+                "module's were added to it; add each to the optimizer of its own module, or call "
+                "learner.configure_optimizers(...) again."
+            )
         for name, weight in self.module.named_parameters():
             if weight.requires_grad and id(weight) not in held:
                 raise RecipeError(
-                    f"model: {name} of a local module was unfrozen, and no optimizer holds it; call "
-                    "learner.configure_optimizers(...) again after requires_grad_(True), or add it to the module's own "
-                    "in learner.optimizers with add_param_group."
+                    f"model: {name} of a local module was unfrozen, or taken out of its optimizer, and none holds it; "
+                    "call learner.configure_optimizers(...) again after requires_grad_(True), or add it to the "
+                    "module's own in learner.optimizers with add_param_group."
                 )
         if not any(learning) and not self.frozen:
             raise RecipeError(
@@ -141,7 +153,7 @@ class LocalStep:
             )
         known = set(map(id, self.parameters))
         self.parameters += [weight for weight in self._all if weight.requires_grad and id(weight) not in known]
-        self._learning = learning
+        self._learning, self._held = learning, holds
         return True
 
     def begin(self) -> None:
@@ -293,6 +305,11 @@ class LocalStep:
         self.module.objective.follow()
         self.num_updates += 1
         self.updating = False
+
+
+def held_by(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """What an optimizer updates, group after group."""
+    return [weight for group in optimizer.param_groups for weight in group["params"]]
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from localgrad.auxiliary import build_classifier, build_decoder
 from localgrad.backbone import Layout
@@ -114,7 +114,8 @@ class Objective(ABC):
         for name, (weight, _) in weighted.items():
             if weight < 0:
                 raise RecipeError(f"weight of {name!r} is {weight} in local module {site.index}; it can't be negative.")
-        kept = {name: pair for name, pair in weighted.items() if pair[0] > 0}
+        # A factor that is 0 from the start to the end leaves a term out, too.
+        kept = {name: pair for name, pair in weighted.items() if pair[0] > 0 and any(self.over_time.get(name, (1.0,)))}
         if not kept:
             raise RecipeError(
                 f"local module {site.index} has nothing to learn: every weight of {type(self).__name__} is 0."
@@ -143,10 +144,10 @@ class Objective(ABC):
         )
 
     def _check(self) -> None:
-        if not 0 <= self.label_smoothing < 1:
-            raise RecipeError(f"label_smoothing must be from 0 to below 1, got {self.label_smoothing}.")
-        if isinstance(self.context, str) or not 0 <= self.context <= 1:
-            raise RecipeError(f"context must be a share of the training, from 0 to 1, got {self.context}.")
+        if not (is_number(self.label_smoothing) and 0 <= self.label_smoothing < 1):
+            raise RecipeError(f"label_smoothing must be from 0 to below 1, got {self.label_smoothing!r}.")
+        if not (is_number(self.context) and 0 <= self.context <= 1):
+            raise RecipeError(f"context must be a share of the training, from 0 to 1, got {self.context!r}.")
         if self.transport_per not in ("block", "branch"):
             raise RecipeError(f"transport_per: unknown {self.transport_per!r}; take block or branch.")
         for name, ends in self.over_time.items():
@@ -162,8 +163,8 @@ class Objective(ABC):
     def _regularisers(self, site: Site) -> dict[str, tuple[Weight, Term]]:
         found: dict[str, tuple[Weight, Term]] = {}
         if _is_on(self.contrastive_weight):
-            if not 0 < self.temperature < math.inf:
-                raise RecipeError(f"temperature of the contrastive loss must be above 0, got {self.temperature}.")
+            if not (is_number(self.temperature) and 0 < self.temperature < math.inf):
+                raise RecipeError(f"temperature of the contrastive loss must be above 0, got {self.temperature!r}.")
             contrastive = SupervisedContrastive(site.outputs, site.num_classes, temperature=self.temperature)
             found["contrastive"] = self.contrastive_weight, contrastive
         if _is_on(self.similarity_weight):
@@ -372,8 +373,8 @@ def _reconstruction(
         )
     if error == "bce" and pixels is None:
         raise RecipeError("reconstruction_error: 'bce' is of pixels; take it with the objective 'image', or take mse.")
-    if isinstance(mask, str) or not 0 <= mask < 1:
-        raise RecipeError(f"mask must be a share of the positions, from 0 to below 1, got {mask}.")
+    if not (is_number(mask) and 0 <= mask < 1):
+        raise RecipeError(f"mask must be a share of the positions, from 0 to below 1, got {mask!r}.")
     decoder = build_decoder(objective.decoder, site.outputs, target, _for_depth(site, objective.decoder_options))
     if mask and not decoder.mixes_positions:
         raise RecipeError(
@@ -390,6 +391,11 @@ OBJECTIVES: Mapping[str, type[Objective]] = {
     "greedy": GreedySupervised,
     "contrastive": Contrastive,
 }
+
+
+def is_number(value: object) -> bool:
+    """Whether an option is a number that can be compared, and not a text or a list."""
+    return isinstance(value, (int, float)) or (hasattr(value, "__float__") and not isinstance(value, Tensor))
 
 
 def _is_on(weight: Weight) -> bool:
