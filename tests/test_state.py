@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import random
 import types
@@ -71,6 +72,9 @@ class Counter(nn.Module):
         self.calls = 0
         self.history: list[int] = []
         self.tensor = torch.zeros(())
+        self.nested: dict[str, list[int]] = {"calls": [0]}
+        self.array = np.zeros(1)
+        self.names = collections.Counter[str]()
 
     def forward(self, features: Tensor) -> Tensor:
         if not self.training:
@@ -88,15 +92,23 @@ class Counter(nn.Module):
                 self.calls += 1
             elif self.way == "list":
                 self.history.append(1)
+            elif self.way == "nested":
+                self.nested["calls"][0] += 1
+            elif self.way == "array":
+                self.array += 1
+            elif self.way == "counted names":
+                self.names["calls"] += 1
             else:
                 self.tensor = self.tensor + 1
         return features * (1 + 0.1 * self.value())
 
     def value(self) -> float:
-        return float(self.count + self.hidden + self.frozen + self.tensor) + self.calls + len(self.history)
+        others = self.calls + len(self.history) + self.nested["calls"][0] + float(self.array[0]) + self.names["calls"]
+        return float(self.count + self.hidden + self.frozen + self.tensor) + others
 
 
 COUNTING = ["in place", "reassigned", "not saved", "frozen parameter", "attribute", "list", "tensor attribute"]
+COUNTING += ["nested", "array", "counted names"]
 
 
 class RunningMean(nn.Module):
