@@ -82,6 +82,28 @@ def test_blocks_that_write_into_their_input_train_as_those_that_do_not(how: str,
     assert_same(*found)
 
 
+class Rescaled(Activated):
+    """Writes past the versions by which autograd notices."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        if self.inplace:
+            features.data.mul_(0.9)
+            return self.block(features)
+        return self.block(features + (0.9 * features - features).detach())
+
+
+def test_writes_that_autograd_does_not_notice_are_seen() -> None:
+    found = []
+    for inplace in (False, True):
+        model = make("vit")
+        model.blocks[1] = Rescaled(model.blocks[1], inplace=inplace)
+        learner = make_learner(model, checkpoint="blocks")
+        found.append([result.losses for result in train(learner, batches(3))])
+        assert isinstance(learner.backbone.blocks[1], InputKept) == inplace
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-5, atol=1e-6)
+
+
 def test_end_to_end_steps_recompute_from_what_was_received() -> None:
     found = []
     for inplace in (False, True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import random
 import types
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.spectral_norm import spectral_norm
@@ -71,6 +73,9 @@ class Counter(nn.Module):
         self.calls = 0
         self.history: list[int] = []
         self.tensor = torch.zeros(())
+        self.nested: dict[str, list[int]] = {"calls": [0]}
+        self.array = np.zeros(1)
+        self.names = collections.Counter[str]()
 
     def forward(self, features: Tensor) -> Tensor:
         if not self.training:
@@ -88,15 +93,23 @@ class Counter(nn.Module):
                 self.calls += 1
             elif self.way == "list":
                 self.history.append(1)
+            elif self.way == "nested":
+                self.nested["calls"][0] += 1
+            elif self.way == "array":
+                self.array += 1
+            elif self.way == "counted names":
+                self.names["calls"] += 1
             else:
                 self.tensor = self.tensor + 1
         return features * (1 + 0.1 * self.value())
 
     def value(self) -> float:
-        return float(self.count + self.hidden + self.frozen + self.tensor) + self.calls + len(self.history)
+        others = self.calls + len(self.history) + self.nested["calls"][0] + float(self.array[0]) + self.names["calls"]
+        return float(self.count + self.hidden + self.frozen + self.tensor) + others
 
 
 COUNTING = ["in place", "reassigned", "not saved", "frozen parameter", "attribute", "list", "tensor attribute"]
+COUNTING += ["nested", "array", "counted names"]
 
 
 class RunningMean(nn.Module):
@@ -476,6 +489,47 @@ def test_numbers_that_hide_a_factor_in_one_block_do_not_in_another() -> None:
     assert pieces_of(Scaled(1.0, 2.0)) == 1
     assert pieces_of(Scaled(1.0, 1.0)) == 1  # a buffer may change later
     assert pieces_of(Scaled(2.0, 1.0)) == 1
+
+
+settings = types.ModuleType("settings_of_mine")
+settings.factor = 1.0  # type: ignore[attr-defined]
+
+
+class WithSettings(cell(1.0)):  # type: ignore[misc]
+    """Reads a number in a module of the user's."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        features = features + self.attn(self.norm1(features))
+        return features + settings.factor * self.mlp(self.norm2(features))  # type: ignore[attr-defined]
+
+
+def test_a_number_in_a_users_module_is_not_taken_for_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pieces_of(WithSettings()) == 2
+    monkeypatch.setattr(settings, "factor", 3.0)
+    assert pieces_of(WithSettings()) == 1
+    assert signature(WithSettings()) is None
+
+
+@pytest.mark.parametrize("level", ["none", "halves", "halves/2"])
+def test_a_number_that_is_set_later_counts(level: str) -> None:
+    """As a schedule of the user's would set it: a factor of a branch that was one when the learner was made."""
+
+    class Gated(Block):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.factor = 1.0
+
+        def forward(self, features: Tensor) -> Tensor:  # type: ignore[override]
+            features = features + self.factor * self.attn(self.norm1(features))
+            return features + self.factor * self.mlp(self.norm2(features))
+
+    def trained(level: str) -> Any:
+        learner = learner_of(make(depth=2, block_fn=Gated), level)
+        for block in learner.model.blocks:  # type: ignore[union-attr]
+            block.factor = 0.5
+        return [step.losses for step in train(learner, batches(2))]
+
+    assert_near(trained(level), trained("blocks"))
 
 
 @pytest.mark.parametrize("how", ["instance", "class", "drop path"])

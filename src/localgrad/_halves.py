@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from ._fake import TorchDispatchMode, random_state_kept
 from ._likeness import is_foreign, likeness, signature
+from ._state import OF_EVERY_MODULE
 from ._timm_adapters import Step, attribute, identity
 from ._written import NO_STATE, Observed, State, has_hooks, observe, random_state, set_random_state, twin_of
 
@@ -82,6 +83,7 @@ class AsCut:
         functions: the methods that its forward pass runs, with the code that they had, by name.
         own: what the instance has in place of them, by name; ``None`` for nothing.
         children: modules that the branches call, by name.
+        settings: its numbers, flags and texts, by name, but for its mode: its forward pass may read them.
     """
 
     module: nn.Module
@@ -89,6 +91,7 @@ class AsCut:
     functions: tuple[tuple[str, Any, Any], ...]
     own: tuple[tuple[str, Any], ...]
     children: tuple[tuple[str, nn.Module], ...]
+    settings: tuple[tuple[str, Any], ...]
 
     @classmethod
     def of(cls, module: nn.Module) -> AsCut:
@@ -101,6 +104,11 @@ class AsCut:
             tuple((name, function, attribute(function, "__code__")) for name, function in functions),
             tuple((name, vars(module).get(name)) for name in names),
             tuple(module.named_children()),
+            tuple(
+                (name, value)
+                for name, value in vars(module).items()
+                if isinstance(value, (bool, int, float, str)) and name not in OF_EVERY_MODULE
+            ),
         )
 
     def holds(self) -> bool:
@@ -112,6 +120,7 @@ class AsCut:
         return (
             all(children.get(name) is child for name, child in self.children)
             and all(own.get(name) is value for name, value in self.own)
+            and all(own.get(name) == value for name, value in self.settings)
             and all(
                 (found := getattr(kind, name, None)) is function and getattr(found, "__code__", None) is code
                 for name, function, code in self.functions

@@ -11,6 +11,7 @@ import dataclasses
 import enum
 import functools
 import hashlib
+import sys
 import types
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ._fake import FakeTensor
-from ._written import HOOKS, is_ours
+from ._written import HOOKS, OUR_PACKAGES, is_ours
 
 RATES = ("p", "drop_prob")
 """Where torch's dropout and timm's drop path keep their rate, by which the blocks of a model differ.
@@ -27,6 +28,7 @@ RATES = ("p", "drop_prob")
 Which rate it is changes neither form nor cost, whether there is one does. All other numbers count exactly."""
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
+_LIBRARIES = OUR_PACKAGES | sys.stdlib_module_names | {"numpy", "einops", "torchvision"}
 _NOT_COMPARED = frozenset({"training", "name", "_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"})
 
 
@@ -119,7 +121,8 @@ class _Reader:
             (functools.partial, lambda v: (self._value(v.func), self._value(v.args), self._value(v.keywords))),
             (types.FunctionType, self._function),
             (types.MethodType, lambda v: (self._value(v.__func__), self._value(v.__self__))),
-            ((types.BuiltinFunctionType, types.ModuleType), lambda v: v.__name__),
+            (types.BuiltinFunctionType, lambda v: v.__name__),
+            (types.ModuleType, lambda v: self._library(v.__name__, v.__name__)),
             ((torch.dtype, torch.device, torch.memory_format), repr),
             (type, self._class_value),
             (Tensor, self._tensor),
@@ -127,8 +130,15 @@ class _Reader:
         read = next((read for kinds, read in readers if isinstance(value, kinds)), self._object)
         return read(value)
 
+    def _library(self, home: str, name: str) -> object:
+        """What is known by its name, where it is of a library; of users' own modules anything may be read."""
+        self.is_opaque |= home.partition(".")[0] not in _LIBRARIES
+        return home, name
+
     def _class_value(self, value: type) -> object:
-        return self._class(value) if issubclass(value, nn.Module) else (value.__module__, value.__qualname__)
+        if issubclass(value, nn.Module):
+            return self._class(value)
+        return self._library(value.__module__, value.__qualname__)
 
     def _tensor(self, value: Tensor) -> object:
         self.has_tensors = True

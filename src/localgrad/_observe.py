@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ._fake import NEEDS_VALUES, FakeTensor, looks_at_values
+from ._state import same_bits
 from ._timm_adapters import TRUNK_NAMES, TWO_STREAMS, attribute, child_of, unsupported
 from .errors import BackboneError, reason_of
 
@@ -155,7 +156,7 @@ def watch_inputs(
         return (args[0].clone(), *args[1:])
 
     def watch(number: int, part: nn.Module) -> Iterator[Any]:
-        entered: list[tuple[Tensor, int]] = []
+        entered: list[tuple[Tensor, int, Tensor]] = []
 
         def enter(_: nn.Module, args: tuple[Any, ...]) -> None:
             shape = shapes[number]
@@ -166,11 +167,11 @@ def watch_inputs(
                     f"[B, {', '.join(map(str, shape))}] enter {'the tail' if number == len(parts) - 1 else 'a block'}, "
                     "so they have no grid (where tokens are dropped, build it with patch_drop_rate=0)",
                 )
-            entered.append((args[0], args[0]._version))
+            entered.append((args[0], args[0]._version, args[0].detach().clone()))
 
         def leave(_: nn.Module, __: Any, ___: Any) -> None:
-            features, version = entered.pop()
-            if features._version != version:
+            features, version, value = entered.pop()
+            if features._version != version or not same_bits(features, value):  # versions don't count writes by .data
                 writing.add(number)
 
         yield part.register_forward_pre_hook(enter, prepend=True)

@@ -2,8 +2,9 @@
 
 A forward pass moves batch statistics, counts calls, caches tables, draws random numbers. Some models put a new tensor
 in a buffer's place, some keep a table in a plain attribute. So what is kept is, for each module, its attributes by
-identity, the contents of its plain containers (among them its parameters, buffers, children and hooks), and the values
-of its tensors; the parameters' gradients and flags; and the random states of Python, NumPy and PyTorch.
+identity, the contents of its plain containers (among them its parameters, buffers, children and hooks) and of what
+plain containers and arrays of NumPy are in those, and the values of its tensors; the parameters' gradients and flags;
+and the random states of Python, NumPy and PyTorch.
 
 Values of parameters aren't kept: a copy of all weights is what those who lack memory can't have. A forward pass that
 writes into a parameter is found out, and told to whoever asked (``written_parameters``).
@@ -12,7 +13,7 @@ writes into a parameter is found out, and told to whoever asked (``written_param
 from __future__ import annotations
 
 import random
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,8 +25,8 @@ from torch import Tensor, nn
 
 from ._fake import FakeTensor
 
-CONTAINERS = (dict, OrderedDict, list, set, deque)
-"""Types of attributes whose contents are kept as well, one level deep."""
+CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
+"""Types of attributes whose contents are kept as well."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,9 @@ class _Kept:
         self.module = module
         self.attributes = dict(vars(module))
         self.contents = {name: value.copy() for name, value in self.attributes.items() if type(value) in CONTAINERS}
+        # What was set on the module alone: what every module has is filled with modules, tensors and functions.
+        plain = [value for name, value in self.attributes.items() if name not in OF_EVERY_MODULE]
+        self.inner = [(value, value.copy()) for value in inner_of(plain)]
 
     def tensors(self) -> Iterator[Tensor]:
         """Buffers, and tensors in plain attributes and containers: all but parameters."""
@@ -141,8 +145,10 @@ class _Kept:
     def is_same(self) -> bool:
         """Whether attributes are the same objects, but for the mode, and containers hold the same ones."""
         present = {**vars(self.module), "training": self.attributes["training"]}
-        return _alike(present, self.attributes) and all(
-            _alike(self.attributes[name], content) for name, content in self.contents.items()
+        return (
+            alike(present, self.attributes)
+            and all(alike(self.attributes[name], content) for name, content in self.contents.items())
+            and all(alike(value, content) for value, content in self.inner)
         )
 
     def restore(self) -> None:
@@ -151,20 +157,47 @@ class _Kept:
             del present[name]
         present.update(self.attributes)
         for name, content in self.contents.items():
-            _refill(self.attributes[name], content)
+            refill(self.attributes[name], content)
+        for value, content in self.inner:
+            refill(value, content)
 
 
-def _refill(container: Any, content: Any) -> None:
+OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+"""Names of attributes that are torch's own."""
+
+
+def inner_of(values: Iterable[Any]) -> list[Any]:
+    """Arrays of NumPy among values and in their containers, and containers in those, at any depth; each once."""
+    found: dict[int, Any] = {}
+    waiting = [(value, False) for value in values]
+    while waiting:
+        value, is_inner = waiting.pop()
+        is_array = type(value) is np.ndarray
+        if id(value) in found or not (is_array or type(value) in CONTAINERS or isinstance(value, tuple)):
+            continue
+        if is_array or (is_inner and not isinstance(value, tuple)):
+            found[id(value)] = value
+        if not is_array:
+            waiting += [(item, True) for item in (value.values() if isinstance(value, dict) else value)]
+    return list(found.values())
+
+
+def refill(container: Any, content: Any) -> None:
     """Give a container its contents back, if it has others."""
-    if _alike(container, content):
+    if alike(container, content):
+        return
+    if isinstance(container, np.ndarray):
+        container[...] = content
         return
     container.clear()
     add: Callable[[Any], None] = container.update if isinstance(container, (dict, set)) else container.extend
     add(content)
 
 
-def _alike(container: Any, content: Any) -> bool:
-    """Whether two containers hold the same objects."""
+def alike(container: Any, content: Any) -> bool:
+    """Whether two containers hold the same objects, or two arrays the same bytes."""
+    if isinstance(container, np.ndarray):
+        return bool(container.tobytes() == content.tobytes())
     if len(container) != len(content):
         return False
     if not content:  # most are hooks that nobody set

@@ -1,9 +1,10 @@
 """What a module's forward pass changes beside giving an output: its state.
 
 Batch norms move running statistics, spectral norms their vectors, codebooks their codes, counters themselves. State is
-a buffer, a parameter that isn't trained, or a plain attribute (a number, a tensor, a list), written in place or set
-anew; and Python's and NumPy's random numbers. ``observe`` finds out which parts of a module have such state, on a copy;
-``keep`` remembers the state of parts, ``put_back`` and ``as_kept`` bring it back for good or for a while.
+a buffer, a parameter that isn't trained, or a plain attribute (a number, a tensor, an array, a list and what is in it),
+written in place or set anew; and Python's and NumPy's random numbers. ``observe`` finds out which parts of a module
+have such state, on a copy; ``keep`` remembers the state of parts, ``put_back`` and ``as_kept`` bring it back for good
+or for a while.
 
 Python can't see state in objects of other kinds, or in what a closure holds.
 """
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ._state import RandomState, same_bits, version_of
+from ._state import RandomState, alike, inner_of, refill, same_bits, version_of
 
 OUR_PACKAGES = frozenset({"torch", "timm", "localgrad"})
 """Whose code is known by its version."""
@@ -79,12 +80,14 @@ class Kept(NamedTuple):
         tables: its tables of parameters and buffers, and what stood in each.
         plain: its plain attributes, each with what was in it, where it is a container.
         values: of each tensor that may be written in place, by id: the tensor, its value then and its version.
+        inner: containers in containers, and arrays of NumPy, each with what was in it.
     """
 
     part: nn.Module
     tables: list[tuple[dict[str, Any], dict[str, Any]]]
     plain: dict[str, tuple[Any, Any]]
     values: dict[int, tuple[Tensor, Tensor, int]]
+    inner: list[tuple[Any, Any]]
 
 
 def keep(parts: Iterable[nn.Module]) -> list[Kept]:
@@ -101,7 +104,8 @@ def _kept(part: nn.Module) -> Kept:
     tensors = [value for _, table in found for value in table.values() if _may_be_written(value)]
     tensors += [value for value in plain.values() if isinstance(value, Tensor) and _may_be_written(value)]
     values = {id(tensor): (tensor, tensor.clone(), version_of(tensor)) for tensor in tensors}
-    return Kept(part, found, {name: (value, _content(value)) for name, value in plain.items()}, values)
+    inner = [(value, value.copy()) for value in inner_of(plain.values())]
+    return Kept(part, found, {name: (value, _content(value)) for name, value in plain.items()}, values, inner)
 
 
 def _may_be_written(value: object) -> bool:
@@ -118,7 +122,7 @@ def _content(value: object) -> Any:
 @torch.no_grad()
 def put_back(kept: Sequence[Kept]) -> None:
     """Bring a state back for good: the same tensors and objects, with the values of then."""
-    for part, tables, plain, values in kept:
+    for part, tables, plain, values, inner in kept:
         for table, then in tables:
             table.clear()
             table.update(then)
@@ -127,6 +131,8 @@ def put_back(kept: Sequence[Kept]) -> None:
         for name, (value, content) in plain.items():
             vars(part)[name] = value
             _refill(value, content)
+        for value, content in inner:
+            refill(value, content)
         for tensor, value, _ in values.values():
             tensor.copy_(value)
 
@@ -142,7 +148,8 @@ def _refill(value: Any, content: Any) -> None:
 @contextmanager
 def as_kept(kept: Sequence[Kept]) -> Iterator[None]:
     """Have parts in their state of then, on tensors of its own; what is done to it has no effect afterwards."""
-    now = [([dict(table) for table, _ in tables], dict(vars(part))) for part, tables, _, _ in kept]
+    now = [([dict(table) for table, _ in tables], dict(vars(part))) for part, tables, *_ in kept]
+    inner_now = [(value, value.copy()) for each in kept for value, _ in each.inner]
     copies: dict[int, Any] = {}
 
     def copied(value: Any, values: dict[int, tuple[Tensor, Tensor, int]], content: Any = None) -> Any:
@@ -150,7 +157,9 @@ def as_kept(kept: Sequence[Kept]) -> Iterator[None]:
             copies[id(value)] = _copied(value, values, content)
         return copies[id(value)]
 
-    for part, tables, plain, values in kept:
+    for part, tables, plain, values, inner in kept:
+        for value, content in inner:  # in place: what holds them is copied one level deep
+            refill(value, content)
         for table, then in tables:
             table.clear()
             table.update({name: copied(value, values) for name, value in then.items()})
@@ -159,7 +168,9 @@ def as_kept(kept: Sequence[Kept]) -> Iterator[None]:
     try:
         yield
     finally:
-        for (part, tables, _, _), (were, attributes) in zip(kept, now, strict=True):
+        for value, content in inner_now:
+            refill(value, content)
+        for (part, tables, *_), (were, attributes) in zip(kept, now, strict=True):
             for (table, _), was in zip(tables, were, strict=True):
                 table.clear()
                 table.update(was)
@@ -181,11 +192,13 @@ def _copied(value: Any, values: dict[int, tuple[Tensor, Tensor, int]], content: 
 
 def has_changed(kept: Kept) -> bool:
     """Whether a part's state is another one now; on a device this waits for the values."""
-    part, tables, plain, values = kept
+    part, tables, plain, values, inner = kept
     if any(table.keys() != then.keys() or any(table[n] is not then[n] for n in then) for table, then in tables):
         return True
     now = {name: value for name, value in vars(part).items() if name not in _OF_EVERY_MODULE}
     if now.keys() != plain.keys() or any(_differs(now[name], *plain[name]) for name in now):
+        return True
+    if not all(alike(value, content) for value, content in inner):
         return True
     # Not by versions alone: fused kernels write running statistics past them.
     return any(
