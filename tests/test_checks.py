@@ -532,7 +532,7 @@ BAD_BATCHES: dict[str, tuple[Any, Any, str]] = {
     "floats": (IMAGES, LABELS.float(), r"labels: got torch\.float32 \[4\]; class indices are int64"),
     "array": (IMAGES.numpy(), LABELS, r"images: got ndarray; pass a tensor: torch\.as_tensor\(images\)"),
     "list": (IMAGES, [0, 1, 2, 3], "labels: got list; pass a tensor"),
-    "no labels": (IMAGES, None, "labels: got NoneType; pass a tensor"),
+    "no labels": (IMAGES, None, "labels: got None; pass class indices int64"),
     "sparse": (IMAGES.to_sparse(), LABELS, r"images: got a tensor that is torch\.sparse_coo; .*to_dense"),
     "nested": (torch.nested.nested_tensor([*IMAGES], layout=torch.jagged), LABELS, "images: got a tensor that is nest"),
     "labels with a graph": (IMAGES, torch.zeros(4, 5, requires_grad=True).softmax(1), r"pass labels\.detach\(\)"),
