@@ -551,7 +551,7 @@ def test_what_is_not_as_it_should_be_is_said_once(here: Path, cli_: Cli, monkeyp
     def noisy(*_: object, **__: object) -> dict[str, Any]:
         for text in ("one", "two", "one"):
             warnings.warn(text, RunWarning, stacklevel=1)
-        return {"accuracy": 1.0, "num_images": 1, "module_accuracy": [1.0]}
+        return {"accuracy": 1.0, "num_images": 1, "module_accuracy": [1.0], "skipped": {}}
 
     monkeypatch.setattr(run, "evaluate_run", noisy)
     said = cli_("evaluate", "run")

@@ -130,7 +130,7 @@ def test_every_method_is_first_once() -> None:
 @pytest.mark.parametrize(
     ("fails_at", "fails_with", "said"),
     [
-        (1, ValueError, "ValueError: it broke"),
+        (1, ValueError, "ValueError: it broke second line"),
         (4, torch.OutOfMemoryError, "out of memory"),
         (4, functools.partial(MemoryExceeded, 1), "out of memory"),  # as local modules tell it
     ],

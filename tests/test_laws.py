@@ -665,6 +665,7 @@ DETACHED = {
     "_state": ["tensor"],  # values to be had back
     # The proof's images, its figures once the backward pass is done, and what a call had been given.
     "_proof": ["images", "logits", "tensor", "tensor", "tensor"],
+    "_observe": ["args[0]"],  # what a part received, to be compared with what it left of it
     "_written": ["twin(features.clone())", "value"],  # of a copy that is tried; what a module shows of an earlier pass
     "planning.parts": ["torch.ops.aten"],  # the operator's own name, in a list of those that take no time
     "planning.memory": ["inputs", "outputs"],  # the seams of a chain of parts, on fake tensors

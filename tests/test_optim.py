@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import itertools
 import sys
@@ -14,7 +15,7 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
-from localgrad.auxiliary import exempt_from_decay
+from localgrad.auxiliary import exempt_from_decay, is_exempt_from_decay
 from localgrad.errors import RecipeError
 from localgrad.learner import LocalLearner, estimate_step
 from localgrad.objectives.methods import FeatureReconstruction, GreedySupervised, Objective
@@ -404,3 +405,15 @@ def test_the_shortest_runs_have_a_schedule(name: str, epochs: int) -> None:
 def test_unknown_schedulers_are_refused_with_the_nearest() -> None:
     with pytest.raises(RecipeError, match=r"unknown 'cosin'; take one of cosine, .*Nearest: cosine"):
         Schedule(optimizers(1), name="cosin", epochs=1, batches_per_epoch=1, warmup_epochs=0, warmup_lr=0, min_lr=0)
+
+
+def test_a_copied_learner_decays_what_the_first_one_does() -> None:
+    objective = GreedySupervised(classifier="transformer")
+    learner = LocalLearner(make("vit"), modules=2, objective=objective, input_size=(3, 16, 16))
+    marked = [p for m in learner.modules for p in m.objective.parameters() if is_exempt_from_decay(p) and p.ndim > 1]
+    assert marked
+    sizes = []
+    for each in (learner, copy.deepcopy(learner)):
+        each.configure_optimizers(OptimizerFactory(each.model, name="adamw", lr=1e-3, weight_decay=0.05))
+        sizes.append([[len(group["params"]) for group in optimizer.param_groups] for optimizer in each.optimizers])
+    assert sizes[0] == sizes[1]

@@ -450,6 +450,8 @@ def test_running_statistics_are_of_the_images_of_all_replicas(ranks: Ranks, tmp_
         "model": {"name": "resnet18", "img_size": 16, "options": {"channels": [8, 8, 16, 16], "output_stride": 8}},
         "local.modules": 2,
         "training.lr": 1e-12,
+        "training.min_lr": 0.0,
+        "training.warmup_lr": 0.0,
         "training.weight_decay": 0.0,
         "training.warmup_epochs": 0.0,
         "execution.accumulation": 1,

@@ -116,7 +116,8 @@ def test_a_plan_survives_json_and_trains(free: Plan) -> None:
     back = Plan.from_json(free.to_json())
     assert back == free
     assert back.forecast == json.loads(json.dumps(free.forecast))
-    learner = LocalLearner(make("vit", embed_dim=16, depth=6), modules=back, input_size=SIZE)
+    with pytest.warns(UserWarning, match="made for .*several processes, here one"):
+        learner = LocalLearner(make("vit", embed_dim=16, depth=6), modules=back, input_size=SIZE)
     learner.configure_optimizers(adamw)
     assert len(learner.step(torch.randn(2, *SIZE), torch.tensor([0, 1])).losses) == 3
 
@@ -143,7 +144,8 @@ def test_every_rank_keeps_the_budget_down_to_the_least(balance: str, task: Task,
 
 
 def learner_of(task: Task, plan: Plan) -> LocalLearner:
-    return LocalLearner(task.backbone, modules=plan, objective=task.objective, accumulation=plan.accumulation)
+    with pytest.warns(UserWarning, match="several processes, here one"):
+        return LocalLearner(task.backbone, modules=plan, objective=task.objective, accumulation=plan.accumulation)
 
 
 def test_what_would_fit_is_told_truly(task: Task) -> None:

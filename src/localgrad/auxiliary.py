@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -53,6 +53,18 @@ def exempt_from_decay(parameter: nn.Parameter) -> nn.Parameter:
 def is_exempt_from_decay(parameter: nn.Parameter) -> bool:
     """Whether a parameter carries that mark."""
     return bool(getattr(parameter, _EXEMPT, False))
+
+
+def carry_exemptions(before: Iterable[nn.Parameter], after: Iterable[nn.Parameter]) -> None:
+    """Mark parameters as those were that they stand for: PyTorch's copies and shards carry no attributes.
+
+    Args:
+        before: the parameters that may be marked.
+        after: those in their place, in the same order.
+    """
+    for old, new in zip(before, after, strict=True):
+        if is_exempt_from_decay(old):
+            exempt_from_decay(new)
 
 
 class Decoder(nn.Module, ABC):

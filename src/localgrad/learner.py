@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from localgrad._state import left_as_it_was
 from localgrad._timm_adapters import input_channels
 from localgrad._written import has_hooks
+from localgrad.auxiliary import carry_exemptions
 from localgrad.backbone import Backbone, split
 from localgrad.errors import (
     BackboneError,
@@ -223,6 +224,8 @@ class LocalLearner:
         twin = object.__new__(type(self))
         memo[id(self)] = twin
         vars(twin).update(copy.deepcopy(vars(self), memo))
+        for mine, copied in zip(self.modules, twin.modules, strict=True):
+            carry_exemptions(mine.parameters(), copied.parameters())
         return twin
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:

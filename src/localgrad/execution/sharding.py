@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from localgrad.auxiliary import carry_exemptions
 from localgrad.errors import ParallelError
 
 if TYPE_CHECKING:
@@ -44,7 +45,9 @@ def shard(module: nn.Module, twins: DeviceMesh) -> None:
     """
     from torch.distributed.fsdp import fully_shard
 
+    whole_ones = list(module.parameters())
     fully_shard(module, mesh=twins, reshard_after_forward=False)
+    carry_exemptions(whole_ones, module.parameters())
 
 
 def check_optimizer(optimizer: Optimizer) -> None:

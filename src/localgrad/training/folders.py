@@ -221,9 +221,9 @@ def _inside_out(path: Path) -> Folders | None:
     """Splits inside of each class, CLASS/train and CLASS/test, if that is how all images lie."""
     classes: dict[Split, dict[str, Path]] = {}
     folders = [folder for folder in visible_folders(path) if _holds_images(folder)]
+    if any(map(_has_images, folders)):
+        return None
     for folder in folders:
-        if _has_images(folder):
-            return None
         inner = [each for each in visible_folders(folder) if _holds_images(each)]
         splits = [split_of(each.name) for each in inner]
         if "train" not in splits or None in splits or len(set(splits)) != len(splits):
