@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from localgrad._written import Before, Undo
+from localgrad._written import Before, Undo, random_state, set_random_state
 from localgrad.errors import DeviceError, RecipeError
 from localgrad.execution.checks import same_device
 from localgrad.execution.frozen import Frozen
@@ -237,10 +237,10 @@ class LocalStep:
         the parameters is that of g . u, with u the penalty's gradient by g, and so a derivative along u: a central
         difference of two more passes, in which what the objective compares with stays where it was.
         """
-        random_state = _random_state(self.device)
+        before = random_state(self.device)
         entered = inputs.view_as(inputs).requires_grad_()  # a leaf over the same numbers: they came without a graph
         output = self._once(entered, batch, share, hand_on, received=inputs)
-        after = _random_state(self.device)
+        after = random_state(self.device)
         assert entered.grad is not None, "the loss depends on the inputs"
         scale = self.scaler.scale(torch.full((), share, device=self.device))  # a tensor: nobody waits for its value
         along = cosine_direction(entered.grad.float() / scale, wanted)
@@ -250,9 +250,9 @@ class LocalStep:
         weight = share * self.module.objective.reconcile / (2 * step)
         del entered
         for sign in (1.0, -1.0):
-            _set_random_state(self.device, random_state)  # the same draws of dropout and drop path
+            set_random_state(self.device, before)  # the same draws of dropout and drop path
             self._once(inputs + (sign * step * along).to(inputs.dtype), batch, sign * weight, received=inputs)
-        _set_random_state(self.device, after)
+        set_random_state(self.device, after)
         return output
 
     def _accumulate(self, inputs: Tensor, batch: LocalBatch, hand_on: HandOn | None) -> LocalOutput:
@@ -275,7 +275,7 @@ class LocalStep:
 
     def snapshot(self) -> tuple[Tensor, Before]:
         """What a step changes before its update: random states, and what forward passes write (running statistics)."""
-        return _random_state(self.device), self._undo.remember()
+        return random_state(self.device), self._undo.remember()
 
     def go_back(self, state: tuple[Tensor, Before]) -> None:
         """Undo an unfinished step: gradients are dropped, all else is as in the snapshot.
@@ -284,7 +284,7 @@ class LocalStep:
             RuntimeError: the step wrote a buffer that no step before had written.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        _set_random_state(self.device, state[0])
+        set_random_state(self.device, state[0])
         self._undo.undo(state[1])
 
     def run_as(self, accumulation: int) -> None:
@@ -344,14 +344,14 @@ def drawing_from(device: torch.device, seed: tuple[int, ...] | None) -> Iterator
         return
     number = int.from_bytes(hashlib.blake2b(repr(seed).encode(), digest_size=8).digest(), "big") >> 1
     devices = dict.fromkeys((torch.device("cpu"), device))
-    before = [_random_state(each) for each in devices]
+    before = [random_state(each) for each in devices]
     try:
         for each in devices:
             _generator(each).manual_seed(number)
         yield
     finally:
         for each, state in zip(devices, before, strict=True):
-            _set_random_state(each, state)
+            set_random_state(each, state)
 
 
 def check_surroundings(device_type: str, precision: str, *given: Tensor) -> None:
@@ -425,17 +425,6 @@ def _generator(device: torch.device) -> torch.Generator:
     index = torch.cuda.current_device() if device.index is None else device.index
     generator: torch.Generator = torch.cuda.default_generators[index]
     return generator
-
-
-def _random_state(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _set_random_state(device: torch.device, state: Tensor) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
-        torch.set_rng_state(state)
 
 
 def _compiled(module: LocalModule) -> Callable[..., LocalOutput]:
