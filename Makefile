@@ -19,13 +19,13 @@ test-all: check  ## the same with the heavy tests
 	$(BIN)/pytest -m "heavy or not heavy"
 
 check: $(VENV)/installed-dev  ## lint, format and strict types
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests research
+	$(BIN)/ruff format --check src tests research
 	$(BIN)/mypy
 
 format: $(VENV)/installed-dev  ## mend format and what the linter can mend
-	$(BIN)/ruff check --fix src tests benchmarks
-	$(BIN)/ruff format src tests benchmarks
+	$(BIN)/ruff check --fix src tests research
+	$(BIN)/ruff format src tests research
 
 bench: $(VENV)/installed  ## step time and peak memory of all methods, interleaved, as ratios
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736 $(BIN)/localgrad compare $(ARGS)

@@ -42,7 +42,7 @@ def _no_collector() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def cost_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Nobody's own cache of costs; one for all tests of a file."""
-    from localgrad.plans import budget
+    from localgrad.planning import budget
 
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as monkeypatch:

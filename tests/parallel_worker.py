@@ -27,10 +27,10 @@ from localgrad import (
     ParallelLearner,
     Team,
 )
-from localgrad.comparing.measuring import Held, peak_of
-from localgrad.execution.sharding import rows_of
+from localgrad.compare.measuring import Held, peak_of
 from localgrad.objectives.methods import Objective
-from localgrad.share_memory import estimate_share
+from localgrad.parallel.memory import estimate_share
+from localgrad.step.sharding import rows_of
 from localgrad.training.optim import Schedule
 
 NUM_BATCHES, BATCH_SIZE, NUM_CLASSES = 7, 6, 5

@@ -135,7 +135,7 @@ def inject(which: str, number: int, note: str | None = None) -> None:
     """Have something happen in this process at an update of one of its modules, counted from 1 in the training."""
     import torch
 
-    from localgrad.execution.local_step import LocalStep
+    from localgrad.step.local_step import LocalStep
     from localgrad.training.folder import RunFolder
     from localgrad.training.trainer import Trainer
 

@@ -1,7 +1,7 @@
 """Estimates against the profiler's own account of real steps on a processor.
 
 Each value of each factor (modules, checkpointing, precision) stands with each family; all products would take an hour.
-ConvNeXt is left out: on a processor oneDNN reorders its whole feature maps (``planning/memory.py``).
+ConvNeXt is left out: on a processor oneDNN reorders its whole feature maps (``memory/track.py``).
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import timm
 import torch
 
 from helpers import adamw, profiler_peak
-from localgrad.backbone import split
+from localgrad.backbones.base import split
 from localgrad.learner import LocalLearner, estimate_step
+from localgrad.memory.costs import Settings
+from localgrad.memory.parts import measure_costs
 from localgrad.objectives.base import LocalBatch
 from localgrad.objectives.methods import FeatureReconstruction
-from localgrad.planning.costs import Settings
-from localgrad.planning.parts import measure_costs
 
 SMALL: dict[str, dict[str, Any]] = {
     "swin_tiny_patch4_window7_224": {

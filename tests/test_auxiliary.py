@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.profiler import profile
 
 from localgrad import Layout
-from localgrad.auxiliary import (
+from localgrad.errors import RecipeError
+from localgrad.objectives.auxiliary import (
     CLASSIFIERS,
     DECODERS,
     ConvDecoder,
@@ -25,7 +26,6 @@ from localgrad.auxiliary import (
     build_decoder,
     transformer_blocks,
 )
-from localgrad.errors import RecipeError
 
 ALONE = [name for name in CLASSIFIERS if name != "next"]  # that one needs a model's blocks: tests/test_remedies.py
 ORDER = tuple(int(i) for i in torch.randperm(36, generator=torch.Generator().manual_seed(3)))

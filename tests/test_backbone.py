@@ -14,7 +14,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
-from localgrad.backbone import Layout, split
+from localgrad.backbones.base import Layout, split
 from localgrad.errors import BackboneError
 
 SWIN = {

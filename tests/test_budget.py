@@ -24,16 +24,15 @@ from torch import Tensor, nn
 import localgrad
 from helpers import SIZE, make
 from localgrad import Contrastive, FeatureReconstruction, GreedySupervised, ImageReconstruction, LocalLearner, Plan
-from localgrad.backbone import outline
+from localgrad.app.planning import adamw
+from localgrad.backbones.base import outline
 from localgrad.errors import BackboneError, BudgetError, PartitionError, RecipeError
 from localgrad.learner import estimate_step
+from localgrad.memory.costs import WAYS, Settings
+from localgrad.memory.track import MemoryProfile, annotate
 from localgrad.partition import Checkpointing
-from localgrad.planning.costs import WAYS, Settings
-from localgrad.planning.memory import MemoryProfile, annotate
-from localgrad.planning.planner import UNLIMITED
-from localgrad.plans import budget as budgets
-from localgrad.plans.api import adamw
-from localgrad.plans.budget import (
+from localgrad.planning import budget as budgets
+from localgrad.planning.budget import (
     RIVALS,
     Margin,
     Search,
@@ -43,6 +42,7 @@ from localgrad.plans.budget import (
     plan_to_budget,
     worth_having,
 )
+from localgrad.planning.search import UNLIMITED
 from localgrad.units import parse_bytes
 
 BATCH = 48

@@ -25,11 +25,11 @@ from localgrad.errors import (
     PartitionError,
     RecipeError,
 )
-from localgrad.execution.local_step import LocalStep
 from localgrad.learner import estimate_step
 from localgrad.objectives.base import LocalBatch
 from localgrad.objectives.regularisers import SimilarityMatching
 from localgrad.objectives.supervised import SupervisedContrastive, TaskLoss
+from localgrad.step.local_step import LocalStep
 
 Change = Callable[[Any], object]
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from helpers import Cli, assert_refused
 from localgrad import cli, run
-from localgrad.recipe import Recipe, overlay, parse_toml, preset, preset_names
+from localgrad.app.recipe import Recipe, overlay, parse_toml, preset, preset_names
 from localgrad.training import data as data_module
 from localgrad.training.loading import Found, InMemoryImages
 
@@ -473,7 +473,6 @@ run.estimate_step = lambda *_, **__: SimpleNamespace(peak_bytes=2**20)
 for words in (
     ["train", "--recipe", "../micro.toml", "--out", "run", "--epochs", "1"], ["evaluate", "run"],
     ["predict", "run", "."], ["train", "--resume", "run"], ["train", "--help"], ["train", "--model", "n\\u00efx"],
-    ["reproduce", "ranking", "--profile", "smoke", "--dry-run"],
 ):
     sys.argv = ["localgrad", *words]
     code = 0
@@ -516,7 +515,7 @@ def test_a_terminal_that_lacks_characters_ends_no_run(here: Path) -> None:
 
 
 def test_costs_may_be_measured_anew(cli_: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from localgrad.plans import budget
+    from localgrad.planning import budget
 
     monkeypatch.setattr(budget, "_recent", {})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -530,7 +529,7 @@ def test_costs_may_be_measured_anew(cli_: Cli, tmp_path: Path, monkeypatch: pyte
 
 def test_whoever_starts_processes_knows_the_run_folder(here: Path, cli_: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """To say how to go on when one of them is killed."""
-    from localgrad.execution import launching
+    from localgrad.parallel.learner import launching
 
     taken: list[Any] = []
     monkeypatch.setattr(launching, "run_processes", lambda *arguments: taken.append(arguments) or 0)

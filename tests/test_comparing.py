@@ -19,11 +19,11 @@ from torch import nn
 
 from helpers import SIZE, Cli, make
 from localgrad import Plan, RecipeError, split
-from localgrad.comparing import contenders, plots
-from localgrad.comparing import options as bench
-from localgrad.comparing import side_by_side as comparing
-from localgrad.comparing.contenders import Local, Method, PlainLoop, Runner, Stage, default_methods
-from localgrad.comparing.side_by_side import Comparison, Row, compare, envelope, pareto_front, rotated, summarise
+from localgrad.compare import contenders, plots
+from localgrad.compare import options as bench
+from localgrad.compare import side_by_side as comparing
+from localgrad.compare.contenders import Local, Method, PlainLoop, Runner, Stage, default_methods
+from localgrad.compare.side_by_side import Comparison, Row, compare, envelope, pareto_front, rotated, summarise
 from localgrad.errors import MemoryExceeded
 from localgrad.objectives.base import LocalBatch
 

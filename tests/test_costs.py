@@ -13,10 +13,13 @@ import torch
 from torch import nn
 
 from helpers import adamw
-from localgrad._fake import without_initialization
-from localgrad._halves import signature
-from localgrad.backbone import Backbone, outline
+from localgrad.backbones.base import Backbone, outline
+from localgrad.backbones.fake import without_initialization
+from localgrad.backbones.halves import signature
 from localgrad.learner import LocalLearner, estimate_step
+from localgrad.memory import track as memory
+from localgrad.memory.costs import Settings
+from localgrad.memory.parts import measure_costs
 from localgrad.objectives.methods import (
     Contrastive,
     FeatureReconstruction,
@@ -24,9 +27,6 @@ from localgrad.objectives.methods import (
     ImageReconstruction,
     Objective,
 )
-from localgrad.planning import memory
-from localgrad.planning.costs import Settings
-from localgrad.planning.parts import measure_costs
 from localgrad.training.optim import OptimizerFactory
 
 VIT = {"embed_dim": 24, "depth": 3, "num_heads": 3, "img_size": 32, "patch_size": 8}

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 
 from helpers import Cli, assert_refused, assert_same_run, interrupt_at_step, metrics_of
 from localgrad import run
+from localgrad.app.recipe import Recipe, overlay
 from localgrad.errors import CheckpointError, DataError, LocalgradError, RunFolderError, RunWarning
-from localgrad.recipe import Recipe, overlay
 from localgrad.training import folder as folder_module
 from localgrad.training.events import JsonlSink, read_metrics
 from localgrad.training.feature_cache import Rows, open_cache, write_cache

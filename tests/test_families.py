@@ -15,9 +15,9 @@ from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
 from torch import nn
 
 from localgrad import GreedySupervised, LocalLearner
-from localgrad._fake import without_initialization
-from localgrad._timm_adapters import Step
-from localgrad.backbone import SUPPORTED_FAMILIES, Backbone, Layout, outline, split
+from localgrad.backbones.base import SUPPORTED_FAMILIES, Backbone, Layout, outline, split
+from localgrad.backbones.fake import without_initialization
+from localgrad.backbones.timm_models import Step
 from localgrad.learner import estimate_step
 
 SWIN = {

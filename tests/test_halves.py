@@ -17,16 +17,16 @@ from timm.layers import DropPath, set_fused_attn
 from torch import Tensor, nn
 
 from localgrad import GreedySupervised, LocalLearner
-from localgrad._halves import Piece, _known_cuts, find_pieces
-from localgrad._state import left_as_it_was
-from localgrad._timm_adapters import identity
-from localgrad.backbone import Backbone, split
+from localgrad.backbones.base import Backbone, split
+from localgrad.backbones.halves import Piece, _known_cuts, find_pieces
+from localgrad.backbones.state import left_as_it_was
+from localgrad.backbones.timm_models import identity
 from localgrad.errors import PartitionError
-from localgrad.execution.checkpointing import Recomputed
-from localgrad.execution.local_module import LocalModule, recompute
 from localgrad.learner import estimate_step
+from localgrad.memory import track as memory
 from localgrad.partition import LEVELS, Checkpointing
-from localgrad.planning import memory
+from localgrad.step.checkpointing import Recomputed
+from localgrad.step.local_module import LocalModule, recompute
 from test_families import FAMILIES, build, images_for, shake
 
 PIECES: dict[str, tuple[int, ...]] = {
@@ -57,7 +57,7 @@ BATCH = 5  # no multiple of 2 or 3
 @pytest.fixture(autouse=True)
 def _forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test finds its pieces anew, and not by another test's proof for a block that is alike."""
-    monkeypatch.setattr("localgrad._halves._known_cuts", {})
+    monkeypatch.setattr("localgrad.backbones.halves._known_cuts", {})
 
 
 class NoObjective(nn.Module):

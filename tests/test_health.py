@@ -22,13 +22,13 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from localgrad import run
-from localgrad.backbone import Layout
-from localgrad.build import build
+from localgrad.app.build import build
+from localgrad.app.recipe import Recipe, overlay
+from localgrad.backbones.base import Layout
 from localgrad.errors import CheckpointError, RecipeError
 from localgrad.learner import LocalLearner
 from localgrad.objectives.base import LocalBatch
 from localgrad.objectives.methods import OBJECTIVES
-from localgrad.recipe import Recipe, overlay
 from localgrad.training.data import Batches, DataInfo, InMemoryImages
 from localgrad.training.events import ConsoleSink, EpochEnded, HealthMeasured, JsonlSink, TensorBoardSink
 from localgrad.training.folder import RunFolder, load_saved_weights, save_weights

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 import localgrad
 from helpers import MODELS, SIZE, adamw, assert_same, batches, make, train
 from localgrad import Contrastive, FeatureReconstruction, GreedySupervised, ImageReconstruction, LocalLearner
-from localgrad.execution.local_module import LocalModule, LocalOutput
-from localgrad.execution.local_step import drawing_from
 from localgrad.learner import estimate_step
 from localgrad.objectives.base import LocalBatch
+from localgrad.step.local_module import LocalModule, LocalOutput
+from localgrad.step.local_step import drawing_from
 
 KINDS = ["swin", "vit", "resnet"]
 OBJECTIVES = {
@@ -504,28 +504,18 @@ PACKAGE = Path(localgrad.__file__).parent
 LAYERS = (
     ("errors",),
     ("units",),
-    ("_balance", "partition"),
-    ("_fake",),
-    ("_state",),
-    ("_written",),
-    ("_likeness",),
-    ("_timm_adapters", "_observe", "_layouts", "_proof", "backbone", "_halves"),
-    ("averaging",),
-    ("auxiliary",),
+    ("balancing", "partition"),
+    ("backbones",),
     ("objectives",),
-    ("execution",),
-    ("planning",),
+    ("step",),
+    ("memory",),
     ("learner",),
     ("parallel",),
-    ("share_memory",),
+    ("planning",),
     ("training",),
-    ("recipe",),
-    ("build",),
-    ("plans",),
-    ("together",),
+    ("app",),
     ("run",),
-    ("comparing",),
-    ("reproduce",),
+    ("compare",),
     ("cli",),
     ("__main__",),
 )
@@ -584,8 +574,8 @@ def test_no_import_cycles_within_a_layer() -> None:
 
 
 def test_the_import_reader_sees_function_level_and_relative_imports() -> None:
-    assert {"recipe", "run", "training.events"} <= imports_of(PACKAGE / "cli.py")
-    assert {"_timm_adapters", "errors"} <= imports_of(PACKAGE / "backbone.py")
+    assert {"app.recipe", "run", "training.events"} <= imports_of(PACKAGE / "cli.py")
+    assert {"backbones.timm_models", "errors"} <= imports_of(PACKAGE / "backbones" / "base.py")
     assert {"objectives.base", "objectives.supervised"} <= imports_of(PACKAGE / "objectives" / "methods.py")
 
 
@@ -651,24 +641,27 @@ def test_cli_verbs_are_frozen() -> None:
     from localgrad.cli import app
 
     verbs = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
-    assert sorted(verbs) == ["compare", "evaluate", "plan", "predict", "reproduce", "train"]
+    assert sorted(verbs) == ["compare", "evaluate", "plan", "predict", "train"]
     assert not app.registered_groups
 
 
 DETACHED = {
     # The one place where features leave without their graph, and figures for reports.
-    "execution.local_module": ["handed_on", "term", "value.logits"],
-    "execution.global_step": ["term", "value.logits", "value.loss"],  # figures, once the backward pass is done
-    "execution.local_step": ["output.loss"],  # the figure, once its backward pass is done
+    "step.local_module": ["handed_on", "term", "value.logits"],
+    "step.global_step": ["term", "value.logits", "value.loss"],  # figures, once the backward pass is done
+    "step.local_step": ["output.loss"],  # the figure, once its backward pass is done
     "objectives.reconstruction": ["state"],  # a target inside the module; what goes on keeps its graph
-    "_fake": ["tensor"],  # a copy of a weight on the host
-    "_state": ["tensor"],  # values to be had back
+    "backbones.fake": ["tensor"],  # a copy of a weight on the host
+    "backbones.state": ["tensor"],  # values to be had back
     # The proof's images, its figures once the backward pass is done, and what a call had been given.
-    "_proof": ["images", "logits", "tensor", "tensor", "tensor"],
-    "_observe": ["args[0]"],  # what a part received, to be compared with what it left of it
-    "_written": ["twin(features.clone())", "value"],  # of a copy that is tried; what a module shows of an earlier pass
-    "planning.parts": ["torch.ops.aten"],  # the operator's own name, in a list of those that take no time
-    "planning.memory": ["inputs", "outputs"],  # the seams of a chain of parts, on fake tensors
+    "backbones.proof": ["images", "logits", "tensor", "tensor", "tensor"],
+    "backbones.observe": ["args[0]"],  # what a part received, to be compared with what it left of it
+    "backbones.written": [
+        "twin(features.clone())",
+        "value",
+    ],  # of a copy that is tried; what a module shows of an earlier pass
+    "memory.parts": ["torch.ops.aten"],  # the operator's own name, in a list of those that take no time
+    "memory.track": ["inputs", "outputs"],  # the seams of a chain of parts, on fake tensors
     "training.folder": ["tensor"],  # weights on their way to disk
 }
 

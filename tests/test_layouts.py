@@ -7,8 +7,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from localgrad._layouts import change_image
-from localgrad.backbone import Layout, split
+from localgrad.backbones.base import Layout, split
+from localgrad.backbones.layouts import change_image
 from localgrad.errors import BackboneError
 
 

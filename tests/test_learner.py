@@ -18,8 +18,8 @@ from helpers import SIZE, VIT, adamw, assert_same, batches, copied, flat, make, 
 from localgrad import Contrastive, FeatureReconstruction, GreedySupervised, ImageReconstruction, LocalLearner, Plan
 from localgrad.errors import BackboneError, CheckpointError, DeviceError, PartitionError, RecipeError
 from localgrad.learner import end_to_end, make_plan
+from localgrad.memory.track import block_activation_bytes
 from localgrad.partition import Checkpointing
-from localgrad.planning.memory import block_activation_bytes
 
 
 def make_learner(model: nn.Module | None = None, modules: Any = 3, optimizer: Any = adamw, **more: Any) -> LocalLearner:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import localgrad
 from helpers import SIZE, adamw, batches, make
 from localgrad import FeatureReconstruction, GreedySupervised, ImageReconstruction, LocalLearner, RecipeError
-from localgrad.comparing import measuring
+from localgrad.compare import measuring
 from localgrad.learner import estimate_step
 from localgrad.objectives.base import LocalBatch
 

@@ -1,4 +1,4 @@
-"""`localgrad.planning.memory` against the profiler's own account of real steps, and piece by piece."""
+"""`localgrad.memory.track` against the profiler's own account of real steps, and piece by piece."""
 
 import contextlib
 import copy
@@ -20,8 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
 from helpers import profiler_peak
-from localgrad import _fake
-from localgrad.planning import memory
+from localgrad.backbones import fake as _fake
+from localgrad.memory import track as memory
 
 MIB = 2**20
 

@@ -18,14 +18,14 @@ from torch.nn.utils import prune
 
 from helpers import SIZE, adamw, assert_same, batches, copied, make, make_learner, train
 from localgrad import FeatureReconstruction, GreedySupervised, ImageReconstruction, LocalLearner
-from localgrad._fake import fake_copy
-from localgrad._timm_adapters import InputKept
-from localgrad.backbone import outline, split
+from localgrad.backbones.base import outline, split
+from localgrad.backbones.fake import fake_copy
+from localgrad.backbones.timm_models import InputKept
 from localgrad.errors import BackboneError, DeviceError, RecipeError, reason_of
 from localgrad.learner import check_isolation, default_input_size, estimate_step, make_plan
-from localgrad.planning.costs import Settings
-from localgrad.planning.memory import block_activation_bytes
-from localgrad.planning.parts import measure_costs
+from localgrad.memory.costs import Settings
+from localgrad.memory.parts import measure_costs
+from localgrad.memory.track import block_activation_bytes
 
 # Writing into what is received -----------------------------------------------------------------------------------
 
@@ -596,8 +596,8 @@ def test_reasons_are_one_line_with_the_useful_part() -> None:
 
 
 def test_a_model_that_timm_cannot_make_is_refused_with_all_that_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    from localgrad.build import create_model
-    from localgrad.recipe import ModelSettings
+    from localgrad.app.build import create_model
+    from localgrad.app.recipe import ModelSettings
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("Error(s) in loading state_dict for VisionTransformer:\n\tsize mismatch for head.weight")

@@ -21,8 +21,8 @@ from localgrad import (
     LocalLearner,
     Objective,
 )
-from localgrad.auxiliary import LinearDecoder
 from localgrad.errors import RecipeError
+from localgrad.objectives.auxiliary import LinearDecoder
 from localgrad.objectives.base import LocalBatch, LocalObjective, Site
 from localgrad.objectives.methods import OBJECTIVES, build_objective
 from localgrad.objectives.reconstruction import Reconstruction

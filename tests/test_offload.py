@@ -22,10 +22,10 @@ import localgrad
 from helpers import MODELS, SIZE, adamw, assert_same, batches, flat, train
 from localgrad import LocalLearner
 from localgrad.errors import RecipeError
-from localgrad.execution.offload import Offloader
 from localgrad.learner import end_to_end, estimate_step
+from localgrad.memory import track as memory
 from localgrad.objectives.base import LocalBatch
-from localgrad.planning import memory
+from localgrad.step.offload import Offloader
 
 
 def make(kind: str = "vit", **more: Any) -> nn.Module:

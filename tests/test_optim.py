@@ -15,9 +15,9 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
-from localgrad.auxiliary import exempt_from_decay, is_exempt_from_decay
 from localgrad.errors import RecipeError
 from localgrad.learner import LocalLearner, estimate_step
+from localgrad.objectives.auxiliary import exempt_from_decay, is_exempt_from_decay
 from localgrad.objectives.methods import FeatureReconstruction, GreedySupervised, Objective
 from localgrad.training.optim import SCHEDULERS, OptimizerFactory, Schedule, note_of_warmup
 

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import parallel_worker as worker
-from localgrad.execution import schedule
-from localgrad.execution.schedule import Action, actions, program, shares, timetable
+from localgrad.parallel.learner import schedule
+from localgrad.parallel.schedule import Action, actions, program, shares, timetable
 from parallel_worker import BY_ROWS, SCENARIOS, Scenario, train
 
 # ------------------------------------------------------------------------------------------------ the schedule

@@ -23,13 +23,13 @@ from safetensors.torch import load_file
 
 import ranks as ranks_file
 from helpers import Cli, assert_same_run, metrics_of, start_training, wait_for_epochs
+from localgrad.app.recipe import Recipe, overlay
 from localgrad.errors import DataError
-from localgrad.execution import launching
-from localgrad.recipe import Recipe, overlay
+from localgrad.parallel.learner import launching
+from localgrad.parallel.watch import BROKEN_SECONDS, SILENT_SECONDS, TOLD_SECONDS
 from localgrad.training.augment import Augment
 from localgrad.training.data import Batches, load_data
 from localgrad.training.folder import RunFolder
-from localgrad.training.watch import BROKEN_SECONDS, SILENT_SECONDS, TOLD_SECONDS
 from ranks import Ended, Ranks, free_port
 
 SLOW = 4.0

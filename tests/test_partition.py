@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localgrad import _balance
+from localgrad import balancing as _balance
 from localgrad.errors import PartitionError
 from localgrad.partition import Checkpointing, Plan, balance, balance_by, check_boundaries, resolve, spans
 

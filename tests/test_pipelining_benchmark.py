@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from helpers import MODELS, SIZE, copied
-from localgrad.backbone import split
+from localgrad.backbones.base import split
 from localgrad.errors import PartitionError, RecipeError
 
-FOLDER = Path(__file__).parent.parent / "benchmarks"
+FOLDER = Path(__file__).parent.parent / "research" / "benchmarks"
 STEPS = 3
 
 
@@ -355,7 +355,7 @@ def test_local_modules_are_held_to_the_same_in_one_process(pipelining: ModuleTyp
 
 
 def test_the_simulator_is_held_against_runs(pipelining: ModuleType) -> None:
-    pytest.importorskip("localgrad.planning.shared_cores")
+    pytest.importorskip("research.simulation.shared_cores")
     import pipelining_simulated
 
     ranks = [([2.0], [2.0])] * 4

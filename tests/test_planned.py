@@ -21,15 +21,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from helpers import Cli, Recorder, assert_refused
 from localgrad import LocalLearner, Plan, run
+from localgrad.app.planned import made_for, task_of
+from localgrad.app.recipe import Recipe, overlay, parse_toml
+from localgrad.app.replanning import Replanner
 from localgrad.errors import BudgetError, DeviceError, MemoryExceeded
-from localgrad.execution.local_step import LocalStep
 from localgrad.learner import estimate_step
 from localgrad.partition import Checkpointing
-from localgrad.plans import budget as budgets
-from localgrad.plans.budget import plan_to_budget
-from localgrad.plans.recipes import made_for, task_of
-from localgrad.plans.replanning import Replanner
-from localgrad.recipe import Recipe, overlay, parse_toml
+from localgrad.planning import budget as budgets
+from localgrad.planning.budget import plan_to_budget
+from localgrad.step.local_step import LocalStep
 from localgrad.training.events import Replanned
 from test_cli import MICRO
 

@@ -15,12 +15,12 @@ import torch
 import localgrad
 from helpers import SIZE, Cli, assert_refused, make
 from localgrad import FeatureReconstruction, GreedySupervised, ImageReconstruction, LocalLearner, Plan
-from localgrad.backbone import outline
+from localgrad.app.planning import adamw
+from localgrad.backbones.base import outline
 from localgrad.errors import BudgetError, LocalgradError, PartitionError, RecipeError
 from localgrad.learner import estimate_step
-from localgrad.plans.api import adamw
-from localgrad.plans.budget import Margin, Search, Task
-from localgrad.plans.parallel import Parallel, _RankSearch, asked_for, largest_rank, plan_parallel
+from localgrad.planning.budget import Margin, Search, Task
+from localgrad.planning.rank_plans import Parallel, _RankSearch, asked_for, largest_rank, plan_parallel
 from localgrad.units import parse_bytes
 from test_cli import MICRO
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from localgrad.partition import Checkpointing, check_boundaries, spans
-from localgrad.planning.planner import UNLIMITED, Choice, Solution, fastest, frontier, smallest
+from localgrad.planning.search import UNLIMITED, Choice, Solution, fastest, frontier, smallest
 
 WAYS = [Checkpointing(), Checkpointing("blocks"), Checkpointing("halves"), Checkpointing("halves", 4)]
 

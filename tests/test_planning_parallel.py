@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from localgrad.partition import Checkpointing, check_boundaries, spans
-from localgrad.planning.parallel import Packets, Ranks, fastest_ranks, smallest_ranks
-from localgrad.planning.planner import UNLIMITED, Choice
+from localgrad.planning.rank_search import Packets, Ranks, fastest_ranks, smallest_ranks
+from localgrad.planning.search import UNLIMITED, Choice
 
 WAYS = [Checkpointing(), Checkpointing("blocks"), Checkpointing("halves"), Checkpointing("halves", 4)]
 

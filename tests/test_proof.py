@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 import localgrad
-from localgrad._fake import copy_on_host
-from localgrad._proof import digest
-from localgrad._state import left_as_it_was
-from localgrad.backbone import split
-from localgrad.comparing.measuring import peak_of
+from localgrad.backbones.base import split
+from localgrad.backbones.fake import copy_on_host
+from localgrad.backbones.proof import digest
+from localgrad.backbones.state import left_as_it_was
+from localgrad.compare.measuring import peak_of
 from localgrad.errors import BackboneError
 
 SIZE = (3, 32, 32)

@@ -10,10 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localgrad.cli import parse_modules
-from localgrad.errors import RecipeError
-from localgrad.objectives.methods import build_objective
-from localgrad.recipe import (
+from localgrad.app.recipe import (
     DataSettings,
     Execution,
     LocalSettings,
@@ -28,6 +25,9 @@ from localgrad.recipe import (
     preset,
     preset_names,
 )
+from localgrad.cli import parse_modules
+from localgrad.errors import RecipeError
+from localgrad.objectives.methods import build_objective
 from localgrad.training.augment import Augment
 
 # Round trip ------------------------------------------------------------------------------------------------------

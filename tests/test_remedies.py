@@ -22,8 +22,8 @@ from helpers import (
     walk,
 )
 from localgrad import Contrastive, FeatureReconstruction, GreedySupervised, ImageReconstruction, Layout, LocalLearner
-from localgrad.auxiliary import ConvDecoder, Decoder, TransformerDecoder
 from localgrad.errors import RecipeError
+from localgrad.objectives.auxiliary import ConvDecoder, Decoder, TransformerDecoder
 from localgrad.objectives.base import LocalBatch
 from localgrad.objectives.reconstruction import BlockReconstruction, Reconstruction
 from localgrad.objectives.regularisers import SimilarityMatching

@@ -27,13 +27,13 @@ from helpers import (
     walk,
 )
 from localgrad import FeatureReconstruction, GreedySupervised, Layout, LocalLearner
-from localgrad.auxiliary import NextClassifier, build_classifier
 from localgrad.errors import RecipeError
-from localgrad.execution import local_step
-from localgrad.execution.local_module import site_of
-from localgrad.execution.local_step import LocalStep, cosine_direction
+from localgrad.objectives.auxiliary import NextClassifier, build_classifier
 from localgrad.objectives.base import ContextSupply, LocalBatch
 from localgrad.objectives.methods import Objective
+from localgrad.step import local_step
+from localgrad.step.local_module import site_of
+from localgrad.step.local_step import LocalStep, cosine_direction
 
 SWIN: dict[str, Any] = {"depths": (2, 2, 1), "drop_path_rate": 0.0}  # timm gives a Swin 0.1
 

@@ -25,14 +25,14 @@ from helpers import (
     metrics_of,
 )
 from localgrad import FeatureReconstruction, GreedySupervised, LocalLearner, run
-from localgrad.build import build
+from localgrad.app.build import build
+from localgrad.app.planned import laid_over, plan_recipe, task_of
+from localgrad.app.recipe import Recipe, overlay
 from localgrad.errors import RecipeError
 from localgrad.learner import estimate_step
 from localgrad.objectives.base import LocalBatch
 from localgrad.objectives.methods import Objective
-from localgrad.plans.budget import Task, looks_at_whole_batches
-from localgrad.plans.recipes import laid_over, plan_recipe, task_of
-from localgrad.recipe import Recipe, overlay
+from localgrad.planning.budget import Task, looks_at_whole_batches
 from localgrad.training.events import EpochEnded
 from localgrad.training.health import gradient_cosine
 from localgrad.training.trainer import Interrupted

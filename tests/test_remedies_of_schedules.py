@@ -22,12 +22,12 @@ from helpers import (
     profiler_peak,
 )
 from localgrad import GreedySupervised, LocalLearner
-from localgrad.build import optimizers_of
-from localgrad.comparing.measuring import resident_bytes
+from localgrad.app.build import optimizers_of
+from localgrad.app.recipe import TrainingSettings
+from localgrad.compare.measuring import resident_bytes
 from localgrad.errors import RecipeError
 from localgrad.learner import estimate_step
 from localgrad.objectives.base import LocalBatch
-from localgrad.recipe import TrainingSettings
 from localgrad.training.optim import OptimizerFactory, Schedule
 
 

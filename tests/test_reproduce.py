@@ -23,16 +23,17 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from localgrad import cli
-from localgrad.build import build_recipe_objective
+from localgrad.app.build import build_recipe_objective
+from localgrad.app.recipe import Recipe, overlay
 from localgrad.errors import RecipeError
 from localgrad.objectives.methods import OBJECTIVES
-from localgrad.recipe import Recipe, overlay
-from localgrad.reproduce import report, results, runner, tables, verb
-from localgrad.reproduce.methods import BASELINES, DEFAULT, END_TO_END, METHODS, REMEDIES
-from localgrad.reproduce.profiles import CPU, DATA, GPU, PROFILES, SMOKE
-from localgrad.reproduce.published import PUBLISHED, published_for
-from localgrad.reproduce.sources import Source, image_format
-from localgrad.reproduce.tables import (
+from research.reproduce import __main__ as command_line
+from research.reproduce import report, results, runner, tables, verb
+from research.reproduce.methods import BASELINES, DEFAULT, END_TO_END, METHODS, REMEDIES
+from research.reproduce.profiles import CPU, DATA, GPU, PROFILES, SMOKE
+from research.reproduce.published import PUBLISHED, published_for
+from research.reproduce.sources import Source, image_format
+from research.reproduce.tables import (
     TABLES,
     Cell,
     cells_of,
@@ -192,7 +193,7 @@ def test_fingerprints_tell_meanings_apart_and_not_machines(monkeypatch: pytest.M
     assert fingerprint(values) != own
 
 
-PUBLISHED_TABLES = sorted(Path(__file__).parents[1].glob("results/*-cpu.json"))
+PUBLISHED_TABLES = sorted(Path(__file__).parents[1].glob("research/results/*-cpu.json"))
 
 
 @pytest.mark.parametrize("path", PUBLISHED_TABLES, ids=lambda path: path.stem)
@@ -250,8 +251,8 @@ def test_a_command_runs_its_cell_and_no_other(monkeypatch: pytest.MonkeyPatch) -
     some += [(Cell("cifar10", "cifar10", "greedy", 4, 7, 3), SMOKE)]
     for cell, profile in some:
         words = shlex.split(repeating_command_of(cell, profile, None, device="cpu", num_threads=2))
-        assert words[:2] == ["localgrad", "reproduce"]
-        said = CliRunner().invoke(cli.app, [*words[1:], "--dry-run"])
+        assert words[:3] == ["python", "-m", "research.reproduce"]
+        said = CliRunner().invoke(command_line.app, [*words[3:], "--dry-run"])
         assert said.exit_code == 0, said.output
         (errand,) = verb.chosen_errands(taken.pop())
         assert (errand.cell, errand.execution["execution.num_threads"]) == (cell, 2), words
@@ -268,7 +269,7 @@ def test_a_command_runs_its_cell_and_no_other(monkeypatch: pytest.MonkeyPatch) -
 )
 def test_a_command_names_no_folder_of_this_machine(path: str | None, words: str) -> None:
     cell = Cell("ranking", "cifar10", "greedy", 4, 2, CPU.epochs)
-    expected = "localgrad reproduce ranking --profile cpu --methods greedy --modules 4 --seeds 2"
+    expected = "python -m research.reproduce ranking --profile cpu --methods greedy --modules 4 --seeds 2"
     assert command_of(cell, CPU, path) == expected + words
     again = repeating_command_of(cell, CPU, path, device="cuda", num_threads=2)
     assert again == f"{expected}{words} --device cuda --num-threads 2 --again"
@@ -383,7 +384,7 @@ def asked(**settings: Any) -> verb.Settings:
 
 
 def rows_of(table: str = "cifar10") -> list[dict[str, Any]]:
-    return json.loads(Path(f"results/{table}-smoke.json").read_text())
+    return json.loads(Path(f"research/results/{table}-smoke.json").read_text())
 
 
 def calls() -> list[str]:
@@ -405,7 +406,7 @@ def test_cells_are_run_once_and_written_down(here: Path) -> None:
     assert (row["test_accuracy"], row["peak_bytes"], row["peak_ratio"], row["seconds"]) == (0.7, 30, 0.5, 36.0)
     assert (row["profile"], row["epochs"], row["train_accuracy"], row["num_train"]) == ("smoke", 2, 0.6, 60)
     assert row["data_source"].startswith("a folder of PNG copies")
-    command = "localgrad reproduce cifar10 --profile smoke --methods greedy --modules 2 --seeds 0"
+    command = "python -m research.reproduce cifar10 --profile smoke --methods greedy --modules 2 --seeds 0"
     threads = os.cpu_count()
     assert row["command"] == f"{command} --data-path cifar10={FOLDER} --num-threads {threads} --again"
     assert (row["num_parameters"], row["notes"], row["peak_of"]) == (1230, ["Cut."], "estimate")
@@ -420,7 +421,7 @@ def test_cells_are_run_once_and_written_down(here: Path) -> None:
 def test_a_result_that_was_lost_is_read_from_its_run(here: Path) -> None:
     verb.fill(asked(methods="greedy"), lambda _: None)
     rows = rows_of()
-    Path("results/cifar10-smoke.json").unlink()
+    Path("research/results/cifar10-smoke.json").unlink()
     assert verb.fill(asked(methods="greedy"), lambda _: None) == 0
     assert (rows_of(), len(calls())) == (rows, 1)
 
@@ -429,7 +430,7 @@ def test_a_cell_is_repeated_by_its_own_command(here: Path) -> None:
     verb.fill(asked(methods="greedy"), lambda _: None)
     (row,) = rows_of()
     for _ in range(2):
-        assert CliRunner().invoke(cli.app, shlex.split(row["command"])[1:]).exit_code == 0
+        assert CliRunner().invoke(command_line.app, shlex.split(row["command"])[3:]).exit_code == 0
     assert calls() == ["start cifar10-greedy"] * 3
     assert rows_of() == [row]
     assert len(list(Path("runs/reproduce/smoke").glob("*/summary.json"))) == 3
@@ -461,7 +462,7 @@ def test_tables_share_runs(here: Path) -> None:
     assert verb.fill(asked(table="ranking", methods="greedy", modules="4"), said.append) == 0
     assert (said, len(calls())) == (["1 cells, 1 done"], 1)
     (row,) = rows_of("ranking")
-    assert row["command"].startswith("localgrad reproduce ranking ")
+    assert row["command"].startswith("python -m research.reproduce ranking ")
     assert {**row, "command": ""} == {**rows_of()[0], "command": ""}
 
 
@@ -524,7 +525,7 @@ def test_stopping_keeps_what_is_finished_and_goes_on_later(
     assert calls() == ["start cifar10-end-to-end", "start cifar10-greedy"]
     states: list[str] = []
     verb.list_cells(asked(methods="end-to-end,greedy,default"), states.append)
-    assert [line.split(" localgrad")[0].strip() for line in states] == ["done", "begun", "not run"]
+    assert [line.split(" python -m")[0].strip() for line in states] == ["done", "begun", "not run"]
 
     assert verb.fill(asked(methods="end-to-end,greedy,default"), said.append) == 0
     assert calls()[2:] == ["resume cifar10-greedy", "start cifar10-default"]
@@ -562,11 +563,11 @@ def test_a_smoke_cell_from_its_command_to_the_docs(tmp_path: Path, monkeypatch: 
         images = [Image.fromarray(generator.integers(0, 255, (32, 32, 3), dtype=np.uint8)) for _ in range(count)]
         rows = {"image": images, "label": [index % 2 for index in range(count)]}
         datasets.Dataset.from_dict(rows, features=features).to_parquet(f"cifar/{part}-00000-of-00001.parquet")
-    words = "reproduce cifar10 --profile smoke --methods greedy --modules 2 --epochs 1 --seeds 0 --num-threads 1"
-    said = CliRunner().invoke(cli.app, [*words.split(), "--device", "cpu", "--data-path", "cifar10=cifar"])
+    words = "cifar10 --profile smoke --methods greedy --modules 2 --epochs 1 --seeds 0 --num-threads 1"
+    said = CliRunner().invoke(command_line.app, [*words.split(), "--device", "cpu", "--data-path", "cifar10=cifar"])
     assert said.exit_code == 0, said.output
     (row,) = rows_of()
-    assert row["command"] == words.replace("reproduce", "localgrad reproduce").replace(
+    assert row["command"] == f"python -m research.reproduce {words}".replace(
         " --epochs 1 --seeds 0 --num-threads 1",
         " --seeds 0 --epochs 1 --data-path cifar10=cifar --num-threads 1 --again",
     )
@@ -575,30 +576,32 @@ def test_a_smoke_cell_from_its_command_to_the_docs(tmp_path: Path, monkeypatch: 
     assert 0 < row["peak_ratio"] < 1
     assert len(row["module_accuracy"]) == 2
     Path("docs.md").write_text("<!-- table: cifar10 smoke -->\n<!-- end -->\n")
-    said = CliRunner().invoke(cli.app, ["reproduce", "--report", "--docs", "docs.md"])
+    said = CliRunner().invoke(command_line.app, ["--report", "--docs", "docs.md"])
     assert said.output == "docs.md: rewritten\n"
     text = Path("docs.md").read_text().replace(f" {report.DAGGER}", "")  # code that no commit holds yet
     accuracies = f"{100 * row['test_accuracy']:.2f} | {100 * row['train_accuracy']:.1f}"
     assert f"| greedy | 2 | 1 | {accuracies} | 1 | baseline not run |" in text
-    assert CliRunner().invoke(cli.app, ["reproduce", "--report", "--check", "--docs", "docs.md"]).exit_code == 0
+    assert CliRunner().invoke(command_line.app, ["--report", "--check", "--docs", "docs.md"]).exit_code == 0
 
 
 # ------------------------------------------------------------------------------------------------- report
 
 
 def test_the_docs_are_in_step_with_the_results() -> None:
-    assert report.differences(ROOT / "docs/accuracy.md", ROOT / "results") == []
+    assert report.differences(ROOT / "research/docs/accuracy.md", ROOT / "research/results") == []
 
 
 def test_results_that_are_committed_are_complete() -> None:
     known = {
-        results.path_of(ROOT / "results", table, profile): (table, profile) for table in TABLES for profile in PROFILES
+        results.path_of(ROOT / "research/results", table, profile): (table, profile)
+        for table in TABLES
+        for profile in PROFILES
     }
-    for path in (ROOT / "results").glob("*.json"):
+    for path in (ROOT / "research/results").glob("*.json"):
         table, profile = known[path]
         for row in results.load_rows(path):
             assert row["profile"] == profile
-            assert row["command"].startswith(f"localgrad reproduce {table} --profile {profile} ")
+            assert row["command"].startswith(f"python -m research.reproduce {table} --profile {profile} ")
             assert row["command"].endswith(" --again")
 
 
@@ -608,7 +611,7 @@ def test_a_table_without_results_says_so() -> None:
     assert {line[0].removeprefix("| ") for line in rows} == set(METHODS)
     assert {line[2] for line in rows} == {"not run"}
     assert any("86.28, −45 % memory [" in line for line in lines)  # noqa: RUF001
-    assert "No cell has been run yet; `localgrad reproduce cifar10 --profile gpu` fills them." in lines
+    assert "No cell has been run yet; `python -m research.reproduce cifar10 --profile gpu` fills them." in lines
 
 
 def test_figures_over_seeds(here: Path) -> None:
@@ -722,7 +725,7 @@ def test_kinds_of_images_are_never_averaged(here: Path) -> None:
 
 
 def test_docs_and_results_that_differ_are_found(here: Path) -> None:
-    docs, folder = Path("docs.md"), Path("results")
+    docs, folder = Path("docs.md"), Path("research/results")
     docs.write_text("Before.\n<!-- table: cifar10 smoke -->\nold\n<!-- end -->\nAfter.\n")
     assert len(report.differences(docs, folder)) == 1
     assert report.rewrite(docs, folder)
@@ -778,9 +781,9 @@ def test_bad_options_are_refused(
 ) -> None:
     Path("wrong.md").write_text("<!-- table: cifar cpu -->\n<!-- end -->\n")
     Path("file").touch()
-    monkeypatch.setattr(sys, "argv", ["localgrad", "reproduce", *shlex.split(words)])
+    monkeypatch.setattr(sys, "argv", ["reproduce", *shlex.split(words)])
     with pytest.raises(SystemExit) as stop:
-        cli.main()
+        cli.main(command_line.app)
     error = capfd.readouterr().err
     assert (stop.value.code, error.count("\n")) == (2, 1), error
     assert said in error

@@ -28,10 +28,11 @@ from helpers import (
     start_training,
     wait_for_epochs,
 )
-from localgrad import build, run
+from localgrad import run
+from localgrad.app import build
+from localgrad.app.recipe import Recipe, overlay
 from localgrad.errors import CheckpointError, DataError, RecipeError, RunFolderError, RunWarning
 from localgrad.learner import LocalLearner
-from localgrad.recipe import Recipe, overlay
 from localgrad.training.data import load_data, normalise
 from localgrad.training.events import EpochEnded, Event, accuracies
 from localgrad.training.trainer import Interrupted

@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 
 from data_cases import array, plant
 from helpers import Cli, assert_refused
-from localgrad import build, run
-from localgrad.recipe import Recipe, overlay
+from localgrad import run
+from localgrad.app import build
+from localgrad.app.recipe import Recipe, overlay
 from localgrad.training.events import Event, RunStarted, Sink
 
 VIT: dict[str, Any] = {

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localgrad.planning import shared_cores
-from localgrad.planning.simulator import (
+from research.simulation import shared_cores
+from research.simulation.simulator import (
     FREE,
     Cluster,
     Link,

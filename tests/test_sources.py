@@ -15,17 +15,17 @@ from torch import Tensor, nn
 
 from helpers import SIZE, batches, make, make_learner, term_of, train
 from localgrad import FeatureReconstruction, GreedySupervised, ImageReconstruction, LocalLearner
-from localgrad.build import build, build_recipe_objective
+from localgrad.app.build import build, build_recipe_objective
+from localgrad.app.planning import adamw as planned_adamw
+from localgrad.app.planning import plan
+from localgrad.app.recipe import Recipe, overlay, preset
 from localgrad.errors import BackboneError, RecipeError
 from localgrad.learner import estimate_step
 from localgrad.objectives.base import LocalBatch
-from localgrad.plans.api import adamw as planned_adamw
-from localgrad.plans.api import plan
-from localgrad.recipe import Recipe, overlay, preset
-from localgrad.reproduce import tables
-from localgrad.reproduce.methods import METHODS, REMEDIES, SOURCES, overlay_of
-from localgrad.reproduce.profiles import PROFILES
-from localgrad.reproduce.tables import TABLES, cells_of, digest, fingerprint, recipe_of
+from research.reproduce import tables
+from research.reproduce.methods import METHODS, REMEDIES, SOURCES, overlay_of
+from research.reproduce.profiles import PROFILES
+from research.reproduce.tables import TABLES, cells_of, digest, fingerprint, recipe_of
 
 TRGL = GreedySupervised(
     classifier="linear", classifier_options={"norm_first": True}, transport_tau=0.5, transport_per="branch"

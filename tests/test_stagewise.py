@@ -31,13 +31,13 @@ from helpers import (
     wait_for_epochs,
 )
 from localgrad import run
-from localgrad.build import build
+from localgrad.app.build import build
+from localgrad.app.recipe import Recipe, overlay, preset
 from localgrad.errors import BackboneError, CheckpointError, DeviceError, RecipeError, RunFolderError
-from localgrad.execution.local_module import LocalModule, Walk
-from localgrad.execution.local_step import LocalStep
 from localgrad.learner import LocalLearner, estimate_step
-from localgrad.planning import memory
-from localgrad.recipe import Recipe, overlay, preset
+from localgrad.memory import track as memory
+from localgrad.step.local_module import LocalModule, Walk
+from localgrad.step.local_step import LocalStep
 from localgrad.training import feature_cache, stagewise
 from localgrad.training.events import ConsoleSink, EpochEnded, Event, FeaturesCached, RunStarted
 from localgrad.training.folder import RunFolder

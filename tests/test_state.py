@@ -21,15 +21,15 @@ from torch.nn.utils.spectral_norm import spectral_norm
 import localgrad
 from helpers import SIZE, adamw, assert_same, batches, flat, make, train
 from localgrad import GreedySupervised, LocalLearner
-from localgrad._fake import FakeTensorMode
-from localgrad._halves import find_pieces, observed, signature
+from localgrad.backbones.fake import FakeTensorMode
+from localgrad.backbones.halves import find_pieces, observed, signature
 from localgrad.errors import ParallelError, RecipeError
-from localgrad.execution.local_module import LocalModule, recompute
 from localgrad.learner import check_isolation, estimate_step
-from localgrad.parallel import ParallelLearner
+from localgrad.memory.costs import Settings
+from localgrad.parallel.learner import ParallelLearner
 from localgrad.partition import Checkpointing
-from localgrad.planning.costs import Settings
-from localgrad.plans.budget import Task, _cache_key, looks_at_whole_batches
+from localgrad.planning.budget import Task, _cache_key, looks_at_whole_batches
+from localgrad.step.local_module import LocalModule, recompute
 
 WIDTH = 32
 STEPS = 5

@@ -12,7 +12,7 @@ from torch import nn
 from helpers import adamw, assert_same, batches, make, make_learner, train
 from localgrad import Contrastive, FeatureReconstruction, GreedySupervised, LocalLearner
 from localgrad.errors import CheckpointError
-from localgrad.execution.states import describe
+from localgrad.step.states import describe
 
 OLD = ("objective", "optimizer_classes")
 """What checkpoints of before have not."""

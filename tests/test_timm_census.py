@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 
-from localgrad.backbone import split
+from localgrad.backbones.base import split
 from localgrad.errors import BackboneError
 
 SPLIT = (

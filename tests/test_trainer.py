@@ -17,9 +17,9 @@ import torch
 
 from helpers import Recorder
 from localgrad.errors import CheckpointError, DivergenceError
-from localgrad.execution.sequential import StepResult
 from localgrad.learner import LocalLearner
 from localgrad.objectives.base import LocalBatch
+from localgrad.step.executor import StepResult
 from localgrad.training.data import Batches, DataInfo, InMemoryImages
 from localgrad.training.events import EpochEnded, Event, Progressed
 from localgrad.training.folder import RunFolder

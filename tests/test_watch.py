@@ -7,7 +7,7 @@ import time
 
 import torch.distributed as dist
 
-from localgrad.training.watch import Watch
+from localgrad.parallel.watch import Watch
 
 
 def test_the_first_rank_leaves_last() -> None:

@@ -10,8 +10,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from localgrad.backbone import Backbone, Layout, split
-    from localgrad.comparing.measuring import Measurement, measure
+    from localgrad.app.planning import estimate, plan
+    from localgrad.backbones.base import Backbone, Layout, split
+    from localgrad.compare.measuring import Measurement, measure
     from localgrad.errors import (
         BackboneError,
         BudgetError,
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
         RecipeError,
         RunFolderError,
     )
-    from localgrad.execution.pipeline import ShareResult
-    from localgrad.execution.sequential import StepResult
-    from localgrad.execution.team import Team
     from localgrad.learner import LocalLearner, check_isolation
     from localgrad.objectives.methods import (
         Contrastive,
@@ -37,13 +35,15 @@ if TYPE_CHECKING:
         ImageReconstruction,
         Objective,
     )
-    from localgrad.parallel import ParallelLearner
+    from localgrad.parallel.learner import ParallelLearner
+    from localgrad.parallel.pipeline import ShareResult
+    from localgrad.parallel.team import Team
     from localgrad.partition import Plan, balance
-    from localgrad.plans.api import estimate, plan
+    from localgrad.step.executor import StepResult
 
 _HOMES = {
-    "localgrad.plans.api": ("estimate", "plan"),
-    "localgrad.backbone": ("Backbone", "Layout", "split"),
+    "localgrad.app.planning": ("estimate", "plan"),
+    "localgrad.backbones.base": ("Backbone", "Layout", "split"),
     "localgrad.errors": (
         "BackboneError",
         "BudgetError",
@@ -58,11 +58,11 @@ _HOMES = {
         "RecipeError",
         "RunFolderError",
     ),
-    "localgrad.execution.pipeline": ("ShareResult",),
-    "localgrad.execution.sequential": ("StepResult",),
-    "localgrad.execution.team": ("Team",),
+    "localgrad.parallel.pipeline": ("ShareResult",),
+    "localgrad.step.executor": ("StepResult",),
+    "localgrad.parallel.team": ("Team",),
     "localgrad.learner": ("LocalLearner", "check_isolation"),
-    "localgrad.comparing.measuring": ("Measurement", "measure"),
+    "localgrad.compare.measuring": ("Measurement", "measure"),
     "localgrad.objectives.methods": (
         "Contrastive",
         "FeatureReconstruction",
@@ -70,7 +70,7 @@ _HOMES = {
         "ImageReconstruction",
         "Objective",
     ),
-    "localgrad.parallel": ("ParallelLearner",),
+    "localgrad.parallel.learner": ("ParallelLearner",),
     "localgrad.partition": ("Plan", "balance"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

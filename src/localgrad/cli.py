@@ -1,4 +1,4 @@
-"""The command line: ``localgrad train | plan | compare | reproduce | evaluate | predict``.
+"""The command line: ``localgrad train | plan | compare | evaluate | predict``.
 
 It turns options into a recipe and calls ``localgrad.run``; torch is imported only inside a verb. Every mistake that
 a user can make ends in one line on standard error and exit status 2. An interrupted run is saved and exits with 128
@@ -34,8 +34,12 @@ app = typer.Typer(
 )
 
 
-def main() -> None:
-    """Run the command line; the console script's entry."""
+def main(verbs: typer.Typer = app) -> None:
+    """Run the command line; the console script's entry.
+
+    Args:
+        verbs: another command line to run in the same way.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # whatever its encoding: what it lacks is written plainly
             stream.reconfigure(errors=PLAINLY)
@@ -43,7 +47,7 @@ def main() -> None:
     if os.environ.get("RANK", "0") != "0":  # one of several processes: the first one speaks for all
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8", errors="replace")  # noqa: SIM115, PTH123  # for the rest of the process
     try:
-        app()
+        verbs()
     except SystemExit as stop:
         _leave(stop.code if isinstance(stop.code, int) else int(stop.code is not None))
     except LocalgradError as error:
@@ -305,8 +309,8 @@ def train(  # noqa: PLR0917  # one parameter an option
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the recipe and stop.")] = False,
 ) -> None:
     """Train a model. With no options: handwritten digits, four local modules, under two minutes on two cores."""
+    from localgrad.app.recipe import Recipe, overlay, parse_assignments
     from localgrad.errors import RecipeError
-    from localgrad.recipe import Recipe, overlay, parse_assignments
 
     options: dict[str, Any] = {
         "data.name": train_data if data is None and resume is None else data,
@@ -410,8 +414,8 @@ def _start_processes(count: int, recipe: Any, folder: Path | None) -> None:
         raise RecipeError(f"--num-processes {count}: say what they share; add --parallel modules.")
     if count < 1:
         raise RecipeError(f"--num-processes: {count} is no number of processes; take 1 or more.")
-    from localgrad.execution.launching import run_processes
-    from localgrad.execution.team import in_team
+    from localgrad.parallel.launching import run_processes
+    from localgrad.parallel.team import in_team
 
     if in_team():
         return
@@ -467,7 +471,7 @@ def plan(  # noqa: PLR0917  # one parameter an option
     no_cache: NoCacheOption = False,
 ) -> None:
     """Find the fastest way to train a model within a memory budget; no GPU, no data and no weights are needed."""
-    from localgrad.recipe import parse_assignments
+    from localgrad.app.recipe import parse_assignments
 
     options = {
         "model.name": model,
@@ -526,11 +530,13 @@ def _print_plan(
     from rich.console import Console
     from rich.markup import escape
 
-    from localgrad.comparing.plots import check_writable
+    from localgrad.app import planned as recipes
+    from localgrad.app.recipe import Recipe, overlay
+    from localgrad.compare.plots import check_writable
     from localgrad.errors import RecipeError
-    from localgrad.plans import budget as budgets
-    from localgrad.plans import parallel, recipes, table
-    from localgrad.recipe import Recipe, overlay
+    from localgrad.planning import budget as budgets
+    from localgrad.planning import rank_plans as parallel
+    from localgrad.planning import table
 
     recipe = Recipe.from_dict(overlay(base, changes))
     in_parallel = parallel.asked_for(
@@ -652,7 +658,7 @@ def compare(  # noqa: PLR0917  # one parameter an option
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from localgrad.comparing import options as bench
+    from localgrad.compare import options as bench
 
     settings = bench.Settings(
         model=model,
@@ -697,80 +703,6 @@ def compare(  # noqa: PLR0917  # one parameter an option
     console.print()
     for note in bench.notes_of(comparison):
         console.print(note, highlight=False, markup=False, soft_wrap=True)
-
-
-@app.command()
-def reproduce(  # noqa: PLR0917  # one parameter an option
-    table: Annotated[
-        str | None,
-        typer.Argument(help="cifar10, cifar100, stl10, svhn, vit, ranking, epochs, images or sources; all by default."),
-    ] = None,
-    profile: Annotated[str | None, typer.Option(help="Size: smoke (seconds), cpu (reduced), gpu (full).")] = None,
-    data: Annotated[str | None, typer.Option(help="Only these: cifar10,svhn.")] = None,
-    data_path: Annotated[
-        list[str] | None,
-        typer.Option(help="DATA=FOLDER: a folder of images in place of the official files; may be repeated."),
-    ] = None,
-    root: Annotated[str | None, typer.Option(help="Where torchvision's data sets lie.")] = None,
-    download: Annotated[bool, typer.Option("--download", help="Fetch data sets that are missing.")] = False,
-    methods: Annotated[str | None, typer.Option(help="Only these: end-to-end,greedy,default.")] = None,
-    modules: Annotated[str | None, typer.Option(help="Only these K: 2,4. End-to-end training has one.")] = None,
-    seeds: Annotated[str | None, typer.Option(help="Instead of the profile's: 0,1,2.")] = None,
-    epochs: Annotated[str | None, typer.Option(help="Instead of the table's: 10, or 10,20.")] = None,
-    jobs: Annotated[int, typer.Option(help="Cells that run at a time.")] = 1,
-    num_threads: Annotated[
-        int | None, typer.Option(help="Processor threads of each; by default all cores, shared out.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
-    again: Annotated[bool, typer.Option("--again", help="Run cells that are done, too, in fresh folders.")] = False,
-    results: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("results"),
-    docs: Annotated[Path, typer.Option(help="File whose tables --report writes.")] = Path("docs/accuracy.md"),
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells and their commands, and stop.")] = False,
-    report: Annotated[bool, typer.Option("--report", help="Write the tables in the docs from the results.")] = False,
-    check: Annotated[
-        bool, typer.Option("--check", help="With --report: only say where docs and results differ.")
-    ] = False,
-) -> None:
-    """The published tables: run our figures for them, cell by cell, and write them into the docs."""
-    from localgrad.errors import RecipeError
-    from localgrad.reproduce import report as reports
-    from localgrad.reproduce import verb
-
-    if check and not report:
-        raise RecipeError("--check: it goes with --report; type localgrad reproduce --report --check.")
-    if check:
-        differences = reports.differences(docs, results)
-        for line in differences:
-            typer.echo(line)
-        sys.exit(1 if differences else 0)
-    if report:
-        typer.echo(f"{docs}: {'rewritten' if reports.rewrite(docs, results) else 'as it was'}")
-        return
-    settings = verb.Settings(
-        table=table,
-        profile=profile,
-        data=data,
-        data_path=tuple(data_path or ()),
-        root=root,
-        download=download,
-        methods=methods,
-        modules=modules,
-        seeds=seeds,
-        epochs=epochs,
-        jobs=jobs,
-        num_threads=num_threads,
-        device=device,
-        again=again,
-        results=results,
-    )
-
-    def say(line: str) -> None:
-        print(line, flush=True)  # noqa: T201  # a log file is read while it grows
-
-    if dry_run:
-        verb.list_cells(settings, say)
-    else:
-        sys.exit(verb.fill(settings, say))
 
 
 def parse_modules(text: str) -> int | str | list[int]:
@@ -831,10 +763,10 @@ def _budget(text: str | None, plan: Path | None, changes: dict[str, Any], *, ver
 
 def _planned(path: Path, preset: str | None, recipe: Path | None, changes: dict[str, Any]) -> tuple[Any, Any]:
     """A plan from its file, and the recipe to train by it; refused where options contradict the plan."""
+    from localgrad.app.planned import changes_of, check_plan_is_for
+    from localgrad.app.recipe import Recipe, overlay
     from localgrad.errors import BudgetError, PartitionError
     from localgrad.partition import Plan
-    from localgrad.plans.recipes import changes_of, check_plan_is_for
-    from localgrad.recipe import Recipe, overlay
 
     try:
         plan = Plan.from_json(path.read_text(encoding="utf-8"))
@@ -851,8 +783,8 @@ def _planned(path: Path, preset: str | None, recipe: Path | None, changes: dict[
 
 def _base(preset_name: str | None, recipe: Path | None, changes: dict[str, Any]) -> dict[str, Any]:
     """What the options are laid over: a recipe file, a preset, or (where no other data is named) the digits."""
+    from localgrad.app.recipe import parse_toml, preset
     from localgrad.errors import RecipeError
-    from localgrad.recipe import parse_toml, preset
 
     if recipe is not None and preset_name is not None:
         raise RecipeError("--preset and --recipe both say where to start; give one of them.")
@@ -873,8 +805,8 @@ def _base(preset_name: str | None, recipe: Path | None, changes: dict[str, Any])
 def _resumed(path: Path, changes: dict[str, Any], forbidden: dict[str, object]) -> Any:
     """The recipe of the run to be resumed, with the options laid over it."""
     from localgrad import run
+    from localgrad.app.recipe import Recipe, overlay
     from localgrad.errors import RecipeError
-    from localgrad.recipe import Recipe, overlay
 
     given = [name for name, value in forbidden.items() if value is not None]
     if given:

@@ -18,11 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from localgrad._state import left_as_it_was
-from localgrad._timm_adapters import input_channels
-from localgrad._written import has_hooks
-from localgrad.auxiliary import carry_exemptions
-from localgrad.backbone import Backbone, split
+from localgrad.backbones.base import Backbone, split
+from localgrad.backbones.state import left_as_it_was
+from localgrad.backbones.timm_models import input_channels
+from localgrad.backbones.written import has_hooks
 from localgrad.errors import (
     BackboneError,
     CheckpointError,
@@ -32,8 +31,13 @@ from localgrad.errors import (
     PartitionError,
     RecipeError,
 )
-from localgrad.execution.checkpointing import Recomputed
-from localgrad.execution.checks import (
+from localgrad.memory.track import MemoryProfile, annotate, block_activation_bytes, simulate
+from localgrad.objectives.auxiliary import carry_exemptions
+from localgrad.objectives.base import LocalBatch
+from localgrad.objectives.methods import FeatureReconstruction, Objective, is_number
+from localgrad.partition import Checkpointing, Plan, Request, resolve
+from localgrad.step.checkpointing import Recomputed
+from localgrad.step.checks import (
     FACTORY,
     Remembered,
     check_images,
@@ -44,23 +48,19 @@ from localgrad.execution.checks import (
     check_tensors,
     check_values,
 )
-from localgrad.execution.global_step import GlobalStep
-from localgrad.execution.local_module import build_local_modules, recomputed_in
-from localgrad.execution.local_step import LocalStep, autocast, check_precision, drawing_from
-from localgrad.execution.offload import HOST, Offloader
-from localgrad.execution.sequential import SequentialExecutor, StepResult
-from localgrad.execution.sharding import put, put_optimizer
-from localgrad.execution.states import (
+from localgrad.step.executor import SequentialExecutor, StepResult
+from localgrad.step.global_step import GlobalStep
+from localgrad.step.local_module import build_local_modules, recomputed_in
+from localgrad.step.local_step import LocalStep, autocast, check_precision, drawing_from
+from localgrad.step.offload import HOST, Offloader
+from localgrad.step.sharding import put, put_optimizer
+from localgrad.step.states import (
     check_objective,
     check_optimizer_state,
     check_scaler_state,
     describe,
     or_as_before,
 )
-from localgrad.objectives.base import LocalBatch
-from localgrad.objectives.methods import FeatureReconstruction, Objective, is_number
-from localgrad.partition import Checkpointing, Plan, Request, resolve
-from localgrad.planning.memory import MemoryProfile, annotate, block_activation_bytes, simulate
 
 if TYPE_CHECKING:
     from timm.utils.model_ema import ModelEmaV3
@@ -1137,7 +1137,7 @@ def make_ema(model: nn.Module, decay: float | None, *, on_host: bool) -> ModelEm
         return None
     if not (is_number(decay) and 0 < decay < 1):
         raise RecipeError(f"ema_decay must lie between 0 and 1, got {decay!r}; 0.9998 is usual.")
-    from localgrad.execution.moving_average import MovingAverage
+    from localgrad.step.moving_average import MovingAverage
 
     if on_host:  # while the model may be in two places, which foreach can't take
         return MovingAverage(model, decay=decay, use_warmup=True, device=HOST, foreach=False)

@@ -24,7 +24,7 @@ from fractions import Fraction
 from operator import index
 from typing import Any, SupportsIndex, cast
 
-from localgrad._balance import balanced
+from localgrad.balancing import balanced
 from localgrad.errors import PartitionError
 
 Boundaries = tuple[int, ...]

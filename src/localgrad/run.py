@@ -20,8 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from localgrad.backbone import Backbone
-from localgrad.build import Job, build, create_model, input_size_of, resolve_device
+from localgrad.app.agreement import team_of, together
+from localgrad.app.build import Job, build, create_model, input_size_of, resolve_device
+from localgrad.app.planned import check_plan_fits, laid_over, note_of_plan, plan_recipe, refuse_together, task_on
+from localgrad.app.recipe import DataSettings, Recipe, difference
+from localgrad.app.replanning import Replanner
+from localgrad.backbones.base import Backbone
 from localgrad.errors import (
     CheckpointError,
     DataError,
@@ -32,17 +36,13 @@ from localgrad.errors import (
     RecipeError,
     RunFolderError,
 )
-from localgrad.execution.sequential import out_of_memory
-from localgrad.execution.team import Team, was_restarted
 from localgrad.learner import end_to_end, estimate_step
-from localgrad.parallel import ParallelLearner
+from localgrad.memory.track import MemoryProfile
+from localgrad.parallel.learner import ParallelLearner
+from localgrad.parallel.memory import estimate_share
+from localgrad.parallel.team import Team, was_restarted
 from localgrad.partition import Plan
-from localgrad.planning.memory import MemoryProfile
-from localgrad.plans.recipes import check_plan_fits, laid_over, note_of_plan, plan_recipe, refuse_together, task_on
-from localgrad.plans.replanning import Replanner
-from localgrad.recipe import DataSettings, Recipe, difference
-from localgrad.share_memory import estimate_share
-from localgrad.together import team_of, together
+from localgrad.step.executor import out_of_memory
 from localgrad.training.data import DataInfo, load_images_for_prediction
 from localgrad.training.events import (
     JsonlSink,
@@ -70,7 +70,7 @@ from localgrad.training.folder import (
 from localgrad.training.health import HealthCheck
 from localgrad.training.image_sets import Skipped, table_of
 from localgrad.training.optim import note_of_warmup
-from localgrad.training.parallel import ParallelTrainer, name_of, whole
+from localgrad.training.parallel_trainer import ParallelTrainer, name_of, whole
 from localgrad.training.stagewise import StagewiseTrainer, disk_needed, estimate_stages, gather
 from localgrad.training.trainer import Trainer, evaluate, load_best_weights
 from localgrad.units import format_bytes

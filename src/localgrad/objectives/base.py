@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from localgrad.backbone import Layout
+from localgrad.backbones.base import Layout
 
 Weight = float | tuple[float, float]
 """Weight of a term: one number, or (first, last) to interpolate linearly from the first local module to the

@@ -26,9 +26,9 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from localgrad.auxiliary import build_classifier, build_decoder
-from localgrad.backbone import Layout
+from localgrad.backbones.base import Layout
 from localgrad.errors import RecipeError, did_you_mean
+from localgrad.objectives.auxiliary import build_classifier, build_decoder
 from localgrad.objectives.base import ContextSupply, LocalObjective, Site, Term, Weight
 from localgrad.objectives.reconstruction import ERRORS, BlockReconstruction, Reconstruction
 from localgrad.objectives.regularisers import BranchTransport, SimilarityMatching, Transport

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from localgrad.auxiliary import Decoder
+from localgrad.objectives.auxiliary import Decoder
 from localgrad.objectives.base import LocalBatch, Term, TermValue, in_float32
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from localgrad.backbone import Layout
+from localgrad.backbones.base import Layout
 from localgrad.objectives.base import IGNORED, LocalBatch, Term, TermValue, in_float32, one_hot
 
 

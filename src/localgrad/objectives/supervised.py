@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from localgrad.auxiliary import Classifier, Pool
-from localgrad.backbone import Layout
+from localgrad.backbones.base import Layout
+from localgrad.objectives.auxiliary import Classifier, Pool
 from localgrad.objectives.base import IGNORED, LocalBatch, Term, TermValue, in_float32, one_hot
 
 

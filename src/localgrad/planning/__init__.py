@@ -1,1 +1,1 @@
-"""Planning: what a step costs in memory, before it runs."""
+"""From a memory budget to a plan: costs, search and one step that confirms it."""

@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from localgrad._fake import copy_without_hooks
-from localgrad.backbone import Backbone, Layout
+from localgrad.backbones.base import Backbone, Layout
+from localgrad.backbones.fake import copy_without_hooks
 from localgrad.learner import LocalLearner, check_weights, load_weights
 from localgrad.objectives.base import LocalBatch
 from localgrad.training.data import Batches, stratified_choice

@@ -20,9 +20,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from localgrad._timm_adapters import undecayed
-from localgrad.auxiliary import is_exempt_from_decay
+from localgrad.backbones.timm_models import undecayed
 from localgrad.errors import RecipeError, did_you_mean
+from localgrad.objectives.auxiliary import is_exempt_from_decay
 
 SCHEDULERS = ("cosine", "tanh", "step", "multistep", "poly", "none")
 FALLING = ("cosine", "tanh", "poly")

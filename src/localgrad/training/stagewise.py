@@ -37,12 +37,12 @@ from torch.optim import Optimizer
 from torchmetrics.classification import MulticlassAccuracy
 
 from localgrad.errors import CheckpointError
-from localgrad.execution.local_step import LocalStep, autocast
-from localgrad.execution.offload import HOST
-from localgrad.execution.states import check_optimizer_state, check_scaler_state
 from localgrad.learner import Factories, LocalLearner
+from localgrad.memory.track import MemoryProfile, simulate
 from localgrad.objectives.base import LocalBatch
-from localgrad.planning.memory import MemoryProfile, simulate
+from localgrad.step.local_step import LocalStep, autocast
+from localgrad.step.offload import HOST
+from localgrad.step.states import check_optimizer_state, check_scaler_state
 from localgrad.training.augment import derive_seed
 from localgrad.training.data import Batches
 from localgrad.training.events import EpochEnded, FeaturesCached, Sink

@@ -27,9 +27,9 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
 from localgrad.errors import CheckpointError, DivergenceError
-from localgrad.execution.sharding import rows_of
 from localgrad.learner import LocalLearner, load_weights
 from localgrad.objectives.base import LocalBatch
+from localgrad.step.sharding import rows_of
 from localgrad.training.data import Batches
 from localgrad.training.events import EpochEnded, Event, Progressed, Sink
 from localgrad.training.folder import RunFolder, load_saved_weights, save_weights

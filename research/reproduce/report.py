@@ -1,0 +1,317 @@
+"""From results to the tables in the docs: Markdown between two markers, made by a command and held by a test.
+
+::
+
+    <!-- table: cifar10 cpu -->
+    whatever stands here is replaced
+    <!-- end -->
+
+A row is a method with K modules (and a number of epochs), over its seeds: mean and sample standard deviation. The gap
+to end-to-end training is taken seed by seed, among runs of the same epochs, the same images and one kind of device.
+Training accuracy is that of the best epoch, on augmented images while they are trained on.
+Results whose recipe has changed since are left out, and counted.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from localgrad.errors import RecipeError, did_you_mean
+from localgrad.training.folder import write_atomically
+from localgrad.units import format_bytes
+from research.reproduce.methods import AVERAGED, BASELINES, DEFAULT, END_TO_END, begins_at, keeps_average
+from research.reproduce.profiles import PROFILES, Profile
+from research.reproduce.published import Published, published_for
+from research.reproduce.results import Row, device_kind, identity, identity_of, load_rows, path_of
+from research.reproduce.tables import TABLES, Cell, Table, cells_of, epochs_of
+
+DOCS = Path("research/docs/accuracy.md")
+NOT_RUN = "not run"
+DAGGER = "†"
+DOUBLE_DAGGER = "‡"
+_MARKED = re.compile(r"(<!-- table: (\S+) (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs of one method that differ in their seed alone; none where it wasn't run."""
+
+    data: str
+    method: str
+    modules: int
+    epochs: int
+    rows: tuple[Row, ...] = ()
+
+    @property
+    def validation(self) -> tuple[float, ...]:
+        """Accuracies in percent on validation images, of the runs that had any."""
+        return tuple(100 * row["val_accuracy"] for row in self.rows if row["val_accuracy"] is not None)
+
+    @property
+    def merit(self) -> float:
+        """What a ranking goes by; those that were run without validation images come last, but before the others."""
+        return statistics.fmean(self.validation) if self.validation else -1.0 if self.rows else -2.0
+
+    @property
+    def is_of_changed_code(self) -> bool:
+        """Whether a run's code was no commit's."""
+        return any("+" in row["commit"] for row in self.rows)
+
+    @property
+    def is_of_before(self) -> bool:
+        """Whether the best epoch of a run was over before what the method adds began to act."""
+        first = math.floor(begins_at(self.method) * self.epochs)  # in the middle of which it may begin
+        return any(row["best_epoch"] is not None and row["best_epoch"] < first for row in self.rows)
+
+
+def rewrite(docs: Path, results: Path) -> bool:
+    """Write all tables anew between their markers; says whether anything changed.
+
+    Raises:
+        RecipeError: the docs can't be read, or a marker names no table.
+    """
+    old = _read(docs)
+    new = _filled(old, results)
+    if new != old:
+        write_atomically(docs, lambda path: path.write_text(new, encoding="utf-8"))
+    return new != old
+
+
+def differences(docs: Path, results: Path) -> list[str]:
+    """What differs between the docs' tables and the results: names of tables, empty where all is in step."""
+    text = _read(docs)
+    new = {match.group(2, 3): match[4] for match in _MARKED.finditer(_filled(text, results))}
+    old = {match.group(2, 3): match[4] for match in _MARKED.finditer(text)}
+    found = [
+        f"{' '.join(names)}: the docs' table isn't what its results give" for names in old if old[names] != new[names]
+    ]
+    known = {path_of(results, table, profile): (table, profile) for table in TABLES for profile in PROFILES}
+    for path in sorted(results.glob("*.json")):
+        if path in known and known[path] not in old and known[path][1] != "smoke":
+            found.append(f"{path.name}: the docs have no table for these results")
+    return found
+
+
+def _read(docs: Path) -> str:
+    try:
+        return docs.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"--docs: {docs} can't be read; type --docs FILE, or work in the source folder.") from error
+
+
+def _filled(text: str, results: Path) -> str:
+    def fill(match: re.Match[str]) -> str:
+        table, profile = match[2], match[3]
+        for name, known in ((table, TABLES), (profile, PROFILES)):
+            if name not in known:
+                raise RecipeError(
+                    f"--docs: a marker names {name!r}; there are {', '.join(known)}.{did_you_mean(name, known)}"
+                )
+        rows = load_rows(path_of(results, table, profile))
+        return f"{match[1]}{markdown(TABLES[table], PROFILES[profile], rows)}{match[5]}"
+
+    return _MARKED.sub(fill, text)
+
+
+# A table ---------------------------------------------------------------------------------------------------------
+
+
+def markdown(table: Table, profile: Profile, rows: Iterable[Row]) -> str:
+    """A table of results; one for each kind of device, and of copies that the images were read from.
+
+    Args:
+        table: which.
+        profile: its size.
+        rows: what was run, in any order.
+    """
+    rows = list(rows)
+    current = [row for row in rows if _is_current(table, profile, row)]
+    parts = [f"*{_title(table, profile, current)}; profile `{profile.name}`: {profile.about}.*"]
+    for mine in _alike(current) or [[]]:
+        parts += [_circumstances(table, profile, mine), _table(table, profile, mine)]
+    if len(rows) > len(current):
+        parts.append(f"{len(rows) - len(current)} runs of recipes that have changed since are left out.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _title(table: Table, profile: Profile, rows: Sequence[Row]) -> str:
+    title = table.title.format(size=profile.size)
+    counts = sorted({row["num_parameters"] for row in rows if row.get("num_parameters")})
+    told = [f"{count / 1e6:.3g} million" if count >= 1e6 else f"{count:,}" for count in counts]
+    return f"{title}; {' or '.join(dict.fromkeys(told))} parameters" if told else title
+
+
+def _alike(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows that may stand in one table: one kind of device, of copies, and one lot of images of each data set."""
+
+    def lot(row: Row) -> tuple[str, ...]:
+        return row["data_digest"], *(str(row[f"num_{part}"]) for part in ("train", "val", "test"))
+
+    lots: dict[str, list[tuple[str, ...]]] = {}
+    for row in rows:
+        if lot(row) not in lots.setdefault(row["data"], []):
+            lots[row["data"]].append(lot(row))
+    alike: dict[tuple[str, str, int], list[Row]] = {}
+    for row in rows:
+        key = row["data_source"], device_kind(row["device"]), sorted(lots[row["data"]]).index(lot(row))
+        alike.setdefault(key, []).append(row)
+    return [alike[key] for key in sorted(alike)]
+
+
+def _is_current(table: Table, profile: Profile, row: Row) -> bool:
+    if row["method"] not in table.methods or row["data"] not in table.data:
+        return False
+    cell = Cell(table.name, row["data"], row["method"], row["modules"], row["seed"], row["epochs"])
+    return identity(row) == identity_of(cell, profile, row["data_source"], row.get("data_digest", ""))
+
+
+def _circumstances(table: Table, profile: Profile, rows: Sequence[Row]) -> str:
+    command = f"`python -m research.reproduce {table.name} --profile {profile.name}`"
+    if not rows:
+        return f"No cell has been run yet; {command} fills them."
+
+    def listed(key: str) -> str:
+        return ", ".join(sorted({str(row[key]) for row in rows}))
+
+    return (
+        f"{listed('model')}; images from {listed('data_source')}; {_images(rows)}; {listed('device')}; "
+        f"commit {listed('commit')}; {listed('date')}. Made by {command}; each cell's own command, commit, device, "
+        f"date and seconds are in `research/results/{table.name}-{profile.name}.json`."
+    )
+
+
+def _images(rows: Sequence[Row]) -> str:
+    """How many images there were of each data set, which, and what was done to them."""
+    told = []
+    for data in dict.fromkeys(row["data"] for row in rows):
+        own = [row for row in rows if row["data"] == data]
+        train, val, test = (f"{own[0][f'num_{part}']:,}" for part in ("train", "val", "test"))
+        files = "" if own[0]["data_digest"] == "official" else f", files {own[0]['data_digest']}"
+        notes = dict.fromkeys(note.rstrip(".") for row in own for note in row.get("notes", ()))
+        remarks = "".join(f" ({note})" for note in notes)
+        told.append(f"{data}: {train} to train on, {val} to select by, {test} to test on{files}{remarks}")
+    return "; ".join(told)
+
+
+def _table(table: Table, profile: Profile, rows: Sequence[Row]) -> str:
+    groups = _groups(table, profile, rows)
+    if table.is_ranked:
+        groups.sort(key=lambda group: -group.merit)
+    sources: list[str] = []
+    several_data = len(table.data) > 1
+    several_epochs = len({group.epochs for group in groups}) > 1
+    published = {
+        id(group): published_for(group.data, group.method, group.modules) if table.has_published else None
+        for group in groups
+    }
+    head = [*(["data"] if several_data else []), "method", "K", *(["epochs"] if several_epochs else [])]
+    head += ["validation, %"] if table.is_ranked else []
+    head += ["test accuracy, %", "training, %", "seeds", "gap, points", "peak", "measured", "hours a run"]
+    head += ["published, other settings"] if any(published.values()) else []
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for group, modules in _merged(groups, [group for group in groups if published[id(group)]]):
+        marks = DAGGER * group.is_of_changed_code + DOUBLE_DAGGER * group.is_of_before
+        name = f"{group.method} {marks}".strip()
+        cells = [*([group.data] if several_data else []), name, modules]
+        cells += [str(group.epochs)] if several_epochs else []
+        cells += [_spread(group.validation) if group.validation else ""] if table.is_ranked else []
+        cells += _figures(group, _baseline(group, groups))
+        cells += [_cited(published[id(group)], sources)] if any(published.values()) else []
+        lines.append(f"| {' | '.join(cells)} |")
+    notes = [f"[{number}] {source}." for number, source in enumerate(sources, 1)]
+    if any(group.is_of_changed_code for group in groups):
+        notes.append(f"{DAGGER} Run by code with changes that no commit holds.")
+    if any(group.is_of_before for group in groups):
+        notes.append(
+            f"{DOUBLE_DAGGER} A best epoch by validation came before the method's own part began: up to there it is "
+            f"a run of `{DEFAULT}`."
+        )
+    if table.is_ranked:
+        notes.append(
+            f"The order, and the choice of `{DEFAULT}`, go by validation accuracy; test accuracy is read once and "
+            "decides nothing."
+        )
+    if any(group.rows and _is_averaged(group) for group in groups):
+        notes.append(f"What keeps an average of the weights is held against `{AVERAGED}`.")
+    return "\n".join([*lines, *(["", " ".join(notes)] if notes else [])])
+
+
+def _groups(table: Table, profile: Profile, rows: Sequence[Row]) -> list[Group]:
+    """Every group that the table asks for, and those that were run for other epochs; in the table's order."""
+    others = {row["epochs"] for row in rows} - set(epochs_of(table, profile))
+    epochs = sorted({*epochs_of(table, profile), *others})
+    cells = cells_of(table, profile, seeds=[0], epochs=epochs)
+    cells.sort(
+        key=lambda cell: (table.data.index(cell.data), cell.epochs, cell.modules, table.methods.index(cell.method))
+    )
+    groups = []
+    for cell in cells:
+        key = (cell.data, cell.method, cell.modules, cell.epochs)
+        own = [row for row in rows if (row["data"], row["method"], row["modules"], row["epochs"]) == key]
+        if own or cell.epochs not in others:
+            groups.append(Group(*key, tuple(sorted(own, key=lambda row: int(row["seed"])))))
+    return groups
+
+
+def _merged(groups: Sequence[Group], alone: Sequence[Group]) -> list[tuple[Group, str]]:
+    """Groups with their K as text; those of one method that weren't run share a line, unless they stand alone."""
+    lines: dict[tuple[object, ...], tuple[Group, list[int]]] = {}
+    for number, group in enumerate(groups):
+        is_open = not group.rows and group not in alone
+        key = (group.data, group.method, group.epochs) if is_open else (number,)
+        lines.setdefault(key, (group, []))[1].append(group.modules)
+    return [(group, ", ".join(map(str, sorted(modules)))) for group, modules in lines.values()]
+
+
+def _baseline(group: Group, groups: Sequence[Group]) -> Group | None:
+    """The end-to-end runs of the same images and epochs (and with an average, if that is kept), if there are any."""
+    same = (group.data, AVERAGED if _is_averaged(group) else END_TO_END, group.epochs)
+    return next((other for other in groups if other.rows and (other.data, other.method, other.epochs) == same), None)
+
+
+def _is_averaged(group: Group) -> bool:
+    return keeps_average(group.method) and group.method not in BASELINES
+
+
+def _figures(group: Group, baseline: Group | None) -> list[str]:
+    """Test accuracy, training accuracy, seeds, gap, peak, measured peak, hours of one line."""
+    rows = group.rows
+    if not rows:
+        return [NOT_RUN, "", "", "", "", "", ""]
+    own = {row["seed"]: 100 * row["test_accuracy"] for row in rows}
+    theirs = {row["seed"]: 100 * row["test_accuracy"] for row in baseline.rows} if baseline else {}
+    gaps = [own[seed] - theirs[seed] for seed in own if seed in theirs]
+    gap = f"baseline {NOT_RUN}" if not gaps else _spread(gaps, sign="+")
+    if gaps and len(gaps) < len(rows):
+        gap += f" ({len(gaps)} seeds)" if len(gaps) > 1 else " (1 seed)"
+    ratio = statistics.fmean(row["peak_ratio"] for row in rows)
+    training = [100 * row["train_accuracy"] for row in rows if row["train_accuracy"] is not None]
+    return [
+        _spread(list(own.values())),
+        f"{statistics.fmean(training):.1f}" if training else "",
+        str(len(rows)),
+        "" if group.method == END_TO_END else gap,
+        f"{ratio:.2f} x",
+        format_bytes(max(row["measured_peak_bytes"] for row in rows)),
+        f"{statistics.fmean(row['seconds'] for row in rows) / 3600:.2g}",
+    ]
+
+
+def _spread(values: Sequence[float], sign: str = "") -> str:
+    """Mean, and sample standard deviation where there are several values."""
+    mean = format(statistics.fmean(values), f"{sign}.2f").replace("-", "−")  # noqa: RUF001  # a minus
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.2f}"
+
+
+def _cited(figure: Published | None, sources: list[str]) -> str:
+    """A published figure with the number of its source, which is noted down."""
+    if figure is None:
+        return ""
+    if figure.cited not in sources:
+        sources.append(figure.cited)
+    return f"{figure} [{sources.index(figure.cited) + 1}]"

@@ -1,0 +1,1 @@
+"""Recipes, what is built from them, and plans for them."""

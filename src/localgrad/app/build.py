@@ -1,0 +1,458 @@
+"""A recipe made into objects: device, data, model, learner, optimizers, batches. Nothing is written.
+
+The order is chosen for the person who waits: names and numbers that can be wrong are checked before data is read, and
+data before a model is built.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from localgrad.app.recipe import ModelSettings, Recipe, TrainingSettings, validated
+from localgrad.backbones.base import Backbone, split
+from localgrad.errors import BackboneError, DeviceError, RecipeError, did_you_mean, reason_of
+from localgrad.learner import Factories, LocalLearner, default_input_size, make_plan
+from localgrad.objectives.methods import Objective, build_objective
+from localgrad.parallel.learner import ParallelLearner
+from localgrad.parallel.team import Team
+from localgrad.step.local_step import check_precision
+from localgrad.training.augment import Augment
+from localgrad.training.data import Batches, DataInfo, ImageSet, Splits, load_data, note_on_fit
+from localgrad.training.optim import OptimizerFactory, Schedule, check_optimizer, check_schedule
+
+EVALUATION_BATCH = 256
+Planned = Callable[[Recipe, Backbone], Recipe]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a recipe comes to, built. In sequential mode the learner is on the processor and has no optimizers."""
+
+    recipe: Recipe
+    data: Splits
+    learner: LocalLearner
+    optimizer: Factories
+    schedule_for: Callable[[Sequence[Optimizer]], Schedule]
+    batches: Batches
+    device: torch.device
+    team: Team | None = None
+
+    def evaluation_batches(self, images: ImageSet) -> Batches:
+        """Batches of one part of the data, in order and not augmented."""
+        size = self.learner.backbone.input_size
+        return _batches(
+            self.recipe,
+            self.data.info,
+            images,
+            batch_size=EVALUATION_BATCH,
+            size=size,
+            device=self.device,
+            team=self.team,
+        )
+
+
+def build(
+    recipe: Recipe,
+    *,
+    download: bool = False,
+    has_weights: bool = False,
+    is_new: bool = False,
+    planned: Planned | None = None,
+    team: Team | None = None,
+) -> Job:
+    """Build what a recipe names, and check all of it; nothing is written.
+
+    Args:
+        recipe: what to build.
+        download: let torchvision fetch a data set that is missing.
+        has_weights: weights will be loaded, so pretrained ones aren't needed.
+        is_new: a run begins: the job's recipe says how pretrained weights want images normalised, where it was open.
+        planned: gives the recipe with its modules and how they run, once the model is there.
+        team: the processes that train it together.
+    """
+    if recipe.method.local.modules == "auto" and planned is None:
+        raise RecipeError("--modules auto: how many is found within a budget; add --budget, or give a number.")
+    method, execution = recipe.method, recipe.execution
+    device = resolve_device(execution.device) if team is None else team.device
+    check_precision(execution.precision, device)
+    check_model_name(method.model.name)
+    training = method.training
+    is_sequential = training.schedule == "sequential"
+    if is_sequential:
+        _refuse_in_sequence(recipe)
+    if execution.parallel != "none":
+        _refuse_in_parallel(recipe)
+    if training.has_global_steps and execution.offload:
+        raise RecipeError(
+            "--offload: end-to-end steps (--global-every, --global-tail) need all modules on the device; leave one out."
+        )
+    _check_training(recipe)
+    objective = build_recipe_objective(recipe)
+    if execution.num_threads is not None:
+        torch.set_num_threads(execution.num_threads)
+    data = _load(recipe, download=download)
+    _seed_everything(method.seed)
+    settings_of_model = replace(method.model, pretrained=False) if has_weights else method.model
+    channels = data.info.num_channels
+    model = create_model(settings_of_model, num_classes=data.info.num_classes, num_channels=channels)
+    size = input_size_of(model, method.model, channels)
+    check_patches(model, size[1:])
+    recipe, data = _settled(recipe, data, model, size[1:], has_new_weights=is_new and settings_of_model.pretrained)
+    objective = objective.with_pixels(data.info.mean, data.info.std)
+    waits = is_sequential or execution.offload or team is not None  # on the processor, until its modules are made
+    backbone = split(model if waits else model.to(device), size)
+    if planned is not None:
+        recipe = planned(recipe, backbone)
+        method, execution = recipe.method, recipe.execution
+    plan = make_plan(backbone, method.local.modules, checkpoint=execution.checkpoint)
+    settings_of_learner: dict[str, Any] = {
+        "modules": plan,
+        "objective": objective,
+        "precision": execution.precision,
+        "compile": execution.compile,
+        "accumulation": execution.accumulation,
+        "clip_grad": training.clip_grad,
+        "ema_decay": training.ema_decay,
+        "offload": execution.offload,
+        "overlap": method.local.overlap,
+        "freeze_from": training.freeze_from,
+        "auxiliary_from": "state",  # seeded right before; as it was when the published runs were made
+    }
+    if team is None:
+        learner = LocalLearner(
+            backbone,
+            device=device if execution.offload else None,
+            global_checkpoint=execution.global_checkpoint,
+            **settings_of_learner,
+        )
+    else:
+        learner = ParallelLearner(
+            backbone,
+            team=team,
+            num_buffers=execution.buffers,
+            wire=execution.wire,
+            shard=execution.shard,
+            **settings_of_learner,
+        )
+    optimizer = optimizers_of(training, model, plan.num_modules)
+    if not is_sequential:
+        learner.configure_optimizers(optimizer)
+    augment = method.augment
+    if not (augment.mixup or augment.cutmix):  # the losses smooth hard labels by themselves
+        augment = replace(augment, label_smoothing=0.0)
+    batches = _batches(
+        recipe,
+        data.info,
+        data.train,
+        batch_size=training.batch_size,
+        size=size,
+        device=device,
+        augment=augment,
+        team=team,
+    )
+    schedule_for = partial(
+        Schedule,
+        name=training.scheduler,
+        epochs=training.epochs,
+        batches_per_epoch=len(batches),
+        warmup_epochs=training.warmup_epochs,
+        warmup_lr=training.warmup_lr,
+        min_lr=training.min_lr,
+        warmup_stagger=training.warmup_stagger,
+        first=learner.own.start,
+    )
+    # Made once to be checked, and dropped: nothing has been written yet.
+    schedule_for([_optimizer_alone(learner, index, optimizer) for index in learner.own])
+    return Job(recipe, data, learner, optimizer, schedule_for, batches, device, team)
+
+
+def _load(recipe: Recipe, *, download: bool) -> Splits:
+    """The data of a recipe."""
+    side = recipe.method.model.img_size
+    settings = recipe.method.data
+    return load_data(
+        settings.name,
+        root=None if settings.root is None else Path(settings.root),
+        download=download,
+        val_fraction=settings.val_fraction,
+        limit=settings.limit,
+        on_corrupt=settings.on_corrupt,
+        seed=recipe.method.seed,
+        image_size=None if side is None else (side, side),
+        mean=settings.mean,
+        std=settings.std,
+        train_data=settings.train_data,
+        val_data=settings.val_data,
+        test_data=settings.test_data,
+        image_range=settings.image_range,
+        background=settings.background,
+        fit=settings.fit or "crop",
+    )
+
+
+def _settled(
+    recipe: Recipe, data: Splits, model: nn.Module, size: tuple[int, int], *, has_new_weights: bool
+) -> tuple[Recipe, Splits]:
+    """The recipe and the data once the model is there: normalised as new weights were trained, and what is cut off."""
+    cut_off = note_on_fit(data, size)
+    data = data if cut_off is None else data.said(cut_off)
+    if not has_new_weights or recipe.method.data.mean is not None:
+        return recipe, data
+    trained_with: dict[str, Any] = getattr(model, "pretrained_cfg", {})
+    if "mean" not in trained_with or "std" not in trained_with:
+        return recipe, data.said("timm doesn't say what the weights were normalised by; the data's own is taken.")
+    data = data.normalised_by(trained_with["mean"], trained_with["std"])
+    mean, std = data.info.mean, data.info.std
+    data = data.said(
+        f"Normalised by mean {', '.join(f'{m:.4g}' for m in mean)} and std {', '.join(f'{s:.4g}' for s in std)}, as "
+        "the pretrained weights were trained; --mean and --std set others."
+    )
+    settings = replace(recipe.method.data, mean=mean, std=std)
+    return replace(recipe, method=replace(recipe.method, data=settings)), data
+
+
+def _check_training(recipe: Recipe) -> None:
+    """Refuse optimizers and numbers that can't be, before data is read."""
+    training, execution = recipe.method.training, recipe.execution
+    check_optimizer(training.optimizer)
+    check_schedule(
+        training.lr * min(training.lr_depth),
+        name=training.scheduler,
+        epochs=training.epochs,
+        warmup_epochs=training.warmup_epochs,
+        warmup_lr=training.warmup_lr,
+        min_lr=training.min_lr,
+    )
+    own = training.batch_size // execution.replicas
+    if execution.accumulation > own:
+        raise RecipeError(
+            f"--accumulation: {execution.accumulation} parts can't be made of a batch of {own} images; take fewer."
+        )
+
+
+def _optimizer_alone(learner: LocalLearner, index: int, optimizer: Factories) -> Optimizer:
+    """An optimizer of one local module that nobody keeps."""
+    if isinstance(learner, ParallelLearner):  # a whole step would meet its twins
+        return (optimizer if callable(optimizer) else optimizer[index])(learner.parameters(index))
+    return learner.local_step(index, optimizer).optimizer
+
+
+def optimizers_of(training: TrainingSettings, model: nn.Module, num_modules: int) -> Factories:
+    """One optimizer factory for all local modules, or one each where depth has its own settings."""
+    factory = OptimizerFactory(model, name=training.optimizer, lr=training.lr, weight_decay=training.weight_decay)
+    if training.lr_depth == training.weight_decay_depth == (1.0, 1.0):
+        return factory
+
+    def between(ends: tuple[float, float], index: int) -> float:
+        return ends[0] + (ends[1] - ends[0]) * index / max(1, num_modules - 1)
+
+    return [
+        factory.scaled(between(training.lr_depth, index), between(training.weight_decay_depth, index))
+        for index in range(num_modules)
+    ]
+
+
+def _refuse_in_parallel(recipe: Recipe) -> None:
+    """Refuse what needs all local modules in one process."""
+    training, local, execution = recipe.method.training, recipe.method.local, recipe.execution
+    given = {
+        "--schedule sequential": training.schedule == "sequential",
+        "--global-every": training.global_every,
+        "--global-tail": training.global_tail,
+        "--overlap": local.overlap,
+        "--offload": execution.offload,
+        "--health": execution.health_every,
+        "local.options.teacher_share": local.options.get("teacher_share"),
+    }
+    for name, value in given.items():
+        if value:
+            raise RecipeError(
+                f"{name}: with --parallel modules no process has all local modules; leave it out, or --parallel."
+            )
+
+
+def _refuse_in_sequence(recipe: Recipe) -> None:
+    """Refuse what needs several modules in one step where modules are trained one after another."""
+    training, local = recipe.method.training, recipe.method.local
+    if recipe.execution.offload:
+        raise RecipeError(
+            "--offload: with --schedule sequential only one module is on the device anyway; leave one of them out."
+        )
+    if training.ema_decay is not None:
+        raise RecipeError(
+            f"--ema-decay {training.ema_decay}: with --schedule sequential no average of the weights is kept; leave "
+            "--ema-decay out, or take --schedule together."
+        )
+    given = {
+        "--global-every": training.global_every,
+        "--global-tail": training.global_tail,
+        "local.overlap": local.overlap,
+        "training.freeze_from": training.freeze_from is not None,
+        "training.warmup_stagger": training.warmup_stagger,
+        **{f"local.options.{name}": local.options.get(name) for name in ("teacher_share", "reconcile", "context")},
+        "local.options.reconstruct=previous": local.options.get("reconstruct") == "previous",
+        "local.options.classifier=next": local.options.get("classifier") == "next",
+    }
+    for name, value in given.items():
+        if value:
+            raise RecipeError(
+                f"{name}: with --schedule sequential modules never train in one step; leave it out, or take "
+                "--schedule together."
+            )
+
+
+def resolve_device(name: str) -> torch.device:
+    """Turn a device's name into a device that this machine has.
+
+    Raises:
+        DeviceError: it has none such.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise DeviceError(f"--device: {name!r} is no device; take auto, cpu, cuda or cuda:N.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(f"--device: {name!r} was asked for, but torch sees no CUDA GPU here; take --device cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(f"--device: {name!r}, but there are {torch.cuda.device_count()} GPUs; take cuda:0.")
+    if device.type not in ("cpu", "cuda"):
+        raise DeviceError(f"--device: {name!r} is not supported; take auto, cpu or cuda.")
+    return device
+
+
+def check_model_name(name: str) -> None:
+    """Refuse a model that timm doesn't have.
+
+    Raises:
+        BackboneError: with the nearest names.
+    """
+    import timm
+
+    if not timm.is_model(name.split(".", maxsplit=1)[0]):
+        nearest = did_you_mean(name, timm.list_models()) or " timm.list_models() names them all."
+        raise BackboneError(f"--model: timm has no {name!r}.{nearest}")
+
+
+def build_recipe_objective(recipe: Recipe) -> Objective:
+    """The objective that a recipe names.
+
+    Raises:
+        RecipeError: an unknown name or option.
+    """
+    local = recipe.method.local
+    options = {"label_smoothing": recipe.method.augment.label_smoothing, **local.options}
+    objective = build_objective(local.objective, options)
+    made: Objective = validated(type(objective), options, "local.options.")  # (first, last) is a list in TOML
+    return made
+
+
+def create_model(settings: ModelSettings, *, num_classes: int | None, num_channels: int) -> nn.Module:
+    """Make the timm model of a recipe for a data set; with no number of classes, timm's own.
+
+    Raises:
+        BackboneError: unknown to timm, or timm can't make it with these settings.
+    """
+    import timm
+
+    check_model_name(settings.name)
+    options: dict[str, Any] = dict(settings.options)
+    for key in ("img_size", "patch_size"):
+        if getattr(settings, key) is not None:
+            options[key] = getattr(settings, key)
+    if settings.drop_path is not None:
+        options["drop_path_rate"] = settings.drop_path
+    classes = {} if num_classes is None else {"num_classes": num_classes}
+
+    def create() -> nn.Module:
+        model: nn.Module = timm.create_model(
+            settings.name,
+            pretrained=settings.pretrained,
+            in_chans=num_channels,
+            **classes,
+            **options,
+        )
+        return model
+
+    try:
+        try:
+            return create()
+        except TypeError as error:
+            if settings.img_size is None or "'img_size'" not in str(error):
+                raise
+            del options["img_size"]  # a convolutional model, which takes any size
+            return create()
+    except Exception as error:  # timm's own checks are asserts and errors of many kinds
+        raise BackboneError(
+            f"--model: timm can't make {settings.name!r} with {_listed(options)}: {reason_of(error).rstrip('.')}. "
+            "Check --img-size, --patch-size and model.options."
+        ) from error
+
+
+def input_size_of(model: nn.Module, settings: ModelSettings, num_channels: int) -> tuple[int, int, int]:
+    """(C, H, W) that a model takes in a recipe."""
+    if settings.img_size is not None:
+        return num_channels, settings.img_size, settings.img_size
+    return num_channels, *default_input_size(model)[1:]
+
+
+def check_patches(model: nn.Module, image_size: tuple[int, int]) -> None:
+    """Refuse an image size that isn't a whole number of patches: timm would leave the rest of the image unseen."""
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    if patch is None:
+        return
+    patches = (patch, patch) if isinstance(patch, int) else tuple(patch)
+    for side, length in zip(image_size, patches, strict=True):
+        if side % length:
+            below = side // length * length
+            near = f"{below} or {below + length}" if below else f"{length}"
+            raise BackboneError(
+                f"--img-size: {side} pixels aren't a whole number of patches of {length}; take {near}, or another "
+                "--patch-size."
+            )
+
+
+def _batches(
+    recipe: Recipe,
+    info: DataInfo,
+    images: ImageSet,
+    *,
+    batch_size: int,
+    size: tuple[int, int, int],
+    device: torch.device,
+    augment: Augment | None = None,
+    team: Team | None = None,
+) -> Batches:
+    return Batches(
+        images,
+        batch_size=batch_size,
+        image_size=size[1:],
+        info=info,
+        device=device,
+        augment=augment,
+        seed=recipe.method.seed,
+        drop_last=True,
+        num_workers=recipe.execution.num_workers,
+        shard=(0, 1) if team is None else (team.replica, team.num_replicas),
+    )
+
+
+def _seed_everything(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def _listed(options: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in options.items()) or "no options"

@@ -1,0 +1,279 @@
+"""Recipes and plans: plan a recipe to a budget, lay a plan over a recipe, refuse a plan made for something else.
+
+A plan that was made for a recipe remembers it by the recipe's own keys (``Plan.made_for``), so that training from the
+plan alone is possible, and a difference can be named as people would type it. Nothing here reads data: the number of
+classes is given, or known for the data sets that have a name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from importlib import metadata
+from typing import Any
+
+from localgrad.app.build import build_recipe_objective, check_model_name, check_patches, create_model, input_size_of
+from localgrad.app.recipe import Recipe, overlay
+from localgrad.backbones.base import Backbone, outline
+from localgrad.backbones.fake import without_initialization
+from localgrad.errors import BudgetError, RecipeError
+from localgrad.learner import num_parameters
+from localgrad.partition import Plan
+from localgrad.planning.budget import Task, plan_to_budget
+from localgrad.planning.rank_plans import Parallel, plan_parallel
+from localgrad.training.optim import OptimizerFactory
+
+CLASSES = {"digits": (10, 1), "cifar10": (10, 3), "cifar100": (100, 3), "stl10": (10, 3), "svhn": (10, 3)}
+"""(classes, channels) of data sets that are known by name."""
+
+REMEMBERED = (
+    *("model.name", "model.img_size", "model.patch_size", "model.drop_path", "model.options", "training.batch_size"),
+    *("training.optimizer", "training.ema_decay", "training.clip_grad", "training.global_every"),
+    *("training.global_tail", "local.objective", "local.options", "local.overlap"),
+    *("execution.precision", "execution.compile"),
+)
+"""What a plan's figures depend on, by the recipe's keys."""
+
+VERSIONS = ("localgrad", "torch", "timm")
+
+
+def task_of(
+    recipe: Recipe, *, device: str, num_classes: int | None = None, num_channels: int = 3, cache: bool = True
+) -> Task:
+    """What a recipe is to train, on an outline of its model: no data, no weights.
+
+    Args:
+        recipe: its ``local.modules`` may be ``auto``.
+        device: ``cpu`` or ``cuda``; there need be none.
+        num_classes: by default timm's own for the model.
+        num_channels: of the images.
+        cache: whether costs that were measured before may be taken.
+    """
+    settings = recipe.method.model
+    check_model_name(settings.name)
+    with without_initialization():
+        model = create_model(replace(settings, pretrained=False), num_classes=num_classes, num_channels=num_channels)
+    size = input_size_of(model, settings, num_channels)
+    check_patches(model, size[1:])
+    return task_on(recipe, outline(model, size), device=device, cache=cache)
+
+
+def task_on(recipe: Recipe, backbone: Backbone, *, device: str, cache: bool = True) -> Task:
+    """What a recipe is to train, on a backbone that is there already."""
+    model = backbone.model
+    training, local, execution = recipe.method.training, recipe.method.local, recipe.execution
+    refuse_together(recipe)
+    return Task(
+        backbone=backbone,
+        # Pixels' mean and deviation need the data, which isn't read here; memory and time don't depend on them.
+        objective=build_recipe_objective(recipe).with_pixels(
+            *zip(*[(0.5, 0.25)] * backbone.input_size[0], strict=True)
+        ),
+        optimizer=OptimizerFactory(model, name=training.optimizer, lr=training.lr, weight_decay=training.weight_decay),
+        precision=execution.precision,
+        device=device,
+        compiled=execution.compile,
+        ema_decay=training.ema_decay,
+        clip_grad=training.clip_grad,
+        modules=None if local.modules == "auto" else local.modules,
+        overlap=local.overlap,
+        global_share=training.global_share,
+        freeze_from=training.freeze_from,
+        soft_labels=recipe.method.augment.mixup > 0 or recipe.method.augment.cutmix > 0,
+        cache=cache,
+    )
+
+
+def refuse_together(recipe: Recipe) -> None:
+    """Refuse what a planner doesn't plan.
+
+    Raises:
+        RecipeError: offloading, or modules one after another.
+    """
+    if recipe.execution.offload:
+        raise RecipeError(
+            "--offload: plans to a budget don't count on it; leave it out, or take --modules and no budget."
+        )
+    if recipe.method.training.schedule == "sequential":
+        raise RecipeError(
+            "--schedule sequential: plans to a budget are for modules that train together; leave one of them out."
+        )
+
+
+def kind_of(device: str) -> str:
+    """The kind of a device that is planned for; there need be none.
+
+    Raises:
+        RecipeError: neither auto, cpu nor cuda.
+    """
+    if device == "auto":
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind = device.split(":", maxsplit=1)[0]
+    if kind not in ("cpu", "cuda"):
+        raise RecipeError(f"--device: {device!r} can't be planned for; take auto, cpu or cuda.")
+    return kind
+
+
+def plan_recipe(recipe: Recipe, task: Task, budget: int | None, parallel: Parallel | None = None) -> Plan:
+    """The fastest plan of a recipe within a budget, which remembers what it was made for.
+
+    Args:
+        recipe: names the batch size.
+        task: of this recipe.
+        budget: bytes, or ``None`` for no limit.
+        parallel: ranks, a local module each; by default the plan is for one process.
+    """
+    size = recipe.method.training.batch_size
+    plan = plan_to_budget(task, size, budget) if parallel is None else plan_parallel(task, size, parallel, budget)
+    return replace(plan, made_for=made_for(recipe, task.backbone, task.device))
+
+
+def made_for_task(task: Task, batch_size: int) -> dict[str, Any]:
+    """What a plan has to remember that was made without a recipe."""
+    return {
+        "training.batch_size": batch_size,
+        "training.ema_decay": task.ema_decay,
+        "training.clip_grad": task.clip_grad,
+        "training.freeze_from": task.freeze_from,
+        "local.overlap": task.overlap,
+        "execution.precision": task.precision,
+        "execution.compile": task.compiled,
+        "objective": task.objective.described,
+        "device": task.device,
+        "input_size": list(task.backbone.input_size),
+        "num_classes": task.backbone.num_classes,
+        "num_parameters": num_parameters(task.backbone),
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in VERSIONS}
+
+
+def made_for(recipe: Recipe, backbone: Backbone, device: str) -> dict[str, Any]:
+    """What a plan for a recipe has to remember."""
+    values = _flat(recipe)
+    return {
+        **{key: values[key] for key in REMEMBERED},
+        "device": device,
+        "input_size": list(backbone.input_size),
+        "num_classes": backbone.num_classes,
+        "num_parameters": num_parameters(backbone),
+        "versions": _versions(),
+    }
+
+
+def changes_of(plan: Plan) -> dict[str, Any]:
+    """A plan as values to be laid over a recipe, by dotted keys.
+
+    Raises:
+        BudgetError: the plan doesn't say what it was made for.
+    """
+    missing = [key for key in REMEMBERED if key not in plan.made_for]
+    if missing:
+        raise BudgetError(f"--plan: it doesn't say {missing[0]}; make it with `localgrad plan --json FILE`.")
+    changes = {key: value for key, value in plan.made_for.items() if key in REMEMBERED and value is not None}
+    return changes | how_to_run(plan)
+
+
+def laid_over(plan: Plan, recipe: Recipe) -> Recipe:
+    """A recipe with the modules of a plan, run as the plan says."""
+    return Recipe.from_dict(overlay(recipe.to_dict(), how_to_run(plan)))
+
+
+def how_to_run(plan: Plan) -> dict[str, Any]:
+    """The boundaries of a plan and how its modules run, as values to be laid over a recipe."""
+    return {
+        "local.modules": list(plan.boundaries) if plan.boundaries else 1,
+        "execution.checkpoint": [str(how) for how in plan.checkpoint] or "none",
+        "execution.accumulation": plan.accumulation,
+        **({"execution.global_checkpoint": found} if (found := plan.forecast.get("global_checkpoint")) else {}),
+    }
+
+
+def check_plan_is_for(plan: Plan, recipe: Recipe) -> None:
+    """Refuse a plan that was made for another recipe or by other versions.
+
+    Raises:
+        BudgetError: with every difference.
+    """
+    values = _flat(recipe)
+    pairs = [(key, plan.made_for.get(key), _plain(values[key])) for key in REMEMBERED]
+    pairs += [(key, value, _plain(values[key])) for key, value in how_to_run(plan).items()]
+    versions = plan.made_for.get("versions", {})
+    pairs += [(name, versions.get(name), metadata.version(name)) for name in VERSIONS]
+    different = [f"{key} {_plain(old)!r}, here {new!r}" for key, old, new in pairs if _plain(old) != new]
+    if different:
+        raise BudgetError(f"--plan: it was made for {'; '.join(different)}. Make a new one with localgrad plan.")
+
+
+def note_of_plan(plan: Plan, recipe: Recipe, device: str) -> str | None:
+    """A line for a run whose plan was made for something else than what runs; ``None`` where it holds.
+
+    Args:
+        plan: that the run began with.
+        recipe: as it runs now.
+        device: the kind that it runs on.
+    """
+    values = _flat(recipe)
+    here = {key: values[key] for key in REMEMBERED} | {"device": device, "versions": _versions()}
+    different = plan.differences(here)
+    different += [
+        f"{key} {value!r}, here {_plain(values[key])!r}"
+        for key, value in how_to_run(plan).items()
+        if value != _plain(values[key])
+    ]
+    if "parallel" in plan.forecast and recipe.execution.parallel == "none":
+        different.append("several processes, here one")
+    if not different:
+        return None
+    return f"plan: made for {'; '.join(different)}: its forecast isn't one of this run"
+
+
+def check_plan_fits(plan: Plan, backbone: Backbone, data: str) -> None:
+    """Refuse a plan whose model takes other images or has other classes than the one at hand.
+
+    Args:
+        plan: made before.
+        backbone: as it will be trained.
+        data: name of the data set.
+
+    Raises:
+        BudgetError: naming the difference.
+    """
+    here: dict[str, tuple[Any, str]] = {
+        "channels": (backbone.input_size[0], f"--data {data}"),
+        "image size": (list(backbone.input_size[1:]), f"--img-size {backbone.input_size[-1]}"),
+        "num_classes": (backbone.num_classes, f"--num-classes {backbone.num_classes}"),
+    }
+    if plan.num_blocks != len(backbone.blocks):
+        raise BudgetError(
+            f"--plan: it was made for {plan.num_blocks} blocks, but this model has {len(backbone.blocks)}; make a new "
+            "one with localgrad plan."
+        )
+    size = plan.made_for.get("input_size") or list(backbone.input_size)
+    made_for = {"channels": size[0], "image size": size[1:], "num_classes": plan.made_for.get("num_classes")}
+    for key, (value, option) in here.items():
+        planned = made_for[key]
+        if planned not in (value, None):
+            raise BudgetError(f"--plan: it was made for {key} {planned}, here {value}; plan again with {option}.")
+
+
+def _flat(recipe: Recipe) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+
+    def walk(table: dict[str, Any], prefix: str) -> None:
+        for key, value in table.items():
+            values[prefix + key] = value
+            if isinstance(value, dict):
+                walk(value, f"{prefix}{key}.")
+
+    walk({**asdict(recipe.method), "execution": asdict(recipe.execution)}, "")
+    return values
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON would give it back."""
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,660 @@
+"""Turn a timm model into a stem, a list of blocks and a tail that give the very same logits.
+
+What. ``split(model, input_size)`` returns a ``Backbone`` whose parts, run in sequence, equal ``model(images)`` bit
+for bit, in eval mode and in train mode (drop path, dropout, batch statistics). A boundary between local modules
+may fall between any two blocks, and what crosses it is always one tensor.
+
+How. There is no branch per architecture. ``split`` runs the model once and watches: which modules of the trunk
+were called, in which order, what each received and returned, and which of the model's own attributes were read
+before the first block and after the last. From this follow
+
+* the *stem*: a shallow copy of the model that holds only what was read before the first block, its trunk emptied;
+  its own ``forward_features`` then is the embedding, with every option that the model has;
+* the *blocks*: the observed calls, each with whatever timm does between two calls (``timm_models``), found by
+  comparing bits. Plain arguments are frozen, tensor arguments (rope) are computed again at each call;
+* the *tail*: the children called after the last block, then a shallow copy's own ``forward_head``.
+
+Then it proves the result (``_proof``): the parts must give the model's logits and every gradient bit for bit, or
+``BackboneError`` is raised. No model is split wrongly in silence, and the model is left as it was (``_state``). A part
+never writes into what it receives: where the proof sees one do so, it is given a copy from then on. A model on a GPU,
+or with weights of 16 bits, is split by a copy in host memory, in float32; the parts found hold its own tensors.
+
+How it differs. timm's ``forward_intermediates`` reads features out but can't cut the graph into modules that are
+trained, moved and compiled on their own; ``torch.fx`` graphs lose the modules; forward hooks that detach work in
+one process only. Parameters are shared with the model, never copied: training the parts trains the model. Settings
+changed on the model afterwards (``reset_classifier``, ``set_input_size``) are not seen: split again. timm's
+``grad_checkpointing`` flag has no effect on the parts, since blocks are called directly; ``LocalLearner`` follows it.
+
+Sources: timm 1.0.31 (``forward_features``/``forward_head`` and the ``blocks``/``stages``/``layers`` convention);
+hiera's unrolled token order: arXiv 2306.00989, Section 3.
+
+Shapes: B batch, N tokens, P prefix tokens, D width, H W grid; images [B, C, H, W].
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from localgrad.backbones.fake import FakeTensor, by_shapes_alone, copy_on_host, fake_copy_with_memo, random_state_kept
+from localgrad.backbones.layouts import Layout, LayoutFinder, change_features, change_image
+from localgrad.backbones.observe import Call, Seen, find_stations, observe, trunks_of, watch_inputs
+from localgrad.backbones.proof import prove
+from localgrad.backbones.state import left_as_it_was
+from localgrad.backbones.timm_models import (
+    SUPPORTED_FAMILIES,
+    TENSOR_ARGUMENTS,
+    InputKept,
+    Recomputed,
+    Step,
+    attribute,
+    find_glue,
+    find_recomputed,
+    input_channels,
+    kind_after,
+    recomputes,
+    unsupported,
+)
+from localgrad.errors import BackboneError, reason_of
+
+__all__ = ["SUPPORTED_FAMILIES", "Backbone", "Layout", "outline", "split"]
+
+
+class Stem(nn.Module):
+    """Images to the first block's features.
+
+    Args:
+        part: a shallow copy of the timm model that holds the stem's children only, its trunk emptied.
+    """
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+        self.copies_input = True  # until it is known whether the part writes into it
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] -> features."""
+        given = images.clone() if self.copies_input else images
+        features: Tensor = self.part.forward_features(given)  # type: ignore[operator]
+        return features
+
+
+class Tail(nn.Module):
+    """The last block's features to logits.
+
+    Args:
+        part: a shallow copy of the timm model that holds the tail's children only.
+        glue: what the model does to the features first.
+        before_head: names of the children called, in order, before ``forward_head``.
+        unused: parameters that the model's forward pass never reads (mask tokens): kept, so that none gets lost.
+    """
+
+    def __init__(
+        self,
+        part: nn.Module,
+        *,
+        glue: Callable[..., Tensor],
+        before_head: Sequence[str],
+        unused: Iterable[nn.Parameter],
+    ) -> None:
+        super().__init__()
+        self.part = part
+        self.glue = glue
+        self.before_head = tuple(before_head)
+        self.unused = nn.ParameterList(unused)
+        self.copies_input = False  # whether what follows writes into it
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features -> [B, num_classes]."""
+        features = self.glue(features.clone() if self.copies_input else features)
+        for name in self.before_head:
+            features = self.part.get_submodule(name)(features)
+        logits: Tensor = self.part.forward_head(features)  # type: ignore[operator]
+        return logits
+
+
+class Backbone(nn.Module):
+    """A timm model as stem, blocks and tail; made by ``split``.
+
+    The parts share their parameters with ``model``, which is not registered here: each parameter belongs to
+    exactly one part (unless the model itself uses it in several, see ``check_boundaries``).
+    """
+
+    model: nn.Module
+    """The plain timm model: its ``state_dict()`` is what to export."""
+    stem: Stem
+    """[B, C, H, W] -> features."""
+    blocks: nn.ModuleList
+    """Features -> features, each from and to one tensor."""
+    tail: Tail
+    """Features -> [B, num_classes]."""
+    block_names: tuple[str, ...]
+    """Dotted path of each block in the timm model."""
+    layouts: tuple[Layout, ...]
+    """Layout of the features entering block i; the last one, of those entering the tail."""
+    stage_boundaries: tuple[int, ...]
+    """Index of the first block of every stage after the first; empty for a model without stages."""
+    input_size: tuple[int, int, int]
+    """(C, H, W) of the images."""
+    num_classes: int
+    """Width of the logits."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        stem: Stem,
+        blocks: Iterable[nn.Module],
+        tail: Tail,
+        block_names: Sequence[str],
+        layouts: Sequence[Layout],
+        stage_boundaries: Sequence[int],
+        input_size: tuple[int, int, int],
+        num_classes: int,
+    ) -> None:
+        super().__init__()
+        # Past nn.Module's registry, so that state_dict() holds nothing twice; deepcopy copies it with the rest.
+        object.__setattr__(self, "model", model)
+        self.stem, self.blocks, self.tail = stem, nn.ModuleList(blocks), tail
+        self.block_names, self.layouts = tuple(block_names), tuple(layouts)
+        self.stage_boundaries = tuple(stage_boundaries)
+        self.input_size, self.num_classes = input_size, num_classes
+        self._written_buffers: frozenset[str] = frozenset()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Run stem, blocks and tail in sequence.
+
+        Args:
+            images: [B, C, H, W].
+
+        Returns:
+            [B, num_classes], the bits that ``model(images)`` gives.
+        """
+        features = self.stem(images)
+        for block in self.blocks:
+            features = block(features)
+        logits: Tensor = self.tail(features)
+        return logits
+
+    def train(self, mode: bool = True) -> Backbone:  # noqa: FBT001, FBT002 (torch's signature)
+        """Set the mode of the parts and of ``model``."""
+        super().train(mode)
+        self.model.train(mode)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Backbone:  # noqa: FBT001, FBT002
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.follow_parts()
+        return self
+
+    def follow_parts(self) -> None:
+        """Give ``model`` the tensors of its stem and tail, after these were moved.
+
+        Most parameters change in place; where torch makes new ones, the model's own must follow.
+        """
+        for part in (self.stem.part, self.tail.part):
+            _adopt(self.model._parameters, part._parameters)
+            _adopt(self.model._buffers, part._buffers)
+
+    def example(self, index: int) -> Tensor:
+        """Random features such as enter block ``index``, for two images; the random state stays as it was."""
+        like = next(self.parameters())
+        generator = torch.Generator().manual_seed(index)
+        shape = self.layouts[index].shape
+        return torch.randn(2, *shape, generator=generator, device="cpu").to(like.device, like.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, and so of the images and features."""
+        return next(self.parameters()).dtype
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether timm's ``grad_checkpointing`` is on where blocks that are called directly pass by it."""
+        called = set(self.modules())
+        return any(recomputes(module) for module in self.model.modules() if module not in called)
+
+    @property
+    def modules_passed_by(self) -> list[tuple[str, nn.Module]]:
+        """Modules of the model (itself, its stages) that are never called as the parts are, and their names."""
+        called = set(self.modules())
+        return [
+            (name or type(module).__name__, module)
+            for name, module in self.model.named_modules()
+            if module not in called
+        ]
+
+    @contextmanager
+    def _keeping_inputs(self) -> Iterator[None]:
+        """While the parts run, find those that write into their input; give them copies from then on."""
+        parts = [self.stem, *self.blocks, self.tail]
+        shapes = [None, *(layout.shape for layout in self.layouts)]
+        self.stem.copies_input = False
+        with watch_inputs(self.model, parts, shapes) as writing:
+            yield
+        last = len(parts) - 1
+        self.stem.copies_input, self.tail.copies_input = 0 in writing, last in writing
+        for number in sorted(writing - {0, last}):
+            self.blocks[number - 1] = InputKept(parts[number])
+
+    def check_boundaries(self, boundaries: Sequence[int]) -> None:
+        """Refuse boundaries across which local modules would share a parameter, or a buffer that they write.
+
+        Args:
+            boundaries: index of the first block of every local module after the first, increasing.
+
+        Raises:
+            BackboneError: something is shared; the message names it and its blocks.
+        """
+        owners: dict[object, dict[int, list[str]]] = {}
+        for module, (name, part) in self._parts_by_module(boundaries):
+            for tensor in _tensors(part):
+                owners.setdefault(_memory_of(tensor), {}).setdefault(module, []).append(name)
+        named: list[tuple[str, Tensor]] = [*self.model.named_parameters()]
+        named += [(name, buffer) for name, buffer in self.model.named_buffers() if name in self._written_buffers]
+        for name, tensor in named:
+            modules = owners.get(_memory_of(tensor), {})
+            if len(modules) > 1:
+                places = ", ".join(part for parts in modules.values() for part in parts)
+                raise BackboneError(
+                    f"{name} is shared by {places}, which boundaries={list(boundaries)} put in different local "
+                    "modules: keep these in one module, or build the model without sharing."
+                )
+
+    def _parts_by_module(self, boundaries: Sequence[int]) -> Iterator[tuple[int, tuple[str, nn.Module]]]:
+        yield 0, ("the stem", self.stem)
+        for index, (name, block) in enumerate(zip(self.block_names, self.blocks, strict=True)):
+            yield sum(boundary <= index for boundary in boundaries), (name, block)
+        yield len(boundaries), ("the tail", self.tail)
+
+
+def split(model: nn.Module, input_size: tuple[int, int, int]) -> Backbone:
+    """Split a timm model into stem, blocks and tail, and prove that they give the same logits and gradients.
+
+    The model keeps its parameters (the parts share them) and is left as it was; the random state stays too.
+
+    Args:
+        model: a timm model with a classifier, on any device, as ``timm.create_model`` returns it.
+        input_size: (C, H, W) of the images that it will be trained on.
+
+    Returns:
+        The backbone.
+
+    Raises:
+        BackboneError: the model has no trunk that this file knows, no classifier, another image size, or parts
+            that don't give its logits and gradients bit for bit.
+    """
+    size = _check_arguments(model, input_size)
+    if _is_proved_in_place(model):
+        return _split(model, size)
+    # Elsewhere: there some backward passes differ from themselves, and there memory is what users lack.
+    with random_state_kept():
+        copied, copies = copy_on_host(model, widens=len({weight.dtype for weight in model.parameters()}) == 1)
+    backbone = _split(copied, size)
+    made: Backbone = copy.deepcopy(backbone, {id(twin): original for original, twin in copies})
+    for module in set(made.modules()) - set(model.modules()):
+        module.training = model.training
+    return made
+
+
+def _is_proved_in_place(model: nn.Module) -> bool:
+    """Whether a model computes on the processor, in a precision for which that has all operators."""
+    floating = [tensor for tensor in _tensors(model) if tensor.is_floating_point()]
+    return all(tensor.device.type == "cpu" and tensor.element_size() > 2 for tensor in floating)
+
+
+def _split(model: nn.Module, size: tuple[int, int, int]) -> Backbone:
+    stations = find_stations(model)
+    with torch.inference_mode(mode=False), left_as_it_was(model) as state, torch.no_grad():
+        images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0), device="cpu")
+        images = images.to(next(model.parameters()))
+        model.eval()
+        seen = observe(model, stations, images)
+        moving = state.changed_modules()
+        state.restore()
+        model.eval()
+        try:
+            backbone = _assemble(model, seen, images)
+            state.restore()
+            model.eval()
+            if not torch.equal(backbone(images.clone()), seen.logits):
+                raise unsupported(model, "in eval mode its parts give other logits than the model")
+            state.restore()
+            blocks = [(call.station.name, call.station.module) for call in seen.calls]
+            parts = (backbone.stem, *backbone.blocks, backbone.tail)
+            with backbone._keeping_inputs():
+                backbone._written_buffers = prove(model, backbone, parts, blocks, images, moving=moving)
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, TypeError, RuntimeError) as error:
+            raise unsupported(model, f"its parts don't run on their own ({reason_of(error)})") from error
+    for module in set(backbone.modules()) - set(model.modules()):
+        module.training = model.training
+    return backbone
+
+
+def outline(model: nn.Module, input_size: tuple[int, int, int]) -> Backbone:
+    """Split a model by shapes alone: quick and without arithmetic, for estimates; not proved, so not for training.
+
+    The parts hold the model's own parameters, whatever their values (see ``without_initialization``). Where features
+    are as wide as their grid is high and long, shapes leave open which axis is which, and the first reading is taken.
+
+    Args:
+        model: as for ``split``.
+        input_size: (C, H, W) of the images.
+
+    Returns:
+        A backbone on a copy of the model's modules.
+
+    Raises:
+        BackboneError: as for ``split``, but for wrong parts, which only values can show.
+    """
+    size = _check_arguments(model, input_size)
+    fake_mode, fake_model, copies = fake_copy_with_memo(model)
+    with by_shapes_alone(), left_as_it_was(fake_model) as state, fake_mode, torch.no_grad():
+        fake_model.eval()
+        images = torch.empty(2, *size, dtype=next(model.parameters()).dtype)
+        try:
+            seen = observe(fake_model, find_stations(fake_model), images)
+            state.restore()
+            fake_model.eval()
+            backbone = _assemble(fake_model, seen, images)
+            with backbone._keeping_inputs():
+                backbone.train()(images)
+        except (AttributeError, TypeError, RuntimeError) as error:
+            raise unsupported(model, f"its parts don't run on their own ({reason_of(error)})") from error
+    originals = {id(copied): original for original, copied in copies if isinstance(original, Tensor)}
+    made: Backbone = copy.deepcopy(backbone, originals)
+    return made.train(model.training)
+
+
+# Arguments and errors -------------------------------------------------------------------------------------------
+
+
+def _check_arguments(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[int, int, int]:
+    if not isinstance(model, nn.Module):
+        raise BackboneError(f"split takes a timm model, got {model!r}: pass timm.create_model({model!r}).")
+    size = tuple(int(length) for length in input_size)
+    if len(size) != 3 or min(size) < 1:
+        raise BackboneError(f"input_size is (channels, height, width), got {input_size!r}: pass e.g. (3, 224, 224).")
+    _check_is_plain(model)
+    for method in ("forward_features", "forward_head"):
+        if not callable(attribute(model, method)):
+            raise unsupported(model, f"a timm model has the method {method}, this one has not")
+    if attribute(model, "num_classes") == 0:
+        raise BackboneError("the model has no classifier (num_classes=0): pass num_classes=N to timm.create_model.")
+    channels = input_channels(model)
+    if channels not in (None, size[0]):
+        raise BackboneError(
+            f"input_size={size} has {size[0]} channels, but the model was built for {channels}: "
+            f"pass in_chans={size[0]} to timm.create_model."
+        )
+    if next(model.parameters(), None) is None:
+        raise unsupported(model, "it has no parameters")
+    _check_weights(model)
+    if any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in model.parameters()):
+        raise BackboneError(
+            "the model's parameters are on the meta device or fake, so its parts can't be compared with it: "
+            "split a real model, then deep-copy the backbone."
+        )
+    return size
+
+
+def _check_is_plain(model: nn.Module) -> None:
+    """Refuse what stands around a timm model, or was made of one, and can't be taken apart or trained."""
+    for name, module in model.named_modules():
+        if name and not _is_timms(model) and _is_timms(module):
+            path = "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in name.split("."))
+            raise BackboneError(
+                f"model: {type(model).__name__} stands around the timm model, whose blocks are called without it: pass "
+                f"model{path} (and compile=True for torch.compile, ParallelLearner for several processes)."
+            )
+    if getattr(model, "_compiled_call_impl", None) is not None:
+        raise BackboneError(
+            "model: model.compile() was called, but local modules never call the model itself; pass compile=True to "
+            "the learner, and a model on which it wasn't."
+        )
+    for name, module in model.named_modules():
+        where = f"its part {name}" if name else "model"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise BackboneError(
+                f"{where} was scripted or traced by torch.jit, and can't be split: pass the model that it was made of."
+            )
+        made_in = type(module).__module__
+        if made_in.startswith("torch.ao.nn.") and ".quantized." in made_in and ".qat." not in made_in:
+            raise BackboneError(
+                f"{where} is a quantised {type(module).__name__}, whose weights can't be trained: pass the model as it "
+                "was before, and quantise it after training."
+            )
+
+
+def _is_timms(model: nn.Module) -> bool:
+    """Whether a module has timm's two methods by its own class (wrappers hand on their model's attributes)."""
+    return all(callable(getattr(type(model), method, None)) for method in ("forward_features", "forward_head"))
+
+
+def _check_weights(model: nn.Module) -> None:
+    """Refuse weights that a plain training loop couldn't train, or that are in several places."""
+    for name, weight in model.named_parameters():
+        if isinstance(weight, nn.UninitializedParameter):
+            raise BackboneError(
+                f"model: {name} is of a lazy layer, and has no shape yet: call model(images) once before, on one batch."
+            )
+        kind = type(weight.data)
+        if kind not in (Tensor, nn.Parameter, FakeTensor):
+            raise BackboneError(
+                f"model: {name} is a {kind.__name__}, not a plain tensor (quantised or sharded weights): pass the "
+                "model as it was before that."
+            )
+        if not (weight.is_floating_point() or weight.is_complex()):
+            raise BackboneError(
+                f"model: {name} is of type {weight.dtype}, which has no gradients: pass the model as it was before it "
+                "was quantised, or make that a buffer."
+            )
+        if weight.is_inference():
+            raise BackboneError(
+                f"model: {name} was made under torch.inference_mode(), and can't be trained: make the model outside of "
+                "it."
+            )
+    devices = sorted({str(weight.device) for weight in model.parameters()})
+    if len(devices) > 1 and "meta" not in devices:
+        raise BackboneError(
+            f"model: its weights are on several devices ({', '.join(devices)}): move it to one, as by "
+            f"model.to({devices[0]!r}); offload=True keeps idle modules in host memory."
+        )
+
+
+# Assembly -------------------------------------------------------------------------------------------------------
+
+
+def _assemble(model: nn.Module, seen: Seen, images: Tensor) -> Backbone:
+    stem = _find_stem(model, seen, images)
+    features = stem(images)
+    groups = _group_calls(seen.calls)
+    finder = LayoutFinder(model, *images.shape[2:])
+    blocks: list[nn.Module] = []
+    layouts: list[Layout] = []
+    before = features
+
+    def changed() -> Tensor:
+        """The present features, had one place of what they were made of been different."""
+        entered = change_features(before, layouts[-1]) if blocks else change_image(images)
+        found: Tensor = (blocks[-1] if blocks else stem)(entered)
+        return found
+
+    for index, calls in enumerate(groups):
+        layouts.append(finder.describe(features, index, changed))
+        before = features
+        steps = []
+        for call in calls:
+            steps.append(_make_step(model, call, features, layouts[-1], index))
+            finder.kind = kind_after(steps[-1].glue) or finder.kind
+            features = call.returned
+        blocks.append(steps[0].simplest() if len(steps) == 1 else nn.Sequential(*(s.simplest() for s in steps)))
+    layouts.append(finder.describe(features, len(groups), changed))
+    tail_glue = _glue(model, features, seen.tail_input, groups[-1][-1].station.name, "the tail")
+    return Backbone(
+        model,
+        stem=stem,
+        blocks=blocks,
+        tail=_make_tail(model, seen, tail_glue, [stem, *blocks]),
+        block_names=[_block_of(calls).station.name for calls in groups],
+        layouts=layouts,
+        stage_boundaries=_stage_boundaries(groups, layouts),
+        input_size=(images.shape[1], images.shape[2], images.shape[3]),
+        num_classes=seen.logits.shape[1],
+    )
+
+
+def _find_stem(model: nn.Module, seen: Seen, images: Tensor) -> Stem:
+    """The model without its trunk: then its own ``forward_features`` gives what its first block received."""
+    stand_ins: dict[str, nn.Module | None] = {name: nn.Identity() for name in seen.head_names}
+    for position, (name, trunk) in enumerate(trunks_of(model).items()):
+        if isinstance(trunk, nn.Sequential):
+            stand_ins[name] = nn.Sequential()
+        else:
+            # cait and xcit add their class token where a second trunk is there, even an empty one
+            stand_ins[name] = None if position else nn.ModuleList()
+    blocks_need = {source.child for source in TENSOR_ARGUMENTS.values()}
+    stem = Stem(_shallow_part(model, seen.stem_names - blocks_need, stand_ins))
+    if _find_glue(model, stem(images), seen.calls[0].received) is None:
+        raise unsupported(model, f"what stands before {seen.calls[0].station.name} is not its forward_features alone")
+    return stem
+
+
+def _shallow_part(model: nn.Module, owned: set[str], stand_ins: dict[str, nn.Module | None]) -> nn.Module:
+    """A shallow copy of the model that registers only its own share of parameters, buffers and children."""
+    part = copy.copy(model)
+    state = part.__dict__
+    state["_parameters"] = {n: p if n in owned else None for n, p in model._parameters.items()}
+    state["_buffers"] = {n: b if n in owned else None for n, b in model._buffers.items()}
+    state["_modules"] = {n: m if n in owned else stand_ins.get(n) for n, m in model._modules.items()}
+    for hooks in [name for name in state if name.endswith(("_hooks", "_hooks_with_kwargs"))]:
+        state[hooks] = type(state[hooks])()
+    if "grad_checkpointing" in state:
+        state["grad_checkpointing"] = False  # there is no trunk left to checkpoint
+    return part
+
+
+def _group_calls(calls: list[Call]) -> list[list[Call]]:
+    """Calls as blocks: one that holds nothing but vectors (a norm) joins a neighbour."""
+    groups: list[list[Call]] = []
+    waiting: list[Call] = []
+    for call in calls:
+        if _is_block(call.module):
+            groups.append([*waiting, call])
+            waiting = []
+        elif isinstance(call.module, nn.Identity):
+            continue
+        elif groups and groups[-1][0].station.group == call.station.group:
+            groups[-1].append(call)
+        else:
+            waiting.append(call)
+    if groups:
+        groups[-1] += waiting
+    return groups
+
+
+def _is_block(module: nn.Module) -> bool:
+    return any(parameter.ndim > 1 for parameter in module.parameters())
+
+
+def _block_of(calls: list[Call]) -> Call:
+    return next(call for call in calls if _is_block(call.module))
+
+
+def _make_step(model: nn.Module, call: Call, features: Tensor, layout: Layout, index: int) -> Step:
+    """One observed call as a module that takes the features of the one before it."""
+    name = call.station.name
+    for value in call.args:
+        if not _is_plain(value):
+            raise unsupported(model, f"{name} is called with a {type(value).__name__} beside its features")
+    recomputed: dict[str, Recomputed] = {}
+    for keyword, value in call.kwargs.items():
+        if _is_plain(value):
+            continue
+        source = find_recomputed(model, keyword, value, layout.grid, index) if isinstance(value, Tensor) else None
+        if source is None:
+            raise unsupported(model, f"{name} is called with {keyword}=, and how to compute that is not known")
+        recomputed[keyword] = source
+    plain = {keyword: value for keyword, value in call.kwargs.items() if keyword not in recomputed}
+    holds_for_grid = _has_numbers([call.args, plain, [source.kwargs for source in recomputed.values()]])
+    return Step(
+        call.module,
+        glue=_glue(model, features, call.received, "the features before it", name),
+        args=call.args,
+        kwargs=plain,
+        recomputed=recomputed,
+        unpack=call.unpack,
+        shape=tuple(call.received.shape[1:]) if holds_for_grid else None,
+        name=name,
+    )
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _has_numbers(value: Any) -> bool:
+    """Whether plain arguments hold a number, which may be the grid's."""
+    if isinstance(value, dict):
+        return _has_numbers(list(value.values()))
+    if isinstance(value, (tuple, list)):
+        return any(_has_numbers(item) for item in value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _find_glue(model: nn.Module, given: Tensor, wanted: Tensor) -> Callable[..., Tensor] | None:
+    return find_glue(given, wanted, model._parameters.get("cls_token"))
+
+
+def _glue(model: nn.Module, given: Tensor, wanted: Tensor, source: str, target: str) -> Callable[..., Tensor]:
+    glue = _find_glue(model, given, wanted)
+    if glue is None:
+        raise unsupported(
+            model,
+            f"{target} does not receive what {source} gives ({list(given.shape)} became {list(wanted.shape)} "
+            "in a way that is not known)",
+        )
+    return glue
+
+
+def _make_tail(model: nn.Module, seen: Seen, glue: Callable[..., Tensor], others: list[nn.Module]) -> Tail:
+    """The rest of the model: what is read after the last block, and what is never read."""
+    owned_elsewhere = {id(tensor) for part in others for tensor in _tensors(part)}
+    names = seen.head_names | (set(model._modules) | set(model._buffers)) - seen.stem_names - trunks_of(model).keys()
+    part = _shallow_part(model, names, {})
+    in_tail = owned_elsewhere | {id(tensor) for tensor in _tensors(part)}
+    unused = [parameter for parameter in model.parameters() if id(parameter) not in in_tail]
+    return Tail(part, glue=glue, before_head=seen.before_head, unused=unused)
+
+
+def _stage_boundaries(groups: list[list[Call]], layouts: list[Layout]) -> list[int]:
+    """Where a group of the model begins; in a flat trunk, the blocks that change the grid (hiera)."""
+    stages = [_block_of(calls).station.group for calls in groups]
+    if any(stages):
+        return [index for index, (before, stage) in enumerate(pairwise(stages), start=1) if stage != before]
+    return [i for i, (before, after) in enumerate(pairwise(layouts)) if i > 0 and before.grid != after.grid]
+
+
+def _memory_of(tensor: Tensor) -> object:
+    """The same for tensors that begin at the same place in memory, such as two parameters made of one tensor."""
+    has_memory = not (tensor.is_meta or isinstance(tensor, FakeTensor)) and tensor.numel()
+    return (tensor.device, tensor.data_ptr()) if has_memory else id(tensor)
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _adopt(target: dict[str, Any], source: dict[str, Any]) -> None:
+    target.update({name: value for name, value in source.items() if value is not None})

@@ -1,0 +1,610 @@
+"""Copies of models, optimizers and learners whose tensors have shapes but no memory.
+
+``fake_copy`` is ``copy.deepcopy`` with every tensor on the way replaced by a fake one, so it reaches whatever a deep
+copy reaches: parameters, buffers, optimizer state, plain attributes, items of containers. It carries no hooks of
+users: what they would read (is there a NaN?) isn't there. torch's own, which some of its layers are made of, stay.
+``without_initialization``
+builds a model without filling its weights, for those who want to know its shapes only.
+
+The private names of PyTorch that the package needs (``TorchDispatchMode``, ``FakeTensorMode``) are imported in this
+file and nowhere else; ``tests/test_memory.py`` pins what we rely on.
+
+Sources: ``torch/_subclasses/fake_utils.py`` (the copy by function mode).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import copyreg
+import inspect
+import math
+import random
+import types
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, TypeVar, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+)
+from torch._subclasses.fake_tensor import unset_fake_temporarily as real_tensors
+from torch.autograd.graph import _engine_run_backward
+from torch.nn.modules import module as torchs_modules
+from torch.overrides import TorchFunctionMode
+from torch.utils import _python_dispatch
+
+from localgrad.errors import BackboneError, reason_of
+
+__all__ = [
+    "NEEDS_VALUES",
+    "DataDependentOutputException",
+    "FakeTensor",
+    "FakeTensorMode",
+    "TorchDispatchMode",
+    "TorchFunctionMode",
+    "backward_under_modes",
+    "by_shapes_alone",
+    "copies_within",
+    "copy_on_host",
+    "copy_without_hooks",
+    "fake_copy",
+    "fake_copy_with_memo",
+    "looks_at_values",
+    "quick_view",
+    "real_tensors",
+    "without_initialization",
+]
+
+T = TypeVar("T")
+
+NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
+"""What is raised where code asks fake tensors for values: by a condition, or as a shape."""
+
+
+class TorchDispatchMode(_python_dispatch.TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """PyTorch's own, of which the compiler needs to know nothing.
+
+    PyTorch wraps the dispatch of every mode so that the compiler leaves it alone. Nothing is compiled under the modes
+    of this package; unwrapped, an operator costs less, and the compiler, which takes seconds, isn't imported.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+class FakeTensorMode(fake_tensor.FakeTensorMode):  # type: ignore[no-untyped-call]
+    """PyTorch's own, without that wrapper, and with a quicker memory of what operators give.
+
+    What an operator gives follows from the shapes of what it takes. PyTorch remembers that, too, but asks so much on
+    the way that a known operator takes it a tenth of a millisecond, several times as long as here, where tensors are
+    dense ones of a processor. What doesn't follow from shapes alone goes PyTorch's way.
+    """
+
+    _recipes: ClassVar[dict[tuple[object, ...], _Recipe | None]] = {}
+    """How to make what an operator gives, by the operator and all that counts of its arguments; ``None``: no way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache_enabled = False  # PyTorch's
+        with torch._C._DisableTorchDispatch():  # another mode may be on
+            like = FakeTensor(self, torch.empty(0, device="meta"), _CPU)
+        self._attributes = {name: value for name, value in vars(like).items() if name != "fake_mode"}
+        self._hooks_put_away: list[list[tuple[dict[int, Any], dict[int, Any]]]] = []
+
+    def __enter__(self) -> FakeTensorMode:
+        """Make tensors fake, and put away the hooks that users set on all modules at once."""
+        self._hooks_put_away.append([(hooks, dict(hooks)) for hooks in _HOOKS_ON_ALL_MODULES if hooks])
+        for hooks, _ in self._hooks_put_away[-1]:
+            hooks.clear()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        """Make tensors real again."""
+        super().__exit__(*exception)
+        for hooks, kept in self._hooks_put_away.pop():
+            hooks.update(kept)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Give the fake tensors that an operator gives."""
+        kwargs = kwargs or {}
+        key = self._key_of(func, args, kwargs)
+        if key is None:
+            return _dispatch(self, func, types, args, kwargs)
+        recipe = self._recipes.get(key)
+        if recipe is not None:
+            return recipe(self, args)
+        result = _dispatch(self, func, types, args, kwargs)
+        if key not in self._recipes:
+            # What a user's operator gives may follow from anything, and its rule may be replaced.
+            is_pytorchs = func.namespace in _NAMESPACES and torch.Tag.inplace_view not in func.tags
+            self._recipes[key] = _recipe_for(result, args, kwargs) if is_pytorchs else None
+        return result
+
+    def cpp_meta_supports_symint(self, func: Any) -> bool:
+        """Whether an operator's kernel for shapes is preferred to its decomposition into others."""
+        return func in _WITH_KERNELS or bool(super().cpp_meta_supports_symint(func))
+
+    def make(
+        self,
+        shape: Sequence[int],
+        stride: Sequence[int],
+        dtype: torch.dtype,
+        *,
+        memory: torch.UntypedStorage | None = None,
+        offset: int = 0,
+    ) -> FakeTensor:
+        """A fake tensor in memory of its own or in some other's: ``FakeTensor(...)``, in a third of its time.
+
+        Not while operators are tracked: they wouldn't see it being made.
+        """
+        with torch._C._DisableTorchDispatch():
+            if memory is None:
+                shaped = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+            else:
+                shaped = torch.empty(0, dtype=dtype, device="meta").set_(memory, offset, shape, stride)
+            tensor = Tensor._make_subclass(FakeTensor, shaped, dispatch_device=True, device_for_backend_keys=_CPU)
+            torch._C._set_throw_on_mutable_data_ptr(tensor)
+        vars(tensor).update(self._attributes, fake_mode=self)
+        return tensor
+
+    def _key_of(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[object, ...] | None:
+        key = [func, torch.get_default_dtype(), *kwargs]
+        is_plain = type(func) is OpOverload and self._describe(args, key) and self._describe(kwargs.values(), key)
+        return tuple(key) if is_plain else None
+
+    def _describe(self, values: Iterable[Any], key: list[object]) -> bool:
+        """Add arguments to a key; false where they are more than plain values and shapes. Runs always: keep it lean."""
+        for value in values:
+            kind = type(value)
+            if kind is FakeTensor:
+                if value.fake_mode is not self or not _is_simple(value):
+                    return False
+                key += (value.dtype, value.shape, value.stride(), value.storage_offset())
+            elif kind in _PLAIN:
+                key += (kind, value)  # with its type, since 1 == 1.0 == True
+            elif kind is list or kind is tuple:
+                key += (kind, len(value))
+                if not self._describe(value, key):
+                    return False
+            else:
+                return False
+        return True
+
+
+_HOOKS_ON_ALL_MODULES: list[dict[int, Any]] = [
+    hooks for name, hooks in vars(torchs_modules).items() if name.startswith("_global_") and isinstance(hooks, dict)
+]
+_dispatch = inspect.unwrap(fake_tensor.FakeTensorMode.__torch_dispatch__)
+_PLAIN = {type(None), bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format}
+_WITH_KERNELS = {
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.gelu_backward.default,
+    torch.ops.aten.native_layer_norm_backward.default,
+    torch.ops.aten._softmax_backward_data.default,
+}
+"""The slowest of those that PyTorch decomposes in Python (up to thirty operators) though it needs not."""
+_NAMESPACES = ("aten", "prims")
+_CPU = torch.device("cpu")
+_Recipe = Callable[[FakeTensorMode, tuple[Any, ...]], Any]
+"""Given the mode and the positional arguments of an operator, makes what the operator gives."""
+
+
+def _is_simple(tensor: FakeTensor) -> bool:
+    """Whether a fake tensor is a dense one of real numbers on a processor, of whose values nothing is known."""
+    return (
+        tensor.constant is None
+        and tensor.fake_device == _CPU
+        and tensor.layout is torch.strided
+        and not tensor.dtype.is_complex
+    )
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A recipe for what is an argument itself."""
+
+    place: int
+
+    def __call__(self, mode: FakeTensorMode, args: tuple[Any, ...]) -> Any:
+        return args[self.place]
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A recipe for a tensor in memory of its own, or in that of an argument."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int
+    owner: int | None
+
+    def __call__(self, mode: FakeTensorMode, args: tuple[Any, ...]) -> FakeTensor:
+        memory = None if self.owner is None else args[self.owner].untyped_storage()
+        return mode.make(self.shape, self.stride, self.dtype, memory=memory, offset=self.offset)
+
+
+def _recipe_for(result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Recipe | None:
+    """How to make the same from other arguments of the same shapes; ``None`` where shapes alone don't tell."""
+    owners: dict[int, int | None] = {}  # of storages: the argument that holds it; none for those by name or in lists
+    for place, value in enumerate(args):
+        if isinstance(value, Tensor):
+            owners.setdefault(id(value.untyped_storage()), place)
+    for value in (*args, *kwargs.values()):
+        for item in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(item, Tensor):
+                owners.setdefault(id(item.untyped_storage()), None)
+    if not isinstance(result, (list, tuple)):
+        return _recipe_for_one(result, args, owners)
+    recipes = [_recipe_for_one(part, args, owners) for part in result]
+    known = [recipe for recipe in recipes if recipe is not None]
+    return (lambda mode, args: [recipe(mode, args) for recipe in known]) if len(known) == len(recipes) else None
+
+
+def _recipe_for_one(part: Any, args: tuple[Any, ...], owners: dict[int, int | None]) -> _Recipe | None:
+    place = next((place for place, value in enumerate(args) if value is part), None)
+    if place is not None:
+        return _Given(place)
+    if part is None:
+        return lambda mode, args: None
+    if type(part) is not FakeTensor or not _is_simple(part) or part.requires_grad:
+        return None
+    storage, mode = part.untyped_storage(), cast("FakeTensorMode", part.fake_mode)
+    made = _Made(part.shape, part.stride(), part.dtype, int(part.storage_offset()), owners.get(id(storage)))
+    if made.owner is None:
+        nbytes = made(mode, ()).untyped_storage().nbytes()
+        if id(storage) in owners or made.offset or nbytes != storage.nbytes():
+            return None
+        owners[id(storage)] = None  # what else stands in this memory has no recipe
+    return made
+
+
+class _FakeCopier(TorchFunctionMode):
+    """While active, ``copy.deepcopy`` of a tensor gives a fake one. Use `fake_copy`.
+
+    A function mode sees ``Tensor.__deepcopy__`` whatever holds the tensor: a module, an optimizer's
+    state, a list, a plain attribute. ``Parameter.__deepcopy__`` isn't seen, but the ``clone`` that it
+    is made of is; the same holds for PyTorch's own ``FakeCopyMode``, which would keep CUDA devices,
+    break ties between parameters that share a storage, and forget the value of step counters.
+    """
+
+    def __init__(self, fake_mode: FakeTensorMode) -> None:
+        super().__init__()
+        self._fake_mode = fake_mode
+        self._storages: dict[int, tuple[torch.UntypedStorage, Tensor]] = {}  # original's address: both
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Copy a tensor as a fake one; leave everything else alone."""
+        if func is Tensor.__deepcopy__:
+            tensor, memo = args
+            if id(tensor) not in memo:
+                memo[id(tensor)] = self._converted(tensor)
+            return memo[id(tensor)]
+        if func is Tensor.clone:
+            return self.fake(args[0])
+        return func(*args, **(kwargs or {}))
+
+    def _converted(self, tensor: Tensor) -> Tensor:
+        fake = self.fake(tensor)
+        if isinstance(tensor, nn.Parameter):
+            return nn.Parameter(fake, tensor.requires_grad)
+        return fake.requires_grad_(tensor.requires_grad)
+
+    def fake(self, tensor: Tensor) -> Tensor:
+        """A fake CPU tensor like ``tensor``, on the fake of its storage."""
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            storage = tensor.untyped_storage()
+            known = self._storages.get(storage._cdata)
+            value = tensor.item() if known is None and _has_a_value_to_keep(tensor) else None
+            with self._fake_mode:
+                if value is not None:
+                    scalar = torch.tensor(value, dtype=tensor.dtype).reshape(tensor.shape)
+                    self._storages[storage._cdata] = storage, scalar
+                    return scalar
+                if known is None:
+                    known = storage, torch.empty(storage.nbytes(), dtype=torch.uint8)
+                    self._storages[storage._cdata] = known
+            memory, offset = known[1].untyped_storage(), int(tensor.storage_offset())
+            return self._fake_mode.make(tensor.shape, tensor.stride(), tensor.dtype, memory=memory, offset=offset)
+
+
+def copies_within(fake_mode: FakeTensorMode) -> contextlib.AbstractContextManager[Any]:
+    """While active, deep copies of fake tensors stay in their mode; a plain deep copy would copy the mode as well."""
+    return _FakeCopier(fake_mode)
+
+
+def _has_a_value_to_keep(tensor: Tensor) -> bool:
+    # Optimizers read their step counter; fake tensors made from a Python number remember it.
+    return (
+        tensor.numel() == 1
+        and type(tensor) is Tensor
+        and tensor.device.type == "cpu"
+        and not tensor.requires_grad
+        and tensor.untyped_storage().nbytes() == tensor.element_size()
+    )
+
+
+def backward_under_modes(tensor: Tensor, gradient: Tensor | None, *, retain_graph: bool, create_graph: bool) -> None:
+    """``tensor.backward(gradient)`` that function modes don't see, so that they stay on for what is recomputed.
+
+    A mode is off while it handles a call, and PyTorch has no public way to run a backward pass that is none.
+    """
+    start = torch.ones_like(tensor) if gradient is None else gradient
+    _engine_run_backward(
+        (tensor,), (start,), retain_graph, create_graph, (), allow_unreachable=True, accumulate_grad=True
+    )
+
+
+def quick_view(tensor: FakeTensor, shape: Sequence[int]) -> Tensor:
+    """A view of a fake tensor, for those who see the operator; of a contiguous one without asking what its shape gives.
+
+    PyTorch makes the view itself of up to ten operators in Python.
+    """
+    mode: object = tensor.fake_mode
+    is_quick = _is_simple(tensor) and tensor.is_contiguous() and tensor.numel() > 0
+    if not (is_quick and isinstance(mode, FakeTensorMode)):
+        plain: Tensor = torch.ops.aten.view.default(tensor, shape)
+        return plain
+    sizes = list(shape)
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = tensor.numel() // -math.prod(sizes)
+    strides = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
+    offset = int(tensor.storage_offset())
+    return mode.make(sizes, strides, tensor.dtype, memory=tensor.untyped_storage(), offset=offset)
+
+
+def fake_copy(obj: T) -> tuple[FakeTensorMode, T]:
+    """Copy any object so that its tensors have shapes but no memory.
+
+    The copy is ``copy.deepcopy``, with every tensor that it reaches (parameters, buffers, optimizer
+    state, gradients, plain attributes, items of containers) replaced by a fake CPU tensor of the same
+    shape, stride, dtype and ``requires_grad``. What shared a storage still does. CUDA and meta tensors become
+    CPU ones, since autograd's backward on fake CUDA tensors needs a GPU. A tensor that a closure
+    captured isn't reached, and is refused by the fake mode when it is used.
+
+    Hooks that users set on modules or tensors aren't copied; they read values, of which there are none. Those whose
+    code is torch's own are (spectral and weight norm, pruning, FSDP): without them the layer would be another one.
+
+    Args:
+        obj: a module, an optimizer, a learner that holds both, a tuple of such things.
+
+    Returns:
+        The mode inside which the copy has to be used, and the copy.
+
+    Raises:
+        TypeError: for an object that ``copy.deepcopy`` can't copy, such as a lock or an open file.
+    """
+    fake_mode, copied, _ = fake_copy_with_memo(obj)
+    return fake_mode, copied
+
+
+def fake_copy_with_memo(obj: T) -> tuple[FakeTensorMode, T, list[tuple[Any, Any]]]:
+    """As `fake_copy`, with (original, copy) of everything that was reached as well."""
+    fake_mode = FakeTensorMode()
+    memo: dict[int, Any] = {}
+    with _FakeCopier(fake_mode) as copier, _generators_made_anew():
+        try:
+            copied = copy_without_hooks(obj, memo)
+        except TypeError as error:
+            error.add_note(f"fake_copy: {type(obj).__name__} holds something that copy.deepcopy can't copy")
+            raise
+    # deepcopy keeps the originals alive in a list of their own, in the memo.
+    originals = [original for original in memo.get(id(memo), []) if id(original) in memo]
+    for original in originals:
+        if isinstance(original, nn.Parameter) and original.grad is not None:
+            memo[id(original)].grad = copier.fake(original.grad)
+    return fake_mode, copied, [(original, memo[id(original)]) for original in originals]
+
+
+class _HostCopier(TorchFunctionMode):
+    """While active, ``copy.deepcopy`` of a tensor gives one on the processor. Use `copy_on_host`."""
+
+    def __init__(self, *, widens: bool) -> None:
+        super().__init__()
+        self.widens = widens
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Copy a tensor to the processor; leave everything else alone."""
+        if func is Tensor.__deepcopy__:
+            tensor, memo = args
+            if id(tensor) not in memo:
+                memo[id(tensor)] = self._copied(tensor).requires_grad_(tensor.requires_grad)
+            return memo[id(tensor)]
+        if func is Tensor.clone:  # what the copy of a parameter is made of
+            return self._copied(args[0])
+        return func(*args, **(kwargs or {}))
+
+    def _copied(self, tensor: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            small = self.widens and tensor.is_floating_point() and tensor.element_size() == 2
+            return tensor.detach().to("cpu", torch.float32 if small else tensor.dtype, copy=True)
+
+
+def copy_on_host(obj: T, *, widens: bool) -> tuple[T, list[tuple[Any, Any]]]:
+    """Copy any object so that its tensors are on the processor.
+
+    Args:
+        obj: as for `fake_copy`.
+        widens: make float32 of floats of 16 bits, for which a processor lacks some operators.
+
+    Returns:
+        The copy, and (original, copy) of everything that was reached.
+    """
+    memo: dict[int, Any] = {}
+    with _HostCopier(widens=widens):
+        copied = copy.deepcopy(obj, memo)
+    originals = [original for original in memo.get(id(memo), []) if id(original) in memo]
+    return copied, [(original, memo[id(original)]) for original in originals]
+
+
+def copy_without_hooks(obj: T, memo: dict[int, Any] | None = None) -> T:
+    """``copy.deepcopy``, but that hooks of users stay with the original; torch's own are copied.
+
+    Args:
+        obj: as for `fake_copy`.
+        memo: as for ``copy.deepcopy``.
+    """
+    memo = {} if memo is None else memo
+    # What stands in the memo already isn't copied: not the hooks, and nothing that only they hold (locks, files).
+    tables = [table for module in _modules_reached(obj) for table in _hooks_of(module)]
+    memo.update({id(table): type(table)() for table in tables})
+    copied = copy.deepcopy(obj, memo)
+    for table in tables:
+        memo[id(table)].update({key: copy.deepcopy(hook, memo) for key, hook in table.items() if _is_torchs(hook)})
+    return copied
+
+
+def _modules_reached(obj: object) -> Iterator[nn.Module]:
+    """The modules that a deep copy of ``obj`` copies."""
+    seen: set[int] = set()
+    waiting = [obj]
+    while waiting:
+        item = waiting.pop()
+        if id(item) in seen or isinstance(item, _HOLD_NO_MODULES):
+            continue
+        seen.add(id(item))
+        if isinstance(item, nn.Module):
+            yield item
+            waiting += [value for name, value in vars(item).items() if not name.endswith("_hooks")]
+        elif isinstance(item, dict):
+            waiting += item.values()
+        elif isinstance(item, (list, tuple, set, frozenset)):
+            waiting += item
+        elif isinstance(item, types.MethodType):
+            waiting.append(item.__self__)
+        elif isinstance(item, partial):
+            waiting += [item.func, item.args, item.keywords]
+        else:
+            waiting += getattr(item, "__dict__", {}).values()
+
+
+_HOLD_NO_MODULES = (
+    Tensor,
+    str,
+    bytes,
+    int,
+    float,
+    type,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.ModuleType,
+)
+
+
+def _hooks_of(module: nn.Module) -> list[dict[int, Any]]:
+    """The tables of hooks that a module has."""
+    return [table for name, table in vars(module).items() if name.endswith("_hooks") and isinstance(table, dict)]
+
+
+def _is_torchs(hook: Any) -> bool:
+    """Whether the code of a hook is torch's own: part of a layer (its old spectral and weight norms), not a user's."""
+    while isinstance(hook, partial) or type(hook).__name__ == "_WrappedHook":  # torch wraps those of loading
+        hook = hook.func if isinstance(hook, partial) else hook.hook
+    if not isinstance(hook, (types.FunctionType, types.MethodType)):
+        hook = type(hook).forward if isinstance(hook, nn.Module) else type(hook).__call__
+    return f"{getattr(hook, '__module__', '')}.".startswith("torch.")
+
+
+@contextlib.contextmanager
+def _generators_made_anew() -> Iterator[None]:
+    # deepcopy would carry a generator's state over as a tensor, which here is a fake one.
+    before = copyreg.dispatch_table.get(torch.Generator)
+    copyreg.pickle(torch.Generator, lambda generator: (_seeded, (generator.initial_seed(),)))
+    try:
+        yield
+    finally:
+        del copyreg.dispatch_table[torch.Generator]
+        if before is not None:
+            copyreg.dispatch_table[torch.Generator] = before
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Put every random state of the process back: Python's, NumPy's, PyTorch's on CPU and CUDA."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = range(torch.cuda.device_count()) if in_use else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
+@contextlib.contextmanager
+def by_shapes_alone() -> Iterator[None]:
+    """A region for estimates: what the caller has on around it (no gradients, autocast, a default device) is off.
+
+    Random states are put back.
+
+    Raises:
+        BackboneError: inside, code asked for values.
+    """
+    processor = contextlib.nullcontext() if torch.get_default_device() == _CPU else _CPU
+    in_autocast = torch.is_autocast_enabled("cpu")
+    torch.set_autocast_enabled("cpu", False)  # noqa: FBT003  # as a region it would keep cast weights until its end
+    try:
+        with random_state_kept(), torch.inference_mode(mode=False), torch.enable_grad(), processor:
+            yield
+    except NEEDS_VALUES as error:
+        raise looks_at_values(error) from error
+    finally:
+        torch.set_autocast_enabled("cpu", in_autocast)
+
+
+def looks_at_values(error: Exception) -> BackboneError:
+    """The error of a model whose own forward can't do with shapes alone."""
+    return BackboneError(
+        f"model: its forward looks at values ({reason_of(error)}), and estimates have shapes alone: train it with "
+        "explicit modules=[...] (the first block of every module but the first), or leave the check out."
+    )
+
+
+class without_initialization(TorchFunctionMode):  # noqa: N801  # used as a context manager
+    """While active, parameters that are made keep whatever their memory holds: no random numbers are drawn for them.
+
+    Buffers and everything that is computed while a model is built stay right. For a model whose values nobody reads.
+    """
+
+    SKIPPED = frozenset(
+        getattr(Tensor, name)
+        for name in ("uniform_", "normal_", "erfinv_", "clamp_", "mul_", "add_", "zero_", "fill_", "div_")
+    )
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Skip what would fill a parameter in place."""
+        kwargs = kwargs or {}
+        filled = args[0] if args else kwargs.get("tensor")
+        if isinstance(filled, nn.Parameter) and (func in self.SKIPPED or _is_initializer(func)):
+            return filled
+        return func(*args, **kwargs)
+
+
+def _is_initializer(func: Any) -> bool:
+    return getattr(func, "__module__", None) == "torch.nn.init"

@@ -1,0 +1,231 @@
+"""How features stand in memory between blocks: which axes are positions, and which one is channels.
+
+``Layout`` says it; ``LayoutFinder`` finds it for a timm model. Mostly the shape tells, given the model and the image.
+Where features are as wide as their grid is high and long it doesn't; then one position of what went in is changed, and
+that place is looked for in what came out: a change stays near its place (in a transformer through its residual path),
+and spreads over all channels.
+
+Shapes: B batch, N tokens, P prefix tokens, D width, H W grid.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from localgrad.backbones.fake import FakeTensor
+from localgrad.backbones.timm_models import Kind, attribute, child_of, token_order, unsupported
+
+PLACE = (0.2, 0.7)
+"""Where something is changed, as shares of the height and the width: on no diagonal, so that a transposition shows."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How features stand in memory at one point between blocks."""
+
+    kind: Kind
+    width: int
+    """D, the number of channels."""
+    grid: tuple[int, int]
+    """(H, W) of the spatial tokens."""
+    num_prefix_tokens: int = 0
+    """P, class and register tokens that stand before the grid tokens (kind "tokens")."""
+    order: tuple[int, ...] | None = None
+    """Token n of the sequence stands at raster position order[n]; None: in raster order."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one image's features."""
+        if self.kind == "tokens":
+            return (self.num_prefix_tokens + self.grid[0] * self.grid[1], self.width)
+        return (*self.grid, self.width) if self.kind == "NHWC" else (self.width, *self.grid)
+
+    def to_grid(self, features: Tensor) -> Tensor:
+        """Spatial features without prefix tokens, as a view where memory allows it.
+
+        Args:
+            features: [B, H, W, D], [B, D, H, W] or [B, P + N, D], as ``kind`` says.
+
+        Returns:
+            [B, H, W, D].
+        """
+        if self.kind == "NHWC":
+            return features
+        if self.kind == "NCHW":
+            return features.permute(0, 2, 3, 1)
+        tokens = features[:, self.num_prefix_tokens :]
+        if self.order is not None:
+            tokens = tokens[:, torch.tensor(self._token_at, device=features.device)]
+        return tokens.reshape(tokens.shape[0], *self.grid, self.width)
+
+    def prefix(self, features: Tensor) -> Tensor | None:
+        """Class and register tokens.
+
+        Args:
+            features: as for ``to_grid``.
+
+        Returns:
+            [B, P, D], a view, or None where there are none.
+        """
+        return features[:, : self.num_prefix_tokens] if self.num_prefix_tokens else None
+
+    def add(self, features: Tensor, grid: Tensor) -> Tensor:
+        """Features with something added to their spatial part.
+
+        Args:
+            features: as for ``to_grid``.
+            grid: [B, H, W, D].
+
+        Returns:
+            Of the features' own shape.
+        """
+        if self.kind == "NHWC":
+            return features + grid
+        if self.kind == "NCHW":
+            return features + grid.permute(0, 3, 1, 2)
+        tokens = grid.flatten(1, 2)
+        if self.order is not None:
+            tokens = tokens[:, torch.tensor(self.order, device=features.device)]
+        return features + F.pad(tokens, (0, 0, self.num_prefix_tokens, 0))
+
+    @cached_property
+    def _token_at(self) -> tuple[int, ...]:
+        """The inverse of ``order``: which token stands at each raster position."""
+        order = self.order or ()
+        return tuple(sorted(range(len(order)), key=order.__getitem__))
+
+
+class LayoutFinder:
+    """Finds the layouts of the features along a model's trunk, in order.
+
+    Args:
+        model: the timm model.
+        height: of the images.
+        width: of the images.
+    """
+
+    def __init__(self, model: nn.Module, height: int, width: int) -> None:
+        self.model = model
+        self.num_prefix_tokens = int(attribute(model, "num_prefix_tokens") or 0)
+        self.widths = {int(info["num_chs"]) for info in _widths(model)}
+        embedded = attribute(child_of(model, "patch_embed") or model, "grid_size")
+        self.grids: list[tuple[int, int]] = [tuple(embedded)] if embedded else []
+        for stride in range(1, max(height, width) + 1):
+            self.grids.append((math.ceil(height / stride), math.ceil(width / stride)))
+            self.grids.append((height // stride, width // stride))
+        # Decides where D = H = W leaves both readings open and there are no values: the last kind known for certain.
+        self.kind: Kind = attribute(model, "output_fmt") or "NCHW"
+
+    def describe(self, features: Tensor, index: int, changed: Callable[[], Tensor]) -> Layout:
+        """The layout of the features that enter block ``index``.
+
+        Args:
+            features: [B, ...].
+            index: of the block.
+            changed: gives those features after what they were made of was changed at one place (``change_image``,
+                ``change_features``).
+        """
+        layout = self._tokens(features, index) if features.ndim == 3 else self._map(features, changed)
+        if index == 0 and not isinstance(features, FakeTensor):
+            self._check_places((changed() - features).float().square(), layout)
+        self.kind = layout.kind
+        # Grids only shrink along the trunk, and mostly stay: the present one is the first guess for the next.
+        self.grids.insert(0, layout.grid)
+        return layout
+
+    def _map(self, features: Tensor, changed: Callable[[], Tensor]) -> Layout:
+        _, one, two, three = features.shape
+        options = [Layout("NHWC", three, (one, two)), Layout("NCHW", one, (two, three))]
+        options.sort(key=lambda o: (o.grid in self.grids, o.width in self.widths, o.kind == self.kind))
+        rivals = [option for option in options if self._fits(option) == self._fits(options[-1])]
+        if len(rivals) > 1 and not isinstance(features, FakeTensor):
+            moved = (changed() - features).float().square()
+            rivals.sort(key=lambda option: _share_at_place(moved, option))
+        return rivals[-1]
+
+    def _check_places(self, moved: Tensor, layout: Layout) -> None:
+        """Refuse features whose rows are columns, or whose tokens are channels: a square doesn't tell by its shape."""
+        axes = range(1, moved.ndim)
+        readings = [moved.permute(0, *order) for order in itertools.permutations(axes)]
+        if moved.ndim == 4:
+            plain = Layout("NHWC", layout.width, layout.grid)
+            readings.insert(0, layout.to_grid(moved))
+        else:
+            plain = layout
+            if not layout.num_prefix_tokens:  # as a grid, too: it may have been made of columns
+                readings += [self._transposed(moved, layout)]
+        shares = [_share_at_place(reading, plain) for reading in readings if tuple(reading.shape[1:]) == plain.shape]
+        if max(shares) > 2 * shares[0]:  # clearly: on a grid of few cells every place is near every other one
+            raise unsupported(
+                self.model,
+                f"its features of shape [B, {', '.join(map(str, moved.shape[1:]))}] don't stand as rows, columns, "
+                "channels or tokens of them (a change at one place of the image shows at another one)",
+            )
+
+    @staticmethod
+    def _transposed(moved: Tensor, layout: Layout) -> Tensor:
+        """Tokens [B, N, D] as if their grid had been flattened column by column."""
+        grid = layout.to_grid(moved).reshape(len(moved), layout.grid[1], layout.grid[0], layout.width).transpose(1, 2)
+        return layout.add(torch.zeros_like(moved), grid)
+
+    def _fits(self, option: Layout) -> tuple[bool, bool]:
+        return option.grid in self.grids, option.width in self.widths
+
+    def _tokens(self, features: Tensor, index: int) -> Layout:
+        _, count, width = features.shape
+        for grid in self.grids:
+            for prefix in dict.fromkeys((self.num_prefix_tokens, 0)):
+                if grid[0] * grid[1] + prefix == count and min(grid) > 0:
+                    order = token_order(self.model, max(index - 1, 0), count)
+                    return Layout("tokens", width, grid, prefix, order)
+        raise unsupported(self.model, f"{count} tokens enter block {index}, and which grid they make is not known")
+
+
+def change_image(images: Tensor) -> Tensor:
+    """Images [B, C, H, W] with a patch of an eighth of their sides changed."""
+    changed = images.clone()
+    rows, columns = (_cells(length, share, length // 16) for length, share in zip(images.shape[2:], PLACE, strict=True))
+    changed[:, :, rows, columns] += 1.0
+    return changed
+
+
+def change_features(features: Tensor, layout: Layout) -> Tensor:
+    """Features with one position changed, by as much as they are large.
+
+    Args:
+        features: [B, ...].
+        layout: of them.
+    """
+    grid = torch.zeros(len(features), *layout.grid, layout.width, dtype=features.dtype, device=features.device)
+    values = torch.randn(layout.width, generator=torch.Generator().manual_seed(2), device="cpu")
+    row, column = (_cells(length, share, 0) for length, share in zip(layout.grid, PLACE, strict=True))
+    grid[:, row, column] = 4 * features.std() * values.to(grid)
+    return layout.add(features, grid)
+
+
+def _share_at_place(moved: Tensor, option: Layout) -> float:
+    """How much of a change lies where it was made, if features stand as an option says; [B, ...] to 0 ... 1."""
+    grid = option.to_grid(moved).sum((0, 3))
+    rows, columns = (
+        _cells(length, share, max(1, length // 8)) for length, share in zip(option.grid, PLACE, strict=True)
+    )
+    return float(grid[rows, columns].sum() / grid.sum().clamp(min=1e-30))
+
+
+def _cells(length: int, share: float, around: int) -> slice:
+    """The place along an axis, and as many cells on both of its sides."""
+    middle = int(share * length)
+    return slice(max(0, middle - around), middle + around + 1)
+
+
+def _widths(model: nn.Module) -> list[dict[str, Any]]:
+    return list(attribute(model, "feature_info") or [])

@@ -1,0 +1,415 @@
+"""``localgrad compare``: from what a person typed to a comparison, and the table that is printed.
+
+Everything that can be wrong is found before the first step: names, numbers, partitions, files that can't be written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from localgrad.app.build import check_model_name, create_model, input_size_of, resolve_device
+from localgrad.app.recipe import ModelSettings
+from localgrad.backbones.base import Backbone, split
+from localgrad.compare.contenders import Local, Method, Stage, default_methods
+from localgrad.compare.plots import check_path, check_writable, plot_timeline, plot_trade_off
+from localgrad.compare.side_by_side import Comparison, Report, Row, compare
+from localgrad.errors import LocalgradError, PartitionError, RecipeError, did_you_mean
+from localgrad.learner import num_parameters
+from localgrad.objectives.auxiliary import DECODERS
+from localgrad.objectives.methods import OBJECTIVES
+from localgrad.partition import Checkpointing, Plan
+from localgrad.run import device_name, versions
+from localgrad.step.local_step import check_precision
+from localgrad.training.data import Batches, DataInfo, load_data
+from localgrad.training.optim import OptimizerFactory
+from localgrad.units import format_bytes, format_rate
+
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The options of ``localgrad compare``, as typed.
+
+    Attributes:
+        model: timm's name.
+        img_size: side of the images in pixels; by default the model's own.
+        num_classes: of random labels; a data set has its own.
+        batch_size: images a step.
+        data: a data set by name or folder; random images by default.
+        root: where torchvision's data sets lie.
+        device: auto, cpu, cuda or cuda:N.
+        optimizer: timm's name.
+        precision: names, comma-separated.
+        modules: given once, choices separated by commas; given again and again, each as ``train`` reads it.
+        objective: names; ``None`` for feature reconstruction everywhere and the others once.
+        decoder: names.
+        checkpoint: inside local modules; texts.
+        compile: every method compiled as well.
+        budget: shares of the activations that compiled plain loops may keep.
+        plans: files.
+        repeats: timed turns.
+        warmup: steps before.
+        estimate_only: run nothing.
+        json: file to write.
+        plot: PNG or SVG to write.
+        timeline: PNG or SVG to write.
+    """
+
+    model: str
+    img_size: int | None = None
+    num_classes: int | None = None
+    batch_size: int = 64
+    data: str | None = None
+    root: Path | None = None
+    device: str = "auto"
+    optimizer: str = "adamw"
+    precision: str = "fp32"
+    modules: tuple[str, ...] = ("2,4",)
+    objective: str | None = None
+    decoder: str = "linear"
+    checkpoint: str = "none,halves/8"
+    compile: bool = False
+    budget: str = "0.5"
+    plans: tuple[Path, ...] = ()
+    repeats: int = 3
+    warmup: int = 1
+    estimate_only: bool = False
+    json: Path | None = None
+    plot: Path | None = None
+    timeline: Path | None = None
+
+
+def run(settings: Settings, report: Report) -> Comparison:
+    """Compare methods, and write the files that were asked for.
+
+    Args:
+        settings: what was typed.
+        report: told what comes next and how many turns there are, once a turn.
+
+    Raises:
+        LocalgradError: something is wrong with an option; nothing was run.
+    """
+    _check_numbers(settings)
+    _check_files(settings)
+    device = resolve_device(settings.device)
+    precisions = _choices("--precision", settings.precision, PRECISIONS)
+    for precision in precisions:
+        with _renamed("--precision", "precision"):
+            check_precision(precision, device)
+    check_model_name(settings.model)
+    methods = _methods(settings, precisions)
+    torch.manual_seed(0)
+    info, batches_of = _data(settings)
+    asked = ModelSettings(name=settings.model, img_size=settings.img_size)
+    model = create_model(asked, num_classes=info.num_classes, num_channels=info.num_channels)
+    size = input_size_of(model, asked, info.num_channels)
+    with _renamed("--optimizer", "training.optimizer"):
+        optimizer = OptimizerFactory(model, name=settings.optimizer, lr=1e-4, weight_decay=0.05)
+    images, labels = batches_of(size)
+    backbone = split(model.to(device), size)
+    with _renamed("--optimizer", "training.optimizer"):
+        optimizer([next(backbone.parameters())])  # timm may not be able to make it here
+    for method in methods:
+        if isinstance(method, Local):
+            with _renamed("--plan" if isinstance(method.modules, Plan) else "--modules", "modules", "plan"):
+                method.check(backbone)
+    about = {
+        "model": settings.model,
+        "input_size": list(size),
+        "num_classes": info.num_classes,
+        "batch_size": settings.batch_size,
+        "data": info.name,
+        "device": device_name(device),
+        "device_type": device.type,
+        "num_threads": torch.get_num_threads(),
+        "versions": versions(),
+        "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
+        "command": shlex.join(["localgrad", *sys.argv[1:]]),
+        "settings": {name: _plain(value) for name, value in asdict(settings).items()},
+    }
+    about["notes"] = _notes_of_plans(settings, precisions, backbone, device)
+    stage = Stage(backbone, optimizer, settings.batch_size, device)
+    comparison = compare(
+        stage,
+        methods,
+        images,
+        labels,
+        repeats=settings.repeats,
+        warmup=settings.warmup,
+        estimate_only=settings.estimate_only,
+        about=about,
+        report=report,
+    )
+    if settings.json is not None:
+        settings.json.write_text(comparison.to_json(), encoding="utf-8")
+    if settings.plot is not None:
+        plot_trade_off(comparison, settings.plot)
+    if settings.timeline is not None:
+        plot_timeline(comparison, settings.timeline)
+    return comparison
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Path):
+        return str(value)
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+# Options ---------------------------------------------------------------------------------------------------------
+
+
+def _check_numbers(settings: Settings) -> None:
+    for name, value, least, usual in (
+        ("--batch-size", settings.batch_size, 1, 64),
+        ("--repeats", settings.repeats, 1, 3),
+        ("--warmup", settings.warmup, 0, 1),
+        ("--num-classes", settings.num_classes, 1, 1000),
+        ("--img-size", settings.img_size, 1, 224),
+    ):
+        if value is not None and value < least:
+            instead = ", or --estimate-only to run nothing" if name == "--repeats" else ""
+            raise RecipeError(f"{name}: {value} is below {least}; take {usual}{instead}.")
+    if settings.data is not None and settings.num_classes is not None:
+        raise RecipeError(f"--num-classes: {settings.num_classes}, but --data has its own classes; leave one out.")
+
+
+def _check_files(settings: Settings) -> None:
+    if settings.json is not None:
+        check_writable("--json", settings.json)
+    for option, path in (("--plot", settings.plot), ("--timeline", settings.timeline)):
+        if path is not None:
+            check_path(option, path)
+    if settings.plot is not None and settings.estimate_only:
+        raise RecipeError(
+            f"--plot: {str(settings.plot)!r} needs step times, and --estimate-only has none; take --timeline, or leave "
+            "--estimate-only out."
+        )
+
+
+def _methods(settings: Settings, precisions: Sequence[str]) -> list[Method]:
+    given = settings.modules[0].split(",") if len(settings.modules) == 1 else settings.modules
+    checkpoints = _choices("--checkpoint", settings.checkpoint)
+    with _renamed("--checkpoint", "checkpoint"):
+        checkpoints = [str(Checkpointing.parse(text)) for text in checkpoints]
+    objective = settings.objective
+    return default_methods(
+        modules=[_module_choice(text.strip()) for text in given],
+        objectives=None if objective is None else _choices("--objective", objective, OBJECTIVES),
+        decoders=_choices("--decoder", settings.decoder, DECODERS),
+        checkpoints=checkpoints,
+        precisions=precisions,
+        compile=settings.compile,
+        budgets=[_budget(text) for text in _choices("--memory-budget", settings.budget)],
+        # Their rows have forecasts of their own; in what they were made for something else is told below the table.
+        plans=[(f"plan {path.stem}", replace(_read_plan(path), made_for={})) for path in settings.plans],
+    )
+
+
+def _notes_of_plans(
+    settings: Settings, precisions: Sequence[str], backbone: Backbone, device: torch.device
+) -> list[str]:
+    """A line for each plan that was made for something else than what is compared."""
+    notes = []
+    for path in settings.plans:
+        plan = _read_plan(path)
+        planned = plan.made_for.get("execution.precision")
+        here = {
+            "training.batch_size": settings.batch_size,
+            "training.optimizer": settings.optimizer,
+            "execution.precision": planned if planned in precisions else precisions[0],
+            "device": device.type,
+            "input_size": list(backbone.input_size),
+            "num_classes": backbone.num_classes,
+            "num_parameters": num_parameters(backbone),
+        }
+        different = plan.differences(here)
+        if "parallel" in plan.forecast:
+            different.append("several processes, here one")
+        if different:
+            notes.append(f"plan {path.stem}: made for {'; '.join(different)}: its own forecast isn't one of this row.")
+    return notes
+
+
+def _choices(option: str, text: str, known: Iterable[str] = ()) -> list[str]:
+    """Read a comma-separated list; each item is one of those known, where there are any."""
+    found = [part.strip() for part in text.split(",") if part.strip()]
+    names = list(known)
+    if not found:
+        raise RecipeError(f"{option}: {text!r} names nothing; leave the option out for its default.")
+    for name in found:
+        if names and name not in names:
+            raise RecipeError(f"{option}: unknown {name!r}; take {', '.join(names)}.{did_you_mean(name, names)}")
+    return list(dict.fromkeys(found))
+
+
+def _module_choice(text: str) -> int | str | tuple[int, ...]:
+    if text == "stages":
+        return text
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise RecipeError(
+            f"--modules: {text!r} is neither a number, stages, nor boundaries; take 2,4 for two choices, or "
+            "--modules 4 --modules 2,5,9 for four modules and then for these boundaries."
+        ) from None
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def _budget(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise RecipeError(f"--memory-budget: {text!r} is no share from 0 to 1; take 0.5.")
+    return share
+
+
+def _read_plan(path: Path) -> Plan:
+    try:
+        return Plan.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise RecipeError(f"--plan: {path} can't be read ({reason}); name a file that holds a plan as JSON.") from error
+    except PartitionError as error:
+        raise RecipeError(f"--plan: {path}: {error}") from error
+
+
+@contextlib.contextmanager
+def _renamed(option: str, *names: str) -> Iterator[None]:
+    """Let an error that begins with a setting's name begin with the option's."""
+    try:
+        yield
+    except LocalgradError as error:
+        said = str(error)
+        for name in names:
+            said = said.removeprefix(f"{name}: ")
+        raise type(error)(f"{option}: {said}") from error
+
+
+def _data(settings: Settings) -> tuple[DataInfo, Callable[[tuple[int, int, int]], tuple[Tensor, Tensor]]]:
+    """What the data set is like, and a function that gives one batch of it for an input size, in host memory."""
+    if settings.data is not None:
+        return _loaded(settings, settings.data)
+    num_classes = 1000 if settings.num_classes is None else settings.num_classes
+    info = DataInfo(
+        name="random images",
+        class_names=tuple(map(str, range(num_classes))),
+        num_channels=3,
+        image_size=None,
+        mean=(0.0,) * 3,
+        std=(1.0,) * 3,
+        num_skipped=0,
+        num_train=settings.batch_size,
+        num_val=0,
+        num_test=0,
+        notes=(),
+    )
+
+    def draw(size: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+        return torch.randn(settings.batch_size, *size), torch.randint(num_classes, (settings.batch_size,))
+
+    return info, draw
+
+
+def _loaded(settings: Settings, name: str) -> tuple[DataInfo, Callable[[tuple[int, int, int]], tuple[Tensor, Tensor]]]:
+    side = settings.img_size
+    splits = load_data(name, root=settings.root, val_fraction=0.0, image_size=None if side is None else (side, side))
+
+    def first(size: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+        batches = Batches(
+            splits.train,
+            batch_size=settings.batch_size,
+            image_size=size[1:],
+            info=splits.info,
+            device="cpu",
+            augment=None,
+            seed=0,
+            drop_last=True,
+        )
+        batch = next(batches.epoch(0))
+        if len(batch.images) < settings.batch_size:
+            raise RecipeError(
+                f"--batch-size: {settings.batch_size}, but {name} has {len(splits.train)} training images; take fewer."
+            )
+        return batch.images, batch.targets
+
+    return splits.info, first
+
+
+# The table -------------------------------------------------------------------------------------------------------
+
+
+def head_of(comparison: Comparison) -> str:
+    """One line that says under which circumstances."""
+    about = comparison.about
+    channels, height, width = about["input_size"]
+    return (
+        f"{about['model']}, {channels} x {height} x {width}, batch {about['batch_size']} of {about['data']}, "
+        f"{about['settings']['optimizer']}; {about['device']}; torch {about['versions']['torch']}; {about['date']}"
+    )
+
+
+def table_of(comparison: Comparison) -> Table:
+    """The rows for a terminal; ``*`` marks what no other method beats in both time and memory."""
+    rows = comparison.rows
+    timed = any(row.step_seconds is not None for row in rows)
+    reserved = any(row.reserved_peak_bytes is not None for row in rows)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("", justify="right")
+    table.add_column("method", no_wrap=True)
+    heads = ["estimated", "x"]
+    if timed:
+        heads += ["measured", "x", *(["reserved"] if reserved else []), "step time", "spread", "images/s", ""]
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=True)
+    precision = rows[0].precision if rows else ""
+    for number, row in enumerate(rows, 1):
+        if row.precision != precision:
+            table.add_section()
+            precision = row.precision
+        cells = [_bytes(row.estimated_peak_bytes, row), _number(row.estimated_peak_ratio)]
+        if timed:
+            cells += [_bytes(row.measured_peak_bytes), _number(row.measured_peak_ratio)]
+            cells += [_bytes(row.reserved_peak_bytes)] if reserved else []
+            spread = "-" if row.time_ratio_range is None else "{:.2f} to {:.2f}".format(*row.time_ratio_range)
+            rate = "-" if row.images_per_second is None else format_rate(row.images_per_second, "").split(" ")[0]
+            cells += [_number(row.time_ratio, " x"), spread, rate.removesuffix("/s"), "*" if row.is_pareto else ""]
+        table.add_row(str(number), row.name, *cells, style="bold" if row.is_pareto else None)
+    return table
+
+
+def notes_of(comparison: Comparison) -> list[str]:
+    """What a reader of the table should know: how to read it, and which methods failed."""
+    rows = comparison.rows
+    notes = []
+    if any(row.is_pareto for row in rows):
+        notes.append("* no other method of its precision is as fast and as small; ratios are to end-to-end.")
+    if any(row.compile for row in rows):
+        notes.append("compiled methods have no estimate: the compiler decides what is kept.")
+    notes += comparison.about.get("notes", [])
+    if comparison.about.get("is_interrupted"):
+        notes.append("interrupted: what had been measured by then.")
+    notes += [f"{number} {row.name}: {row.error}" for number, row in enumerate(rows, 1) if row.error is not None]
+    return notes
+
+
+def _bytes(nbytes: int | None, row: Row | None = None) -> str:
+    if nbytes is None:
+        return "unknown" if row is not None and row.compile else "-"
+    return format_bytes(nbytes)
+
+
+def _number(value: float | None, unit: str = "") -> str:
+    return "-" if value is None else f"{value:.2f}{unit}"

@@ -1,0 +1,1 @@
+"""What a step costs in memory, before it runs."""

@@ -1,0 +1,630 @@
+"""The costs of a model's parts, each distinct one measured once, forward and backward, on tensors without memory.
+
+How. Each part runs by itself under the tracker of ``memory.py``, between a source that gives its input and a sink that
+gives its output's gradient; so what is measured is the code that trains. Blocks that are alike (same classes, plain
+attributes and shapes) are measured once. Chunks of a half are alike too: two sizes are measured, and the block is then
+measured with a stand-in that takes and frees the same bytes for each chunk. ``costs.py`` composes modules from that.
+
+Seconds are a roofline (Williams, Waterman, Patterson, CACM 2009): each operator takes the longest of its arithmetic,
+its traffic and its launch, at nominal rates of a kind of device. They serve to compare plans, as ratios; no clock is
+read.
+
+Shapes: B batch first.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.flop_counter import flop_registry
+
+from localgrad.backbones.base import Backbone
+from localgrad.backbones.fake import FakeTensorMode, by_shapes_alone, copies_within, fake_copy
+from localgrad.backbones.halves import Branch, Piece, find_pieces, signature, whole_block
+from localgrad.memory.costs import WAYS, Costs, Head, PartCost, Settings
+from localgrad.memory.track import CUDA_ROUNDING, Tracker, autocast_of, choose_foreach, rounded, without_collector
+from localgrad.objectives.base import ContextSupply, LocalBatch, LocalObjective, Site
+from localgrad.objectives.methods import Objective
+from localgrad.partition import Checkpointing
+from localgrad.step.checkpointing import Recomputed, checkpointed
+from localgrad.step.local_module import CONTEXT_GRID, build_objective, site_of
+from localgrad.step.local_step import autocast, single_images_refused
+
+OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Nominal rates of a kind of device, for ratios between plans.
+
+    Attributes:
+        flops: arithmetic a second in float32.
+        half_flops: arithmetic a second in bfloat16 or float16.
+        bytes: memory traffic a second.
+        launch_seconds: least time of an operator.
+    """
+
+    flops: float
+    half_flops: float
+    bytes: float
+    launch_seconds: float
+
+
+RATES = {
+    "cpu": Rates(flops=100e9, half_flops=200e9, bytes=5e9, launch_seconds=5e-6),
+    "cuda": Rates(flops=20e12, half_flops=250e12, bytes=1.6e12, launch_seconds=5e-6),
+}
+"""A few processor cores, whose operators fault in the fresh pages that they write; a data-centre GPU of 2020 (float32
+without TF32)."""
+
+
+class _Source(torch.autograd.Function):
+    """Gives a tensor that needs a gradient and takes the gradient; nothing else holds on to either."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty(tuple(shape), dtype=dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
+        return None, None, None
+
+
+class _Sink(torch.autograd.Function):
+    """Takes an output without holding on to it, and gives a gradient of its shape."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor) -> Tensor:
+        ctx.like = output.shape, output.dtype
+        return torch.empty(())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        shape, dtype = ctx.like
+        return torch.empty(shape, dtype=dtype)
+
+
+class _Chunk(torch.autograd.Function):
+    """Takes and frees what one chunk of a branch does, without its operators."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, weight: Tensor, known: _KnownChunk) -> Tensor:
+        ctx.known = known
+        ctx.kept = torch.empty(max(0, known.cost.kept), dtype=torch.uint8)  # the random state, for one
+        ctx.save_for_backward(features, weight)
+        inner = torch.empty(max(0, known.cost.forward - known.cost.output), dtype=torch.uint8)
+        output = torch.empty((len(features), *known.output_shape), dtype=known.output_dtype)
+        del inner
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        features, weight = ctx.saved_tensors
+        cost = ctx.known.cost
+        outside = cost.output + _nbytes(features) + cost.gradients  # views and results, alive besides
+        inner = torch.empty(max(0, cost.backward - outside), dtype=torch.uint8)
+        found = torch.empty_like(features), torch.empty_like(weight)
+        del inner
+        return *found, None
+
+
+@dataclass(frozen=True)
+class _KnownChunk:
+    """A branch of which one chunk was measured; callable like the branch."""
+
+    keeps_inputs_only = True
+
+    cost: PartCost
+    output_shape: tuple[int, ...]
+    output_dtype: torch.dtype
+    weight: nn.Parameter
+
+    def __call__(self, features: Tensor) -> Tensor:
+        output: Tensor = _Chunk.apply(features, self.weight, self)
+        return output
+
+
+class _Meter(Tracker):  # type: ignore[no-untyped-call]
+    """A tracker that adds up nominal seconds as well."""
+
+    def __init__(self, rounding: int, rates: Rates) -> None:
+        super().__init__(rounding)
+        self.rates = rates
+        self.seconds = 0.0
+
+    def ran(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Add the time of an operator."""
+        if not func.is_view and func not in _FREE:
+            self.seconds += self._time(func, args, kwargs, result)
+
+    def _time(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> float:
+        tensors = [item for value in (*args, result) for item in _tensors_of(value)]
+        rates, traffic = self.rates, sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        time = max(traffic / rates.bytes, rates.launch_seconds)
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            flops = count(*args, **kwargs, out_val=result)
+            is_half = any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in tensors)
+            time = max(time, flops / (rates.half_flops if is_half else rates.flops))
+        return time
+
+
+_FREE = {
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten.new_empty.default,
+    torch.ops.aten.detach.default,
+    torch.ops.aten._unsafe_view.default,
+}
+"""Operators that move nothing, though PyTorch doesn't call them views."""
+
+
+def _tensors_of(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors_of(item)
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+class _Measured(NamedTuple):
+    cost: PartCost
+    shape: tuple[int, ...]  # of the output, batch included
+    dtype: torch.dtype
+    keeps_input: bool
+
+
+Run = Callable[[Tensor], Tensor]
+Cuts = dict[str, list[Piece]]
+"""The pieces of a block by level of checkpointing; ``whole``, it is one piece."""
+Like = tuple[tuple[int, ...], torch.dtype]
+
+
+class _Workshop:
+    """Measures parts of one fake backbone; remembers those that are alike."""
+
+    def __init__(self, fake_mode: FakeTensorMode, settings: Settings) -> None:
+        self.fake_mode = fake_mode
+        self.settings = settings
+        self.rounding = CUDA_ROUNDING if settings.device == "cuda" else 1
+        self.known: dict[Any, Any] = {}
+        with fake_mode:
+            self.anchor = torch.empty((), requires_grad=True)
+
+    def once(self, key: Any, measure: Callable[[], Any]) -> Any:
+        """``measure()``, or what it gave before for the same key."""
+        if key not in self.known:
+            self.known[key] = measure()
+        return self.known[key]
+
+    def nbytes(self, *tensors: Tensor) -> int:
+        """Bytes that the device's allocator gives for tensors."""
+        return sum(rounded(_nbytes(tensor), self.rounding) for tensor in tensors)
+
+    def nbytes_of(self, like: Like) -> int:
+        """The same for a tensor that is told by its shape and type."""
+        return rounded(math.prod(like[0]) * like[1].itemsize, self.rounding)
+
+    def static_bytes(self, module: nn.Module) -> int:
+        """The same for a module's parameters and buffers."""
+        return self.nbytes(*module.parameters(), *module.buffers())
+
+    def _input(self, shape: Sequence[int], dtype: torch.dtype, *, needs_gradient: bool) -> Tensor:
+        return self.source(shape, dtype) if needs_gradient else torch.empty(tuple(shape), dtype=dtype)
+
+    def source(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor that needs a gradient and drops it."""
+        source: Tensor = _Source.apply(self.anchor, shape, dtype)
+        return source
+
+    def measure(
+        self,
+        run: Run,
+        like: Like,
+        weights: Sequence[Tensor],
+        *,
+        present: bool = False,
+        needs_gradient: bool = True,
+        accumulates: bool | None = None,
+    ) -> _Measured:
+        """Run a part forward and backward.
+
+        Args:
+            run: the part.
+            like: shape and dtype of its input.
+            weights: parameters whose gradients it makes.
+            present: its input is there before and after, and isn't counted.
+            needs_gradient: whether its input does.
+            accumulates: its gradients are added to those of earlier parts of the batch, each as soon as it is there; by
+                default as the settings say.
+        """
+        shape, dtype = like
+        meter = _Meter(self.rounding, RATES[self.settings.device])
+        with self.fake_mode, meter, autocast_of(self.settings.device), torch.enable_grad():
+            held = self._input(shape, dtype, needs_gradient=needs_gradient) if present else None
+            if self.settings.accumulation > 1 if accumulates is None else accumulates:
+                for weight in weights:
+                    weight.grad = torch.empty_like(weight)
+            meter.begin()
+            meter.seconds = 0.0
+            inputs = held if held is not None else self._input(shape, dtype, needs_gradient=needs_gradient)
+            entered = weakref.ref(inputs.untyped_storage())
+            with autocast("cpu", self.settings.precision):
+                output = run(inputs)
+                del inputs
+                in_autocast = meter.alive_bytes
+            keeps_input = entered() is not None
+            kept, forward, forward_seconds = meter.alive_bytes, meter.take_peak(), meter.seconds
+            nbytes = self.nbytes(output)
+            measured_shape, measured_dtype = tuple(output.shape), output.dtype
+            end = _Sink.apply(output)
+            del output
+            meter.take_peak()
+            end.backward()
+            backward = meter.take_peak()
+            gradients = sum(self.nbytes(weight.grad) for weight in weights if weight.grad is not None)
+            for weight in weights:
+                weight.grad = None
+            del held
+        cost = PartCost(
+            kept=kept - nbytes,
+            kept_in_autocast=in_autocast - nbytes,
+            output=nbytes,
+            forward=forward,
+            backward=backward,
+            gradients=gradients,
+            forward_ns=round(forward_seconds * 1e9),
+            backward_ns=round((meter.seconds - forward_seconds) * 1e9),
+        )
+        return _Measured(cost, measured_shape, measured_dtype, keeps_input)
+
+    def way(self, block: nn.Module, pieces: Cuts, like: Like, how: Checkpointing) -> PartCost:
+        """Measure a block under a way of checkpointing, given its pieces by level."""
+        weights = [weight for weight in block.parameters() if weight.requires_grad]
+        if how.level == "none":
+            run: Run = block
+        elif how == Checkpointing("blocks"):
+            run = Recomputed(pieces["whole"])
+        else:
+            return self._chunked(pieces[how.level], like, how.chunks)
+        return self.measure(run, like, weights).cost
+
+    def _chunked(self, pieces: Sequence[Piece], like: Like, chunks: int) -> PartCost:
+        """A block in chunks: one chunk of each piece is measured, stand-ins then run as often as there are chunks."""
+        stand_ins, cached, forward_ns, backward_ns = [], 0, 0, 0
+        shape, dtype = like
+        for piece in pieces:
+            size = math.ceil(shape[0] / chunks) if piece.per_image else shape[0]
+            times = math.ceil(shape[0] / size)  # as Tensor.chunk cuts: 9 images in 8 chunks are 5
+            chunk = self._chunk(piece, ((size, *shape[1:]), dtype), shape[0])
+            with self.fake_mode:
+                weight = nn.Parameter(torch.empty(max(1, chunk.cost.gradients // 4)))
+            branch = _KnownChunk(chunk.cost, chunk.shape[1:], chunk.dtype, weight)
+            stand_ins.append(Piece(branch, piece.drop_path, piece.per_image))
+            cached += chunk.cost.kept_in_autocast - chunk.cost.kept
+            forward_ns += times * chunk.cost.forward_ns
+            backward_ns += times * chunk.cost.backward_ns
+            shape, dtype = (shape[0], *chunk.shape[1:]), chunk.dtype if piece.drop_path is None else dtype
+        gradients = [cast(_KnownChunk, piece.branch).weight for piece in stand_ins]
+        cost = self.measure(Recomputed(stand_ins, chunks), like, gradients).cost
+        return cost._replace(
+            kept_in_autocast=cost.kept_in_autocast + cached,
+            forward=cost.forward + cached,
+            forward_ns=cost.forward_ns + forward_ns,
+            backward_ns=cost.backward_ns + backward_ns,
+        )
+
+    def _chunk(self, piece: Piece, like: Like, whole: int) -> _Measured:
+        """One chunk of a branch; measured at all and an eighth of the batch: every tensor grows evenly with it."""
+        (size, *rest), dtype = like
+        mark = _mark_of(piece)
+
+        def measured(size: int) -> _Measured:
+            run, like = partial(checkpointed, piece.branch, state=piece.state), ((size, *rest), dtype)
+            key = "chunk", mark, like
+            measure = partial(self.measure, run, like, _weights_of(piece), present=True, accumulates=False)
+            found: _Measured = self.once(key, measure)
+            return found
+
+        # Not by image: on the whole batch, always. A chunk of one image may run otherwise than one of many.
+        if whole < 16 or not piece.per_image:
+            return measured(size)
+        if size in (math.ceil(whole / 8), whole):
+            return measured(size)
+        small, large = measured(math.ceil(whole / 8)), measured(whole)
+        share = (size - small.shape[0]) / (large.shape[0] - small.shape[0])
+        between = (round(a + (b - a) * share) for a, b in zip(small.cost, large.cost, strict=True))
+        return _Measured(PartCost(*between), (size, *small.shape[1:]), small.dtype, small.keeps_input)
+
+    def update(self, weights: Sequence[nn.Parameter], factory: OptimizerFactory) -> UpdateCost:
+        """Measure an optimizer over some weights, each shape once and by itself."""
+        if not weights:
+            return UpdateCost(0, 0)
+        ordered = [weight for group in factory(list(weights)).param_groups for weight in group["params"]]
+        found = [self._updated([weight], factory) for weight in ordered]
+        state, temporary = sum(cost.state for cost in found), [cost.temporary for cost in found]
+        if self.temporaries_add(ordered, factory):
+            return UpdateCost(state, sum(temporary))
+        # A loop holds the last weight's results until it has the next one's. As blocks follow on blocks, the last
+        # weight comes before the first. What is held is a part of the last one's temporaries: most need no measuring.
+        most = max(temporary)
+        for weight, own, before in zip(
+            (*ordered[-1:], *ordered[:-1]), temporary, (temporary[-1], *temporary), strict=False
+        ):
+            if own + before > most:
+                most = max(most, own + self._left_over(weight, factory))
+        return UpdateCost(state, most)
+
+    def temporaries_add(self, weights: Sequence[nn.Parameter], factory: OptimizerFactory) -> bool:
+        """Whether the optimizer works on all weights at once (``foreach``), and not on one after another."""
+
+        def measured() -> bool:
+            largest = max(weights, key=Tensor.numel)
+            one, two, three = (self._updated([largest] * count, factory).temporary for count in (1, 2, 3))
+            return three - two > one / 2
+
+        adds: bool = self.once("temporaries add", measured)
+        return adds
+
+    def _left_over(self, weight: nn.Parameter, factory: OptimizerFactory) -> int:
+        """Bytes of temporaries that a loop over weights still holds when it is at the next one."""
+        if weight.ndim < 2:
+            return 0
+        return self._updated([weight] * 2, factory).temporary - self._updated([weight], factory).temporary
+
+    def _updated(self, weights: Sequence[nn.Parameter], factory: OptimizerFactory) -> UpdateCost:
+        key = "update", len(weights), weights[0].shape, weights[0].dtype
+        cost: UpdateCost = self.once(key, partial(self.updated_together, weights, factory))
+        return cost
+
+    def updated_together(self, weights: Sequence[nn.Parameter], factory: OptimizerFactory) -> UpdateCost:
+        """Measure an optimizer alone over some weights, in its second step."""
+        meter = Tracker(self.rounding)
+        with self.fake_mode, meter:
+            copies = [nn.Parameter(torch.empty_like(weight)) for weight in weights]
+            for weight in copies:
+                weight.grad = torch.empty_like(weight)
+            optimizer = factory(copies)
+            if self.settings.device == "cuda":
+                choose_foreach([optimizer])
+            optimizer.step()
+            meter.begin()
+            optimizer.step()
+            temporary = meter.take_peak() - meter.alive_bytes
+            values = [value for state in optimizer.state.values() for value in state.values()]
+            state = self.nbytes(*(value for value in values if isinstance(value, Tensor)))
+        return UpdateCost(state, temporary)
+
+
+def _leading(cost: PartCost, entered: int, kept: int) -> PartCost:
+    """A part as the first of its module: what enters it, of which it keeps so much, is there anyway."""
+    return cost._replace(
+        kept=cost.kept - kept,
+        kept_in_autocast=cost.kept_in_autocast - kept,
+        forward=cost.forward - entered,
+        backward=cost.backward - kept,
+    )
+
+
+class UpdateCost(NamedTuple):
+    """Bytes of an optimizer's state over some weights, and of its temporaries in a step."""
+
+    state: int
+    temporary: int
+
+
+def _mark_of(piece: Piece) -> object:
+    """The same for pieces that cost the same: the MLPs of a stage, say, however their blocks' attention differs."""
+    branch = piece.branch
+    if not (isinstance(branch, Branch) and isinstance(branch.inner, nn.Module)) or branch.recomputed or branch.scale:
+        return id(piece)
+    calls = [
+        [signature(call) if isinstance(call, nn.Module) else getattr(call, "__name__", "") for call in _calls_in(part)]
+        for part in (branch.before, branch.inner, branch.after)
+    ]
+    return id(piece) if any(None in found for found in calls) else repr((calls, branch.args, branch.kwargs))
+
+
+def _calls_in(part: Callable[[Tensor], Tensor]) -> Sequence[Callable[[Tensor], Tensor]]:
+    calls: Sequence[Callable[[Tensor], Tensor]] = getattr(part, "calls", [part])
+    return calls
+
+
+def _weights_of(piece: Piece) -> list[Tensor]:
+    branch = piece.branch
+    if isinstance(branch, nn.Module):
+        return list(branch.parameters())
+    found: dict[int, Tensor] = {}
+    for part in _modules_in(branch):
+        found |= {id(weight): weight for weight in part.parameters()}
+    return list(found.values())
+
+
+def _modules_in(branch: object) -> Iterator[nn.Module]:
+    """The modules that a branch calls, through bound methods and chains."""
+    for value in vars(branch).values() if hasattr(branch, "__dict__") else ():
+        owner = getattr(value, "__self__", value)
+        if isinstance(owner, nn.Module):
+            yield owner
+        elif hasattr(owner, "calls"):
+            yield from (call for call in owner.calls if isinstance(call, nn.Module))
+
+
+# The whole backbone ----------------------------------------------------------------------------------------------
+
+
+def measure_costs(backbone: Backbone, objective: Objective, optimizer: OptimizerFactory, settings: Settings) -> Costs:
+    """Measure each distinct part of a backbone once; nothing real is allocated, and the backbone isn't touched.
+
+    Args:
+        backbone: split, or outlined.
+        objective: what every module but the last is trained on.
+        optimizer: makes a module's optimizer.
+        settings: batch size, precision, accumulation, device.
+    """
+    pieces = []
+    for index, block in enumerate(backbone.blocks):
+        example = backbone.example(index)
+        found = {level: find_pieces(block, example, halves=level == "halves") for level in ("blocks", "halves")}
+        pieces.append({"whole": [whole_block(block, example)], **found})
+    with by_shapes_alone():
+        fake_mode, (fake, fake_pieces) = fake_copy((backbone, pieces))
+        fake.train()
+        # The collector would look at every fake tensor again and again: a sixth of the time.
+        with without_collector(), single_images_refused(settings.batch_size, settings.accumulation):
+            return _measure_all(_Workshop(fake_mode, settings), fake, fake_pieces, (objective, optimizer))
+
+
+def _measure_all(
+    shop: _Workshop, backbone: Backbone, pieces: list[Cuts], training: tuple[Objective, OptimizerFactory]
+) -> Costs:
+    settings, (objective, optimizer) = shop.settings, training
+    size = settings.part_size
+    dtype = next(backbone.parameters()).dtype
+    units = [backbone.stem, *backbone.blocks, backbone.tail]
+    parts: list[list[PartCost]] = [[] for _ in WAYS]
+    leading: list[list[PartCost]] = [[] for _ in WAYS]
+    static, states, temporary, likes = [], [], [], []
+    like: Like = ((size, *backbone.input_size), dtype)
+    for number, unit in enumerate(units):
+        likes.append(like)
+        mark = signature(unit) or id(unit), like
+        weights = [weight for weight in unit.parameters() if weight.requires_grad]
+        is_block = 0 < number <= len(backbone.blocks)
+        stem = number == 0  # the images are there before it, and need no gradient
+        measure = partial(shop.measure, unit, like, weights, present=stem, needs_gradient=not stem)
+        plain = shop.once((mark, "plain"), measure)
+        for way, how in enumerate(WAYS):
+            cost = plain.cost
+            if way and is_block:
+                cuts = pieces[number - 1]
+                if len(cuts["halves"]) == 1:  # no halves: what is written so runs as the whole block
+                    how = Checkpointing("blocks", how.chunks)  # noqa: PLW2901
+                cost = shop.once((mark, str(how)), partial(shop.way, unit, cuts, like, how))
+            parts[way].append(cost)
+            kept = shop.nbytes_of(like) if plain.keeps_input or (way and is_block) else 0
+            leading[way].append(cost if stem else _leading(cost, shop.nbytes_of(like), kept))
+        update = shop.update(weights, optimizer)
+        static.append(shop.static_bytes(unit) + update.state)
+        states.append(update.state)
+        temporary.append(update.temporary)
+        like = plain.shape, plain.dtype
+    heads, head_of, uses = _measure_heads(shop, backbone, objective, optimizer, likes)
+    inputs = [shop.nbytes_of(((settings.batch_size, *shape[1:]), dtype)) for shape, dtype in likes[1:]]
+    trained = [weight for unit in units for weight in unit.parameters() if weight.requires_grad]
+    return Costs(
+        settings=settings,
+        parts=parts,
+        leading=leading,
+        heads=heads,
+        head_of=head_of,
+        static=static,
+        state=states,
+        temporary=temporary,
+        temporary_adds=shop.temporaries_add(trained, optimizer),
+        inputs=inputs,
+        images=shop.nbytes_of(((settings.batch_size, *backbone.input_size), dtype)),
+        uses=sorted(uses),
+    )
+
+
+def _measure_heads(
+    shop: _Workshop, backbone: Backbone, objective: Objective, optimizer: OptimizerFactory, likes: Sequence[Like]
+) -> tuple[list[Head], list[list[int]], set[str]]:
+    """Measure the objectives of all modules that partitions can have: one for each pair of layouts."""
+    num_blocks, overlap = len(backbone.blocks), shop.settings.overlap
+    numbers: dict[Any, int] = {}
+    heads: list[Head] = []
+    head_of: list[list[int]] = []
+    uses: set[str] = set()
+    for start in range(num_blocks):
+        row = []
+        for stop in range(start + 1, num_blocks + 1):
+            last = stop == num_blocks
+            # How many modules there are besides isn't known: one before and one behind stand for all.
+            edges = [start] * (start > 0) + [stop] * (not last)
+            site = site_of(backbone, edges, min(start, 1), overlap=overlap)
+            key: tuple[Any, ...] = ("last", start == 0) if last else (start == 0, site.inputs, site.outputs)
+            if objective.looks_inside:
+                key = start, stop
+            if key not in numbers:
+                with shop.fake_mode, copies_within(shop.fake_mode):
+                    built = build_objective(objective, site, backbone.dtype)
+                built.train()
+                uses |= built.uses if start else frozenset()
+                outputs = likes[stop + 1]
+                if last:
+                    outputs = (outputs[0][0], backbone.num_classes), outputs[1]
+                numbers[key] = len(heads)
+                begin = max(0, start - overlap)
+                around = likes[0], likes[begin + 1 if start else 0], outputs
+                states = likes[begin + 1 : stop + 1 + last]  # with the tail's
+                heads.append(_measure_head(shop, built, optimizer, site, likes=around, states_like=states))
+            row.append(numbers[key])
+        head_of.append(row)
+    return heads, head_of, uses
+
+
+def _measure_head(
+    shop: _Workshop,
+    objective: LocalObjective,
+    optimizer: OptimizerFactory,
+    site: Site,
+    *,
+    likes: tuple[Like, Like, Like],
+    states_like: Sequence[Like],
+) -> Head:
+    """Measure an objective, given what images, its module's inputs, outputs and what enters its blocks are like."""
+    images_like, inputs_like, outputs_like = likes
+    with shop.fake_mode:
+        images = torch.empty(images_like[0], dtype=images_like[1])
+        inputs = torch.empty(inputs_like[0], dtype=inputs_like[1])
+        labels = torch.empty(images_like[0][0], dtype=torch.int64)
+        batch = LocalBatch(images, labels, teacher=torch.empty(images_like[0][0], site.num_classes))
+        if site.previous is not None and "previous" in objective.uses:
+            batch.previous = torch.empty(images_like[0][0], *site.previous.shape, dtype=images_like[1])
+        states = [shop.source(*like) for like in states_like] if "states" in objective.uses else []
+        if "branches" in objective.uses:  # two a block, mostly; the step that confirms a plan has just those there are
+            batch.branches = tuple(shop.source(*like) for like in states_like for _ in range(2))
+    terms = [weight for weight in objective.terms.parameters() if weight.requires_grad]
+    cost = shop.measure(
+        lambda outputs: objective(inputs, outputs, batch, states).loss, outputs_like, terms, present=True
+    ).cost
+    if objective.context is not None and site.context:
+        cost = _with_time(cost, _measure_context(shop, objective.context, site, inputs_like))
+    update = shop.update([weight for weight in objective.parameters() if weight.requires_grad], optimizer)
+    passes = 3 if objective.reconcile else 1
+    return Head(cost, shop.static_bytes(objective) + update.state, update.temporary, passes)
+
+
+def _measure_context(shop: _Workshop, context: ContextSupply, site: Site, inputs_like: Like) -> PartCost:
+    """Measure how context of earlier modules is added to what a module receives."""
+    (size, *_), dtype = inputs_like
+    with shop.fake_mode:
+        grids = [tuple(min(side, CONTEXT_GRID) for side in layout.grid) for layout in site.context]
+        pooled = [
+            torch.empty(size, *grid, layout.width, dtype=dtype)
+            for grid, layout in zip(grids, site.context, strict=True)
+        ]
+    weights = list(context.parameters())
+    measured = shop.measure(lambda inputs: context(inputs, pooled), inputs_like, weights, present=True)
+    return measured.cost
+
+
+def _with_time(cost: PartCost, other: PartCost) -> PartCost:
+    """A cost that takes another one's time as well; its bytes are seen by the step that confirms a plan."""
+    return cost._replace(
+        forward_ns=cost.forward_ns + other.forward_ns, backward_ns=cost.backward_ns + other.backward_ns
+    )

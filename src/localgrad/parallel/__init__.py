@@ -1,0 +1,1 @@
+"""Local modules in several processes: who does what, what travels, and how it ends."""

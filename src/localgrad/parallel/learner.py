@@ -1,0 +1,484 @@
+"""``ParallelLearner``: the local modules of one model on several processes, each with a share of them.
+
+Started by torchrun, every process makes the same learner and runs the same loop; the first rank's images are used. Rank
+r trains its modules on the batch that rank r - 1 has just sent on. The weights are those of one process, bit for bit
+on processors that round alike. ``whole_state_dict()`` gathers the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from localgrad.backbones.base import Layout
+from localgrad.backbones.fake import by_shapes_alone, copy_without_hooks, fake_copy
+from localgrad.errors import ParallelError, RecipeError
+from localgrad.learner import Factories, LocalLearner, make_ema, no_optimizers
+from localgrad.objectives.auxiliary import NextClassifier
+from localgrad.objectives.averaging import has_spectral_norms
+from localgrad.objectives.base import IGNORED, LocalBatch, Site
+from localgrad.parallel.pipeline import Links, PipelineExecutor, ShareResult
+from localgrad.parallel.schedule import NUM_BUFFERS, shares
+from localgrad.parallel.team import Team
+from localgrad.parallel.wire import WIRES, Packet
+from localgrad.step.checks import check_labels
+from localgrad.step.local_module import CONTEXT_GRID, LocalModule, observed_parts, site_of
+from localgrad.step.local_step import LocalStep, autocast, check_precision
+from localgrad.step.sharding import Rows, check_optimizer, exchange, gathered, put, release, shard, whole
+from localgrad.step.states import describe
+
+
+class ParallelLearner(LocalLearner):
+    """Trains this process's share of a model's local modules.
+
+    Only the own modules' weights, gradients, optimizer state and average take memory here. Call ``begin`` with the
+    number of batches before each epoch, so that batches are received ahead; without it all works, one at a time.
+
+    Args:
+        model: any timm model that ``localgrad.split`` takes, on the processor, made alike in every process.
+        team: from ``Team.join``; by default this process's own, as torchrun started it.
+        num_buffers: batches that may be on their way at each end of a link.
+        wire: how features travel: ``same``, or ``bf16`` in half the bytes.
+        shard: share each module's weights, gradients and optimizer state out among its replicas (FSDP2).
+        **settings: as for ``LocalLearner``, but for ``device``, ``offload``, ``overlap`` and ``global_checkpoint``.
+
+    Raises:
+        ParallelError: more ranks than local modules, what needs several modules in one place, or replicas of a part
+            with state that nobody knows how to average (running statistics of norms are averaged); or an average of
+            layers with spectral norm under ``shard``.
+    """
+
+    is_parallel = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        team: Team | None = None,
+        num_buffers: int = NUM_BUFFERS,
+        wire: str = "same",
+        shard: bool = False,
+        ema_decay: float | None = None,
+        **settings: Any,
+    ) -> None:
+        if wire not in WIRES:
+            raise RecipeError(f"wire: unknown {wire!r}; take {' or '.join(WIRES)}.")
+        if num_buffers < 1:
+            raise RecipeError(f"num_buffers must be at least 1, got {num_buffers}.")
+        for name in ("offload", "overlap", "device"):
+            if settings.get(name):
+                raise ParallelError(f"{name}: not with several processes; leave it out.")
+        self.team = team or Team.join()
+        super().__init__(model, **settings)
+        check_precision(self.precision, self.team.device)
+        self.shares = shares_of(self.plan.activation_bytes or [1] * self.plan.num_modules, self.team.num_ranks)
+        self._refuse(compiled=bool(self._settings["compile"]))
+        if self.team.num_replicas > 1:
+            self._refuse_own_ways()
+        self._settle()
+        self.skeleton: list[LocalModule] | None = None  # of the own modules: whole shapes, where they are sharded
+        self._average_over_replicas(by_rows=shard)
+        self._remember()  # tensors were moved, and with replicas cut into rows
+        self._own_parts = Rows([part for index in self.own for part in self.modules[index].parts])
+        if shard and ema_decay is not None and has_spectral_norms(self._own_parts):
+            raise ParallelError(
+                f"ema_decay: {ema_decay} with --shard: the average of a layer with spectral norm needs whole weights, "
+                "and each process has rows; leave one of them out."
+            )
+        self._ema = make_ema(self._own_parts, ema_decay, on_host=False)
+        self.links = Links(self.team.place, self.team.device, num_buffers=num_buffers, wire=wire)
+
+    def _refuse(self, *, compiled: bool) -> None:
+        if self.uses("teacher"):
+            raise ParallelError("teacher_share: the average of the whole model is in no process; leave it out.")
+        if any(
+            isinstance(net, NextClassifier) and net.weights == "ema" for own in self.modules for net in own.modules()
+        ):
+            raise ParallelError(
+                "classifier next: an average of the following blocks needs them in one process; take weights = copy."
+            )
+        if compiled and self.team.num_replicas > 1:
+            raise ParallelError("--compile: not with several replicas; leave one of them out.")
+
+    def _refuse_own_ways(self) -> None:
+        """Refuse state that follows a replica's own images, and of which nobody knows how to average it."""
+        for name, part, seen in observed_parts(self.backbone):
+            for path in seen.by_images:
+                net = part.get_submodule(path)
+                if not isinstance(net, _NormBase):
+                    raise ParallelError(
+                        f"--replicas {self.team.num_replicas}: {type(net).__name__} in {name} writes what it sees of "
+                        "the images into itself, and each replica sees others; take --replicas 1."
+                    )
+
+    def _average_over_replicas(self, *, by_rows: bool) -> None:
+        """Let replicas average gradients: each of whole modules (DDP, in ``LocalStep``), or of its rows (FSDP2)."""
+        if not by_rows:
+            self._twins = self.team.twins
+            if self._twins is not None:  # DDP has to know whether to wait for gradients that never come
+                for index in self.own:
+                    unread = unread_parameters(self.modules[index], self.sites[index], self.backbone.dtype)
+                    self.modules[index].has_unread = bool(unread)
+            return
+        twins = self.team.twins_mesh
+        if twins is None:
+            raise ParallelError("--shard: there is one replica only, and nobody to share with; add --replicas 2.")
+        own = [self.modules[index] for index in self.own]
+        self.skeleton = [copied.to("meta") for copied in copy_without_hooks(own)]
+        for module in own:
+            shard(module, twins)
+        self.backbone.follow_parts()
+
+    def _settle(self) -> None:
+        """Move the own modules to the device, and free all others."""
+        own = [part for index in self.own for part in self.modules[index].modules()]
+        kept = [(table, dict(table)) for part in own for table in (part._parameters, part._buffers)]
+        for index, module in enumerate(self.modules):
+            if index not in self.own:
+                module.to("meta")  # shapes stay, for checks of checkpoints
+        for table, tensors in kept:  # some parts belong to several modules, such as tables of rotations
+            cast(dict[str, Any], table).update(tensors)
+        for index in self.own:
+            self.modules[index].to(self.team.device)
+        self.backbone.follow_parts()
+
+    @property
+    def own(self) -> range:
+        """The local modules that this process trains."""
+        return self.shares[self.team.place.rank]
+
+    @property
+    def sent_bytes_per_step(self) -> int:
+        """What the last training step sent on."""
+        return self._pipeline.sent_bytes_per_step
+
+    @property
+    def averages(self) -> bool:
+        """Whether an average of the weights is kept."""
+        return self._ema is not None
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process trains."""
+        return self.team.device
+
+    @property
+    def sites(self) -> list[Site]:
+        """Where each local module stands."""
+        return [site_of(self.backbone, self.plan.boundaries, index) for index in range(self.plan.num_modules)]
+
+    def configure_optimizers(self, factory: Factories) -> None:
+        """Make one optimizer for each of the own modules. As for ``LocalLearner``; call it in every process."""
+        steps = self._make_steps(factory)
+        if self.skeleton is not None:
+            for step in steps:
+                check_optimizer(step.optimizer)
+        self.optimizer_factory = factory
+        self._seed(steps)
+        uses = [module.objective.uses for module in self.modules]
+        self._pipeline = PipelineExecutor(steps, self.links, first=self.own.start, uses=uses)
+        self._take_executor(self._pipeline)
+
+    def _seed(self, steps: Sequence[LocalStep]) -> None:
+        super()._seed(steps)
+        if self.team.num_replicas > 1:
+            for index, step in zip(self.own, steps, strict=False):
+                step.seed = (self.seed, index, self.team.replica)
+
+    def begin(self, num_batches: int, *, start: int = 0) -> None:
+        """Begin an epoch: how many batches it has, and the first one of them to be trained on, from 0."""
+        self.links.finish()
+        self.links.begin(start, num_batches - 1)
+
+    def step(self, images: Tensor, labels: Tensor) -> ShareResult:  # type: ignore[override]
+        """Train the own modules on the next batch.
+
+        Args:
+            images: [B, C, H, W]; those of the first rank are used.
+            labels: class indices int64 [B], or soft targets [B, num_classes]; those of the first rank are used. With
+                several replicas none may be ignored (-100): each counts its own, and all weigh alike.
+
+        Returns:
+            Figures of the own modules.
+
+        Raises:
+            LocalgradError: as ``LocalLearner.step``.
+        """
+        check_labels(labels, images, self.backbone.num_classes)
+        return self.share(LocalBatch(images, labels), labels if labels.ndim == 1 else labels.argmax(dim=1))
+
+    def share(self, batch: LocalBatch | None = None, targets: Tensor | None = None) -> ShareResult:
+        """As ``step``, on a batch that gives its images away; only the first rank gives one.
+
+        Args:
+            batch: images and labels.
+            targets: class indices int64 [B].
+
+        Raises:
+            RecipeError: no optimizers yet.
+        """
+        if self._executor is None:
+            raise no_optimizers()
+        for index in self.own:
+            release(self.modules[index])  # after a step that failed, rows are what is trained
+        self.check_ready(self._executor.steps)
+        if batch is not None and self.team.place.rank == 0:
+            self._check_batch(batch)
+        self._in_training()
+        result = self._pipeline.share(batch, targets, number=self.num_steps)
+        for index in self.own:
+            release(self.modules[index])  # a frozen one has no backward pass, after which that is done
+        self.num_steps += 1
+        if self._ema is not None:
+            self._ema.update(self._own_parts, step=self.num_steps)
+        return result
+
+    def _check_batch(self, batch: LocalBatch) -> None:
+        first = not self._values_checked
+        super()._check_batch(batch)
+        if first and self.team.num_replicas > 1 and bool((batch.labels == IGNORED).any()):
+            raise ParallelError(
+                f"labels: some are {IGNORED}, ignored; replicas weigh alike, however many labels count in each: leave "
+                "those images out, or --replicas."
+            )
+
+    @torch.no_grad()
+    def average_statistics(self) -> None:
+        """Make the running statistics of batch and instance norms, and of their average, the mean over the replicas.
+
+        In a step each replica's norms see its own images, as they see the parts of a batch with ``accumulation``.
+        Running statistics are linear in what was seen, so they may go their own ways until someone looks at them:
+        before evaluating and saving. All replicas call this together.
+        """
+        if self.team.twins is None:
+            return
+        places = [self.modules[index] for index in self.own] + ([] if self._ema is None else [self._ema.module])
+        norms = [net for place in places for net in place.modules() if isinstance(net, _NormBase)]
+        for norm in dict.fromkeys(norms):
+            for buffer in (norm.running_mean, norm.running_var):
+                if buffer is not None:
+                    dist.all_reduce(buffer, group=self.team.twins)
+                    buffer.div_(self.team.num_replicas)
+
+    def step_on(self, batch: LocalBatch) -> Any:
+        """Not here: see ``share``."""
+        raise ParallelError("step_on: several processes share a step; call share() in each of them.")
+
+    def global_step_on(self, batch: LocalBatch) -> Any:
+        """Not here: an end-to-end step needs all modules in one place."""
+        raise ParallelError("end-to-end steps need all modules in one process; leave them out, or --parallel.")
+
+    def logits(self, images: Tensor) -> Any:
+        """Not here: see ``infer``."""
+        raise ParallelError("logits: no process has the whole model; call infer() in each, or whole_state_dict().")
+
+    @torch.no_grad()
+    def infer(self, images: Tensor | None, targets: Tensor | None) -> tuple[dict[int, Tensor], Tensor]:
+        """Class logits of the own modules' classifiers for the next batch; call ``eval()`` first, and ``begin``.
+
+        Where an average is kept, the last module's logits are those of the averaged model.
+
+        Args:
+            images: [B, C, H, W], on the first rank.
+            targets: class indices int64 [B], on the first rank.
+
+        Returns:
+            Logits [B, num_classes] by module, where it has a classifier, and the targets.
+        """
+        packet: Packet = self.links.receive()
+        if not packet:
+            assert images is not None and targets is not None, "the first rank has the images"
+            packet = {"features": images, "averaged": images, "targets": targets}
+            packet = packet if self._ema is not None else {k: v for k, v in packet.items() if k != "averaged"}
+        features, averaged = packet["features"], packet.get("averaged")
+        found = {}
+        with autocast(self.device.type, self.precision):
+            for index in self.own:
+                module = self.modules[index]
+                with gathered(module):
+                    outputs, features, _ = module.walk(features)
+                    logits = module.objective.classify(outputs)
+                if logits is not None:
+                    found[index] = logits
+            if averaged is not None:
+                with self._averaged():
+                    for index in self.own:
+                        with gathered(self.modules[index]):
+                            averaged = self.modules[index].walk(averaged).handed_on
+                if self.links.sender is None:
+                    found[self.own[-1]] = averaged
+        if self.links.sender is not None:
+            onward = {"features": features, "targets": packet["targets"]}
+            self.links.send(onward if averaged is None else {**onward, "averaged": averaged})
+        self.links.done()
+        return found, packet["targets"]
+
+    def attend(self, num_batches: int) -> None:
+        """Gather weights as ``infer`` does, for replicas that have more batches than this one."""
+        for _ in range(num_batches if self.skeleton is not None else 0):
+            for averaged in (False, True)[: 1 + self.averages]:
+                with self._averaged() if averaged else contextlib.nullcontext():
+                    for index in self.own:
+                        with gathered(self.modules[index]):
+                            pass
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Let the own modules have their averaged weights."""
+        assert self._ema is not None, "an average is kept"
+        mine, theirs = ([*net.parameters(), *net.buffers()] for net in (self._own_parts, self._ema.module))
+        pairs = list(zip(mine, theirs, strict=True))  # each once, or a shared weight would be exchanged back
+        for tensor, other in pairs:
+            exchange(tensor, other)
+        try:
+            yield
+        finally:
+            for tensor, other in pairs:
+                exchange(tensor, other)
+
+    # ------------------------------------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """This process's part of the state, ``merged`` makes the whole of all. Replicas call this together."""
+        steps = self._executor.steps if self._executor else ()
+        own = list(self.own)
+        optimizers = [whole(step.optimizer.state_dict()) for step in steps]
+        return {
+            "model": self.own_weights(),
+            "objectives": {index: self.objective_weights(index) for index in own},
+            "optimizers": dict(zip(own, optimizers, strict=False)),
+            "scalers": {index: step.scaler.state_dict() for index, step in zip(own, steps, strict=False)},
+            "averaged_model": None if self._ema is None else self.own_weights(averaged=True),
+            "num_steps": self.num_steps,
+            "seed": self.seed,
+            "boundaries": list(self.plan.boundaries),
+            "objective": describe(self.objective),
+            "optimizer_classes": {
+                index: type(step.optimizer).__name__ for index, step in zip(own, steps, strict=False)
+            },
+        }
+
+    def objective_weights(self, index: int) -> dict[str, Tensor]:
+        """The state of an own module's objective. All its replicas call this together."""
+        return whole(self.modules[index].objective.state_dict())
+
+    def own_weights(self, *, averaged: bool = False) -> dict[str, Tensor]:
+        """The own modules' part of the model's weights, or of their average, in the model's own naming.
+
+        All replicas call this together.
+        """
+        assert self._ema is not None or not averaged, "an average is kept"
+        source = self._ema.module if averaged and self._ema is not None else self._own_parts
+        return {name: whole(value) for name, value in self._named(source).items()}
+
+    def _named(self, source: Rows) -> dict[str, Tensor]:
+        names = {id(tensor): name for name, tensor in self.model.state_dict(keep_vars=True).items()}
+        mine = self._own_parts.parts.state_dict(keep_vars=True).values()
+        return {
+            names[id(tensor)]: value for tensor, value in zip(mine, source.parts.state_dict().values(), strict=True)
+        }
+
+    def _take_weights(self, weights: dict[str, Tensor], averages: dict[str, Tensor] | None) -> None:
+        self.load_own_weights(weights, averages=averages)
+
+    @torch.no_grad()
+    def load_own_weights(self, weights: dict[str, Tensor], *, averages: dict[str, Tensor] | None) -> None:
+        """Put the own modules' part of a whole model's weights, and of its average, in place."""
+        for name, value in self._named(self._own_parts).items():
+            put(value, weights[name])
+        if self._ema is not None:
+            assert averages is not None, "an average is kept"
+            for name, value in self._named(self._ema.module).items():
+                put(value, averages[name])
+
+    def whole_state_dict(self) -> dict[str, Tensor] | None:
+        """The whole model's weights on rank 0 (the averaged ones, where an average is kept); ``None`` on the others.
+
+        All processes call this together.
+        """
+        own = self.own_weights(averaged=self._ema is not None)
+        parts = self.team.to_speaker({name: value.cpu() for name, value in own.items()})
+        if parts is None:
+            return None
+        found = {name: value for part in parts[: self.team.num_ranks] for name, value in part.items()}
+        return {name: found[name] for name in self.model.state_dict()}
+
+
+def unread_parameters(module: LocalModule, site: Site, dtype: torch.dtype) -> list[str]:
+    """Trainable parameters of a local module that its loss doesn't depend on, found on tensors without memory.
+
+    Args:
+        module: of ``site``.
+        site: where it stands.
+        dtype: of its features.
+
+    Returns:
+        Their names in the module.
+    """
+
+    def features_in(layout: Layout) -> Tensor:
+        return torch.empty(2, *layout.shape, dtype=dtype)
+
+    with by_shapes_alone():
+        fake_mode, fake = fake_copy(module)
+        with fake_mode:
+            batch = LocalBatch(features_in(site.image), torch.zeros(2, dtype=torch.int64))
+            batch.previous = None if site.previous is None else features_in(site.previous)
+            batch.context = tuple(
+                torch.empty(2, *(min(side, CONTEXT_GRID) for side in layout.grid), layout.width, dtype=dtype)
+                for layout in site.context
+            )
+            fake.train()(features_in(site.inputs), batch).loss.backward()
+    return [name for name, weight in fake.named_parameters() if weight.requires_grad and weight.grad is None]
+
+
+def merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The state of a whole learner, made of the parts of all ranks in order.
+
+    Args:
+        parts: from ``ParallelLearner.state_dict``.
+
+    Returns:
+        As from ``LocalLearner.state_dict``.
+    """
+
+    def listed(key: str) -> list[Any]:
+        found = {index: value for part in parts for index, value in part[key].items()}
+        return [found[index] for index in sorted(found)]
+
+    def joined(key: str) -> dict[str, Tensor]:
+        return {name: value for part in parts for name, value in part[key].items()}
+
+    first = parts[0]
+    kept = {"objective": first["objective"], "optimizer_classes": listed("optimizer_classes")}
+    return {
+        **(kept if "objective" in first else {}),
+        **{key: first[key] for key in ("num_steps", "seed", "boundaries")},
+        **{key: listed(key) for key in ("objectives", "optimizers", "scalers")},
+        "model": joined("model"),
+        "averaged_model": None if first["averaged_model"] is None else joined("averaged_model"),
+    }
+
+
+def shares_of(costs: Sequence[int], num_ranks: int) -> tuple[range, ...]:
+    """Which local modules each rank has.
+
+    Args:
+        costs: of each module.
+        num_ranks: of a replica.
+
+    Raises:
+        ParallelError: more ranks than modules.
+    """
+    if num_ranks > len(costs):
+        raise ParallelError(
+            f"--parallel modules: {num_ranks} processes for {len(costs)} local modules; take --modules {num_ranks}, "
+            f"{len(costs)} processes, or --replicas."
+        )
+    return shares(costs, num_ranks)

@@ -1,0 +1,713 @@
+"""Plans to a memory budget: measure the costs, find the fastest plan that fits, confirm it by one whole step.
+
+``plan_to_budget`` is the way through: costs of every block (``memory/parts.py``), the exact search
+(``planning/search.py``), then the very step of the chosen plan on fake tensors (``learner.estimate_step``), whose
+figures are the ones that are reported. Should the confirmed peak lie above the composed one and so above the budget,
+the search is repeated with the difference taken off.
+
+What no estimate can know gets a margin that is taken off the budget and told (``Margin``): workspaces of CUDA
+libraries, what a caching allocator loses between tensors, the other order of operators in compiled graphs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import inspect
+import itertools
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property, lru_cache, partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from localgrad.backbones.base import Backbone
+from localgrad.backbones.halves import signature
+from localgrad.errors import BudgetError
+from localgrad.learner import LocalLearner, OptimizerFactory, estimate_step, frozen_from, model_name
+from localgrad.memory.costs import WAYS, Choice, Costs, Settings, interpolated
+from localgrad.memory.parts import measure_costs
+from localgrad.memory.track import MemoryProfile
+from localgrad.objectives.methods import Objective
+from localgrad.partition import Boundaries, Checkpointing, Plan, Request, resolve
+from localgrad.planning.search import UNLIMITED, Solution, fastest, frontier, smallest
+from localgrad.step.local_module import observed_parts
+from localgrad.units import format_bytes, parse_bytes
+
+LARGEST_BATCH = 1 << 17
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Margin:
+    """What is left free for what can't be estimated.
+
+    Attributes:
+        percent: of the estimated peak.
+        fixed_bytes: whatever the peak.
+        reasons: for people.
+    """
+
+    percent: int = 0
+    fixed_bytes: int = 0
+    reasons: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, device: str, *, compiled: bool) -> Margin:
+        """The margin of a kind of device, larger where the step is compiled."""
+        margin = cls()
+        if device == "cuda":
+            reason = "CUDA: 3 % for blocks that the allocator can't reuse, 128 MiB for workspaces of cuBLAS and cuDNN; "
+            margin = cls(3, 128 * MIB, (reason + "the context (about 0.5 GiB) lies outside the budget",))
+        if compiled:
+            reason = "compiled graphs can't be estimated: 10 % on the estimate of the plain step"
+            margin = replace(margin, percent=margin.percent + 10, reasons=(*margin.reasons, reason))
+        return margin
+
+    def usable(self, budget: int) -> int:
+        """The largest estimated peak that fits a budget."""
+        return (budget - self.fixed_bytes) * 100 // (100 + self.percent)
+
+    def needed(self, peak: int) -> int:
+        """The budget that an estimated peak needs."""
+        return -(-peak * (100 + self.percent) // 100) + self.fixed_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is to be trained, as far as its memory and time go.
+
+    Attributes:
+        backbone: split, or outlined; only shapes are read.
+        objective: what every module but the last is trained on.
+        optimizer: makes a module's optimizer.
+        precision: ``fp32``, ``bf16`` or ``fp16``.
+        device: ``cpu`` or ``cuda``; there need be none.
+        compiled: whether modules go through ``torch.compile``.
+        ema_decay: whether an average of the weights is kept.
+        clip_grad: whether gradients are clipped.
+        modules: how many modules, ``stages``, or boundaries; any by default.
+        overlap: blocks of the module before that each module trains as well.
+        global_share: share of the steps that are end-to-end; they recompute whatever makes them fit.
+        freeze_from: share of the training after which modules are frozen, as for ``LocalLearner``.
+        accumulation: into how many parts batches are cut; by default as few as fit.
+        soft_labels: whether labels are probabilities of classes (mixup), not indices.
+        cache: whether costs that were measured before may be taken, and those that are measured are kept for others.
+    """
+
+    backbone: Backbone
+    objective: Objective
+    optimizer: OptimizerFactory
+    precision: str = "fp32"
+    device: str = "cpu"
+    compiled: bool = False
+    ema_decay: float | None = None
+    clip_grad: float | None = None
+    modules: Request | None = None
+    overlap: int = 0
+    global_share: float = 0.0
+    freeze_from: float | None = None
+    accumulation: int | None = None
+    soft_labels: bool = False
+    cache: bool = True
+    measured: dict[Settings, Costs] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @cached_property
+    def margin(self) -> Margin:
+        """What is left free."""
+        return Margin.of(self.device, compiled=self.compiled)
+
+    @cached_property
+    def fixed(self) -> tuple[Boundaries | None, int | None]:
+        """Boundaries and number of modules, where they are asked for."""
+        if self.modules is None:
+            return None, None
+        num_blocks = len(self.backbone.blocks)
+        boundaries = resolve(self.modules, [1] * num_blocks, self.backbone.stage_boundaries)
+        if isinstance(self.modules, int):
+            return None, self.modules
+        return boundaries, len(boundaries) + 1
+
+    @cached_property
+    def average_bytes(self) -> int:
+        """Bytes of the averaged weights."""
+        if self.ema_decay is None:
+            return 0
+        tensors = {id(tensor): tensor for tensor in (*self.backbone.parameters(), *self.backbone.buffers())}
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+    def costs(self, batch_size: int, accumulation: int = 1) -> Costs:
+        """Measure the costs, or take them from the cache."""
+        settings = Settings(
+            batch_size=batch_size,
+            precision=self.precision,
+            accumulation=accumulation,
+            device=self.device,
+            overlap=self.overlap,
+        )
+        if settings not in self.measured:  # what the cache doesn't know is measured once all the same
+            self.measured[settings] = _cached_costs(self, settings)
+        return self.measured[settings]
+
+    def confirm(self, plan: Plan, batch_size: int, globally: Checkpointing | None = None) -> MemoryProfile:
+        """Simulate one whole step of a plan; an end-to-end one that recomputes in some way, where that is given."""
+        learner = LocalLearner(
+            self.backbone,
+            modules=plan,
+            objective=self.objective,
+            precision=self.precision,
+            clip_grad=self.clip_grad,
+            ema_decay=self.ema_decay,
+            overlap=self.overlap,
+            global_checkpoint=globally or Checkpointing(),
+        )
+        device = torch.device(self.device)
+        return estimate_step(learner, batch_size, self.optimizer, device, globally=globally is not None)
+
+
+class Search:
+    """The plans of a task at one batch size.
+
+    Args:
+        task: what is to be trained.
+        costs: of its parts.
+    """
+
+    def __init__(self, task: Task, costs: Costs) -> None:
+        self.task = task
+        self.costs = costs
+        self.static_bytes = costs.static_bytes + task.average_bytes
+        self._choices = lru_cache(maxsize=None)(costs.choices)
+        boundaries, self.num_modules = task.fixed
+        edges = None if boundaries is None else (0, *boundaries, costs.num_blocks)
+        self._spans = None if edges is None else set(itertools.pairwise(edges))
+
+    def choices(self, start: int, stop: int) -> Sequence[Choice]:
+        """Ways to run a module; none where boundaries are asked for that don't make it."""
+        if self._spans is not None and (start, stop) not in self._spans:
+            return ()
+        return self._choices(start, stop)
+
+    def fastest(self, budget: int) -> Solution | None:
+        """The fastest plan whose estimated peak is within a budget (no margin taken off)."""
+        inner = min(budget, UNLIMITED) - self.static_bytes
+        return fastest(self.costs.num_blocks, self.choices, self.costs.static_of, inner, num_modules=self.num_modules)
+
+    def smallest(self) -> Solution:
+        """The plan with the least peak."""
+        return smallest(self.costs.num_blocks, self.choices, self.costs.static_of, num_modules=self.num_modules)
+
+    def frontier(self) -> list[Solution]:
+        """All plans worth having."""
+        return frontier(self.costs.num_blocks, self.choices, self.costs.static_of, num_modules=self.num_modules)
+
+    def peak(self, solution: Solution) -> int:
+        """Estimated peak of a plan, composed."""
+        return self.static_bytes + solution.peak_bytes
+
+    def end_to_end(self, how: Checkpointing | None = None) -> Solution:
+        """End-to-end training, with one way of checkpointing."""
+        num_blocks = self.costs.num_blocks
+        choice = self.costs.choice(0, num_blocks, how or Checkpointing())
+        return Solution((), (choice,), choice.nanoseconds, choice.peak_bytes + self.costs.static_of(0, num_blocks))
+
+    def as_plan(self, solution: Solution) -> Plan:
+        """A solution as the plan that training takes."""
+        return Plan(
+            model=model_name(self.task.backbone.model),
+            num_blocks=self.costs.num_blocks,
+            boundaries=solution.boundaries,
+            checkpoint=tuple(choice.how for choice in solution.choices),
+            accumulation=self.costs.settings.accumulation,
+        )
+
+
+def plan_to_budget(task: Task, batch_size: int, budget: int | None = None) -> Plan:
+    """Find the fastest plan within a memory budget and confirm it; batches are cut only where nothing else fits.
+
+    Args:
+        task: what is to be trained.
+        batch_size: images an update.
+        budget: bytes; by default no limit.
+
+    Returns:
+        The plan, with its forecast: see ``Plan.forecast``.
+
+    Raises:
+        BudgetError: no plan fits; the message says the least that does, and what to change.
+    """
+    check_batch(batch_size)
+    whole = Search(task, task.costs(batch_size))
+    if budget is None:
+        search = next(searches(task, whole, batch_size))
+        return confirmed(task, search, search.fastest(UNLIMITED), batch_size, None)
+    _check_static(whole, task.margin.usable(budget), budget)
+    for search in searches(task, whole, batch_size):
+        plan = _within(search, batch_size, budget)
+        if plan is not None:
+            return plan
+    raise _cannot_fit(task, whole, batch_size, budget)
+
+
+def searches(task: Task, whole: Search, batch_size: int) -> Iterator[Search]:
+    """The search for whole batches, then those for batches in 2, 4, 8 ... parts; or just the one that is asked for."""
+    asked = [1, *parts_of(batch_size)] if task.accumulation is None else [task.accumulation]
+    for parts in asked:
+        yield whole if parts == 1 else Search(task, task.costs(batch_size, parts))
+
+
+def parts_of(batch_size: int) -> list[int]:
+    """Into how many parts a batch may be cut: none of a single image, on which batch norms refuse to train."""
+    doubled = [1 << power for power in range(1, batch_size.bit_length()) if 1 << power <= batch_size // 2]
+    return [parts for parts in doubled if batch_size % math.ceil(batch_size / parts) != 1]
+
+
+def _within(search: Search, batch_size: int, budget: int) -> Plan | None:
+    """The fastest plan of a search whose confirmed peak is within a budget."""
+    task = search.task
+    usable = limit = task.margin.usable(budget)
+    for _ in range(4):
+        solution = search.fastest(limit)
+        if solution is None:
+            break
+        plan = confirmed(task, search, solution, batch_size, budget)
+        excess = plan.forecast["peak_bytes"] - usable
+        if excess <= 0:
+            return plan
+        limit = search.peak(solution) - excess
+    least = search.smallest()  # what was taken off for others need not be true of this one, and it may need less
+    if search.peak(least) <= 1.1 * usable:
+        plan = confirmed(task, search, least, batch_size, budget)
+        if plan.forecast["peak_bytes"] <= usable:
+            return plan
+    return None
+
+
+def confirmed(task: Task, search: Search, solution: Solution | None, batch_size: int, budget: int | None) -> Plan:
+    """A solution as a plan, with the forecast of one whole step on fake tensors."""
+    assert solution is not None, "there is a plan for any number of modules that the model has"
+    plan = search.as_plan(solution)
+    profile = task.confirm(plan, batch_size)
+    # Times are told as ratios to end-to-end training on the whole batch, nothing recomputed.
+    base = Search(task, task.costs(batch_size)).end_to_end().nanoseconds
+    names = task.backbone.block_names
+    modules: list[dict[str, Any]] = []
+    for index, (span, choice) in enumerate(zip(plan.spans, solution.choices, strict=True)):
+        label = f"module {index}"
+        modules.append(
+            {
+                "first_block": names[span.start],
+                "last_block": names[span.stop - 1],
+                "num_blocks": len(span),
+                "checkpoint": str(choice.how),
+                "peak_bytes": profile.peak_by_label[label],
+                "by_category": profile.by_category_of_label[label],
+                "time_share": choice.nanoseconds / solution.nanoseconds,
+            }
+        )
+    found = None
+    if task.global_share and plan.num_modules > 1:
+        usable = UNLIMITED if budget is None else task.margin.usable(budget)
+        found = _global_steps(task, search, plan, batch_size, usable)
+    time = mean_nanoseconds(task, search.costs, solution, found)
+    peak = max(profile.peak_bytes, 0 if found is None else found.peak_bytes)
+    forecast = {
+        "peak_bytes": peak,
+        "composed_peak_bytes": search.peak(solution),
+        "static_bytes": profile.static_bytes,
+        "needed_bytes": task.margin.needed(peak),
+        "budget_bytes": budget,
+        "time_ratio": time / base,
+        **({} if found is None else {"global_checkpoint": str(found.how), "global_peak_bytes": found.peak_bytes}),
+        "modules": modules,
+        "peak_module": max(range(len(modules)), key=lambda index: modules[index]["peak_bytes"]),
+        "rivals": _rivals(task, batch_size, base),
+        "notes": [*task.margin.reasons, *_notes(task, plan)],
+    }
+    return replace(plan, forecast=forecast)
+
+
+def mean_nanoseconds(task: Task, costs: Costs, solution: Solution, global_step: Choice | None) -> float:
+    """Nominal time of a step, the mean over a whole training.
+
+    Local steps with a teacher run the whole averaged model forward, too; modules that are frozen only run. End-to-end
+    steps have neither.
+
+    Args:
+        task: what is to be trained.
+        costs: of its parts.
+        solution: how local steps are run.
+        global_step: how end-to-end steps are, if there are any.
+    """
+    edges = (0, *solution.boundaries, costs.num_blocks)
+    num_modules = len(solution.choices)
+    time = 0.0
+    for index, ((start, stop), choice) in enumerate(zip(itertools.pairwise(edges), solution.choices, strict=True)):
+        begins = frozen_from(task.freeze_from, index, num_modules)
+        frozen = 0.0 if begins is None else 1 - begins
+        time += (1 - frozen) * choice.nanoseconds + frozen * costs.forward_ns(start, stop, with_objective=True)
+    if num_modules > 1 and "teacher" in costs.uses:
+        time += costs.forward_ns(0, costs.num_blocks, with_objective=False)
+    if global_step is None:
+        return time
+    return (1 - task.global_share) * time + task.global_share * global_step.nanoseconds
+
+
+def _global_steps(task: Task, search: Search, plan: Plan, batch_size: int, usable: int) -> Choice:
+    """The fastest way to run a plan's end-to-end steps that is usable, confirmed; if none is, the smallest found."""
+    num_blocks = search.costs.num_blocks
+    ways = [search.costs.choice(0, num_blocks, how) for how in WAYS]
+    found: list[Choice] = []
+    for way in sorted(ways):
+        if found and way.peak_bytes >= found[-1].peak_bytes:
+            continue
+        composed = search.static_bytes + way.peak_bytes
+        if composed > 1.1 * usable and way.peak_bytes > min(ways, key=lambda other: other.peak_bytes).peak_bytes:
+            continue
+        found.append(way._replace(peak_bytes=task.confirm(plan, batch_size, way.how).peak_bytes))
+        if found[-1].peak_bytes <= usable:
+            return found[-1]
+    return min(found, key=lambda way: way.peak_bytes)
+
+
+def _notes(task: Task, plan: Plan) -> list[str]:
+    if plan.accumulation > 1 and looks_at_whole_batches(task):
+        return [
+            "what looks at a whole batch (batch norms, contrastive terms) sees a part of it at a time: accumulation "
+            "changes results here"
+        ]
+    return []
+
+
+def looks_at_whole_batches(task: Task) -> bool:
+    """Whether results depend on which images are in a part of a batch together."""
+    return task.objective.compares_images or any(seen.sees_batches for _, _, seen in observed_parts(task.backbone))
+
+
+def _rivals(task: Task, batch_size: int, base: int) -> list[dict[str, Any]]:
+    """What end-to-end training would need: plainly, checkpointed by blocks, and at its best."""
+    search = Search(task, task.costs(batch_size))
+    rows = []
+    for name, how in RIVALS.items():
+        solution = search.end_to_end(how)
+        rows.append({"name": name, "peak_bytes": search.peak(solution), "time_ratio": solution.nanoseconds / base})
+    return rows
+
+
+RIVALS = {
+    "end-to-end": Checkpointing(),
+    "end-to-end, --checkpoint blocks": Checkpointing("blocks"),
+    "end-to-end, --checkpoint blocks/8": Checkpointing("blocks", 8),
+    "end-to-end, --checkpoint halves/8": Checkpointing("halves", 8),
+}
+
+
+def worth_having(task: Task, batch_size: int) -> list[dict[str, Any]]:
+    """All plans worth having: fastest first, each next one slower and one per cent smaller; composed figures."""
+    check_batch(batch_size)
+    search = Search(task, task.costs(batch_size))
+    base = search.end_to_end().nanoseconds
+    return [
+        {
+            "num_modules": len(solution.choices),
+            "boundaries": list(solution.boundaries),
+            "checkpoint": [str(choice.how) for choice in solution.choices],
+            "peak_bytes": search.peak(solution),
+            "time_ratio": solution.nanoseconds / base,
+        }
+        for solution in search.frontier()
+    ]
+
+
+# The largest batch -----------------------------------------------------------------------------------------------
+
+
+def largest_batches(task: Task, budget: int) -> list[dict[str, Any]]:
+    """The largest batch that fits a budget, for every method side by side.
+
+    Costs grow evenly with the batch: they are measured at two sizes and extended to any. A part's peak may fall to
+    another moment in between, so they are measured again at the size found, until that size fits and is found again.
+
+    Args:
+        task: what is to be trained.
+        budget: bytes.
+
+    Returns:
+        For each of the methods, ``name``, ``batch_size`` (0 where not one image fits), and ``time_ratio``: time for an
+        image, to that of end-to-end training. The last row is the best that any plan does.
+    """
+    usable = task.margin.usable(budget)
+    methods: dict[str, Callable[[Search], Solution | None]] = {
+        name: _fitting(how, usable) for name, how in RIVALS.items()
+    }
+    methods["local modules, nothing recomputed"] = lambda search: _plain(search, usable)
+    methods["local modules, any plan"] = lambda search: search.fastest(usable)
+    rows = []
+    for name, find in methods.items():
+        size = _largest_batch(task, find)
+        row: dict[str, Any] = {"name": name, "batch_size": size, "time_ratio": None}
+        if size:
+            search = Search(task, task.costs(size))
+            solution = find(search)
+            assert solution is not None
+            row["time_ratio"] = solution.nanoseconds / search.end_to_end().nanoseconds
+        rows.append(row)
+    return rows
+
+
+Find = Callable[[Search], Solution | None]
+
+
+def _largest_batch(task: Task, find: Find, *, exact: bool = True) -> int:
+    """The largest batch for which something is found; if need not be exact, the first one that is known to fit."""
+    low, high = 16, 64
+    best = 0
+    for _ in range(6):
+        small, large = task.costs(low), task.costs(high)
+
+        def fits(size: int, small: Costs = small, large: Costs = large) -> bool:
+            return find(Search(task, interpolated(small, large, size))) is not None
+
+        size = _largest(fits)
+        if size in (0, best):
+            break
+        if find(Search(task, task.costs(size))) is not None:
+            best = max(best, size)
+        if size in (low, high) or (best and not exact):
+            break
+        high = max(3, size)  # never a single image, on which batch norms refuse to train
+        low = max(2, min(high - 1, round(high * 0.9)))
+    return best
+
+
+def _fitting(how: Checkpointing, usable: int) -> Callable[[Search], Solution | None]:
+    def find(search: Search) -> Solution | None:
+        solution = search.end_to_end(how)
+        return solution if search.peak(solution) <= usable else None
+
+    return find
+
+
+def _plain(search: Search, usable: int) -> Solution | None:
+    """The fastest plan that recomputes nothing."""
+
+    def choices(start: int, stop: int) -> list[Choice]:
+        found = search.choices(start, stop)
+        return [search.costs.choice(start, stop, Checkpointing())] if found else []
+
+    costs = search.costs
+    inner = usable - search.static_bytes
+    return fastest(costs.num_blocks, choices, costs.static_of, inner, num_modules=search.num_modules)
+
+
+def _largest(fits: Callable[[int], bool]) -> int:
+    """The largest number for which ``fits``, which is true up to some number and false beyond; 0 for none."""
+    low, high = 0, 2
+    while high <= LARGEST_BATCH and fits(high):
+        low, high = high, 2 * high
+    high = min(high, LARGEST_BATCH + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if middle < 2 or fits(middle) else (low, middle)
+    return low if low >= 2 else 0
+
+
+# Errors ----------------------------------------------------------------------------------------------------------
+
+
+def check_batch(batch_size: int) -> None:
+    """Refuse a batch that no plan is made for."""
+    if not 1 <= batch_size <= LARGEST_BATCH:
+        raise BudgetError(
+            f"--batch-size: plans are made for 1 to {LARGEST_BATCH} images, not {batch_size}; take --batch-size 128."
+        )
+
+
+def _check_static(search: Search, usable: int, budget: int) -> None:
+    static = search.static_bytes
+    if usable <= static:
+        raise BudgetError(
+            f"--budget: {format_bytes(budget)} is less than the weights, optimizer state and margin alone, "
+            f"{at_least(search.task.margin.needed(static))}; take --optimizer adafactorbv, --offload with "
+            "--modules, a smaller model, or a larger budget."
+        )
+
+
+def _cannot_fit(task: Task, whole: Search, batch_size: int, budget: int) -> BudgetError:
+    """Say the least that any plan needs, confirmed, and what to change."""
+    best = min(searches(task, whole, batch_size), key=lambda search: search.peak(search.smallest()))
+    accumulation = best.costs.settings.accumulation
+    least = _least_bytes(best, batch_size)
+    hints = []
+    usable = task.margin.usable(budget)
+    size = _largest_batch(task, lambda search: search.fastest(usable), exact=False)
+    if 0 < size < batch_size:
+        hints.append(f"--batch-size {size}")
+    if task.precision == "fp32":
+        bf16 = replace(task, precision="bf16")
+        needed = _least_bytes(Search(bf16, bf16.costs(batch_size, accumulation)), batch_size)
+        if needed < least:
+            hints.append(f"--precision bf16 (least {at_least(needed)})")
+    if task.modules is not None:
+        hints.append("no --modules")
+    hints.append("a smaller --img-size or model")
+    parts_told = f" with the batch in {accumulation} parts" if accumulation > 1 else ""
+    return BudgetError(
+        f"--budget: no plan for a batch of {batch_size} fits {format_bytes(budget)}; the least is "
+        f"{at_least(least)}{parts_told}. Take {', '.join(hints)}, or a larger budget."
+    )
+
+
+def _least_bytes(search: Search, batch_size: int) -> int:
+    """The budget that the smallest plan of a search needs, confirmed."""
+    profile = search.task.confirm(search.as_plan(search.smallest()), batch_size)
+    return search.task.margin.needed(profile.peak_bytes)
+
+
+def at_least(num_bytes: int) -> str:
+    """Bytes as text, rounded up: typed as a budget, they suffice."""
+    text = format_bytes(num_bytes)
+    return text if parse_bytes(text) >= num_bytes else format_bytes(num_bytes * 1.005)
+
+
+# The cache -------------------------------------------------------------------------------------------------------
+
+
+def _cached_costs(task: Task, settings: Settings) -> Costs:
+    """Costs by model, shape and version: from memory, from the user's cache folder, or measured."""
+    key = _cache_key(task, settings)
+    if key is None:
+        return measure_costs(task.backbone, task.objective, task.optimizer, settings)
+    if key not in _recent:
+        _recent[key] = _read(key) or _measure_and_write(task, settings, key)
+    return _recent[key]
+
+
+_recent: dict[str, Costs] = {}
+
+
+CACHE_BYTES = 64 * MIB
+"""The cache is kept below this size; what was used longest ago goes first."""
+PACKAGES = ("torch", "timm", "torchvision", "bitsandbytes")
+"""Packages whose code the costs may depend on, beside our own: their versions tell it."""
+
+
+def _cache_key(task: Task, settings: Settings) -> str | None:
+    """A digest of everything that the costs depend on; ``None`` where they depend on code that no version tells.
+
+    That is an optimizer without a ``cache_key``, and an objective or a part of the model whose class is the user's
+    own: it may be edited, and so may anything that it calls.
+    """
+    optimizer = getattr(task.optimizer, "cache_key", None)
+    if optimizer is None or not task.cache or not _is_plain(task.objective):
+        return None
+    backbone = task.backbone
+    parts_of_model = (backbone.stem, *backbone.blocks, backbone.tail)
+    signatures = [signature(part) for part in parts_of_model]
+    if None in signatures or not all(_is_known(net) for part in parts_of_model for net in part.modules()):
+        return None
+    parts = (
+        signatures,
+        (backbone.input_size, backbone.num_classes, backbone.layouts),
+        (repr(task.objective), optimizer, dataclasses.astuple(settings)),
+        [_version_of(name) for name in PACKAGES],
+        _own_version(),
+    )
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _is_known(value: object) -> bool:
+    """Whether a value's class, and what that inherits from, is of a package whose version is in the key."""
+    held = [item.func if isinstance(item, partial) else item for item in vars(value).values()]
+    functions = [item for item in held if inspect.isroutine(item) or inspect.isclass(item)]  # methods put in its place
+    packages = {
+        (each.__module__ or "builtins").split(".", maxsplit=1)[0] for each in (*type(value).__mro__, *functions)
+    }
+    return packages <= {"builtins", "abc", "typing", "collections", "functools", "math", "localgrad", *PACKAGES}
+
+
+def _is_plain(objective: Objective) -> bool:
+    """Whether an objective is one of ours and has plain values only, so that its text tells it."""
+
+    def is_plain(value: object) -> bool:
+        if isinstance(value, Mapping):
+            return all(is_plain(item) for pair in value.items() for item in pair)
+        if isinstance(value, (tuple, list)):
+            return all(map(is_plain, value))
+        return value is None or isinstance(value, (str, int, float))
+
+    return _is_known(objective) and all(is_plain(getattr(objective, each.name)) for each in fields(objective))
+
+
+def _version_of(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # an optional one
+        return ""
+
+
+@lru_cache(maxsize=1)
+def _own_version() -> str:
+    """A digest of the package's own code: a figure of another version is never taken for this one's."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "localgrad" / "costs"
+
+
+def _read(key: str) -> Costs | None:
+    try:
+        path = _cache_folder() / f"{key}.json"
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values["sha256"] != _digest_of(values["costs"]):
+            return None
+        costs = Costs.from_dict(values["costs"])
+        os.utime(path)  # used now
+        return costs
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError):  # no home, none there, or damaged: measure
+        return None
+
+
+def _measure_and_write(task: Task, settings: Settings, key: str) -> Costs:
+    costs = measure_costs(task.backbone, task.objective, task.optimizer, settings)
+    try:
+        folder = _cache_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = folder / f"{key}.{os.getpid()}.tmp"
+        values = costs.to_dict()
+        unfinished.write_text(json.dumps({"sha256": _digest_of(values), "costs": values}), encoding="utf-8")
+        unfinished.replace(folder / f"{key}.json")
+        _limit(folder)
+    except (OSError, RuntimeError):  # a cache that can't be written costs time, nothing else
+        pass
+    return costs
+
+
+def _digest_of(values: object) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _limit(folder: Path) -> None:
+    """Keep the cache below its size: remove what was used longest ago, and what other processes left unfinished."""
+    files = []
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another process does the same
+            files.append((path.stat().st_mtime, path.stat().st_size, path))
+    total = sum(size for _, size, _ in files)
+    for used, size, path in sorted(files):
+        is_left = path.suffix == ".tmp" and time.time() - used > 3600
+        if is_left or total > CACHE_BYTES:
+            path.unlink(missing_ok=True)
+            total -= size

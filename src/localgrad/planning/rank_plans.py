@@ -1,0 +1,309 @@
+"""Plans for ranks: one local module each, balanced by time or by memory, within a budget that every rank keeps.
+
+The same way through as for one process (``budget.py``): costs of every block, an exact search (``rank_search.py``), and
+one whole step of the chosen plan on fake tensors. The step is simulated in one process;
+a rank's part of it is what its own module's step takes beside the static bytes of all, which are then its own alone.
+
+What a rank needs has three parts: *static* (weights, optimizer state and average of its module), *step* (activations,
+gradients, temporaries and the packet that is worked on) and *buffers*: packets received besides that one and packets
+sent but not taken yet, as many as there may be, so that memory is known whatever the ranks' speeds. The wire's time is
+left out (``research/simulation/simulator.py`` has it), and so is the update's, as in all plans.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from localgrad.backbones.base import Layout
+from localgrad.errors import BudgetError, PartitionError, RecipeError
+from localgrad.objectives.methods import GreedySupervised
+from localgrad.parallel.schedule import NUM_BUFFERS
+from localgrad.partition import Plan
+from localgrad.planning.budget import Search, Task, at_least, check_batch, confirmed, searches
+from localgrad.planning.rank_search import Packets, Ranks, fastest_ranks, smallest_ranks
+from localgrad.planning.search import UNLIMITED, Solution
+from localgrad.step.local_module import CONTEXT_GRID
+from localgrad.units import format_bytes
+
+BALANCES = ("time", "memory")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """What a plan for ranks is asked to be.
+
+    Attributes:
+        num_ranks: local modules, one a rank.
+        balance: ``time``: the fastest slowest rank; ``memory``: the smallest largest rank.
+        num_buffers: batches that may be on their way at each end of a link (``execution.buffers``).
+
+    Raises:
+        RecipeError: fewer than one rank, or another balance.
+    """
+
+    num_ranks: int
+    balance: str = "time"
+    num_buffers: int = NUM_BUFFERS
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.num_ranks < 1:
+            raise RecipeError(f"--parallel: a plan needs at least one rank, got {self.num_ranks}; take --parallel 2.")
+        if self.balance not in BALANCES:
+            raise RecipeError(f"--balance: unknown {self.balance!r}; take time or memory.")
+
+
+def asked_for(
+    num_ranks: int | None,
+    balance: str | None,
+    *,
+    num_buffers: int = NUM_BUFFERS,
+    frontier: bool = False,
+    largest_batch: bool = False,
+) -> Parallel | None:
+    """The options of ``localgrad plan`` that are about ranks; ``None`` where they are not given.
+
+    Raises:
+        RecipeError: they contradict others, or are impossible.
+    """
+    if num_ranks is None:
+        if balance is not None:
+            raise RecipeError(f"--balance {balance}: it goes with --parallel; add --parallel 4, or leave it out.")
+        return None
+    asked = Parallel(num_ranks=num_ranks, balance="time" if balance is None else balance, num_buffers=num_buffers)
+    for option, given in {"--frontier": frontier, "--batch-size auto": largest_batch}.items():
+        if given:
+            raise RecipeError(
+                f"{option}: it is for plans of one process, not for --parallel {num_ranks}; leave it out."
+            )
+    return asked
+
+
+def plan_parallel(task: Task, batch_size: int, parallel: Parallel, budget: int | None = None) -> Plan:
+    """Find the best plan with one local module a rank, and confirm it.
+
+    Args:
+        task: what is to be trained; its modules may be boundaries, but then as many as there are ranks.
+        batch_size: images an update.
+        parallel: how many ranks, and how they are balanced.
+        budget: bytes that every rank keeps; by default no limit.
+
+    Returns:
+        The plan. Its forecast is that of a step in one process, but ``needed_bytes`` is the largest rank's, and
+        ``parallel`` has ``num_ranks``, ``balance``, ``num_buffers``, ``speed_up`` (over the same plan in one process),
+        ``sent_bytes`` (a step, over each boundary) and ``ranks``, each with ``time_share``, ``peak_bytes``, and its
+        parts ``static_bytes``, ``step_bytes``, ``buffer_bytes``.
+
+    Raises:
+        BudgetError: no plan fits; the message says the least that does.
+        PartitionError: more ranks than blocks, or modules of another number.
+        RecipeError: something that ranks can't do.
+    """
+    check_batch(batch_size)
+    _refuse_together(task, parallel)
+    task = _with_modules(task, parallel)
+    whole = Search(task, task.costs(batch_size))
+    least: list[tuple[int, _RankSearch]] = []
+    for search in searches(task, whole, batch_size):
+        ranks = _RankSearch(search, parallel)
+        if budget is None:
+            return ranks.confirmed(ranks.best(UNLIMITED), None)
+        plan = _within(ranks, budget)
+        if plan is not None:
+            return plan
+        least.append((max(ranks.smallest().rank_bytes), ranks))
+    assert budget is not None, "without one the first search has a plan"
+    raise _cannot_fit(min(least, key=lambda pair: pair[0])[1], budget)
+
+
+class _RankSearch:
+    """The plans for ranks at one batch size and accumulation.
+
+    Args:
+        search: for the costs of modules.
+        parallel: what is asked for.
+    """
+
+    def __init__(self, search: Search, parallel: Parallel) -> None:
+        self.search, self.parallel, self.task, self.costs = search, parallel, search.task, search.costs
+        self.batch_size = search.costs.settings.batch_size
+        backbone, num_blocks = self.task.backbone, self.costs.num_blocks
+        units = [backbone.stem, *backbone.blocks, backbone.tail]
+        averages = [0] * len(units)
+        if self.task.ema_decay is not None:
+            averages = [_num_bytes([*unit.parameters(), *unit.buffers()]) for unit in units]
+        self._static = [0, *itertools.accumulate(map(sum, zip(self.costs.static, averages, strict=True)))]
+        features, uses = self.costs.inputs, frozenset(self.costs.uses)
+        shares = [_pooled_share(layout) for layout in backbone.layouts] if "context" in uses else [0.0] * len(features)
+        label_bytes = 4 * backbone.num_classes if self.task.soft_labels else 8
+        self.packets = Packets(
+            num_ranks=parallel.num_ranks,
+            features=features,
+            images=self.costs.images,
+            labels=label_bytes * self.batch_size,
+            pooled=[math.ceil(share * nbytes) for share, nbytes in zip(shares, features, strict=True)],
+            uses=uses,
+        )
+        self._arguments = num_blocks, parallel.num_ranks, search.choices, self._resident
+
+    def static_bytes(self, start: int, stop: int) -> int:
+        """Bytes that are alive all the time on the rank of blocks ``start .. stop - 1``."""
+        first, last = start + 1 if start else 0, stop + 2 if stop == self.costs.num_blocks else stop + 1
+        return self._static[last] - self._static[first] + self.costs.static_of(start, stop)
+
+    def buffer_bytes(self, rank: int, received: int, sent: int) -> int:
+        """Bytes of all packets of these sizes that a rank may have besides the one that it works on.
+
+        What is sent on stays in the buffer that it was received into until it was taken: so a rank in the middle has
+        twice as many of those. Its own features are counted with the whole packet, which is a little too much.
+        """
+        count = self.parallel.num_buffers
+        slots = count if rank == self.parallel.num_ranks - 1 else 2 * count
+        return (slots - 1) * received + count * sent
+
+    def _resident(self, rank: int, start: int, stop: int) -> int:
+        sent = self.packets.at_most_into(rank + 1, stop) if stop < self.costs.num_blocks else 0
+        buffers = self.buffer_bytes(rank, self.packets.at_most_into(rank, start), sent)
+        return self.static_bytes(start, stop) + buffers
+
+    def smallest(self) -> Ranks:
+        """The plan with the smallest largest rank."""
+        return smallest_ranks(*self._arguments)
+
+    def best(self, limit: int) -> Ranks | None:
+        """The best plan whose estimated ranks are within a limit, by the balance that is asked for."""
+        if self.parallel.balance == "time":
+            return fastest_ranks(*self._arguments, limit)
+        found = self.smallest()
+        return found if max(found.rank_bytes) <= limit else None
+
+    def confirmed(self, ranks: Ranks | None, budget: int | None) -> Plan:
+        """A plan with its forecast, the ranks' included."""
+        assert ranks is not None, "there is a plan for any number of ranks up to that of the blocks"
+        edges = [0, *ranks.boundaries, self.costs.num_blocks]
+        added = sum(self.costs.static_of(*run) for run in itertools.pairwise(edges))
+        times = [choice.nanoseconds for choice in ranks.choices]
+        peak = added + max(choice.peak_bytes for choice in ranks.choices)
+        solution = Solution(ranks.boundaries, ranks.choices, sum(times), peak)
+        plan = confirmed(self.task, self.search, solution, self.batch_size, budget)
+        packets = [self.packets.into(rank, ranks.boundaries) for rank in range(len(times))]
+        statics = [self.static_bytes(span.start, span.stop) for span in plan.spans]
+        # The labels, which every rank has; and auxiliary nets that grow with the number of modules ahead, which
+        # composed costs don't know. Which rank has those isn't told apart, so each is given all that is missing.
+        missing = max(0, plan.forecast["static_bytes"] - sum(statics))
+        rows: list[dict[str, Any]] = []
+        for index, module in enumerate(plan.forecast["modules"]):
+            sent = packets[index + 1] if index + 1 < len(packets) else 0
+            parts = {
+                "static_bytes": statics[index] + missing,
+                "step_bytes": module["peak_bytes"] - plan.forecast["static_bytes"],
+                "buffer_bytes": self.buffer_bytes(index, packets[index], sent),
+            }
+            rows.append({"time_share": module["time_share"], "peak_bytes": sum(parts.values()), **parts})
+        forecast = {
+            "num_ranks": len(rows),
+            "balance": self.parallel.balance,
+            "num_buffers": self.parallel.num_buffers,
+            "speed_up": sum(times) / max(times),
+            "sent_bytes": packets[1:],
+            "ranks": rows,
+        }
+        needed = self.task.margin.needed(max(row["peak_bytes"] for row in rows))
+        return replace(plan, forecast={**plan.forecast, "needed_bytes": needed, "parallel": forecast})
+
+
+def largest_rank(plan: Plan) -> int:
+    """Bytes of a confirmed plan's largest rank."""
+    sizes: list[int] = [row["peak_bytes"] for row in plan.forecast["parallel"]["ranks"]]
+    return max(sizes)
+
+
+def _within(ranks: _RankSearch, budget: int) -> Plan | None:
+    """The best plan of a search whose confirmed ranks are all within a budget."""
+    usable = limit = ranks.task.margin.usable(budget)
+    for _ in range(4):
+        found = ranks.best(limit)
+        if found is None:
+            break
+        plan = ranks.confirmed(found, budget)
+        excess = largest_rank(plan) - usable
+        if excess <= 0:
+            return plan
+        limit = max(found.rank_bytes) - excess
+    least = ranks.smallest()  # composed figures that are too high may hide that it fits
+    if max(least.rank_bytes) <= 1.1 * usable:
+        plan = ranks.confirmed(least, budget)
+        if largest_rank(plan) <= usable:
+            return plan
+    return None
+
+
+def _cannot_fit(ranks: _RankSearch, budget: int) -> BudgetError:
+    task, num_ranks = ranks.task, ranks.parallel.num_ranks
+    accumulation = ranks.costs.settings.accumulation
+    told = f" with the batch in {accumulation} parts" if accumulation > 1 else ""
+    least = at_least(ranks.confirmed(ranks.smallest(), budget).forecast["needed_bytes"])
+    hints = ["a smaller --batch-size"]
+    if num_ranks < ranks.costs.num_blocks and task.modules == num_ranks:
+        hints.append(f"--parallel {num_ranks + 1}")
+    if task.precision == "fp32":
+        hints.append("--precision bf16")
+    return BudgetError(
+        f"--budget: no plan for a batch of {ranks.batch_size} on {num_ranks} ranks keeps every rank within "
+        f"{format_bytes(budget)}; the least is {least}{told}. Take {', '.join(hints)}, or a larger budget."
+    )
+
+
+def _refuse_together(task: Task, parallel: Parallel) -> None:
+    with_ranks = f"with --parallel {parallel.num_ranks}"
+    if task.overlap:
+        raise RecipeError(
+            f"--overlap {task.overlap} {with_ranks}: two ranks would train the same blocks; leave one of them out."
+        )
+    if task.global_share:
+        raise RecipeError(
+            f"--global-every, --global-tail {with_ranks}: end-to-end steps need all modules in one process; leave them "
+            "out."
+        )
+    objective = task.objective
+    share = objective.teacher_share if isinstance(objective, GreedySupervised) else 0.0
+    if share not in (0, (0, 0)):
+        raise RecipeError(
+            f"teacher_share {share} {with_ranks}: the averaged model that teaches is spread over the ranks; leave it "
+            "out."
+        )
+
+
+def _with_modules(task: Task, parallel: Parallel) -> Task:
+    """The task with one module a rank."""
+    num_ranks, num_blocks = parallel.num_ranks, len(task.backbone.blocks)
+    if num_ranks > num_blocks:
+        raise PartitionError(
+            f"--parallel {num_ranks}: each rank needs a block, and this model has {num_blocks}; take --parallel "
+            f"{num_blocks} or less."
+        )
+    if task.modules is None:
+        return replace(task, modules=num_ranks)
+    count = task.fixed[1]
+    if count != num_ranks:
+        raise PartitionError(
+            f"--parallel {num_ranks}: a plan has one local module a rank, but --modules asks for {count}; leave "
+            f"--modules out, or take --parallel {count}."
+        )
+    return task
+
+
+def _num_bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in {id(tensor): tensor for tensor in tensors}.values())
+
+
+def _pooled_share(layout: Layout) -> float:
+    """Size of what later modules get as context, to that of the features."""
+    rows, columns = (min(side, CONTEXT_GRID) for side in layout.grid)
+    return rows * columns * layout.width / math.prod(layout.shape)

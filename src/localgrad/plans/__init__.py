@@ -1,1 +1,0 @@
-"""From a recipe and a memory budget to a plan, and from a plan to a recipe; tables; replanning."""

@@ -1,0 +1,208 @@
+"""Activation checkpointing of blocks and of their halves: recompute in the backward pass what would be kept.
+
+Calling a timm model's blocks one by one passes by timm's own ``grad_checkpointing`` flag, so it is done here, with
+PyTorch's non-reentrant checkpoint. It restores the random state, so dropout and drop path draw the same numbers
+twice. What it does not undo is what a forward pass writes: running statistics, vectors of spectral norms, counters.
+A second one would start from other values, and move them a second time. So a block that has such state
+(``_written.observe``) is recomputed as a whole, from its state before the first pass, which afterwards is as the first
+pass left it: checkpointing changes nothing but time and memory.
+
+A half of a block (``_halves.Piece``) can run over chunks of the batch, each under its own checkpoint::
+
+    features ──┬── chunk 0 ── branch ──┐
+               ├── chunk 1 ── branch ──┼── drop path ── + ── features
+               └── chunk 2 ── branch ──┘                │
+               └────────────────────────────────────────┘
+
+so in the backward pass only one chunk's inner activations are alive. Exact forward and backward: what a branch computes
+for an image does not depend on the others (but for the last bits, where a kernel rounds otherwise for fewer rows), and
+weight gradients are sums over images (in another order of summation).
+The drop path draws once for the whole batch. Dropout inside a branch draws, on a processor, for the whole batch too and
+keeps the chunk's rows, so that the numbers are those of the plain block; on other devices each chunk draws its own. A
+branch that draws once for all images (dropout on a table of positions) is run on the whole batch.
+
+A block runs as a whole where it, or anything in it, has hooks, and where it is no longer what was cut (another forward,
+another child). So hooks see what they see in the plain block, and once more in the recomputation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from localgrad.backbones.fake import TorchDispatchMode
+from localgrad.backbones.halves import DRAW_OF_ROWS, Piece
+from localgrad.backbones.written import NO_STATE, State, has_hooks, hooks_on_all
+from localgrad.errors import RecipeError
+
+Part = Callable[[Tensor], Tensor]
+
+
+class Recomputed:
+    """A block as its module runs it in training: from its input, or from the inputs of its pieces, in chunks.
+
+    Args:
+        pieces: the block's pieces in order; the whole block as a single one for checkpointing by blocks.
+        chunks: parts of the batch that each piece runs over.
+        block: the block, to be run as it is where the pieces aren't it any more; ``None`` for pieces of nothing.
+    """
+
+    def __init__(self, pieces: Sequence[Piece], chunks: int = 1, block: nn.Module | None = None) -> None:
+        self.pieces = tuple(pieces)
+        self.chunks = chunks
+        self.block = block
+        self._cuts = tuple({id(piece.cut): piece.cut for piece in self.pieces if piece.cut is not None}.values())
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Features [B, ...] to features.
+
+        Raises:
+            RecipeError: the block wrote a buffer that it didn't write when it was observed.
+        """
+        if self.block is None:
+            return _through(self.pieces, features, self.chunks)
+        parts = list(self.block.modules())
+        is_as_cut = not (hooks_on_all() or any(map(has_hooks, parts))) and all(cut.holds() for cut in self._cuts)
+        pieces = self.pieces if is_as_cut else (self._whole(self.block),)
+        if torch.compiler.is_compiling():
+            return _through(pieces, features, self.chunks)
+        buffers = self._left_alone(parts)
+        features = _through(pieces, features, self.chunks)
+        for part, name, buffer, version in buffers:
+            if buffer._version != version:
+                raise RecipeError(
+                    f"checkpoint: {type(self.block).__name__} is recomputed, and now its forward pass writes the "
+                    f"buffer {name} of {type(part).__name__}, which it didn't when the learner was made; it would be "
+                    "written twice. Take checkpoint='none'."
+                )
+        return features
+
+    def _whole(self, block: nn.Module) -> Piece:
+        first = self.pieces[0]
+        return Piece(block, None, per_image=False, state=first.state if first.branch is block else NO_STATE)
+
+    def _left_alone(self, parts: Sequence[nn.Module]) -> list[tuple[nn.Module, str, Tensor, int]]:
+        """Buffers that a forward pass isn't known to write, and their versions."""
+        written = {id(part) for piece in self.pieces for part in (*piece.state.parts, *piece.state.norms)}
+        return [
+            (part, name, buffer, buffer._version)
+            for part in parts
+            if part._buffers and id(part) not in written
+            for name, buffer in part._buffers.items()
+            if buffer is not None
+        ]
+
+
+def _through(pieces: Sequence[Piece], features: Tensor, chunks: int) -> Tensor:
+    for piece in pieces:
+        features = _run(piece, features, chunks)
+    return features
+
+
+def run_telling_branches(
+    pieces: Sequence[Piece], features: Tensor, recomputed: Recomputed | None, branches: list[Tensor]
+) -> Tensor:
+    """Run a block's pieces, and tell what each residual branch gives, before its drop path.
+
+    Args:
+        pieces: the block's.
+        features: what enters the first of them.
+        recomputed: how the block is recomputed, if it is.
+        branches: takes the outputs of residual branches, in order.
+    """
+    for piece in pieces:
+        output = piece.branch(features) if recomputed is None else _branch(piece, features, recomputed.chunks)
+        if piece.drop_path is None:
+            features = output
+        else:
+            branches.append(output)
+            features = features + piece.drop_path(output)  # not in place: the branch's output is looked at
+    return features
+
+
+def _branch(piece: Piece, features: Tensor, chunks: int) -> Tensor:
+    chunks = min(chunks, len(features)) if piece.per_image else 1
+    return checkpointed(piece.branch, features, piece.state) if chunks == 1 else _over_chunks(piece, features, chunks)
+
+
+def _run(piece: Piece, features: Tensor, chunks: int) -> Tensor:
+    output = _branch(piece, features, chunks)
+    if piece.drop_path is None:
+        return output
+    output = piece.drop_path(output)
+    return output.add_(features) if _is_fresh(output, features) else features + output
+
+
+def _is_fresh(output: Tensor, features: Tensor) -> bool:
+    """Whether the branch's output may be written into: nobody saved it, and the sum has its type."""
+    return output is not features and not output.is_leaf and output._base is None and output.dtype == features.dtype
+
+
+def _over_chunks(piece: Piece, features: Tensor, chunks: int) -> Tensor:
+    parts = features.chunk(chunks)
+    if not (piece.draws and features.device.type == "cpu"):
+        return torch.cat([checkpointed(piece.branch, part) for part in parts])
+    state = torch.get_rng_state()
+    outputs, start = [], 0
+    for part in parts:
+        torch.set_rng_state(state)  # every chunk draws the whole batch's numbers, and keeps its rows
+        outputs.append(checkpointed(_WithRowsOf(piece, start, len(part), len(features)), part))
+        start += len(part)
+    return torch.cat(outputs)
+
+
+class _WithRowsOf:
+    """A branch whose random draws are rows of those for a whole batch."""
+
+    def __init__(self, piece: Piece, start: int, length: int, total: int) -> None:
+        self.piece, self.rows = piece, (start, length, total)
+
+    def __call__(self, features: Tensor) -> Tensor:
+        with _RowsOfDraws(*self.rows, self.piece.draws):
+            return self.piece.branch(features)
+
+
+class _RowsOfDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Draws every Bernoulli mask for the whole batch, and gives the chunk's rows of it."""
+
+    def __init__(self, start: int, length: int, total: int, layouts: Sequence[Sequence[int]]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.start, self.length, self.total = start, length, total
+        self.layouts = iter(layouts)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operator; replace the draw of a mask."""
+        if func is not DRAW_OF_ROWS:
+            return func(*args, **(kwargs or {}))
+        mask, *probability = args
+        repeats = len(mask) // self.length  # windows of an image stand one after another in the first dimension
+        # As bytes: the draws don't depend on the type, and a whole batch's mask is the largest tensor here. In the
+        # whole mask's order of memory, for in that order numbers are drawn.
+        layout = next(self.layouts, range(mask.ndim))
+        whole = torch.empty_permuted((self.total * repeats, *mask.shape[1:]), tuple(layout), dtype=torch.bool)
+        func(whole, *probability, **(kwargs or {}))
+        return mask.copy_(whole[self.start * repeats : (self.start + self.length) * repeats])
+
+
+def checkpointed(block: Part, inputs: Tensor, state: State = NO_STATE) -> Tensor:
+    """Run ``block(inputs)``, keeping only ``inputs`` for the backward pass, and the block's state, which is left alone.
+
+    Args:
+        block: what is run, and run again in the backward pass.
+        inputs: features that enter it.
+        state: what that changes.
+    """
+    if getattr(block, "keeps_inputs_only", False):  # by itself: a stand-in of ``planning.parts``
+        result: Tensor = block(inputs)
+        return result
+    if not state:
+        recomputed: Tensor = checkpoint(block, inputs, use_reentrant=False)
+        return recomputed
+    still: Tensor = checkpoint(block, inputs, use_reentrant=False, context_fn=state.contexts)
+    return still

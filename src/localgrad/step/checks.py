@@ -1,0 +1,341 @@
+"""What is refused before a step: a model changed behind the learner's back, optimizers of something else, bad batches.
+
+Nothing here waits for a device, but for ``check_values``, which a learner asks once. The rest is Python that compares
+objects with what was remembered of them, and no operator runs.
+
+Shapes: B batch, C channels, H W image.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from localgrad.backbones.base import Backbone
+from localgrad.backbones.fake import FakeTensor
+from localgrad.errors import BackboneError, DataError, RecipeError
+from localgrad.objectives.base import IGNORED, LocalBatch
+
+FACTORY = "configure_optimizers(lambda params: torch.optim.AdamW(params, lr=1e-3))"
+"""A factory as it should be."""
+SOFT_SUM_TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""How far the sum of a row of soft labels may be from 1, by dtype; 1e-3 otherwise."""
+
+
+class Remembered:
+    """The modules and parameters that something was made of, by identity.
+
+    Args:
+        roots: modules by the name that messages begin with; ``""`` for none.
+    """
+
+    def __init__(self, roots: Mapping[str, nn.Module]) -> None:
+        found: dict[int, tuple[str, nn.Module]] = {}
+        for prefix, root in roots.items():
+            for name, module in root.named_modules(prefix=prefix):
+                found.setdefault(id(module), (name, module))
+        self.modules = [module for _, module in found.values()]
+        # Tables are compared and not their owners' attributes: of a dozen blocks in a twentieth of a millisecond.
+        tables = [
+            (name, kind, table)
+            for name, module in found.values()
+            for kind, table in (("module", module._modules), ("parameter", module._parameters))
+        ]
+        self._names = [(name, kind) for name, kind, _ in tables]
+        self._tables: list[dict[str, Any]] = [table for _, _, table in tables]
+        self._kept = [dict(table) for table in self._tables]
+        self._filled = [table for table in self._tables if table]
+        self._values = list(self._listed())
+        self._parameters = list({id(value): value for value in self._values if isinstance(value, Tensor)}.values())
+        self._dtypes = [parameter.dtype for parameter in self._parameters]
+
+    def _listed(self) -> Iterator[Any]:
+        return chain.from_iterable(map(dict.values, self._filled))
+
+    def check(self) -> None:
+        """Refuse what isn't any more what it was.
+
+        Raises:
+            BackboneError: a module or parameter was replaced, added or taken out, or has another dtype.
+        """
+        same = sum(map(len, self._tables)) == len(self._values) and all(map(is_, self._listed(), self._values))
+        if not same:
+            raise BackboneError(
+                f"model: {self._difference()} after the learner was made, and would not be trained; change the model "
+                "first (heads, adapters, dtype), then make the learner again: LocalLearner(model, ...)."
+            )
+        if [parameter.dtype for parameter in self._parameters] != self._dtypes:
+            before, now = next(
+                (dtype, parameter.dtype)
+                for parameter, dtype in zip(self._parameters, self._dtypes, strict=True)
+                if parameter.dtype != dtype
+            )
+            raise BackboneError(
+                f"model: its weights were {before} when the learner was made and are {now} now; make the learner again "
+                "after model.to(dtype), or train in another precision: LocalLearner(model, precision='bf16')."
+            )
+
+    def _difference(self) -> str:
+        for (owner, kind), table, kept in zip(self._names, self._tables, self._kept, strict=True):
+            for name in [*kept, *(name for name in table if name not in kept)]:
+                if table.get(name) is not kept.get(name) or (name in table) != (name in kept):
+                    what = "taken out" if name not in table else "replaced" if name in kept else "added"
+                    return f"the {kind} {'.'.join(filter(None, (owner, name)))} was {what}"
+        return "the order of its modules was changed"
+
+
+def check_model(backbone: Backbone) -> None:
+    """Refuse a backbone that isn't its model any more, or a model that has nothing to learn.
+
+    Raises:
+        BackboneError: parameters were replaced since it was split, or there is one class only.
+    """
+    held = set(map(id, backbone.parameters()))
+    for name, weight in backbone.model.named_parameters():
+        if id(weight) not in held:
+            raise BackboneError(
+                f"model: {name} was replaced or added after it was split, and would not be trained; split it again: "
+                "localgrad.split(model, input_size)."
+            )
+    if backbone.num_classes < 2:
+        raise BackboneError(
+            "model: it has num_classes=1, and the cross-entropy of one class is always 0; make it with num_classes=2 "
+            "(one logit for 'no', one for 'yes')."
+        )
+
+
+def check_optimizer(
+    optimizer: object, parameters: Sequence[nn.Parameter], index: int, names: Callable[[], Mapping[int, str]]
+) -> None:
+    """Refuse what a factory gave, if it isn't an optimizer of just the parameters that it was given.
+
+    Args:
+        optimizer: what it gave.
+        parameters: what it was given.
+        index: of the local module.
+        names: asked for the names of parameters, by ``id``.
+
+    Raises:
+        RecipeError: it isn't one; it holds others, lacks some, or has one twice; its learning rate or weight decay
+            isn't finite; or its step needs more than gradients.
+    """
+    where = f"local module {index}: the optimizer factory"
+    if not isinstance(optimizer, Optimizer):
+        is_class = isinstance(optimizer, type)
+        got = f"the class {optimizer.__name__}" if is_class else f"{type(optimizer).__name__}"  # type: ignore[attr-defined]
+        raise RecipeError(f"{where} returned {got}, not an optimizer; write {FACTORY}.")
+    held = {id(weight): weight for group in optimizer.param_groups for weight in group["params"]}
+    given = {id(weight): weight for weight in parameters}
+
+    def named(weights: Sequence[int]) -> str:
+        return f"{len(weights)} parameters, such as {names().get(weights[0], 'one of no local module')}"
+
+    foreign = [key for key in held if key not in given]
+    if foreign:
+        raise RecipeError(
+            f"{where} returned a {type(optimizer).__name__} over what it wasn't given ({named(foreign)}); make one for "
+            f"each call, of its argument alone and not of model.parameters(): {FACTORY}, or timm's "
+            "create_optimizer_v2(params, ...)."
+        )
+    missing = [key for key in given if key not in held]
+    if missing:
+        raise RecipeError(
+            f"{where} returned a {type(optimizer).__name__} that leaves out {named(missing)}; give it all parameters, "
+            "or freeze those first with requires_grad_(False)."
+        )
+    if sum(len(group["params"]) for group in optimizer.param_groups) > len(held):
+        raise RecipeError(
+            f"{where} returned a {type(optimizer).__name__} that holds a parameter twice, and would update it twice; "
+            f"write {FACTORY}."
+        )
+    for group in optimizer.param_groups:
+        for name in ("lr", "weight_decay"):
+            value = group.get(name)
+            if isinstance(value, float) and not math.isfinite(value):  # not all optimizers of torch refuse it
+                raise RecipeError(
+                    f"{where} returned a {type(optimizer).__name__} with {name}={value}, and weights would be NaN; "
+                    "give it a finite number, such as 1e-3."
+                )
+    _check_needs(optimizer, where)
+
+
+def _check_needs(optimizer: Optimizer, where: str) -> None:
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    needs = None
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        needs = "a closure that computes the loss again"
+    elif getattr(optimizer, "is_second_order", False):
+        needs = "second gradients (create_graph=True)"
+    elif hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step"):
+        needs = "two backward passes a step"
+    elif isinstance(optimizer, torch.optim.SparseAdam):
+        needs = "sparse gradients"
+    elif optimizer.defaults.get("differentiable"):
+        needs = "a graph of its own (differentiable=True)"
+    if needs is not None:
+        raise RecipeError(
+            f"{where} returned a {type(optimizer).__name__}, whose step needs {needs}; a local module's step gives it "
+            "gradients alone: take AdamW, SGD, Lion or LAMB."
+        )
+
+
+def check_schedulers(optimizers: Sequence[Optimizer]) -> None:
+    """Refuse learning rates that a scheduler changes for some local modules alone.
+
+    Schedulers of torch and timm note the learning rate that they start from in the optimizer.
+
+    Raises:
+        RecipeError: some have a scheduler, others none.
+    """
+    scheduled = [any("initial_lr" in group for group in optimizer.param_groups[:1]) for optimizer in optimizers]
+    if any(scheduled) and not all(scheduled):
+        without = scheduled.index(False)
+        raise RecipeError(
+            f"a learning rate scheduler is attached to {sum(scheduled)} of {len(scheduled)} optimizers, and none to "
+            f"that of local module {without}; make one for each: [CosineAnnealingLR(optimizer, T_max=100) for "
+            "optimizer in learner.optimizers] (ConstantLR(optimizer, factor=1.0) keeps a learning rate)."
+        )
+
+
+# ------------------------------------------------------------------------------------------------------- batches
+
+
+def check_tensors(batch: LocalBatch) -> None:
+    """Refuse arrays and lists, and tensors that aren't dense, which would fail somewhere inside.
+
+    Raises:
+        DataError: naming what to pass.
+    """
+    for name, value in (("images", batch.images), ("labels", batch.labels)):
+        if name == "labels" and value is None:
+            raise DataError("labels: got None; pass class indices int64 [B], -100 for images that have none.")
+        if not isinstance(value, Tensor):
+            if value is not None:
+                raise DataError(f"{name}: got {type(value).__name__}; pass a tensor: torch.as_tensor({name}).")
+        elif value.is_nested or value.layout != torch.strided:
+            kind = "nested" if value.is_nested else str(value.layout)
+            raise DataError(f"{name}: got a tensor that is {kind}; pass a dense one: torch.stack(...) or .to_dense().")
+
+
+def check_images(images: Tensor, dtypes: Sequence[torch.dtype], device: torch.device, *, autocasts: bool) -> None:
+    """Refuse images that the model can't take, their size apart. Nothing is read from the device.
+
+    Args:
+        images: [B, C, H, W].
+        dtypes: of the weights that images enter; none for any.
+        device: where the model trains.
+        autocasts: whether autocast converts other floating dtypes.
+
+    Raises:
+        BackboneError: another dtype or device; a graph that ends in them.
+        DataError: there are none.
+    """
+    if not len(images):
+        raise DataError("images: got an empty batch, and there is nothing to train on; leave empty batches out.")
+    if not images.is_floating_point():
+        raise BackboneError(
+            f"images: got {images.dtype}; pass floats, normalised as for the model: (images / 255 - mean) / std."
+        )
+    casts = autocasts and images.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    if dtypes and images.dtype not in dtypes and not casts:
+        raise BackboneError(f"images: got {images.dtype}, the model is {dtypes[0]}; pass images.to({dtypes[0]}).")
+    if not same_device(images.device, device):
+        raise BackboneError(f"images: they are on {images.device}, the model trains on {device}; pass images.to(...).")
+    if images.requires_grad:
+        raise BackboneError(
+            "images: they require a gradient, and local modules give none back; pass images.detach(), and train what "
+            "makes them as a part of the model."
+        )
+
+
+def same_device(first: torch.device, second: torch.device) -> bool:
+    """Whether two devices are one; a GPU without a number is any."""
+    return first.type == second.type and (None in (first.index, second.index) or first.index == second.index)
+
+
+def check_labels(labels: Tensor, images: Tensor, num_classes: int) -> None:
+    """Refuse labels that don't go with images or classes by dtype, shape or device. Nothing is read from the device.
+
+    Args:
+        labels: int64 [B], or soft targets [B, num_classes].
+        images: [B, C, H, W].
+        num_classes: of the model.
+
+    Raises:
+        DataError: naming what to pass.
+    """
+    shape = list(labels.shape)
+    if labels.is_floating_point() and labels.ndim == 1:
+        raise DataError(f"labels: got {labels.dtype} {shape}; class indices are int64: pass labels.long().")
+    if labels.is_floating_point():
+        if labels.ndim != 2 or shape[1] != num_classes:
+            raise DataError(f"labels: got soft labels {shape}; the model takes [B, {num_classes}].")
+    elif labels.ndim == 2 and shape[1] == 1 != num_classes:
+        raise DataError(f"labels: got {shape}; class indices are one number an image, [B]: pass labels.squeeze(1).")
+    elif labels.ndim != 1:
+        raise DataError(
+            f"labels: got {labels.dtype} {shape}; pass class indices int64 [B], or soft labels as labels.float()."
+        )
+    elif labels.dtype != torch.int64:
+        raise DataError(f"labels: got {labels.dtype}; class indices are int64: pass labels.long().")
+    if len(labels) != len(images):
+        raise DataError(f"labels: got {len(labels)} for {len(images)} images; give one for each.")
+    if not same_device(labels.device, images.device):
+        raise DataError(f"labels: they are on {labels.device}, the images on {images.device}; pass labels.to(...).")
+    if labels.requires_grad:
+        raise DataError("labels: they require a gradient, and a step gives none back; pass labels.detach().")
+
+
+def check_values(batch: LocalBatch, num_classes: int) -> None:
+    """Refuse images that aren't finite, and labels that mean no class. Waits for the device: for a first step.
+
+    Args:
+        batch: as for a step; fakes of tensors have no values and pass.
+        num_classes: of the model.
+
+    Raises:
+        DataError: naming the first image at fault.
+    """
+    images, labels = batch.images, batch.labels
+    if isinstance(labels, FakeTensor) or isinstance(images, FakeTensor) or labels.is_meta:
+        return
+    if images is not None:
+        _refuse(
+            ~torch.isfinite(images).flatten(1).all(dim=1),
+            images,
+            "images: number {row} has values that are NaN or infinite",
+        )
+    if labels.is_floating_point():
+        sums = labels.float().sum(dim=1)
+        wrong = ((sums - 1).abs() > SOFT_SUM_TOLERANCE.get(labels.dtype, 1e-3)) | ~torch.isfinite(sums)
+        _refuse(
+            (labels < 0).any(dim=1) | wrong,
+            labels,
+            "labels: row {row} is {value}; soft labels are probabilities, from 0 to 1 with sum 1 (several classes at "
+            "once don't go with cross-entropy: divide each row by its sum)",
+        )
+        return
+    _refuse(
+        ((labels < 0) & (labels != IGNORED)) | (labels >= num_classes),
+        labels,
+        f"labels: that of image {{row}} is {{value}}; they go from 0 to {num_classes - 1}, {IGNORED} is ignored",
+    )
+    if bool((labels == IGNORED).all()):
+        raise DataError(f"labels: all are {IGNORED}, ignored, and there is nothing to learn; leave this batch out.")
+
+
+def _refuse(wrong: Tensor, values: Tensor, text: str) -> None:
+    rows = wrong.nonzero().flatten().tolist()
+    if rows:
+        row = rows[0]
+        value = values[row].tolist() if values.ndim < 3 else None
+        shown = f"[{', '.join(f'{each:g}' for each in value[:6])}]" if isinstance(value, list) else str(value)
+        raise DataError(text.format(row=row, value=shown) + ".")

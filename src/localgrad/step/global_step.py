@@ -1,0 +1,128 @@
+"""A step of end-to-end training among local ones, with the same weights, optimizers and memory budget.
+
+Local training keeps one module's activations. End-to-end training that recomputes every block keeps little more, so a
+run may mix the two: now and then (or at its end) a step in which the task loss reaches all modules. Their own
+optimizers take the gradients, so nothing is added to what is static; but all modules' gradients are alive at once.
+
+Auxiliary nets have no part in such a step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from localgrad.objectives.base import LocalBatch
+from localgrad.step.checkpointing import Recomputed
+from localgrad.step.executor import StepResult
+from localgrad.step.local_step import LocalStep, autocast, check_surroundings, explained, single_images_refused
+
+
+class GlobalStep:
+    """Trains all modules on the last one's loss.
+
+    Args:
+        steps: the local steps of all modules, first to last.
+        recomputed: for each module, by number of a part, what stands in for it.
+    """
+
+    def __init__(self, steps: Sequence[LocalStep], recomputed: Sequence[Mapping[int, Recomputed]]) -> None:
+        self.steps = tuple(steps)
+        self.recomputed = tuple(recomputed)
+        owned = {id(weight): weight for step in self.steps for weight in step.parameters}
+        self._together = _Together(list(owned.values()), self.steps)
+
+    def __call__(self, batch: LocalBatch) -> StepResult:
+        """Train on one batch.
+
+        Args:
+            batch: images and labels.
+
+        Returns:
+            Figures of the last module; the others have no losses.
+        """
+        last = self.steps[-1]
+        assert batch.images is not None, "a step starts with images"
+        for step in self.steps:
+            step.begin()
+        check_surroundings(last.device_type, last.precision, batch.images, batch.labels)
+        with contextlib.ExitStack() as still:
+            still.enter_context(single_images_refused(len(batch.labels), last.accumulation))
+            for step in self.steps:
+                if step.frozen:
+                    still.enter_context(step.as_frozen.running())
+            return self._train(batch, last)
+
+    def _train(self, batch: LocalBatch, last: LocalStep) -> StepResult:
+        scaler = last.scaler
+        parts = batch.parts(last.accumulation)
+        outputs, losses, terms = [], [], []
+        for part in parts:
+            share = len(part.labels) / len(batch.labels)
+            with autocast(last.device_type, last.precision):
+                logits = self._logits(part.images)
+                value = last.module.objective(logits, logits, part)
+            scaler.scale(value.loss * share).backward()
+            assert value.logits is not None, "the last module ends in the model's own classifier"
+            outputs.append(value.logits.detach())
+            losses.append(value.loss.detach() * share)
+            terms.append({name: term.detach() * share for name, term in value.terms.items()})
+            del logits, value
+        self._update(scaler)
+        nothing: tuple[dict[str, Tensor], ...] = tuple({} for _ in self.steps[:-1])
+        total = {name: torch.stack([found[name] for found in terms]).sum() for name in terms[0]}
+        logits = torch.cat(outputs)
+        return StepResult(logits, (torch.stack(losses).sum(),), (*nothing, total), (*([None] * len(nothing)), logits))
+
+    def _logits(self, images: Tensor | None) -> Tensor:
+        assert images is not None, "a step starts with images"
+        features = images
+        for step, recomputed in zip(self.steps, self.recomputed, strict=True):
+            features = step.module.own(features, recomputed)
+        return features
+
+    def _update(self, scaler: torch.amp.GradScaler) -> None:
+        for step in self.steps:
+            step.updating = True
+            if step.frozen:
+                step.optimizer.zero_grad(set_to_none=True)
+        if self.steps[-1].clip_grad is not None:
+            scaler.unscale_(self._together)
+            learning = [weight for weight in self._together.param_groups[0]["params"] if weight.grad is not None]
+            nn.utils.clip_grad_norm_(learning, self.steps[-1].clip_grad)
+        scaler.step(self._together)
+        self._together.zero_grad(set_to_none=True)  # of auxiliary nets there are none; of a step held back, all
+        scaler.update()
+        for step in self.steps:
+            step.module.objective.follow()
+            step.num_updates += not step.frozen
+            step.updating = False
+
+
+class _Together(torch.optim.Optimizer):
+    """The optimizers of all modules as one, for the gradient scaler: what isn't finite anywhere holds back all.
+
+    Args:
+        parameters: of all modules, each once, also where two train it.
+        steps: the modules' own.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], steps: Sequence[LocalStep]) -> None:
+        super().__init__(parameters, {})
+        self.steps = steps
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: of its own attributes torch's optimizer hands on none but these."""
+        return {**super().__getstate__(), "steps": self.steps}
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        """Update every module that still learns; blocks that two modules train are updated by their first alone."""
+        for step in self.steps:
+            if not step.frozen:
+                with explained(step.optimizer):
+                    step.optimizer.step()
+            step.optimizer.zero_grad(set_to_none=True)

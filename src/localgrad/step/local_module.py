@@ -1,0 +1,363 @@
+"""A local module: a run of blocks with its own objective, whose features leave without their graph.
+
+``LocalModule.forward`` is the only place in the package where features are detached. Blocks, auxiliary nets and
+loss stand in one ``forward``, so that wrapping, compiling or distributing a local module sees all its parameters used
+exactly once a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from localgrad.backbones.base import Backbone, Layout, Stem
+from localgrad.backbones.halves import AsCut, Piece, find_pieces, observed, whole_block
+from localgrad.backbones.timm_models import undecayed
+from localgrad.backbones.written import Observed, has_hooks
+from localgrad.errors import BackboneError, RecipeError
+from localgrad.objectives.base import LocalBatch, LocalObjective, ObjectiveValue, Site
+from localgrad.objectives.methods import Objective
+from localgrad.partition import Checkpointing, Plan
+from localgrad.step.checkpointing import Part, Recomputed, run_telling_branches
+
+CONTEXT_GRID = 4
+"""Side of the grid that features are pooled to where they are later modules' context."""
+
+
+class LocalOutput(NamedTuple):
+    """What a local module gives for one batch.
+
+    Attributes:
+        features: what it hands on, detached, for the next module (the model's logits for the last one).
+        loss: its local objective, a scalar with the graph of this module only.
+        terms: each term's own unweighted loss, detached.
+        logits: class logits [B, num_classes], detached; ``None`` where the objective has no classifier.
+        gradient: of the loss by what is handed on, once the backward pass is done; where it is asked for.
+    """
+
+    features: Tensor
+    loss: Tensor
+    terms: dict[str, Tensor]
+    logits: Tensor | None
+    gradient: Tensor | None = None
+
+
+class Walk(NamedTuple):
+    """A pass through a module's parts, with its graph.
+
+    Attributes:
+        outputs: what the last part gives.
+        handed_on: what the next module receives: the same, or with overlap what entered the blocks that overlap.
+        states: what entered each block, and the tail; empty unless asked for.
+    """
+
+    outputs: Tensor
+    handed_on: Tensor
+    states: list[Tensor]
+
+
+class LocalModule(nn.Module):
+    """A run of blocks with its own objective.
+
+    With overlap, the parts of a module start with the last blocks of the module before, which hands on what enters
+    those: so a module's loss trains them too, and they run in both.
+
+    Args:
+        parts: the stem (first module only), the blocks, the tail (last module only), in order.
+        objective: what the module is trained on; owns the auxiliary nets.
+        recomputed: by number of a part, what stands in for it in training: the same function, which keeps less and
+            recomputes it in the backward pass.
+        layout: of what it hands on; for the last module, anything.
+        shared: parts at the start that belong to the module before.
+        given: parts at the end that the next module runs as well.
+        pieces: by number of a part, its pieces, where the objective looks at residual branches.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[nn.Module],
+        objective: LocalObjective,
+        recomputed: Mapping[int, Recomputed] | None = None,
+        *,
+        layout: Layout | None = None,
+        shared: int = 0,
+        given: int = 0,
+        pieces: Mapping[int, Sequence[Piece]] | None = None,
+    ) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        self.objective = objective
+        self.recomputed = dict(recomputed or {})
+        self.layout = layout
+        self.shared = shared
+        self.given = given
+        self.pieces = dict(pieces or {})
+        self._passed_by = [by for number, found in self.pieces.items() for by in _passed_by(self.parts[number], found)]
+        self.keeps_gradient = False
+        self.has_unread = False  # whether it has trainable parameters that no loss of its reads; known where it matters
+        self.gradient: Tensor | None = None
+
+    def walk(self, inputs: Tensor, *, with_states: bool = False, branches: list[Tensor] | None = None) -> Walk:
+        """Run the parts in order: image or features in, features (or the model's logits) out.
+
+        Args:
+            inputs: what the module before handed on; the images for the first module.
+            with_states: list what entered each block, and the tail.
+            branches: takes what each residual branch gives, before its drop path.
+        """
+        states = []
+        handed_on = None
+        for number, part in enumerate(self.parts):
+            if number == len(self.parts) - self.given:
+                handed_on = inputs
+            if with_states and not isinstance(part, Stem):
+                states.append(inputs)
+            recomputed = self.recomputed.get(number) if self.training else None
+            if branches is not None and number in self.pieces:
+                inputs = run_telling_branches(self.pieces[number], inputs, recomputed, branches)
+            else:
+                run: Part = recomputed or part
+                inputs = run(inputs)
+        return Walk(inputs, inputs if handed_on is None else handed_on, states)
+
+    def check_branches(self) -> None:
+        """Refuse blocks of which running branch after branch would skip something. No operator runs.
+
+        Raises:
+            RecipeError: hooks were set on a block, or it has another forward than when it was cut.
+        """
+        for module, cut in self._passed_by:
+            if has_hooks(module) or not (cut is None or cut.holds()):
+                raise RecipeError(
+                    f"transport_per: {type(module).__name__} has hooks, or another forward than when the learner was "
+                    "made, which a penalty per branch would skip; set hooks on its parts (attention, MLP), or take "
+                    "transport_per = 'block'."
+                )
+
+    def features(self, inputs: Tensor) -> Tensor:
+        """What the last part gives. Arguments as for ``walk``."""
+        return self.walk(inputs).outputs
+
+    def own(self, inputs: Tensor, recomputed: Mapping[int, Recomputed]) -> Tensor:
+        """Run the module's own parts only, recomputing as a caller says: a step of end-to-end training.
+
+        Args:
+            inputs: what enters the first of them.
+            recomputed: as for the class.
+        """
+        for number, part in enumerate(self.parts):
+            if number >= self.shared:
+                run: Part = recomputed.get(number, part)
+                inputs = run(inputs)
+        return inputs
+
+    def forward(self, inputs: Tensor, batch: LocalBatch, received: Tensor | None = None) -> LocalOutput:
+        """Compute features and loss.
+
+        Args:
+            inputs: what the module before handed on; the images [B, C, H, W] for the first one.
+            batch: images and labels.
+            received: what the objective compares with in place of ``inputs``, where those were moved.
+
+        Returns:
+            Detached features, the loss with its graph, and detached figures.
+        """
+        entered = self.objective.enter(inputs, batch)
+        branches: list[Tensor] = []
+        outputs, handed_on, states = self.walk(
+            entered,
+            with_states="states" in self.objective.uses,
+            branches=branches if "branches" in self.objective.uses else None,
+        )
+        if self.keeps_gradient and outputs.requires_grad:
+            outputs.register_hook(self._keep)  # type: ignore[no-untyped-call]
+        target = inputs if received is None else received
+        batch.branches = tuple(branches)
+        value: ObjectiveValue = self.objective(target, outputs, batch, states)
+        batch.branches = ()
+        return LocalOutput(
+            features=handed_on.detach(),
+            loss=value.loss,
+            terms={name: term.detach() for name, term in value.terms.items()},
+            logits=None if value.logits is None else value.logits.detach(),
+        )
+
+    def _keep(self, gradient: Tensor) -> None:
+        self.gradient = gradient
+
+    def pooled(self, features: Tensor) -> Tensor:
+        """What later modules get as context: what was handed on, averaged over a small grid, [B, rows, columns, D]."""
+        assert self.layout is not None, "the last module is nobody's context"
+        grid = self.layout.to_grid(features).permute(0, 3, 1, 2)
+        height, width = (min(side, CONTEXT_GRID) for side in self.layout.grid)
+        return F.adaptive_avg_pool2d(grid, (height, width)).permute(0, 2, 3, 1)
+
+
+def site_of(backbone: Backbone, boundaries: Sequence[int], index: int, *, overlap: int = 0) -> Site:
+    """Where in a model a local module stands.
+
+    Args:
+        backbone: a split model.
+        boundaries: the first block of every module but the first.
+        index: number of the module.
+        overlap: blocks of the module before that it trains as well.
+    """
+    num_blocks = len(backbone.blocks)
+    edges = [0, *boundaries, num_blocks]
+    image = Layout(kind="NCHW", width=backbone.input_size[0], grid=backbone.input_size[1:])
+    layouts = backbone.layouts
+    starts = [edge - shared_blocks(edges, number, overlap) for number, edge in enumerate(edges[:-1])]
+    start, stop = starts[index], edges[index + 1]
+    received = [image, *(layouts[number] for number in starts[1:])]
+    return Site(
+        index=index,
+        num_modules=len(edges) - 1,
+        inputs=received[index],
+        outputs=layouts[stop],
+        image=image,
+        num_classes=backbone.num_classes,
+        states=tuple(layouts[start:stop]),
+        previous=received[max(0, index - 1)],
+        context=tuple(received[1 : index + 1]),
+        following=tuple((backbone.blocks[number], layouts[number + 1]) for number in range(stop, num_blocks)),
+        undecayed=undecayed(backbone.model),
+    )
+
+
+def build_objective(objective: Objective, site: Site, dtype: torch.dtype) -> LocalObjective:
+    """Make the objective of a site, its auxiliary nets in the type of the model's weights."""
+    built = objective.build(site)
+    for weight in built.parameters():  # buffers are factors of losses, which are in float32
+        if weight.dtype == torch.get_default_dtype() != dtype:
+            weight.data = weight.data.to(dtype)
+    return built
+
+
+def shared_blocks(edges: Sequence[int], index: int, overlap: int) -> int:
+    """Blocks of the module before that a module trains as well: at most all that this one has of its own.
+
+    Args:
+        edges: the first block of every module, and the number of blocks.
+        index: of the module; there are none for the first, and none beyond the last.
+        overlap: blocks asked for.
+    """
+    return min(overlap, edges[index] - edges[index - 1]) if 0 < index < len(edges) - 1 else 0
+
+
+def build_local_modules(
+    backbone: Backbone,
+    plan: Plan,
+    objective: Objective,
+    *,
+    overlap: int = 0,
+    drawing: Callable[[int], AbstractContextManager[None]] = lambda _index: nullcontext(),
+) -> list[LocalModule]:
+    """Make the local modules of a plan from a backbone's parts; auxiliary nets join the backbone's device.
+
+    Args:
+        backbone: a split model; its parts are shared, not copied.
+        plan: boundaries, and which modules checkpoint inside.
+        objective: what every module but the last is trained on.
+        overlap: blocks of the module before that each module trains as well.
+        drawing: given a module's number, the region in which its auxiliary nets are made; decides what they draw.
+
+    Raises:
+        BackboneError: a parameter is shared across a boundary, or the objective looks at residual branches and a block
+            can't be cut into them.
+    """
+    backbone.check_boundaries(plan.boundaries)
+    device = next(backbone.parameters()).device
+    edges = [0, *plan.boundaries, len(backbone.blocks)]
+    modules = []
+    for index, span in enumerate(plan.spans):
+        first, last = index == 0, index == plan.num_modules - 1
+        site = site_of(backbone, plan.boundaries, index, overlap=overlap)
+        stem, tail = [backbone.stem] * first, [backbone.tail] * last
+        shared, given = (shared_blocks(edges, number, overlap) for number in (index, index + 1))
+        blocks = [backbone.blocks[number] for number in range(span.start - shared, span.stop)]
+        with drawing(index):
+            built = build_objective(objective, site, backbone.dtype)
+        looks = "branches" in built.uses
+        modules.append(
+            LocalModule(
+                [*stem, *blocks, *tail],
+                built.to(device),
+                recomputed_in(backbone, plan, index, overlap=overlap),
+                layout=None if last else backbone.layouts[span.stop - given],
+                shared=shared,
+                given=given,
+                pieces=_branched(backbone, range(span.start - shared, span.stop), len(stem)) if looks else None,
+            )
+        )
+    return modules
+
+
+def _branched(backbone: Backbone, blocks: range, before: int) -> dict[int, list[Piece]]:
+    """The pieces of blocks, by number of the part; ``before`` parts stand before the first of them.
+
+    Raises:
+        BackboneError: a block that is no change of shape can't be cut into residual branches.
+    """
+    found = {}
+    for number, block in enumerate(blocks, before):
+        found[number] = find_pieces(backbone.blocks[block], backbone.example(block), halves=True)
+        is_residual = any(piece.drop_path is not None for piece in found[number])
+        if not is_residual and backbone.layouts[block] == backbone.layouts[block + 1]:
+            raise BackboneError(
+                f"transport_per: {backbone.block_names[block]} can't be cut into its residual branches; take "
+                "transport_per = 'block'."
+            )
+    return found
+
+
+def _passed_by(block: nn.Module, pieces: Sequence[Piece]) -> list[tuple[nn.Module, AsCut | None]]:
+    """The modules of a block that aren't called where its pieces are, each with what it was when it was cut."""
+    cuts = {id(piece.cut.module): piece.cut for piece in pieces if piece.cut is not None}
+    return [
+        (module, cuts.get(id(module)))
+        for module in block.modules()
+        if any(id(inner) in cuts for inner in module.modules())
+    ]
+
+
+def recomputed_in(backbone: Backbone, plan: Plan, index: int, *, overlap: int = 0) -> dict[int, Recomputed]:
+    """What stands in for the parts of a plan's local module in training, by number of the part."""
+    how, span = plan.checkpointing(index), plan.spans[index]
+    if how.level == "none":
+        return {}
+    before = 1 if index == 0 else 0  # the stem
+    edges = [0, *plan.boundaries, len(backbone.blocks)]
+    blocks = range(span.start - shared_blocks(edges, index, overlap), span.stop)
+    return {before + number: recompute(backbone, block, how) for number, block in enumerate(blocks[: how.first])}
+
+
+def recompute(backbone: Backbone, index: int, how: Checkpointing) -> Recomputed:
+    """What stands in for a block in training under a level of checkpointing.
+
+    Args:
+        backbone: a split model.
+        index: number of the block.
+        how: ``blocks`` or ``halves``.
+    """
+    block = backbone.blocks[index]
+    example = backbone.example(index)
+    if how.level == "blocks" and how.chunks == 1:
+        return Recomputed([whole_block(block, example)], block=block)
+    return Recomputed(find_pieces(block, example, halves=how.level == "halves"), how.chunks, block)
+
+
+def observed_parts(backbone: Backbone) -> Iterator[tuple[str, nn.Module, Observed]]:
+    """The stem, each block and the tail: its name, itself, and what its forward pass changes in training mode."""
+    like = next(backbone.parameters())
+    images = torch.randn(2, *backbone.input_size, generator=torch.Generator().manual_seed(0)).to(
+        like.device, like.dtype
+    )
+    yield "the stem", backbone.stem, observed(backbone.stem, images)
+    for index, (name, block) in enumerate(zip(backbone.block_names, backbone.blocks, strict=True)):
+        yield name, block, observed(block, backbone.example(index))
+    yield "the tail", backbone.tail, observed(backbone.tail, backbone.example(len(backbone.blocks)))

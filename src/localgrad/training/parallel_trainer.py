@@ -1,0 +1,308 @@
+"""The training loop of several processes: the same loop in each, on the batches that reach it.
+
+What differs from ``Trainer``: the first rank reads the data and the others receive them; figures and weights are
+gathered where one process must have them all; checkpoints are written in parts, one a rank, and count once all of them
+lie there. Every decision (the best epoch, the end) is made of gathered figures, so that all processes decide alike.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from localgrad.errors import DivergenceError, LocalgradError
+from localgrad.learner import load_weights
+from localgrad.objectives.base import LocalBatch
+from localgrad.parallel.learner import ParallelLearner, merged
+from localgrad.parallel.watch import GONE, Fault, Watch
+from localgrad.training.data import Batches
+from localgrad.training.events import Sink
+from localgrad.training.folder import RunFolder, load_saved_weights, save_weights
+from localgrad.training.optim import Schedule
+from localgrad.training.trainer import Fed, Figures, Interrupted, Trainer, below, random_state
+
+
+class ParallelTrainer(Trainer):
+    """Trains the own modules of a ``ParallelLearner``; every process has one.
+
+    Args:
+        learner: with its optimizers configured.
+        schedule: of the learning rates of the own modules.
+        train: training batches; of the first rank they are used.
+        val: validation batches, or ``None``.
+        epochs: length of the run.
+        folder: where checkpoints go; all processes see it.
+        sinks: take the events, on rank 0.
+    """
+
+    learner: ParallelLearner
+
+    def __init__(
+        self,
+        *,
+        learner: ParallelLearner,
+        schedule: Schedule,
+        train: Batches,
+        val: Batches | None,
+        epochs: int,
+        folder: RunFolder,
+        sinks: Sequence[Sink],
+    ) -> None:
+        super().__init__(
+            learner=learner, schedule=schedule, train=train, val=val, epochs=epochs, folder=folder, sinks=sinks
+        )
+        self.team = learner.team
+        self._unsound: Tensor | None = None
+        self.watch: Watch = self.team.watch
+        self.watch.names = [name_of(learner.shares[rank % self.team.num_ranks]) for rank in range(self.team.size)]
+        self.watch.doing = lambda: learner.links.doing
+        self.watch.noted = lambda: self._signal
+
+    def watched(self, run: Callable[[], Any]) -> Any:
+        """Run something that all processes do together; what fails in one of them ends all.
+
+        Raises:
+            LocalgradError: as one line that names rank, modules and cause.
+        """
+        with self.watch.telling(Interrupted, explain=self._fault):
+            return run()
+
+    def _fault(self, error: Exception) -> Fault | None:
+        """The fault of a connection that broke while a neighbour was waited for: the neighbour's."""
+        what, _, _ = self.learner.links.doing
+        if not what.startswith("wait for") or not isinstance(error, RuntimeError) or isinstance(error, LocalgradError):
+            return None
+        place = self.team.place
+        peer = place.before if what.endswith("before") else place.behind
+        assert peer is not None, "someone is waited for"
+        return Fault(peer.peer, GONE, is_alive=False)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a saved state, of one process or of several."""
+        super().load_state_dict(whole(state))
+
+    def evaluate(self, batches: Batches) -> tuple[float, list[float | None]]:
+        """Accuracy of the whole model and of each local module's own classifier; all processes call this together."""
+        return evaluate_together(self.learner, batches)
+
+    def load_best(self) -> None:
+        """Put the best epoch's weights into the own modules."""
+        weights = load_saved_weights(self.folder.best)
+        model = below(weights, "model.")
+        self.learner.load_own_weights(model, averages=model)
+        for index in self.learner.own:
+            load_weights(self.learner.modules[index].objective, below(weights, f"objectives.{index}."))
+
+    # ------------------------------------------------------------------------------------------------- one epoch
+
+    def _train_epoch(self) -> None:
+        start = time.perf_counter()
+        self._unsound = None
+        self.learner.begin(len(self.train), start=self.position.batch)
+        super()._train_epoch()
+        self.learner.links.finish()
+        if self.position.batch < len(self.train):
+            seconds = time.perf_counter() - start
+            self.position.train_seconds += seconds
+            self.position.seconds += seconds
+            self._stop()
+
+    def _feed(self) -> Iterator[Fed]:
+        links = self.learner.links
+        if self.team.place.rank > 0:
+            nothing = torch.empty(0, dtype=torch.int64)
+            while not links.is_over:
+                yield Fed(LocalBatch(None, nothing), nothing)
+            return
+        for batch in self.train.epoch(self.position.epoch, start=self.position.batch):
+            fed = Fed(LocalBatch(batch.images, batch.labels, counts_all=True), batch.targets)
+            del batch
+            yield fed
+            if links.is_over:
+                return
+
+    def _step(self, fed: Fed) -> Figures:
+        self.learner.at(self._num_updates() / (self.epochs * len(self.train)))
+        result = self.learner.share(fed.batch, fed.targets)
+        fed.targets = result.targets
+        if result.unsound is not None:
+            self._unsound = result.unsound if self._unsound is None else self._unsound | result.unsound
+        return result
+
+    def _count(self, fed: Fed) -> int:
+        return len(fed.targets) * self.team.num_replicas
+
+    def _stops_now(self) -> bool:
+        """Never at once: the first rank shortens the epoch, and what it sends says so."""
+        is_told = self._signal is not None or self.watch.told_to_stop is not None
+        if self.team.place.rank == 0 and self.team.any_twin(is_told):
+            self.learner.links.stop_soon()
+        return False
+
+    def _leave_if_told(self) -> None:
+        numbers = [number for number in self.team.everyone(self._signal) if number is not None]
+        if numbers:
+            raise Interrupted(numbers[0], self.folder.path)
+
+    # --------------------------------------------------------------------- whose fault a loss is that is no number
+
+    def _report(self, result: Figures, images_per_second: float) -> None:
+        # What a rank received no numbers for is another's fault; that one reads its losses as often.
+        if self._unsound is None or not bool(self._unsound):
+            self._check_finite()
+        if self.team.is_speaker:
+            super()._report(result, images_per_second)
+
+    def _check_together(self) -> None:
+        """Refuse losses and weights that are no numbers, in all processes; the first bad module in the first batch."""
+        error: DivergenceError | None = None
+        try:
+            self._check_finite()
+            self._check_weights()
+        except DivergenceError as found:
+            error = found
+        failure = self._sums.first_failure()
+        batch = self.position.batch if failure is None else failure[0]
+        said = self.team.everyone(None if error is None else (batch, self.team.place.rank, self.team.rank, str(error)))
+        bad = [each for each in said if each is not None]
+        if bad:
+            _, _, rank, text = min(bad)
+            self.watch.tell(Fault(rank, text, status=2))
+            raise DivergenceError(text)  # in all of them; the first one told is whose fault it is
+
+    def _finish_epoch(self, start: float, train_seconds: float) -> None:
+        self._check_together()
+        self.learner.average_statistics()
+        super()._finish_epoch(start, train_seconds)
+
+    def _stop(self) -> None:
+        self._check_together()
+        self.learner.average_statistics()
+        super()._stop()
+
+    def _figures(self) -> tuple[list[dict[str, float]], float | None]:
+        sums = self._sums
+        own = {index: losses for index, losses in enumerate(sums.means(len(self.learner.modules))) if losses}
+        counts = (int(sums.num_correct), sums.num_images) if sums.has_logits and self._is_last else None
+        said = self.team.everyone((own, counts))
+        found: list[dict[str, float]] = [{} for _ in self.learner.modules]
+        for losses, _ in said:
+            for index, terms in losses.items():
+                for name, value in terms.items():
+                    found[index][name] = found[index].get(name, 0.0) + value / self.team.num_replicas
+        known = [count for _, count in said if count is not None]
+        accuracy = sum(correct for correct, _ in known) / sum(images for _, images in known) if known else None
+        return found, accuracy
+
+    @property
+    def _is_last(self) -> bool:
+        return self.team.place.rank == self.team.num_ranks - 1
+
+    # ------------------------------------------------------------------------------------------------ what is kept
+
+    def _save_best(self) -> None:
+        learner = self.learner
+        own = {f"model.{name}": w for name, w in learner.own_weights(averaged=learner.averages).items()}
+        for index in learner.own:
+            own |= {f"objectives.{index}.{name}": value for name, value in learner.objective_weights(index).items()}
+        said = self.team.to_speaker({name: value.cpu() for name, value in own.items()})
+        if said is not None:
+            save_weights(self.folder.best, {name: value for part in said for name, value in part.items()})
+        self.team.everyone(None)  # it is there for all
+
+    def _save(self) -> None:
+        """Each rank writes its part; rank 0 then makes them the checkpoint."""
+        position, place = self.position, self.team.place.rank
+        name = f"part-{position.epoch:04d}-{position.batch:06d}-{place}.pt"
+        state = self.learner.state_dict()
+        if self.team.replica == 0:
+            self.folder.save_part(name, state)
+        said = self.team.everyone((name, self._sums.state_dict()))
+        if self.team.is_speaker:
+            names = [part for part, _ in said[: self.team.num_ranks]]
+            sums = self._joined([part for _, part in said])
+            state = {"position": asdict(position), "sums": sums, "random": random_state()}
+            self.folder.commit(state, names)
+        self.team.everyone(None)  # nobody begins a further one before
+
+    def _joined(self, sums: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The sums of one process that did it all, of those of all processes."""
+        ranks, replicas = self.team.num_ranks, self.team.num_replicas
+        losses = [sum(sums[replica * ranks + rank]["losses"] for replica in range(replicas)) for rank in range(ranks)]
+        last = sums[ranks - 1 :: ranks]
+        return {
+            **sums[ranks - 1],
+            "losses": torch.cat([loss / replicas for loss in losses]),
+            "num_correct": torch.stack([part["num_correct"] for part in last]).sum(),
+            "num_images": sum(part["num_images"] for part in last),
+        }
+
+    def _load_sums(self, state: dict[str, Any]) -> None:
+        modules = self.learner.modules
+        names = [(index, name) for index, module in enumerate(modules) for name in module.objective.terms]
+        own = [number for number, (index, _) in enumerate(names) if index in self.learner.own]
+        first = self.team.replica == 0
+        super()._load_sums(
+            {
+                **state,
+                "losses": state["losses"][own],
+                "num_correct": state["num_correct"] if first else torch.zeros_like(state["num_correct"]),
+                "num_images": state["num_images"] if first else 0,
+            }
+        )
+
+
+def whole(state: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint with the learner's state in one, whether one process or several wrote it."""
+    if "parts" not in state:
+        return state
+    return {**state, "learner": merged(state["parts"])}
+
+
+def name_of(modules: range) -> str:
+    """Some local modules in words."""
+    if len(modules) == 1:
+        return f"local module {modules.start}"
+    return f"local modules {modules.start} to {modules.stop - 1}"
+
+
+@torch.no_grad()
+def evaluate_together(learner: ParallelLearner, batches: Batches) -> tuple[float, list[float | None]]:
+    """Accuracy of the whole model and of each local module's own classifier; all processes call this together.
+
+    As ``evaluate``: where an average is kept, the whole model is the averaged one.
+
+    Args:
+        learner: it is in evaluation mode afterwards.
+        batches: evaluation batches, shared out among replicas.
+    """
+    learner.eval()
+    most = max(learner.team.everyone(len(batches)))
+    learner.begin(len(batches))
+    counts = {index: torch.zeros(2, dtype=torch.int64, device=learner.device) for index in learner.own}
+    classified: set[int] = set()
+    fed = iter(batches.epoch(0)) if learner.team.place.rank == 0 else None
+    for _ in range(len(batches)):
+        batch = None if fed is None else next(fed)
+        logits, targets = learner.infer(*((None, None) if batch is None else (batch.images, batch.targets)))
+        for index, values in logits.items():
+            correct = (values.float().argmax(dim=1) == targets).sum()
+            counts[index] += torch.stack([correct, torch.full_like(correct, len(targets))])
+            classified.add(index)
+    learner.links.finish()
+    learner.attend(most - len(batches))
+    said = learner.team.everyone({index: counts[index].tolist() for index in classified})
+    found: list[float | None] = [None] * len(learner.modules)
+    for index in range(len(found)):
+        parts = torch.tensor([part[index] for part in said if index in part])
+        if len(parts):
+            correct, total = parts.sum(dim=0).float()  # float32, as torchmetrics divides
+            found[index] = float(correct / total)
+    accuracy = found[-1]
+    assert accuracy is not None, "the last module ends in the model's own classifier"
+    return accuracy, found
