@@ -1,4 +1,4 @@
-"""Whether a change of the code changed what is trained: digits for two epochs, by old code and new, compared bit for bit.
+"""Whether a change of the code changed what is trained: digits for two epochs, old code and new, bit for bit.
 
     git worktree add ../before COMMIT
     python research/benchmarks/same_weights.py --old ../before/src
@@ -23,7 +23,16 @@ from typing import Any
 OWN = Path(__file__).resolve().parents[2] / "src"
 RECIPES = {
     "default, K = 4": [],
-    "the paper's, K = 2": ["--preset", "paper", "--modules", "2"],
+    "the paper's heads, augmented, K = 2": [
+        "--classifier",
+        "linear",
+        "--modules",
+        "2",
+        "--mixup",
+        "0.2",
+        "--drop-path",
+        "0.1",
+    ],
     "images, conv decoder": ["--objective", "image", "--decoder", "conv"],
     "greedy, clipped, average": ["--objective", "greedy", "--clip-grad", "1", "--ema-decay", "0.9"],
     "contrastive": ["--objective", "contrastive"],
