@@ -825,6 +825,10 @@ def _finish(job: Job, trainer: Trainer, peaks: dict[str, Any]) -> dict[str, Any]
     if speaks:
         weights = model_weights(load_saved_weights(trainer.folder.best))
         save_weights(trainer.folder.path / "model.safetensors", weights)
+    if job.team is not None:  # replicas read different images
+        for others in job.team.everyone({part: own.images for part, own in job.data.skipped.items()}):
+            for part, images in others.items():
+                job.data.skipped[part].images.update(images)
     position = trainer.position
     summary = {
         "test_accuracy": accuracy,
