@@ -50,7 +50,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from localgrad.errors import CheckpointError, RunFolderError, RunWarning, reason_of
+from localgrad.errors import CheckpointError, RunFolderError, RunWarning, arg, reason_of
 
 FORMAT = 2
 """Version of ``last.pt``; a checkpoint of another version is refused."""
@@ -95,7 +95,7 @@ class RunFolder:
             lock = (path / ".lock").open("w")
         except OSError as error:
             raise RunFolderError(
-                f"run folder {path}: can't be written ({error.strerror}); choose another with --out DIR."
+                f"run folder {path}: can't be written ({error.strerror}); choose another with {arg('out')}."
             ) from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -103,9 +103,9 @@ class RunFolder:
             lock.close()
             in_use = isinstance(error, BlockingIOError)
             raise RunFolderError(
-                f"run folder {path}: another process is using it; wait for it, or choose another with --out DIR."
+                f"run folder {path}: another process is using it; wait for it, or choose another with {arg('out')}."
                 if in_use
-                else f"run folder {path}: it can't be locked ({error.strerror}); choose another with --out DIR."
+                else f"run folder {path}: it can't be locked ({error.strerror}); choose another with {arg('out')}."
             ) from error
         self._lock = lock
         _remove_leftovers(path)
@@ -282,7 +282,7 @@ def kept_of(state: Mapping[str, Any]) -> dict[str, Any]:
 def _load_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint without its parts."""
     if not path.exists():
-        raise CheckpointError(f"checkpoint {path}: there is none; start the run again without --resume.")
+        raise CheckpointError(f"checkpoint {path}: there is none; start the run again without {arg('resume')}.")
     state = _load_torch(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else None
@@ -427,9 +427,9 @@ def check_writable(path: Path) -> None:
     """
     nearest = next(parent for parent in (path, *path.absolute().parents) if os.path.lexists(parent))
     if not nearest.is_dir():
-        raise RunFolderError(f"--out: {path} can't be made: {nearest} is no folder; choose another with --out DIR.")
+        raise RunFolderError(f"{arg('out', path)}: it can't be made: {nearest} is no folder; choose another.")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise RunFolderError(f"--out: {path} can't be made: no permission in {nearest}; choose another with --out DIR.")
+        raise RunFolderError(f"{arg('out', path)}: it can't be made: no permission in {nearest}; choose another.")
 
 
 def _remove_leftovers(folder: Path) -> None:

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
-from localgrad.errors import CheckpointError, DivergenceError
+from localgrad.errors import CheckpointError, DivergenceError, arg
 from localgrad.learner import LocalLearner, load_weights
 from localgrad.objectives.base import LocalBatch
 from localgrad.step.sharding import rows_of
@@ -471,7 +471,8 @@ class Trainer:
         last = self.folder.last
         kept = f"the last good checkpoint is {last}" if last.exists() else "no epoch was complete"
         return DivergenceError(
-            f"{what}, epoch {self.position.epoch + 1}, batch {batch + 1}); {kept}. Try a lower --lr, or --clip-grad 1."
+            f"{what}, epoch {self.position.epoch + 1}, batch {batch + 1}); {kept}. Try a lower "
+            f"{arg('lr')}, or {arg('clip_grad', 1)}."
         )
 
     def _stop(self) -> None:
