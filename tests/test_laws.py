@@ -504,7 +504,7 @@ PACKAGE = Path(localgrad.__file__).parent
 LAYERS = (
     ("errors",),
     ("units",),
-    ("balancing", "partition", "rules"),
+    ("balancing", "partition", "options", "rules"),
     ("backbones",),
     ("objectives",),
     ("step",),

@@ -240,7 +240,7 @@ def train(
     if given["data"] is None and resume is None:
         given["data"] = given["train_data"]
     changes = _changes(OPTIONS, given, set_)
-    typed: dict[str, Any] = {"budget": budget, "plan": None if plan_ is None else str(plan_), "resume": resume}
+    typed: dict[str, Any] = {"budget": budget, "plan": plan_, "resume": resume}
     typed |= {"out": out, "preset": preset, "recipe": recipe, "num_processes": num_processes}
     decided = {key: changes.get(f"execution.{key}") for key in ("checkpoint", "accumulation")}
     rules.check({**typed, **decided})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 from localgrad.errors import LocalgradError, RecipeError, arg
@@ -42,7 +43,7 @@ class Given:
 
     def said(self, value: object = None) -> str:
         """The argument as it is typed, with its value where that is a number or a word."""
-        tells = isinstance(value, (int, float, str)) and not isinstance(value, bool)
+        tells = isinstance(value, (int, float, str, PurePath)) and not isinstance(value, bool)
         return arg(self.name, self.value if self.value is not None else value if tells else None)
 
 
@@ -158,9 +159,9 @@ def check(values: Mapping[str, Any], error: type[LocalgradError] = RecipeError) 
         LocalgradError: of that class, for the first rule that is broken.
     """
     for rule in RULES:
-        if rule.first.key in values and rule.second.key in values:  # noqa: SIM102  # known, and then broken
-            if rule.first.holds(values) and rule.second.holds(values):
-                raise error(rule.said(values))
+        is_known = rule.first.key in values and rule.second.key in values
+        if is_known and rule.first.holds(values) and rule.second.holds(values):
+            raise error(rule.said(values))
 
 
 def as_markdown() -> str:
