@@ -22,6 +22,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 SOURCE = Path(__file__).parents[1] / "src"
 APART = ("reproduce", "simulator.py", "shared_cores.py")
@@ -36,6 +37,9 @@ REPEATABLE = {
     "compare": "likewise",
 }
 """Public top-level names that may be defined twice, and why."""
+
+VERBS = ("_check", "_refuse", "_run", "_search", "_split")
+"""First words of private functions that may be: each is read in its own file, and says what it does."""
 
 APART_FROM_OTHERS = re.compile(
     r"leave (it|them|one of them|--[a-z-]+) out|(goes|go) (together )?with --|(doesn't|don't) go with|"
@@ -98,7 +102,7 @@ class Architecture:
         all_lines: with blank ones.
         functions: all of them.
         loose: how often ``dict[str, Any]`` is written.
-        named_twice: public top-level classes and functions defined in several files, with those files.
+        named_twice: top-level classes and functions defined in several files that may not be, with those files.
         files_named_twice: names of several files, but ``__init__.py``.
         frames: from the verb to the objective, as ``file name``; empty where they weren't counted.
     """
@@ -126,6 +130,7 @@ class Architecture:
         """What is printed of a version, by name."""
         train = [each for each in self.functions if each.path.endswith("cli.py") and each.name == "train"]
         places = self.places_of_exclusions
+        holders = {place.split(":")[0] for place in places}
         largest = sorted(self.lines.items(), key=lambda pair: -pair[1])[:5]
         return {
             "files": str(len(self.lines)),
@@ -135,10 +140,10 @@ class Architecture:
             "longest function": f"{self.longest.lines} lines\n{self.longest.path}: {self.longest.name}",
             "frames from verb to objective": str(len(self.frames) or "not counted"),
             "dict[str, Any]": str(self.loose),
-            "public names defined twice": _listed(self.named_twice),
+            "names defined twice": _listed(self.named_twice),
             "files of the same name": _listed(self.files_named_twice),
             "parameters of cli.train": ", ".join(str(each.num_parameters) for each in train),
-            "functions that say what goes with what": f"{len(places)} in {len({p.split(':')[0] for p in places})} files",
+            "functions that say what goes with what": f"{len(places)} in {len(holders)} files",
         }
 
 
@@ -174,17 +179,22 @@ def count(source: Path, *, frames: bool = True) -> Architecture:
         if path.name != "__init__.py":
             files[path.name].append(name)
         for node in tree.body:
-            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not _may_repeat(node):
                 names[node.name].append(name)
     return Architecture(
         lines=lines,
         all_lines=all_lines,
         functions=tuple(functions),
         loose=loose,
-        named_twice={name: found for name, found in names.items() if len(found) > 1 and name not in REPEATABLE},
+        named_twice={name: found for name, found in names.items() if len(found) > 1},
         files_named_twice={name: found for name, found in files.items() if len(found) > 1},
         frames=count_frames(source) if frames else (),
     )
+
+
+def _may_repeat(node: ast.ClassDef | ast.FunctionDef) -> bool:
+    is_verb = isinstance(node, ast.FunctionDef) and any(f"{node.name}_".startswith(f"{verb}_") for verb in VERBS)
+    return is_verb or node.name in REPEATABLE
 
 
 def _functions(tree: ast.AST, path: str, prefix: str = "") -> Iterator[Function]:
@@ -215,7 +225,7 @@ def count_frames(source: Path) -> tuple[str, ...]:
         options = ["--epochs", "1", "--out", str(Path(folder) / "run"), "--device", "cpu"]
         ended = subprocess.run(
             [sys.executable, "-c", _COUNT_FRAMES, "train", *options],
-            env={**os.environ, "PYTHONPATH": str(source), "HF_HUB_OFFLINE": "1"},
+            env={**os.environ, "PYTHONPATH": str(source), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
             cwd=folder,
             capture_output=True,
             text=True,
@@ -240,7 +250,7 @@ def main(
         table.add_column(name, overflow="fold")
     columns = [version.figures() for version in versions.values()]
     for name in columns[0]:
-        table.add_row(name, *(figures[name] for figures in columns))
+        table.add_row(*map(Text, (name, *(figures[name] for figures in columns))))
     console = Console(width=max(100, Console().width))
     console.print(table)
     if details:
