@@ -1,6 +1,6 @@
 """Plans for ranks: one local module each, balanced by time or by memory, within a budget that every rank keeps.
 
-The same way through as for one process (``budget.py``): costs of every block, an exact search (``rank_search.py``), and
+The same way through as for one process (``budget.py``): costs of every block, an exact search (``search.py``), and
 one whole step of the chosen plan on fake tensors. The step is simulated in one process;
 a rank's part of it is what its own module's step takes beside the static bytes of all, which are then its own alone.
 
@@ -23,11 +23,11 @@ from torch import Tensor
 from localgrad.backbones.base import Layout
 from localgrad.errors import BudgetError, PartitionError, RecipeError
 from localgrad.objectives.methods import GreedySupervised
+from localgrad.parallel.packets import Packets
 from localgrad.parallel.schedule import NUM_BUFFERS
 from localgrad.partition import Plan
 from localgrad.planning.budget import Search, Task, at_least, check_batch, confirmed, searches
-from localgrad.planning.rank_search import Packets, Ranks, fastest_ranks, smallest_ranks
-from localgrad.planning.search import UNLIMITED, Solution
+from localgrad.planning.search import UNLIMITED, Ranks, Solution, fastest_ranks, smallest_ranks
 from localgrad.step.local_module import CONTEXT_GRID
 from localgrad.units import format_bytes
 
