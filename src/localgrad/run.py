@@ -825,6 +825,8 @@ def _finish(job: Job, trainer: Trainer, peaks: dict[str, Any]) -> dict[str, Any]
     if speaks:
         weights = model_weights(load_saved_weights(trainer.folder.best))
         save_weights(trainer.folder.path / "model.safetensors", weights)
+    if job.team is not None:
+        add_skipped_of_all(job.team, job.data.skipped)
     position = trainer.position
     summary = {
         "test_accuracy": accuracy,
@@ -851,6 +853,13 @@ def _finish(job: Job, trainer: Trainer, peaks: dict[str, Any]) -> dict[str, Any]
         trainer.folder.write_json("summary.json", summary)
         trainer.folder.finish()
     return summary
+
+
+def add_skipped_of_all(team: Team, skipped: Mapping[str, Skipped]) -> None:
+    """Add what other processes left out while they trained: replicas read different images. All call this together."""
+    for others in team.everyone({part: own.images for part, own in skipped.items()}):
+        for part, images in others.items():
+            skipped[part].images.update(images)
 
 
 def _read_summary(path: Path) -> dict[str, Any] | None:
