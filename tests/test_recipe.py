@@ -211,7 +211,7 @@ def test_impossible_values_name_their_key(key: str, value: Any) -> None:
         Recipe.from_dict(overlay({}, {key: value}))
     message = str(caught.value)
     # A check of ours names the argument.
-    assert message.startswith((f"recipe: {key} = ", f"recipe: {key}.", f"recipe: {key.split('.')[-1]}"))
+    assert message.startswith((f"recipe: {key} = ", f"recipe: {key}.", f"recipe: {key.rsplit('.', maxsplit=1)[-1]}"))
     assert "\n" not in message
 
 

@@ -28,7 +28,7 @@ from localgrad.parallel.learner import ParallelLearner
 from localgrad.parallel.team import Team
 from localgrad.step.local_step import check_precision
 from localgrad.training.data import Batches, DataInfo, ImageSet, Splits, load_data, note_on_fit
-from localgrad.training.optim import OptimizerFactory, Schedule, check_optimizer, check_schedule
+from localgrad.training.optim import OptimizerFactory, Schedule, check_schedule, optimizer_info
 from localgrad.training.settings import Augment
 
 EVALUATION_BATCH = 256
@@ -216,7 +216,7 @@ def _settled(
 def _check_training(recipe: Recipe) -> None:
     """Refuse optimizers and numbers that can't be, before data is read."""
     training, execution = recipe.method.training, recipe.execution
-    check_optimizer(training.optimizer)
+    optimizer_info(training.optimizer)
     check_schedule(
         training.lr * min(training.lr_depth),
         name=training.scheduler,
@@ -340,7 +340,7 @@ def create_model(settings: ModelSettings, *, num_classes: int | None, num_channe
             return create()
     except Exception as error:  # timm's own checks are asserts and errors of many kinds
         raise BackboneError(
-            f"{arg('model')}: timm can't make {settings.name!r} with {_listed(options)}: "
+            f"{arg('model')}: timm can't make {settings.name!r} with {_as_options(options)}: "
             f"{reason_of(error).rstrip('.')}. "
             f"Check {arg('img_size')}, {arg('patch_size')} and model.options."
         ) from error
@@ -400,5 +400,5 @@ def _seed_everything(seed: int) -> None:
     random.seed(seed)
 
 
-def _listed(options: dict[str, Any]) -> str:
+def _as_options(options: dict[str, Any]) -> str:
     return ", ".join(f"{key}={value!r}" for key, value in options.items()) or "no options"

@@ -20,8 +20,8 @@ from localgrad import rules
 from localgrad.app.build import check_model_name, create_model, input_size_of, resolve_device
 from localgrad.app.recipe import DataSettings, ModelSettings, validated
 from localgrad.backbones.base import Backbone, split
-from localgrad.compare.contenders import Local, Method, Stage, default_methods
-from localgrad.compare.plots import check_path, check_writable, plot_timeline, plot_trade_off
+from localgrad.compare.contenders import Contender, Local, Stage, default_methods
+from localgrad.compare.plots import check_output_file, check_path, plot_timeline, plot_trade_off
 from localgrad.compare.settings import Settings
 from localgrad.compare.side_by_side import Comparison, Report, Row, compare
 from localgrad.errors import PartitionError, RecipeError, arg, did_you_mean
@@ -80,7 +80,7 @@ def run(settings: Settings, report: Report) -> Comparison:
         "versions": versions(),
         "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
         "command": shlex.join(["localgrad", *sys.argv[1:]]),
-        "settings": {name: _plain(value) for name, value in asdict(settings).items()},
+        "settings": {name: _json_value(value) for name, value in asdict(settings).items()},
     }
     about["notes"] = _notes_of_plans(settings, precisions, backbone, device)
     stage = Stage(backbone, optimizer, settings.batch_size, device)
@@ -104,10 +104,10 @@ def run(settings: Settings, report: Report) -> Comparison:
     return comparison
 
 
-def _plain(value: object) -> object:
+def _json_value(value: object) -> object:
     if isinstance(value, Path):
         return str(value)
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+    return [_json_value(item) for item in value] if isinstance(value, tuple) else value
 
 
 # Options ---------------------------------------------------------------------------------------------------------
@@ -131,13 +131,13 @@ def _check_numbers(settings: Settings) -> None:
 
 def _check_files(settings: Settings) -> None:
     if settings.json is not None:
-        check_writable("json", settings.json)
+        check_output_file("json", settings.json)
     for name, path in (("plot", settings.plot), ("timeline", settings.timeline)):
         if path is not None:
             check_path(name, path)
 
 
-def _methods(settings: Settings, precisions: Sequence[str]) -> list[Method]:
+def _methods(settings: Settings, precisions: Sequence[str]) -> list[Contender]:
     given = settings.modules[0].split(",") if len(settings.modules) == 1 else settings.modules
     checkpoints = _choices("checkpoint", settings.checkpoint)
     checkpoints = [str(Checkpointing.parse(text)) for text in checkpoints]
@@ -149,7 +149,7 @@ def _methods(settings: Settings, precisions: Sequence[str]) -> list[Method]:
         checkpoints=checkpoints,
         precisions=precisions,
         compile=settings.compile,
-        budgets=[_budget(text) for text in _choices("memory_budget", settings.budget)],
+        budgets=[_memory_share(text) for text in _choices("memory_budget", settings.budget)],
         # Their rows have forecasts of their own; in what they were made for something else is told below the table.
         plans=[(f"plan {path.stem}", replace(_read_plan(path), made_for={})) for path in settings.plans],
     )
@@ -205,7 +205,7 @@ def _module_choice(text: str) -> int | str | tuple[int, ...]:
     return numbers[0] if len(numbers) == 1 else numbers
 
 
-def _budget(text: str) -> float:
+def _memory_share(text: str) -> float:
     try:
         share = float(text)
     except ValueError:
@@ -230,7 +230,7 @@ def _read_plan(path: Path) -> Plan:
 def _data(settings: Settings) -> tuple[DataInfo, Callable[[tuple[int, int, int]], tuple[Tensor, Tensor]]]:
     """What the data set is like, and a function that gives one batch of it for an input size, in host memory."""
     if settings.data is not None:
-        return _loaded(settings, settings.data)
+        return _loader(settings, settings.data)
     num_classes = 1000 if settings.num_classes is None else settings.num_classes
     info = DataInfo(
         name="random images",
@@ -252,7 +252,7 @@ def _data(settings: Settings) -> tuple[DataInfo, Callable[[tuple[int, int, int]]
     return info, draw
 
 
-def _loaded(settings: Settings, name: str) -> tuple[DataInfo, Callable[[tuple[int, int, int]], tuple[Tensor, Tensor]]]:
+def _loader(settings: Settings, name: str) -> tuple[DataInfo, Callable[[tuple[int, int, int]], tuple[Tensor, Tensor]]]:
     side = settings.img_size
     names = ("on_corrupt", "train_data", "val_data", "test_data", "image_range", "background", "fit")
     asked = {key: getattr(settings, key) for key in names if getattr(settings, key) is not None}
@@ -300,7 +300,7 @@ def head_of(comparison: Comparison) -> str:
     )
 
 
-def table_of(comparison: Comparison) -> Table:
+def comparison_table(comparison: Comparison) -> Table:
     """The rows for a terminal; ``*`` marks what no other method beats in both time and memory."""
     rows = comparison.rows
     timed = any(row.step_seconds is not None for row in rows)
