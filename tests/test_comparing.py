@@ -561,7 +561,7 @@ def test_estimates_alone_run_nothing(compare_: Cli, monkeypatch: pytest.MonkeyPa
         (("--plot", "a.pdf"), "--plot: 'a.pdf' is neither .png nor .svg; take a.png."),
         (("--timeline", "no/such/a.png"), "--timeline: there is no folder 'no/such'"),
         (("--json", "."), "--json: '.' is a folder"),
-        (("--plot", "a.png", "--estimate-only"), "--plot: 'a.png' needs step times"),
+        (("--plot", "a.png", "--estimate-only"), "--plot a.png doesn't go with --estimate-only: it needs step times"),
         (
             ("--objective", "greeedy"),
             "--objective: unknown 'greeedy'; take feature, image, greedy, contrastive. Nearest",

@@ -257,7 +257,7 @@ def test_a_run_that_diverges_keeps_the_last_good_checkpoint(
 ) -> None:
     trainer = make(folder)
     after_step(monkeypatch, step, break_weights)
-    with pytest.raises(DivergenceError, match=words + r"; the last good checkpoint is .*last\.pt\. Try a lower --lr"):
+    with pytest.raises(DivergenceError, match=words + r"; the last good checkpoint is .*last\.pt\. Try a lower lr"):
         trainer.fit()
     state = folder.load_last()
     assert state["position"]["epoch"] == 1

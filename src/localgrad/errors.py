@@ -110,7 +110,16 @@ class RunWarning(UserWarning):
 
 
 class CheckpointError(LocalgradError, RuntimeError):
-    """A checkpoint that is truncated, of another model, or of another version."""
+    """A checkpoint that is truncated, of another model, or of another version.
+
+    Args:
+        fact: what is wrong.
+        advice: what to do about it.
+    """
+
+    def __init__(self, fact: str, advice: str = "") -> None:
+        super().__init__(f"{fact}; {advice}." if advice else fact)
+        self.fact = fact
 
 
 class IsolationError(LocalgradError, RuntimeError):

@@ -268,7 +268,7 @@ def _has_lost_best(folder: RunFolder, position: Mapping[str, Any], recipe: Recip
         is_of_best = (position["best_epoch"] + 1, 0) == (position.get("epoch"), position.get("batch"))
         if recipe.method.training.schedule == "sequential" or not is_of_best:
             raise
-        say(f"{str(error).split('; ')[0].rstrip('.')}; written again from the checkpoint, which is of the best epoch.")
+        say(f"{error.fact}; written again from the checkpoint, which is of the best epoch.")
         return True
     return False
 
@@ -725,7 +725,7 @@ def _health_check(job: Job) -> HealthCheck | None:
             reference=reference,
         )
     except CheckpointError as error:
-        raise _bad_reference(execution.health_reference, error) from error
+        raise RecipeError(f"{arg('health_reference', execution.health_reference)}: {error}") from error
 
 
 def _end_to_end_weights(path: Path, recipe: Recipe) -> dict[str, Tensor]:
@@ -734,19 +734,15 @@ def _end_to_end_weights(path: Path, recipe: Recipe) -> dict[str, Tensor]:
         found = read_recipe(path)
         weights = load_saved_weights(path / "checkpoints" / "best.safetensors")
     except LocalgradError as error:
-        raise _bad_reference(path, error) from error
+        raise RecipeError(f"{arg('health_reference')}: {error}") from error
+    named = arg("health_reference", path)
     free = ("model.drop_path", "model.pretrained")  # these don't change what features are
     different = [line for line in difference(found, recipe) if line.startswith("model.") and not line.startswith(free)]
     if different:
-        raise _bad_reference(path, f"it is a run of another model ({'; '.join(different)}).")
+        raise RecipeError(f"{named}: it is a run of another model ({'; '.join(different)}).")
     if found.method.local.modules not in (1, []):
-        raise _bad_reference(path, f"it was trained with local modules; name a run with {arg('modules', 1)}.")
+        raise RecipeError(f"{named}: it was trained with local modules; name a run with {arg('modules', 1)}.")
     return model_weights(weights)
-
-
-def _bad_reference(path: object, reason: object) -> RecipeError:
-    text = str(reason).removeprefix(f"{path}: ").removeprefix("checkpoint: ")
-    return RecipeError(f"{arg('health_reference', path)}: {text}")
 
 
 def _check_space(job: Job, path: Path) -> None:

@@ -227,8 +227,8 @@ class RunFolder:
                 reason = agree(state)
                 if reason is not None:
                     raise CheckpointError(
-                        f"checkpoint {path}: it doesn't fit this run ({reason}); restore the run's own, or start the "
-                        "run again in another folder."
+                        f"checkpoint {path}: it doesn't fit this run ({reason})",
+                        "restore the run's own, or start the run again in another folder",
                     )
                 names = tuple(map(str, state.get("parts", ())))
                 parts = [_load_torch(path.with_name(name)) for name in names]
@@ -236,7 +236,7 @@ class RunFolder:
                 errors.append(error)
                 continue
             if errors:
-                say(f"{_without_advice(errors[0])}; going on from the checkpoint before it, {path}.")
+                say(f"{errors[0].fact}; going on from the checkpoint before it, {path}.")
             self._last_is_sound, self._parts_of_last = path == self.last, names
             self.kept = kept_of(state)
             return {**state, "parts": parts} if parts else state
@@ -269,10 +269,6 @@ def _say_unverified(path: Path) -> None:
     say(f"{path}: without checksums, as older versions wrote runs; what can't be verified is taken as it is.")
 
 
-def _without_advice(error: CheckpointError) -> str:
-    return re.split("; (?:restore|start)", str(error))[0].rstrip(".")
-
-
 def kept_of(state: Mapping[str, Any]) -> dict[str, Any]:
     """What a checkpoint keeps of other files; one of an older version keeps nothing."""
     kept = state.get("kept")
@@ -282,7 +278,7 @@ def kept_of(state: Mapping[str, Any]) -> dict[str, Any]:
 def _load_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint without its parts."""
     if not path.exists():
-        raise CheckpointError(f"checkpoint {path}: there is none; start the run again without {arg('resume')}.")
+        raise CheckpointError(f"checkpoint {path}: there is none", f"start the run again without {arg('resume')}")
     state = _load_torch(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else None
@@ -297,8 +293,8 @@ def _load_torch(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, *_NO_ZIP, *_DAMAGED) as error:
         raise CheckpointError(
-            f"checkpoint {path}: it is truncated or no checkpoint ({reason_of(error, limit=300)}); restore it from a "
-            "copy, or start the run again in another folder."
+            f"checkpoint {path}: it is truncated or no checkpoint ({reason_of(error, limit=300)})",
+            "restore it from a copy, or start the run again in another folder",
         ) from error
 
 
@@ -474,16 +470,17 @@ def load_saved_weights(path: Path) -> dict[str, Tensor]:
             expected = (file.metadata() or {}).get("sha256")
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
     except FileNotFoundError as error:
-        raise CheckpointError(f"weights {path}: there are none; train the run first.") from error
+        raise CheckpointError(f"weights {path}: there are none", "train the run first") from error
     except (SafetensorError, OSError, RuntimeError, *_DAMAGED) as error:
         raise CheckpointError(
-            f"weights {path}: truncated or no safetensors file ({reason_of(error, limit=300)})."
+            f"weights {path}: truncated or no safetensors file ({reason_of(error, limit=300)})",
+            "restore them from a copy, or train the run again",
         ) from error
     if expected is None:
         _say_unverified(path.parent.parent if path.parent.name == "checkpoints" else path)
     elif expected != _digest_of_tensors(weights):
         raise CheckpointError(
-            f"weights {path}: damaged (their checksum is wrong); restore them from a copy, or train the run again."
+            f"weights {path}: damaged (their checksum is wrong)", "restore them from a copy, or train the run again"
         )
     return weights
 

@@ -47,10 +47,10 @@ class OptimizerFactory:
 
     def __init__(self, model: nn.Module, *, name: str, lr: float, weight_decay: float) -> None:
         info = optimizer_info(name)
-        check_rate("training.lr", lr)
+        check_rate(arg("lr"), lr)
         if not 0 <= weight_decay <= _LARGEST:
             raise RecipeError(
-                f"training.weight_decay: {weight_decay} is no decay; take a number from 0 on, such as 0.05."
+                f"{arg('weight_decay')}: {weight_decay} is no decay; take a number from 0 on, such as 0.05."
             )
         self._eight_bit = _of_bitsandbytes(info)
         self.name = name
@@ -62,7 +62,7 @@ class OptimizerFactory:
         """The same factory for one local module, with factors on its learning rate and weight decay."""
         other = copy.copy(self)
         other.lr, other.weight_decay = self.lr * lr, self.weight_decay * weight_decay
-        check_rate(f"training.lr_depth: with a factor of {lr:g} the learning rate", other.lr)
+        check_rate(f"{arg('lr_depth')}: with a factor of {lr:g} the learning rate", other.lr)
         return other
 
     @property
@@ -271,11 +271,11 @@ class Schedule:
             raise RecipeError(f"batches_per_epoch must be at least 1, got {batches_per_epoch}.")
         warmup = warmup_of(warmup_epochs, epochs, batches_per_epoch)
         if not 0 <= warmup_stagger < math.inf:
-            raise RecipeError(f"training.warmup_stagger: {warmup_stagger} is no number of epochs; take one from 0 on.")
+            raise RecipeError(f"{arg('warmup_stagger')}: {warmup_stagger} is no number of epochs; take one from 0 on.")
         longest = warmup + (first + len(self.optimizers) - 1) * warmup_stagger
         if warmup_stagger and longest >= epochs:
             raise RecipeError(
-                f"training.warmup_stagger: {warmup_stagger} makes the last module's warm-up {longest:g} of {epochs} "
+                f"{arg('warmup_stagger')}: {warmup_stagger} makes the last module's warm-up {longest:g} of {epochs} "
                 "epochs; take less."
             )
         self._schedulers = [

@@ -277,10 +277,9 @@ class Trainer:
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
             self.position, self._sums = before[:2]
             _restore_random_state(before[2])
-            reason = str(error).removeprefix("checkpoint: ").removesuffix(".")
             raise CheckpointError(
-                f"checkpoint {self.folder.last}: it doesn't fit this run ({reason}); restore the run's own, or start "
-                "the run again in another folder."
+                f"checkpoint {self.folder.last}: it doesn't fit this run ({error})",
+                "restore the run's own, or start the run again in another folder",
             ) from error
 
     def _load_sums(self, state: dict[str, Any]) -> None:
