@@ -277,7 +277,7 @@ def schedule_of(made: list[torch.optim.Optimizer], lr: float | None = None, **ch
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        *(({key: value}, f"^training.{key}: ") for key in ("warmup_lr", "min_lr", "warmup_epochs", "warmup_stagger")
+        *(({key: value}, f"^{key}: ") for key in ("warmup_lr", "min_lr", "warmup_epochs", "warmup_stagger")
           for value in (float("nan"), float("inf"), -1.0)),
         ({"min_lr": 0.1}, r"^min_lr: 0.1 is above the learning rate \(0.01\), which would rise to the end"),
         ({"min_lr": 0.1, "name": "poly"}, "^min_lr: 0.1 is above"),

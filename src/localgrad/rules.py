@@ -109,12 +109,10 @@ def _table() -> Iterator[Rule]:
     yield Rule(REPLICAS, Missing("parallel", "modules"), "only processes that share modules out have replicas")
     yield Rule(Given("shard"), Missing("parallel", "modules"), "weights are shared out among replicas")
     yield Rule(Given("shard"), Missing("replicas", 2, off=(None, 1)), "weights are shared out among replicas")
-    yield Rule(COMPILE, REPLICAS, "replicas run their modules inside of DDP, which would run them as they are")
+    yield Rule(COMPILE, REPLICAS, "replicas run their modules inside of DDP, not compiled")
     yield Rule(Given("num_processes"), Missing("parallel", "modules"), "it says what processes share")
-    yield Rule(
-        BUDGET, Given("parallel", "modules"), "plan first, for so many ranks, then train by the plan that was written"
-    )
-    yield Rule(Given("on_oom", "replan"), PARALLEL, "no process plans for the others; resume with another checkpoint")
+    yield Rule(BUDGET, Given("parallel", "modules"), "plan first, for so many ranks, then train by that plan")
+    yield Rule(Given("on_oom", "replan"), PARALLEL, "no process plans for others; resume with another checkpoint")
     yield Rule(Given("balance"), Missing("parallel", 4), "it is of the modules of several ranks")
     yield Rule(Given("frontier"), PARALLEL, "it is of plans for one process")
     yield Rule(Given("batch_size", "auto"), PARALLEL, "it is for plans of one process")
@@ -165,10 +163,20 @@ def check(values: Mapping[str, Any], error: type[LocalgradError] = RecipeError) 
 
 
 def as_markdown() -> str:
-    """The table for the docs."""
-    lines = ["| Given | Doesn't go with | Because |", "|---|---|---|"]
+    """The table as a page of the docs."""
+    lines = [_HEAD]
     for rule in RULES:
-        second = f"`{arg(rule.second.name)}`" if isinstance(rule.second, Missing) else f"`{rule.second.said()}`"
-        without = "no " if isinstance(rule.second, Missing) else ""
-        lines.append(f"| `{rule.first.said()}` | {without}{second} | {rule.reason} |")
+        second = f"no `{arg(rule.second.name)}`" if isinstance(rule.second, Missing) else f"`{rule.second.said()}`"
+        lines.append(f"| `{rule.first.said()}` | {second} | {rule.reason} |")
     return "\n".join(lines) + "\n"
+
+
+_HEAD = """# What doesn't go together
+
+Written by `python -m localgrad.rules`. Names are those of arguments and of a recipe's fields.
+
+| Given | Doesn't go with | Because |
+|---|---|---|"""
+
+if __name__ == "__main__":
+    print(as_markdown(), end="")  # noqa: T201  # the page
