@@ -20,8 +20,8 @@ from torch import nn
 from helpers import SIZE, Cli, make
 from localgrad import Plan, RecipeError, split
 from localgrad.compare import contenders, plots
-from localgrad.compare import options as bench
 from localgrad.compare import side_by_side as comparing
+from localgrad.compare import verb as bench
 from localgrad.compare.contenders import Contender, Local, PlainLoop, Runner, Stage, default_methods
 from localgrad.compare.side_by_side import Comparison, Row, compare, envelope, pareto_front, rotated, summarise
 from localgrad.errors import MemoryExceeded

@@ -27,9 +27,9 @@ from localgrad.app.recipe import Recipe, overlay
 from localgrad.errors import DataError
 from localgrad.parallel import launching
 from localgrad.parallel.watch import BROKEN_SECONDS, SILENT_SECONDS, TOLD_SECONDS
+from localgrad.training.augmentation import Augment
 from localgrad.training.data import Batches, load_data
 from localgrad.training.folder import RunFolder
-from localgrad.training.settings import Augment
 from ranks import Ended, Ranks, free_port
 
 SLOW = 4.0

@@ -28,7 +28,7 @@ from localgrad.app.recipe import (
 from localgrad.errors import RecipeError
 from localgrad.objectives.methods import build_objective
 from localgrad.options import read_modules
-from localgrad.training.settings import Augment
+from localgrad.training.augmentation import Augment
 
 # Round trip ------------------------------------------------------------------------------------------------------
 

@@ -18,8 +18,8 @@ from localgrad import errors, options, rules, run
 from localgrad.app.build import resolve_device
 from localgrad.app.recipe import OPTIONS, Execution, Method, Recipe, overlay, parse_toml, preset
 from localgrad.cli import option_of
+from localgrad.training.augmentation import Augment
 from localgrad.training.data import load_data
-from localgrad.training.settings import Augment
 
 MICRO = """
 [data]
@@ -237,7 +237,7 @@ def test_options_read_what_is_typed() -> None:
 
 def value_for(condition: rules.Given) -> object:
     """A value for which a condition holds."""
-    return None if isinstance(condition, rules.Missing) else 3 if condition.value is None else condition.value
+    return None if isinstance(condition, rules.Absent) else 3 if condition.value is None else condition.value
 
 
 @pytest.mark.parametrize("rule", rules.RULES, ids=lambda rule: f"{rule.first.said()} {rule.second.said()}")

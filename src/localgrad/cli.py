@@ -522,7 +522,7 @@ def compare(**given: Any) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from localgrad.compare import options as bench
+    from localgrad.compare import verb as bench
 
     typed = values_of(_IN_COMPARE, given)
     values: dict[str, Any] = {key: tuple(each) if isinstance(each, list) else each for key, each in typed.items()}

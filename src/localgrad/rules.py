@@ -48,7 +48,7 @@ class Given:
 
 
 @dataclass(frozen=True)
-class Missing(Given):
+class Absent(Given):
     """The condition that an argument isn't given; ``value`` is an example of one to add."""
 
     def holds(self, values: Mapping[str, Any]) -> bool:
@@ -73,7 +73,7 @@ class Rule:
     def said(self, values: Mapping[str, Any]) -> str:
         """The rule as a sentence about what was given, which says what to type instead."""
         first, second = self.first.said(values.get(self.first.key)), self.second.said()
-        if isinstance(self.second, Missing):
+        if isinstance(self.second, Absent):
             return f"{first} needs {arg(self.second.name)}: {self.reason}; add {second}, or leave {first} out."
         return f"{first} doesn't go with {second}: {self.reason}; leave one of them out."
 
@@ -91,7 +91,7 @@ FREEZE_FROM = Given("freeze_from", off=(None,))
 TEACHER, RECONCILE, CONTEXT = (Given(f"local.options.{name}") for name in ("teacher_share", "reconcile", "context"))
 
 
-def _table() -> Iterator[Rule]:
+def _rules() -> Iterator[Rule]:
     at_once = "modules never train in the same step"
     for given in (*GLOBAL, OVERLAP, FREEZE_FROM, Given("warmup_stagger"), TEACHER, RECONCILE, CONTEXT):
         yield Rule(given, SEQUENTIAL, at_once)
@@ -106,14 +106,14 @@ def _table() -> Iterator[Rule]:
     for given in (SEQUENTIAL, *GLOBAL, OFFLOAD, Given("health_every"), TEACHER):
         yield Rule(given, PARALLEL, whole)
     yield Rule(OVERLAP, PARALLEL, "two processes would train the same blocks")
-    yield Rule(REPLICAS, Missing("parallel", "modules"), "only processes that share modules out have replicas")
-    yield Rule(Given("shard"), Missing("parallel", "modules"), "weights are shared out among replicas")
-    yield Rule(Given("shard"), Missing("replicas", 2, off=(None, 1)), "weights are shared out among replicas")
+    yield Rule(REPLICAS, Absent("parallel", "modules"), "only processes that share modules out have replicas")
+    yield Rule(Given("shard"), Absent("parallel", "modules"), "weights are shared out among replicas")
+    yield Rule(Given("shard"), Absent("replicas", 2, off=(None, 1)), "weights are shared out among replicas")
     yield Rule(COMPILE, REPLICAS, "replicas run their modules inside of DDP, not compiled")
-    yield Rule(Given("num_processes"), Missing("parallel", "modules"), "it says what processes share")
+    yield Rule(Given("num_processes"), Absent("parallel", "modules"), "it says what processes share")
     yield Rule(BUDGET, Given("parallel", "modules"), "plan first, for so many ranks, then train by that plan")
     yield Rule(Given("on_oom", "replan"), PARALLEL, "no process plans for others; resume with another checkpoint")
-    yield Rule(Given("balance"), Missing("parallel", 4), "it is of the modules of several ranks")
+    yield Rule(Given("balance"), Absent("parallel", 4), "it is of the modules of several ranks")
     yield Rule(Given("frontier"), PARALLEL, "it is of plans for one process")
     yield Rule(Given("batch_size", "auto"), PARALLEL, "it is for plans of one process")
 
@@ -121,7 +121,7 @@ def _table() -> Iterator[Rule]:
         yield Rule(OFFLOAD, given, "end-to-end steps need all modules on the device")
     yield Rule(OVERLAP, FREEZE_FROM, "a frozen module's last blocks would go on learning")
     yield Rule(OVERLAP, OFFLOAD, "blocks that two modules train can't be offloaded")
-    yield Rule(TEACHER, Missing("ema_decay", 0.999), "the averaged model teaches, and none is kept")
+    yield Rule(TEACHER, Absent("ema_decay", 0.999), "the averaged model teaches, and none is kept")
     yield Rule(RECONCILE, COMPILE, "it runs a module three times, at inputs of its own")
     yield Rule(RECONCILE, OVERLAP, "modules that share blocks don't meet at one place")
 
@@ -131,10 +131,10 @@ def _table() -> Iterator[Rule]:
     yield Rule(OFFLOAD, BUDGET, "planners don't count on it")
     yield Rule(OFFLOAD, Given("plan"), "planners don't count on it")
     yield Rule(BUDGET, Given("plan"), "a plan has its budget already")
-    yield Rule(Given("modules", "auto"), Missing("budget", "6GiB"), "how many is found within a budget")
-    yield Rule(Given("batch_size", "auto"), Missing("budget", "6GiB"), "it is the largest that fits")
+    yield Rule(Given("modules", "auto"), Absent("budget", "6GiB"), "how many is found within a budget")
+    yield Rule(Given("batch_size", "auto"), Absent("budget", "6GiB"), "it is the largest that fits")
 
-    yield Rule(Given("health_reference"), Missing("health_every", 1), "health is not measured in this run")
+    yield Rule(Given("health_reference"), Absent("health_every", 1), "health is not measured in this run")
     yield Rule(Given("preset"), Given("recipe"), "both say where to start")
     for name in ("out", "preset", "recipe", "plan", "budget"):
         yield Rule(Given(name), Given("resume"), "the run has its recipe and folder")
@@ -143,7 +143,7 @@ def _table() -> Iterator[Rule]:
     yield Rule(Given("plot"), Given("estimate_only"), "it needs step times; take a timeline instead")
 
 
-RULES = tuple(_table())
+RULES = tuple(_rules())
 
 
 def check(values: Mapping[str, Any], error: type[LocalgradError] = RecipeError) -> None:
@@ -166,7 +166,7 @@ def as_markdown() -> str:
     """The table as a page of the docs."""
     lines = [_HEAD]
     for rule in RULES:
-        second = f"no `{arg(rule.second.name)}`" if isinstance(rule.second, Missing) else f"`{rule.second.said()}`"
+        second = f"no `{arg(rule.second.name)}`" if isinstance(rule.second, Absent) else f"`{rule.second.said()}`"
         lines.append(f"| `{rule.first.said()}` | {second} | {rule.reason} |")
     return "\n".join(lines) + "\n"
 

@@ -27,9 +27,9 @@ from localgrad.objectives.methods import Objective, build_objective
 from localgrad.parallel.learner import ParallelLearner
 from localgrad.parallel.team import Team
 from localgrad.step.local_step import check_precision
+from localgrad.training.augmentation import Augment
 from localgrad.training.data import Batches, DataInfo, ImageSet, Splits, load_data, note_on_fit
 from localgrad.training.optim import OptimizerFactory, Schedule, check_schedule, optimizer_info
-from localgrad.training.settings import Augment
 
 EVALUATION_BATCH = 256
 Planned = Callable[[Recipe, Backbone], Recipe]

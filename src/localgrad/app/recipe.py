@@ -36,7 +36,7 @@ from localgrad.options import (
     read_numbers,
 )
 from localgrad.partition import Checkpointing
-from localgrad.training.settings import Augment
+from localgrad.training.augmentation import Augment
 
 Count = Annotated[int, Limits(ge=0)]
 Positive = Annotated[int, Limits(ge=1)]

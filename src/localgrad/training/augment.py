@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from localgrad.training.settings import Augment
+from localgrad.training.augmentation import Augment
 
 Fit = Literal["crop", "pad", "squash"]
 """How an image of another shape is brought to the model's: the central part, bars at its sides, or

@@ -41,11 +41,11 @@ from localgrad.training.augment import (
     prepare_batch,
     share_cut_off,
 )
+from localgrad.training.augmentation import Augment
 from localgrad.training.folders import Split
 from localgrad.training.image_sets import FileImages, ImageSet, InMemoryImages, OnCorrupt, Skipped
 from localgrad.training.images import WHITE, Probed, Reading, check_range, parse_colour
 from localgrad.training.loading import Found, find, list_image_files, read_image_files
-from localgrad.training.settings import Augment
 
 __all__ = [
     "Augment",
