@@ -296,7 +296,7 @@ REFUSALS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("--parallel", "2", "--frontier"), ("--frontier", "--parallel")),
     (("--parallel", "2", "--batch-size", "auto", "--budget", "1GiB"), ("--batch-size auto", "--parallel")),
     (("--parallel", "2", "--overlap", "1"), ("--overlap 1", "--parallel")),
-    (("--parallel", "2", "--global-every", "4"), ("--global-every 4", "--parallel")),
+    (("--parallel", "2", "--global-every", "4"), ("--global-every, --global-tail", "--parallel")),
     (("--parallel", "2", "--modules", "3"), ("--parallel 2", "--modules asks for 3", "--parallel 3")),
     (
         ("--parallel", "2", "--set", "local.options.teacher_share=0.5", "--set", "training.ema_decay=0.9"),

@@ -175,7 +175,7 @@ def test_weights_change_over_time_in_sequential_mode_too(tmp_path: Path, monkeyp
         ({"context": 1.5}, "context must be a share"),
         ({"over_time": {"task": [1.0, -1.0]}}, "over_time: task"),
         ({"over_time": {"tusk": [1.0, 0.0]}}, "there is no term 'tusk'"),
-        ({"teacher_share": 1.5}, "teacher_share must be from 0 to 1"),
+        ({"teacher_share": 1.5}, "teacher_share=1.5 needs ema_decay"),
         ({"teacher_share": 0.5}, "add ema_decay"),
         ({"reconstruct": "next"}, "take inputs, previous or blocks"),
         ({"reconstruction_error": "l1"}, "unknown 'l1'"),
