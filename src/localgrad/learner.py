@@ -282,10 +282,11 @@ class LocalLearner:
                 different.append(f"{'no ' if planned is None else ''}{name}, here {'none' if value is None else 'one'}")
         if self.offload and plan.made_for:
             different.append("no offload, here it is on")
-        if "parallel" in plan.forecast and not self.is_parallel:
+        if plan.is_for_ranks and not self.is_parallel:
             different.append("several processes, here one")
         _warn_of_plan(different)
-        self._planned_batch = plan.made_for.get("training.batch_size")
+        batch = plan.made_for.get("training.batch_size")
+        self._planned_batch = batch if isinstance(batch, int) else None
 
     @property
     def device(self) -> torch.device:
@@ -683,8 +684,8 @@ class LocalLearner:
             raise PartitionError(f"plan: its boundaries are {list(plan.boundaries)}, not {list(self.plan.boundaries)}.")
         self.plan = plan
         self._settings["accumulation"] = plan.accumulation
-        if "global_checkpoint" in plan.forecast:
-            self.global_checkpoint = Checkpointing.parse(plan.forecast["global_checkpoint"])
+        if plan.global_checkpoint is not None:
+            self.global_checkpoint = plan.global_checkpoint
             self._global_step = self._global_recomputed = None
         for index, module in enumerate(self.modules):
             module.recomputed = recomputed_in(self.backbone, plan, index, overlap=self.overlap)

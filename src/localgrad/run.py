@@ -41,7 +41,7 @@ from localgrad.memory.track import MemoryProfile
 from localgrad.parallel.learner import ParallelLearner
 from localgrad.parallel.memory import estimate_share
 from localgrad.parallel.team import Team, was_restarted
-from localgrad.partition import Plan
+from localgrad.partition import Plan, forecast_of
 from localgrad.step.executor import out_of_memory
 from localgrad.training.data import DataInfo, load_images_for_prediction
 from localgrad.training.events import (
@@ -661,7 +661,7 @@ def _go_on(replanner: Replanner, trainer: Trainer, module: int) -> bool:
     trainer.folder.write_text("recipe.toml", recipe.to_toml())
     how = f"--checkpoint {','.join(map(str, plan.checkpoint))} --accumulation {plan.accumulation}"
     for sink in trainer.sinks:
-        sink.emit(Replanned(module=module, peak_bytes=plan.forecast["peak_bytes"], how=how))
+        sink.emit(Replanned(module=module, peak_bytes=forecast_of(plan).peak_bytes, how=how))
     return True
 
 
@@ -839,7 +839,7 @@ def _finish(job: Job, trainer: Trainer, peaks: dict[str, Any]) -> dict[str, Any]
         **trainer.selection(),
         "seconds": position.seconds + time.perf_counter() - start,
         "seed": job.recipe.method.seed,
-        "plan": json.loads(job.learner.plan.to_json()),
+        "plan": job.learner.plan.to_dict(),
         "num_skipped": sum(len(own.images) for own in job.data.skipped.values()),
         "skipped": {part: own.counts() for part, own in job.data.skipped.items() if own.counts()},
         "device": device_name(job.device),

@@ -74,7 +74,7 @@ def plan(
         clip_grad: as for ``LocalLearner``.
         overlap: as for ``LocalLearner``.
         global_share: share of the steps that are end-to-end (``LocalLearner.global_step``); how they recompute is
-            ``forecast["global_checkpoint"]``.
+            the plan's ``global_checkpoint``.
         freeze_from: as for ``LocalLearner``.
         parallel: so many ranks, a local module each; the budget is then of every rank.
         balance: with ``parallel``: ``time`` for the fastest slowest rank, ``memory`` for the smallest largest one.
@@ -92,7 +92,7 @@ def plan(
 
     Example:
         >>> p = plan("vit_tiny_patch16_224", batch_size=64, budget="2GiB")  # doctest: +SKIP
-        >>> p.boundaries, p.forecast["peak_bytes"]  # doctest: +SKIP
+        >>> p.boundaries, p.forecast.peak_bytes  # doctest: +SKIP
     """
     if precision not in PRECISIONS:
         raise RecipeError(f"precision: unknown {precision!r}; take one of {', '.join(PRECISIONS)}.")

@@ -234,7 +234,7 @@ def _notes_of_plans(
             "num_parameters": num_parameters(backbone),
         }
         different = plan.differences(here)
-        if "parallel" in plan.forecast:
+        if plan.is_for_ranks:
             different.append("several processes, here one")
         if different:
             notes.append(f"plan {path.stem}: made for {'; '.join(different)}: its own forecast isn't one of this row.")
