@@ -376,7 +376,7 @@ def test_the_forecast_tells_every_module(forecast_plan: Plan, task: Task) -> Non
 def test_rivals_need_what_whole_steps_of_theirs_do(forecast_plan: Plan, task: Task) -> None:
     rivals = forecast_plan.forecast.rivals
     assert [row.name for row in rivals] == list(RIVALS)
-    assert rivals[0]["time_ratio"] == 1
+    assert rivals[0].time_ratio == 1
     assert all(row.time_ratio > 1 for row in rivals[1:])
     for row in rivals:
         learner = LocalLearner(task.backbone, modules=1, checkpoint=RIVALS[row.name])

@@ -31,6 +31,7 @@ from localgrad.errors import (
     PartitionError,
     RecipeError,
 )
+from localgrad.formats import Json
 from localgrad.memory.track import MemoryProfile, annotate, block_activation_bytes, simulate
 from localgrad.objectives.auxiliary import carry_exemptions
 from localgrad.objectives.base import LocalBatch
@@ -55,6 +56,7 @@ from localgrad.step.local_step import LocalStep, autocast, check_precision, draw
 from localgrad.step.offload import HOST, Offloader
 from localgrad.step.sharding import put, put_optimizer
 from localgrad.step.states import (
+    LearnerState,
     check_objective,
     check_optimizer_state,
     check_scaler_state,
@@ -262,7 +264,7 @@ class LocalLearner:
     def _say_what_differs(self, overlap: int) -> None:
         """Warn where a plan was made for something else: it trains all the same, but its forecast isn't of this."""
         plan, settings = self.plan, self._settings
-        here: dict[str, Any] = {
+        here: dict[str, Json] = {
             "device": self.device.type,
             "input_size": list(self.backbone.input_size),
             "num_classes": self.backbone.num_classes,
@@ -726,7 +728,7 @@ class LocalLearner:
         """Put the model and the auxiliary nets in evaluation mode."""
         return self.train(mode=False)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> LearnerState:
         """Everything that a resumed run needs: model, auxiliary nets, every optimizer and scaler, average, count.
 
         As with PyTorch's own, its tensors are the learner's: save it, or ``copy.deepcopy`` it, before training goes on.
@@ -745,7 +747,7 @@ class LocalLearner:
             "optimizer_classes": [type(step.optimizer).__name__ for step in steps],
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: LearnerState) -> None:
         """Take up a state from ``state_dict``, whose tensors are copied.
 
         Raises:
@@ -767,7 +769,7 @@ class LocalLearner:
         self.num_steps, self.seed = state["num_steps"], state["seed"]
         self._seed(steps)
 
-    def check_state_dict(self, state: dict[str, Any]) -> None:
+    def check_state_dict(self, state: LearnerState) -> None:
         """Refuse what ``load_state_dict`` would refuse; nothing is changed.
 
         Raises:
@@ -801,7 +803,7 @@ class LocalLearner:
         check_weights(self.model, state["model"])
         if state["averaged_model"] is not None:
             check_weights(self.model, state["averaged_model"])
-        classes = state.get("optimizer_classes") or [None] * len(self.modules)
+        classes: Sequence[str | None] = state.get("optimizer_classes") or [None] * len(self.modules)
         for index in self.own:
             check_weights(self.modules[index].objective, state["objectives"][index])
         for index, step in zip(self.own, steps, strict=False):
