@@ -52,7 +52,7 @@ from localgrad.step.checks import (
 from localgrad.step.executor import SequentialExecutor, StepResult
 from localgrad.step.global_step import GlobalStep
 from localgrad.step.local_module import build_local_modules, recomputed_in
-from localgrad.step.local_step import LocalStep, autocast, check_precision, drawing_from
+from localgrad.step.local_step import LocalStep, StepSettings, autocast, check_precision, drawing_from
 from localgrad.step.offload import HOST, Offloader
 from localgrad.step.sharding import put, put_optimizer
 from localgrad.step.states import (
@@ -190,7 +190,7 @@ class LocalLearner:
         self._ema = make_ema(self.model, ema_decay, on_host=offload)
         if self._ema is not None:
             self.averaged_model = self._ema.module
-        self._settings: dict[str, Any] = {
+        self._settings: StepSettings = {
             "precision": precision,
             "clip_grad": clip_grad,
             "accumulation": accumulation or self.plan.accumulation,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -184,7 +183,8 @@ def estimate(
     def step(copied: Callable[..., object], **inputs: Tensor) -> object:
         return copied(**inputs) if by_name else copied(*inputs.values())
 
-    sizes: dict[str, Any] = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in named.items()}
+    sizes: Mapping[str, tuple[Sequence[int], torch.dtype]]
+    sizes = {name: (tensor.shape, tensor.dtype) for name, tensor in named.items()}
     on_cuda = any(tensor.is_cuda for tensor in named.values())
     return simulate(step_or_learner, step, inputs=sizes, device="cuda" if on_cuda else "cpu")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -228,12 +229,12 @@ def _list_rows(axes: Axes, numbered: Sequence[tuple[int, Row]]) -> None:
     size = 9.5 if len(numbered) <= 20 else 9.5 * 20 / len(numbered)
     step = 0.049 * size / 9.5
     for place, (number, row) in enumerate(numbered):
-        style: dict[str, Any] = {"transform": axes.transAxes, "fontsize": size, "va": "top", "clip_on": False}
+        write = partial(axes.text, transform=axes.transAxes, fontsize=size, va="top", clip_on=False)
         colour = FAMILIES[row.family][0]
         weight = "bold" if row.is_pareto else "normal"
         height = 1.0 - place * step
-        axes.text(1.12, height, str(number), color=colour, weight=weight, ha="right", **style)
-        axes.text(1.135, height, row.name, color=colour, weight=weight, ha="left", **style)
+        write(1.12, height, str(number), color=colour, weight=weight, ha="right")
+        write(1.135, height, row.name, color=colour, weight=weight, ha="left")
 
 
 def _place_numbers(figure: Figure, axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from torch import Tensor
 from localgrad.compare.contenders import END_TO_END, Contender, Local, Runner, Stage
 from localgrad.compare.measuring import peak_of, timed
 from localgrad.errors import MemoryExceeded, RecipeError, reason_of
+from localgrad.formats import Json
 from localgrad.memory.track import MemoryProfile
 from localgrad.objectives.base import LocalBatch
 from localgrad.step.executor import out_of_memory
@@ -97,6 +98,25 @@ class Row:
         return self.estimated_peak_bytes if self.measured_peak_bytes is None else self.measured_peak_bytes
 
 
+class About(TypedDict, total=False):
+    """Under which circumstances a comparison was made; what isn't known is left out."""
+
+    model: str
+    input_size: list[int]
+    num_classes: int
+    batch_size: int
+    data: str
+    device: str
+    device_type: str
+    num_threads: int
+    versions: dict[str, str]
+    date: str
+    command: str
+    settings: dict[str, Json]
+    notes: list[str]
+    is_interrupted: bool
+
+
 @dataclass(kw_only=True)
 class Comparison:
     """The rows, and under which circumstances they were found.
@@ -107,7 +127,7 @@ class Comparison:
         timelines: for some methods, bytes alive over one estimated step: (share of its operators, bytes).
     """
 
-    about: dict[str, Any]
+    about: About
     rows: list[Row]
     timelines: dict[str, Timeline]
 
@@ -152,7 +172,7 @@ def compare(
     repeats: int = 3,
     warmup: int = 1,
     estimate_only: bool = False,
-    about: Mapping[str, Any] | None = None,
+    about: About | None = None,
     report: Report = lambda *_: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Comparison:
@@ -195,7 +215,7 @@ def compare(
     summarise(rows, stage.batch_size)
     told = [name for name in _worth_drawing(rows) if name in profiles]
     timelines = {name: envelope(profiles[name].timeline, TIMELINE_BINS) for name in told}
-    return Comparison(about={**(about or {}), "is_interrupted": is_interrupted}, rows=rows, timelines=timelines)
+    return Comparison(about={**(about or About()), "is_interrupted": is_interrupted}, rows=rows, timelines=timelines)
 
 
 def _row(method: Contender) -> Row:

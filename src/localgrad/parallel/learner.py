@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from localgrad.backbones.base import Layout
 from localgrad.backbones.fake import by_shapes_alone, copy_without_hooks, fake_copy
+from localgrad.backbones.namespaces import Attributes
 from localgrad.errors import ParallelError, RecipeError
 from localgrad.learner import Factories, LocalLearner, make_ema, no_optimizers
 from localgrad.objectives.auxiliary import NextClassifier
@@ -146,7 +147,7 @@ class ParallelLearner(LocalLearner):
             if index not in self.own:
                 module.to("meta")  # shapes stay, for checks of checkpoints
         for table, tensors in kept:  # some parts belong to several modules, such as tables of rotations
-            cast(dict[str, Any], table).update(tensors)
+            cast(Attributes, table).update(tensors)
         for index in self.own:
             self.modules[index].to(self.team.device)
         self.backbone.follow_parts()

@@ -161,6 +161,6 @@ class OwnRows(nn.Module):
         super().__init__()
         self.parts = nn.ModuleList(parts)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # torch overloads it
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]  # torch overloads it
         """As of any module, but for rows."""
         return {name: rows_of(value) for name, value in super().state_dict(*args, **kwargs).items()}
