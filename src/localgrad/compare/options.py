@@ -150,6 +150,7 @@ def run(settings: Settings, report: Report) -> Comparison:
         repeats=settings.repeats,
         warmup=settings.warmup,
         estimate_only=settings.estimate_only,
+        timelines=settings.timeline is not None,
         about=about,
         report=report,
     )

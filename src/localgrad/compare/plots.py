@@ -1,7 +1,7 @@
 """Two pictures of a comparison: the trade-off of peak memory against step time, and the memory timeline.
 
-matplotlib is used by its objects, on the Agg and SVG canvases: no global state, no window. Colours are Okabe and Ito's,
-which people with any colour vision can tell apart; shapes say the same once more.
+matplotlib (extra ``plots``) is used by its objects, on the Agg and SVG canvases: no global state, no window. Colours
+are Okabe and Ito's, which people with any colour vision can tell apart; shapes say the same once more.
 """
 
 from __future__ import annotations
@@ -36,8 +36,14 @@ def check_path(option: str, path: Path) -> None:
     """Refuse a file that a plot couldn't be written to, before there is anything to lose.
 
     Raises:
-        RecipeError: not PNG or SVG, or no such folder, or it can't be written.
+        RecipeError: not PNG or SVG, or no such folder, or it can't be written; or matplotlib isn't installed.
     """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        raise RecipeError(
+            f"{option}: pictures need matplotlib, which isn't installed; pip install 'localgrad[plots]'."
+        ) from None
     if path.suffix.lower() not in SUFFIXES:
         raise RecipeError(f"{option}: {str(path)!r} is neither .png nor .svg; take {path.stem or 'plot'}.png.")
     check_output_file(option, path)
