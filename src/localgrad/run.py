@@ -384,9 +384,12 @@ def _read_data(path: Path) -> DataDescription:
 
     Raises:
         CheckpointError: missing or damaged, and no checkpoint keeps it.
+        DataError: a newer version wrote it.
     """
     try:
         return DataDescription.from_dict(json.loads(read_text(path, "data.json")))
+    except DataError:  # of a newer version
+        raise
     except (OSError, ValueError, TypeError, AttributeError, RunFolderError) as error:
         raise CheckpointError(
             f"{path / 'data.json'}: missing or damaged ({error}); restore it from a copy, or train the run again."
