@@ -25,7 +25,7 @@ from typing import Any
 import localgrad
 from localgrad.app.recipe import Recipe
 from localgrad.units import format_bytes
-from research.reproduce.published import QUOTED, published_for
+from research.reproduce.published import PUBLISHED, QUOTED, RECIPES, published_for
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "research/docs").glob("*.md"))]
@@ -58,6 +58,20 @@ def published() -> Lines:
     yield f"({QUOTED}; its recipe isn't told there.)"
 
 
+def published_methods() -> Lines:
+    """All published figures, a row a method."""
+    yield f"| method | K | {' | '.join(DATA.values())} | source |"
+    yield f"|---|---|{'---|' * (len(DATA) + 1)}"
+    rows = {(figure.methods, figure.modules): figure.source for figure in reversed(PUBLISHED)}
+    for (methods, modules), source in reversed(rows.items()):
+        figures = (published_for(data, methods[0], modules) for data in DATA)
+        name = methods[0].removesuffix("-linear")  # it isn't told which of the decoders
+        yield f"| {name} | {modules} | {' | '.join(map(str, figures))} | {source} |"
+    yield ""
+    for source, told in RECIPES.items():
+        yield f"* {source}: {told}."
+
+
 NAMES = {  # of rows in the results: what a reader calls them, and whether the README has them
     "end-to-end": ("plain loop, end-to-end", True),
     "K = 1": ("the same in this package: `--modules 1`", False),
@@ -84,8 +98,8 @@ def measured(*, short: bool) -> Lines:
             yield f"| {told} | {_ratios(rows[name])} | {'local' if 'local' in rows[name]['family'] else 'exact'} |"
     repeats = about["settings"]["repeats"]
     yield ""
-    yield f"By `localgrad compare`, {about['device']}, torch {about['versions']['torch']}, {about['date']}, {repeats} repeats,"
-    yield f"auxiliary classifier `mlp`; command and rows: `{path}`."
+    yield f"By `localgrad compare`, {about['device']}, torch {about['versions']['torch']}, {about['date']},"
+    yield f"{repeats} repeats, auxiliary classifier `mlp`; command and rows: `{path}`."
 
 
 def _ratios(row: Mapping[str, Any]) -> str:
@@ -121,7 +135,7 @@ def _names(kind: Any) -> list[str]:
 
 def _section(title: str, kind: Any, prefix: str, only: Mapping[str, Any] | None = None) -> Lines:
     docs, hints = _attributes(kind), typing.get_type_hints(kind, include_extras=True)
-    yield from (f"### {title}", "", "| key | default | meaning |", "|---|---|---|")
+    yield from (f"## {title}", "", "| key | default | meaning |", "|---|---|---|")
     for field in dataclasses.fields(kind):
         if only is None or field.name in only:
             hint = hints[field.name]
@@ -208,6 +222,7 @@ def _directive(name: str) -> Lines:
 
 MADE: Mapping[str, Callable[[], Lines]] = {
     "published": published,
+    "published-methods": published_methods,
     "measured": lambda: measured(short=False),
     "measured-short": lambda: measured(short=True),
     "recipe": recipe,
