@@ -55,7 +55,7 @@ def published() -> Lines:
     gaps = [local - exact for exact, local in zip(*accuracies.values(), strict=True)]
     yield f"| **gap, points** | {' | '.join(f'**{gap:.1f}**'.replace('-', '−') for gap in gaps)} |"  # noqa: RUF001
     yield ""
-    yield f"({QUOTED}; its recipe isn't told there.)"
+    yield f"({QUOTED}; it doesn't give the recipe.)"
 
 
 def published_methods() -> Lines:
