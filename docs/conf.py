@@ -5,8 +5,11 @@ The source folder is the repository's root, so that links between README, docs a
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any
+
+from sphinx.application import Sphinx
+from sphinx.errors import SphinxError
 
 import localgrad
 
@@ -29,13 +32,21 @@ html_title = f"localgrad {release}"
 html_show_sourcelink = False
 html_copy_source = False
 
+ENTRANCE = '<!doctype html><meta http-equiv="refresh" content="0; url=docs/index.html">'
+ELSEWHERE = re.compile(r'<(?:script|img|iframe|link)\b[^>]*\b(?:src|href)="(?:https?:)?//')
 
-def setup(app: Any) -> None:
-    """Let the folder open at its first page."""
 
-    def write_entrance(app: Any, error: Exception | None) -> None:
-        if error is None and app.builder.name == "html":
-            text = '<!doctype html><meta http-equiv="refresh" content="0; url=docs/index.html">'
-            (Path(app.outdir) / "index.html").write_text(text, encoding="utf-8")
+def setup(app: Sphinx) -> None:
+    """Let the folder open at its first page, and see that every page can be read offline."""
+    app.connect("build-finished", finish)
 
-    app.connect("build-finished", write_entrance)
+
+def finish(app: Sphinx, error: Exception | None) -> None:
+    """Write the entrance; refuse pages that load something from elsewhere."""
+    if error is not None or app.builder.name != "html":
+        return
+    folder = Path(app.outdir)
+    (folder / "index.html").write_text(ENTRANCE, encoding="utf-8")
+    for page in folder.rglob("*.html"):
+        if ELSEWHERE.search(page.read_text(encoding="utf-8")):
+            raise SphinxError(f"{page}: it loads something from elsewhere, so it can't be read offline.")
