@@ -98,8 +98,9 @@ def measured(*, short: bool) -> Lines:
             yield f"| {told} | {_ratios(rows[name])} | {'local' if 'local' in rows[name]['family'] else 'exact'} |"
     repeats = about["settings"]["repeats"]
     yield ""
-    yield f"By `localgrad compare`, {about['device']}, torch {about['versions']['torch']}, {about['date']},"
-    yield f"{repeats} repeats, auxiliary classifier `mlp`; command and rows: `{path}`."
+    yield f"By `localgrad compare`, {about['device']}, torch {about['versions']['torch']}, {about['date']}, {repeats}"
+    yield "repeats, auxiliary classifier `mlp`; command and rows are in"
+    yield f"`{path}`."
 
 
 def _ratios(row: Mapping[str, Any]) -> str:
