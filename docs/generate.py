@@ -136,15 +136,23 @@ def _names(kind: Any) -> list[str]:
 
 def _section(title: str, kind: Any, prefix: str, only: Mapping[str, Any] | None = None) -> Lines:
     docs, hints = _attributes(kind), typing.get_type_hints(kind, include_extras=True)
-    yield from (f"## {title}", "", "| key | default | meaning |", "|---|---|---|")
+    yield from (f"## {title}", "", "| key | option | default | meaning |", "|---|---|---|---|")
     for field in dataclasses.fields(kind):
         if only is None or field.name in only:
-            hint = hints[field.name]
-            meaning = _cell(field.metadata.get("help") or _described(hint) or docs[field.name])
-            choices = [value for value in _choices(hint) if str(value) not in meaning]
-            told = f" ({', '.join(f'`{value}`' for value in choices)})" if choices else ""
-            yield f"| `{prefix}{field.name}` | {_default(field)} | {meaning}{told} |"
+            key, own = prefix + field.name, field.metadata.get("option")
+            meaning = _cell(own.help if own else docs[field.name])
+            choices = _choices(hints[field.name])
+            if not all(str(value) in meaning for value in choices):
+                meaning += f" ({', '.join(f'`{value}`' for value in choices)})"
+            yield f"| `{key}` | {_flag(own, field.name)} | {_default(field)} | {meaning} |"
+            for name, entry in field.metadata.get("entries", {}).items():
+                yield f"| `{key}.{name}` | {_flag(entry, name)} |  | {_cell(entry.help)} |"
     yield ""
+
+
+def _flag(own: Any, name: str) -> str:
+    """How a field that is declared with an option is typed."""
+    return f"`--{(own.name or name).replace('_', '-')}`" if own and own.panel else ""
 
 
 def _attributes(kind: Any) -> dict[str, str]:
@@ -153,12 +161,6 @@ def _attributes(kind: Any) -> dict[str, str]:
     _, _, listed = text.partition("Attributes:\n")
     entries = re.findall(r"^    (\w+): (.*?)(?=^    \w+: |^\S|\Z)", listed, re.DOTALL | re.MULTILINE)
     return {name: " ".join(said.split()) for name, said in entries}
-
-
-def _described(hint: Any) -> str | None:
-    """What ``Annotated[..., Field(description=...)]`` says."""
-    found = (getattr(extra, "description", None) for extra in getattr(hint, "__metadata__", ()))
-    return next((text for text in found if isinstance(text, str)), None)
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:
