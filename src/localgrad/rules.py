@@ -74,7 +74,8 @@ class Rule:
         """The rule as a sentence about what was given, which says what to type instead."""
         first, second = self.first.said(values.get(self.first.key)), self.second.said()
         if isinstance(self.second, Absent):
-            return f"{first} needs {arg(self.second.name)}: {self.reason}; add {second}, or leave {arg(self.first.name)} out."
+            name = arg(self.first.name)
+            return f"{first} needs {arg(self.second.name)}: {self.reason}; add {second}, or leave {name} out."
         return f"{first} doesn't go with {second}: {self.reason}; leave one of them out."
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -23,8 +24,9 @@ from localgrad.backbones.base import Backbone, split
 from localgrad.compare.contenders import Contender, Local, Stage, default_methods
 from localgrad.compare.plots import check_output_file, check_path, plot_timeline, plot_trade_off
 from localgrad.compare.settings import Settings
-from localgrad.compare.side_by_side import Comparison, Report, Row, compare
+from localgrad.compare.side_by_side import About, Comparison, Report, Row, compare
 from localgrad.errors import PartitionError, RecipeError, arg, did_you_mean
+from localgrad.formats import Json
 from localgrad.learner import num_parameters
 from localgrad.objectives.auxiliary import DECODERS
 from localgrad.objectives.methods import OBJECTIVES
@@ -68,7 +70,7 @@ def run(settings: Settings, report: Report) -> Comparison:
     for method in methods:
         if isinstance(method, Local):
             method.check(backbone)
-    about = {
+    about: About = {
         "model": settings.model,
         "input_size": list(size),
         "num_classes": info.num_classes,
@@ -92,6 +94,7 @@ def run(settings: Settings, report: Report) -> Comparison:
         repeats=settings.repeats,
         warmup=settings.warmup,
         estimate_only=settings.estimate_only,
+        timelines=settings.timeline is not None,
         about=about,
         report=report,
     )
@@ -104,7 +107,7 @@ def run(settings: Settings, report: Report) -> Comparison:
     return comparison
 
 
-def _json_value(value: object) -> object:
+def _json_value(value: Any) -> Json:
     if isinstance(value, Path):
         return str(value)
     return [_json_value(item) for item in value] if isinstance(value, tuple) else value
@@ -173,7 +176,7 @@ def _notes_of_plans(
             "num_parameters": num_parameters(backbone),
         }
         different = plan.differences(here)
-        if "parallel" in plan.forecast:
+        if plan.is_for_ranks:
             different.append("several processes, here one")
         if different:
             notes.append(f"plan {path.stem}: made for {'; '.join(different)}: its own forecast isn't one of this row.")
