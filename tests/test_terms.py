@@ -266,8 +266,3 @@ def test_the_rules_name_arguments_that_there_are() -> None:
         known |= {name.rstrip("_") for name in inspect.signature(verb).parameters}
     known |= {each.name for kind in (GREEDY, FEATURE) for each in fields(kind)}
     assert {given.key for rule in rules.RULES for given in (rule.first, rule.second)} <= known
-
-
-def test_the_table_of_the_docs_is_the_table_of_the_code() -> None:
-    page = Path(__file__).parents[1] / "docs" / "rules.md"
-    assert rules.as_markdown() in page.read_text(), "write it anew: python -m localgrad.rules > docs/rules.md"

@@ -163,21 +163,9 @@ def check(values: Mapping[str, Any], error: type[LocalgradError] = RecipeError) 
             raise error(rule.said(values))
 
 
-def as_markdown() -> str:
-    """The table as a page of the docs."""
-    lines = [_HEAD]
+def as_markdown() -> Iterator[str]:
+    """The table for the docs, line by line, with arguments as Python names them."""
+    yield from ("| given | doesn't go with | because |", "|---|---|---|")
     for rule in RULES:
         second = f"no `{arg(rule.second.name)}`" if isinstance(rule.second, Absent) else f"`{rule.second.said()}`"
-        lines.append(f"| `{rule.first.said()}` | {second} | {rule.reason} |")
-    return "\n".join(lines) + "\n"
-
-
-_HEAD = """# What doesn't go together
-
-Written by `python -m localgrad.rules`. Names are those of arguments and of a recipe's fields.
-
-| Given | Doesn't go with | Because |
-|---|---|---|"""
-
-if __name__ == "__main__":
-    print(as_markdown(), end="")  # noqa: T201  # the page
+        yield f"| `{rule.first.said()}` | {second} | {rule.reason} |"
