@@ -26,7 +26,8 @@ import typer
 from typer.models import OptionInfo
 
 from localgrad import rules
-from localgrad.app.recipe import DOWNLOAD, OPTIONS
+from localgrad.app.recipe import DOWNLOAD, OPTIONS, Recipe, overlay, parse_assignments, parse_toml
+from localgrad.app.recipe import preset as preset_values
 from localgrad.compare.settings import Settings
 from localgrad.errors import BudgetError, LocalgradError, PartitionError, RecipeError, RunWarning, arg, naming
 from localgrad.options import DATA, EXECUTION, RUN, Option, declared, read_modules, read_whole, values_of
@@ -200,12 +201,12 @@ NoCacheOption = Annotated[
 ]
 RunFolderArgument = Annotated[Path, typer.Argument(help="A folder that `localgrad train` made.")]
 
-OF_TRAIN = {**OPTIONS, DOWNLOAD.key: DOWNLOAD}
-EVERYDAY = ("data", "model", "pretrained", "modules", "objective", "epochs", "batch_size", "lr", "budget", "resume")
+_IN_TRAIN = {**OPTIONS, DOWNLOAD.key: DOWNLOAD}
+_EVERYDAY = ("data", "model", "pretrained", "modules", "objective", "epochs", "batch_size", "lr", "budget", "resume")
 
 
 @app.command(epilog="All options: localgrad train --help-all")
-@takes(OF_TRAIN, EVERYDAY)
+@takes(_IN_TRAIN, _EVERYDAY)
 def train(
     *,
     num_processes: Annotated[
@@ -235,8 +236,6 @@ def train(
     **given: Any,
 ) -> None:
     """Train a model. With no options: handwritten digits, four local modules, under two minutes on two cores."""
-    from localgrad.app.recipe import Recipe, overlay
-
     if given["data"] is None and resume is None:
         given["data"] = given["train_data"]
     changes = _changes(OPTIONS, given, set_)
@@ -244,11 +243,9 @@ def train(
     typed |= {"out": out, "preset": preset, "recipe": recipe, "num_processes": num_processes}
     decided = {key: changes.get(f"execution.{key}") for key in ("checkpoint", "accumulation")}
     rules.check({**typed, **decided})
-    num_bytes = _bytes_of(budget)
+    num_bytes = None if budget is None else parse_bytes(budget)
     if num_bytes is not None:
         changes.setdefault("local.modules", "auto")
-    if on_oom not in ("stop", "replan"):
-        raise RecipeError(f"{arg('on_oom')}: unknown {on_oom!r}; take stop or replan.")
     plan = None
     if resume is not None:
         wanted = _resumed(resume, changes)
@@ -281,22 +278,13 @@ def train(
 
 def _changes(options: Mapping[str, Option], given: Mapping[str, Any], assignments: list[str] | None) -> dict[str, Any]:
     """Options as changes to a recipe, by dotted key."""
-    from localgrad.app.recipe import parse_assignments
-
     changes = values_of(options, given) | parse_assignments(assignments or [])
     if isinstance(changes.get("local.modules"), str):  # --set local.modules=2,5,9
         changes["local.modules"] = read_modules("modules", changes["local.modules"])
     return changes
 
 
-def _bytes_of(budget: str | None) -> int | None:
-    try:
-        return None if budget is None else parse_bytes(budget)
-    except RecipeError as error:
-        raise RecipeError(f"{arg('budget')}: {error}") from None
-
-
-def _start_processes(count: int, recipe: Any, folder: Path | None) -> None:
+def _start_processes(count: int, recipe: Recipe, folder: Path | None) -> None:
     """Start this command again in several processes, unless this is one of them; doesn't come back then."""
     rules.check({"num_processes": count or 1, "parallel": recipe.execution.parallel})
     if count < 1:
@@ -383,7 +371,7 @@ def plan(
     _print_plan(
         _base(preset, recipe, {"data.name": "", **changes}),
         changes,
-        budget=_bytes_of(budget),
+        budget=None if budget is None else parse_bytes(budget),
         device=device,
         num_classes=num_classes,
         largest_batch=size == "auto",
@@ -408,13 +396,10 @@ def _print_plan(
     cache: bool,
 ) -> None:
     """Plan a recipe, print what was found, and write it."""
-    from dataclasses import replace
-
     from rich.console import Console
     from rich.markup import escape
 
     from localgrad.app import planned as recipes
-    from localgrad.app.recipe import Recipe, overlay
     from localgrad.compare.plots import check_output_file
     from localgrad.planning import budget as budgets
     from localgrad.planning import rank_plans as parallel
@@ -469,8 +454,6 @@ def evaluate(
     from localgrad import run
     from localgrad.training.events import accuracies
 
-    if part not in ("test", "val", "train"):
-        raise RecipeError(f"{arg('part')}: unknown {part!r}; take test, val or train.")
     result = run.evaluate_run(run_folder, part=part, data=data, device=given["device"], root=given["root"])
     left_out = "".join(f"; left out: {count:,} {reason}" for reason, count in result["skipped"].items())
     typer.echo(f"{part} accuracy  {result['accuracy']:.2%}  ({result['num_images']:,} images{left_out})")
@@ -547,10 +530,9 @@ def compare(**given: Any) -> None:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
 
 
-def _planned(path: Path, preset: str | None, recipe: Path | None, changes: dict[str, Any]) -> tuple[Any, Any]:
+def _planned(path: Path, preset: str | None, recipe: Path | None, changes: dict[str, Any]) -> tuple[Any, Recipe]:
     """A plan from its file, and the recipe to train by it; refused where options contradict the plan."""
     from localgrad.app.planned import changes_of, check_plan_is_for
-    from localgrad.app.recipe import Recipe, overlay
     from localgrad.partition import Plan
 
     try:
@@ -570,8 +552,6 @@ def _planned(path: Path, preset: str | None, recipe: Path | None, changes: dict[
 
 def _base(preset_name: str | None, recipe: Path | None, changes: dict[str, Any]) -> dict[str, Any]:
     """What the options are laid over: a recipe file, a preset, or (where no other data is named) the digits."""
-    from localgrad.app.recipe import parse_toml, preset
-
     if recipe is not None:
         try:
             return parse_toml(recipe.read_text(encoding="utf-8"), str(recipe))
@@ -580,16 +560,15 @@ def _base(preset_name: str | None, recipe: Path | None, changes: dict[str, Any])
             raise RecipeError(f"{arg('recipe')}: {recipe} can't be read ({reason}); name a recipe in TOML.") from error
     if preset_name is None and changes.get("data.name", "digits") != "digits":
         return {}
-    base = preset(preset_name or "digits")
+    base = preset_values(preset_name or "digits")
     if preset_name is None and "model.name" in changes:
         base.pop("model", None)  # the preset's micro Swin has options that another model doesn't take
     return base
 
 
-def _resumed(path: Path, changes: dict[str, Any]) -> Any:
+def _resumed(path: Path, changes: dict[str, Any]) -> Recipe:
     """The recipe of the run to be resumed, with the options laid over it."""
     from localgrad import run
-    from localgrad.app.recipe import Recipe, overlay
 
     return Recipe.from_dict(overlay(run.read_recipe(path).to_dict(), changes))
 

@@ -122,6 +122,7 @@ def train(
     Raises:
         LocalgradError: anything that can't be as the recipe says.
     """
+    _check_on_oom(on_oom)
     if out is not None and holds_run(out):
         if was_restarted():
             return resume(out, _normalised_as(read_recipe(out), recipe), sinks=sinks, on_oom=on_oom)
@@ -155,6 +156,11 @@ def train(
             return _fit(job, folder, sinks, health=health, replan=on_oom == "replan")
         finally:
             folder.release()
+
+
+def _check_on_oom(on_oom: str) -> None:
+    if on_oom not in ("stop", "replan"):
+        raise RecipeError(f"{arg('on_oom')}: unknown {on_oom!r}; take stop or replan.")
 
 
 def _normalised_as(begun: Recipe, recipe: Recipe) -> Recipe:
@@ -204,6 +210,7 @@ def resume(path: Path, changes: Recipe | None = None, *, sinks: Sequence[Sink] =
         CheckpointError: both checkpoints are damaged, or of another model; or the best epoch's weights are damaged.
         DataError: the data is missing, or was moved and is not what the run was trained on.
     """
+    _check_on_oom(on_oom)
     own = read_recipe(path)
     recipe = own if changes is None else changes
     different = difference(_without_place(own), _without_place(recipe))
@@ -404,6 +411,8 @@ def evaluate_run(
         DataError: the data is missing, or was moved and is not what the run was trained on.
         CheckpointError: the weights are missing or damaged.
     """
+    if part not in ("test", "val", "train"):
+        raise RecipeError(f"{arg('part')}: unknown {part!r}; take test, val or train.")
     own = _on_device(read_recipe(path), device)
     place = own.method.data
     place = replace(place, name=data or place.name, root=root or place.root)
