@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from collections.abc import Callable
@@ -188,6 +189,17 @@ def test_arguments_are_named_as_their_reader_types_them(name: str, value: object
     assert errors.arg(name, value) == in_python
 
 
+def test_only_the_command_line_writes_dashes() -> None:
+    """Docstrings may; and pip's own options are pip's."""
+    package = Path(localgrad.__file__).parent
+    for path in package.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        told = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in told]
+        dashed = [text for text in texts if isinstance(text, str) and re.search(r"--[a-z]", text) and "pip" not in text]
+        assert path.name == "cli.py" or dashed == [], path
+
+
 # Options ---------------------------------------------------------------------------------------------------------
 
 
@@ -214,7 +226,7 @@ def test_help_shows_ten_options_and_help_all_the_others(verb: str, cli_: Cli, mo
     assert len(everyday) == 10
     assert everyday < set(listed["--help-all"])
     if verb == "train":
-        every = {each.flag for each in OPTIONS.values() if each.panel}
+        every = {option_of(each.key, None) for each in OPTIONS.values() if each.panel}
         assert every < set(listed["--help-all"])
 
 

@@ -163,10 +163,14 @@ _EVERY = "Show every option, and exit."
 
 def _parameter(option: Option, *, with_default: bool) -> inspect.Parameter:
     """What typer makes an option of."""
-    info = typer.Option(option.flag, help=option.help, rich_help_panel=option.panel)
+    info = typer.Option(_flag(option.name), help=option.help, rich_help_panel=option.panel)
     kind: Any = list[option.repeated] if option.repeated else option.kind  # type: ignore[name-defined]
     default = option.default if with_default else None
     return inspect.Parameter(option.name, _KEYWORD, default=default, annotation=Annotated[kind | None, info])
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def option_of(name: str, value: object) -> str:
@@ -179,7 +183,7 @@ def option_of(name: str, value: object) -> str:
     text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
     if "." in key and (own is None or not own.panel):
         return f"--set {key}" if value is None else f"--set {shlex.quote(f'{key}={text}')}"
-    flag = own.flag if own is not None else "--" + field.replace("_", "-")
+    flag = _flag(field if own is None else own.name)
     return flag if value is None or value is True else f"{flag} {shlex.quote(text)}"
 
 

@@ -1,7 +1,7 @@
 """Options: a field of settings, its help, its limits and how it is typed, declared once, beside the field.
 
 The command line is made of these fields, and so are the docs of a recipe; nothing here (and nothing that only declares
-fields) imports pydantic or torch, so that ``--help`` comes at once.
+fields) imports pydantic or torch, so that help comes at once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Option:
 
     Attributes:
         help: what it is, in a line.
-        panel: of the help that lists it; ``None`` for a field without an option of its own (``--set`` takes any).
+        panel: of the help that lists it; ``None`` for a field without an option of its own.
         name: the option's, as Python spells it; by default the field's.
         read: from its text to a value; by default the type does that.
         key: dotted key of the field.
@@ -44,11 +44,6 @@ class Option:
     kind: type = str
     repeated: type | None = None
     default: Any = None
-
-    @property
-    def flag(self) -> str:
-        """As it is typed."""
-        return "--" + self.name.replace("_", "-")
 
 
 def option(
