@@ -641,7 +641,7 @@ def test_a_batch_of_nothing_but_corrupt_images_ends_the_run(tmp_path):
     ("setting", "message"),
     [
         ({"batch_size": 0}, "batch_size must be 1 or more"),
-        ({"batch_size": 61, "drop_last": True}, "batch_size 61 leaves no full batch of 60 images"),
+        ({"batch_size": 61, "drop_last": True}, "batch_size=61 leaves no full batch of 60 images"),
         ({"num_workers": -1}, "num_workers must be 0 or more"),
     ],
 )

@@ -121,7 +121,7 @@ def test_a_folder_is_held_by_one(folder: RunFolder) -> None:
 def test_a_folder_that_cannot_be_made_is_refused(below: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for refuse in (check_writable, RunFolder):
-        with pytest.raises(RunFolderError, match="choose another with out"):
+        with pytest.raises(RunFolderError, match="choose another"):
             refuse(tmp_path / below)
     assert names(tmp_path) == {"file"}
 
