@@ -21,6 +21,7 @@ from localgrad.errors import CheckpointError, RunFolderError
 from localgrad.training.folder import (
     RunFolder,
     check_writable,
+    holds_run,
     load_saved_weights,
     save_weights,
     write_atomically,
