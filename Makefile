@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-all check format docs bench clean
+.PHONY: help demo test test-all test-release check format docs bench clean
 .DEFAULT_GOAL := help
 
 help:  ## these lines
@@ -17,6 +17,9 @@ test: check docs  ## lint, strict types, the site and the quick tests
 
 test-all: check docs  ## the same with the heavy tests
 	$(BIN)/pytest -m "heavy or not heavy"
+
+test-release: $(VENV)/python  ## build the wheel, use it in clean environments: each extra, newest and oldest
+	$(BIN)/python tests/release.py $(ARGS)
 
 check: $(VENV)/installed-dev  ## lint, format and strict types
 	$(BIN)/ruff check src tests research docs
