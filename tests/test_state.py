@@ -398,7 +398,7 @@ def test_replicas_keep_state_that_is_theirs_alike() -> None:
 
 
 def test_replicas_are_refused_where_state_would_go_its_own_ways() -> None:
-    with pytest.raises(ParallelError, match=r"--replicas 2: RunningMean in blocks\.1 writes.*take --replicas 1"):
+    with pytest.raises(ParallelError, match=r"replicas=2: RunningMean in blocks\.1 writes.*take replicas=1"):
         refuse_replicas(with_layer("running mean"))
 
 
