@@ -21,6 +21,7 @@ from localgrad.errors import CheckpointError, RunFolderError
 from localgrad.training.folder import (
     RunFolder,
     check_writable,
+    holds_run,
     load_saved_weights,
     save_weights,
     write_atomically,
@@ -42,10 +43,10 @@ def names(path: Path) -> set[str]:
 
 
 def test_text_and_json_are_written(folder: RunFolder) -> None:
-    assert not folder.has_run
+    assert not holds_run(folder.path)
     folder.write_text("recipe.toml", "seed = 1\n")
     folder.write_json("summary.json", {"a": [1, None]})
-    assert folder.has_run
+    assert holds_run(folder.path)
     assert (folder.path / "recipe.toml").read_text() == "seed = 1\n"
     assert json.loads((folder.path / "summary.json").read_text()) == {"a": [1, None]}
     assert (folder.path / "recipe.toml").stat().st_mode & 0o777 == 0o644

@@ -26,7 +26,7 @@ from localgrad.backbones.halves import find_pieces, observed, signature
 from localgrad.errors import ParallelError, RecipeError
 from localgrad.learner import check_isolation, estimate_step
 from localgrad.memory.costs import CostSettings
-from localgrad.parallel.learner import ParallelLearner
+from localgrad.parallel.parallel_learner import ParallelLearner
 from localgrad.partition import Checkpointing
 from localgrad.planning.budget import Task, _cache_key, looks_at_whole_batches
 from localgrad.step.local_module import LocalModule, recompute

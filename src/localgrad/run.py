@@ -41,8 +41,8 @@ from localgrad.errors import (
 from localgrad.formats import check_format
 from localgrad.learner import end_to_end, estimate_step
 from localgrad.memory.track import MemoryProfile
-from localgrad.parallel.learner import ParallelLearner
 from localgrad.parallel.memory import estimate_share
+from localgrad.parallel.parallel_learner import ParallelLearner
 from localgrad.parallel.team import Team, was_restarted
 from localgrad.partition import Plan, forecast_of
 from localgrad.step.executor import out_of_memory

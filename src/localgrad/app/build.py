@@ -24,7 +24,7 @@ from localgrad.backbones.namespaces import Kwargs
 from localgrad.errors import BackboneError, DeviceError, RecipeError, arg, did_you_mean, reason_of
 from localgrad.learner import Factories, LocalLearner, default_input_size, make_plan
 from localgrad.objectives.methods import Objective, build_objective
-from localgrad.parallel.learner import ParallelLearner
+from localgrad.parallel.parallel_learner import ParallelLearner
 from localgrad.parallel.team import Team
 from localgrad.step.local_step import check_precision
 from localgrad.training.augmentation import Augment

@@ -129,11 +129,6 @@ class RunFolder:
         return self.path / "checkpoints" / "best.safetensors"
 
     @property
-    def has_run(self) -> bool:
-        """Whether a run was started here."""
-        return holds_run(self.path)
-
-    @property
     def has_checkpoint(self) -> bool:
         """Whether there is anything to resume from."""
         return self.last.exists() or self.before.exists()

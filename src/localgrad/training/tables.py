@@ -14,7 +14,7 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -377,8 +377,3 @@ def _class_label(value: Any, what: str) -> int | str | bool | None:
     if value is None or isinstance(value, int | str):
         return value
     raise DataError(f"Labels must be classes: whole numbers, texts or booleans; {what} has {value!r}.")
-
-
-def class_names_of(parts: Iterable[Part]) -> tuple[str, ...]:
-    """The classes of several parts, in the order in which they come."""
-    return _union([part.class_names for part in parts])
