@@ -131,7 +131,8 @@ def train(
         )
     is_planned = plan is not None or budget is not None
     given = {"plan": plan is not None, "budget": budget is not None, "on_oom": on_oom}
-    rules.check({**recipe.arguments(), **given})
+    decided = dict.fromkeys(("checkpoint", "accumulation"))  # a recipe always has them, and a plan lays others over it
+    rules.check({**recipe.arguments(), **decided, **given})
     check_writable(out or Path("runs"))
     planning = _Planning(plan, budget, cache=cache)
     with team_of(recipe) as team:
