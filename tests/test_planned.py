@@ -556,6 +556,6 @@ def test_replanning_keeps_the_parts_that_contrastive_terms_see(accumulation: int
 
 
 def test_a_budget_of_nothing_is_refused_not_forgotten(here: Path) -> None:
-    with pytest.raises(BudgetError, match="0 B is less than the weights"):
+    with pytest.raises(BudgetError, match="budget='0B': this is less than the weights"):
         run.train(recipe_of(), out=here / "run", budget=0)
     assert not (here / "run").exists()
