@@ -28,7 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = [extra for extra in PROJECT["optional-dependencies"] if extra != "dev"]
-SMALL = ("--model", "vit_tiny_patch16_224", "--img-size", "32", "--patch-size", "8", "--batch-size", "8")
+SMALL = ("--model", "vit_tiny_patch16_224", "--img-size", "32", "--batch-size", "8")
 PICTURE = ("compare", "--estimate-only", *SMALL, "--modules", "2", "--objective", "feature", "--timeline", "line.png")
 
 
