@@ -15,6 +15,7 @@ import torch
 
 if TYPE_CHECKING:
     from helpers import Cli
+    from ranks import Ranks
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it to what it runs in the background
@@ -49,6 +50,15 @@ def cost_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
         monkeypatch.setattr(budget, "_recent", {})
         yield folder / "localgrad" / "costs"
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Processes that start at once."""
+    from ranks import Ranks
+
+    with Ranks(tmp_path_factory.mktemp("ranks")) as started:
+        yield started
 
 
 @pytest.fixture

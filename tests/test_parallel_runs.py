@@ -54,12 +54,6 @@ PARALLEL = ("--parallel", "modules")
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    with Ranks(tmp_path_factory.mktemp("ranks")) as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("recipe") / "recipe.toml"
     path.write_text(Recipe.from_dict(MICRO).to_toml())
@@ -70,7 +64,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def alone(ranks: Ranks, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one process, uninterrupted."""
     folder = tmp_path_factory.mktemp("alone") / "run"
-    done(ranks.run(["train", "--recipe", recipe, "--out", folder]))
+    done(ranks.run(["train", "--recipe", recipe, "--out", folder], estimates=True))
     return folder
 
 
@@ -78,7 +72,7 @@ def alone(ranks: Ranks, recipe: Path, tmp_path_factory: pytest.TempPathFactory) 
 def shared_out(ranks: Ranks, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same of two processes."""
     folder = tmp_path_factory.mktemp("shared out") / "run"
-    done(ranks.run(["train", "--recipe", recipe, *PARALLEL, "--out", folder], size=2))
+    done(ranks.run(["train", "--recipe", recipe, *PARALLEL, "--out", folder], size=2, estimates=True))
     return folder
 
 
@@ -214,6 +208,7 @@ def rank_of(launcher: int, rank: int) -> int:
     raise AssertionError(f"rank {rank} is not there")
 
 
+@pytest.mark.heavy
 def test_a_killed_process_of_num_processes_is_said_in_a_line(
     ranks: Ranks, alone: Path, recipe: Path, tmp_path: Path
 ) -> None:
@@ -254,6 +249,7 @@ def test_how_processes_ended_is_said(
     assert err.count("\n") == bool(words)
 
 
+@pytest.mark.heavy
 def test_num_processes_says_a_mistake_in_a_line(recipe: Path, tmp_path: Path) -> None:
     more = ["--num-processes", "2", *PARALLEL, "--replicas", "2", "--batch-size", "15"]
     process = start_training("--recipe", str(recipe), *more, "--out", str(tmp_path / "run"))
@@ -262,6 +258,19 @@ def test_num_processes_says_a_mistake_in_a_line(recipe: Path, tmp_path: Path) ->
     assert err == "localgrad: batch_size 15 can't be shared out among 2 replicas; take a multiple of 2.\n"
 
 
+def test_a_run_that_is_started_again_goes_on_where_it_was(
+    ranks: Ranks, alone: Path, recipe: Path, tmp_path: Path
+) -> None:
+    """As torchrun does: the same command, and how often it was started."""
+    folder = tmp_path / "run"
+    command = ["train", "--recipe", recipe, *PARALLEL, "--out", folder]
+    ended = ranks.run(command, size=2, fault=(1, "kill", IN_SECOND_EPOCH))
+    assert ended.codes[1] == 137, ended
+    done(ranks.run(command, size=2, environment={"TORCHELASTIC_RESTART_COUNT": "1"}))
+    assert_same_run(folder, alone)
+
+
+@pytest.mark.heavy
 def test_torchrun_starts_a_run_again_where_it_was(alone: Path, recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
@@ -294,7 +303,7 @@ WORDS = {
     "error": "RuntimeError: something else",
     "kill while saving": "it ended without a word: killed, or its machine is gone",
 }
-HANGS_AFTER = 8.0
+HANGS_AFTER = 5.0
 LASTS = {
     "kill": TOLD_SECONDS + BROKEN_SECONDS,
     "kill while saving": TOLD_SECONDS + BROKEN_SECONDS,
