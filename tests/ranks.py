@@ -149,6 +149,23 @@ def free_port() -> int:
 # ------------------------------------------------------------------------------------------- the other end
 
 
+def die_while_caching(number: int) -> None:
+    """Be killed when so many parts of features are written."""
+    from localgrad.training import feature_cache
+
+    count, write = 0, feature_cache._write_part
+
+    def at_caching(*arguments: Any) -> Any:
+        nonlocal count
+        count += 1
+        described = write(*arguments)
+        if count == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return described
+
+    feature_cache._write_part = at_caching
+
+
 def inject(which: str, number: int, note: str | None = None) -> None:
     """Have something happen in this process at an update of one of its modules, counted from 1 in the training."""
     import torch
@@ -227,8 +244,13 @@ def become(description: dict[str, Any]) -> None:
     sys.argv = ["localgrad", *description["arguments"]]
     sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # noqa: SIM115
     faulthandler.register(signal.SIGUSR1)
-    if description["fault"] is not None:
-        inject(*description["fault"], f"{description['said']}.fault")
+    match description["fault"]:
+        case None:
+            pass
+        case ["kill while caching", number]:
+            die_while_caching(number)
+        case which, number:
+            inject(which, number, f"{description['said']}.fault")
     if not description["estimates"]:
         estimate_nothing()
     module, function = description["call"].split(":")

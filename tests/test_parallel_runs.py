@@ -12,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 import ranks as ranks_file
-from helpers import Cli, assert_same_run, metrics_of, start_training, wait_for_epochs
+from helpers import Cli, assert_same_run, metrics_of, wait_for_epochs
 from localgrad.app.recipe import Recipe, overlay
 from localgrad.errors import DataError
 from localgrad.parallel import launching
@@ -188,14 +187,13 @@ def test_num_processes_starts_them_and_a_signal_stops_them(
     """The console script's own processes, with nothing of torchrun's to be read."""
     folder = tmp_path / "run"
     more = ["--epochs", "400", "--num-processes", "2", *PARALLEL]
-    process = start_training("--recipe", str(recipe), *more, "--out", str(folder))
+    process = ranks.start(["train", "--recipe", recipe, *more, "--out", folder])
     wait_for_epochs(process, folder, 1)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 130, err
-    assert err == (
+    ended = process.send(signal.SIGINT)
+    assert ended.codes == [130], ended
+    assert ended.err == [
         f"localgrad: stopped by SIGINT, and saved in {folder}; go on with: localgrad train --resume {folder}\n"
-    )
+    ]
 
 
 def rank_of(launcher: int, rank: int) -> int:
@@ -214,11 +212,11 @@ def test_a_killed_process_of_num_processes_is_said_in_a_line(
 ) -> None:
     folder = tmp_path / "a run"
     more = ["--epochs", "400", "--num-processes", "2", *PARALLEL]
-    process = start_training("--recipe", str(recipe), *more, "--out", str(folder))
+    process = ranks.start(["train", "--recipe", recipe, *more, "--out", folder])
     wait_for_epochs(process, folder, 1)
-    os.kill(rank_of(process.pid, 1), signal.SIGKILL)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 137, err
+    os.kill(rank_of(process.pids[0], 1), signal.SIGKILL)
+    (code,), _, (err,), *_ = process.wait()
+    assert code == 137, err
     said = [line for line in err.splitlines() if "SIGKILL" in line]
     assert said == [
         "localgrad: rank 1 was ended by SIGKILL (if nobody did that, the system may have run out of memory); "
@@ -250,12 +248,11 @@ def test_how_processes_ended_is_said(
 
 
 @pytest.mark.heavy
-def test_num_processes_says_a_mistake_in_a_line(recipe: Path, tmp_path: Path) -> None:
+def test_num_processes_says_a_mistake_in_a_line(ranks: Ranks, recipe: Path, tmp_path: Path) -> None:
     more = ["--num-processes", "2", *PARALLEL, "--replicas", "2", "--batch-size", "15"]
-    process = start_training("--recipe", str(recipe), *more, "--out", str(tmp_path / "run"))
-    out, err = process.communicate(timeout=240)
-    assert (process.returncode, out) == (2, ""), (out, err)
-    assert err == "localgrad: batch_size 15 can't be shared out among 2 replicas; take a multiple of 2.\n"
+    ended = ranks.run(["train", "--recipe", recipe, *more, "--out", tmp_path / "run"])
+    assert (ended.codes, ended.out) == ([2], [""]), ended
+    assert ended.err == ["localgrad: batch_size 15 can't be shared out among 2 replicas; take a multiple of 2.\n"]
 
 
 def test_a_run_that_is_started_again_goes_on_where_it_was(
