@@ -32,6 +32,13 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _whatever_lasts_is_collected_once() -> None:
+    """An estimate collects cycles; looking through all that is imported takes longer than most estimates."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def _no_collector() -> Iterator[None]:
     """What must die by itself: a cycle that waits for the collector keeps a GPU full."""
