@@ -224,7 +224,8 @@ class Execution:
         compile: run each local module through torch.compile.
         offload: keep local modules that don't train, and their optimizer state, in host memory.
         num_workers: processes that decode images of sets too large for memory.
-        num_threads: processor threads; by default torch's choice.
+        num_threads: processor threads; by default a run chooses when it begins, by the size of its model and batch, and
+            writes it down: 1 for a small one, else torch's choice. Sums come in another order with another number.
         parallel: ``modules`` shares the local modules out among the processes that torchrun started; by default one
             process trains them all.
         replicas: how often the whole model is there, each with a part of every batch (``parallel``).
