@@ -151,6 +151,7 @@ def test_a_spoilt_checkpoint_changes_nothing(folder: RunFolder, part: str) -> No
 def test_a_run_learns_digits(tmp_path: Path) -> None:
     changes = {
         "data.limit": 400,
+        "model.options": {"embed_dim": 24, "depths": [1, 1, 2], "num_heads": [2, 4, 8], "window_size": 4},
         "training.epochs": 3,
         "training.schedule": "sequential",
         "execution": {"device": "cpu", "num_threads": 1},
