@@ -237,6 +237,9 @@ def estimate_nothing() -> None:
 
 def become(description: dict[str, Any]) -> None:
     """Be ``python -m localgrad`` with some arguments, in this forked process."""
+    from localgrad import cli
+
+    cli.time = SimpleNamespace(sleep=lambda _: None)  # no torchrun is here that would end rank 0 before it has spoken
     for number, name in ((1, "out"), (2, "err")):
         file = os.open(f"{description['said']}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, number)
