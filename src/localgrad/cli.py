@@ -54,6 +54,7 @@ def main(verbs: typer.Typer = app) -> None:
         if isinstance(stream, io.TextIOWrapper):  # whatever its encoding: what it lacks is written plainly
             stream.reconfigure(errors=PLAINLY)
     _say_warnings_in_lines()
+    _let_waiting_threads_sleep()
     if os.environ.get("RANK", "0") != "0":  # one of several processes: the first one speaks for all
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8", errors="replace")  # noqa: SIM115, PTH123  # for the rest of the process
     try:
@@ -72,6 +73,15 @@ def main(verbs: typer.Typer = app) -> None:
             raise
         traceback.print_exc(file=sys.__stderr__)  # a fault of our own, on whichever rank it is
         _leave(1)
+
+
+def _let_waiting_threads_sleep() -> None:
+    """Have OpenMP's threads, beside a busy process, not spin in the time that the last one needs to finish.
+
+    It is read when torch is imported. What the user has set stays.
+    """
+    if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def _say_warnings_in_lines() -> None:

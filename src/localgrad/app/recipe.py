@@ -220,7 +220,9 @@ class Execution:
         default=False, help="Keep modules that don't train, and their optimizers, in host memory.", panel=EXECUTION
     )
     num_workers: Count = option(2, "Processes that decode data sets too large for memory.", EXECUTION)
-    num_threads: Positive | None = option(None, "Processor threads.", EXECUTION)
+    num_threads: Positive | None = option(
+        None, "Processor threads; a run chooses once, by size: 1 for a small model, else torch's choice.", EXECUTION
+    )
     parallel: Literal["none", "modules"] = option(
         "none", "modules: share the local modules out among processes.", EXECUTION
     )
