@@ -17,7 +17,7 @@ from localgrad.backbones.base import split
 from localgrad.learner import LocalLearner, estimate_step
 from localgrad.memory.costs import Settings
 from localgrad.memory.parts import measure_costs
-from localgrad.objectives.base import LocalBatch
+from localgrad.objectives.carried import LocalBatch
 from localgrad.objectives.methods import FeatureReconstruction
 
 SMALL: dict[str, dict[str, Any]] = {

@@ -26,7 +26,7 @@ from localgrad.errors import (
     RecipeError,
 )
 from localgrad.learner import estimate_step
-from localgrad.objectives.base import LocalBatch
+from localgrad.objectives.carried import LocalBatch
 from localgrad.objectives.regularisers import SimilarityMatching
 from localgrad.objectives.supervised import SupervisedContrastive, TaskLoss
 from localgrad.step.local_step import LocalStep

@@ -25,7 +25,7 @@ from localgrad.compare import side_by_side as comparing
 from localgrad.compare.contenders import Local, Method, PlainLoop, Runner, Stage, default_methods
 from localgrad.compare.side_by_side import Comparison, Row, compare, envelope, pareto_front, rotated, summarise
 from localgrad.errors import MemoryExceeded
-from localgrad.objectives.base import LocalBatch
+from localgrad.objectives.carried import LocalBatch
 
 CPU = torch.device("cpu")
 IMAGES, LABELS = torch.zeros(4, 3, 32, 32), torch.arange(4) % 5

@@ -25,7 +25,7 @@ import localgrad
 from helpers import MODELS, SIZE, adamw, assert_same, batches, make, train
 from localgrad import Contrastive, FeatureReconstruction, GreedySupervised, ImageReconstruction, LocalLearner
 from localgrad.learner import estimate_step
-from localgrad.objectives.base import LocalBatch
+from localgrad.objectives.carried import LocalBatch
 from localgrad.step.local_module import LocalModule, LocalOutput
 from localgrad.step.local_step import drawing_from
 
@@ -583,6 +583,7 @@ PUBLIC = [
     "Backbone",
     "BackboneError",
     "BudgetError",
+    "Carried",
     "CheckpointError",
     "Contrastive",
     "DataError",
@@ -590,9 +591,11 @@ PUBLIC = [
     "DivergenceError",
     "FeatureReconstruction",
     "GreedySupervised",
+    "Handed",
     "ImageReconstruction",
     "IsolationError",
     "Layout",
+    "LocalBatch",
     "LocalLearner",
     "LocalgradError",
     "Measurement",
@@ -603,7 +606,6 @@ PUBLIC = [
     "Plan",
     "RecipeError",
     "RunFolderError",
-    "ShareResult",
     "StepResult",
     "Team",
     "__version__",
@@ -612,6 +614,7 @@ PUBLIC = [
     "estimate",
     "measure",
     "plan",
+    "register_carried",
     "split",
 ]
 """What users may rely on. A change here is a change of the package's contract."""

@@ -13,7 +13,7 @@ from helpers import SIZE, adamw, batches, make
 from localgrad import FeatureReconstruction, GreedySupervised, ImageReconstruction, LocalLearner, RecipeError
 from localgrad.compare import measuring
 from localgrad.learner import estimate_step
-from localgrad.objectives.base import LocalBatch
+from localgrad.objectives.carried import LocalBatch
 
 
 def learner_of(kind: str, **more: Any) -> LocalLearner:

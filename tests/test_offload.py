@@ -24,7 +24,7 @@ from localgrad import LocalLearner
 from localgrad.errors import RecipeError
 from localgrad.learner import end_to_end, estimate_step
 from localgrad.memory import track as memory
-from localgrad.objectives.base import LocalBatch
+from localgrad.objectives.carried import LocalBatch
 from localgrad.step.offload import Offloader
 
 

@@ -25,7 +25,7 @@ import ranks as ranks_file
 from helpers import Cli, assert_same_run, metrics_of, start_training, wait_for_epochs
 from localgrad.app.recipe import Recipe, overlay
 from localgrad.errors import DataError
-from localgrad.parallel.learner import launching
+from localgrad.parallel import launching
 from localgrad.parallel.watch import BROKEN_SECONDS, SILENT_SECONDS, TOLD_SECONDS
 from localgrad.training.augment import Augment
 from localgrad.training.data import Batches, load_data

@@ -355,7 +355,7 @@ class Shortage:
         self.call, self.left, self.count, self.again, self.due = call, times, 0, False, False
         self.alive: list[weakref.ref[Tensor]] = []
         self.error = error
-        step, backward, adamw = LocalStep.__call__, LocalStep._forward_backward, torch.optim.AdamW.step
+        step, backward, adamw = LocalStep.__call__, LocalStep._once, torch.optim.AdamW.step
         block = timm.models.resnet.BasicBlock.forward
 
         def called(this: LocalStep, *arguments: Any) -> Any:
@@ -389,7 +389,7 @@ class Shortage:
             return result
 
         monkeypatch.setattr(LocalStep, "__call__", called)
-        monkeypatch.setattr(LocalStep, "_forward_backward", ran)
+        monkeypatch.setattr(LocalStep, "_once", ran)
         monkeypatch.setattr(torch.optim.AdamW, "step", updated)
         monkeypatch.setattr(timm.models.resnet.BasicBlock, "forward", recomputed)
 

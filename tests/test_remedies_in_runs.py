@@ -30,7 +30,7 @@ from localgrad.app.planned import laid_over, plan_recipe, task_of
 from localgrad.app.recipe import Recipe, overlay
 from localgrad.errors import RecipeError
 from localgrad.learner import estimate_step
-from localgrad.objectives.base import LocalBatch
+from localgrad.objectives.carried import LocalBatch
 from localgrad.objectives.methods import Objective
 from localgrad.planning.budget import Task, looks_at_whole_batches
 from localgrad.training.events import EpochEnded

@@ -27,7 +27,7 @@ from localgrad.app.recipe import TrainingSettings
 from localgrad.compare.measuring import resident_bytes
 from localgrad.errors import RecipeError
 from localgrad.learner import estimate_step
-from localgrad.objectives.base import LocalBatch
+from localgrad.objectives.carried import LocalBatch
 from localgrad.training.optim import OptimizerFactory, Schedule
 
 

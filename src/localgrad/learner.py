@@ -33,7 +33,7 @@ from localgrad.errors import (
 )
 from localgrad.memory.track import MemoryProfile, annotate, block_activation_bytes, simulate
 from localgrad.objectives.auxiliary import carry_exemptions
-from localgrad.objectives.base import LocalBatch
+from localgrad.objectives.carried import LocalBatch, Route
 from localgrad.objectives.methods import FeatureReconstruction, Objective, is_number
 from localgrad.partition import Checkpointing, Plan, Request, resolve
 from localgrad.step.checkpointing import Recomputed
@@ -48,9 +48,9 @@ from localgrad.step.checks import (
     check_tensors,
     check_values,
 )
-from localgrad.step.executor import SequentialExecutor, StepResult
+from localgrad.step.executor import SequentialExecutor, StepResult, walk
 from localgrad.step.global_step import GlobalStep
-from localgrad.step.local_module import build_local_modules, recomputed_in
+from localgrad.step.local_module import build_local_modules, recomputed_in, site_of
 from localgrad.step.local_step import LocalStep, autocast, check_precision, drawing_from
 from localgrad.step.offload import HOST, Offloader
 from localgrad.step.sharding import put, put_optimizer
@@ -68,6 +68,7 @@ if TYPE_CHECKING:
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
 Factories = OptimizerFactory | Sequence[OptimizerFactory]
+NO_LABELS = torch.empty(0)
 CheckpointRequest = bool | str | Checkpointing | Sequence[bool | str | Checkpointing]
 
 
@@ -178,6 +179,7 @@ class LocalLearner:
             overlap=overlap,
             drawing=lambda index: drawing_from(self.device, (self.seed, index) if auxiliary_from == "seed" else None),
         )
+        self.route = Route(module.objective.uses for module in self.modules)
         self._check_uses(ema_decay, compiled=compile)
         self._passed_by = self.backbone.modules_passed_by
         self._hooks_said: set[str] = set()
@@ -329,8 +331,8 @@ class LocalLearner:
         self._seed(steps)
         if self._offloader is not None:
             self._offloader.attach([step.optimizer for step in steps])
-        executor = SequentialExecutor(steps, None if self._offloader is None else self._offloader.training)
-        self._take_executor(executor)
+        around = None if self._offloader is None else self._offloader.training
+        self._take_executor(SequentialExecutor(steps, around, route=self.route))
 
     def _make_steps(self, factory: Factories) -> list[LocalStep]:
         self._made_of.check()
@@ -427,14 +429,13 @@ class LocalLearner:
             batch: images and labels; ``batch.images`` may be ``None`` afterwards.
         """
         executor = self._begin(batch)
-        assert batch.images is not None, "checked before"
-        if self._planned_batch is not None and len(batch.images) > self._planned_batch:  # smaller ones need less
-            _warn_of_plan(self.plan.differences({"training.batch_size": len(batch.images)}))
+        if self._planned_batch is not None and len(batch.labels) > self._planned_batch:  # smaller ones need less
+            _warn_of_plan(self.plan.differences({"training.batch_size": len(batch.labels)}))
             self._planned_batch = None
         batch.number = self.num_steps
-        if self.uses("teacher"):
-            batch.teacher = self.averaged_logits(batch.images).float().softmax(dim=1)
-        return self._stepped(executor.step, batch)
+        executor.route.begin(batch, self)
+        with self._stepping(batch):
+            return executor.step(batch)
 
     def _begin(self, batch: LocalBatch) -> SequentialExecutor:
         """Refuse a step that would train something else than it seems, before anything is changed."""
@@ -509,13 +510,13 @@ class LocalLearner:
             raise RecipeError("an end-to-end step needs all modules on the device; leave offload out, or global steps.")
         executor = self._begin(batch)
         steps = executor.steps
-
-        def run() -> StepResult:
-            if self._global_step is None:
-                self._global_step = GlobalStep(steps, self._recomputed_globally())
-            return self._global_step(batch)
-
-        return self._stepped(lambda _: executor.recovering(len(steps), steps, run), batch)
+        with self._stepping(batch):
+            for attempt in executor.attempts(len(steps), steps):
+                with attempt:
+                    if self._global_step is None:
+                        self._global_step = GlobalStep(steps, self._recomputed_globally())
+                    result = self._global_step(batch)
+        return result
 
     def _recomputed_globally(self) -> list[dict[int, Recomputed]]:
         if self._global_recomputed is None:
@@ -525,12 +526,14 @@ class LocalLearner:
             self._global_recomputed = found
         return self._global_recomputed
 
-    def _stepped(self, step: Callable[[LocalBatch], StepResult], batch: LocalBatch) -> StepResult:
+    @contextlib.contextmanager
+    def _stepping(self, batch: LocalBatch) -> Iterator[None]:
+        """A region for a step, which counts once it is done; one that fails tells what it has changed."""
         self._in_training()
         steps = self._executor.steps if self._executor else ()
         before = [each.num_updates for each in steps]
         try:
-            result = step(batch)
+            yield
             self.num_steps += 1
             if self._ema is not None:
                 self._ema.update(self.model, step=self.num_steps)
@@ -541,7 +544,6 @@ class LocalLearner:
             if told is error:
                 raise
             raise told from error
-        return result
 
     def _in_words(self, error: BaseException, batch: LocalBatch) -> BaseException:
         """What ended a step: of labels of no class, which processors find in any step, what the first step says."""
@@ -629,11 +631,11 @@ class LocalLearner:
         """
         self._made_of.check()
         found = []
-        features = images
-        for index, module in enumerate(self.modules):
-            with self._on_device(index), autocast(self.device.type, self.precision):
-                outputs, features, _ = module.walk(features)
-                found.append(module.objective.classify(outputs))
+        for visit in walk(self.modules, LocalBatch(images, NO_LABELS)):
+            with self._on_device(visit.index), autocast(self.device.type, self.precision):
+                passed = visit.module.run_parts(visit.received)
+                found.append(visit.module.objective.classify(passed.outputs))
+            visit.hand_on(passed.handed_on)
         return tuple(found)
 
     @torch.no_grad()
@@ -1019,28 +1021,27 @@ def check_isolation(learner: LocalLearner, images: Tensor | None = None, labels:
         images, labels = (None if given is None else given.to(HOST) for given in (images, labels))
     try:
         with left_as_it_was(learner.model, *learner.modules):
-            batch = LocalBatch(
-                torch.randn(2, *learner.backbone.input_size, device=device).to(learner.backbone.dtype)
-                if images is None
-                else images,
-                torch.arange(2, device=device) % learner.backbone.num_classes if labels is None else labels,
-            )
-            features = batch.images
-            num_classes = learner.backbone.num_classes
-            batch.teacher = torch.full((len(batch.labels), num_classes), 1 / num_classes, device=device)
-            for index, module in enumerate(learner.modules):
+            dtype, num_classes = learner.backbone.dtype, learner.backbone.num_classes
+            if images is None:
+                images = torch.randn(2, *learner.backbone.input_size, device=device).to(dtype)
+            if labels is None:
+                labels = torch.arange(2, device=device) % num_classes
+            batch = LocalBatch(images, labels)
+            site = site_of(learner.backbone, learner.plan.boundaries, 0, overlap=learner.overlap)
+            with device:
+                learner.route.pretend(batch, site, dtype)
+            for visit in walk(learner.modules, batch, learner.route):
                 for _, parameter in named:
                     parameter.grad = None
-                output = module(features, batch)
+                index, output = visit.index, visit.module(visit.received, batch)
                 output.loss.backward(retain_graph=True)  # a leak is to be named, not to end in autograd's own error
-                batch.previous, features = features, output.features
-                if index + 1 < len(learner.modules):
-                    batch.context = (*batch.context, module.pooled(features))
+                visit.hand_on(output.features, visit.module.gradient)
                 for name, parameter in named:
                     if parameter.grad is not None and id(parameter) not in owners[index]:
                         raise IsolationError(
                             f"the loss of local module {index} reached a parameter of another: {name}."
                         )
+                visit.module.gradient = None
     finally:
         for (_, parameter), gradient in zip(named, kept, strict=True):
             parameter.grad = gradient

@@ -25,7 +25,7 @@ from localgrad.backbones.base import Backbone
 from localgrad.compare.measuring import Held, tensors_of
 from localgrad.learner import LocalLearner, OptimizerFactory, estimate_step, make_plan
 from localgrad.memory.track import MemoryProfile, simulate
-from localgrad.objectives.base import LocalBatch
+from localgrad.objectives.carried import LocalBatch
 from localgrad.objectives.methods import build_objective
 from localgrad.partition import Checkpointing, Plan
 from localgrad.step.local_step import PRECISIONS

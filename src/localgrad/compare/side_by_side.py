@@ -32,7 +32,7 @@ from localgrad.compare.contenders import END_TO_END, Local, Method, Runner, Stag
 from localgrad.compare.measuring import peak_of, timed
 from localgrad.errors import MemoryExceeded, RecipeError, reason_of
 from localgrad.memory.track import MemoryProfile
-from localgrad.objectives.base import LocalBatch
+from localgrad.objectives.carried import LocalBatch
 from localgrad.step.executor import out_of_memory
 from localgrad.units import format_bytes
 

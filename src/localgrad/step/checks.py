@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from localgrad.backbones.base import Backbone
 from localgrad.backbones.fake import FakeTensor
 from localgrad.errors import BackboneError, DataError, RecipeError
-from localgrad.objectives.base import IGNORED, LocalBatch
+from localgrad.objectives.carried import IGNORED, LocalBatch
 
 FACTORY = "configure_optimizers(lambda params: torch.optim.AdamW(params, lr=1e-3))"
 """A factory as it should be."""

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +28,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from localgrad.errors import CheckpointError, DivergenceError
 from localgrad.learner import LocalLearner, load_weights
-from localgrad.objectives.base import LocalBatch
+from localgrad.objectives.carried import LocalBatch
+from localgrad.step.executor import StepResult
 from localgrad.step.sharding import rows_of
 from localgrad.training.data import Batches
 from localgrad.training.events import EpochEnded, Event, Progressed, Sink
@@ -81,37 +82,6 @@ class Position:
     finished: list[tuple[int, float | None]] = field(default_factory=list)
 
 
-@dataclass
-class Fed:
-    """What one step is fed; the step takes images and features out of it, so that they can be freed.
-
-    Attributes:
-        batch: images and labels.
-        targets: int64 [B].
-        features: what the trained module receives, where that isn't ``batch.images``.
-    """
-
-    batch: LocalBatch
-    targets: Tensor
-    features: Tensor | None = None
-
-
-class Figures(Protocol):
-    """What the loop looks at after a step; a ``StepResult`` is one."""
-
-    @property
-    def losses(self) -> tuple[Tensor, ...]:
-        """Total loss of each module that was trained."""
-
-    @property
-    def terms(self) -> tuple[dict[str, Tensor], ...]:
-        """Their terms by name."""
-
-    @property
-    def logits(self) -> Tensor | None:
-        """Class logits [B, num_classes] of the last of them; ``None`` where it has no classifier."""
-
-
 class EpochSums:
     """Sums over the batches of an epoch, kept on the device.
 
@@ -130,8 +100,10 @@ class EpochSums:
         self.num_images = 0
         self.has_logits = False
 
-    def add(self, result: Figures, targets: Tensor) -> None:
+    def add(self, result: StepResult) -> None:
         """Add one batch, without waiting for the device."""
+        targets = result.targets
+        assert targets is not None, "the data path gives them"
         losses = torch.stack([term.float() for terms in result.terms for term in terms.values()])
         missing = len(self.names) - len(losses)
         if missing:  # an end-to-end step has the last module's losses only
@@ -314,27 +286,24 @@ class Trainer:
     def _prepare(self) -> None:
         """Whatever must be ready before an epoch, or the rest of one, is trained."""
 
-    def _feed(self) -> Iterator[Fed]:
+    def _feed(self) -> Iterator[LocalBatch]:
         """The rest of the epoch under way."""
-        for batch in self.train.epoch(self.position.epoch, start=self.position.batch):
-            fed = Fed(LocalBatch(batch.images, batch.labels, counts_all=True), batch.targets)
-            del batch  # the images are the step's to free
-            yield fed
+        return self.train.epoch(self.position.epoch, start=self.position.batch)
 
     def _num_updates(self) -> int:
         """Updates so far of the modules that are trained, for their learning rate."""
         return self.position.epoch * len(self.train) + self.position.batch
 
-    def _step(self, fed: Fed) -> Figures:
+    def _step(self, batch: LocalBatch) -> StepResult:
         step, num_steps = self._num_updates(), self.epochs * len(self.train)
         self.learner.at(step / num_steps)
         if self.is_global(step, num_steps):
-            return self.learner.global_step_on(fed.batch)
-        return self.learner.step_on(fed.batch)
+            return self.learner.global_step_on(batch)
+        return self.learner.step_on(batch)
 
-    def _count(self, fed: Fed) -> int:
-        """Images that a step was fed."""
-        return len(fed.targets)
+    def _count(self, num_images: int) -> int:
+        """Images of all processes where one had so many."""
+        return num_images
 
     def _validate(self) -> tuple[float | None, list[float | None]]:
         """The accuracy that selects, and that of each module's own classifier."""
@@ -382,13 +351,15 @@ class Trainer:
         self.learner.train()
         start = last_reading = time.perf_counter()
         images_since = 0
-        for fed in self._feed():
+        for batch in self._feed():
             self.schedule.at(self._num_updates())
-            result = self._step(fed)
-            self._sums.add(result, fed.targets)
+            result = self._step(batch)
+            num_images = self._sums.num_images
+            self._sums.add(result)
+            num_images = self._count(self._sums.num_images - num_images)
             position.batch += 1
-            images_since += self._count(fed)
-            position.num_images += self._count(fed)
+            images_since += num_images
+            position.num_images += num_images
             now = time.perf_counter()
             if self._stops_now():
                 position.train_seconds += now - start
@@ -432,7 +403,7 @@ class Trainer:
         self._sums = self._new_sums()
         self._save()
 
-    def _report(self, result: Figures, images_per_second: float) -> None:
+    def _report(self, result: StepResult, images_per_second: float) -> None:
         self._check_finite()
         losses = torch.stack(result.losses).tolist()
         position = self.position
