@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from typing import Any
 
 import pytest
@@ -13,11 +12,10 @@ import localgrad
 from helpers import SIZE, adamw, batches, make
 from localgrad import Carried, LocalBatch, LocalLearner, RecipeError, check_isolation, register_carried
 from localgrad.learner import estimate_step
-from localgrad.memory.costs import Settings
+from localgrad.memory.costs import CostSettings
 from localgrad.memory.parts import measure_costs
 from localgrad.objectives.base import LocalObjective
 from localgrad.objectives.carried import CARRIED, Route
-from localgrad.parallel.packets import Packets
 from localgrad.step.executor import walk
 from localgrad.training.health import gradient_cosine
 from parallel_worker import Moments, moments
@@ -71,29 +69,38 @@ def test_the_estimate_knows_what_is_carried(monkeypatch: pytest.MonkeyPatch) -> 
     learner = make_learner()
     before = estimate_step(learner, 32, adamw).peak_bytes
     image_bytes = 32 * 4 * torch.Size(SIZE).numel()
-    large = Carried(name="scale", shape=lambda site: site.image.shape, begin=lambda batch, learner: batch.features * 2.0)
+    large = Carried(
+        name="scale", shape=lambda site: site.image.shape, begin=lambda batch, learner: batch.features * 2.0
+    )
     monkeypatch.setitem(CARRIED, "scale", large)
     learner = make_learner()
     after = estimate_step(learner, 32, adamw).peak_bytes
     assert after - before >= image_bytes
-    costs = measure_costs(learner.backbone, Moments(), adamw, Settings(batch_size=32))
-    assert costs.carried == image_bytes + 32 * 2 * 4 * 0
+    costs = measure_costs(learner.backbone, Moments(), adamw, CostSettings(batch_size=32))
+    assert costs.carried == image_bytes
     assert "scale" in costs.uses
     assert "scale" not in costs.last_uses
 
 
 def test_own_things_are_planned_for() -> None:
     model = make("vit")
-    plan = localgrad.plan(model, batch_size=16, budget="1GiB", objective=Moments(), input_size=SIZE)
+    options: dict[str, Any] = {"batch_size": 16, "objective": Moments(), "input_size": SIZE, "cache": False}
+    plan = localgrad.plan(model, budget="1GiB", **options)
     learner = LocalLearner(model, modules=plan, objective=Moments(), input_size=SIZE)
     learner.configure_optimizers(adamw)
     learner.step(*batches(1, 16)[0])
-    del learner
-    gc.collect()
+    ranks, bare = (
+        localgrad.plan(model, parallel=3, **{**options, "objective": objective}).forecast["parallel"]["sent_bytes"]
+        for objective in (Moments(), localgrad.GreedySupervised(classifier="linear"))
+    )
+    own = 4 * (2 * 16 + 1)  # moments of each image, and the scale; the last module looks at neither
+    assert ranks == [bare[0] + own, bare[1]]
 
 
 def test_who_looks_at_what_nobody_carries_is_told() -> None:
-    with pytest.raises(RecipeError, match=r"looks at wind, which no batch carries.*register_carried\(Carried\(name='wind'"):
+    with pytest.raises(
+        RecipeError, match=r"looks at wind, which no batch carries.*register_carried\(Carried\(name='wind'"
+    ):
         Route([frozenset({"wind"})])
     with pytest.raises(RecipeError, match="localgrad carries images itself"):
         register_carried(Carried(name="images", shape=lambda site: (1,)))

@@ -529,7 +529,7 @@ def test_costs_may_be_measured_anew(cli_: Cli, tmp_path: Path, monkeypatch: pyte
 
 def test_whoever_starts_processes_knows_the_run_folder(here: Path, cli_: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """To say how to go on when one of them is killed."""
-    from localgrad.parallel.learner import launching
+    from localgrad.parallel import launching
 
     taken: list[Any] = []
     monkeypatch.setattr(launching, "run_processes", lambda *arguments: taken.append(arguments) or 0)

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import parallel_worker as worker
-from localgrad.parallel.learner import schedule
+from localgrad.parallel import schedule
 from localgrad.parallel.schedule import Action, actions, program, shares, timetable
 from parallel_worker import BY_ROWS, SCENARIOS, Scenario, train
 

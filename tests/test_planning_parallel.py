@@ -16,8 +16,7 @@ from localgrad.backbones.base import Layout
 from localgrad.objectives.carried import CARRIED, Carried
 from localgrad.parallel.packets import Packets
 from localgrad.partition import Checkpointing, check_boundaries, spans
-from localgrad.planning.rank_search import Ranks, fastest_ranks, smallest_ranks
-from localgrad.planning.search import UNLIMITED, Choice
+from localgrad.planning.search import UNLIMITED, Choice, Ranks, fastest_ranks, smallest_ranks
 
 WAYS = [Checkpointing(), Checkpointing("blocks"), Checkpointing("halves"), Checkpointing("halves", 4)]
 

@@ -19,6 +19,7 @@ from localgrad import run
 from localgrad.app import build
 from localgrad.app.recipe import Recipe, overlay
 from localgrad.training.events import Event, RunStarted, Sink
+from localgrad.training.image_sets import Skipped
 
 VIT: dict[str, Any] = {
     "name": "vit_tiny_patch16_224",
@@ -264,3 +265,12 @@ def test_bad_options_are_refused(options: tuple[str, ...], words: tuple[str, ...
     (here / "micro.toml").write_text(micro().to_toml())
     assert_refused(cli_("train", "--recipe", "micro.toml", "--out", "run", *options), *words)
     assert not (here / "run").exists()
+
+
+def test_what_each_replica_left_out_is_listed() -> None:
+    ours, theirs = {"train": Skipped({"a.png": "empty"})}, {"train": Skipped({"b.png": "empty"})}
+    said = [{part: own.images for part, own in each.items()} for each in (ours, theirs)]
+    team = SimpleNamespace(everyone=lambda value: [value, said[1]])
+    run.add_skipped_of_all(team, ours)  # type: ignore[arg-type]
+    assert ours["train"].images == {"a.png": "empty", "b.png": "empty"}
+    assert ours["train"].counts() == {"empty": 2}

@@ -25,7 +25,7 @@ from typing import Any
 
 from localgrad.memory.costs import Costs
 from localgrad.partition import Checkpointing, balance, spans
-from localgrad.planning.rank_search import fastest_ranks
+from localgrad.planning.search import fastest_ranks
 from research.simulation.simulator import (
     Cluster,
     Link,

@@ -68,9 +68,9 @@ from localgrad.training.folder import (
     say,
 )
 from localgrad.training.health import HealthCheck
-from localgrad.training.image_sets import Skipped, table_of
+from localgrad.training.image_sets import Skipped, skipped_table
 from localgrad.training.optim import note_of_warmup
-from localgrad.training.parallel_trainer import ParallelTrainer, name_of, whole
+from localgrad.training.parallel_trainer import ParallelTrainer, joined_checkpoint, name_of
 from localgrad.training.stagewise import StagewiseTrainer, disk_needed, estimate_stages, gather
 from localgrad.training.trainer import Trainer, evaluate, load_best_weights
 from localgrad.units import format_bytes
@@ -136,7 +136,7 @@ def train(
             if team is None or team.is_speaker:
                 folder.write_text("recipe.toml", job.recipe.to_toml())
                 folder.write_json("data.json", _describe(job))
-                folder.write_text("skipped.csv", table_of(job.data.skipped))
+                folder.write_text("skipped.csv", skipped_table(job.data.skipped))
                 if planning.plan is not None:
                     folder.write_text("plan.json", planning.plan.to_json())
             if team is not None:
@@ -262,7 +262,7 @@ def _load_last(folder: RunFolder, recipe: Recipe) -> dict[str, Any] | None:
         different = [line for line in different if not line.startswith("local.modules:")]
         return f"it has another recipe: {', '.join(different)}" if different else None
 
-    state = whole(folder.load_last(agree))
+    state = joined_checkpoint(folder.load_last(agree))
     return {**state, "lost_best": _has_lost_best(folder, state["position"], recipe)}
 
 
@@ -825,6 +825,8 @@ def _finish(job: Job, trainer: Trainer, peaks: dict[str, Any]) -> dict[str, Any]
     if speaks:
         weights = model_weights(load_saved_weights(trainer.folder.best))
         save_weights(trainer.folder.path / "model.safetensors", weights)
+    if job.team is not None:
+        add_skipped_of_all(job.team, job.data.skipped)
     position = trainer.position
     summary = {
         "test_accuracy": accuracy,
@@ -847,10 +849,17 @@ def _finish(job: Job, trainer: Trainer, peaks: dict[str, Any]) -> dict[str, Any]
     if speaks:
         table = trainer.folder.path / "skipped.csv"  # which grows where images are decoded while training
         before = table.read_text(encoding="utf-8", errors="replace") if table.exists() else ""
-        trainer.folder.write_text("skipped.csv", table_of(job.data.skipped, before))
+        trainer.folder.write_text("skipped.csv", skipped_table(job.data.skipped, before))
         trainer.folder.write_json("summary.json", summary)
         trainer.folder.finish()
     return summary
+
+
+def add_skipped_of_all(team: Team, skipped: Mapping[str, Skipped]) -> None:
+    """Add what other processes left out while they trained: replicas read different images. All call this together."""
+    for others in team.everyone({part: own.images for part, own in skipped.items()}):
+        for part, images in others.items():
+            skipped[part].images.update(images)
 
 
 def _read_summary(path: Path) -> dict[str, Any] | None:

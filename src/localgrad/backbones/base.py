@@ -50,8 +50,8 @@ from localgrad.backbones.state import left_as_it_was
 from localgrad.backbones.timm_models import (
     SUPPORTED_FAMILIES,
     TENSOR_ARGUMENTS,
+    ComputedArgument,
     InputKept,
-    Recomputed,
     Step,
     attribute,
     find_glue,
@@ -575,7 +575,7 @@ def _make_step(model: nn.Module, call: Call, features: Tensor, layout: Layout, i
     for value in call.args:
         if not _is_plain(value):
             raise unsupported(model, f"{name} is called with a {type(value).__name__} beside its features")
-    recomputed: dict[str, Recomputed] = {}
+    recomputed: dict[str, ComputedArgument] = {}
     for keyword, value in call.kwargs.items():
         if _is_plain(value):
             continue
