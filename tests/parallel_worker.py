@@ -80,7 +80,7 @@ class MomentsTerm(Term):
 
     def forward(self, inputs: Tensor, outputs: Tensor, batch: LocalBatch, states: Sequence[Tensor] = ()) -> TermValue:
         guessed = self.guess(self.layout.to_grid(outputs).mean(dim=(1, 2)))
-        return TermValue(((guessed - batch.moments) / batch.scale).square().mean())
+        return TermValue(((guessed - batch.moments) / batch.scale.mean()).square().mean())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -647,9 +647,11 @@ def _rank_figures(job: Job, team: Team, learner: ParallelLearner) -> dict[str, A
 def estimate_run(job: Job) -> MemoryProfile:
     """Predict the memory of the steps that a job's recipe has: the larger, where some are end-to-end."""
     settings = job.recipe.method.training
-    kinds = [False, True] if settings.has_global_steps and job.learner.plan.num_modules > 1 else [False]
-    found = [estimate_step(job.learner, settings.batch_size, job.optimizer, globally=kind) for kind in kinds]
-    return max(found, key=lambda profile: profile.peak_bytes)
+    local = estimate_step(job.learner, settings.batch_size, job.optimizer)
+    if not settings.has_global_steps or job.learner.plan.num_modules == 1:
+        return local
+    globally = estimate_step(job.learner, settings.batch_size, job.optimizer, globally=True)
+    return max(local, globally, key=lambda profile: profile.peak_bytes)
 
 
 def _go_on(replanner: Replanner, trainer: Trainer, module: int) -> bool:

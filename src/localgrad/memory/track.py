@@ -44,6 +44,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -595,7 +596,7 @@ def simulate(
         with fake_mode, autocast_of(device), _foreach_of(device):
             batch = {name: torch.empty(tuple(shape), dtype=dtype) for name, (shape, dtype) in inputs.items()}
             return track(
-                lambda: step(fake_learner, **batch),
+                partial(step, fake_learner, **batch),
                 warmup=warmup,
                 categories=_known_categories(reached, batch),
                 rounding=CUDA_ROUNDING if device == "cuda" else 1,

@@ -420,6 +420,8 @@ def empty_batch(site: Site, carried: Iterable[Carried], num_images: int, dtype: 
     labels = torch.zeros(num_images, dtype=torch.int64)
     batch = LocalBatch(None, labels, features=torch.empty(num_images, *site.inputs.shape, dtype=dtype))
     for each in carried:
+        if each.grows and not site.context:
+            continue  # nobody has added to it yet
         is_input = each.name == "images" and site.index == 0
         batch.carried[each.name] = batch.features if is_input else each.empty(site, num_images, dtype)
     return batch
