@@ -44,6 +44,7 @@ from torch import Tensor, nn
 
 from localgrad.backbones.fake import FakeTensor, by_shapes_alone, copy_on_host, fake_copy_with_memo, random_state_kept
 from localgrad.backbones.layouts import Layout, LayoutFinder, change_features, change_image
+from localgrad.backbones.namespaces import Attributes
 from localgrad.backbones.observe import Call, Seen, find_stations, observe, trunks_of, watch_inputs
 from localgrad.backbones.proof import prove
 from localgrad.backbones.state import left_as_it_was
@@ -656,5 +657,5 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.buffers()
 
 
-def _adopt(target: dict[str, Any], source: dict[str, Any]) -> None:
+def _adopt(target: Attributes, source: Attributes) -> None:
     target.update({name: value for name, value in source.items() if value is not None})

@@ -19,7 +19,7 @@ from localgrad.objectives.site import Site
 from localgrad.parallel.learner import ParallelLearner
 from localgrad.step.executor import SequentialExecutor
 from localgrad.step.local_module import LocalModule
-from localgrad.step.local_step import LocalStep, Region
+from localgrad.step.local_step import LocalStep, Region, StepSettings
 from localgrad.step.sharding import OwnRows
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ class _ShareStep:
     site: Site
     first: int
     route: Route
-    settings: dict[str, Any]
+    settings: StepSettings
     batch_size: int
     dtype: torch.dtype
     factory: Factories
