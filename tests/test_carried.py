@@ -90,11 +90,11 @@ def test_own_things_are_planned_for() -> None:
     learner.configure_optimizers(adamw)
     learner.step(*batches(1, 16)[0])
     ranks, bare = (
-        localgrad.plan(model, parallel=3, **{**options, "objective": objective}).forecast["parallel"]["sent_bytes"]
+        localgrad.plan(model, parallel=3, **{**options, "objective": objective}).forecast.parallel.sent_bytes
         for objective in (Moments(), localgrad.GreedySupervised(classifier="linear"))
     )
     own = 4 * (2 * 16 + 1)  # moments of each image, and the scale; the last module looks at neither
-    assert ranks == [bare[0] + own, bare[1]]
+    assert ranks == (bare[0] + own, bare[1])
 
 
 def test_who_looks_at_what_nobody_carries_is_told() -> None:
