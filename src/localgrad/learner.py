@@ -10,9 +10,10 @@ import contextlib
 import copy
 import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Self, SupportsIndex, cast
+from typing import TYPE_CHECKING, Any, Self, SupportsIndex, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -74,48 +75,10 @@ NO_LABELS = torch.empty(0)
 CheckpointRequest = bool | str | Checkpointing | Sequence[bool | str | Checkpointing]
 
 
-class LocalLearner:
-    """Trains a timm model as gradient-isolated local modules.
+class Learner(ABC):
+    """What trains local modules: all of a model's in one process (``LocalLearner``), or a share (``ParallelLearner``).
 
-    Where something changes over the training (an objective's ``over_time`` and ``context``, ``freeze_from``), call
-    ``at`` before each step.
-
-    Args:
-        model: any timm model that ``localgrad.split`` takes, on its device; or a backbone that is split already.
-        modules: how many local modules (balanced by activation bytes), ``"stages"``, explicit boundaries (the
-            first block of every module but the first), or a ``Plan``. 1 is end-to-end training. A plan made for
-            other settings, another device or smaller batches trains, with a warning that its forecast isn't of this.
-        objective: what every module but the last is trained on; by default ``FeatureReconstruction()``.
-        input_size: (C, H, W) of the images; by default the model's own.
-        precision: ``fp32``, ``bf16`` or ``fp16`` autocast.
-        checkpoint: what modules recompute in their backward pass: ``"blocks"`` (or ``True``), ``"halves"``,
-            ``"halves/8"`` (over 8 chunks of the batch), ``"halves/8:3"`` (the first three blocks), ``"none"``; one for
-            all, or a list. By default blocks where ``model.set_grad_checkpointing()`` is on, else none.
-        compile: run each local module through ``torch.compile``.
-        clip_grad: largest norm of each module's gradient.
-        accumulation: parts that ``step`` cuts a batch into, to save memory; one update a step all the same. What looks
-            at a whole batch (batch norms, the contrastive term) then looks at a part. By default as a ``Plan`` says.
-        ema_decay: keep an exponential moving average of the model's weights, in ``averaged_model``.
-        offload: keep modules that don't train, their optimizer state and the average in host memory. ``eval()`` brings
-            the whole model there.
-        device: where to train, with ``offload`` only; by default where the model is. The model may stay on the CPU.
-        overlap: last blocks of the module before that each module's loss trains as well; they run in both (as in
-            interlocking backpropagation, arXiv 2010.04116, whose windows overlap by whole modules).
-        freeze_from: share of the training after which modules stop to learn: the first one then, each next one later,
-            the last never; ``at`` tells the learner how much is over. As in FreezeOut (arXiv 1706.04983), by module. A
-            frozen module's batch norms use their running statistics, which stay; dropout and drop path go on.
-        global_checkpoint: what an end-to-end step (``global_step``) recomputes, as for ``checkpoint``.
-        auxiliary_from: what auxiliary nets are initialised from: the ``seed`` alone, that is what ``torch.manual_seed``
-            was last given, whatever was drawn since; or torch's random ``state``, as any new layer is.
-
-    Two learners of equal models that are made after the same ``torch.manual_seed`` are the same, and draw the same in
-    their steps, whether the seed was set before or after the model was made. (With one module, steps draw from torch's
-    random state, as in any loop.) Making one leaves that state as it was.
-
-    Raises:
-        BackboneError: the model can't be split, a parameter is shared across a boundary, or there is one class only.
-        PartitionError: the modules asked for can't be made.
-        RecipeError: an option has an impossible value.
+    Options are those of ``LocalLearner``.
     """
 
     is_parallel = False
@@ -293,14 +256,26 @@ class LocalLearner:
         self._planned_batch = batch if isinstance(batch, int) else None
 
     @property
+    @abstractmethod
     def device(self) -> torch.device:
-        """Where the model trains; without offloading, where it is."""
-        return self._device or next(self.model.parameters()).device
+        """Where this process trains."""
 
     @property
+    @abstractmethod
     def own(self) -> range:
-        """The local modules that this process trains: all of them."""
-        return range(len(self.modules))
+        """The local modules that this process trains."""
+
+    @abstractmethod
+    def configure_optimizers(self, factory: Factories) -> None:
+        """Make one optimizer for each own module, by one factory or by one each."""
+
+    @abstractmethod
+    def step(self, images: Tensor, labels: Tensor) -> StepResult:
+        """Train the own modules on one batch."""
+
+    @abstractmethod
+    def _take_weights(self, weights: dict[str, Tensor], averages: dict[str, Tensor] | None) -> None:
+        """Take a whole model's weights, or what this process has of them, and those of its average."""
 
     @property
     def optimizers(self) -> tuple[Optimizer, ...]:
@@ -315,27 +290,6 @@ class LocalLearner:
         rank = {id(parameter): number for number, parameter in enumerate(self.model.parameters())}
         trainable = [parameter for parameter in self.modules[index].parameters() if parameter.requires_grad]
         return sorted(trainable, key=lambda parameter: rank.get(id(parameter), len(rank)))
-
-    def configure_optimizers(self, factory: Factories) -> None:
-        """Make one optimizer a local module.
-
-        Args:
-            factory: called once for each module with its trainable parameters, to make an optimizer of all of them and
-                no others; or a list of such factories, one a module.
-
-        Raises:
-            RecipeError: a module has nothing to train, or what a factory made isn't an optimizer of what it was given;
-                the learner is as it was.
-            BackboneError: the model was changed since the learner was made.
-        """
-        steps = self._make_steps(factory)
-        self.optimizer_factory = factory
-        self._global_step = None  # it holds the optimizers of before
-        self._seed(steps)
-        if self._offloader is not None:
-            self._offloader.attach([step.optimizer for step in steps])
-        around = None if self._offloader is None else self._offloader.training
-        self._take_executor(SequentialExecutor(steps, around, route=self.route))
 
     def _make_steps(self, factory: Factories) -> list[LocalStep]:
         self._made_of.check()
@@ -399,6 +353,257 @@ class LocalLearner:
             named += module.objective.named_parameters(prefix=f"modules.{index}.objective")
         return {id(weight): name for name, weight in named}
 
+    def check_ready(self, steps: Sequence[LocalStep]) -> None:
+        """Refuse to train a model that was changed since the learner or its optimizers were made.
+
+        It compares objects, with no operator and without waiting for the device. Hooks that were set since and won't
+        run are warned of, once.
+
+        Args:
+            steps: those that are to be run.
+
+        Raises:
+            RecipeError: weights are in no optimizer, or schedulers are attached to some optimizers.
+            BackboneError: a module or parameter was replaced, or has another dtype.
+            DeviceError: the model was moved.
+        """
+        self._made_of.check()
+        self._say_what_is_passed_by(stacklevel=6)
+        for step in steps:
+            if step.follow_model():
+                self._global_step = None
+        check_schedulers([step.optimizer for step in steps])
+
+    def _check_batch(self, batch: LocalBatch) -> None:
+        images, size = batch.images, self.backbone.input_size
+        check_tensors(batch)
+        if images is None or tuple(images.shape[1:]) != size:
+            got = None if images is None else list(images.shape)
+            raise BackboneError(
+                f"images: got {got}, but this learner was made for "
+                f"[B, {', '.join(map(str, size))}]; pass input_size= for another size."
+            )
+        autocasts = self.precision != "fp32" or torch.is_autocast_enabled(self.device.type)
+        check_images(images, self._image_dtypes, self.device, autocasts=autocasts)
+        check_labels(batch.labels, images, self.backbone.num_classes)
+        if not self._values_checked:
+            check_values(batch, self.backbone.num_classes)
+            self._values_checked = True
+
+    def _in_training(self) -> None:
+        """Have the model in training mode, but for the modules that someone put in evaluation mode one by one."""
+        if self.model.training and self.modules[self.own[0]].training:
+            self._note_still()
+        else:
+            self.train()
+
+    def _note_still(self) -> None:
+        """Note which modules are in evaluation mode while the model is in training mode."""
+        if self.modules[self.own[0]].training:
+            self._still = [module for module in self._made_of.modules if not module.training]
+        else:  # evaluated by us, and then put back by someone who knows the model only
+            theirs = dict.fromkeys(self.model.modules())
+            ours = [module for module in self._still if module not in theirs]
+            self._still = [*ours, *(module for module in theirs if not module.training)]
+
+    def at(self, progress: float) -> None:
+        """Tell the learner how much of its training is over, for what changes over time.
+
+        Args:
+            progress: from 0 to 1.
+
+        Raises:
+            RecipeError: it lies outside.
+        """
+        if not is_number(progress) or not 0 <= progress <= 1:
+            raise RecipeError(
+                f"progress is a share of the training, from 0 to 1, got {progress!r}; give min(1.0, step / num_steps)."
+            )
+        for index in self.own:
+            self.modules[index].objective.at(progress)
+        self._progress = progress
+        self._freeze()
+
+    def _freeze(self) -> None:
+        steps = () if self._executor is None else self._executor.steps
+        for index, step in zip(self.own, steps, strict=False):
+            begins = frozen_from(self.freeze_from, index, len(self.modules))
+            step.frozen = begins is not None and self._progress >= begins
+
+    def on_out_of_memory(self, recover: Callable[[int], bool] | None) -> None:
+        """Have someone asked when memory runs out in a step.
+
+        Args:
+            recover: given the module, makes room (``run_as``) and answers whether its step is to be run again.
+
+        Raises:
+            RecipeError: no optimizers yet.
+        """
+        if self._executor is None:
+            raise no_optimizers()
+        self._executor.recover = recover
+
+    def train(self, mode: bool = True) -> Self:  # noqa: FBT001, FBT002  # torch's own signature
+        """Put the model and the auxiliary nets in training mode (or, with ``False``, in evaluation mode).
+
+        Modules that were put in evaluation mode one by one, while the model was in training mode, stay there:
+        ``model.train()`` puts those back, too.
+        """
+        if self._offloader is not None and not mode:
+            self._offloader.rest()
+        if self.model.training:
+            self._note_still()
+        for module in self.modules:
+            module.train(mode)
+        self.model.train(mode)  # last: a model's own train() may keep parts of it still
+        for still in self._still if mode else ():
+            still.training = False
+        return self
+
+    def eval(self) -> Self:
+        """Put the model and the auxiliary nets in evaluation mode."""
+        return self.train(mode=False)
+
+    def load_state_dict(self, state: LearnerState) -> None:
+        """Take up a state from ``state_dict``, whose tensors are copied.
+
+        Raises:
+            CheckpointError: it is of another model, partition, objective or optimizer, or made before optimizers were
+                configured; the learner is as it was.
+        """
+        steps = self._executor.steps if self._executor else ()
+        self.check_state_dict(state)
+        if self._offloader is not None:
+            self._offloader.rest()
+        with or_as_before([step.optimizer for step in steps]):
+            for index, step in zip(self.own, steps, strict=False):  # there may be none
+                put_optimizer(step.optimizer, copy.deepcopy(state["optimizers"][index]))
+            self._take_weights(state["model"], state["averaged_model"])
+        for index in self.own:
+            load_weights(self.modules[index].objective, state["objectives"][index])
+        for index, step in zip(self.own, steps, strict=False):
+            step.scaler.load_state_dict(state["scalers"][index])
+        self.num_steps, self.seed = state["num_steps"], state["seed"]
+        self._seed(steps)
+
+    def check_state_dict(self, state: LearnerState) -> None:
+        """Refuse what ``load_state_dict`` would refuse; nothing is changed.
+
+        Raises:
+            CheckpointError: as there.
+        """
+        steps = self._executor.steps if self._executor else ()
+        needed = ("model", "objectives", "optimizers", "scalers", "averaged_model", "num_steps", "seed", "boundaries")
+        missing = [key for key in needed if not isinstance(state, Mapping) or key not in state]
+        if missing:
+            raise CheckpointError(f"checkpoint: it has no {', '.join(missing)}; give what learner.state_dict() gave.")
+        found, own = ((tuple(state["boundaries"]), len(state["optimizers"])), len(self.modules) if steps else 0)
+        if found != (self.plan.boundaries, own):
+            raise CheckpointError(
+                f"checkpoint: it has boundaries {list(found[0])} and {found[1]} optimizers, this learner "
+                f"{list(self.plan.boundaries)} and {own}; use the same modules, and configure optimizers first."
+            )
+        lengths = {key: len(state[key]) for key in ("objectives", "scalers")}
+        if lengths != {"objectives": len(self.modules), "scalers": own}:
+            raise CheckpointError(
+                f"checkpoint: it has {lengths['objectives']} objectives and {lengths['scalers']} scalers for "
+                f"{len(self.modules)} local modules; it isn't whole."
+            )
+        check_objective(state.get("objective"), self.objective)
+        if self._ema is not None and state["averaged_model"] is None:
+            raise CheckpointError("checkpoint: it holds no average of the weights; leave ema_decay out.")
+        if self._ema is None and state["averaged_model"] is not None:
+            raise CheckpointError(
+                "checkpoint: it holds an average of the weights, and this learner keeps none; make it with ema_decay, "
+                "or set state['averaged_model'] = None to drop it."
+            )
+        check_weights(self.model, state["model"])
+        if state["averaged_model"] is not None:
+            check_weights(self.model, state["averaged_model"])
+        classes: Sequence[str | None] = state.get("optimizer_classes") or [None] * len(self.modules)
+        for index in self.own:
+            check_weights(self.modules[index].objective, state["objectives"][index])
+        for index, step in zip(self.own, steps, strict=False):
+            check_optimizer_state(step.optimizer, state["optimizers"][index], classes[index], index)
+            check_scaler_state(step.scaler, state["scalers"][index], index)
+
+
+@final
+class LocalLearner(Learner):
+    """Trains a timm model as gradient-isolated local modules.
+
+    Where something changes over the training (an objective's ``over_time`` and ``context``, ``freeze_from``), call
+    ``at`` before each step.
+
+    Args:
+        model: any timm model that ``localgrad.split`` takes, on its device; or a backbone that is split already.
+        modules: how many local modules (balanced by activation bytes), ``"stages"``, explicit boundaries (the
+            first block of every module but the first), or a ``Plan``. 1 is end-to-end training. A plan made for
+            other settings, another device or smaller batches trains, with a warning that its forecast isn't of this.
+        objective: what every module but the last is trained on; by default ``FeatureReconstruction()``.
+        input_size: (C, H, W) of the images; by default the model's own.
+        precision: ``fp32``, ``bf16`` or ``fp16`` autocast.
+        checkpoint: what modules recompute in their backward pass: ``"blocks"`` (or ``True``), ``"halves"``,
+            ``"halves/8"`` (over 8 chunks of the batch), ``"halves/8:3"`` (the first three blocks), ``"none"``; one for
+            all, or a list. By default blocks where ``model.set_grad_checkpointing()`` is on, else none.
+        compile: run each local module through ``torch.compile``.
+        clip_grad: largest norm of each module's gradient.
+        accumulation: parts that ``step`` cuts a batch into, to save memory; one update a step all the same. What looks
+            at a whole batch (batch norms, the contrastive term) then looks at a part. By default as a ``Plan`` says.
+        ema_decay: keep an exponential moving average of the model's weights, in ``averaged_model``.
+        offload: keep modules that don't train, their optimizer state and the average in host memory. ``eval()`` brings
+            the whole model there.
+        device: where to train, with ``offload`` only; by default where the model is. The model may stay on the CPU.
+        overlap: last blocks of the module before that each module's loss trains as well; they run in both (as in
+            interlocking backpropagation, arXiv 2010.04116, whose windows overlap by whole modules).
+        freeze_from: share of the training after which modules stop to learn: the first one then, each next one later,
+            the last never; ``at`` tells the learner how much is over. As in FreezeOut (arXiv 1706.04983), by module. A
+            frozen module's batch norms use their running statistics, which stay; dropout and drop path go on.
+        global_checkpoint: what an end-to-end step (``global_step``) recomputes, as for ``checkpoint``.
+        auxiliary_from: what auxiliary nets are initialised from: the ``seed`` alone, that is what ``torch.manual_seed``
+            was last given, whatever was drawn since; or torch's random ``state``, as any new layer is.
+
+    Two learners of equal models that are made after the same ``torch.manual_seed`` are the same, and draw the same in
+    their steps, whether the seed was set before or after the model was made. (With one module, steps draw from torch's
+    random state, as in any loop.) Making one leaves that state as it was.
+
+    Raises:
+        BackboneError: the model can't be split, a parameter is shared across a boundary, or there is one class only.
+        PartitionError: the modules asked for can't be made.
+        RecipeError: an option has an impossible value.
+    """
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model trains; without offloading, where it is."""
+        return self._device or next(self.model.parameters()).device
+
+    @property
+    def own(self) -> range:
+        """The local modules that this process trains: all of them."""
+        return range(len(self.modules))
+
+    def configure_optimizers(self, factory: Factories) -> None:
+        """Make one optimizer a local module.
+
+        Args:
+            factory: called once for each module with its trainable parameters, to make an optimizer of all of them and
+                no others; or a list of such factories, one a module.
+
+        Raises:
+            RecipeError: a module has nothing to train, or what a factory made isn't an optimizer of what it was given;
+                the learner is as it was.
+            BackboneError: the model was changed since the learner was made.
+        """
+        steps = self._make_steps(factory)
+        self.optimizer_factory = factory
+        self._global_step = None  # it holds the optimizers of before
+        self._seed(steps)
+        if self._offloader is not None:
+            self._offloader.attach([step.optimizer for step in steps])
+        around = None if self._offloader is None else self._offloader.training
+        self._take_executor(SequentialExecutor(steps, around, route=self.route))
+
     def step(self, images: Tensor, labels: Tensor) -> StepResult:
         """Train every local module on one batch: K forwards, K losses, K backwards, K updates.
 
@@ -447,43 +652,6 @@ class LocalLearner:
         self.check_ready(self._executor.steps)
         self._check_batch(batch)
         return self._executor
-
-    def check_ready(self, steps: Sequence[LocalStep]) -> None:
-        """Refuse to train a model that was changed since the learner or its optimizers were made.
-
-        It compares objects, with no operator and without waiting for the device. Hooks that were set since and won't
-        run are warned of, once.
-
-        Args:
-            steps: those that are to be run.
-
-        Raises:
-            RecipeError: weights are in no optimizer, or schedulers are attached to some optimizers.
-            BackboneError: a module or parameter was replaced, or has another dtype.
-            DeviceError: the model was moved.
-        """
-        self._made_of.check()
-        self._say_what_is_passed_by(stacklevel=6)
-        for step in steps:
-            if step.follow_model():
-                self._global_step = None
-        check_schedulers([step.optimizer for step in steps])
-
-    def _check_batch(self, batch: LocalBatch) -> None:
-        images, size = batch.images, self.backbone.input_size
-        check_tensors(batch)
-        if images is None or tuple(images.shape[1:]) != size:
-            got = None if images is None else list(images.shape)
-            raise BackboneError(
-                f"images: got {got}, but this learner was made for "
-                f"[B, {', '.join(map(str, size))}]; pass input_size= for another size."
-            )
-        autocasts = self.precision != "fp32" or torch.is_autocast_enabled(self.device.type)
-        check_images(images, self._image_dtypes, self.device, autocasts=autocasts)
-        check_labels(batch.labels, images, self.backbone.num_classes)
-        if not self._values_checked:
-            check_values(batch, self.backbone.num_classes)
-            self._values_checked = True
 
     def global_step(self, images: Tensor, labels: Tensor) -> StepResult:
         """Train all modules end to end on one batch, recomputing as ``global_checkpoint`` says.
@@ -577,46 +745,6 @@ class LocalLearner:
         else:
             yield f"{begun} no weights were updated (running statistics may have moved). The next step begins anew."
 
-    def _in_training(self) -> None:
-        """Have the model in training mode, but for the modules that someone put in evaluation mode one by one."""
-        if self.model.training and self.modules[self.own[0]].training:
-            self._note_still()
-        else:
-            self.train()
-
-    def _note_still(self) -> None:
-        """Note which modules are in evaluation mode while the model is in training mode."""
-        if self.modules[self.own[0]].training:
-            self._still = [module for module in self._made_of.modules if not module.training]
-        else:  # evaluated by us, and then put back by someone who knows the model only
-            theirs = dict.fromkeys(self.model.modules())
-            ours = [module for module in self._still if module not in theirs]
-            self._still = [*ours, *(module for module in theirs if not module.training)]
-
-    def at(self, progress: float) -> None:
-        """Tell the learner how much of its training is over, for what changes over time.
-
-        Args:
-            progress: from 0 to 1.
-
-        Raises:
-            RecipeError: it lies outside.
-        """
-        if not is_number(progress) or not 0 <= progress <= 1:
-            raise RecipeError(
-                f"progress is a share of the training, from 0 to 1, got {progress!r}; give min(1.0, step / num_steps)."
-            )
-        for index in self.own:
-            self.modules[index].objective.at(progress)
-        self._progress = progress
-        self._freeze()
-
-    def _freeze(self) -> None:
-        steps = () if self._executor is None else self._executor.steps
-        for index, step in zip(self.own, steps, strict=False):
-            begins = frozen_from(self.freeze_from, index, len(self.modules))
-            step.frozen = begins is not None and self._progress >= begins
-
     @torch.no_grad()
     def logits(self, images: Tensor) -> tuple[Tensor | None, ...]:
         """Class logits of each module's own classifier, the whole model's last; nothing is trained.
@@ -696,40 +824,6 @@ class LocalLearner:
         for step in self._executor.steps if self._executor else ():
             step.run_as(plan.accumulation)
 
-    def on_out_of_memory(self, recover: Callable[[int], bool] | None) -> None:
-        """Have someone asked when memory runs out in a step.
-
-        Args:
-            recover: given the module, makes room (``run_as``) and answers whether its step is to be run again.
-
-        Raises:
-            RecipeError: no optimizers yet.
-        """
-        if self._executor is None:
-            raise no_optimizers()
-        self._executor.recover = recover
-
-    def train(self, mode: bool = True) -> LocalLearner:  # noqa: FBT001, FBT002  # torch's own signature
-        """Put the model and the auxiliary nets in training mode (or, with ``False``, in evaluation mode).
-
-        Modules that were put in evaluation mode one by one, while the model was in training mode, stay there:
-        ``model.train()`` puts those back, too.
-        """
-        if self._offloader is not None and not mode:
-            self._offloader.rest()
-        if self.model.training:
-            self._note_still()
-        for module in self.modules:
-            module.train(mode)
-        self.model.train(mode)  # last: a model's own train() may keep parts of it still
-        for still in self._still if mode else ():
-            still.training = False
-        return self
-
-    def eval(self) -> LocalLearner:
-        """Put the model and the auxiliary nets in evaluation mode."""
-        return self.train(mode=False)
-
     def state_dict(self) -> LearnerState:
         """Everything that a resumed run needs: model, auxiliary nets, every optimizer and scaler, average, count.
 
@@ -748,69 +842,6 @@ class LocalLearner:
             "objective": describe(self.objective),
             "optimizer_classes": [type(step.optimizer).__name__ for step in steps],
         }
-
-    def load_state_dict(self, state: LearnerState) -> None:
-        """Take up a state from ``state_dict``, whose tensors are copied.
-
-        Raises:
-            CheckpointError: it is of another model, partition, objective or optimizer, or made before optimizers were
-                configured; the learner is as it was.
-        """
-        steps = self._executor.steps if self._executor else ()
-        self.check_state_dict(state)
-        if self._offloader is not None:
-            self._offloader.rest()
-        with or_as_before([step.optimizer for step in steps]):
-            for index, step in zip(self.own, steps, strict=False):  # there may be none
-                put_optimizer(step.optimizer, copy.deepcopy(state["optimizers"][index]))
-            self._take_weights(state["model"], state["averaged_model"])
-        for index in self.own:
-            load_weights(self.modules[index].objective, state["objectives"][index])
-        for index, step in zip(self.own, steps, strict=False):
-            step.scaler.load_state_dict(state["scalers"][index])
-        self.num_steps, self.seed = state["num_steps"], state["seed"]
-        self._seed(steps)
-
-    def check_state_dict(self, state: LearnerState) -> None:
-        """Refuse what ``load_state_dict`` would refuse; nothing is changed.
-
-        Raises:
-            CheckpointError: as there.
-        """
-        steps = self._executor.steps if self._executor else ()
-        needed = ("model", "objectives", "optimizers", "scalers", "averaged_model", "num_steps", "seed", "boundaries")
-        missing = [key for key in needed if not isinstance(state, Mapping) or key not in state]
-        if missing:
-            raise CheckpointError(f"checkpoint: it has no {', '.join(missing)}; give what learner.state_dict() gave.")
-        found, own = ((tuple(state["boundaries"]), len(state["optimizers"])), len(self.modules) if steps else 0)
-        if found != (self.plan.boundaries, own):
-            raise CheckpointError(
-                f"checkpoint: it has boundaries {list(found[0])} and {found[1]} optimizers, this learner "
-                f"{list(self.plan.boundaries)} and {own}; use the same modules, and configure optimizers first."
-            )
-        lengths = {key: len(state[key]) for key in ("objectives", "scalers")}
-        if lengths != {"objectives": len(self.modules), "scalers": own}:
-            raise CheckpointError(
-                f"checkpoint: it has {lengths['objectives']} objectives and {lengths['scalers']} scalers for "
-                f"{len(self.modules)} local modules; it isn't whole."
-            )
-        check_objective(state.get("objective"), self.objective)
-        if self._ema is not None and state["averaged_model"] is None:
-            raise CheckpointError("checkpoint: it holds no average of the weights; leave ema_decay out.")
-        if self._ema is None and state["averaged_model"] is not None:
-            raise CheckpointError(
-                "checkpoint: it holds an average of the weights, and this learner keeps none; make it with ema_decay, "
-                "or set state['averaged_model'] = None to drop it."
-            )
-        check_weights(self.model, state["model"])
-        if state["averaged_model"] is not None:
-            check_weights(self.model, state["averaged_model"])
-        classes: Sequence[str | None] = state.get("optimizer_classes") or [None] * len(self.modules)
-        for index in self.own:
-            check_weights(self.modules[index].objective, state["objectives"][index])
-        for index, step in zip(self.own, steps, strict=False):
-            check_optimizer_state(step.optimizer, state["optimizers"][index], classes[index], index)
-            check_scaler_state(step.scaler, state["scalers"][index], index)
 
     def _take_weights(self, weights: dict[str, Tensor], averages: dict[str, Tensor] | None) -> None:
         """Take a whole model's weights, and those of its average where one is kept."""
@@ -907,7 +938,7 @@ def frozen_from(freeze_from: float | None, index: int, num_modules: int) -> floa
     return freeze_from + (1 - freeze_from) * index / (num_modules - 1)
 
 
-def end_to_end(learner: LocalLearner) -> LocalLearner:
+def end_to_end(learner: Learner) -> LocalLearner:
     """The same backbone, precision and settings with one local module: the end-to-end baseline, sharing weights."""
     decay = None if learner._ema is None else learner._ema.decay
     return LocalLearner(

@@ -83,7 +83,7 @@ from localgrad.training.saved import (
     Summary,
 )
 from localgrad.training.stagewise import StagewiseTrainer, disk_needed, estimate_stages, gather
-from localgrad.training.trainer import Trainer, evaluate, load_best_weights
+from localgrad.training.trainer import LocalTrainer, Trainer, evaluate, load_best_weights
 from localgrad.units import format_bytes
 
 _FEW = 10  # classes that are named in the first lines of a run
@@ -426,9 +426,9 @@ def evaluate_run(
     images = {"test": job.data.test, "val": job.data.val, "train": job.data.train}[part]
     if images is None:
         raise RecipeError("--part val: this run has no validation images (data.val_fraction = 0); take --part test.")
-    load_best_weights(job.learner, weights)
-    gather(job.learner, job.device)
-    accuracy, by_module = evaluate(job.learner, job.evaluation_batches(images))
+    load_best_weights(job.local, weights)
+    gather(job.local, job.device)
+    accuracy, by_module = evaluate(job.local, job.evaluation_batches(images))
     by_module = _of_best(recipe, by_module)
     return {
         "part": part,
@@ -537,7 +537,7 @@ def _fit(
             trainer._save_best()
     fits()
     if isinstance(trainer, StagewiseTrainer):
-        stages = estimate_stages(job.learner, settings.batch_size, job.optimizer, job.device)
+        stages = estimate_stages(job.local, settings.batch_size, job.optimizer, job.device)
         profile = max(stages, key=lambda stage: stage.peak_bytes)
     else:
         profile = estimate_run(job)
@@ -659,10 +659,10 @@ def _rank_figures(job: Job, team: Team, learner: ParallelLearner) -> RankFigures
 def estimate_run(job: Job) -> MemoryProfile:
     """Predict the memory of the steps that a job's recipe has: the larger, where some are end-to-end."""
     settings = job.recipe.method.training
-    local = estimate_step(job.learner, settings.batch_size, job.optimizer)
+    local = estimate_step(job.local, settings.batch_size, job.optimizer)
     if not settings.has_global_steps or job.learner.plan.num_modules == 1:
         return local
-    globally = estimate_step(job.learner, settings.batch_size, job.optimizer, globally=True)
+    globally = estimate_step(job.local, settings.batch_size, job.optimizer, globally=True)
     return max(local, globally, key=lambda profile: profile.peak_bytes)
 
 
@@ -689,7 +689,7 @@ def _trainer(job: Job, folder: RunFolder) -> Trainer:
     val = None if job.data.val is None else job.evaluation_batches(job.data.val)
     if settings.schedule == "sequential":
         return StagewiseTrainer(
-            learner=job.learner,
+            learner=job.local,
             optimizer=job.optimizer,
             schedule_for=job.schedule_for,
             train=job.batches,
@@ -699,8 +699,8 @@ def _trainer(job: Job, folder: RunFolder) -> Trainer:
             folder=folder,
             sinks=(),
         )
-    return Trainer(
-        learner=job.learner,
+    return LocalTrainer(
+        learner=job.local,
         schedule=job.schedule_for(job.learner.optimizers),
         train=job.batches,
         val=val,
@@ -723,7 +723,7 @@ def _health_check(job: Job) -> HealthCheck | None:
         reference = _end_to_end_weights(Path(execution.health_reference), job.recipe)
     try:
         return HealthCheck(
-            job.learner,
+            job.local,
             job.batches,
             None if val is None else job.evaluation_batches(val),
             execution.health_every,
@@ -759,7 +759,7 @@ def _check_space(job: Job, path: Path) -> None:
     settings = job.recipe.method.training
     if settings.schedule == "sequential":
         variants = min(settings.cached_epochs, settings.epochs)
-        check_space(path / "cache", disk_needed(job.learner, job.batches, job.data.info.num_val, variants))
+        check_space(path / "cache", disk_needed(job.local, job.batches, job.data.info.num_val, variants))
 
 
 def _emit_start(job: Job, trainer: Trainer, peak: int, baseline: int) -> None:

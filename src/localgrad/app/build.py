@@ -21,7 +21,7 @@ from localgrad.app.recipe import ModelSettings, Recipe, TrainingSettings, valida
 from localgrad.backbones.base import Backbone, split
 from localgrad.backbones.namespaces import Kwargs
 from localgrad.errors import BackboneError, DeviceError, RecipeError, did_you_mean, reason_of
-from localgrad.learner import Factories, LocalLearner, default_input_size, make_plan
+from localgrad.learner import Factories, Learner, LocalLearner, default_input_size, make_plan
 from localgrad.objectives.methods import Objective, build_objective
 from localgrad.parallel.learner import ParallelLearner
 from localgrad.parallel.team import Team
@@ -40,12 +40,18 @@ class Job:
 
     recipe: Recipe
     data: Splits
-    learner: LocalLearner
+    learner: Learner
     optimizer: Factories
     schedule_for: Callable[[Sequence[Optimizer]], Schedule]
     batches: Batches
     device: torch.device
     team: Team | None = None
+
+    @property
+    def local(self) -> LocalLearner:
+        """The learner of a run in one process."""
+        assert isinstance(self.learner, LocalLearner), "each of several processes has a share"
+        return self.learner
 
     def evaluation_batches(self, images: ImageSet) -> Batches:
         """Batches of one part of the data, in order and not augmented."""
@@ -128,6 +134,7 @@ def build(
         "freeze_from": training.freeze_from,
         "auxiliary_from": "state",  # seeded right before; as it was when the published runs were made
     }
+    learner: Learner
     if team is None:
         learner = LocalLearner(
             backbone,
@@ -240,7 +247,7 @@ def _check_training(recipe: Recipe) -> None:
         )
 
 
-def _optimizer_alone(learner: LocalLearner, index: int, optimizer: Factories) -> Optimizer:
+def _optimizer_alone(learner: Learner, index: int, optimizer: Factories) -> Optimizer:
     """An optimizer of one local module that nobody keeps."""
     if isinstance(learner, ParallelLearner):  # a whole step would meet its twins
         return (optimizer if callable(optimizer) else optimizer[index])(learner.parameters(index))

@@ -58,7 +58,7 @@ class Replanner:
 
     def adopt(self, plan: Plan) -> Recipe:
         """Run as another plan from now on; gives the recipe that says so."""
-        learner = self.job.learner
+        learner = self.job.local
         learner.run_as(replace(plan, activation_bytes=learner.plan.activation_bytes))
         self.recipe = laid_over(plan, self.recipe)
         forecast = forecast_of(plan)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, final
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from localgrad.backbones.fake import by_shapes_alone, copy_without_hooks, fake_copy
 from localgrad.backbones.namespaces import Attributes
 from localgrad.errors import ParallelError, RecipeError
-from localgrad.learner import NO_LABELS, Factories, LocalLearner, make_ema, no_optimizers
+from localgrad.learner import NO_LABELS, Factories, Learner, make_ema, no_optimizers
 from localgrad.objectives.auxiliary import NextClassifier
 from localgrad.objectives.averaging import has_spectral_norms
 from localgrad.objectives.carried import IGNORED, LocalBatch, Route, empty_batch
@@ -39,7 +39,8 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 
-class ParallelLearner(LocalLearner):
+@final
+class ParallelLearner(Learner):
     """Trains this process's share of a model's local modules.
 
     Only the own modules' weights, gradients, optimizer state and average take memory here. Call ``begin`` with the
@@ -277,18 +278,6 @@ class ParallelLearner(LocalLearner):
                     dist.all_reduce(buffer, group=self.team.twins)
                     buffer.div_(self.team.num_replicas)
 
-    def step_on(self, batch: LocalBatch) -> Any:
-        """Not here: see ``share``."""
-        raise ParallelError("step_on: several processes share a step; call share() in each of them.")
-
-    def global_step_on(self, batch: LocalBatch) -> Any:
-        """Not here: an end-to-end step needs all modules in one place."""
-        raise ParallelError("end-to-end steps need all modules in one process; leave them out, or --parallel.")
-
-    def logits(self, images: Tensor) -> Any:
-        """Not here: see ``infer``."""
-        raise ParallelError("logits: no process has the whole model; call infer() in each, or whole_state_dict().")
-
     @torch.no_grad()
     def infer(self, images: Tensor | None, targets: Tensor | None) -> tuple[dict[int, Tensor], Tensor]:
         """Class logits of the own modules' classifiers for the next batch; call ``eval()`` first, and ``begin``.
@@ -363,7 +352,7 @@ class ParallelLearner(LocalLearner):
 
     # ------------------------------------------------------------------------------------------------- state
 
-    def state_dict(self) -> LearnerPart:  # type: ignore[override]  # of this process, not of the whole
+    def state_dict(self) -> LearnerPart:
         """This process's part of the state, ``merged`` makes the whole of all. Replicas call this together."""
         steps = self._executor.steps if self._executor else ()
         own = list(self.own)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from typing import Any, cast
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from localgrad.training.saved import Checkpoint, PositionState, SumsState, Train
 from localgrad.training.trainer import Interrupted, Trainer, all_random_states, below
 
 
+@final
 class ParallelTrainer(Trainer):
     """Trains the own modules of a ``ParallelLearner``; every process has one.
 

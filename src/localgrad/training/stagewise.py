@@ -29,6 +29,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from typing import final
 
 import torch
 from torch import Tensor
@@ -52,13 +53,14 @@ from localgrad.training.folder import RunFolder
 from localgrad.training.health import HealthCheck
 from localgrad.training.optim import Schedule
 from localgrad.training.saved import Selection, TrainerState
-from localgrad.training.trainer import Interrupted, Trainer, evaluate
+from localgrad.training.trainer import Interrupted, TrainerOfAll, evaluate
 from localgrad.units import format_bytes
 
 VAL = "val"
 
 
-class StagewiseTrainer(Trainer):
+@final
+class StagewiseTrainer(TrainerOfAll):
     """Trains a learner's local modules one after another.
 
     Args:

@@ -14,11 +14,12 @@ import random
 import signal
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import TypedDict, Unpack, cast, final
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
 from localgrad.errors import CheckpointError, DivergenceError
-from localgrad.learner import LocalLearner, load_weights
+from localgrad.learner import Learner, LocalLearner, load_weights
 from localgrad.objectives.carried import LocalBatch
 from localgrad.step.executor import StepResult
 from localgrad.step.sharding import rows_of
@@ -161,10 +162,19 @@ class EpochSums:
         self.has_logits = state.get("has_logits", True)  # as it was before modules without a classifier could be alone
 
 
-class Trainer:
-    """Trains a learner on batches, validates, selects and saves.
+class Common(TypedDict):
+    """What every trainer is given; see ``Trainer``."""
 
-    What is trained in a step is said by a few methods that a subclass may say otherwise (``stagewise.py``).
+    schedule: Schedule | None
+    train: Batches
+    val: Batches | None
+    epochs: int
+    folder: RunFolder
+    sinks: Sequence[Sink]
+
+
+class Trainer(ABC):
+    """Trains a learner on batches, validates, selects and saves; how, its classes say.
 
     Args:
         learner: with its optimizers configured.
@@ -174,7 +184,6 @@ class Trainer:
         epochs: length of the run.
         folder: where checkpoints go.
         sinks: take the events.
-        is_global: whether a step is end-to-end, given its number from 0 and how many there are; by default none is.
 
     Attributes:
         health: what measures the modules' health after some epochs; nothing by default.
@@ -186,17 +195,15 @@ class Trainer:
     def __init__(
         self,
         *,
-        learner: LocalLearner,
+        learner: Learner,
         schedule: Schedule | None,
         train: Batches,
         val: Batches | None,
         epochs: int,
         folder: RunFolder,
         sinks: Sequence[Sink],
-        is_global: Callable[[int, int], bool] | None = None,
     ) -> None:
         self.learner = learner
-        self.is_global = is_global or (lambda step, num_steps: False)
         self.schedule = schedule
         self.train = train
         self.val = val
@@ -224,15 +231,6 @@ class Trainer:
                 self._finish_epoch(start, train_seconds)
                 self._leave_if_told()
 
-    def state_dict(self) -> TrainerState:
-        """Everything needed to go on bit for bit (on the CPU)."""
-        return {
-            "learner": self.learner.state_dict(),
-            "position": cast(PositionState, asdict(self.position)),
-            "sums": self._sums.state_dict(),
-            "random": all_random_states(),
-        }
-
     def load_state_dict(self, state: TrainerState) -> None:
         """Take up a saved state.
 
@@ -259,14 +257,13 @@ class Trainer:
     def _load_sums(self, state: SumsState) -> None:
         self._sums.load_state_dict(state)
 
+    @abstractmethod
     def load_best(self) -> None:
         """Put the best epoch's weights into the learner (the averaged ones, where an average is kept)."""
-        weights = load_saved_weights(self.folder.best)
-        load_best_weights(self.learner, weights)
 
+    @abstractmethod
     def evaluate(self, batches: Batches) -> tuple[float, list[float | None]]:
         """Accuracy of the whole model and of each local module's own classifier."""
-        return evaluate(self.learner, batches)
 
     def details(self) -> tuple[str, ...]:
         """Lines about this way of training, for the start of a run."""
@@ -284,7 +281,7 @@ class Trainer:
         """The local modules that are trained at the current position."""
         return self.learner.own
 
-    def _prepare(self) -> None:
+    def _prepare(self) -> None:  # noqa: B027  # most have nothing to prepare
         """Whatever must be ready before an epoch, or the rest of one, is trained."""
 
     def _feed(self) -> Iterator[LocalBatch]:
@@ -295,12 +292,9 @@ class Trainer:
         """Updates so far of the modules that are trained, for their learning rate."""
         return self.position.epoch * len(self.train) + self.position.batch
 
+    @abstractmethod
     def _step(self, batch: LocalBatch) -> StepResult:
-        step, num_steps = self._num_updates(), self.epochs * len(self.train)
-        self.learner.at(step / num_steps)
-        if self.is_global(step, num_steps):
-            return self.learner.global_step_on(batch)
-        return self.learner.step_on(batch)
+        """Train on one batch."""
 
     def _count(self, num_images: int) -> int:
         """Images of all processes where one had so many."""
@@ -323,12 +317,13 @@ class Trainer:
         accuracy = int(sums.num_correct) / sums.num_images if sums.has_logits else None
         return sums.means(len(self.learner.modules)), accuracy
 
+    @abstractmethod
     def _save_best(self) -> None:
-        save_weights(self.folder.best, best_weights(self.learner))
+        """Keep the weights of this epoch, which is the best so far."""
 
+    @abstractmethod
     def _save(self) -> None:
         """Write the checkpoint to resume from."""
-        self.folder.save_last(self.state_dict())
 
     def _stops_now(self) -> bool:
         """Whether to stop after the batch that was just done."""
@@ -482,6 +477,60 @@ class Trainer:
     def _emit(self, event: Event) -> None:
         for sink in self.sinks:
             sink.emit(event)
+
+
+class TrainerOfAll(Trainer, ABC):
+    """What trainers in one process have in common: it has the whole model."""
+
+    learner: LocalLearner
+
+    def load_best(self) -> None:
+        """Put the best epoch's weights into the learner (the averaged ones, where an average is kept)."""
+        load_best_weights(self.learner, load_saved_weights(self.folder.best))
+
+    def evaluate(self, batches: Batches) -> tuple[float, list[float | None]]:
+        """Accuracy of the whole model and of each local module's own classifier."""
+        return evaluate(self.learner, batches)
+
+    def state_dict(self) -> TrainerState:
+        """Everything needed to go on bit for bit (on the CPU)."""
+        return {
+            "learner": self.learner.state_dict(),
+            "position": cast(PositionState, asdict(self.position)),
+            "sums": self._sums.state_dict(),
+            "random": all_random_states(),
+        }
+
+    def _save_best(self) -> None:
+        save_weights(self.folder.best, best_weights(self.learner))
+
+    def _save(self) -> None:
+        """Write the checkpoint to resume from."""
+        self.folder.save_last(self.state_dict())
+
+
+@final
+class LocalTrainer(TrainerOfAll):
+    """Trains all local modules in every step.
+
+    Args:
+        is_global: whether a step is end-to-end, given its number from 0 and how many there are; by default none is.
+        learner: with its optimizers configured.
+        others: as for ``Trainer``.
+    """
+
+    def __init__(
+        self, *, learner: LocalLearner, is_global: Callable[[int, int], bool] | None = None, **others: Unpack[Common]
+    ) -> None:
+        super().__init__(learner=learner, **others)
+        self.is_global = is_global or (lambda step, num_steps: False)
+
+    def _step(self, batch: LocalBatch) -> StepResult:
+        step, num_steps = self._num_updates(), self.epochs * len(self.train)
+        self.learner.at(step / num_steps)
+        if self.is_global(step, num_steps):
+            return self.learner.global_step_on(batch)
+        return self.learner.step_on(batch)
 
 
 @torch.no_grad()
