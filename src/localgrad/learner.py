@@ -985,6 +985,7 @@ def estimate_step(
     )
 
 
+@final
 class _EstimatedStep:
     """A training step of a copied learner, whose optimizers are made at the first call.
 

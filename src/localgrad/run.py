@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -177,6 +177,7 @@ def _refuse_in_parallel(recipe: Recipe, *, budget: int | None, on_oom: str) -> N
         raise RecipeError("--on-oom replan: not with --parallel modules; resume with another --checkpoint instead.")
 
 
+@final
 class _Planning:
     """Plans a recipe once its model is there, or checks that a plan fits that model.
 

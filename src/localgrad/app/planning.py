@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from localgrad.step.local_step import PRECISIONS, check_precision
 from localgrad.units import parse_bytes
 
 
+@final
 class _AdamW:
     """The optimizer that is planned for by default."""
 

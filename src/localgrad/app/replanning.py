@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import final
 
 import torch
 
@@ -27,6 +28,7 @@ LESS = 0.9
 """The next plan has to need at most this share of the one for which memory ran out."""
 
 
+@final
 class Replanner:
     """Finds the next plan of a run that needs less memory.
 

@@ -14,7 +14,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, TypedDict, final
 
 import torch
 import torch.nn.functional as F
@@ -157,6 +157,7 @@ class PlainLoop(Contender):
         return Runner(loop.step, [loop.optimizer])
 
 
+@final
 class _Loop:
     def __init__(self, method: PlainLoop, stage: Stage) -> None:
         self.method = method

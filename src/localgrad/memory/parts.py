@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,7 @@ RATES = {
 without TF32)."""
 
 
+@final
 class _Source(torch.autograd.Function):
     """Gives a tensor that needs a gradient and takes the gradient; nothing else holds on to either."""
 
@@ -81,6 +82,7 @@ class _Source(torch.autograd.Function):
         return None, None, None
 
 
+@final
 class _Sink(torch.autograd.Function):
     """Takes an output without holding on to it, and gives a gradient of its shape."""
 
@@ -95,6 +97,7 @@ class _Sink(torch.autograd.Function):
         return torch.empty(shape, dtype=dtype)
 
 
+@final
 class _Chunk(torch.autograd.Function):
     """Takes and frees what one chunk of a branch does, without its operators."""
 
@@ -135,11 +138,11 @@ class _KnownChunk:
         return output
 
 
-class _Meter(Tracker):  # type: ignore[no-untyped-call]
-    """A tracker that adds up nominal seconds as well."""
+@final
+class _Clock:
+    """Adds up the nominal seconds of operators."""
 
-    def __init__(self, rounding: int, rates: Rates) -> None:
-        super().__init__(rounding)
+    def __init__(self, rates: Rates) -> None:
         self.rates = rates
         self.seconds = 0.0
 
@@ -195,6 +198,7 @@ Cuts = dict[str, list[Piece]]
 Like = tuple[tuple[int, ...], torch.dtype]
 
 
+@final
 class _Workshop:
     """Measures parts of one fake backbone; remembers those that are alike."""
 
@@ -254,14 +258,15 @@ class _Workshop:
                 default as the settings say.
         """
         shape, dtype = like
-        meter = _Meter(self.rounding, RATES[self.settings.device])
+        clock = _Clock(RATES[self.settings.device])
+        meter = Tracker(self.rounding, clock.ran)
         with self.fake_mode, meter, autocast_of(self.settings.device), torch.enable_grad():
             held = self._input(shape, dtype, needs_gradient=needs_gradient) if present else None
             if self.settings.accumulation > 1 if accumulates is None else accumulates:
                 for weight in weights:
                     weight.grad = torch.empty_like(weight)
             meter.begin()
-            meter.seconds = 0.0
+            clock.seconds = 0.0
             inputs = held if held is not None else self._input(shape, dtype, needs_gradient=needs_gradient)
             entered = weakref.ref(inputs.untyped_storage())
             with autocast("cpu", self.settings.precision):
@@ -269,7 +274,7 @@ class _Workshop:
                 del inputs
                 in_autocast = meter.alive_bytes
             keeps_input = entered() is not None
-            kept, forward, forward_seconds = meter.alive_bytes, meter.take_peak(), meter.seconds
+            kept, forward, forward_seconds = meter.alive_bytes, meter.take_peak(), clock.seconds
             nbytes = self.nbytes(output)
             measured_shape, measured_dtype = tuple(output.shape), output.dtype
             end = _Sink.apply(output)
@@ -289,7 +294,7 @@ class _Workshop:
             backward=backward,
             gradients=gradients,
             forward_ns=round(forward_seconds * 1e9),
-            backward_ns=round((meter.seconds - forward_seconds) * 1e9),
+            backward_ns=round((clock.seconds - forward_seconds) * 1e9),
         )
         return _Measured(cost, measured_shape, measured_dtype, keeps_input)
 

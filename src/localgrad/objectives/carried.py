@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, final
 
 import torch
 import torch.nn.functional as F
@@ -187,6 +187,7 @@ def register_carried(carried: Carried) -> Carried:
 _OWN = frozenset(CARRIED) | INSIDE
 
 
+@final
 class Route:
     """What a batch carries where, by what each module's objective looks at.
 
@@ -268,6 +269,7 @@ class Route:
         return found
 
 
+@final
 class LocalBatch:
     """One batch on its way through the modules: what enters the next one, the labels, and what else is carried.
 

@@ -7,7 +7,7 @@ import copy
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor, nn
@@ -118,6 +118,7 @@ def _by_rows(skeleton: Sequence[LocalModule], num_sharers: int, *, averages: boo
     return _Own(modules, parts, make_ema(parts, 0.5, on_host=False) if averages else None), shapes
 
 
+@final
 class _Sharded:
     """A module's passes as ``sharding.shard`` makes them, in plain tensors: weights are whole in these alone.
 

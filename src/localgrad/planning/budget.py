@@ -25,6 +25,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache, partial
 from importlib import metadata
 from pathlib import Path
+from typing import final
 
 import torch
 
@@ -182,6 +183,7 @@ class Task:
         return estimate_step(learner, batch_size, self.optimizer, device, globally=globally is not None)
 
 
+@final
 class Search:
     """The plans of a task at one batch size.
 

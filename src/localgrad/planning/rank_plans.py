@@ -16,6 +16,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import final
 
 from torch import Tensor
 
@@ -119,6 +120,7 @@ def plan_parallel(task: Task, batch_size: int, parallel: Parallel, budget: int |
     raise _no_plan_for_ranks(min(least, key=lambda pair: pair[0])[1], budget)
 
 
+@final
 class _RankSearch:
     """The plans for ranks at one batch size and accumulation.
 

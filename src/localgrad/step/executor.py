@@ -131,6 +131,7 @@ def walk(modules: Sequence[W], batch: LocalBatch, route: Route | None = None, *,
         del visit
 
 
+@final
 class Attempt:
     """A region in which memory may run out: that ends it, and is told.
 

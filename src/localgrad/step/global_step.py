@@ -104,6 +104,7 @@ class GlobalStep:
             step.updating = False
 
 
+@final
 class _Together(torch.optim.Optimizer):
     """The optimizers of all modules as one, for the gradient scaler: what isn't finite anywhere holds back all.
 

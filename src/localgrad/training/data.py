@@ -26,7 +26,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import get_args
+from typing import final, get_args
 
 import torch
 from torch import Tensor
@@ -541,6 +541,7 @@ def _measured(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
 # ----------------------------------------------------------------------------------------------- batches
 
 
+@final
 class Batches:
     """Batches of an image set, ready for the step.
 

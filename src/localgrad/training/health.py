@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import final
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,7 @@ GRADIENT_IMAGES = 64
 """Images whose gradients are compared."""
 
 
+@final
 class HealthCheck:
     """Measures the health of a learner's modules after some of a run's epochs.
 

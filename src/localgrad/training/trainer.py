@@ -84,6 +84,7 @@ class Position:
     finished: list[tuple[int, float | None]] = field(default_factory=list)
 
 
+@final
 class EpochSums:
     """Sums over the batches of an epoch, kept on the device.
 
