@@ -532,8 +532,8 @@ def _print_plan(
 
     from localgrad.app import planned as recipes
     from localgrad.app.recipe import Recipe, overlay
-    from localgrad.compare.plots import check_output_file
     from localgrad.errors import RecipeError
+    from localgrad.formats import check_output_file
     from localgrad.planning import budget as budgets
     from localgrad.planning import rank_plans as parallel
     from localgrad.planning import table

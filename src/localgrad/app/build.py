@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,11 +28,14 @@ from localgrad.parallel.learner import ParallelLearner
 from localgrad.parallel.team import Team
 from localgrad.step.local_step import check_precision
 from localgrad.training.augment import Augment
-from localgrad.training.data import Batches, DataInfo, ImageSet, Splits, load_data, note_on_fit
 from localgrad.training.optim import OptimizerFactory, Schedule, check_schedule, optimizer_info
 
 EVALUATION_BATCH = 256
 Planned = Callable[[Recipe, Backbone], Recipe]
+
+
+if TYPE_CHECKING:  # planning reads no data, and needs none of this
+    from localgrad.training.data import Batches, DataInfo, ImageSet, Splits
 
 
 @dataclass(frozen=True)
@@ -187,6 +191,8 @@ def _load(recipe: Recipe, *, download: bool) -> Splits:
     """The data of a recipe."""
     side = recipe.method.model.img_size
     settings = recipe.method.data
+    from localgrad.training.data import load_data
+
     return load_data(
         settings.name,
         root=None if settings.root is None else Path(settings.root),
@@ -211,6 +217,8 @@ def _settled(
     recipe: Recipe, data: Splits, model: nn.Module, size: tuple[int, int], *, has_new_weights: bool
 ) -> tuple[Recipe, Splits]:
     """The recipe and the data once the model is there: normalised as new weights were trained, and what is cut off."""
+    from localgrad.training.data import note_on_fit
+
     cut_off = note_on_fit(data, size)
     data = data if cut_off is None else data.said(cut_off)
     if not has_new_weights or recipe.method.data.mean is not None:
@@ -441,6 +449,8 @@ def _batches(
     augment: Augment | None = None,
     team: Team | None = None,
 ) -> Batches:
+    from localgrad.training.data import Batches
+
     return Batches(
         images,
         batch_size=batch_size,

@@ -22,10 +22,10 @@ from localgrad.app.build import check_model_name, create_model, input_size_of, r
 from localgrad.app.recipe import ModelSettings
 from localgrad.backbones.base import Backbone, split
 from localgrad.compare.contenders import Contender, Local, Stage, default_methods
-from localgrad.compare.plots import check_output_file, check_path, plot_timeline, plot_trade_off
+from localgrad.compare.plots import check_path, plot_timeline, plot_trade_off
 from localgrad.compare.side_by_side import About, Comparison, Report, Row, compare
 from localgrad.errors import LocalgradError, PartitionError, RecipeError, did_you_mean
-from localgrad.formats import Json
+from localgrad.formats import Json, check_output_file
 from localgrad.learner import num_parameters
 from localgrad.objectives.auxiliary import DECODERS
 from localgrad.objectives.methods import OBJECTIVES
