@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import localgrad
+from localgrad import rules
 from localgrad.app.recipe import Recipe
 from localgrad.units import format_bytes
 from research.reproduce.published import PUBLISHED, QUOTED, RECIPES, published_for
@@ -230,6 +231,7 @@ MADE: Mapping[str, Callable[[], Lines]] = {
     "measured-short": lambda: measured(short=True),
     "recipe": recipe,
     "public-names": public_names,
+    "rules": rules.as_markdown,
 }
 
 

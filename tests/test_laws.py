@@ -504,7 +504,7 @@ PACKAGE = Path(localgrad.__file__).parent
 LAYERS = (
     ("errors",),
     ("units", "formats"),
-    ("balancing", "partition"),
+    ("balancing", "partition", "options", "rules"),
     ("backbones",),
     ("objectives",),
     ("step",),

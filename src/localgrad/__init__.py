@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         ImageReconstruction,
         Objective,
     )
-    from localgrad.parallel.learner import ParallelLearner
+    from localgrad.parallel.parallel_learner import ParallelLearner
     from localgrad.parallel.team import Team
     from localgrad.partition import Plan, balance
     from localgrad.step.executor import StepResult
@@ -70,7 +70,7 @@ _HOMES = {
         "ImageReconstruction",
         "Objective",
     ),
-    "localgrad.parallel.learner": ("ParallelLearner",),
+    "localgrad.parallel.parallel_learner": ("ParallelLearner",),
     "localgrad.partition": ("Plan", "balance"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

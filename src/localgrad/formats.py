@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from localgrad.errors import LocalgradError, RecipeError
+from localgrad.errors import LocalgradError, RecipeError, arg
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 """What JSON can hold."""
@@ -40,7 +40,7 @@ def check_format(what: str, found: object, newest: int, error: type[LocalgradErr
     return found
 
 
-def check_output_file(option: str, path: Path) -> None:
+def check_output_file(name: str, path: Path) -> None:
     """Refuse a file that can't be written.
 
     Raises:
@@ -48,8 +48,8 @@ def check_output_file(option: str, path: Path) -> None:
     """
     folder = path.parent
     if path.is_dir():
-        raise RecipeError(f"{option}: {str(path)!r} is a folder; name a file in it.")
+        raise RecipeError(f"{arg(name)}: {str(path)!r} is a folder; name a file in it.")
     if not folder.is_dir():
-        raise RecipeError(f"{option}: there is no folder {str(folder)!r}; make it, or name another one.")
+        raise RecipeError(f"{arg(name)}: there is no folder {str(folder)!r}; make it, or name another one.")
     if not os.access(path if path.exists() else folder, os.W_OK):
-        raise RecipeError(f"{option}: {str(path)!r} can't be written; name a file in a folder of yours.")
+        raise RecipeError(f"{arg(name)}: {str(path)!r} can't be written; name a file in a folder of yours.")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from localgrad.compare.side_by_side import Comparison, Row
-from localgrad.errors import RecipeError
+from localgrad.errors import RecipeError, arg
 from localgrad.formats import check_output_file
 from localgrad.units import format_bytes
 
@@ -32,7 +32,7 @@ FRONT, GREY = "#CC79A7", "#666666"
 UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
-def check_path(option: str, path: Path) -> None:
+def check_path(name: str, path: Path) -> None:
     """Refuse a file that a plot couldn't be written to, before there is anything to lose.
 
     Raises:
@@ -42,11 +42,11 @@ def check_path(option: str, path: Path) -> None:
         import matplotlib.figure  # noqa: F401
     except ImportError:
         raise RecipeError(
-            f"{option}: pictures need matplotlib, which isn't installed; pip install 'localgrad[plots]'."
+            f"{arg(name)}: pictures need matplotlib, which isn't installed; pip install 'localgrad[plots]'."
         ) from None
     if path.suffix.lower() not in SUFFIXES:
-        raise RecipeError(f"{option}: {str(path)!r} is neither .png nor .svg; take {path.stem or 'plot'}.png.")
-    check_output_file(option, path)
+        raise RecipeError(f"{arg(name)}: {str(path)!r} is neither .png nor .svg; take {path.stem or 'plot'}.png.")
+    check_output_file(name, path)
 
 
 def plot_trade_off(comparison: Comparison, path: Path) -> None:

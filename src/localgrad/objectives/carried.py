@@ -70,7 +70,6 @@ class Carried:
         travels: whether it may go from one process to another.
         narrows: travels in bfloat16 where the wire does.
         dtype: ``None`` for that of the features.
-        refusal: what to say where it can't travel.
 
     Raises:
         RecipeError: the name is taken or no identifier, or it never comes to be.
@@ -87,7 +86,6 @@ class Carried:
     travels: bool = True
     narrows: bool = False
     dtype: torch.dtype | None = None
-    refusal: str = ""
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -145,7 +143,6 @@ CARRIED = {
             begin=_taught,
             dtype=torch.float32,
             travels=False,
-            refusal="teacher_share: the average of the whole model is in no process; leave it out.",
         ),
         Carried(name="previous", shape=_previous, make=lambda handed: handed.received, lasts=False, narrows=True),
         Carried(

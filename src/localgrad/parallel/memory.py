@@ -16,7 +16,7 @@ from localgrad.learner import Factories, make_ema
 from localgrad.memory.track import MemoryProfile, simulate
 from localgrad.objectives.carried import LocalBatch, Route, empty_batch
 from localgrad.objectives.site import Site
-from localgrad.parallel.learner import ParallelLearner
+from localgrad.parallel.parallel_learner import ParallelLearner
 from localgrad.step.executor import SequentialExecutor
 from localgrad.step.local_module import LocalModule
 from localgrad.step.local_step import LocalStep, Region, StepSettings
