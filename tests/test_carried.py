@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import localgrad
 from helpers import SIZE, adamw, batches, make
 from localgrad import Carried, LocalBatch, LocalLearner, RecipeError, check_isolation, register_carried
-from localgrad.learner import estimate_step
+from localgrad.estimating import estimate_step
 from localgrad.memory.costs import CostSettings
 from localgrad.memory.parts import measure_costs
 from localgrad.objectives.base import LocalObjective

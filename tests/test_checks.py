@@ -25,7 +25,7 @@ from localgrad.errors import (
     PartitionError,
     RecipeError,
 )
-from localgrad.learner import estimate_step
+from localgrad.estimating import estimate_step
 from localgrad.objectives.carried import LocalBatch
 from localgrad.objectives.regularisers import SimilarityMatching
 from localgrad.objectives.supervised import SupervisedContrastive, TaskLoss

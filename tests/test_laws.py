@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import localgrad
 from helpers import MODELS, SIZE, adamw, assert_same, batches, make, train
 from localgrad import Contrastive, FeatureReconstruction, GreedySupervised, ImageReconstruction, LocalLearner
-from localgrad.learner import estimate_step
+from localgrad.estimating import estimate_step
 from localgrad.objectives.carried import LocalBatch
 from localgrad.step.local_module import LocalModule, LocalOutput
 from localgrad.step.local_step import drawing_from
@@ -509,7 +509,9 @@ LAYERS = (
     ("objectives",),
     ("step",),
     ("memory",),
+    ("partitioning",),
     ("learner",),
+    ("estimating", "isolation"),
     ("parallel",),
     ("planning",),
     ("training",),

@@ -12,7 +12,7 @@ import localgrad
 from helpers import SIZE, adamw, batches, make
 from localgrad import FeatureReconstruction, GreedySupervised, ImageReconstruction, LocalLearner, RecipeError
 from localgrad.compare import measuring
-from localgrad.learner import estimate_step
+from localgrad.estimating import estimate_step
 from localgrad.objectives.carried import LocalBatch
 
 

@@ -25,7 +25,7 @@ from localgrad.app.planned import made_for, task_of
 from localgrad.app.recipe import Recipe, overlay, parse_toml
 from localgrad.app.replanning import Replanner
 from localgrad.errors import BudgetError, DeviceError, MemoryExceeded
-from localgrad.learner import estimate_step
+from localgrad.estimating import estimate_step
 from localgrad.partition import Checkpointing
 from localgrad.planning import budget as budgets
 from localgrad.planning.budget import plan_to_budget

@@ -34,7 +34,8 @@ from localgrad import run
 from localgrad.app.build import build
 from localgrad.app.recipe import Recipe, overlay, preset
 from localgrad.errors import BackboneError, CheckpointError, DeviceError, RecipeError, RunFolderError
-from localgrad.learner import LocalLearner, estimate_step
+from localgrad.estimating import estimate_step
+from localgrad.learner import LocalLearner
 from localgrad.memory import track as memory
 from localgrad.step.local_module import LocalModule, Passed
 from localgrad.step.local_step import LocalStep

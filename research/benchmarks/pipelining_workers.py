@@ -19,7 +19,7 @@ from torch.optim import AdamW, Optimizer
 from localgrad import FeatureReconstruction, LocalLearner, ParallelLearner, Team
 from localgrad.backbones.base import Backbone
 from localgrad.compare.measuring import Held
-from localgrad.learner import estimate_step
+from localgrad.estimating import estimate_step
 from localgrad.objectives.carried import LocalBatch
 from localgrad.objectives.methods import Objective
 from localgrad.parallel.memory import estimate_share

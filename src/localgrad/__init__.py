@@ -27,7 +27,8 @@ if TYPE_CHECKING:
         RecipeError,
         RunFolderError,
     )
-    from localgrad.learner import LocalLearner, check_isolation
+    from localgrad.isolation import check_isolation
+    from localgrad.learner import LocalLearner
     from localgrad.objectives.carried import Carried, Handed, LocalBatch, register_carried
     from localgrad.objectives.methods import (
         Contrastive,
@@ -60,7 +61,8 @@ _HOMES = {
     ),
     "localgrad.step.executor": ("StepResult",),
     "localgrad.parallel.team": ("Team",),
-    "localgrad.learner": ("LocalLearner", "check_isolation"),
+    "localgrad.isolation": ("check_isolation",),
+    "localgrad.learner": ("LocalLearner",),
     "localgrad.compare.measuring": ("Measurement", "measure"),
     "localgrad.objectives.carried": ("Carried", "Handed", "LocalBatch", "register_carried"),
     "localgrad.objectives.methods": (

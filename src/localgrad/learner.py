@@ -13,7 +13,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Self, SupportsIndex, cast, final
+from typing import TYPE_CHECKING, Any, Self, SupportsIndex, final
 
 import torch
 from torch import Tensor, nn
@@ -21,25 +21,22 @@ from torch.optim import Optimizer
 
 from localgrad import rules
 from localgrad.backbones.base import Backbone, split
-from localgrad.backbones.state import left_as_it_was
-from localgrad.backbones.timm_models import input_channels
 from localgrad.backbones.written import has_hooks
 from localgrad.errors import (
     BackboneError,
     CheckpointError,
     DataError,
     DeviceError,
-    IsolationError,
     PartitionError,
     RecipeError,
     arg,
 )
 from localgrad.formats import Json
-from localgrad.memory.track import MemoryProfile, annotate, block_activation_bytes, simulate
 from localgrad.objectives.auxiliary import carry_exemptions
 from localgrad.objectives.carried import LocalBatch, Route
 from localgrad.objectives.methods import FeatureReconstruction, Objective, is_number
-from localgrad.partition import Checkpointing, Plan, Request, resolve
+from localgrad.partition import Checkpointing, Plan, Request
+from localgrad.partitioning import CheckpointRequest, default_input_size, frozen_from, make_plan, num_parameters
 from localgrad.step.checkpointing import Recomputed
 from localgrad.step.checks import (
     FACTORY,
@@ -54,16 +51,18 @@ from localgrad.step.checks import (
 )
 from localgrad.step.executor import SequentialExecutor, StepResult, walk
 from localgrad.step.global_step import GlobalStep
-from localgrad.step.local_module import build_local_modules, recomputed_in, site_of
+from localgrad.step.local_module import build_local_modules, recomputed_in
 from localgrad.step.local_step import LocalStep, StepSettings, autocast, check_precision, drawing_from
 from localgrad.step.offload import HOST, Offloader
-from localgrad.step.sharding import put, put_optimizer
+from localgrad.step.sharding import put_optimizer
 from localgrad.step.states import (
     LearnerState,
     check_objective,
     check_optimizer_state,
     check_scaler_state,
+    check_weights,
     describe,
+    load_weights,
     or_as_before,
 )
 
@@ -74,7 +73,6 @@ if TYPE_CHECKING:
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
 Factories = OptimizerFactory | Sequence[OptimizerFactory]
 NO_LABELS = torch.empty(0)
-CheckpointRequest = bool | str | Checkpointing | Sequence[bool | str | Checkpointing]
 
 
 class Learner(ABC):
@@ -876,270 +874,6 @@ def _check_options(
         raise RecipeError(f"device: {device} needs offload=True; without it, move the model: model.to({device!r}).")
 
 
-def make_plan(backbone: Backbone, modules: Request | Plan, *, checkpoint: CheckpointRequest = False) -> Plan:
-    """Partition a backbone, balancing by the bytes that autograd keeps for one image.
-
-    Args:
-        backbone: a split model.
-        modules: as for ``LocalLearner``.
-        checkpoint: what modules recompute: one for all, or one each, as for ``LocalLearner``; not for a ``Plan``.
-
-    Raises:
-        PartitionError: the modules asked for can't be made, a plan is of another model, or both it and ``checkpoint``
-            say what is recomputed.
-    """
-    name = model_name(backbone.model)
-    if isinstance(modules, Plan):
-        if (modules.model, modules.num_blocks) != (name, len(backbone.blocks)):
-            raise _other_model(modules, name, len(backbone.blocks))
-        if checkpoint not in (False, "none"):
-            raise PartitionError(
-                f"{arg('checkpoint')}: {checkpoint!r}, but a plan says itself what is recomputed; leave it out, or "
-                "make another plan: dataclasses.replace(plan, checkpoint=...)."
-            )
-        return modules
-    try:
-        costs = activation_bytes(backbone)
-    except BackboneError:
-        if isinstance(modules, int):
-            raise
-        costs = [0] * len(backbone.blocks)  # by values only, and boundaries are given
-    boundaries = resolve(modules, costs, backbone.stage_boundaries)
-    num_modules = len(boundaries) + 1
-    is_list = isinstance(checkpoint, Sequence) and not isinstance(checkpoint, str)
-    listed: list[object] = [*cast(Sequence[object], checkpoint)] if is_list else [checkpoint] * num_modules
-    plan = Plan(
-        model=name,
-        num_blocks=len(costs),
-        boundaries=boundaries,
-        checkpoint=tuple(Checkpointing.parse(how) for how in listed),
-    )
-    return replace(plan, activation_bytes=tuple(sum(costs[i] for i in span) for span in plan.spans))
-
-
-def activation_bytes(backbone: Backbone) -> list[int]:
-    """Bytes that autograd keeps for one image in each block; the stem counts to the first, the tail to the last."""
-    # Two images: batch norms refuse to train on one.
-    images = torch.empty(2, *backbone.input_size, dtype=backbone.dtype, device="meta")
-    stem, *blocks, tail = block_activation_bytes([backbone.stem, *backbone.blocks, backbone.tail], images)
-    blocks[0] += stem
-    blocks[-1] += tail
-    return [kept // 2 for kept in blocks]
-
-
-def frozen_from(freeze_from: float | None, index: int, num_modules: int) -> float | None:
-    """The share of the training after which a local module is frozen: one after another, the last one never."""
-    if freeze_from is None or index == num_modules - 1:
-        return None
-    return freeze_from + (1 - freeze_from) * index / (num_modules - 1)
-
-
-def end_to_end(learner: Learner) -> LocalLearner:
-    """The same backbone, precision and settings with one local module: the end-to-end baseline, sharing weights."""
-    decay = None if learner._ema is None else learner._ema.decay
-    return LocalLearner(
-        learner.backbone,
-        modules=1,
-        objective=learner.objective,
-        ema_decay=decay,
-        offload=learner.offload,
-        device=learner._device,
-        **learner._settings,
-    )
-
-
-def estimate_step(
-    learner: LocalLearner,
-    batch_size: int,
-    optimizer: Factories,
-    device: torch.device | None = None,
-    *,
-    globally: bool = False,
-) -> MemoryProfile:
-    """Predict the memory of one training step on fake tensors; the learner is not touched.
-
-    Args:
-        learner: as it will be trained.
-        batch_size: images a step.
-        optimizer: factory, as for ``configure_optimizers``.
-        device: that it will be trained on; by default the one where it is.
-        globally: predict the end-to-end step (``global_step_on``), and not the local one.
-    """
-    if globally:
-        learner._recomputed_globally()  # made of real blocks; fake ones can't be taken apart
-    bare = copy.copy(learner)  # without its optimizers and compiled code, which a fake copy can't hold
-    bare._executor, bare._settings = None, {**learner._settings, "compile": False}
-    bare._global_step = None
-    bare.optimizer_factory = None
-    bare._offloader, bare._device = None, None
-    return simulate(
-        bare,
-        _EstimatedStep(optimizer, (batch_size, *learner.backbone.input_size), globally=globally),
-        inputs={"labels": ((batch_size,), torch.int64)},
-        device="cuda" if (device or learner.device).type == "cuda" else "cpu",
-        host=LocalLearner.host_tensors,
-    )
-
-
-@final
-class _EstimatedStep:
-    """A training step of a copied learner, whose optimizers are made at the first call.
-
-    It makes its images as the data path does, and gives them away, so that they are counted for as long as they live.
-    """
-
-    def __init__(self, factory: Factories, size: tuple[int, ...], *, globally: bool = False) -> None:
-        self.factory = factory
-        self.size = size
-        self.globally = globally
-        self.configured = False
-
-    def __call__(self, learner: LocalLearner, labels: Tensor) -> StepResult:
-        first = not self.configured
-        if first:
-            if learner.offload:  # to fake tensors, which are all on the processor
-                learner._device = HOST
-                learner._offloader = Offloader(learner.modules, HOST)
-            learner.configure_optimizers(self.factory)
-            _annotate_modules(learner)
-            self.configured = True
-            # The first step only makes optimizer state, which is the same after a few images.
-            labels = labels[: 2 * learner._settings["accumulation"]]
-        # The first step makes all optimizer state, also that of auxiliary nets, which an end-to-end step leaves alone.
-        step = learner.global_step_on if self.globally and not first else learner.step_on
-        return step(LocalBatch(torch.empty(len(labels), *self.size[1:], dtype=learner.backbone.dtype), labels))
-
-
-def _annotate_modules(learner: LocalLearner) -> None:
-    """Have each module's step run under its own label."""
-    executor = learner._executor
-    assert executor is not None, "optimizers are configured"
-    inner = executor.around
-
-    @contextlib.contextmanager
-    def around(index: int) -> Iterator[None]:
-        with annotate(f"module {index}"), inner(index):
-            yield
-
-    executor.around = around
-
-
-def check_isolation(learner: LocalLearner, images: Tensor | None = None, labels: Tensor | None = None) -> None:
-    """Prove on one batch that no local module's loss reaches another module's parameters.
-
-    Each module runs forward and backward alone; afterwards only its own parameters may have a gradient. Nothing
-    is updated, and gradients and random state are left as they were.
-
-    Args:
-        learner: any learner, with or without optimizers.
-        images: [B, C, H, W]; two random images by default.
-        labels: [B]; random classes by default.
-
-    Raises:
-        IsolationError: naming the two modules and the parameter.
-    """
-    owners = [set(map(id, module.parameters())) for module in learner.modules]
-    named = [
-        (f"local module {number}: {name}", parameter)
-        for number, module in enumerate(learner.modules)
-        for name, parameter in module.named_parameters()
-    ]
-    kept = [parameter.grad for _, parameter in named]
-    device = learner.device
-    if learner._offloader is not None:  # all modules at once: in host memory, then
-        learner._offloader.rest()
-        device = HOST
-        images, labels = (None if given is None else given.to(HOST) for given in (images, labels))
-    try:
-        with left_as_it_was(learner.model, *learner.modules):
-            dtype, num_classes = learner.backbone.dtype, learner.backbone.num_classes
-            if images is None:
-                images = torch.randn(2, *learner.backbone.input_size, device=device).to(dtype)
-            if labels is None:
-                labels = torch.arange(2, device=device) % num_classes
-            batch = LocalBatch(images, labels)
-            site = site_of(learner.backbone, learner.plan.boundaries, 0, overlap=learner.overlap)
-            with device:
-                learner.route.pretend(batch, site, dtype)
-            for visit in walk(learner.modules, batch, learner.route):
-                for _, parameter in named:
-                    parameter.grad = None
-                index, output = visit.index, visit.module(visit.received, batch)
-                output.loss.backward(retain_graph=True)  # a leak is to be named, not to end in autograd's own error
-                visit.hand_on(output.features, visit.module.gradient)
-                for name, parameter in named:
-                    if parameter.grad is not None and id(parameter) not in owners[index]:
-                        raise IsolationError(
-                            f"the loss of local module {index} reached a parameter of another: {name}."
-                        )
-                visit.module.gradient = None
-    finally:
-        for (_, parameter), gradient in zip(named, kept, strict=True):
-            parameter.grad = gradient
-
-
-def default_input_size(model: nn.Module) -> tuple[int, int, int]:
-    """(C, H, W) that a timm model was configured for, with the channels that it was built for (``in_chans``).
-
-    Raises:
-        BackboneError: the model doesn't say; pass ``input_size``.
-    """
-    config = getattr(model, "pretrained_cfg", None) or {}
-    size = config.get("input_size")
-    if size is None:
-        raise BackboneError(f"{type(model).__name__} doesn't tell its input size; pass input_size=(C, H, W).")
-    embed = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    height, width = embed or size[1:]
-    return input_channels(model) or size[0], height, width
-
-
-def num_parameters(backbone: Backbone) -> int:
-    """Numbers that a model learns or holds still: what tells models of one name and depth apart."""
-    return sum(parameter.numel() for parameter in backbone.parameters())
-
-
-def model_name(model: nn.Module) -> str:
-    """The architecture's timm name, or the class's where there is none."""
-    config = getattr(model, "pretrained_cfg", None) or {}
-    return str(config.get("architecture") or type(model).__name__)
-
-
-def load_weights(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load a state dict that must fit exactly.
-
-    Raises:
-        CheckpointError: keys or shapes differ.
-    """
-    check_weights(module, state)
-    for name, target in module.state_dict().items():
-        put(target, state[name])
-
-
-def check_weights(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Refuse a state dict that doesn't fit exactly.
-
-    Raises:
-        CheckpointError: keys or shapes differ; the message names the first differences.
-    """
-    own = module.state_dict()
-    missing, unknown = [key for key in own if key not in state], [key for key in state if key not in own]
-    if missing or unknown:
-        raise CheckpointError(
-            f"checkpoint: it is of another model: {len(missing)} weights are missing ({', '.join(missing[:3])}), "
-            f"{len(unknown)} unknown ({', '.join(unknown[:3])})."
-        )
-    for key, value in own.items():
-        if not isinstance(value, Tensor):  # a module's extra state
-            continue
-        if not isinstance(state[key], Tensor):
-            raise CheckpointError(f"checkpoint: {key} is a {type(state[key]).__name__}, not a tensor.")
-        if value.shape != state[key].shape:
-            raise CheckpointError(
-                f"checkpoint: it is of another model: {key} has shape {list(state[key].shape)}, "
-                f"not {list(value.shape)}."
-            )
-
-
 @contextlib.contextmanager
 def _exchanged(model: nn.Module, other: nn.Module) -> Iterator[None]:
     """Let a model have the values of another one like it, without copying any."""
@@ -1188,10 +922,3 @@ def _warn_of_plan(different: Sequence[str]) -> None:
 def no_optimizers() -> RecipeError:
     """The error of a step before there are optimizers."""
     return RecipeError("no optimizers yet: call learner.configure_optimizers(lambda params: ...) first.")
-
-
-def _other_model(plan: Plan, name: str, num_blocks: int) -> PartitionError:
-    return PartitionError(
-        f"{arg('plan')}: it was made for {plan.model} with {plan.num_blocks} blocks, "
-        f"but this model is {name} with {num_blocks} blocks; make a new plan."
-    )

@@ -38,8 +38,8 @@ from localgrad.errors import (
     RunFolderError,
     arg,
 )
+from localgrad.estimating import end_to_end, estimate_step
 from localgrad.formats import check_format
-from localgrad.learner import end_to_end, estimate_step
 from localgrad.memory.track import MemoryProfile
 from localgrad.parallel.memory import estimate_share
 from localgrad.parallel.parallel_learner import ParallelLearner
@@ -528,7 +528,7 @@ def predict(
 
 def load_model_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Put the model's part of a run's best weights into a plain model."""
-    from localgrad.learner import load_weights
+    from localgrad.step.states import load_weights
 
     load_weights(model, model_weights(weights))
 

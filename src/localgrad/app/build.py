@@ -23,10 +23,11 @@ from localgrad.app.recipe import ModelSettings, Recipe, TrainingSettings, valida
 from localgrad.backbones.base import Backbone, split
 from localgrad.backbones.namespaces import Kwargs
 from localgrad.errors import BackboneError, DeviceError, RecipeError, arg, did_you_mean, reason_of
-from localgrad.learner import Factories, Learner, LocalLearner, default_input_size, make_plan
+from localgrad.learner import Factories, Learner, LocalLearner
 from localgrad.objectives.methods import Objective, build_objective
 from localgrad.parallel.parallel_learner import ParallelLearner
 from localgrad.parallel.team import Team
+from localgrad.partitioning import default_input_size, make_plan
 from localgrad.step.local_step import check_precision
 from localgrad.training.augmentation import Augment
 from localgrad.training.optim import OptimizerFactory, Schedule, check_schedule, optimizer_info

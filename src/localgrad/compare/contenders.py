@@ -22,11 +22,13 @@ from torch import Tensor
 
 from localgrad.backbones.base import Backbone
 from localgrad.compare.measuring import Held, tensors_of
-from localgrad.learner import LocalLearner, OptimizerFactory, estimate_step, make_plan
+from localgrad.estimating import estimate_step
+from localgrad.learner import LocalLearner, OptimizerFactory
 from localgrad.memory.track import MemoryProfile, simulate
 from localgrad.objectives.carried import LocalBatch
 from localgrad.objectives.methods import build_objective
 from localgrad.partition import Checkpointing, Plan
+from localgrad.partitioning import make_plan
 from localgrad.step.local_step import PRECISIONS, compiled_alone
 
 HOST = torch.device("cpu")

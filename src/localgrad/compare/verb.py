@@ -27,10 +27,10 @@ from localgrad.compare.settings import Settings
 from localgrad.compare.side_by_side import About, Comparison, Report, Row, compare
 from localgrad.errors import PartitionError, RecipeError, arg, did_you_mean
 from localgrad.formats import Json, check_output_file
-from localgrad.learner import num_parameters
 from localgrad.objectives.auxiliary import DECODERS
 from localgrad.objectives.methods import OBJECTIVES
 from localgrad.partition import Checkpointing, Plan
+from localgrad.partitioning import num_parameters
 from localgrad.run import device_name, versions
 from localgrad.step.local_step import check_precision
 from localgrad.training.data import Batches, DataInfo, load_data

@@ -26,9 +26,10 @@ from torch import Tensor, nn
 
 from localgrad.backbones.base import Backbone, Layout
 from localgrad.backbones.fake import copy_without_hooks
-from localgrad.learner import LocalLearner, check_weights, load_weights
+from localgrad.learner import LocalLearner
 from localgrad.objectives.carried import LocalBatch
 from localgrad.step.executor import walk
+from localgrad.step.states import check_weights, load_weights
 from localgrad.training.data import Batches, stratified_choice
 from localgrad.training.events import EpochEnded, HealthMeasured
 

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from localgrad.errors import DivergenceError, LocalgradError
-from localgrad.learner import load_weights
 from localgrad.objectives.carried import LocalBatch
 from localgrad.parallel.parallel_learner import ParallelLearner, merged
 from localgrad.parallel.watch import GONE, Fault, Watch
 from localgrad.step.executor import StepResult
+from localgrad.step.states import load_weights
 from localgrad.training.data import Batches
 from localgrad.training.events import Sink
 from localgrad.training.folder import RunFolder, load_saved_weights, save_weights

@@ -28,10 +28,11 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
 from localgrad.errors import CheckpointError, DivergenceError, arg
-from localgrad.learner import Learner, LocalLearner, load_weights
+from localgrad.learner import Learner, LocalLearner
 from localgrad.objectives.carried import LocalBatch
 from localgrad.step.executor import StepResult
 from localgrad.step.sharding import rows_of
+from localgrad.step.states import load_weights
 from localgrad.training.data import Batches
 from localgrad.training.events import EpochEnded, Event, Progressed, Sink
 from localgrad.training.folder import RunFolder, load_saved_weights, save_weights
