@@ -26,7 +26,7 @@ from localgrad import Contrastive, FeatureReconstruction, GreedySupervised, Imag
 from localgrad.app.planning import adamw
 from localgrad.backbones.base import outline
 from localgrad.errors import BackboneError, BudgetError, PartitionError, RecipeError
-from localgrad.learner import estimate_step
+from localgrad.estimating import estimate_step
 from localgrad.memory.costs import WAYS, CostSettings
 from localgrad.memory.track import MemoryProfile, annotate
 from localgrad.partition import Checkpointing

@@ -414,7 +414,7 @@ def _print_plan(
     from rich.markup import escape
 
     from localgrad.app import planned as recipes
-    from localgrad.compare.plots import check_output_file
+    from localgrad.formats import check_output_file
     from localgrad.planning import budget as budgets
     from localgrad.planning import rank_plans as parallel
     from localgrad.planning import table
