@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from localgrad.app.planning import estimate, plan
-    from localgrad.backbones.base import Backbone, Layout, split
+    from localgrad.app.recipe import Recipe
+    from localgrad.backbones.base import Backbone, Layout, register_backbone, split
     from localgrad.compare.measuring import Measurement, measure
     from localgrad.errors import (
         BackboneError,
@@ -28,22 +29,40 @@ if TYPE_CHECKING:
         RunFolderError,
     )
     from localgrad.learner import LocalLearner, check_isolation
+    from localgrad.objectives.auxiliary import Classifier, Decoder, register_classifier, register_decoder
+    from localgrad.objectives.base import LocalBatch, LocalObjective, Site, Term, TermValue
     from localgrad.objectives.methods import (
         Contrastive,
         FeatureReconstruction,
         GreedySupervised,
         ImageReconstruction,
         Objective,
+        register_objective,
     )
     from localgrad.parallel.learner import ParallelLearner
     from localgrad.parallel.pipeline import ShareResult
     from localgrad.parallel.team import Team
-    from localgrad.partition import Plan, balance
+    from localgrad.partition import Checkpointing, Plan, balance
+    from localgrad.run import resume, train
     from localgrad.step.executor import StepResult
+    from localgrad.training.events import (
+        EpochEnded,
+        FeaturesCached,
+        HealthMeasured,
+        Progressed,
+        Replanned,
+        RunEnded,
+        RunStarted,
+        Sink,
+        register_sink,
+    )
+    from localgrad.training.transforms import register_transform
 
 _HOMES = {
     "localgrad.app.planning": ("estimate", "plan"),
-    "localgrad.backbones.base": ("Backbone", "Layout", "split"),
+    "localgrad.app.recipe": ("Recipe",),
+    "localgrad.backbones.base": ("Backbone", "Layout", "register_backbone", "split"),
+    "localgrad.compare.measuring": ("Measurement", "measure"),
     "localgrad.errors": (
         "BackboneError",
         "BudgetError",
@@ -58,20 +77,35 @@ _HOMES = {
         "RecipeError",
         "RunFolderError",
     ),
-    "localgrad.parallel.pipeline": ("ShareResult",),
-    "localgrad.step.executor": ("StepResult",),
-    "localgrad.parallel.team": ("Team",),
     "localgrad.learner": ("LocalLearner", "check_isolation"),
-    "localgrad.compare.measuring": ("Measurement", "measure"),
+    "localgrad.objectives.auxiliary": ("Classifier", "Decoder", "register_classifier", "register_decoder"),
+    "localgrad.objectives.base": ("LocalBatch", "LocalObjective", "Site", "Term", "TermValue"),
     "localgrad.objectives.methods": (
         "Contrastive",
         "FeatureReconstruction",
         "GreedySupervised",
         "ImageReconstruction",
         "Objective",
+        "register_objective",
     ),
     "localgrad.parallel.learner": ("ParallelLearner",),
-    "localgrad.partition": ("Plan", "balance"),
+    "localgrad.parallel.pipeline": ("ShareResult",),
+    "localgrad.parallel.team": ("Team",),
+    "localgrad.partition": ("Checkpointing", "Plan", "balance"),
+    "localgrad.run": ("resume", "train"),
+    "localgrad.step.executor": ("StepResult",),
+    "localgrad.training.events": (
+        "EpochEnded",
+        "FeaturesCached",
+        "HealthMeasured",
+        "Progressed",
+        "Replanned",
+        "RunEnded",
+        "RunStarted",
+        "Sink",
+        "register_sink",
+    ),
+    "localgrad.training.transforms": ("register_transform",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -81,16 +115,24 @@ __all__ = [
     "BackboneError",
     "BudgetError",
     "CheckpointError",
+    "Checkpointing",
+    "Classifier",
     "Contrastive",
     "DataError",
+    "Decoder",
     "DeviceError",
     "DivergenceError",
+    "EpochEnded",
     "FeatureReconstruction",
+    "FeaturesCached",
     "GreedySupervised",
+    "HealthMeasured",
     "ImageReconstruction",
     "IsolationError",
     "Layout",
+    "LocalBatch",
     "LocalLearner",
+    "LocalObjective",
     "LocalgradError",
     "Measurement",
     "Objective",
@@ -98,18 +140,35 @@ __all__ = [
     "ParallelLearner",
     "PartitionError",
     "Plan",
+    "Progressed",
+    "Recipe",
     "RecipeError",
+    "Replanned",
+    "RunEnded",
     "RunFolderError",
+    "RunStarted",
     "ShareResult",
+    "Sink",
+    "Site",
     "StepResult",
     "Team",
+    "Term",
+    "TermValue",
     "__version__",
     "balance",
     "check_isolation",
     "estimate",
     "measure",
     "plan",
+    "register_backbone",
+    "register_classifier",
+    "register_decoder",
+    "register_objective",
+    "register_sink",
+    "register_transform",
+    "resume",
     "split",
+    "train",
 ]
 
 

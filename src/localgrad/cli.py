@@ -112,13 +112,15 @@ ModelOption = Annotated[str | None, typer.Option(help="timm's name of the model.
 ImgSizeOption = Annotated[int | None, typer.Option(help="Side of the images in pixels.", rich_help_panel=METHOD)]
 PatchSizeOption = Annotated[int | None, typer.Option(help="Side of a patch in pixels.", rich_help_panel=METHOD)]
 ObjectiveOption = Annotated[
-    str | None, typer.Option(help="feature, image, greedy or contrastive.", rich_help_panel=METHOD)
+    str | None, typer.Option(help="feature, image, greedy, contrastive, or a plugin's.", rich_help_panel=METHOD)
 ]
 DecoderOption = Annotated[
-    str | None, typer.Option(help="Auxiliary decoder: linear, conv, transformer or bilinear.", rich_help_panel=METHOD)
+    str | None,
+    typer.Option(help="Auxiliary decoder: linear, conv, transformer, bilinear, or a plugin's.", rich_help_panel=METHOD),
 ]
 ClassifierOption = Annotated[
-    str | None, typer.Option(help="Auxiliary classifier: linear, mlp, transformer or next.", rich_help_panel=METHOD)
+    str | None,
+    typer.Option(help="Auxiliary classifier: linear, mlp, transformer, next, or a plugin's.", rich_help_panel=METHOD),
 ]
 OverlapOption = Annotated[
     int | None,
@@ -135,6 +137,10 @@ OptimizerOption = Annotated[str | None, typer.Option(help="timm's name of the op
 PrecisionOption = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.", rich_help_panel=EXECUTION)]
 CompileOption = Annotated[
     bool | None, typer.Option("--compile", help="Compile each local module.", rich_help_panel=EXECUTION)
+]
+PluginOption = Annotated[
+    list[str] | None,
+    typer.Option(help="A module that registers what you name; may be repeated.", rich_help_panel=EXECUTION),
 ]
 PresetOption = Annotated[
     str | None, typer.Option(help="Start from a preset: digits, paper, infopro, greedy, infopro-source, trgl-source.")
@@ -194,6 +200,10 @@ def train(  # noqa: PLR0917  # one parameter an option
     fit: Annotated[
         str | None,
         typer.Option(help="Images of another shape: crop (cut), pad (bars) or squash.", rich_help_panel=DATA),
+    ] = None,
+    transform: Annotated[
+        str | None,
+        typer.Option(help="Of files of images: imagenet, none, or module:function.", rich_help_panel=DATA),
     ] = None,
     model: ModelOption = None,
     img_size: ImgSizeOption = None,
@@ -293,6 +303,14 @@ def train(  # noqa: PLR0917  # one parameter an option
         str | None,
         typer.Option(help="With --health: an end-to-end run, to compare features with.", rich_help_panel=EXECUTION),
     ] = None,
+    sink: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Where figures go: tensorboard, or what a plugin registers; may be repeated.",
+            rich_help_panel=EXECUTION,
+        ),
+    ] = None,
+    plugin: PluginOption = None,
     preset: PresetOption = None,
     recipe: RecipeOption = None,
     set_: SetOption = None,
@@ -326,6 +344,7 @@ def train(  # noqa: PLR0917  # one parameter an option
         "data.mean": parse_numbers("--mean", mean),
         "data.std": parse_numbers("--std", std),
         "data.fit": fit,
+        "data.transform": transform,
         "model.name": model,
         "model.img_size": img_size,
         "model.patch_size": patch_size,
@@ -366,6 +385,8 @@ def train(  # noqa: PLR0917  # one parameter an option
         "execution.shard": shard,
         "execution.health_every": health,
         "execution.health_reference": health_reference,
+        "execution.sinks": sink or None,
+        "execution.plugins": plugin or None,
     }
     changes: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
     changes |= parse_assignments(set_ or [])
@@ -457,6 +478,7 @@ def plan(  # noqa: PLR0917  # one parameter an option
         str, typer.Option(help="auto, cpu or cuda; there need be no GPU to plan for one.", rich_help_panel=EXECUTION)
     ] = "auto",
     compile_: CompileOption = None,
+    plugin: PluginOption = None,
     preset: PresetOption = None,
     recipe: RecipeOption = None,
     set_: SetOption = None,
@@ -488,6 +510,7 @@ def plan(  # noqa: PLR0917  # one parameter an option
         "training.optimizer": optimizer,
         "execution.precision": precision,
         "execution.compile": compile_,
+        "execution.plugins": plugin or None,
     }
     changes: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
     changes |= parse_assignments(set_ or [])
@@ -783,17 +806,13 @@ def _planned(path: Path, preset: str | None, recipe: Path | None, changes: dict[
 
 def _base(preset_name: str | None, recipe: Path | None, changes: dict[str, Any]) -> dict[str, Any]:
     """What the options are laid over: a recipe file, a preset, or (where no other data is named) the digits."""
-    from localgrad.app.recipe import parse_toml, preset
+    from localgrad.app.recipe import preset, read_toml
     from localgrad.errors import RecipeError
 
     if recipe is not None and preset_name is not None:
         raise RecipeError("--preset and --recipe both say where to start; give one of them.")
     if recipe is not None:
-        try:
-            return parse_toml(recipe.read_text(encoding="utf-8"), str(recipe))
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is no text"
-            raise RecipeError(f"--recipe: {recipe} can't be read ({reason}); name a recipe in TOML.") from error
+        return read_toml(recipe)
     if preset_name is None and changes.get("data.name", "digits") != "digits":
         return {}
     base = preset(preset_name or "digits")

@@ -17,6 +17,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from importlib import resources
+from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_type_hints
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -50,7 +51,7 @@ class ModelSettings:
     """Which model, and how timm is asked for it.
 
     Attributes:
-        name: timm's name of the architecture.
+        name: timm's name of the architecture, or that of a backbone which a plugin registers.
         img_size: side of the images in pixels; by default the model's own.
         patch_size: side of a patch in pixels; by default the model's own.
         drop_path: stochastic depth rate; by default the model's own (0.1 for Swin).
@@ -86,6 +87,9 @@ class DataSettings:
             ``model.pretrained`` what the weights were trained with.
         std: likewise.
         fit: how images of another shape are brought to the model's: ``crop`` (by default), ``pad`` or ``squash``.
+        transform: what makes an image of a file one of the model's size: ``imagenet``, a registered name, or
+            ``module:function``; ``none`` is ``fit`` alone. By default ``imagenet`` for files of images that are larger
+            than the model's, where nothing is said of cropping and augmenting.
     """
 
     __pydantic_config__ = STRICT
@@ -102,6 +106,7 @@ class DataSettings:
     mean: tuple[Number, ...] | None = None
     std: tuple[Factor, ...] | None = None
     fit: Literal["crop", "pad", "squash"] | None = None
+    transform: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +116,7 @@ class LocalSettings:
     Attributes:
         modules: number of local modules (balanced by activation bytes), ``stages``, boundaries, or ``auto``: as many
             as is fastest within a budget.
-        objective: feature, image, greedy or contrastive.
+        objective: feature, image, greedy, contrastive, or one that a plugin registers.
         options: keyword arguments of the objective: ``decoder``, ``classifier``, weights, remedies.
         overlap: last blocks of the module before that each module's loss trains as well.
     """
@@ -233,6 +238,8 @@ class Execution:
         shard: share each module's weights, gradients and optimizer state out among its replicas (FSDP2).
         health_every: measure the modules' health after every so many epochs, and the last; 0 is never.
         health_reference: folder of an end-to-end run of the same model, for CKA with its features.
+        sinks: where events go beside ``metrics.jsonl``, by name: ``tensorboard``, or what a plugin registers.
+        plugins: modules that register what the recipe names: objectives, decoders, classifiers, sinks, backbones.
     """
 
     __pydantic_config__ = STRICT
@@ -252,6 +259,8 @@ class Execution:
     shard: bool = False
     health_every: Annotated[int, Field(ge=0, strict=True)] = 0
     health_reference: str | None = None
+    sinks: list[str] = field(default_factory=lambda: ["tensorboard"])
+    plugins: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,6 +333,34 @@ def preset(name: str) -> dict[str, Any]:
     )
 
 
+def as_recipe(given: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
+    """A recipe, or what stands for one: its values, nested or by dotted key; a preset's name; a file in TOML.
+
+    Raises:
+        RecipeError: a key that there isn't, an impossible value, or a file that can't be read.
+    """
+    if isinstance(given, Recipe):
+        return given
+    if isinstance(given, Mapping):
+        return Recipe.from_dict(overlay({}, flat(given)))
+    if isinstance(given, str) and given in preset_names():
+        return Recipe.from_dict(preset(given))
+    return Recipe.from_dict(read_toml(Path(given)))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Values of a recipe from a file.
+
+    Raises:
+        RecipeError: it can't be read, or is no TOML.
+    """
+    try:
+        return parse_toml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise RecipeError(f"--recipe: {path} can't be read ({reason}); name a recipe in TOML.") from error
+
+
 def overlay(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Lay single values over nested ones.
 
@@ -366,7 +403,7 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
 
 def difference(old: Recipe, new: Recipe) -> list[str]:
     """The lines in which two recipes' methods differ: ``training.epochs: 20 -> 30``."""
-    before, after = _flat(asdict(old.method)), _flat(asdict(new.method))
+    before, after = flat(asdict(old.method)), flat(asdict(new.method))
     keys = sorted(before.keys() | after.keys())
     return [f"{key}: {before.get(key)!r} -> {after.get(key)!r}" for key in keys if before.get(key) != after.get(key)]
 
@@ -421,11 +458,12 @@ def _without_none(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted key."""
+    found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
-    return flat
+            found[prefix + key] = value
+    return found

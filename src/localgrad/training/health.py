@@ -303,6 +303,7 @@ def _plain(batches: Batches, num_images: int, batch_size: int) -> Batches:
         seed=batches.seed,
         drop_last=False,
         num_workers=batches.num_workers,
+        transform=batches.transform,
     )
 
 
