@@ -90,8 +90,9 @@ class Registry(Mapping[str, T]):
 
 
 def _home_of(value: object) -> str:
-    named = getattr(value, "__qualname__", None)
-    return f"{value.__module__}.{named}" if named else repr(value)
+    """Where something is defined: the same for a script that runs and the module that is imported of it."""
+    module, named = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
+    return f"{getattr(sys.modules.get(module), '__file__', module)}: {named}" if module and named else repr(value)
 
 
 def load_plugins(names: Iterable[str]) -> None:
