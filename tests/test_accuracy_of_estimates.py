@@ -15,7 +15,7 @@ import torch
 from helpers import adamw, profiler_peak
 from localgrad.backbones.base import split
 from localgrad.learner import LocalLearner, estimate_step
-from localgrad.memory.costs import Settings
+from localgrad.memory.costs import CostSettings
 from localgrad.memory.parts import measure_costs
 from localgrad.objectives.base import LocalBatch
 from localgrad.objectives.methods import FeatureReconstruction
@@ -59,7 +59,7 @@ def compare(name: str, batch_size: int, *, side: int, without: tuple[str, ...] =
     for modules, how, precision in COMBINATIONS:
         learner = LocalLearner(backbone, modules=modules, checkpoint=how, precision=precision)
         estimated = estimate_step(learner, batch_size, adamw).peak_bytes
-        settings = Settings(batch_size=batch_size, precision=precision)
+        settings = CostSettings(batch_size=batch_size, precision=precision)
         costs = measure_costs(backbone, FeatureReconstruction(), adamw, settings)
         composed = costs.peak_of(learner.plan)
         learner.configure_optimizers(adamw)

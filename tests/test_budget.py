@@ -28,7 +28,7 @@ from localgrad.app.planning import adamw
 from localgrad.backbones.base import outline
 from localgrad.errors import BackboneError, BudgetError, PartitionError, RecipeError
 from localgrad.learner import estimate_step
-from localgrad.memory.costs import WAYS, Settings
+from localgrad.memory.costs import WAYS, CostSettings
 from localgrad.memory.track import MemoryProfile, annotate
 from localgrad.partition import Checkpointing
 from localgrad.planning import budget as budgets
@@ -571,7 +571,7 @@ def test_what_the_user_may_edit_is_measured_anew_by_every_process(
 
 
 def test_values_that_text_does_not_tell_are_not_cached() -> None:
-    settings = Settings(batch_size=4, precision="fp32", accumulation=1, device="cpu", overlap=0)
+    settings = CostSettings(batch_size=4, precision="fp32", accumulation=1, device="cpu", overlap=0)
     assert budgets._cache_key(tiny(), settings) is not None
     assert budgets._cache_key(of_strange_value(), settings) is None
 

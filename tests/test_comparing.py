@@ -22,7 +22,7 @@ from localgrad import Plan, RecipeError, split
 from localgrad.compare import contenders, plots
 from localgrad.compare import options as bench
 from localgrad.compare import side_by_side as comparing
-from localgrad.compare.contenders import Local, Method, PlainLoop, Runner, Stage, default_methods
+from localgrad.compare.contenders import Contender, Local, PlainLoop, Runner, Stage, default_methods
 from localgrad.compare.side_by_side import Comparison, Row, compare, envelope, pareto_front, rotated, summarise
 from localgrad.errors import MemoryExceeded
 from localgrad.objectives.base import LocalBatch
@@ -52,7 +52,7 @@ class Clock:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fake(Method):
+class Fake(Contender):
     """A method that takes time and memory, and notes its turns."""
 
     title: str
@@ -275,7 +275,7 @@ def test_rows_that_are_asked_for() -> None:
     ],
     ids=lambda method: method.name,
 )
-def test_each_method_trains_and_leaves_the_model_as_it_found_it(stage: Stage, method: Method) -> None:
+def test_each_method_trains_and_leaves_the_model_as_it_found_it(stage: Stage, method: Contender) -> None:
     model: Any = stage.backbone.model
     before = [weight.clone() for weight in model.parameters()]
     runner = method.build(stage)
@@ -469,7 +469,7 @@ def test_the_table_shows_every_row_and_marks_the_front() -> None:
     from rich.console import Console
 
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
-    console.print(bench.table_of(example()))
+    console.print(bench.comparison_table(example()))
     console.file.close()
     lines = console.export_text().splitlines()
     assert [line.split()[0] for line in lines[1:]] == ["1", "2", "3", "4", "5"]

@@ -18,7 +18,7 @@ from localgrad.backbones.fake import without_initialization
 from localgrad.backbones.halves import signature
 from localgrad.learner import LocalLearner, estimate_step
 from localgrad.memory import track as memory
-from localgrad.memory.costs import Settings
+from localgrad.memory.costs import CostSettings
 from localgrad.memory.parts import measure_costs
 from localgrad.objectives.methods import (
     Contrastive,
@@ -67,19 +67,19 @@ def backbone_of(family: str, drop_path: float = 0.1) -> Backbone:
 
 # Each value of each factor stands at least twice; batches that chunks don't divide are among them.
 CASES = [
-    ("swin", "linear", "adamw", Settings(batch_size=6)),
-    ("vit", "conv", "lamb", Settings(batch_size=6, accumulation=2)),
-    ("pvt_v2", "greedy", "momentum", Settings(batch_size=7, precision="bf16")),
-    ("convnext", "contrastive", "adafactorbv", Settings(batch_size=6, accumulation=3)),
-    ("beit", "image", "momentum", Settings(batch_size=7)),
-    ("resnet", "image", "lamb", Settings(batch_size=6, precision="bf16")),
-    ("swin", "transformer", "adafactorbv", Settings(batch_size=16, precision="bf16")),
-    ("vit", "image", "adamw", Settings(batch_size=16, precision="bf16", accumulation=2)),
-    ("swin", "contrastive", "momentum", Settings(batch_size=16, device="cuda")),
-    ("vit", "linear", "adamw", Settings(batch_size=16, precision="bf16", device="cuda")),
-    ("resnet", "conv", "adamw", Settings(batch_size=6, device="cuda")),
-    ("swin", "transport", "adamw", Settings(batch_size=16, precision="bf16")),
-    ("vit", "transport", "momentum", Settings(batch_size=16)),
+    ("swin", "linear", "adamw", CostSettings(batch_size=6)),
+    ("vit", "conv", "lamb", CostSettings(batch_size=6, accumulation=2)),
+    ("pvt_v2", "greedy", "momentum", CostSettings(batch_size=7, precision="bf16")),
+    ("convnext", "contrastive", "adafactorbv", CostSettings(batch_size=6, accumulation=3)),
+    ("beit", "image", "momentum", CostSettings(batch_size=7)),
+    ("resnet", "image", "lamb", CostSettings(batch_size=6, precision="bf16")),
+    ("swin", "transformer", "adafactorbv", CostSettings(batch_size=16, precision="bf16")),
+    ("vit", "image", "adamw", CostSettings(batch_size=16, precision="bf16", accumulation=2)),
+    ("swin", "contrastive", "momentum", CostSettings(batch_size=16, device="cuda")),
+    ("vit", "linear", "adamw", CostSettings(batch_size=16, precision="bf16", device="cuda")),
+    ("resnet", "conv", "adamw", CostSettings(batch_size=6, device="cuda")),
+    ("swin", "transport", "adamw", CostSettings(batch_size=16, precision="bf16")),
+    ("vit", "transport", "momentum", CostSettings(batch_size=16)),
 ]
 
 
@@ -116,7 +116,7 @@ def test_composed_costs_are_those_of_the_whole_step(number: int) -> None:
 
 
 def test_choices_are_worth_having_and_agree_with_choice() -> None:
-    costs = measure_costs(backbone_of("swin"), OBJECTIVES["linear"], adamw, Settings(batch_size=7))
+    costs = measure_costs(backbone_of("swin"), OBJECTIVES["linear"], adamw, CostSettings(batch_size=7))
     for start, stop in itertools.combinations(range(costs.num_blocks + 1), 2):
         choices = costs.choices(start, stop)
         for faster, slower in itertools.pairwise(choices):
@@ -184,5 +184,5 @@ def test_costs_are_measured_quickly(name: str, limit: float) -> None:
     before = time.process_time()
     with without_initialization():
         model = timm.create_model(name)
-    measure_costs(outline(model, (3, 224, 224)), GreedySupervised(), adamw, Settings(batch_size=64))
+    measure_costs(outline(model, (3, 224, 224)), GreedySupervised(), adamw, CostSettings(batch_size=64))
     assert time.process_time() - before < 2 * limit

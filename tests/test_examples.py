@@ -89,20 +89,8 @@ def test_a_run_of_a_plugins_objective_knows_its_plugin(here: Path, cli_: Cli) ->
 
 def test_a_plugins_decoder_backbone_and_sink_by_name(here: Path, cli_: Cli) -> None:
     built_in = [dict(registry._known) for registry in REGISTRIES]
-    names = [
-        "--plugin",
-        "own_decoder",
-        "--plugin",
-        "own_backbone",
-        "--plugin",
-        "own_sink",
-        "--decoder",
-        "mlp",
-        "--model",
-        "patches",
-        "--sink",
-        "csv",
-    ]
+    plugins = ["--plugin", "own_decoder", "--plugin", "own_backbone", "--plugin", "own_sink"]
+    names = [*plugins, "--decoder", "mlp", "--model", "patches", "--sink", "csv"]
     said = cli_("train", *names, "--img-size", "8", "--modules", "2", *SMALL, "--out", "run")
     assert said.code == 0, said.err
     assert (here / "run/accuracy.csv").read_text().startswith("epoch,accuracy,learning rate\n0,")

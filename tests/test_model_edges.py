@@ -23,7 +23,7 @@ from localgrad.backbones.fake import fake_copy
 from localgrad.backbones.timm_models import InputKept
 from localgrad.errors import BackboneError, DeviceError, RecipeError, reason_of
 from localgrad.learner import check_isolation, default_input_size, estimate_step, make_plan
-from localgrad.memory.costs import Settings
+from localgrad.memory.costs import CostSettings
 from localgrad.memory.parts import measure_costs
 from localgrad.memory.track import block_activation_bytes
 
@@ -202,7 +202,7 @@ def estimates_of(model: nn.Module) -> list[Any]:
         estimate_step(learner, 4, adamw).peak_bytes,
         estimate_step(learner, 4, adamw, globally=True).peak_bytes,
         block_activation_bytes([backbone.stem, *backbone.blocks], inputs),
-        measure_costs(drawn, FeatureReconstruction(), adamw, Settings(batch_size=4)).to_dict(),
+        measure_costs(drawn, FeatureReconstruction(), adamw, CostSettings(batch_size=4)).to_dict(),
     ]
 
 
@@ -291,7 +291,7 @@ def test_models_in_another_type_train(kind: str, dtype: torch.dtype) -> None:
     peaks = [estimate_step(each, 8, adamw).peak_bytes for each in learners]
     assert 0.4 < peaks[1] / peaks[0] < 0.8 if dtype == torch.bfloat16 else 1.8 < peaks[1] / peaks[0] < 2.1
     if kind == "vit":
-        costs = measure_costs(learner.backbone, objective, adamw, Settings(batch_size=8))
+        costs = measure_costs(learner.backbone, objective, adamw, CostSettings(batch_size=8))
         assert costs.images == 8 * math.prod(SIZE) * dtype.itemsize
 
 
@@ -353,7 +353,7 @@ def test_batch_norms_over_one_image_are_refused_in_words(checkpoint: str) -> Non
         parts.step(*batches(1, 7)[0])
     parts.step(*batches(1, 6)[0])
     with pytest.raises(RecipeError, match=r"accumulation: 2 parts of 2 images .* take accumulation=1"):
-        measure_costs(learner.backbone, GreedySupervised(), adamw, Settings(batch_size=2, accumulation=2))
+        measure_costs(learner.backbone, GreedySupervised(), adamw, CostSettings(batch_size=2, accumulation=2))
 
 
 # What stands around a model --------------------------------------------------------------------------------------
@@ -523,7 +523,9 @@ AROUND: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("around", AROUND)
 def test_estimates_are_the_same_whatever_is_on_around_them(around: str) -> None:
     def estimates() -> list[Any]:
-        bytes_of = measure_costs(outline(model, SIZE), FeatureReconstruction(), adamw, Settings(batch_size=4)).to_dict()
+        bytes_of = measure_costs(
+            outline(model, SIZE), FeatureReconstruction(), adamw, CostSettings(batch_size=4)
+        ).to_dict()
         return [make_plan(split(model, SIZE), 2), estimate_step(learner, 4, adamw).peak_bytes, bytes_of]
 
     model = make("vit", depth=2)

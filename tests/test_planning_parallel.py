@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from localgrad.parallel.packets import Packets
 from localgrad.partition import Checkpointing, check_boundaries, spans
-from localgrad.planning.rank_search import Packets, Ranks, fastest_ranks, smallest_ranks
-from localgrad.planning.search import UNLIMITED, Choice
+from localgrad.planning.search import UNLIMITED, Choice, Ranks, fastest_ranks, smallest_ranks
 
 WAYS = [Checkpointing(), Checkpointing("blocks"), Checkpointing("halves"), Checkpointing("halves", 4)]
 

@@ -25,7 +25,7 @@ from localgrad.backbones.fake import FakeTensorMode
 from localgrad.backbones.halves import find_pieces, observed, signature
 from localgrad.errors import ParallelError, RecipeError
 from localgrad.learner import check_isolation, estimate_step
-from localgrad.memory.costs import Settings
+from localgrad.memory.costs import CostSettings
 from localgrad.parallel.learner import ParallelLearner
 from localgrad.partition import Checkpointing
 from localgrad.planning.budget import Task, _cache_key, looks_at_whole_batches
@@ -561,7 +561,7 @@ def test_costs_of_what_cannot_be_read_are_not_written_down() -> None:
     factory.cache_key = "adamw"  # type: ignore[attr-defined]
     backbone = localgrad.split(make(depth=2), SIZE)
     task = Task(backbone=backbone, objective=GreedySupervised(), optimizer=factory)
-    settings = Settings(batch_size=2)
+    settings = CostSettings(batch_size=2)
     assert _cache_key(task, settings) is not None
     backbone.blocks[0].something = Opaque()  # type: ignore[assignment]
     assert _cache_key(task, settings) is None

@@ -29,10 +29,10 @@ from localgrad.training.trainer import (
     Interrupted,
     Trainer,
     _restore_random_state,
+    all_random_states,
     best_weights,
     evaluate,
     load_best_weights,
-    random_state,
 )
 
 NUM_CLASSES = 3
@@ -347,7 +347,7 @@ def test_all_random_states_come_back(folder: RunFolder) -> None:
 
     np.random.randn()  # leaves a second normal number cached
     random.gauss(0, 1)
-    folder.save_last({"random": random_state()})
+    folder.save_last({"random": all_random_states()})
     expected = draw()
     draw()
     _restore_random_state(folder.load_last()["random"])

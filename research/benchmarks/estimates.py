@@ -19,7 +19,7 @@ import torch
 
 from localgrad import FeatureReconstruction, LocalLearner, estimate, measure, split
 from localgrad.app.planning import adamw
-from localgrad.memory.costs import Settings
+from localgrad.memory.costs import CostSettings
 from localgrad.memory.parts import measure_costs
 from localgrad.run import device_name
 
@@ -44,7 +44,7 @@ def main() -> None:
         images = torch.rand(args.batch_size, 3, 224, 224, device=device)
         labels = torch.arange(args.batch_size, device=device)
         for precision in PRECISIONS:
-            settings = Settings(batch_size=args.batch_size, precision=precision, device=device.type)
+            settings = CostSettings(batch_size=args.batch_size, precision=precision, device=device.type)
             costs = measure_costs(backbone, FeatureReconstruction(), adamw, settings)
             for modules, how in itertools.product(MODULES, WAYS):
                 learner = LocalLearner(backbone, modules=modules, checkpoint=how, precision=precision)

@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from localgrad.memory.costs import Costs
+from localgrad.parallel.packets import Packets
 from localgrad.partition import Checkpointing, balance, spans
-from localgrad.planning.rank_search import Packets, fastest_ranks
+from localgrad.planning.search import fastest_ranks
 from research.simulation.simulator import (
     Cluster,
     Link,

@@ -555,7 +555,7 @@ def _print_plan(
 
     from localgrad.app import planned as recipes
     from localgrad.app.recipe import Recipe, overlay
-    from localgrad.compare.plots import check_writable
+    from localgrad.compare.plots import check_output_file
     from localgrad.errors import RecipeError
     from localgrad.planning import budget as budgets
     from localgrad.planning import rank_plans as parallel
@@ -568,7 +568,7 @@ def _print_plan(
     if largest_batch and budget is None:
         raise RecipeError("--batch-size auto: the largest batch that fits what? Add --budget, such as --budget 8GiB.")
     if json is not None:
-        check_writable("--json", json)
+        check_output_file("--json", json)
     if num_classes is not None and num_classes < 2:
         raise RecipeError(f"--num-classes: a classifier needs at least 2 classes, got {num_classes}.")
     named = recipe.method.data.name if "name" in overlay(base, changes).get("data", {}) else ""
@@ -716,7 +716,7 @@ def compare(  # noqa: PLR0917  # one parameter an option
             lambda text, turns: progress.update(task, description=text, completed=next(turn), total=turns),
         )
     console = Console()
-    table = bench.table_of(comparison)
+    table = bench.comparison_table(comparison)
     needed = console.measure(table, options=console.options.update(max_width=1000)).maximum
     if console.width < needed:  # a terminal wraps lines, but figures that are cut are lost
         console = Console(width=needed)

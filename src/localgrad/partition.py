@@ -5,7 +5,7 @@ integers are (bytes that autograd saves for one block, microseconds, ...) is its
 optimum is exact: it minimises the sorted costs of all modules, the largest first. So among the partitions with the
 least peak it takes the one with the least second-largest module, and so on. Greedy and bisection methods (as in
 torchgpipe's block partition, after Barany and Grinberg) reach the same peak but leave the rest arbitrary. How it is
-found in a fraction of a second for a thousand blocks is told in ``_balance.py``.
+found in a fraction of a second for a thousand blocks is told in ``balancing.py``.
 
 Boundaries are the indices of the first block of each module but the first: with six blocks,
 ``(2, 5)`` is the three modules 0-1, 2-4, 5. The empty tuple is one module: end-to-end training.
@@ -175,11 +175,11 @@ class Plan:
                 raise PartitionError(f"plan: unknown key {unknown[0]!r}; a plan has {', '.join(sorted(known))}.")
             return cls(
                 model=str(values["model"]),
-                num_blocks=_whole(values["num_blocks"]),
-                boundaries=tuple(map(_whole, values["boundaries"])),
+                num_blocks=_integer(values["num_blocks"]),
+                boundaries=tuple(map(_integer, values["boundaries"])),
                 checkpoint=tuple(Checkpointing.parse(c) for c in values.get("checkpoint", ())),
-                activation_bytes=tuple(map(_whole, values.get("activation_bytes", ()))),
-                accumulation=_whole(values.get("accumulation", 1)),
+                activation_bytes=tuple(map(_integer, values.get("activation_bytes", ()))),
+                accumulation=_integer(values.get("accumulation", 1)),
                 made_for=dict(values.get("made_for", {})),
                 forecast=dict(values.get("forecast", {})),
             )
@@ -246,14 +246,14 @@ def resolve(request: Request, costs: Sequence[int], stage_boundaries: Sequence[i
             raise PartitionError("modules: this model has no stages; give a number of modules, such as 4.")
         return check_boundaries(stage_boundaries, num_blocks)
     try:
-        return check_boundaries([_whole(boundary) for boundary in cast(Sequence[int], request)], num_blocks)
+        return check_boundaries([_integer(boundary) for boundary in cast(Sequence[int], request)], num_blocks)
     except TypeError:
         raise PartitionError(
             f"modules: expected a number, 'stages' or boundaries such as [2, 5, 9], got {request!r}."
         ) from None
 
 
-def _whole(number: object) -> int:
+def _integer(number: object) -> int:
     """A whole number, of numpy's too; a fraction would be cut off without a word.
 
     Raises:
@@ -302,7 +302,7 @@ def _exact(costs: Sequence[int]) -> list[int]:
         try:
             if isinstance(cost, (str, bytes)):
                 raise TypeError(cost)
-            value = Fraction(_whole(cost) if hasattr(cost, "__index__") else float(cost))
+            value = Fraction(_integer(cost) if hasattr(cost, "__index__") else float(cost))
         except (TypeError, ValueError, OverflowError):
             raise PartitionError(
                 f"costs: block {block} costs {cost!r}; give each block a finite number, such as its bytes."
@@ -316,7 +316,7 @@ def _exact(costs: Sequence[int]) -> list[int]:
 
 def _check_count(num_modules: int, num_blocks: int) -> int:
     try:
-        count = _whole(num_modules)
+        count = _integer(num_modules)
     except TypeError:
         count = -1
     if not 1 <= count <= num_blocks:

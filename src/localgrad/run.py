@@ -70,9 +70,9 @@ from localgrad.training.folder import (
     say,
 )
 from localgrad.training.health import HealthCheck
-from localgrad.training.image_sets import Skipped, table_of
+from localgrad.training.image_sets import Skipped, skipped_table
 from localgrad.training.optim import note_of_warmup
-from localgrad.training.parallel_trainer import ParallelTrainer, name_of, whole
+from localgrad.training.parallel_trainer import ParallelTrainer, joined_checkpoint, name_of
 from localgrad.training.stagewise import StagewiseTrainer, disk_needed, estimate_stages, gather
 from localgrad.training.trainer import Trainer, evaluate, load_best_weights
 from localgrad.training.transforms import NONE
@@ -153,7 +153,7 @@ def train(
             if team is None or team.is_speaker:
                 folder.write_text("recipe.toml", job.recipe.to_toml())
                 folder.write_json("data.json", _describe(job))
-                folder.write_text("skipped.csv", table_of(job.data.skipped))
+                folder.write_text("skipped.csv", skipped_table(job.data.skipped))
                 if planning.plan is not None:
                     folder.write_text("plan.json", planning.plan.to_json())
             if team is not None:
@@ -289,7 +289,7 @@ def _load_last(folder: RunFolder, recipe: Recipe) -> dict[str, Any] | None:
         different = [line for line in different if not line.startswith("local.modules:")]
         return f"it has another recipe: {', '.join(different)}" if different else None
 
-    state = whole(folder.load_last(agree))
+    state = joined_checkpoint(folder.load_last(agree))
     return {**state, "lost_best": _has_lost_best(folder, state["position"], recipe)}
 
 
@@ -879,7 +879,7 @@ def _finish(job: Job, trainer: Trainer, peaks: dict[str, Any]) -> dict[str, Any]
     if speaks:
         table = trainer.folder.path / "skipped.csv"  # which grows where images are decoded while training
         before = table.read_text(encoding="utf-8", errors="replace") if table.exists() else ""
-        trainer.folder.write_text("skipped.csv", table_of(job.data.skipped, before))
+        trainer.folder.write_text("skipped.csv", skipped_table(job.data.skipped, before))
         trainer.folder.write_json("summary.json", summary)
         trainer.folder.finish()
     return summary

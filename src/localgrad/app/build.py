@@ -29,7 +29,7 @@ from localgrad.registry import load_plugins
 from localgrad.step.local_step import check_precision
 from localgrad.training.augment import Augment
 from localgrad.training.data import Batches, ImageSet, Splits, load_data, note_on_fit
-from localgrad.training.optim import OptimizerFactory, Schedule, check_optimizer, check_schedule
+from localgrad.training.optim import OptimizerFactory, Schedule, check_schedule, optimizer_info
 from localgrad.training.transforms import NONE
 
 EVALUATION_BATCH = 256
@@ -248,7 +248,7 @@ def _settled(
 def _check_training(recipe: Recipe) -> None:
     """Refuse optimizers and numbers that can't be, before data is read."""
     training, execution = recipe.method.training, recipe.execution
-    check_optimizer(training.optimizer)
+    optimizer_info(training.optimizer)
     check_schedule(
         training.lr * min(training.lr_depth),
         name=training.scheduler,
@@ -427,7 +427,7 @@ def create_model(settings: ModelSettings, *, num_classes: int | None, num_channe
             return create()
     except Exception as error:  # timm's own checks are asserts and errors of many kinds
         raise BackboneError(
-            f"--model: timm can't make {settings.name!r} with {_listed(options)}: {reason_of(error).rstrip('.')}. "
+            f"--model: timm can't make {settings.name!r} with {_as_options(options)}: {reason_of(error).rstrip('.')}. "
             "Check --img-size, --patch-size and model.options."
         ) from error
 
@@ -439,7 +439,7 @@ def _made_by_plugin(name: str, options: dict[str, Any]) -> Backbone:
         raise
     except Exception as error:  # whatever a user's code says
         raise BackboneError(
-            f"--model: {name!r} can't be made with {_listed(options)}: {type(error).__name__}: "
+            f"--model: {name!r} can't be made with {_as_options(options)}: {type(error).__name__}: "
             f"{reason_of(error).rstrip('.')}. Check --img-size, --patch-size and model.options."
         ) from error
     if not isinstance(made, Backbone):
@@ -504,5 +504,5 @@ def _seed_everything(seed: int) -> None:
     random.seed(seed)
 
 
-def _listed(options: dict[str, Any]) -> str:
+def _as_options(options: dict[str, Any]) -> str:
     return ", ".join(f"{key}={value!r}" for key, value in options.items()) or "no options"

@@ -43,7 +43,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from localgrad.backbones.by_hand import Chain, Found, check_parts, listed, names_of_blocks
+from localgrad.backbones.by_hand import Chain, PartsSeen, check_parts, listed, names_of_blocks
 from localgrad.backbones.fake import FakeTensor, by_shapes_alone, copy_on_host, fake_copy_with_memo, random_state_kept
 from localgrad.backbones.layouts import Layout, LayoutFinder, change_features, change_image
 from localgrad.backbones.observe import Call, Seen, find_stations, observe, trunks_of, watch_inputs
@@ -52,8 +52,8 @@ from localgrad.backbones.state import left_as_it_was
 from localgrad.backbones.timm_models import (
     SUPPORTED_FAMILIES,
     TENSOR_ARGUMENTS,
+    ComputedArgument,
     InputKept,
-    Recomputed,
     Step,
     Unsplittable,
     attribute,
@@ -220,7 +220,7 @@ class Backbone(nn.Module):
             raise BackboneError("Backbone: its parts have no parameters; there is nothing to train.")
         _check_weights(whole)
         _check_is_real(whole)
-        found = Found(whole, [stem, *parts, tail], size, layouts)
+        found = PartsSeen(whole, [stem, *parts, tail], size, layouts)
         held = {id(weight) for part in (stem, *parts, tail) for weight in part.parameters()}
         left = {name: weight for name, weight in whole.named_parameters() if id(weight) not in held}
         self._take(
@@ -777,7 +777,7 @@ def _make_step(model: nn.Module, call: Call, features: Tensor, layout: Layout, i
     for value in call.args:
         if not _is_plain(value):
             raise unsupported(model, f"{name} is called with a {type(value).__name__} beside its features")
-    recomputed: dict[str, Recomputed] = {}
+    recomputed: dict[str, ComputedArgument] = {}
     for keyword, value in call.kwargs.items():
         if _is_plain(value):
             continue

@@ -75,7 +75,7 @@ def check_parts(stem: object, blocks: object, tail: object, model: object) -> li
     return found
 
 
-class Found:
+class PartsSeen:
     """What running parts once shows of the features between them.
 
     Args:

@@ -35,7 +35,7 @@ from localgrad.backbones.written import (
     Observed,
     State,
     has_hooks,
-    observe,
+    observe_effects,
     random_state,
     set_random_state,
     twin_of,
@@ -188,7 +188,7 @@ def observed(module: nn.Module, example: Tensor) -> Observed:
     def run() -> Observed:
         with torch.no_grad(), random_state_kept(), _one_thread():
             twin = _with_random_weights(twin_of(module)).train()
-            return observe(module, twin, example, foreign=is_foreign(module))
+            return observe_effects(module, twin, example, foreign=is_foreign(module))
 
     return _remembered(_known_states, module, example, run)
 
@@ -379,7 +379,7 @@ def _noted_if_same(
             return None
         if not shown:
             step.eval()
-            if not torch.equal(_through(pieces, example[:1]), step(example[:1])):
+            if not torch.equal(_run_pieces(pieces, example[:1]), step(example[:1])):
                 return None
     except torch.OutOfMemoryError:
         raise
@@ -388,7 +388,7 @@ def _noted_if_same(
     return noted
 
 
-def _through(pieces: Sequence[Piece], features: Tensor) -> Tensor:
+def _run_pieces(pieces: Sequence[Piece], features: Tensor) -> Tensor:
     for piece in pieces:
         features = piece(features)
     return features

@@ -108,7 +108,7 @@ def prove(
                 state.restore()
                 for each in (model, chain):
                     each.train(mode == "train")
-                with _observed(blocks, moving) as trace:
+                with _noting_blocks(blocks, moving) as trace:
                     _run(run, model, images[:count], trace, shared)
                 traces.append(trace)
                 if run is model:
@@ -168,7 +168,7 @@ def _run(run: nn.Module, model: nn.Module, images: Tensor, trace: Trace, shared:
 
 
 @contextmanager
-def _observed(blocks: Sequence[tuple[str, nn.Module]], moving: Collection[nn.Module]) -> Iterator[Trace]:
+def _noting_blocks(blocks: Sequence[tuple[str, nn.Module]], moving: Collection[nn.Module]) -> Iterator[Trace]:
     """Let blocks note what they are given, and recompute what is inside them in the backward pass."""
     trace = Trace()
     before = [(vars(block), dict(vars(block))) for _, block in blocks]

@@ -202,10 +202,10 @@ def alike(container: Any, content: Any) -> bool:
         return False
     if not content:  # most are hooks that nobody set
         return True
-    return all(mine is theirs for mine, theirs in zip(_items(container), _items(content), strict=True))
+    return all(mine is theirs for mine, theirs in zip(_held_in(container), _held_in(content), strict=True))
 
 
-def _items(container: Any) -> list[Any]:
+def _held_in(container: Any) -> list[Any]:
     if isinstance(container, dict):
         return [*container.keys(), *container.values()]
     return list(container)

@@ -133,7 +133,7 @@ TWO_STREAMS = {"LayerScaleBlockClassAttn": PackedClassAttention}
 """Classes of timm blocks called as ``block(tokens, class_token) -> class_token``, and their one-stream form."""
 
 
-class Recomputed(nn.Module):
+class ComputedArgument(nn.Module):
     """A tensor argument that a timm model computes once and gives to every block: computed again at each call.
 
     A tensor captured at the time of splitting would stay on its device, in its precision, and out of autograd.
@@ -150,22 +150,22 @@ class Recomputed(nn.Module):
         return value if self.index is None else value[self.index]
 
 
-class _Source(NamedTuple):
+class _Computed(NamedTuple):
     child: str  # the model's child that computes the tensor
     method: str
     takes_grid: bool
 
 
 TENSOR_ARGUMENTS = {
-    "rope": _Source("rope", "get_embed", takes_grid=True),  # eva02 and its kin: rotary position embedding
-    "shared_rel_pos_bias": _Source("rel_pos_bias", "forward", takes_grid=False),  # beit with one bias for all blocks
+    "rope": _Computed("rope", "get_embed", takes_grid=True),  # eva02 and its kin: rotary position embedding
+    "shared_rel_pos_bias": _Computed("rel_pos_bias", "forward", takes_grid=False),  # beit with one bias for all blocks
 }
 """Tensor arguments of blocks that are known, by keyword."""
 
 
 def find_recomputed(
     model: nn.Module, keyword: str, value: Tensor, grid: tuple[int, int], block_index: int
-) -> Recomputed | None:
+) -> ComputedArgument | None:
     """Find how ``model`` computes a tensor argument of a block.
 
     Args:
@@ -187,12 +187,12 @@ def find_recomputed(
         # A rope built without a grid of its own needs one at every call.
         variants = [{}, {"shape": grid}] if getattr(source, "feat_shape", None) else [{"shape": grid}]
     for kwargs in variants:
-        whole = Recomputed(source, known.method, kwargs, index=None)
+        whole = ComputedArgument(source, known.method, kwargs, index=None)
         computed = whole()
         if same(computed, value):
             return whole
         if block_index < len(computed) and same(computed[block_index], value):
-            return Recomputed(source, known.method, kwargs, index=block_index)
+            return ComputedArgument(source, known.method, kwargs, index=block_index)
     return None
 
 
@@ -289,7 +289,7 @@ class Step(nn.Module):
         glue: Callable[..., Tensor],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        recomputed: dict[str, Recomputed],
+        recomputed: dict[str, ComputedArgument],
         unpack: bool,
         shape: tuple[int, ...] | None,
         name: str,

@@ -2,9 +2,9 @@
 
 Batch norms move running statistics, spectral norms their vectors, codebooks their codes, counters themselves. State is
 a buffer, a parameter that isn't trained, or a plain attribute (a number, a tensor, an array, a list and what is in it),
-written in place or set anew; and Python's and NumPy's random numbers. ``observe`` finds out which parts of a module
-have such state, on a copy; ``keep`` remembers the state of parts, ``put_back`` and ``as_kept`` bring it back for good
-or for a while.
+written in place or set anew; and Python's and NumPy's random numbers. ``observe_effects`` finds out which parts of a
+module have such state, on a copy; ``keep`` remembers the state of parts, ``put_back`` and ``as_kept`` bring it back for
+good or for a while.
 
 Python can't see state in objects of other kinds, or in what a closure holds.
 """
@@ -377,7 +377,7 @@ class Observed(NamedTuple):
         return State(tuple(others), tuple(cast(list[_BatchNorm], norms)), self.draws)
 
 
-def observe(module: nn.Module, twin: nn.Module, example: Tensor, *, foreign: bool) -> Observed:
+def observe_effects(module: nn.Module, twin: nn.Module, example: Tensor, *, foreign: bool) -> Observed:
     """See what a module's forward pass does in training mode; state that it writes only now and then isn't seen.
 
     Args:

@@ -1,8 +1,8 @@
 """The methods that ``localgrad compare`` runs: what anybody would write, its rivals, and local modules.
 
-A ``Method`` is a small description. On a ``Stage`` (one split model, one optimizer factory, one batch size) it gives an
-estimate of its step's memory, and a ``Runner`` of the step itself. All of them train the same model's weights in turn:
-neither times nor bytes depend on values. Auxiliary nets and optimizer state are each runner's own.
+A ``Contender`` is a small description. On a ``Stage`` (one split model, one optimizer factory, one batch size) it gives
+an estimate of its step's memory, and a ``Runner`` of the step itself. All of them train the same model's weights in
+turn: neither times nor bytes depend on values. Auxiliary nets and optimizer state are each runner's own.
 
 The plain loop knows nothing of localgrad. timm's activation checkpointing is a flag on the shared model, so it is set
 for the step and taken back.
@@ -11,7 +11,6 @@ for the step and taken back.
 from __future__ import annotations
 
 import contextlib
-import types
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from localgrad.backbones.base import Backbone
 from localgrad.compare.measuring import Held, tensors_of
@@ -28,7 +27,7 @@ from localgrad.memory.track import MemoryProfile, simulate
 from localgrad.objectives.base import LocalBatch
 from localgrad.objectives.methods import build_objective
 from localgrad.partition import Checkpointing, Plan
-from localgrad.step.local_step import PRECISIONS
+from localgrad.step.local_step import PRECISIONS, compiled_alone
 
 HOST = torch.device("cpu")
 END_TO_END = "end-to-end"
@@ -81,7 +80,7 @@ class Runner:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method(ABC):
+class Contender(ABC):
     """One row of a comparison.
 
     Attributes:
@@ -118,7 +117,7 @@ class Method(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlainLoop(Method):
+class PlainLoop(Contender):
     """What anybody would write: timm's model, cross-entropy, one optimizer.
 
     Attributes:
@@ -163,7 +162,7 @@ class _Loop:
         self.method = method
         self.model = stage.backbone.model
         self.optimizer = stage.optimizer([weight for weight in self.model.parameters() if weight.requires_grad])
-        self.forward: Callable[[Tensor], Tensor] = _compiled(self.model) if method.compile else self.model
+        self.forward: Callable[[Tensor], Tensor] = compiled_alone(self.model) if method.compile else self.model
 
     def step(self, batch: LocalBatch) -> None:
         assert batch.images is not None, "a step starts with images"
@@ -172,7 +171,7 @@ class _Loop:
     def train_on(self, images: Tensor, labels: Tensor) -> None:
         self.model.train()
         dtype = PRECISIONS[self.method.precision]
-        with _timm_checkpointing(self.model, enable=self.method.checkpoint), _budget(self.method.budget):
+        with _timm_checkpointing(self.model, enable=self.method.checkpoint), _compiling_with_budget(self.method.budget):
             with torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not None):
                 loss = F.cross_entropy(self.forward(images), labels)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -192,7 +191,7 @@ def _timm_checkpointing(model: Any, *, enable: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _budget(share: float | None) -> Iterator[None]:
+def _compiling_with_budget(share: float | None) -> Iterator[None]:
     if share is None:
         yield
         return
@@ -202,23 +201,8 @@ def _budget(share: float | None) -> Iterator[None]:
         yield
 
 
-def _compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The model through ``torch.compile``, with a code object of its own.
-
-    torch keeps compiled variants by code object: else a second compilation of the shared model, with another memory
-    budget, would be given the first one's code.
-    """
-    forward = type(model).forward
-    own = types.FunctionType(
-        forward.__code__.replace(), forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
-    )
-    own.__kwdefaults__ = forward.__kwdefaults__
-    compiled: Callable[[Tensor], Tensor] = torch.compile(types.MethodType(own, model), dynamic=False)
-    return compiled
-
-
 @dataclass(frozen=True, kw_only=True)
-class Local(Method):
+class Local(Contender):
     """Our code: local modules, or one (which is end-to-end training).
 
     Attributes:
@@ -305,7 +289,7 @@ def default_methods(
     compile: bool = False,
     budgets: Sequence[float] = (0.5,),
     plans: Sequence[tuple[str, Plan]] = (),
-) -> list[Method]:
+) -> list[Contender]:
     """The rows of a comparison, the plain loop of each precision first.
 
     Args:
@@ -320,7 +304,7 @@ def default_methods(
         plans: (title, plan), each trained on the first objective and decoder.
     """
     first = (objectives or ("feature",))[0]
-    found: list[Method] = []
+    found: list[Contender] = []
     for precision in precisions:
         for compiled in (False, True) if compile else (False,):
             common: dict[str, Any] = {"precision": precision, "compile": compiled}

@@ -20,8 +20,8 @@ from torch import Tensor
 from localgrad.app.build import check_model_name, create_model, input_size_of, resolve_device
 from localgrad.app.recipe import ModelSettings
 from localgrad.backbones.base import Backbone, split
-from localgrad.compare.contenders import Local, Method, Stage, default_methods
-from localgrad.compare.plots import check_path, check_writable, plot_timeline, plot_trade_off
+from localgrad.compare.contenders import Contender, Local, Stage, default_methods
+from localgrad.compare.plots import check_output_file, check_path, plot_timeline, plot_trade_off
 from localgrad.compare.side_by_side import Comparison, Report, Row, compare
 from localgrad.errors import LocalgradError, PartitionError, RecipeError, did_you_mean
 from localgrad.learner import num_parameters
@@ -136,7 +136,7 @@ def run(settings: Settings, report: Report) -> Comparison:
         "versions": versions(),
         "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
         "command": shlex.join(["localgrad", *sys.argv[1:]]),
-        "settings": {name: _plain(value) for name, value in asdict(settings).items()},
+        "settings": {name: _json_value(value) for name, value in asdict(settings).items()},
     }
     about["notes"] = _notes_of_plans(settings, precisions, backbone, device)
     stage = Stage(backbone, optimizer, settings.batch_size, device)
@@ -160,10 +160,10 @@ def run(settings: Settings, report: Report) -> Comparison:
     return comparison
 
 
-def _plain(value: object) -> object:
+def _json_value(value: object) -> object:
     if isinstance(value, Path):
         return str(value)
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+    return [_json_value(item) for item in value] if isinstance(value, tuple) else value
 
 
 # Options ---------------------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def _check_numbers(settings: Settings) -> None:
 
 def _check_files(settings: Settings) -> None:
     if settings.json is not None:
-        check_writable("--json", settings.json)
+        check_output_file("--json", settings.json)
     for option, path in (("--plot", settings.plot), ("--timeline", settings.timeline)):
         if path is not None:
             check_path(option, path)
@@ -197,7 +197,7 @@ def _check_files(settings: Settings) -> None:
         )
 
 
-def _methods(settings: Settings, precisions: Sequence[str]) -> list[Method]:
+def _methods(settings: Settings, precisions: Sequence[str]) -> list[Contender]:
     given = settings.modules[0].split(",") if len(settings.modules) == 1 else settings.modules
     checkpoints = _choices("--checkpoint", settings.checkpoint)
     with _renamed("--checkpoint", "checkpoint"):
@@ -210,7 +210,7 @@ def _methods(settings: Settings, precisions: Sequence[str]) -> list[Method]:
         checkpoints=checkpoints,
         precisions=precisions,
         compile=settings.compile,
-        budgets=[_budget(text) for text in _choices("--memory-budget", settings.budget)],
+        budgets=[_memory_share(text) for text in _choices("--memory-budget", settings.budget)],
         # Their rows have forecasts of their own; in what they were made for something else is told below the table.
         plans=[(f"plan {path.stem}", replace(_read_plan(path), made_for={})) for path in settings.plans],
     )
@@ -266,7 +266,7 @@ def _module_choice(text: str) -> int | str | tuple[int, ...]:
     return numbers[0] if len(numbers) == 1 else numbers
 
 
-def _budget(text: str) -> float:
+def _memory_share(text: str) -> float:
     try:
         share = float(text)
     except ValueError:
@@ -301,7 +301,7 @@ def _renamed(option: str, *names: str) -> Iterator[None]:
 def _data(settings: Settings) -> tuple[DataInfo, Callable[[tuple[int, int, int]], tuple[Tensor, Tensor]]]:
     """What the data set is like, and a function that gives one batch of it for an input size, in host memory."""
     if settings.data is not None:
-        return _loaded(settings, settings.data)
+        return _loader(settings, settings.data)
     num_classes = 1000 if settings.num_classes is None else settings.num_classes
     info = DataInfo(
         name="random images",
@@ -323,7 +323,7 @@ def _data(settings: Settings) -> tuple[DataInfo, Callable[[tuple[int, int, int]]
     return info, draw
 
 
-def _loaded(settings: Settings, name: str) -> tuple[DataInfo, Callable[[tuple[int, int, int]], tuple[Tensor, Tensor]]]:
+def _loader(settings: Settings, name: str) -> tuple[DataInfo, Callable[[tuple[int, int, int]], tuple[Tensor, Tensor]]]:
     side = settings.img_size
     splits = load_data(name, root=settings.root, val_fraction=0.0, image_size=None if side is None else (side, side))
 
@@ -361,7 +361,7 @@ def head_of(comparison: Comparison) -> str:
     )
 
 
-def table_of(comparison: Comparison) -> Table:
+def comparison_table(comparison: Comparison) -> Table:
     """The rows for a terminal; ``*`` marks what no other method beats in both time and memory."""
     rows = comparison.rows
     timed = any(row.step_seconds is not None for row in rows)

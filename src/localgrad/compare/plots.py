@@ -39,10 +39,10 @@ def check_path(option: str, path: Path) -> None:
     """
     if path.suffix.lower() not in SUFFIXES:
         raise RecipeError(f"{option}: {str(path)!r} is neither .png nor .svg; take {path.stem or 'plot'}.png.")
-    check_writable(option, path)
+    check_output_file(option, path)
 
 
-def check_writable(option: str, path: Path) -> None:
+def check_output_file(option: str, path: Path) -> None:
     """Refuse a file that can't be written.
 
     Raises:
@@ -84,7 +84,7 @@ def plot_trade_off(comparison: Comparison, path: Path) -> None:
         _add_ratio_axes(axes, bases[0], size)
     _draw_legend(axes, [row for _, row in numbered])
     _list_rows(axes, numbered)
-    _place_numbers(figure, axes, [(str(number), *_place_of(row, size)) for number, row in numbered])
+    _place_numbers(figure, axes, [(str(number), *_point_of(row, size)) for number, row in numbered])
     _save(figure, path)
 
 
@@ -138,7 +138,7 @@ def _is_point(row: Row) -> bool:
     return row.step_seconds is not None and row.measured_peak_bytes is not None
 
 
-def _place_of(row: Row, size: int) -> tuple[float, float]:
+def _point_of(row: Row, size: int) -> tuple[float, float]:
     assert row.step_seconds is not None
     assert row.peak_bytes is not None
     return row.step_seconds, row.peak_bytes / size
@@ -155,7 +155,7 @@ def _spread_of(row: Row) -> tuple[float, float]:
 
 def _draw_point(axes: Axes, row: Row, size: int) -> None:
     colour, marker, _ = FAMILIES[row.family]
-    x, y = _place_of(row, size)
+    x, y = _point_of(row, size)
     least, most = _spread_of(row)
     axes.errorbar(
         x, y, xerr=[[max(0.0, x - least)], [max(0.0, most - x)]], color=colour, alpha=0.4, linewidth=1, capsize=2.5
@@ -166,7 +166,7 @@ def _draw_point(axes: Axes, row: Row, size: int) -> None:
 
 def _draw_front(axes: Axes, rows: Sequence[Row], size: int) -> None:
     """The border of what can be had, to the edges of the axes."""
-    front = sorted(_place_of(row, size) for row in rows if row.is_pareto)
+    front = sorted(_point_of(row, size) for row in rows if row.is_pareto)
     if front:
         times, peaks = zip(*front, strict=True)
         right, top = axes.get_xlim()[1], axes.get_ylim()[1]
@@ -188,12 +188,12 @@ def _set_limits(axes: Axes, rows: Sequence[Row], size: int) -> None:
     times = [time for row in rows for time in _spread_of(row)]
     margin = 0.06 * (max(times) - min(times)) or 0.1 * max(times)
     axes.set_xlim(max(0.0, min(times) - margin), max(times) + margin)
-    axes.set_ylim(0, 1.1 * max(_place_of(row, size)[1] for row in rows))
+    axes.set_ylim(0, 1.1 * max(_point_of(row, size)[1] for row in rows))
 
 
 def _add_ratio_axes(axes: Axes, base: Row, size: int) -> None:
     """Both scales once more, as multiples of end-to-end."""
-    seconds, peak = _place_of(base, size)
+    seconds, peak = _point_of(base, size)
     top = axes.secondary_xaxis("top", functions=_scaling(seconds))
     right = axes.secondary_yaxis("right", functions=_scaling(peak))
     top.xaxis.set_major_formatter("{x:g} x")

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from localgrad.compare.contenders import END_TO_END, Local, Method, Runner, Stage
+from localgrad.compare.contenders import END_TO_END, Contender, Local, Runner, Stage
 from localgrad.compare.measuring import peak_of, timed
 from localgrad.errors import MemoryExceeded, RecipeError, reason_of
 from localgrad.memory.track import MemoryProfile
@@ -145,7 +145,7 @@ def _restored(name: str, value: Any) -> Any:
 
 def compare(
     stage: Stage,
-    methods: Sequence[Method],
+    methods: Sequence[Contender],
     images: Tensor,
     labels: Tensor,
     *,
@@ -189,16 +189,16 @@ def compare(
     if not estimate_only:
         kept = LocalBatch(images, labels)
         try:
-            _run(stage, methods, rows, kept, repeats=repeats, warmup=warmup, say=say, clock=clock)
+            _run_contenders(stage, methods, rows, kept, repeats=repeats, warmup=warmup, say=say, clock=clock)
         except KeyboardInterrupt:  # hours of work may be behind it: what was measured is told
             is_interrupted = True
     summarise(rows, stage.batch_size)
-    told = [name for name in _told(rows) if name in profiles]
+    told = [name for name in _worth_drawing(rows) if name in profiles]
     timelines = {name: envelope(profiles[name].timeline, TIMELINE_BINS) for name in told}
     return Comparison(about={**(about or {}), "is_interrupted": is_interrupted}, rows=rows, timelines=timelines)
 
 
-def _row(method: Method) -> Row:
+def _row(method: Contender) -> Row:
     baseline = END_TO_END if method.precision == "fp32" else f"{END_TO_END}, {method.precision}"
     num_modules = method.num_modules if isinstance(method, Local) else None
     return Row(
@@ -211,9 +211,9 @@ def _row(method: Method) -> Row:
     )
 
 
-def _run(
+def _run_contenders(
     stage: Stage,
-    methods: Sequence[Method],
+    methods: Sequence[Contender],
     rows: Sequence[Row],
     kept: LocalBatch,
     *,
@@ -392,7 +392,7 @@ def envelope(timeline: Sequence[tuple[int, int]], bins: int) -> Timeline:
     return [(part / bins, value) for part, value in enumerate(highest)]
 
 
-def _told(rows: Iterable[Row]) -> list[str]:
+def _worth_drawing(rows: Iterable[Row]) -> list[str]:
     """The methods whose timelines are worth a picture: the mountain, its rival, the longest sawtooth."""
     rows = [row for row in rows if not row.compile]
     first = rows[0].precision if rows else ""

@@ -58,7 +58,7 @@ class PartCost(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class CostSettings:
     """What costs are measured for.
 
     Attributes:
@@ -111,7 +111,7 @@ class Costs:
         uses: what objectives of modules that are not the first look at, besides what they receive and the labels.
     """
 
-    settings: Settings
+    settings: CostSettings
     parts: list[list[PartCost]]
     leading: list[list[PartCost]]
     heads: list[Head]
@@ -133,7 +133,7 @@ class Costs:
         """Take up what ``to_dict`` gave."""
         parts, leading = ([[PartCost(*cost) for cost in row] for row in values[key]] for key in ("parts", "leading"))
         heads = [Head(PartCost(*cost), *others) for cost, *others in values["heads"]]
-        settings = Settings(**values["settings"])
+        settings = CostSettings(**values["settings"])
         return cls(**{**values, "settings": settings, "parts": parts, "leading": leading, "heads": heads})
 
     @property

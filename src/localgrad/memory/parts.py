@@ -29,13 +29,13 @@ from torch.utils.flop_counter import flop_registry
 from localgrad.backbones.base import Backbone
 from localgrad.backbones.fake import FakeTensorMode, by_shapes_alone, copies_within, fake_copy
 from localgrad.backbones.halves import Branch, Piece, find_pieces, signature, whole_block
-from localgrad.memory.costs import WAYS, Costs, Head, PartCost, Settings
+from localgrad.memory.costs import WAYS, Costs, CostSettings, Head, PartCost
 from localgrad.memory.track import CUDA_ROUNDING, Tracker, autocast_of, choose_foreach, rounded, without_collector
 from localgrad.objectives.base import ContextSupply, LocalBatch, LocalObjective, Site
 from localgrad.objectives.methods import Objective
 from localgrad.partition import Checkpointing
 from localgrad.step.checkpointing import Recomputed, checkpointed
-from localgrad.step.local_module import CONTEXT_GRID, build_objective, site_of
+from localgrad.step.local_module import CONTEXT_GRID, build_local_objective, site_of
 from localgrad.step.local_step import autocast, single_images_refused
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
@@ -195,7 +195,7 @@ Like = tuple[tuple[int, ...], torch.dtype]
 class _Workshop:
     """Measures parts of one fake backbone; remembers those that are alike."""
 
-    def __init__(self, fake_mode: FakeTensorMode, settings: Settings) -> None:
+    def __init__(self, fake_mode: FakeTensorMode, settings: CostSettings) -> None:
         self.fake_mode = fake_mode
         self.settings = settings
         self.rounding = CUDA_ROUNDING if settings.device == "cuda" else 1
@@ -465,7 +465,9 @@ def _modules_in(branch: object) -> Iterator[nn.Module]:
 # The whole backbone ----------------------------------------------------------------------------------------------
 
 
-def measure_costs(backbone: Backbone, objective: Objective, optimizer: OptimizerFactory, settings: Settings) -> Costs:
+def measure_costs(
+    backbone: Backbone, objective: Objective, optimizer: OptimizerFactory, settings: CostSettings
+) -> Costs:
     """Measure each distinct part of a backbone once; nothing real is allocated, and the backbone isn't touched.
 
     Args:
@@ -561,7 +563,7 @@ def _measure_heads(
                 key = start, stop
             if key not in numbers:
                 with shop.fake_mode, copies_within(shop.fake_mode):
-                    built = build_objective(objective, site, backbone.dtype)
+                    built = build_local_objective(objective, site, backbone.dtype)
                 built.train()
                 uses |= built.uses if start else frozenset()
                 outputs = likes[stop + 1]

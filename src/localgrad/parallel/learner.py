@@ -30,7 +30,7 @@ from localgrad.parallel.wire import WIRES, Packet
 from localgrad.step.checks import check_labels
 from localgrad.step.local_module import CONTEXT_GRID, LocalModule, observed_parts, site_of
 from localgrad.step.local_step import LocalStep, autocast, check_precision
-from localgrad.step.sharding import Rows, check_optimizer, exchange, gathered, put, release, shard, whole
+from localgrad.step.sharding import OwnRows, check_shardable, gathered, made_whole, put, release, shard, swap
 from localgrad.step.states import describe
 
 
@@ -85,7 +85,7 @@ class ParallelLearner(LocalLearner):
         self.skeleton: list[LocalModule] | None = None  # of the own modules: whole shapes, where they are sharded
         self._average_over_replicas(by_rows=shard)
         self._remember()  # tensors were moved, and with replicas cut into rows
-        self._own_parts = Rows([part for index in self.own for part in self.modules[index].parts])
+        self._own_parts = OwnRows([part for index in self.own for part in self.modules[index].parts])
         if shard and ema_decay is not None and has_spectral_norms(self._own_parts):
             raise ParallelError(
                 f"ema_decay: {ema_decay} with --shard: the average of a layer with spectral norm needs whole weights, "
@@ -178,7 +178,7 @@ class ParallelLearner(LocalLearner):
         steps = self._make_steps(factory)
         if self.skeleton is not None:
             for step in steps:
-                check_optimizer(step.optimizer)
+                check_shardable(step.optimizer)
         self.optimizer_factory = factory
         self._seed(steps)
         uses = [module.objective.uses for module in self.modules]
@@ -335,12 +335,12 @@ class ParallelLearner(LocalLearner):
         mine, theirs = ([*net.parameters(), *net.buffers()] for net in (self._own_parts, self._ema.module))
         pairs = list(zip(mine, theirs, strict=True))  # each once, or a shared weight would be exchanged back
         for tensor, other in pairs:
-            exchange(tensor, other)
+            swap(tensor, other)
         try:
             yield
         finally:
             for tensor, other in pairs:
-                exchange(tensor, other)
+                swap(tensor, other)
 
     # ------------------------------------------------------------------------------------------------- state
 
@@ -348,7 +348,7 @@ class ParallelLearner(LocalLearner):
         """This process's part of the state, ``merged`` makes the whole of all. Replicas call this together."""
         steps = self._executor.steps if self._executor else ()
         own = list(self.own)
-        optimizers = [whole(step.optimizer.state_dict()) for step in steps]
+        optimizers = [made_whole(step.optimizer.state_dict()) for step in steps]
         return {
             "model": self.own_weights(),
             "objectives": {index: self.objective_weights(index) for index in own},
@@ -366,7 +366,7 @@ class ParallelLearner(LocalLearner):
 
     def objective_weights(self, index: int) -> dict[str, Tensor]:
         """The state of an own module's objective. All its replicas call this together."""
-        return whole(self.modules[index].objective.state_dict())
+        return made_whole(self.modules[index].objective.state_dict())
 
     def own_weights(self, *, averaged: bool = False) -> dict[str, Tensor]:
         """The own modules' part of the model's weights, or of their average, in the model's own naming.
@@ -375,9 +375,9 @@ class ParallelLearner(LocalLearner):
         """
         assert self._ema is not None or not averaged, "an average is kept"
         source = self._ema.module if averaged and self._ema is not None else self._own_parts
-        return {name: whole(value) for name, value in self._named(source).items()}
+        return {name: made_whole(value) for name, value in self._named(source).items()}
 
-    def _named(self, source: Rows) -> dict[str, Tensor]:
+    def _named(self, source: OwnRows) -> dict[str, Tensor]:
         names = {id(tensor): name for name, tensor in self.model.state_dict(keep_vars=True).items()}
         mine = self._own_parts.parts.state_dict(keep_vars=True).values()
         return {

@@ -19,7 +19,7 @@ from localgrad.parallel.learner import ParallelLearner
 from localgrad.step.executor import SequentialExecutor
 from localgrad.step.local_module import CONTEXT_GRID, LocalModule, LocalOutput
 from localgrad.step.local_step import HandOn, LocalStep
-from localgrad.step.sharding import Rows
+from localgrad.step.sharding import OwnRows
 
 if TYPE_CHECKING:
     from timm.utils.model_ema import ModelEmaV3
@@ -113,7 +113,7 @@ def _by_rows(skeleton: Sequence[LocalModule], num_sharers: int, *, averages: boo
     """Own modules with the rows of one replica, in memory that is never touched, and the shapes of whole weights."""
     modules = [copied.to_empty(device="cpu") for copied in copy.deepcopy(list(skeleton))]
     shapes = [_keep_rows(module, num_sharers) for module in modules]
-    parts = Rows([part for module in modules for part in module.parts])
+    parts = OwnRows([part for module in modules for part in module.parts])
     return _Own(modules, parts, make_ema(parts, 0.5, on_host=False) if averages else None), shapes
 
 

@@ -33,7 +33,7 @@ from localgrad.backbones.base import Backbone
 from localgrad.backbones.halves import signature
 from localgrad.errors import BudgetError
 from localgrad.learner import LocalLearner, OptimizerFactory, estimate_step, frozen_from, model_name
-from localgrad.memory.costs import WAYS, Choice, Costs, Settings, interpolated
+from localgrad.memory.costs import WAYS, Choice, Costs, CostSettings, interpolated
 from localgrad.memory.parts import measure_costs
 from localgrad.memory.track import MemoryProfile
 from localgrad.objectives.methods import Objective
@@ -118,7 +118,7 @@ class Task:
     accumulation: int | None = None
     soft_labels: bool = False
     cache: bool = True
-    measured: dict[Settings, Costs] = field(default_factory=dict, init=False, repr=False, compare=False)
+    measured: dict[CostSettings, Costs] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
     def margin(self) -> Margin:
@@ -146,7 +146,7 @@ class Task:
 
     def costs(self, batch_size: int, accumulation: int = 1) -> Costs:
         """Measure the costs, or take them from the cache."""
-        settings = Settings(
+        settings = CostSettings(
             batch_size=batch_size,
             precision=self.precision,
             accumulation=accumulation,
@@ -448,7 +448,7 @@ def largest_batches(task: Task, budget: int) -> list[dict[str, Any]]:
     methods: dict[str, Callable[[Search], Solution | None]] = {
         name: _fitting(how, usable) for name, how in RIVALS.items()
     }
-    methods["local modules, nothing recomputed"] = lambda search: _plain(search, usable)
+    methods["local modules, nothing recomputed"] = lambda search: _fastest_plain(search, usable)
     methods["local modules, any plan"] = lambda search: search.fastest(usable)
     rows = []
     for name, find in methods.items():
@@ -496,7 +496,7 @@ def _fitting(how: Checkpointing, usable: int) -> Callable[[Search], Solution | N
     return find
 
 
-def _plain(search: Search, usable: int) -> Solution | None:
+def _fastest_plain(search: Search, usable: int) -> Solution | None:
     """The fastest plan that recomputes nothing."""
 
     def choices(start: int, stop: int) -> list[Choice]:
@@ -581,7 +581,7 @@ def at_least(num_bytes: int) -> str:
 # The cache -------------------------------------------------------------------------------------------------------
 
 
-def _cached_costs(task: Task, settings: Settings) -> Costs:
+def _cached_costs(task: Task, settings: CostSettings) -> Costs:
     """Costs by model, shape and version: from memory, from the user's cache folder, or measured."""
     key = _cache_key(task, settings)
     if key is None:
@@ -600,14 +600,14 @@ PACKAGES = ("torch", "timm", "torchvision", "bitsandbytes")
 """Packages whose code the costs may depend on, beside our own: their versions tell it."""
 
 
-def _cache_key(task: Task, settings: Settings) -> str | None:
+def _cache_key(task: Task, settings: CostSettings) -> str | None:
     """A digest of everything that the costs depend on; ``None`` where they depend on code that no version tells.
 
     That is an optimizer without a ``cache_key``, and an objective or a part of the model whose class is the user's
     own: it may be edited, and so may anything that it calls.
     """
     optimizer = getattr(task.optimizer, "cache_key", None)
-    if optimizer is None or not task.cache or not _is_plain(task.objective):
+    if optimizer is None or not task.cache or not _is_told_by_text(task.objective):
         return None
     backbone = task.backbone
     parts_of_model = (backbone.stem, *backbone.blocks, backbone.tail)
@@ -640,7 +640,7 @@ def _is_of_known_package(item: Any) -> bool:
     return package in {"builtins", "abc", "typing", "collections", "functools", "math", "localgrad", *PACKAGES}
 
 
-def _is_plain(objective: Objective) -> bool:
+def _is_told_by_text(objective: Objective) -> bool:
     """Whether an objective is one of ours and has plain values only, so that its text tells it."""
 
     def is_plain(value: object) -> bool:
@@ -678,7 +678,7 @@ def _read(key: str) -> Costs | None:
     try:
         path = _cache_folder() / f"{key}.json"
         values = json.loads(path.read_text(encoding="utf-8"))
-        if values["sha256"] != _digest_of(values["costs"]):
+        if values["sha256"] != _digest_of_costs(values["costs"]):
             return None
         costs = Costs.from_dict(values["costs"])
         os.utime(path)  # used now
@@ -687,14 +687,14 @@ def _read(key: str) -> Costs | None:
         return None
 
 
-def _measure_and_write(task: Task, settings: Settings, key: str) -> Costs:
+def _measure_and_write(task: Task, settings: CostSettings, key: str) -> Costs:
     costs = measure_costs(task.backbone, task.objective, task.optimizer, settings)
     try:
         folder = _cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
         unfinished = folder / f"{key}.{os.getpid()}.tmp"
         values = costs.to_dict()
-        unfinished.write_text(json.dumps({"sha256": _digest_of(values), "costs": values}), encoding="utf-8")
+        unfinished.write_text(json.dumps({"sha256": _digest_of_costs(values), "costs": values}), encoding="utf-8")
         unfinished.replace(folder / f"{key}.json")
         _limit(folder)
     except (OSError, RuntimeError):  # a cache that can't be written costs time, nothing else
@@ -702,7 +702,7 @@ def _measure_and_write(task: Task, settings: Settings, key: str) -> Costs:
     return costs
 
 
-def _digest_of(values: object) -> str:
+def _digest_of_costs(values: object) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

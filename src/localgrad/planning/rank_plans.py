@@ -1,6 +1,6 @@
 """Plans for ranks: one local module each, balanced by time or by memory, within a budget that every rank keeps.
 
-The same way through as for one process (``budget.py``): costs of every block, an exact search (``rank_search.py``), and
+The same way through as for one process (``budget.py``): costs of every block, an exact search (``search.py``), and
 one whole step of the chosen plan on fake tensors. The step is simulated in one process;
 a rank's part of it is what its own module's step takes beside the static bytes of all, which are then its own alone.
 
@@ -23,11 +23,11 @@ from torch import Tensor
 from localgrad.backbones.base import Layout
 from localgrad.errors import BudgetError, PartitionError, RecipeError
 from localgrad.objectives.methods import GreedySupervised
+from localgrad.parallel.packets import Packets
 from localgrad.parallel.schedule import NUM_BUFFERS
 from localgrad.partition import Plan
 from localgrad.planning.budget import Search, Task, at_least, check_batch, confirmed, searches
-from localgrad.planning.rank_search import Packets, Ranks, fastest_ranks, smallest_ranks
-from localgrad.planning.search import UNLIMITED, Solution
+from localgrad.planning.search import UNLIMITED, Ranks, Solution, fastest_ranks, smallest_ranks
 from localgrad.step.local_module import CONTEXT_GRID
 from localgrad.units import format_bytes
 
@@ -114,12 +114,12 @@ def plan_parallel(task: Task, batch_size: int, parallel: Parallel, budget: int |
         ranks = _RankSearch(search, parallel)
         if budget is None:
             return ranks.confirmed(ranks.best(UNLIMITED), None)
-        plan = _within(ranks, budget)
+        plan = _ranks_within(ranks, budget)
         if plan is not None:
             return plan
         least.append((max(ranks.smallest().rank_bytes), ranks))
     assert budget is not None, "without one the first search has a plan"
-    raise _cannot_fit(min(least, key=lambda pair: pair[0])[1], budget)
+    raise _no_plan_for_ranks(min(least, key=lambda pair: pair[0])[1], budget)
 
 
 class _RankSearch:
@@ -224,7 +224,7 @@ def largest_rank(plan: Plan) -> int:
     return max(sizes)
 
 
-def _within(ranks: _RankSearch, budget: int) -> Plan | None:
+def _ranks_within(ranks: _RankSearch, budget: int) -> Plan | None:
     """The best plan of a search whose confirmed ranks are all within a budget."""
     usable = limit = ranks.task.margin.usable(budget)
     for _ in range(4):
@@ -244,7 +244,7 @@ def _within(ranks: _RankSearch, budget: int) -> Plan | None:
     return None
 
 
-def _cannot_fit(ranks: _RankSearch, budget: int) -> BudgetError:
+def _no_plan_for_ranks(ranks: _RankSearch, budget: int) -> BudgetError:
     task, num_ranks = ranks.task, ranks.parallel.num_ranks
     accumulation = ranks.costs.settings.accumulation
     told = f" with the batch in {accumulation} parts" if accumulation > 1 else ""

@@ -1,28 +1,46 @@
-"""The fastest plan that fits a memory budget: exact, for any costs of local modules. Pure: integers in, boundaries out.
+"""The best plan for any costs of local modules, in one process or one a rank: exact, pure, integers in, boundaries out.
 
 The problem. Blocks ``0 .. n - 1`` are cut into modules; a module ``(start, stop)`` can be run in several ways, each
 with a time and a peak, and adds static bytes (its auxiliary nets and their optimizer state) that are alive all the
-time. Modules run one after another, so a plan takes
+time. In one process modules run one after another, so a plan takes
 
     time = sum of the modules' times          peak = sum of their static bytes + the largest of their peaks
 
-Sought is the least time among plans with ``peak <= budget``; of equals, the one with the fewest modules.
+Sought is the least time among plans with ``peak <= budget``; of equals, the one with the fewest modules. With one
+module a rank, all train at the same time, each on another batch::
 
-The algorithm. A dynamic program over prefixes: the plans of the first ``stop`` blocks that may still become best are
-those that no other beats in (time, modules), static bytes and largest peak at once. Static sums vary little, so peaks
-below ``budget - (the largest static sum)`` fit whatever else is chosen, and count as equal; what is left is a handful
-of plans for each prefix. A module then offers one way (its fastest that fits anyway) and the few in the window above.
-With 48 blocks that is some thousand spans, each looked at once.
+    batch t+2   rank 0   F B U | packet ->
+    batch t+1                     rank 1   F B U | packet ->
+    batch t                                           rank 2   F B U
+
+No rank waits for a backward pass of another, so the slowest rank sets the speed, and each rank needs room for its own
+module only: its weights and their optimizer state, its step, the packets that wait to be worked on, and those that were
+sent and not taken yet. Sought are the boundaries, and a way to run each module, with the least of
+
+    time:    (slowest rank, sum over ranks, largest rank's bytes), among plans in which every rank keeps a budget
+    memory:  (largest rank's bytes), and of equals the best by time
+
+The algorithm. One dynamic program over prefixes (``_search``): of the plans of the first ``stop`` blocks those are kept
+that may still become best. In one process that are those that no other beats in (time, modules), static bytes and
+largest peak at once. Static sums vary little, so peaks below ``budget - (the largest static sum)`` fit whatever else is
+chosen, and count as equal; what is left is a handful of plans for each prefix. A module then offers one way (its
+fastest that fits anyway) and the few in the window above. With 48 blocks that is some thousand spans, each looked at
+once. What a rank needs depends on its own blocks alone, so each offers one way, the fastest that fits, and one plan of
+each prefix is kept. A maximum can't break ties there (a prefix that is worse than it need be may hide behind a slower
+rank further on), so the least maximum is found first, and then the least sum below it.
 
 How it differs from checkpointing planners (Checkmate, arXiv 1910.02653, an integer program; rotor, arXiv 1911.13214, a
 dynamic program over one backward pass): gradients end at boundaries, so peaks of modules don't add up, and cutting is
-itself the strongest way to save.
+itself the strongest way to save. And from planners of pipelines (PipeDream, arXiv 1806.03377; torchgpipe, arXiv
+2004.09910): a stage there keeps the activations of as many batches as there are stages behind it; here a rank keeps one
+batch's, wherever it stands.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 from localgrad.memory.costs import Choice
@@ -37,6 +55,8 @@ Choices = Callable[[int, int], Sequence[Choice]]
 """``choices(start, stop)``: ways to run a module, the fastest first, each next one slower and smaller; may be empty."""
 Static = Callable[[int, int], int]
 """``static(start, stop)``: bytes that the module's auxiliary nets and their optimizer state add."""
+Resident = Callable[[int, int, int], int]
+"""``resident(rank, start, stop)``: bytes that a rank has besides its module's step: static ones and packets."""
 
 
 @dataclass(frozen=True)
@@ -56,16 +76,92 @@ class Solution:
     peak_bytes: int
 
 
-class _Label(NamedTuple):
-    """A plan of a prefix."""
+@dataclass(frozen=True)
+class Ranks:
+    """A plan found for ranks.
 
-    nanoseconds: int
-    num_modules: int
-    static: int
-    peak: int
-    choice: Choice | None  # of its last module
-    start: int  # of its last module
-    before: _Label | None
+    Attributes:
+        boundaries: first block of every rank but the first.
+        choices: how each rank's module is run.
+        rank_bytes: each rank's peak.
+    """
+
+    boundaries: Boundaries
+    choices: tuple[Choice, ...]
+    rank_bytes: tuple[int, ...]
+
+    @property
+    def nanoseconds(self) -> int:
+        """Nominal time of the slowest rank's step."""
+        return max(choice.nanoseconds for choice in self.choices)
+
+
+# The dynamic program ---------------------------------------------------------------------------------------------
+
+
+class _Offer(NamedTuple):
+    """A way to run a module, and the bytes that are counted with it."""
+
+    choice: Choice
+    num_bytes: int
+
+
+class _Label(NamedTuple):
+    """A plan of a prefix: what it is judged by, and what it is."""
+
+    figures: tuple[int, ...]
+    boundaries: Boundaries
+    offers: tuple[_Offer, ...]
+
+    @property
+    def choices(self) -> tuple[Choice, ...]:
+        return tuple(offer.choice for offer in self.offers)
+
+
+_Offers = Callable[[int, int, int], Sequence[_Offer]]
+"""``offers(index, start, stop)``: ways to run a module; its index counts only where the number of modules is given."""
+_Extended = Callable[[tuple[int, ...], _Offer], tuple[int, ...] | None]
+"""Figures of a plan with one more module; they never get less where those of the prefix get more."""
+
+
+def _search(
+    num_blocks: int,
+    offers: _Offers,
+    extended: _Extended,
+    kept: Callable[[list[_Label]], list[_Label]],
+    *,
+    begin: tuple[int, ...],
+    num_modules: int | None = None,
+) -> list[_Label]:
+    """The plans of all blocks that are kept; prefixes are told apart by their modules if these are counted."""
+    counted = num_modules is not None
+    best: dict[tuple[int, int], list[_Label]] = {(0, 0): [_Label(begin, (), ())]}
+    for stop in range(1, num_blocks + 1):
+        reached: dict[int, list[_Label]] = {}
+        for start in range(stop):
+            for count in range(start + 1) if counted else (0,):
+                labels = best.get((start, count), ())
+                if not labels or (num_modules and not _can_end(num_modules - count - 1, num_blocks - stop)):
+                    continue
+                offered = offers(count, start, stop)
+                for label in labels:
+                    for offer in offered:
+                        figures = extended(label.figures, offer)
+                        if figures is not None:
+                            boundaries = (*label.boundaries, start) if start else ()
+                            found = _Label(figures, boundaries, (*label.offers, offer))
+                            reached.setdefault(count + 1 if counted else 0, []).append(found)
+        for count, labels in reached.items():
+            best[stop, count] = kept(labels)
+    return best.get((num_blocks, num_modules or 0), [])
+
+
+def _can_end(modules_left: int, blocks_left: int) -> bool:
+    """Whether as many modules can be made of the blocks that are left, each of one at least, all used up."""
+    return 0 < modules_left <= blocks_left or modules_left == blocks_left == 0
+
+
+# In one process --------------------------------------------------------------------------------------------------
 
 
 def fastest(
@@ -85,24 +181,36 @@ def fastest(
     """
     fits_anyway = budget - _largest_static(num_blocks, static)
 
-    def offers(start: int, stop: int) -> list[Choice]:
-        offered = []
+    @cache
+    def offered(start: int, stop: int) -> list[_Offer]:
+        found = []
         for choice in choices(start, stop):
             if choice.peak_bytes <= budget:
-                offered.append(choice)
+                found.append(_Offer(choice, static(start, stop)))
             if choice.peak_bytes <= fits_anyway:
                 break  # slower ones save what need not be saved
-        return offered
+        return found
 
-    def extended(label: _Label, choice: Choice, start: int, added: int) -> _Label | None:
-        total, peak = label.static + added, max(label.peak, choice.peak_bytes, fits_anyway)
-        if total + max(label.peak, choice.peak_bytes) > budget:
+    def extended(figures: tuple[int, ...], offer: _Offer) -> tuple[int, ...] | None:
+        time, count, total, peak = figures
+        choice, total = offer.choice, total + offer.num_bytes
+        if total + max(peak, choice.peak_bytes) > budget:
             return None
-        return _Label(label.nanoseconds + choice.nanoseconds, label.num_modules + 1, total, peak, choice, start, label)
+        return time + choice.nanoseconds, count + 1, total, max(peak, choice.peak_bytes, fits_anyway)
 
-    last = _search(num_blocks, offers, static, extended, num_modules)
-    best = min(last, key=lambda label: label[:4], default=None)
-    return None if best is None else _solution(best)
+    last = _search(
+        num_blocks,
+        lambda _, start, stop: offered(start, stop),
+        extended,
+        _unbeaten,
+        begin=(0, 0, 0, 0),
+        num_modules=num_modules,
+    )
+    best = min(last, key=lambda label: label.figures, default=None)
+    if best is None:
+        return None
+    peak = best.figures[2] + max(choice.peak_bytes for choice in best.choices)
+    return Solution(best.boundaries, best.choices, best.figures[0], peak)
 
 
 def smallest(num_blocks: int, choices: Choices, static: Static, *, num_modules: int | None = None) -> Solution:
@@ -112,15 +220,24 @@ def smallest(num_blocks: int, choices: Choices, static: Static, *, num_modules: 
         ValueError: there is no plan at all (no choices for any partition).
     """
 
-    def offers(start: int, stop: int) -> Sequence[Choice]:
-        return choices(start, stop)[-1:]
+    @cache
+    def offered(start: int, stop: int) -> list[_Offer]:
+        return [_Offer(choice, static(start, stop)) for choice in choices(start, stop)[-1:]]
 
-    def extended(label: _Label, choice: Choice, start: int, added: int) -> _Label:
-        time, peak = label.nanoseconds + choice.nanoseconds, max(label.peak, choice.peak_bytes)
-        return _Label(time, label.num_modules + 1, label.static + added, peak, choice, start, label)
+    def extended(figures: tuple[int, ...], offer: _Offer) -> tuple[int, ...]:
+        time, count, total, peak = figures
+        choice = offer.choice
+        return time + choice.nanoseconds, count + 1, total + offer.num_bytes, max(peak, choice.peak_bytes)
 
-    labels = _search(num_blocks, offers, static, extended, num_modules)
-    least = min((label.static + label.peak for label in labels), default=None)
+    labels = _search(
+        num_blocks,
+        lambda _, start, stop: offered(start, stop),
+        extended,
+        _unbeaten,
+        begin=(0, 0, 0, 0),
+        num_modules=num_modules,
+    )
+    least = min((label.figures[2] + label.figures[3] for label in labels), default=None)
     if least is None:
         raise ValueError(f"no plan of {num_modules or 'any number of'} modules can be made of {num_blocks} blocks")
     found = fastest(num_blocks, choices, static, least, num_modules=num_modules)
@@ -140,36 +257,12 @@ def frontier(num_blocks: int, choices: Choices, static: Static, *, num_modules: 
     return found
 
 
-def _search(
-    num_blocks: int,
-    offers: Choices,
-    static: Static,
-    extended: Callable[[_Label, Choice, int, int], _Label | None],
-    num_modules: int | None,
-) -> list[_Label]:
-    """The plans of all blocks that no other beats; prefixes are told apart by their modules if these are counted."""
-    counted = num_modules is not None
-    best: dict[tuple[int, int], list[_Label]] = {(0, 0): [_Label(0, 0, 0, 0, None, 0, None)]}
-    for stop in range(1, num_blocks + 1):
-        reached: dict[int, list[_Label]] = {}
-        for start in range(stop):
-            offered = offers(start, stop)
-            added = static(start, stop) if offered else 0
-            for count in range(start + 1) if counted else (0,):
-                for label in best.get((start, count), ()):
-                    for choice in offered:
-                        found = extended(label, choice, start, added)
-                        if found is not None:
-                            reached.setdefault(count + 1 if counted else 0, []).append(found)
-        for count, labels in reached.items():
-            best[stop, count] = _unbeaten(labels)
-    return best.get((num_blocks, num_modules or 0), [])
-
-
 def _unbeaten(labels: list[_Label]) -> list[_Label]:
+    """Plans that no other beats in all of (time, modules), static bytes and peak."""
     kept: list[_Label] = []
-    for label in sorted(labels, key=lambda label: label[:4]):
-        if not any(other.static <= label.static and other.peak <= label.peak for other in kept):
+    for label in sorted(labels, key=lambda label: label.figures):
+        _, _, static, peak = label.figures
+        if not any(other.figures[2] <= static and other.figures[3] <= peak for other in kept):
             kept.append(label)
     return kept
 
@@ -182,15 +275,71 @@ def _largest_static(num_blocks: int, static: Static) -> int:
     return most[-1]
 
 
-def _solution(last: _Label) -> Solution:
-    labels = [last]
-    while labels[-1].before is not None and labels[-1].before.choice is not None:
-        labels.append(labels[-1].before)
-    labels.reverse()
-    choices = tuple(label.choice for label in labels if label.choice is not None)
-    return Solution(
-        boundaries=tuple(label.start for label in labels[1:]),
-        choices=choices,
-        nanoseconds=last.nanoseconds,
-        peak_bytes=last.static + max(choice.peak_bytes for choice in choices),
-    )
+# One module a rank -----------------------------------------------------------------------------------------------
+
+
+def fastest_ranks(
+    num_blocks: int, num_ranks: int, choices: Choices, resident: Resident, budget: int = UNLIMITED
+) -> Ranks | None:
+    """Find the plan with the fastest slowest rank in which every rank is within a budget.
+
+    Args:
+        num_blocks: blocks between stem and tail.
+        num_ranks: modules, one a rank.
+        choices: ways to run a module.
+        resident: bytes that a rank has besides its module's step.
+        budget: bytes of one rank.
+
+    Returns:
+        The plan, of equals the one with the least sum of times, then with the smallest largest rank; ``None`` where
+        none fits.
+    """
+
+    @cache
+    def offers(rank: int, start: int, stop: int) -> list[_Offer]:
+        own = resident(rank, start, stop)
+        fitting = (choice for choice in choices(start, stop) if own + choice.peak_bytes <= budget)
+        return [_Offer(choice, own + choice.peak_bytes) for choice in fitting][:1]
+
+    best = _best_ranks(num_blocks, num_ranks, offers, lambda key, offer: (max(*key, offer.choice.nanoseconds),))
+    if best is None:
+        return None
+    slowest = best.figures[-1]
+
+    def within(rank: int, start: int, stop: int) -> list[_Offer]:
+        return [offer for offer in offers(rank, start, stop) if offer.choice.nanoseconds <= slowest]
+
+    def total(key: tuple[int, ...], offer: _Offer) -> tuple[int, ...]:
+        return key[0] + offer.choice.nanoseconds, max(key[1], offer.num_bytes)
+
+    best = _best_ranks(num_blocks, num_ranks, within, total)
+    assert best is not None, "the plan that has the fastest slowest rank is among them"
+    return Ranks(best.boundaries, best.choices, tuple(offer.num_bytes for offer in best.offers))
+
+
+def smallest_ranks(num_blocks: int, num_ranks: int, choices: Choices, resident: Resident) -> Ranks:
+    """Find the plan whose largest rank is the smallest, of equals the fastest. Arguments as for ``fastest_ranks``.
+
+    Raises:
+        ValueError: there is no plan at all: more ranks than blocks, or no choices for any partition.
+    """
+
+    def offers(rank: int, start: int, stop: int) -> list[_Offer]:
+        return [_Offer(way, resident(rank, start, stop) + way.peak_bytes) for way in choices(start, stop)[-1:]]
+
+    best = _best_ranks(num_blocks, num_ranks, offers, lambda key, offer: (max(*key, offer.num_bytes),))
+    if best is None:
+        raise ValueError(f"no plan for {num_ranks} ranks can be made of {num_blocks} blocks")
+    found = fastest_ranks(num_blocks, num_ranks, choices, resident, best.figures[-1])
+    assert found is not None, "the smallest plan fits its own peak"
+    return found
+
+
+def _best_ranks(num_blocks: int, num_ranks: int, offers: _Offers, extended: _Extended) -> _Label | None:
+    """The plan with the least figures, of equals the one with the earliest boundaries."""
+
+    def first(labels: list[_Label]) -> list[_Label]:
+        return [min(labels, key=lambda label: label[:2])]
+
+    found = _search(num_blocks, offers, extended, first, begin=(0, 0), num_modules=num_ranks)
+    return found[0] if found else None

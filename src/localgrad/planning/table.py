@@ -46,7 +46,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     else:
         console.print(_modules(plan, forecast["peak_bytes"]))
         console.print(_categories(plan))
-    console.print(_rivals(plan, scale))
+    console.print(_table_of_rivals(plan, scale))
     for note in forecast["notes"]:
         console.print(f"[dim]{note}[/]")
 
@@ -141,7 +141,7 @@ def _figures(module: dict[str, Any]) -> dict[str, int]:
     }
 
 
-def _rivals(plan: Plan, scale: int) -> Table:
+def _table_of_rivals(plan: Plan, scale: int) -> Table:
     table = _table("what it would need", "peak", "", "x memory", "x time")
     base = plan.forecast["rivals"][0]["peak_bytes"]
     own = {"name": "this plan", **{key: plan.forecast[key] for key in ("peak_bytes", "time_ratio")}}

@@ -4,10 +4,10 @@ Calling a timm model's blocks one by one passes by timm's own ``grad_checkpointi
 PyTorch's non-reentrant checkpoint. It restores the random state, so dropout and drop path draw the same numbers
 twice. What it does not undo is what a forward pass writes: running statistics, vectors of spectral norms, counters.
 A second one would start from other values, and move them a second time. So a block that has such state
-(``_written.observe``) is recomputed as a whole, from its state before the first pass, which afterwards is as the first
-pass left it: checkpointing changes nothing but time and memory.
+(``written.observe_effects``) is recomputed as a whole, from its state before the first pass, which afterwards is as the
+first pass left it: checkpointing changes nothing but time and memory.
 
-A half of a block (``_halves.Piece``) can run over chunks of the batch, each under its own checkpoint::
+A half of a block (``halves.Piece``) can run over chunks of the batch, each under its own checkpoint::
 
     features ──┬── chunk 0 ── branch ──┐
                ├── chunk 1 ── branch ──┼── drop path ── + ── features

@@ -229,7 +229,7 @@ def site_of(backbone: Backbone, boundaries: Sequence[int], index: int, *, overla
     )
 
 
-def build_objective(objective: Objective, site: Site, dtype: torch.dtype) -> LocalObjective:
+def build_local_objective(objective: Objective, site: Site, dtype: torch.dtype) -> LocalObjective:
     """Make the objective of a site, its auxiliary nets in the type of the model's weights."""
     built = objective.build(site)
     for weight in built.parameters():  # buffers are factors of losses, which are in float32
@@ -281,7 +281,7 @@ def build_local_modules(
         shared, given = (shared_blocks(edges, number, overlap) for number in (index, index + 1))
         blocks = [backbone.blocks[number] for number in range(span.start - shared, span.stop)]
         with drawing(index):
-            built = build_objective(objective, site, backbone.dtype)
+            built = build_local_objective(objective, site, backbone.dtype)
         looks = "branches" in built.uses
         modules.append(
             LocalModule(

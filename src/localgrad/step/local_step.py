@@ -90,7 +90,7 @@ class LocalStep:
         self._held = held_by(optimizer)
         self._stays = self._all[0].device == self.device  # offloaded modules come and go
         self._is_compiled = compile
-        self._forward: Callable[..., LocalOutput] = _compiled(module) if compile else module
+        self._forward: Callable[..., LocalOutput] = compiled_alone(module) if compile else module
         self._replicated: DistributedDataParallel | None = None
         if twins is not None:
             # Running statistics are averaged when someone looks at them: ``ParallelLearner.average_statistics``.
@@ -109,7 +109,7 @@ class LocalStep:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         if self._is_compiled:
-            self._forward = _compiled(self.module)
+            self._forward = compiled_alone(self.module)
 
     def follow_model(self) -> bool:
         """Notice weights that were frozen or unfrozen since the optimizer was made, and what it holds otherwise now.
@@ -291,7 +291,7 @@ class LocalStep:
         """Cut batches into another number of parts from now on; a compiled module is compiled anew."""
         self.accumulation = accumulation
         if self._is_compiled:
-            self._forward = _compiled(self.module)
+            self._forward = compiled_alone(self.module)
 
     def _update(self) -> None:
         self.updating = True
@@ -427,17 +427,19 @@ def _generator(device: torch.device) -> torch.Generator:
     return generator
 
 
-def _compiled(module: LocalModule) -> Callable[..., LocalOutput]:
-    """The module through ``torch.compile``, with a code object of its own.
+def compiled_alone(module: nn.Module) -> Callable[..., Any]:
+    """A module's forward pass through ``torch.compile``, with a code object of its own.
 
     torch keeps compiled variants by code object. All local modules share ``LocalModule.forward``, so they would be
-    variants of one function: compiled for symbolic shapes from the second on, and not at all after the eighth.
+    variants of one function: compiled for symbolic shapes from the second on, and not at all after the eighth. Of a
+    model that is compiled with several memory budgets, the second would be given the first one's code.
     """
-    forward = LocalModule.forward
+    forward = type(module).forward
     own = types.FunctionType(
         forward.__code__.replace(), forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
     )
-    compiled: Callable[..., LocalOutput] = torch.compile(types.MethodType(own, module), dynamic=False)
+    own.__kwdefaults__ = forward.__kwdefaults__
+    compiled: Callable[..., Any] = torch.compile(types.MethodType(own, module), dynamic=False)
     return compiled
 
 

@@ -40,8 +40,8 @@ class MovingAverage(ModelEmaV3):  # type: ignore[misc]  # timm has no types
         """
         averages, values = [], []
         for own, value in averaged_pairs(self.module, model):
-            averages.append(_plain(own))
-            values.append(_plain(value))
+            averages.append(_real_rows(own))
+            values.append(_real_rows(value))
         if self.foreach:
             self._foreach_lerp_(averages, values, weight=1.0 - decay)
         else:
@@ -51,7 +51,7 @@ class MovingAverage(ModelEmaV3):  # type: ignore[misc]  # timm has no types
         renew_spectral_norms(self.module)
 
 
-def _plain(tensor: Tensor) -> Tensor:
+def _real_rows(tensor: Tensor) -> Tensor:
     """What this process has of a tensor, as real numbers, in the same memory."""
     rows = rows_of(tensor)
     return torch.view_as_real(rows) if rows.is_complex() else rows

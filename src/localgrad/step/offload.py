@@ -158,7 +158,7 @@ class Offloader:
         shared = set(map(id, self._shared))
         tensors = [tensor for tensor in _weights(self.modules[index]) if id(tensor) not in shared]
         if with_state and self._optimizers:
-            tensors += _state(self._optimizers[index])
+            tensors += _device_state(self._optimizers[index])
         return _distinct(tensors)
 
     @torch.no_grad()
@@ -275,7 +275,7 @@ def _distinct(tensors: list[Tensor]) -> list[Tensor]:
     return list({id(tensor): tensor for tensor in tensors}.values())
 
 
-def _state(optimizer: Optimizer) -> list[Tensor]:
+def _device_state(optimizer: Optimizer) -> list[Tensor]:
     """State tensors that belong on the device: all but step counters, which most optimizers keep on the processor."""
     counters_too = any(group.get("capturable") or group.get("fused") for group in optimizer.param_groups)
     return [tensor for tensor in _inside(list(optimizer.state.values())) if tensor.ndim > 0 or counters_too]

@@ -50,7 +50,7 @@ def shard(module: nn.Module, twins: DeviceMesh) -> None:
     carry_exemptions(whole_ones, module.parameters())
 
 
-def check_optimizer(optimizer: Optimizer) -> None:
+def check_shardable(optimizer: Optimizer) -> None:
     """Refuse an optimizer that isn't known to be right on rows.
 
     Raises:
@@ -91,14 +91,14 @@ def rows_of(tensor: Tensor) -> Tensor:
     return cast(Any, tensor).to_local() if is_sharded(tensor) else tensor
 
 
-def whole(value: T) -> T:
+def made_whole(value: T) -> T:
     """Tensors in nested lists and dicts made whole; all replicas call this together."""
     if isinstance(value, Tensor):
         return cast(Any, value).full_tensor() if is_sharded(value) else value
     if isinstance(value, Mapping):
-        return cast(T, {key: whole(each) for key, each in value.items()})
+        return cast(T, {key: made_whole(each) for key, each in value.items()})
     if isinstance(value, list):
-        return cast(T, [whole(each) for each in value])
+        return cast(T, [made_whole(each) for each in value])
     return value
 
 
@@ -137,7 +137,7 @@ def put_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> No
 
 
 @torch.no_grad()
-def exchange(first: Tensor, second: Tensor) -> None:
+def swap(first: Tensor, second: Tensor) -> None:
     """Let two tensors have each other's values; without a copy, where they are whole."""
     if is_sharded(first):
         kept = rows_of(first).clone()
@@ -147,7 +147,7 @@ def exchange(first: Tensor, second: Tensor) -> None:
         first.data, second.data = second.data, first.data
 
 
-class Rows(nn.Module):
+class OwnRows(nn.Module):
     """Some parts of a model, whose state dict tells what this process has of them in plain tensors.
 
     Operators over lists of tensors take no rows beside whole ones; a moving average is such a one.

@@ -27,16 +27,16 @@ def describe(objective: Objective) -> dict[str, Any]:
         value, default = getattr(objective, field.name), field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
-        if _plain(value) != _plain(default):
-            options[field.name] = _plain(value)
+        if _told_value(value) != _told_value(default):
+            options[field.name] = _told_value(value)
     return {"name": type(objective).__name__, "options": options}
 
 
-def _plain(value: Any) -> Any:
+def _told_value(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
+        return {str(key): _told_value(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(inner) for inner in value]
+        return [_told_value(inner) for inner in value]
     return value if isinstance(value, (bool, int, float, str, type(None))) else type(value).__qualname__
 
 

@@ -520,7 +520,7 @@ def _statistics(
             return *_measured(train.images), []
         return *_IMAGENET[num_channels], ["Normalised by the mean and std of ImageNet; --mean and --std set others."]
     used = _checked_statistics(num_channels, mean, std)
-    return *used, [f"Normalised by mean {_listed(used[0])} and std {_listed(used[1])}."]
+    return *used, [f"Normalised by mean {_rounded_figures(used[0])} and std {_rounded_figures(used[1])}."]
 
 
 def _checked_statistics(
@@ -536,7 +536,7 @@ def _checked_statistics(
     return mean, std
 
 
-def _listed(values: Sequence[float]) -> str:
+def _rounded_figures(values: Sequence[float]) -> str:
     return ", ".join(f"{value:.4g}" for value in values)
 
 

@@ -40,6 +40,7 @@ import torch
 from torch import Tensor
 
 from localgrad.errors import RunFolderError
+from localgrad.training.fingerprint import raw_bytes
 from localgrad.units import format_bytes
 
 FORMAT = 2
@@ -219,7 +220,7 @@ def _write_part(folder: Path, name: str, batches: Iterable[Rows]) -> dict[str, A
                 assert len(tensor) == len(stored.targets), "features, labels and targets go together"
                 known = shapes.setdefault(kind, (tensor.dtype, list(tensor.shape[1:])))
                 assert known == (tensor.dtype, list(tensor.shape[1:])), "rows are alike"
-                content = _bytes_of(tensor)
+                content = raw_bytes(tensor)
                 digests[kind].update(content)
                 files[kind].write(content)
             num_rows += len(stored.targets)
@@ -240,11 +241,6 @@ def _digest_of(values: object) -> str:
 def _digest_of_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _bytes_of(tensor: Tensor) -> bytes:
-    raw: bytes = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    return raw
 
 
 def _map(path: Path, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:

@@ -27,7 +27,7 @@ def fingerprint_of(data: Splits) -> str:
     for images in (data.train, data.val, data.test):
         digest.update(b"none" if images is None else b"part")
         if images is not None:
-            digest.update(_bytes_of(images.labels))
+            digest.update(raw_bytes(images.labels))
             _add_pixels(digest, images)
     return digest.hexdigest()
 
@@ -35,14 +35,15 @@ def fingerprint_of(data: Splits) -> str:
 def _add_pixels(digest: Any, images: ImageSet) -> None:
     if isinstance(images, InMemoryImages):
         digest.update(repr(tuple(images.images.shape)).encode())
-        digest.update(_bytes_of(images.images))
+        digest.update(raw_bytes(images.images))
     elif isinstance(images, FileImages):
         spread = torch.linspace(0, len(images) - 1, min(SAMPLE, len(images))).long()
         for _, encoded in images.files.encoded(images.rows[spread].tolist()):
             digest.update(hashlib.sha256(encoded).digest())
 
 
-def _bytes_of(tensor: Tensor) -> Any:
+def raw_bytes(tensor: Tensor) -> Any:
+    """A tensor's values as a buffer of bytes, on the host."""
     return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
@@ -59,8 +60,8 @@ def differences(known: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]
     """
     if "fingerprint" in known:
         return [] if known["fingerprint"] == found["fingerprint"] else ["fingerprint"]
-    return [key for key, value in known.items() if key not in _OF_PLACE and _plain(value) != _plain(found.get(key))]
+    return [key for key, value in known.items() if key not in _OF_PLACE and _as_list(value) != _as_list(found.get(key))]
 
 
-def _plain(value: Any) -> Any:
+def _as_list(value: Any) -> Any:
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value

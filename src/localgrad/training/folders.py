@@ -151,29 +151,29 @@ def _readings(path: Path, shown: Path) -> Folders:
             return _inside_out(path) or read_classes(path)
         if not unnamed:
             raise DataError(
-                f"{_listed(flat)} in {path} hold images without class folders. As a set with the classes "
-                f"{_listed(flat)}: "
+                f"{_named(flat)} in {path} hold images without class folders. As a set with the classes "
+                f"{_named(flat)}: "
                 f"type --train-data {path}. As splits: their images have no labels; sort them into class "
                 f"folders, or name "
                 "a table with labels."
             )
         raise DataError(
-            f"{path} can be read in two ways. With the classes {_listed(folders)}: type --train-data {path}. With "
-            f"{_listed(flat)} as images without labels: move {_listed(flat)} elsewhere."
+            f"{path} can be read in two ways. With the classes {_named(folders)}: type --train-data {path}. With "
+            f"{_named(flat)} as images without labels: move {_named(flat)} elsewhere."
         )
     splits, left_out = _named_splits(path, named)
     if "train" not in splits:
         if unnamed:
             return read_classes(path)
         raise DataError(
-            f"{path} has no training part, only {_listed(named)}: name one with --train-data DIR. If "
-            f"{_listed(named)} are "
+            f"{path} has no training part, only {_named(named)}: name one with --train-data DIR. If "
+            f"{_named(named)} are "
             f"classes, type --train-data {path}."
         )
     if unnamed and not _share_classes(splits):
         raise DataError(
-            f"{path} can be read in two ways. With the classes {_listed(folders)}: type --train-data {path}. With "
-            f"{_listed(nested)} as splits, without {_listed(unnamed)}: type "
+            f"{path} can be read in two ways. With the classes {_named(folders)}: type --train-data {path}. With "
+            f"{_named(nested)} as splits, without {_named(unnamed)}: type "
             + " ".join(f"--{split}-data {splits[split]}" for split in SPLITS if split in splits)
             + "."
         )
@@ -231,7 +231,7 @@ def _inside_out(path: Path) -> Folders | None:
         if any(_is_nested(each) for each in inner):
             raise DataError(
                 f"{path} can be read in two ways. As several data sets: type --data {folder}. With the classes "
-                f"{_listed(folders)}: type --train-data {path}."
+                f"{_named(folders)}: type --train-data {path}."
             )
         for split, each in zip(splits, inner, strict=True):
             assert split is not None, "checked above"
@@ -264,7 +264,7 @@ def _is_nested(folder: Path) -> bool:
     return any(_holds_images(each) for each in visible_folders(folder))
 
 
-def _listed(folders: Sequence[Path]) -> str:
+def _named(folders: Sequence[Path]) -> str:
     names = [repr(folder.name) for folder in folders[:6]] + (["…"] if len(folders) > 6 else [])
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 

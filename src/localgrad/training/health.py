@@ -66,10 +66,10 @@ class HealthCheck:
     ) -> None:
         self.learner = learner
         self.every = every
-        self._train = _plain(train, num_images, train.batch_size)
-        self._val = None if val is None else _plain(val, num_images, train.batch_size)
+        self._train = _plain_batches(train, num_images, train.batch_size)
+        self._val = None if val is None else _plain_batches(val, num_images, train.batch_size)
         few = min(GRADIENT_IMAGES, train.batch_size)
-        self._probe = _plain(train, few, few)
+        self._probe = _plain_batches(train, few, few)
         self._reference = None if reference is None else dict(reference)
         self._reference_features: list[Tensor] | None = None
         if self._reference is not None:
@@ -288,7 +288,7 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
     return float(shared / (torch.linalg.matrix_norm(x.T @ x) * torch.linalg.matrix_norm(y.T @ y)))
 
 
-def _plain(batches: Batches, num_images: int, batch_size: int) -> Batches:
+def _plain_batches(batches: Batches, num_images: int, batch_size: int) -> Batches:
     """Some images, spread over all classes, in order and not augmented."""
     chosen, _ = stratified_choice(
         batches.images.labels, min(num_images, len(batches.images)), leave_one=False, seed=batches.seed

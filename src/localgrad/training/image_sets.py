@@ -76,7 +76,7 @@ class Skipped:
         self.images[name] = f"corrupt: {error.reason}" if error.kind == "corrupt" else error.reason
 
 
-def table_of(skipped: Mapping[str, Skipped], before: str = "") -> str:
+def skipped_table(skipped: Mapping[str, Skipped], before: str = "") -> str:
     """What was left out of each part, image by image, as CSV text.
 
     Args:

@@ -46,7 +46,7 @@ class OptimizerFactory:
     """
 
     def __init__(self, model: nn.Module, *, name: str, lr: float, weight_decay: float) -> None:
-        info = check_optimizer(name)
+        info = optimizer_info(name)
         check_rate("training.lr", lr)
         if not 0 <= weight_decay <= _LARGEST:
             raise RecipeError(
@@ -103,7 +103,7 @@ class OptimizerFactory:
         return optimizer
 
 
-def check_optimizer(name: str) -> Any:
+def optimizer_info(name: str) -> Any:
     """Timm's ``OptimInfo`` of an optimizer that a local module's step can use.
 
     Raises:

@@ -24,7 +24,7 @@ from localgrad.training.data import Batches
 from localgrad.training.events import Sink
 from localgrad.training.folder import RunFolder, load_saved_weights, save_weights
 from localgrad.training.optim import Schedule
-from localgrad.training.trainer import Fed, Figures, Interrupted, Trainer, below, random_state
+from localgrad.training.trainer import Fed, Figures, Interrupted, Trainer, all_random_states, below
 
 
 class ParallelTrainer(Trainer):
@@ -84,7 +84,7 @@ class ParallelTrainer(Trainer):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state, of one process or of several."""
-        super().load_state_dict(whole(state))
+        super().load_state_dict(joined_checkpoint(state))
 
     def evaluate(self, batches: Batches) -> tuple[float, list[float | None]]:
         """Accuracy of the whole model and of each local module's own classifier; all processes call this together."""
@@ -226,7 +226,7 @@ class ParallelTrainer(Trainer):
         if self.team.is_speaker:
             names = [part for part, _ in said[: self.team.num_ranks]]
             sums = self._joined([part for _, part in said])
-            state = {"position": asdict(position), "sums": sums, "random": random_state()}
+            state = {"position": asdict(position), "sums": sums, "random": all_random_states()}
             self.folder.commit(state, names)
         self.team.everyone(None)  # nobody begins a further one before
 
@@ -257,7 +257,7 @@ class ParallelTrainer(Trainer):
         )
 
 
-def whole(state: dict[str, Any]) -> dict[str, Any]:
+def joined_checkpoint(state: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint with the learner's state in one, whether one process or several wrote it."""
     if "parts" not in state:
         return state

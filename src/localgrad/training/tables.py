@@ -357,7 +357,7 @@ def indexed(values: Sequence[Any], what: str) -> tuple[Tensor, tuple[str, ...]]:
     Raises:
         DataError: floats that are not whole.
     """
-    plain = [_plain(value, what) for value in values]
+    plain = [_class_label(value, what) for value in values]
     known = {value for value in plain if value is not None}
     if known == {UNLABELLED}:
         known = set()
@@ -367,7 +367,7 @@ def indexed(values: Sequence[Any], what: str) -> tuple[Tensor, tuple[str, ...]]:
     return labels.long(), tuple(str(value) for value in ordered)
 
 
-def _plain(value: Any, what: str) -> int | str | bool | None:
+def _class_label(value: Any, what: str) -> int | str | bool | None:
     if isinstance(value, float):
         if value != value:  # noqa: PLR0124  # not a number
             return None

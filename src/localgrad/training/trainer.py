@@ -257,7 +257,7 @@ class Trainer:
             "learner": self.learner.state_dict(),
             "position": asdict(self.position),
             "sums": self._sums.state_dict(),
-            "random": random_state(),
+            "random": all_random_states(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -266,7 +266,7 @@ class Trainer:
         Raises:
             CheckpointError: it is of another model, or a part is missing; all is as it was.
         """
-        before = self.position, self._sums, random_state()
+        before = self.position, self._sums, all_random_states()
         try:
             self.learner.check_state_dict(state["learner"])  # first, since its reasons say the most
             self.position = Position(**state["position"])
@@ -570,7 +570,7 @@ def below(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
-def random_state() -> dict[str, Any]:
+def all_random_states() -> dict[str, Any]:
     """The state of all random number generators that a run may draw from, as plain values and tensors."""
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     version, internal, gauss = random.getstate()
