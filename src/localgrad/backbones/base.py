@@ -288,9 +288,20 @@ class Backbone(nn.Module):
             BackboneError: something differs, or a parameter is never used; the message says what.
         """
         twin = self._provable()
-        twin._prove_here()
+        with self._in_the_same_mode():
+            twin._prove_here()
         if twin is not self:
             self._learn_from(twin)
+
+    @contextmanager
+    def _in_the_same_mode(self) -> Iterator[None]:
+        """A region at whose end what is around the parts is in the mode that it was in."""
+        modes = {module: module.training for module in self.modules()}
+        try:
+            yield
+        finally:
+            for module in self.modules():
+                module.training = modes.get(module, self.model.training)
 
     def _provable(self) -> Backbone:
         """This backbone, or a copy on which arithmetic can be repeated to the bit."""
@@ -337,7 +348,7 @@ class Backbone(nn.Module):
         """Run the parts once in training mode: which write into their input, and which buffers are written."""
         inner = [self.stem.part, *self.blocks, self.tail.part]
         with torch.inference_mode(mode=False), left_as_it_was(self.model, *inner) as state, torch.no_grad():
-            with self._keeping_inputs():
+            with self._in_the_same_mode(), self._keeping_inputs():
                 self.train()(self._images())
             self._written_buffers = frozenset(state.written_buffers())
 
