@@ -155,6 +155,17 @@ def test_what_is_not_the_model_is_refused(net: Net, case: str) -> None:
         by_hand(net, **change(net))
 
 
+def test_a_part_that_fails_in_training_is_told(net: Net) -> None:
+    class Failing(Head):
+        def forward(self, tokens: Tensor) -> Tensor:
+            if self.training:
+                raise RuntimeError("only for evaluation")
+            return super().forward(tokens)
+
+    with pytest.raises(BackboneError, match=r"don't train .only for evaluation"):
+        by_hand(net, tail=Failing(net))
+
+
 def test_a_gradient_that_is_lost_is_seen(net: Net) -> None:
     class Cut(nn.Module):
         def __init__(self) -> None:
@@ -248,9 +259,9 @@ def test_in_16_bits_copies_are_proved(net: Net) -> None:
     assert backbone.example(0).dtype == torch.bfloat16
 
 
-def test_it_is_estimated_and_planned(net: Net, cost_cache: object) -> None:
-    backbone = by_hand(net)
-    plan = localgrad.plan(backbone, batch_size=8, budget="2MiB")
+def test_it_is_estimated_and_planned(cost_cache: object) -> None:
+    backbone = by_hand(Net(depth=2))
+    plan = localgrad.plan(backbone, batch_size=8, budget="2MiB", modules=2)
     learner = localgrad.LocalLearner(backbone, modules=plan)
     learner.configure_optimizers(adamw)
     assert localgrad.estimate(learner, 8).peak_bytes == plan.forecast["peak_bytes"]

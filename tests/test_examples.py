@@ -104,10 +104,10 @@ def test_a_plugins_decoder_backbone_and_sink_by_name(here: Path, cli_: Cli) -> N
 
 
 @pytest.mark.heavy  # three processes start
-def test_two_processes_load_the_plugin_as_well(here: Path) -> None:
-    parallel = ["--parallel", "modules", "--num-processes", "2", "--out", "run"]
-    arguments = ["--plugin", "own_term", "--objective", "sparse", *SMALL, *VIT, *OPTIONS, *parallel]
-    command = [sys.executable, "-m", "localgrad", "train", *arguments]
+def test_two_processes_load_plugins_as_well(here: Path) -> None:
+    parallel = ["--parallel", "modules", "--num-processes", "2", "--modules", "2", "--out", "run"]
+    plugins = ["--plugin", "own_term", "--plugin", "own_backbone", "--model", "patches", "--img-size", "8"]
+    command = [sys.executable, "-m", "localgrad", "train", *plugins, "--objective", "sparse", *SMALL, *parallel]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert "sparsity" in json.loads((here / "run/metrics.jsonl").read_text().splitlines()[-1])["losses"][0]

@@ -326,6 +326,10 @@ class Backbone(nn.Module):
                     shown = prove(self.model, self, parts, blocks, images, moving=moving)
             except Unsplittable as error:
                 raise BackboneError(f"Backbone: {error.what}.{self._lost()}") from None
+            except torch.OutOfMemoryError:
+                raise
+            except (AttributeError, TypeError, RuntimeError) as error:
+                raise BackboneError(f"Backbone: its parts don't train ({reason_of(error)}).") from error
         self._written_buffers = shown.written
         unused = sorted(shown.unread)
         if unused and isinstance(self.model, Chain):
@@ -338,11 +342,7 @@ class Backbone(nn.Module):
         """A sentence on the model's parameters that no part has."""
         ids = set(map(id, self.tail.unused))
         lost = [name for name, weight in self.model.named_parameters() if id(weight) in ids]
-        return (
-            f" In no part: {listed(lost)}."
-            if lost
-            else " Each parameter is in a part: check their order, and what each does."
-        )
+        return f" In no part: {listed(lost)}." if lost else " Check the order of the blocks, and what each part does."
 
     def _look(self) -> None:
         """Run the parts once in training mode: which write into their input, and which buffers are written."""
