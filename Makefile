@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-all check format bench clean
+.PHONY: help demo test test-all test-release check format docs bench clean
 .DEFAULT_GOAL := help
 
 help:  ## these lines
@@ -12,26 +12,32 @@ help:  ## these lines
 demo: $(VENV)/installed  ## train on handwritten digits: four local modules, two minutes
 	$(BIN)/localgrad train
 
-test: check  ## lint, strict types and the quick tests
+test: check docs  ## lint, strict types, the site and the quick tests
 	$(BIN)/pytest -n auto
 
-test-all: check  ## the same with the heavy tests
+test-all: check docs  ## the same with the heavy tests
 	$(BIN)/pytest -m "heavy or not heavy"
 
+test-release: $(VENV)/python  ## build the wheel, use it in clean environments: each extra, newest and oldest
+	$(BIN)/python tests/release.py $(ARGS)
+
 check: $(VENV)/installed-dev  ## lint, format and strict types
-	$(BIN)/ruff check src tests research
-	$(BIN)/ruff format --check src tests research
+	$(BIN)/ruff check src tests research docs
+	$(BIN)/ruff format --check src tests research docs
 	$(BIN)/mypy
 
 format: $(VENV)/installed-dev  ## mend format and what the linter can mend
-	$(BIN)/ruff check --fix src tests research
-	$(BIN)/ruff format src tests research
+	$(BIN)/ruff check --fix src tests research docs
+	$(BIN)/ruff format src tests research docs
+
+docs: $(VENV)/installed-dev  ## the site, built strictly: open site/index.html
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --fresh-env -c docs . site
 
 bench: $(VENV)/installed  ## step time and peak memory of all methods, interleaved, as ratios
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736 $(BIN)/localgrad compare $(ARGS)
 
 clean:  ## remove the environment and caches
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) site .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(VENV)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("localgrad needs Python 3.11 or newer; try make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import multiprocessing
 import os
 import re
@@ -105,10 +104,10 @@ def test_smaller_budgets_fit_and_are_never_faster(task: Task, whole: Search) -> 
     ladder = [int(high * 1.01), *(int(low + (high - low) * share) for share in (0.7, 0.4, 0.15, 0.0))]
     plans = [plan_to_budget(task, BATCH, budget) for budget in ladder]
     for budget, plan in zip(ladder, plans, strict=True):
-        assert plan.forecast["needed_bytes"] == plan.forecast["peak_bytes"] <= budget == plan.forecast["budget_bytes"]
-        assert estimate_step(learner_of(task, plan), BATCH, adamw).peak_bytes == plan.forecast["peak_bytes"]
+        assert plan.forecast.needed_bytes == plan.forecast.peak_bytes <= budget == plan.forecast.budget_bytes
+        assert estimate_step(learner_of(task, plan), BATCH, adamw).peak_bytes == plan.forecast.peak_bytes
         assert plan.accumulation == 1, "whole batches fit"
-    times = [plan.forecast["time_ratio"] for plan in plans]
+    times = [plan.forecast.time_ratio for plan in plans]
     assert times == sorted(times)
     assert (plans[0].boundaries, plans[0].checkpoint, times[0]) == ((), (Checkpointing(),), 1.0)
     assert len(set(times)) >= 4, "the ladder goes through different plans"
@@ -184,15 +183,15 @@ def test_batches_are_cut_only_where_nothing_else_fits(task: Task, whole: Search)
     assert plan_to_budget(fixed, BATCH, least).accumulation == 1
     plan = plan_to_budget(fixed, BATCH, least - 1)
     assert plan.accumulation == 2
-    assert plan.forecast["peak_bytes"] < least
+    assert plan.forecast.peak_bytes < least
     message = refusal(fixed, BATCH, int(whole.static_bytes * 1.01))
     assert "with the batch in " in message
     assert "no --modules" in message
     told = least_told(message)
     best = plan_to_budget(fixed, BATCH, told)
     assert f"with the batch in {best.accumulation} parts" in message
-    assert "the least is" in refusal(fixed, BATCH, int(best.forecast["peak_bytes"] * 0.99))
-    assert told <= 1.01 * best.forecast["peak_bytes"]
+    assert "the least is" in refusal(fixed, BATCH, int(best.forecast.peak_bytes * 0.99))
+    assert told <= 1.01 * best.forecast.peak_bytes
 
 
 def test_parts_of_a_batch_hold_two_images() -> None:
@@ -242,15 +241,15 @@ def test_a_margin_taken_off_and_put_on_is_none(peak: int, device: str, compiled:
 
 def test_margins_are_taken_off_and_told(task: Task) -> None:
     plan = plan_to_budget(replace(task, compiled=True), BATCH)
-    needed, peak = plan.forecast["needed_bytes"], plan.forecast["peak_bytes"]
+    needed, peak = plan.forecast.needed_bytes, plan.forecast.peak_bytes
     assert needed == pytest.approx(1.1 * peak, abs=1)
-    assert "10 %" in plan.forecast["notes"][0]
+    assert "10 %" in plan.forecast.notes[0]
     assert plan_to_budget(replace(task, compiled=True), BATCH, needed).boundaries == plan.boundaries
     less = plan_to_budget(replace(task, compiled=True), BATCH, needed - 1)
-    assert less.forecast["needed_bytes"] < needed
+    assert less.forecast.needed_bytes < needed
     cuda = plan_to_budget(replace(task, device="cuda", modules=1), 4)
-    assert cuda.forecast["needed_bytes"] - 1.03 * cuda.forecast["peak_bytes"] == pytest.approx(128 << 20, abs=1)
-    assert "128 MiB" in cuda.forecast["notes"][0]
+    assert cuda.forecast.needed_bytes - 1.03 * cuda.forecast.peak_bytes == pytest.approx(128 << 20, abs=1)
+    assert "128 MiB" in cuda.forecast.notes[0]
 
 
 def shifted(task: Task, monkeypatch: pytest.MonkeyPatch, shift: Callable[[Plan], int]) -> list[Plan]:
@@ -286,7 +285,7 @@ def test_a_peak_above_the_composed_one_is_searched_again(
     for budget in (peak + peak // 50, peak * 8 // 10, peak * 5 // 10):
         confirmed.clear()
         plan = plan_to_budget(task, BATCH, budget)
-        assert plan.forecast["peak_bytes"] <= budget
+        assert plan.forecast.peak_bytes <= budget
         assert plan.accumulation == 1
         assert len(set(confirmed)) == len(confirmed) <= 4, "no plan is tried twice"
 
@@ -324,8 +323,8 @@ def test_every_kind_of_task_fits_its_budget(more: dict[str, Any]) -> None:
     budget = found.margin.needed((low + high) // 2)
     plan = plan_to_budget(found, 8, budget)
     peak = estimate_step(learner_of(found, plan), 8, found.optimizer, torch.device(found.device)).peak_bytes
-    assert found.margin.needed(peak) == plan.forecast["needed_bytes"] <= budget
-    composed = plan.forecast["composed_peak_bytes"]
+    assert found.margin.needed(peak) == plan.forecast.needed_bytes <= budget
+    composed = plan.forecast.composed_peak_bytes
     assert composed == pytest.approx(peak, rel=0.03), "the parts say what the whole step needs"
 
 
@@ -336,11 +335,11 @@ def test_batch_norms_and_tiny_batches_have_plans() -> None:
     for size in (2, 3, 10):
         search = Search(resnet, resnet.costs(size))
         budget = search.peak(search.end_to_end()) - 1
-        assert plan_to_budget(resnet, size, budget).forecast["peak_bytes"] <= budget
+        assert plan_to_budget(resnet, size, budget).forecast.peak_bytes <= budget
     one_block = task_of(vit(depth=1))
     for size in (1, 2, 3):
         assert plan_to_budget(one_block, size).num_modules == 1
-    assert [row["num_modules"] for row in worth_having(one_block, 4)] == [1] * len(worth_having(one_block, 4))
+    assert [len(row.checkpoint) for row in worth_having(one_block, 4)] == [1] * len(worth_having(one_block, 4))
 
 
 @pytest.mark.parametrize("size", [0, -1, 1 << 18, 10**18])
@@ -361,33 +360,33 @@ def forecast_plan(task: Task, whole: Search) -> Plan:
 def test_the_forecast_tells_every_module(forecast_plan: Plan, task: Task) -> None:
     forecast = forecast_plan.forecast
     profile = estimate_step(learner_of(task, forecast_plan), BATCH, adamw)
-    assert forecast["static_bytes"] == profile.static_bytes
-    for index, module in enumerate(forecast["modules"]):
-        assert sum(module["by_category"].values()) == module["peak_bytes"] == profile.peak_by_label[f"module {index}"]
-        assert module["by_category"] == profile.by_category_of_label[f"module {index}"]
-        assert module["checkpoint"] == str(forecast_plan.checkpointing(index))
-        assert module["num_blocks"] == len(forecast_plan.spans[index])
-        assert module["first_block"] == task.backbone.block_names[forecast_plan.spans[index].start]
-        assert module["last_block"] == task.backbone.block_names[forecast_plan.spans[index].stop - 1]
-    peaks = [module["peak_bytes"] for module in forecast["modules"]]
-    assert peaks[forecast["peak_module"]] == max(peaks) == forecast["peak_bytes"]
-    assert sum(module["time_share"] for module in forecast["modules"]) == pytest.approx(1)
+    assert forecast.static_bytes == profile.static_bytes
+    for index, module in enumerate(forecast.modules):
+        assert sum(module.by_category.values()) == module.peak_bytes == profile.peak_by_label[f"module {index}"]
+        assert module.by_category == profile.by_category_of_label[f"module {index}"]
+        assert module.checkpoint == str(forecast_plan.checkpointing(index))
+        assert module.num_blocks == len(forecast_plan.spans[index])
+        assert module.first_block == task.backbone.block_names[forecast_plan.spans[index].start]
+        assert module.last_block == task.backbone.block_names[forecast_plan.spans[index].stop - 1]
+    peaks = [module.peak_bytes for module in forecast.modules]
+    assert peaks[forecast.peak_module] == max(peaks) == forecast.peak_bytes
+    assert sum(module.time_share for module in forecast.modules) == pytest.approx(1)
 
 
 def test_rivals_need_what_whole_steps_of_theirs_do(forecast_plan: Plan, task: Task) -> None:
-    rivals = forecast_plan.forecast["rivals"]
-    assert [row["name"] for row in rivals] == list(RIVALS)
-    assert rivals[0]["time_ratio"] == 1
-    assert all(row["time_ratio"] > 1 for row in rivals[1:])
+    rivals = forecast_plan.forecast.rivals
+    assert [row.name for row in rivals] == list(RIVALS)
+    assert rivals[0].time_ratio == 1
+    assert all(row.time_ratio > 1 for row in rivals[1:])
     for row in rivals:
-        learner = LocalLearner(task.backbone, modules=1, checkpoint=RIVALS[row["name"]])
-        assert row["peak_bytes"] == pytest.approx(estimate_step(learner, BATCH, adamw).peak_bytes, rel=1e-3)
+        learner = LocalLearner(task.backbone, modules=1, checkpoint=RIVALS[row.name])
+        assert row.peak_bytes == pytest.approx(estimate_step(learner, BATCH, adamw).peak_bytes, rel=1e-3)
 
 
 def test_a_plan_survives_json_and_trains(forecast_plan: Plan) -> None:
     back = Plan.from_json(forecast_plan.to_json())
     assert back == forecast_plan
-    assert back.forecast == json.loads(json.dumps(forecast_plan.forecast))
+    assert back.forecast == forecast_plan.forecast
     learner = LocalLearner(vit(), modules=back, input_size=SIZE, accumulation=back.accumulation)
     assert learner.plan.checkpoint == forecast_plan.checkpoint
     learner.configure_optimizers(adamw)
@@ -396,15 +395,15 @@ def test_a_plan_survives_json_and_trains(forecast_plan: Plan) -> None:
 
 def test_all_plans_worth_having(task: Task, whole: Search) -> None:
     rows = worth_having(task, BATCH)
-    peaks, times = [row["peak_bytes"] for row in rows], [row["time_ratio"] for row in rows]
+    peaks, times = [row.peak_bytes for row in rows], [row.time_ratio for row in rows]
     assert times == sorted(times)
     assert times[0] == 1
     assert peaks[-1] == pytest.approx(whole.peak(whole.smallest()), rel=0.015)
     assert all(later < earlier for earlier, later in itertools.pairwise(peaks))
     for row in rows:
-        plan = whole.fastest(row["peak_bytes"])
+        plan = whole.fastest(row.peak_bytes)
         assert plan is not None
-        assert plan.nanoseconds / whole.end_to_end().nanoseconds == row["time_ratio"]
+        assert plan.nanoseconds / whole.end_to_end().nanoseconds == row.time_ratio
 
 
 # The cache -------------------------------------------------------------------------------------------------------
@@ -685,13 +684,13 @@ def fits_really(task: Task, name: str, size: int, budget: int) -> bool:
 def test_the_largest_batch_fits_and_a_larger_one_does_not(task: Task, whole: Search) -> None:
     budget = whole.peak(whole.end_to_end())
     rows = largest_batches(task, budget)
-    assert [row["name"] for row in rows][: len(RIVALS)] == list(RIVALS)
-    assert rows[0]["batch_size"] == pytest.approx(BATCH, abs=1)
+    assert [row.name for row in rows][: len(RIVALS)] == list(RIVALS)
+    assert rows[0].batch_size == pytest.approx(BATCH, abs=1)
     for row in rows:
-        assert fits_really(task, row["name"], row["batch_size"] - 1, budget), row
-        assert not fits_really(task, row["name"], row["batch_size"] * 103 // 100 + 2, budget), row
-        assert row["time_ratio"] >= 1
-    assert rows[-1]["batch_size"] >= max(row["batch_size"] for row in rows)
+        assert fits_really(task, row.name, row.batch_size - 1, budget), row
+        assert not fits_really(task, row.name, row.batch_size * 103 // 100 + 2, budget), row
+        assert row.time_ratio >= 1
+    assert rows[-1].batch_size >= max(row.batch_size for row in rows)
 
 
 @pytest.mark.heavy
@@ -700,7 +699,7 @@ def test_batches_of_a_few_images_are_found(task: Task) -> None:
     for size in (2, 3, 4, 5):
         search = Search(task, task.costs(size))
         rows = largest_batches(replace(task, modules=1), search.peak(search.end_to_end()) + 64)
-        assert rows[0]["batch_size"] == size
+        assert rows[0].batch_size == size
 
 
 def test_the_largest_batch_of_a_net_with_batch_norms_is_found_without_a_single_image() -> None:
@@ -713,7 +712,7 @@ def test_the_largest_batch_of_a_net_with_batch_norms_is_found_without_a_single_i
 
 def test_no_batch_fits_too_little_and_none_is_beyond_reach(task: Task, whole: Search) -> None:
     rows = largest_batches(task, whole.static_bytes + 1)
-    assert [(row["batch_size"], row["time_ratio"]) for row in rows] == [(0, None)] * 6
+    assert [(row.batch_size, row.time_ratio) for row in rows] == [(0, None)] * 6
     assert budgets._largest(lambda _: True) == budgets.LARGEST_BATCH
     for limit in (2, 3, 17, 1000):
         assert budgets._largest(lambda size, limit=limit: size <= limit) == limit
@@ -733,9 +732,9 @@ def test_plan_in_python() -> None:
     plan = localgrad.plan(vit(), batch_size=16, input_size=SIZE)
     assert plan.num_modules == 1
     smaller = localgrad.plan(vit(), batch_size=16, input_size=SIZE, budget=f"{plan.forecast['peak_bytes'] // 1024}KiB")
-    assert smaller.forecast["peak_bytes"] <= plan.forecast["peak_bytes"]
+    assert smaller.forecast.peak_bytes <= plan.forecast.peak_bytes
     learner = LocalLearner(vit(), modules=smaller, input_size=SIZE, accumulation=smaller.accumulation)
-    assert localgrad.estimate(learner, 16).peak_bytes == smaller.forecast["peak_bytes"]
+    assert localgrad.estimate(learner, 16).peak_bytes == smaller.forecast.peak_bytes
 
 
 @pytest.mark.parametrize(

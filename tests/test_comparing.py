@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -406,6 +407,33 @@ def test_json_and_back() -> None:
     assert {"name", "estimated_peak_bytes", "measured_peak_bytes", "seconds", "time_ratio", "error"} <= set(
         json.loads(text)["rows"][0]
     )
+
+
+def test_without_timelines_json_is_short_and_read_all_the_same() -> None:
+    comparison = replace(example(), timelines={})
+    assert set(json.loads(comparison.to_json())) == {"format", "about", "rows"}
+    assert Comparison.from_json(comparison.to_json()) == comparison
+
+
+@pytest.mark.parametrize("path", sorted(Path("research/results/memory").resolve().glob("compare-*.json")))
+def test_published_comparisons_are_read(path: Path) -> None:
+    comparison = Comparison.from_json(path.read_text())
+    assert comparison.timelines == {}
+    assert all(row.time_ratio and row.peak_bytes for row in comparison.rows if row.error is None)
+
+
+@pytest.mark.parametrize("option", ["--plot", "--timeline"])
+def test_pictures_without_matplotlib_are_refused_at_once(
+    compare_: Cli, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    said = compare_(*TINY, option, "a.png")
+    assert said.code == 2
+    assert said.err.strip().endswith(
+        f"{option}: pictures need matplotlib, which isn't installed; pip install 'localgrad[plots]'."
+    )
+    assert not said.err.strip().count("\n")
 
 
 @pytest.mark.parametrize(

@@ -503,7 +503,7 @@ def test_trained_weights_give_the_same_logits_in_plain_timm(kind: str) -> None:
 PACKAGE = Path(localgrad.__file__).parent
 LAYERS = (
     ("errors",),
-    ("units",),
+    ("units", "formats"),
     ("registry",),
     ("balancing", "partition"),
     ("backbones",),

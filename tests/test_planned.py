@@ -104,7 +104,7 @@ def test_a_plan_is_written_and_trained(here: Path, cli_: Cli) -> None:
     assert said.code == 0, said.err
     assert "localgrad train --plan 'a plan.json'" in said.out
     plan = Plan.from_json(Path("a plan.json").read_text())
-    assert plan.forecast["needed_bytes"] <= plan.forecast["budget_bytes"] == 600 * 1024
+    assert plan.forecast.needed_bytes <= plan.forecast.budget_bytes == 600 * 1024
     assert plan.made_for["num_classes"] == 10
     assert plan.made_for["input_size"] == [1, 16, 16]
     said = cli_("train", "--plan", "a plan.json", "--epochs", "1", "--limit", "120", "--device", "cpu", "--out", "run")
@@ -112,7 +112,7 @@ def test_a_plan_is_written_and_trained(here: Path, cli_: Cli) -> None:
     summary = json.loads(Path("run/summary.json").read_text())
     assert summary["plan"]["boundaries"] == list(plan.boundaries)
     assert summary["plan"]["checkpoint"] == [str(how) for how in plan.checkpoint]
-    assert summary["estimated_peak_bytes"] == plan.forecast["peak_bytes"]
+    assert summary["estimated_peak_bytes"] == plan.forecast.peak_bytes
 
 
 def test_a_plan_alone_says_how_to_train(plan_file: Path, here: Path, cli_: Cli) -> None:
@@ -150,7 +150,7 @@ def test_the_largest_batch_is_planned(here: Path, cli_: Cli) -> None:
     )
     assert said.code == 0, said.err
     plan = Plan.from_json(Path("plan.json").read_text())
-    assert plan.forecast["needed_bytes"] <= 600 * 1024
+    assert plan.forecast.needed_bytes <= 600 * 1024
     assert plan.accumulation == 1
     said = cli_("plan", "--recipe", "../micro.toml", "--batch-size", "auto", "--budget", "200KiB")
     assert said.code == 2
@@ -159,14 +159,14 @@ def test_the_largest_batch_is_planned(here: Path, cli_: Cli) -> None:
 
 def test_the_largest_batch_of_every_method_is_printed(here: Path, cli_: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     names = (*budgets.RIVALS, "local modules, nothing recomputed", "local modules, any plan")
-    rows = [{"name": name, "batch_size": 2 + number, "time_ratio": 1.5} for number, name in enumerate(names)]
-    rows[0] |= {"batch_size": 0, "time_ratio": None}
+    rows = [budgets.LargestBatch(name, 2 + number, 1.5) for number, name in enumerate(names)]
+    rows[0] = budgets.LargestBatch(names[0], 0)
     monkeypatch.setattr(budgets, "largest_batches", lambda *_: rows)
     said = cli_("plan", "--recipe", "../micro.toml", "--batch-size", "auto", "--budget", "1GiB")
     assert said.code == 0, said.err
     assert all(name in said.out for name in names)
     assert "batch 7," in said.out
-    rows[-1] |= {"batch_size": 0}
+    rows[-1] = budgets.LargestBatch(names[-1], 0)
     assert_refused(cli_("plan", "--batch-size", "auto", "--budget", "1GiB"), "--batch-size auto", "not even two images")
 
 
@@ -265,6 +265,10 @@ DAMAGED: dict[str, tuple[Callable[[dict[str, Any]], Any], tuple[str, ...]]] = {
     "zero": (lambda plan: plan.update(accumulation=0), ("accumulation",)),
     "ways": (lambda plan: plan.update(checkpoint=["none"]), ("checkpoint has 1 entries for 2",)),
     "way": (lambda plan: plan.update(checkpoint=["none", "all"]), ("'all'",)),
+    "newer": (lambda plan: plan.update(format=3), ("format is 3", "reads up to 2", "pip install --upgrade")),
+    "format": (lambda plan: plan.update(format="x"), ("format is 'x'",)),
+    "forecast": (lambda plan: plan["forecast"].pop("peak_bytes") and None, ("forecast.peak_bytes", "localgrad plan")),
+    "figure": (lambda plan: plan["forecast"]["modules"][0].update(num_blocks="x"), ("forecast.modules.0.num_blocks",)),
     "key": (lambda plan: plan.update(colour="red"), ("unknown key 'colour'",)),
     "list": (lambda plan: [plan], ("--plan",)),
     "made for": (lambda plan: plan.update(made_for="ab"), ("not the JSON of a plan",)),

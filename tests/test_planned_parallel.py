@@ -19,6 +19,7 @@ from localgrad.app.planning import adamw
 from localgrad.backbones.base import outline
 from localgrad.errors import BudgetError, LocalgradError, PartitionError, RecipeError
 from localgrad.learner import estimate_step
+from localgrad.partition import RankForecast
 from localgrad.planning.budget import Margin, Search, Task
 from localgrad.planning.rank_plans import Parallel, _RankSearch, asked_for, largest_rank, plan_parallel
 from localgrad.units import parse_bytes
@@ -43,14 +44,13 @@ def free(task: Task) -> Plan:
     return plan_parallel(task, BATCH, Parallel(num_ranks=3))
 
 
-def ranks_of(plan: Plan) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = plan.forecast["parallel"]["ranks"]
-    return rows
+def ranks_of(plan: Plan) -> tuple[RankForecast, ...]:
+    return plan.forecast.parallel.ranks
 
 
 def slowest(plan: Plan) -> float:
     """Nominal time of the slowest rank, to end-to-end training in one process."""
-    ratio: float = plan.forecast["time_ratio"] / plan.forecast["parallel"]["speed_up"]
+    ratio: float = plan.forecast.time_ratio / plan.forecast.parallel.speed_up
     return ratio
 
 
@@ -72,50 +72,50 @@ def slowest(plan: Plan) -> float:
 def test_a_ranks_parts_are_those_of_the_whole_step(more: dict[str, Any]) -> None:
     task = task_of(**more)
     plan = plan_parallel(task, BATCH, Parallel(num_ranks=4))
-    forecast, ranks = plan.forecast["parallel"], ranks_of(plan)
-    assert plan.num_modules == forecast["num_ranks"] == len(ranks) == 4
-    static, composed = plan.forecast["static_bytes"], sum(row["static_bytes"] for row in ranks)
+    forecast, ranks = plan.forecast.parallel, ranks_of(plan)
+    assert plan.num_modules == forecast.num_ranks == len(ranks) == 4
+    static, composed = plan.forecast.static_bytes, sum(row.static_bytes for row in ranks)
     assert composed >= 0.999 * static
     if "previous" not in str(more):  # its nets depend on all boundaries ahead, and are composed from the largest
         assert composed == pytest.approx(static, rel=2e-3, abs=4 * 4096), "and the labels on each rank, rounded"
-    for row, module in zip(ranks, plan.forecast["modules"], strict=True):
-        assert row["step_bytes"] == module["peak_bytes"] - plan.forecast["static_bytes"] > 0
-        assert row["peak_bytes"] == row["static_bytes"] + row["step_bytes"] + row["buffer_bytes"]
-        assert row["time_share"] == module["time_share"]
-    sent = forecast["sent_bytes"]
+    for row, module in zip(ranks, plan.forecast.modules, strict=True):
+        assert row.step_bytes == module.peak_bytes - plan.forecast.static_bytes > 0
+        assert row.peak_bytes == row.static_bytes + row.step_bytes + row.buffer_bytes
+        assert row.time_share == module.time_share
+    sent = forecast.sent_bytes
     buffers = [2 * sent[0], 3 * sent[0] + 2 * sent[1], 3 * sent[1] + 2 * sent[2], sent[2]]
-    assert [row["buffer_bytes"] for row in ranks] == buffers
-    assert forecast["speed_up"] == pytest.approx(1 / max(row["time_share"] for row in ranks))
-    assert plan.forecast["needed_bytes"] == task.margin.needed(largest_rank(plan))
+    assert [row.buffer_bytes for row in ranks] == buffers
+    assert forecast.speed_up == pytest.approx(1 / max(row.time_share for row in ranks))
+    assert plan.forecast.needed_bytes == task.margin.needed(largest_rank(plan))
 
 
 def test_bytes_sent_are_those_of_the_tensors(task: Task) -> None:
     size = 4 * BATCH * 17 * 16  # 16 patches and the class token, 16 channels
     images = 4 * BATCH * 3 * 32 * 32
     plain = plan_parallel(task, BATCH, Parallel(num_ranks=4))
-    assert plain.forecast["parallel"]["sent_bytes"] == [size + 8 * BATCH] * 3
+    assert plain.forecast.parallel.sent_bytes == (size + 8 * BATCH,) * 3
     soft = plan_parallel(replace(task, soft_labels=True), BATCH, Parallel(num_ranks=4))
-    assert soft.forecast["parallel"]["sent_bytes"] == [size + 4 * 5 * BATCH] * 3
+    assert soft.forecast.parallel.sent_bytes == (size + 4 * 5 * BATCH,) * 3
     looking = plan_parallel(task_of(objective=ImageReconstruction()), BATCH, Parallel(num_ranks=4))
-    assert looking.forecast["parallel"]["sent_bytes"] == [size + 8 * BATCH + extra for extra in (images, images, 0)]
+    assert looking.forecast.parallel.sent_bytes == tuple(size + 8 * BATCH + extra for extra in (images, images, 0))
     supplied = plan_parallel(task_of(objective=GreedySupervised(context=0.5)), BATCH, Parallel(num_ranks=3))
     pooled = 4 * BATCH * 4 * 4 * 16
-    assert supplied.forecast["parallel"]["sent_bytes"] == [size + 8 * BATCH + count * pooled for count in (1, 2)]
+    assert supplied.forecast.parallel.sent_bytes == tuple(size + 8 * BATCH + count * pooled for count in (1, 2))
 
 
 def test_ranks_are_balanced_by_time_or_by_memory(task: Task, free: Plan) -> None:
     small = plan_parallel(task, BATCH, Parallel(num_ranks=3, balance="memory"))
     assert largest_rank(small) < largest_rank(free)
     assert slowest(small) > slowest(free)
-    assert free.forecast["parallel"]["speed_up"] > 2.5, "six blocks alike, on three ranks"
+    assert free.forecast.parallel.speed_up > 2.5, "six blocks alike, on three ranks"
     for plan, balance in ((small, "memory"), (free, "time")):
-        assert plan.forecast["parallel"]["balance"] == balance
+        assert plan.forecast.parallel.balance == balance
 
 
 def test_a_plan_survives_json_and_trains(free: Plan) -> None:
     back = Plan.from_json(free.to_json())
     assert back == free
-    assert back.forecast == json.loads(json.dumps(free.forecast))
+    assert back.forecast == free.forecast
     with pytest.warns(UserWarning, match="made for .*several processes, here one"):
         learner = LocalLearner(make("vit", embed_dim=16, depth=6), modules=back, input_size=SIZE)
     learner.configure_optimizers(adamw)
@@ -133,10 +133,10 @@ def test_every_rank_keeps_the_budget_down_to_the_least(balance: str, task: Task,
     for share in (1.0, 0.6, 0.2, 0.0):
         budget = int(least + (most - least) * share)
         plan = plan_parallel(task, BATCH, Parallel(num_ranks=3, balance=balance), budget)
-        assert plan.forecast["needed_bytes"] == largest_rank(plan) <= budget == plan.forecast["budget_bytes"]
+        assert plan.forecast.needed_bytes == largest_rank(plan) <= budget == plan.forecast.budget_bytes
         assert plan.accumulation == 1
         step = learner_of(task, plan)
-        assert estimate_step(step, BATCH, adamw).peak_bytes == plan.forecast["peak_bytes"]
+        assert estimate_step(step, BATCH, adamw).peak_bytes == plan.forecast.peak_bytes
         plans.append(plan)
     times = [slowest(plan) for plan in plans]
     assert times == sorted(times)
@@ -157,7 +157,7 @@ def test_what_would_fit_is_told_truly(task: Task) -> None:
     assert "--parallel 4" in str(caught.value)
     assert "\n" not in str(caught.value)
     plan = plan_parallel(task, 8, Parallel(num_ranks=3), least)
-    assert plan.forecast["needed_bytes"] <= least
+    assert plan.forecast.needed_bytes <= least
     assert plan.accumulation > 1, "batches are cut where nothing else fits"
     with pytest.raises(BudgetError, match="the least is"):
         plan_parallel(task, 8, Parallel(num_ranks=3), int(0.98 * least))
@@ -179,7 +179,7 @@ def test_a_margin_is_taken_off(task: Task, free: Plan, monkeypatch: pytest.Monke
     monkeypatch.setattr(Margin, "of", classmethod(lambda cls, device, compiled: cls(50, 0, ("half as much again",))))
     task = replace(task)
     plan = plan_parallel(task, BATCH, Parallel(num_ranks=3), int(1.5 * largest_rank(free)))
-    assert plan.forecast["needed_bytes"] == pytest.approx(1.5 * largest_rank(plan), abs=1)
+    assert plan.forecast.needed_bytes == pytest.approx(1.5 * largest_rank(plan), abs=1)
     assert largest_rank(plan) <= largest_rank(free)
 
 
@@ -192,7 +192,7 @@ def test_boundaries_that_are_asked_for_are_kept(task: Task) -> None:
     plan = plan_parallel(replace(task, modules=3), BATCH, Parallel(num_ranks=3))
     assert plan.num_modules == 3
     one = plan_parallel(task, BATCH, Parallel(num_ranks=1))
-    assert (one.num_modules, one.forecast["parallel"]["speed_up"], one.forecast["parallel"]["sent_bytes"]) == (1, 1, [])
+    assert (one.num_modules, one.forecast.parallel.speed_up, one.forecast.parallel.sent_bytes) == (1, 1, ())
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_options_are_read() -> None:
 def test_plan_in_python() -> None:
     model = make("vit", embed_dim=16, depth=6)
     plan = localgrad.plan(model, batch_size=16, input_size=SIZE, parallel=2)
-    assert plan.forecast["parallel"]["num_ranks"] == 2
+    assert plan.forecast.parallel.num_ranks == 2
     small = localgrad.plan(model, batch_size=16, input_size=SIZE, parallel=2, balance="memory", budget="4MiB")
     assert largest_rank(small) <= largest_rank(plan)
     with pytest.raises(RecipeError, match="--balance"):
@@ -243,7 +243,7 @@ def test_stages_of_a_hierarchical_model_differ_in_what_they_send() -> None:
         num_heads=(1, 2, 4), num_classes=5,
     )  # fmt: skip
     plan = localgrad.plan(model, batch_size=16, input_size=SIZE, parallel=3)
-    first, second = plan.forecast["parallel"]["sent_bytes"]
+    first, second = plan.forecast.parallel.sent_bytes
     assert first > second
 
 
@@ -275,7 +275,7 @@ def test_a_plan_for_ranks_is_printed_written_and_trained(
     assert "…" not in said.out.replace("--data …", ""), "nothing is cut off"
     assert max(map(len, said.out.splitlines())) <= 80
     plan = Plan.from_json(Path("plan.json").read_text())
-    assert largest_rank(plan) <= 3 << 20 == plan.forecast["budget_bytes"]
+    assert largest_rank(plan) <= 3 << 20 == plan.forecast.budget_bytes
     said = cli_("train", "--plan", "plan.json", "--limit", "120", "--device", "cpu", "--out", "run")
     assert said.code == 0, said.err
     summary = json.loads(Path("run/summary.json").read_text())

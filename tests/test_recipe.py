@@ -120,7 +120,7 @@ def test_the_default_recipe_is_an_empty_file() -> None:
 
 def test_method_and_execution_stand_side_by_side() -> None:
     values = tomllib.loads(Recipe().to_toml())
-    assert sorted(values) == ["augment", "data", "execution", "local", "model", "seed", "training"]
+    assert sorted(values) == ["augment", "data", "execution", "format", "local", "model", "seed", "training"]
     assert values["execution"]["device"] == "auto"
     assert "img_size" not in values["model"], "unset values are left out"
 

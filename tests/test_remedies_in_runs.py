@@ -32,6 +32,7 @@ from localgrad.errors import RecipeError
 from localgrad.learner import estimate_step
 from localgrad.objectives.base import LocalBatch
 from localgrad.objectives.methods import Objective
+from localgrad.partition import Forecast
 from localgrad.planning.budget import Task, looks_at_whole_batches
 from localgrad.training.events import EpochEnded
 from localgrad.training.health import gradient_cosine
@@ -257,15 +258,15 @@ def test_remedies_are_planned(changes: dict[str, Any]) -> None:
     task = task_of(recipe, device="cpu", num_classes=10)
     plan = plan_recipe(recipe, task, 2**30)
     found = plan.forecast
-    assert found["peak_bytes"] <= 2**30
+    assert found.peak_bytes <= 2**30
     if task.global_share:
-        assert laid_over(plan, recipe).execution.global_checkpoint == found["global_checkpoint"]
-        assert found["global_peak_bytes"] <= found["peak_bytes"]
+        assert laid_over(plan, recipe).execution.global_checkpoint == str(plan.global_checkpoint)
+        assert found.global_peak_bytes <= found.peak_bytes
     else:
-        assert found["composed_peak_bytes"] == pytest.approx(found["peak_bytes"], rel=0.1)
+        assert found.composed_peak_bytes == pytest.approx(found.peak_bytes, rel=0.1)
 
 
-def forecast_of(**changes: Any) -> dict[str, Any]:
+def forecast_of(**changes: Any) -> Forecast:
     recipe = Recipe.from_dict(overlay(MICRO, {"local.modules": [1, 2], **changes}))
     return plan_recipe(recipe, task_of(recipe, device="cpu", num_classes=10), None).forecast
 
@@ -273,16 +274,16 @@ def forecast_of(**changes: Any) -> dict[str, Any]:
 def test_predicted_times_know_what_remedies_do() -> None:
     """Held against one another: plans know no clock, so ratios to end-to-end training are exact."""
     averaged = {"training.ema_decay": 0.9}
-    plain = forecast_of()["time_ratio"]
-    taught = forecast_of(**averaged, **{"local.options.teacher_share": 0.5})["time_ratio"]
+    plain = forecast_of().time_ratio
+    taught = forecast_of(**averaged, **{"local.options.teacher_share": 0.5}).time_ratio
     assert plain + 0.2 < taught < plain + 0.5, "a forward pass of the whole model: about a third of its step"
     reconciled = forecast_of(**{"local.options.reconcile": 0.5})
-    shares = [module["time_share"] for module in forecast_of()["modules"]]
+    shares = [module.time_share for module in forecast_of().modules]
     expected = plain * (shares[0] + 3 * sum(shares[1:]))
-    assert reconciled["time_ratio"] == pytest.approx(expected, rel=0.02), "three passes, but for the first module"
-    context = forecast_of(**{"local.options.context": 0.5})["time_ratio"]
+    assert reconciled.time_ratio == pytest.approx(expected, rel=0.02), "three passes, but for the first module"
+    context = forecast_of(**{"local.options.context": 0.5}).time_ratio
     assert plain < context < 1.3 * plain
-    frozen = [forecast_of(**{"training.freeze_from": share})["time_ratio"] for share in (0.5, 0.0)]
+    frozen = [forecast_of(**{"training.freeze_from": share}).time_ratio for share in (0.5, 0.0)]
     # Of three modules the first is frozen for half of the training (all of it, from 0 on), the second for a quarter.
     saved = (plain - frozen[0], plain - frozen[1])
     assert saved[1] == pytest.approx(2 * saved[0])
@@ -294,10 +295,10 @@ def test_plans_from_python_know_overlap_end_to_end_steps_and_freezing() -> None:
     options: dict[str, Any] = {"batch_size": 4, "modules": [1, 2], "input_size": SIZE}
     plain = localgrad.plan(make(), **options).forecast
     overlapping = localgrad.plan(make(), **options, overlap=1).forecast
-    assert overlapping["time_ratio"] > plain["time_ratio"]
+    assert overlapping.time_ratio > plain.time_ratio
     mixed = localgrad.plan(make(), **options, global_share=0.5).forecast
-    assert mixed["global_peak_bytes"] <= mixed["peak_bytes"]
-    assert localgrad.plan(make(), **options, freeze_from=0.5).forecast["time_ratio"] < plain["time_ratio"]
+    assert mixed.global_peak_bytes <= mixed.peak_bytes
+    assert localgrad.plan(make(), **options, freeze_from=0.5).forecast.time_ratio < plain.time_ratio
     with pytest.raises(RecipeError, match="global_share must be a share of the steps"):
         localgrad.plan(make(), **options, global_share=2)
 
@@ -320,10 +321,10 @@ def test_a_budget_holds_for_end_to_end_steps_too() -> None:
     recipe = Recipe.from_dict(overlay(MICRO, {"local.modules": 3, "training.global_tail": 0.5}))
     task = task_of(recipe, device="cpu", num_classes=10)
     free = plan_recipe(recipe, task, None).forecast
-    budget = int(0.9 * free["peak_bytes"])
+    budget = int(0.9 * free.peak_bytes)
     plan = plan_recipe(recipe, task, budget)
-    assert max(plan.forecast["peak_bytes"], plan.forecast["global_peak_bytes"]) <= budget
-    assert plan.forecast["time_ratio"] > free["time_ratio"]
+    assert max(plan.forecast.peak_bytes, plan.forecast.global_peak_bytes) <= budget
+    assert plan.forecast.time_ratio > free.time_ratio
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from localgrad.compare.measuring import resident_bytes
 from localgrad.errors import RecipeError
 from localgrad.learner import estimate_step
 from localgrad.objectives.base import LocalBatch
+from localgrad.partition import Checkpointing
 from localgrad.training.optim import OptimizerFactory, Schedule
 
 
@@ -332,7 +333,7 @@ def test_replanning_reaches_end_to_end_steps() -> None:
 
     def recover(index: int) -> bool:
         asked.append(index)
-        learner.run_as(dataclasses.replace(learner.plan, forecast={"global_checkpoint": "blocks"}))
+        learner.run_as(dataclasses.replace(learner.plan, global_checkpoint=Checkpointing("blocks")))
         return True
 
     def short(self: Any, inputs: Tensor, recomputed: Any) -> Tensor:

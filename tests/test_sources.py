@@ -125,7 +125,7 @@ def test_trgl_is_estimated_and_planned() -> None:
     blocks = make_learner(modules=2, objective=GreedySupervised(classifier="linear", transport_tau=0.5))
     assert estimate_step(learner, 8, planned_adamw).peak_bytes >= estimate_step(blocks, 8, planned_adamw).peak_bytes
     found = plan(make(), batch_size=8, modules=2, objective=TRGL, input_size=SIZE)
-    assert found.forecast["peak_bytes"] > 0
+    assert found.forecast.peak_bytes > 0
 
 
 def test_what_branches_would_skip_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""Estimated against measured peaks of real steps: the table of docs/memory.md, as JSON.
+"""Estimated against measured peaks of real steps: the table of research/docs/memory.md, as JSON.
 
     python research/benchmarks/estimates.py --json research/results/memory/estimates-cpu.json
 

@@ -1,4 +1,4 @@
-"""How long planning takes: the figures of docs/memory.md.
+"""How long planning takes: the figures of research/docs/memory.md.
 
     python research/benchmarks/speed_of_estimates.py
 

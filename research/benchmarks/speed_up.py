@@ -1,4 +1,4 @@
-"""Simulated speed-up against ranks: the tables and the picture of docs/parallel.md.
+"""Simulated speed-up against ranks: the tables and the picture of research/docs/parallel.md.
 
     python research/benchmarks/speed_up.py --plot docs/images/parallel.svg
     python research/benchmarks/speed_up.py --times times.json --model vit_large_patch16_224

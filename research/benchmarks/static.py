@@ -1,4 +1,4 @@
-"""Static memory: what offloading and small optimizer states leave on the device; the tables of docs/memory.md.
+"""Static memory: what offloading and small optimizer states leave on the device; the tables of research/docs/memory.md.
 
     python research/benchmarks/static.py
 

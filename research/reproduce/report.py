@@ -6,8 +6,9 @@
     whatever stands here is replaced
     <!-- end -->
 
-A row is a method with K modules (and a number of epochs), over its seeds: mean and sample standard deviation. The gap
-to end-to-end training is taken seed by seed, among runs of the same epochs, the same images and one kind of device.
+A row is a method with K modules (and a number of epochs), over its seeds: mean and sample standard deviation. Rows that
+weren't run are counted in a line. The gap to end-to-end training is taken seed by seed, among runs of the same epochs,
+the same images and one kind of device.
 Training accuracy is that of the best epoch, on augmented images while they are trained on.
 Results whose recipe has changed since are left out, and counted.
 """
@@ -31,7 +32,6 @@ from research.reproduce.results import Row, device_kind, identity, identity_of, 
 from research.reproduce.tables import TABLES, Cell, Table, cells_of, epochs_of
 
 DOCS = Path("research/docs/accuracy.md")
-NOT_RUN = "not run"
 DAGGER = "†"
 DOUBLE_DAGGER = "‡"
 _MARKED = re.compile(r"(<!-- table: (\S+) (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -54,8 +54,8 @@ class Group:
 
     @property
     def merit(self) -> float:
-        """What a ranking goes by; those that were run without validation images come last, but before the others."""
-        return statistics.fmean(self.validation) if self.validation else -1.0 if self.rows else -2.0
+        """What a ranking goes by; those that were run without validation images come last."""
+        return statistics.fmean(self.validation) if self.validation else -1.0
 
     @property
     def is_of_changed_code(self) -> bool:
@@ -132,8 +132,9 @@ def markdown(table: Table, profile: Profile, rows: Iterable[Row]) -> str:
     rows = list(rows)
     current = [row for row in rows if _is_current(table, profile, row)]
     parts = [f"*{_title(table, profile, current)}; profile `{profile.name}`: {profile.about}.*"]
-    for mine in _alike(current) or [[]]:
+    for mine in _alike(current):
         parts += [_circumstances(table, profile, mine), _table(table, profile, mine)]
+    parts += _not_run(table, profile, current)
     if len(rows) > len(current):
         parts.append(f"{len(rows) - len(current)} runs of recipes that have changed since are left out.")
     return "\n\n".join(parts) + "\n"
@@ -170,18 +171,26 @@ def _is_current(table: Table, profile: Profile, row: Row) -> bool:
     return identity(row) == identity_of(cell, profile, row["data_source"], row.get("data_digest", ""))
 
 
-def _circumstances(table: Table, profile: Profile, rows: Sequence[Row]) -> str:
-    command = f"`python -m research.reproduce {table.name} --profile {profile.name}`"
-    if not rows:
-        return f"No cell has been run yet; {command} fills them."
+def _not_run(table: Table, profile: Profile, rows: Sequence[Row]) -> list[str]:
+    """A line that counts the rows that weren't run, where there are any."""
+    groups = _groups(table, profile, rows)
+    count = sum(not group.rows for group in groups)
+    command = f"`{_command(table, profile)}`"
+    return [f"Not run yet: {count} of {len(groups)} rows; {command} fills them."] if count else []
 
+
+def _command(table: Table, profile: Profile) -> str:
+    return f"python -m research.reproduce {table.name} --profile {profile.name}"
+
+
+def _circumstances(table: Table, profile: Profile, rows: Sequence[Row]) -> str:
     def listed(key: str) -> str:
         return ", ".join(sorted({str(row[key]) for row in rows}))
 
     return (
         f"{listed('model')}; images from {listed('data_source')}; {_images(rows)}; {listed('device')}; "
-        f"commit {listed('commit')}; {listed('date')}. Made by {command}; each cell's own command, commit, device, "
-        f"date and seconds are in `research/results/{table.name}-{profile.name}.json`."
+        f"commit {listed('commit')}; {listed('date')}. Made by `{_command(table, profile)}`; each cell's own command, "
+        f"commit, device, date and seconds are in `research/results/{table.name}-{profile.name}.json`."
     )
 
 
@@ -200,11 +209,12 @@ def _images(rows: Sequence[Row]) -> str:
 
 def _table(table: Table, profile: Profile, rows: Sequence[Row]) -> str:
     groups = _groups(table, profile, rows)
+    several_data = len(table.data) > 1
+    several_epochs = len({group.epochs for group in groups}) > 1
+    groups = [group for group in groups if group.rows]
     if table.is_ranked:
         groups.sort(key=lambda group: -group.merit)
     sources: list[str] = []
-    several_data = len(table.data) > 1
-    several_epochs = len({group.epochs for group in groups}) > 1
     published = {
         id(group): published_for(group.data, group.method, group.modules) if table.has_published else None
         for group in groups
@@ -214,10 +224,10 @@ def _table(table: Table, profile: Profile, rows: Sequence[Row]) -> str:
     head += ["test accuracy, %", "training, %", "seeds", "gap, points", "peak", "measured", "hours a run"]
     head += ["published, other settings"] if any(published.values()) else []
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    for group, modules in _merged(groups, [group for group in groups if published[id(group)]]):
+    for group in groups:
         marks = DAGGER * group.is_of_changed_code + DOUBLE_DAGGER * group.is_of_before
         name = f"{group.method} {marks}".strip()
-        cells = [*([group.data] if several_data else []), name, modules]
+        cells = [*([group.data] if several_data else []), name, str(group.modules)]
         cells += [str(group.epochs)] if several_epochs else []
         cells += [_spread(group.validation) if group.validation else ""] if table.is_ranked else []
         cells += _figures(group, _baseline(group, groups))
@@ -236,7 +246,7 @@ def _table(table: Table, profile: Profile, rows: Sequence[Row]) -> str:
             f"The order, and the choice of `{DEFAULT}`, go by validation accuracy; test accuracy is read once and "
             "decides nothing."
         )
-    if any(group.rows and _is_averaged(group) for group in groups):
+    if any(_is_averaged(group) for group in groups):
         notes.append(f"What keeps an average of the weights is held against `{AVERAGED}`.")
     return "\n".join([*lines, *(["", " ".join(notes)] if notes else [])])
 
@@ -258,20 +268,10 @@ def _groups(table: Table, profile: Profile, rows: Sequence[Row]) -> list[Group]:
     return groups
 
 
-def _merged(groups: Sequence[Group], alone: Sequence[Group]) -> list[tuple[Group, str]]:
-    """Groups with their K as text; those of one method that weren't run share a line, unless they stand alone."""
-    lines: dict[tuple[object, ...], tuple[Group, list[int]]] = {}
-    for number, group in enumerate(groups):
-        is_open = not group.rows and group not in alone
-        key = (group.data, group.method, group.epochs) if is_open else (number,)
-        lines.setdefault(key, (group, []))[1].append(group.modules)
-    return [(group, ", ".join(map(str, sorted(modules)))) for group, modules in lines.values()]
-
-
 def _baseline(group: Group, groups: Sequence[Group]) -> Group | None:
     """The end-to-end runs of the same images and epochs (and with an average, if that is kept), if there are any."""
     same = (group.data, AVERAGED if _is_averaged(group) else END_TO_END, group.epochs)
-    return next((other for other in groups if other.rows and (other.data, other.method, other.epochs) == same), None)
+    return next((other for other in groups if (other.data, other.method, other.epochs) == same), None)
 
 
 def _is_averaged(group: Group) -> bool:
@@ -281,12 +281,10 @@ def _is_averaged(group: Group) -> bool:
 def _figures(group: Group, baseline: Group | None) -> list[str]:
     """Test accuracy, training accuracy, seeds, gap, peak, measured peak, hours of one line."""
     rows = group.rows
-    if not rows:
-        return [NOT_RUN, "", "", "", "", "", ""]
     own = {row["seed"]: 100 * row["test_accuracy"] for row in rows}
     theirs = {row["seed"]: 100 * row["test_accuracy"] for row in baseline.rows} if baseline else {}
     gaps = [own[seed] - theirs[seed] for seed in own if seed in theirs]
-    gap = f"baseline {NOT_RUN}" if not gaps else _spread(gaps, sign="+")
+    gap = "baseline not run" if not gaps else _spread(gaps, sign="+")
     if gaps and len(gaps) < len(rows):
         gap += f" ({len(gaps)} seeds)" if len(gaps) > 1 else " (1 seed)"
     ratio = statistics.fmean(row["peak_ratio"] for row in rows)

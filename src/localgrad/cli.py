@@ -581,7 +581,7 @@ def _print_plan(
         assert budget is not None, "checked above"
         rows = budgets.largest_batches(task, budget)
         table.print_batches(rows, console)
-        size = rows[-1]["batch_size"]
+        size = rows[-1].batch_size
         if not size:
             raise RecipeError("--batch-size auto: not even two images fit this budget; take a larger one.")
         training = replace(recipe.method.training, batch_size=size)
@@ -593,8 +593,7 @@ def _print_plan(
     if json is not None:
         json.write_text(found.to_json(), encoding="utf-8")
         path = escape(shlex.quote(str(json)))
-        ranks = found.forecast.get("parallel", {}).get("num_ranks")
-        how = f" --parallel modules --num-processes {ranks}" if ranks else ""
+        how = f" --parallel modules --num-processes {found.num_modules}" if found.is_for_ranks else ""
         console.print(f"[dim]written: {path}; train with: localgrad train --plan {path}{how} --data …[/]")
 
 

@@ -31,6 +31,7 @@ from localgrad.errors import (
     PartitionError,
     RecipeError,
 )
+from localgrad.formats import Json
 from localgrad.memory.track import MemoryProfile, annotate, block_activation_bytes, simulate
 from localgrad.objectives.auxiliary import carry_exemptions
 from localgrad.objectives.base import LocalBatch
@@ -51,10 +52,11 @@ from localgrad.step.checks import (
 from localgrad.step.executor import SequentialExecutor, StepResult
 from localgrad.step.global_step import GlobalStep
 from localgrad.step.local_module import build_local_modules, recomputed_in
-from localgrad.step.local_step import LocalStep, autocast, check_precision, drawing_from
+from localgrad.step.local_step import LocalStep, StepSettings, autocast, check_precision, drawing_from
 from localgrad.step.offload import HOST, Offloader
 from localgrad.step.sharding import put, put_optimizer
 from localgrad.step.states import (
+    LearnerState,
     check_objective,
     check_optimizer_state,
     check_scaler_state,
@@ -188,7 +190,7 @@ class LocalLearner:
         self._ema = make_ema(self.model, ema_decay, on_host=offload)
         if self._ema is not None:
             self.averaged_model = self._ema.module
-        self._settings: dict[str, Any] = {
+        self._settings: StepSettings = {
             "precision": precision,
             "clip_grad": clip_grad,
             "accumulation": accumulation or self.plan.accumulation,
@@ -262,7 +264,7 @@ class LocalLearner:
     def _say_what_differs(self, overlap: int) -> None:
         """Warn where a plan was made for something else: it trains all the same, but its forecast isn't of this."""
         plan, settings = self.plan, self._settings
-        here: dict[str, Any] = {
+        here: dict[str, Json] = {
             "device": self.device.type,
             "input_size": list(self.backbone.input_size),
             "num_classes": self.backbone.num_classes,
@@ -282,10 +284,11 @@ class LocalLearner:
                 different.append(f"{'no ' if planned is None else ''}{name}, here {'none' if value is None else 'one'}")
         if self.offload and plan.made_for:
             different.append("no offload, here it is on")
-        if "parallel" in plan.forecast and not self.is_parallel:
+        if plan.is_for_ranks and not self.is_parallel:
             different.append("several processes, here one")
         _warn_of_plan(different)
-        self._planned_batch = plan.made_for.get("training.batch_size")
+        batch = plan.made_for.get("training.batch_size")
+        self._planned_batch = batch if isinstance(batch, int) else None
 
     @property
     def device(self) -> torch.device:
@@ -683,8 +686,8 @@ class LocalLearner:
             raise PartitionError(f"plan: its boundaries are {list(plan.boundaries)}, not {list(self.plan.boundaries)}.")
         self.plan = plan
         self._settings["accumulation"] = plan.accumulation
-        if "global_checkpoint" in plan.forecast:
-            self.global_checkpoint = Checkpointing.parse(plan.forecast["global_checkpoint"])
+        if plan.global_checkpoint is not None:
+            self.global_checkpoint = plan.global_checkpoint
             self._global_step = self._global_recomputed = None
         for index, module in enumerate(self.modules):
             module.recomputed = recomputed_in(self.backbone, plan, index, overlap=self.overlap)
@@ -725,7 +728,7 @@ class LocalLearner:
         """Put the model and the auxiliary nets in evaluation mode."""
         return self.train(mode=False)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> LearnerState:
         """Everything that a resumed run needs: model, auxiliary nets, every optimizer and scaler, average, count.
 
         As with PyTorch's own, its tensors are the learner's: save it, or ``copy.deepcopy`` it, before training goes on.
@@ -744,7 +747,7 @@ class LocalLearner:
             "optimizer_classes": [type(step.optimizer).__name__ for step in steps],
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: LearnerState) -> None:
         """Take up a state from ``state_dict``, whose tensors are copied.
 
         Raises:
@@ -766,7 +769,7 @@ class LocalLearner:
         self.num_steps, self.seed = state["num_steps"], state["seed"]
         self._seed(steps)
 
-    def check_state_dict(self, state: dict[str, Any]) -> None:
+    def check_state_dict(self, state: LearnerState) -> None:
         """Refuse what ``load_state_dict`` would refuse; nothing is changed.
 
         Raises:
@@ -800,7 +803,7 @@ class LocalLearner:
         check_weights(self.model, state["model"])
         if state["averaged_model"] is not None:
             check_weights(self.model, state["averaged_model"])
-        classes = state.get("optimizer_classes") or [None] * len(self.modules)
+        classes: Sequence[str | None] = state.get("optimizer_classes") or [None] * len(self.modules)
         for index in self.own:
             check_weights(self.modules[index].objective, state["objectives"][index])
         for index, step in zip(self.own, steps, strict=False):

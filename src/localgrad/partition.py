@@ -22,10 +22,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
 from operator import index
-from typing import Any, SupportsIndex, cast
+from typing import SupportsIndex, TypedDict, cast
 
 from localgrad.balancing import balanced
 from localgrad.errors import PartitionError
+from localgrad.formats import Json, check_format
 
 Boundaries = tuple[int, ...]
 Request = int | str | Sequence[int]
@@ -91,6 +92,131 @@ class Checkpointing:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModuleForecast:
+    """What one local module of a plan is expected to cost.
+
+    Attributes:
+        first_block: name of its first block.
+        last_block: name of its last block.
+        num_blocks: how many it has.
+        checkpoint: what it recomputes, as text.
+        peak_bytes: the most that is alive while its step runs.
+        by_category: those bytes by what they are of.
+        time_share: of the whole step's time.
+    """
+
+    first_block: str
+    last_block: str
+    num_blocks: int
+    checkpoint: str
+    peak_bytes: int
+    by_category: dict[str, int]
+    time_share: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rival:
+    """What another way to train the same model would cost: its name, bytes, and time to end-to-end training's."""
+
+    name: str
+    peak_bytes: int
+    time_ratio: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankForecast:
+    """What one rank of a plan for ranks is expected to cost; its peak is the sum of the three parts.
+
+    Attributes:
+        time_share: of the step of the same plan in one process.
+        peak_bytes: all that it needs.
+        static_bytes: weights, optimizer state and average of its module.
+        step_bytes: what its module's step takes besides.
+        buffer_bytes: packets that are on their way.
+    """
+
+    time_share: float
+    peak_bytes: int
+    static_bytes: int
+    step_bytes: int
+    buffer_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RanksForecast:
+    """What a plan for ranks is expected to cost, one local module a rank.
+
+    Attributes:
+        num_ranks: how many.
+        balance: ``time`` or ``memory``.
+        num_buffers: batches that may be on their way at each end of a link.
+        speed_up: over the same plan in one process.
+        sent_bytes: a step, over each boundary.
+        ranks: each rank.
+    """
+
+    num_ranks: int
+    balance: str
+    num_buffers: int
+    speed_up: float
+    sent_bytes: tuple[int, ...]
+    ranks: tuple[RankForecast, ...]
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of the largest rank."""
+        return max(rank.peak_bytes for rank in self.ranks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What a plan is expected to cost, as one whole step of it on fake tensors told.
+
+    Attributes:
+        peak_bytes: the most that is alive in a step, in one process.
+        composed_peak_bytes: the same as the search composed it from the costs of blocks.
+        static_bytes: what is alive all the time.
+        needed_bytes: the budget that the plan needs, with the margin; of the largest rank in a plan for ranks.
+        budget_bytes: that was asked for; ``None`` for none.
+        time_ratio: of a step's time to that of end-to-end training on the whole batch, nothing recomputed.
+        global_peak_bytes: of an end-to-end step, where some are; ``None`` otherwise.
+        modules: each local module.
+        peak_module: which of them sets the peak.
+        rivals: what end-to-end training would cost.
+        notes: for people.
+        parallel: in a plan for ranks, what they are expected to cost.
+    """
+
+    peak_bytes: int
+    composed_peak_bytes: int
+    static_bytes: int
+    needed_bytes: int
+    budget_bytes: int | None
+    time_ratio: float
+    global_peak_bytes: int | None = None
+    modules: tuple[ModuleForecast, ...]
+    peak_module: int
+    rivals: tuple[Rival, ...]
+    notes: tuple[str, ...] = ()
+    parallel: RanksForecast | None = None
+
+
+class PlanDict(TypedDict, total=False):
+    """The JSON of a plan."""
+
+    format: int
+    model: str
+    num_blocks: int
+    boundaries: list[int]
+    checkpoint: list[str]
+    activation_bytes: list[int]
+    accumulation: int
+    global_checkpoint: str | None
+    made_for: dict[str, Json]
+    forecast: Json
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """A partition of one model, with what is known of its modules. Pure data; JSON and back.
 
@@ -101,11 +227,10 @@ class Plan:
         checkpoint: for each module, what is recomputed in its backward pass; empty for nothing in any.
         activation_bytes: for each module, the bytes that autograd keeps for one image if nothing is recomputed.
         accumulation: parts that each batch is cut into.
+        global_checkpoint: what end-to-end steps recompute, where the plan says; else it is as configured.
         made_for: what a plan to a budget was made for, by the keys of a recipe, with versions; empty otherwise. Its
             forecast holds for that alone; ``differences`` tells what is otherwise.
-        forecast: what it is expected to cost: ``peak_bytes``, ``static_bytes``, ``time_ratio`` (to end-to-end
-            training), ``modules`` (each with its peak by category), ``rivals``, and in a plan for ranks ``parallel``;
-            empty where nothing was forecast.
+        forecast: what it is expected to cost; ``None`` where nothing was forecast.
     """
 
     model: str
@@ -114,8 +239,9 @@ class Plan:
     checkpoint: tuple[Checkpointing, ...] = ()
     activation_bytes: tuple[int, ...] = ()
     accumulation: int = 1
-    made_for: dict[str, Any] = field(default_factory=dict, compare=False)
-    forecast: dict[str, Any] = field(default_factory=dict, compare=False)
+    global_checkpoint: Checkpointing | None = None
+    made_for: dict[str, Json] = field(default_factory=dict, compare=False)
+    forecast: Forecast | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         """Check that the boundaries fit the blocks and the lists fit the modules."""
@@ -137,24 +263,41 @@ class Plan:
         """The blocks of each local module, as ranges of block indices."""
         return spans(self.boundaries, self.num_blocks)
 
+    @property
+    def is_for_ranks(self) -> bool:
+        """Whether it was made for several processes."""
+        return self.forecast is not None and self.forecast.parallel is not None
+
     def checkpointing(self, index: int) -> Checkpointing:
         """What local module ``index`` recomputes."""
         return self.checkpoint[index] if self.checkpoint else Checkpointing()
 
-    def differences(self, here: Mapping[str, Any]) -> list[str]:
+    def differences(self, here: Mapping[str, object]) -> list[str]:
         """In what a plan was made for something else: ``execution.precision 'bf16', here 'fp32'``.
 
         Args:
             here: what it is to be used for, by keys of ``made_for``; those that the plan doesn't say are passed over.
         """
         pairs = (
-            (key, _as_json(self.made_for[key]), _as_json(value)) for key, value in here.items() if key in self.made_for
+            (key, as_json(self.made_for[key]), as_json(value)) for key, value in here.items() if key in self.made_for
         )
         return [f"{key} {planned!r}, here {value!r}" for key, planned, value in pairs if planned != value]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> PlanDict:
         """The plan as plain values; checkpointing as text."""
-        return {**asdict(self), "checkpoint": [str(how) for how in self.checkpoint]}
+        globally = self.global_checkpoint
+        return {
+            "format": PLAN_FORMAT,
+            "model": self.model,
+            "num_blocks": self.num_blocks,
+            "boundaries": list(self.boundaries),
+            "checkpoint": [str(how) for how in self.checkpoint],
+            "activation_bytes": list(self.activation_bytes),
+            "accumulation": self.accumulation,
+            "global_checkpoint": None if globally is None else str(globally),
+            "made_for": self.made_for,
+            "forecast": None if self.forecast is None else json.loads(json.dumps(asdict(self.forecast))),
+        }
 
     def to_json(self) -> str:
         """Write the plan as JSON text."""
@@ -162,17 +305,21 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """Read a plan from JSON text.
+        """Read a plan from JSON text, of this version or an older one.
 
         Raises:
-            PartitionError: the text is no plan, or one whose parts contradict each other.
+            PartitionError: the text is no plan, one whose parts contradict each other, or one of a newer version.
         """
         try:
-            values: dict[str, Any] = json.loads(text)
+            values = json.loads(text)
+            check_format("plan", values.pop("format", 1), PLAN_FORMAT, PartitionError)
             known = {entry.name for entry in fields(cls)}
             unknown = sorted(set(values) - known)
             if unknown:
                 raise PartitionError(f"plan: unknown key {unknown[0]!r}; a plan has {', '.join(sorted(known))}.")
+            forecast = dict(values.get("forecast") or {})
+            # Format 1 had what end-to-end steps recompute among the figures.
+            globally = values.get("global_checkpoint", forecast.pop("global_checkpoint", None))
             return cls(
                 model=str(values["model"]),
                 num_blocks=_integer(values["num_blocks"]),
@@ -180,8 +327,9 @@ class Plan:
                 checkpoint=tuple(Checkpointing.parse(c) for c in values.get("checkpoint", ())),
                 activation_bytes=tuple(map(_integer, values.get("activation_bytes", ()))),
                 accumulation=_integer(values.get("accumulation", 1)),
+                global_checkpoint=None if globally is None else Checkpointing.parse(globally),
                 made_for=dict(values.get("made_for", {})),
-                forecast=dict(values.get("forecast", {})),
+                forecast=_read_forecast(forecast) if forecast else None,
             )
         except PartitionError:
             raise
@@ -189,7 +337,33 @@ class Plan:
             raise PartitionError(f"plan: this is not the JSON of a plan ({error!r}).") from error
 
 
-def _as_json(value: Any) -> Any:
+PLAN_FORMAT = 2
+"""Version of a plan's JSON. 1, without a number, was that of 0.1.0."""
+
+
+def _read_forecast(values: dict[str, Json]) -> Forecast:
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(Forecast).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(["forecast", *map(str, first["loc"])])
+        raise PartitionError(f"plan: {key}: {first['msg']}; make the plan again with `localgrad plan`.") from None
+
+
+def forecast_of(plan: Plan) -> Forecast:
+    """The forecast of a plan that has one.
+
+    Raises:
+        PartitionError: nothing was forecast.
+    """
+    if plan.forecast is None:
+        raise PartitionError("plan: it has no forecast; make it with `localgrad plan`.")
+    return plan.forecast
+
+
+def as_json(value: object) -> object:
     """A value as JSON would give it back."""
     return list(value) if isinstance(value, tuple) else value
 

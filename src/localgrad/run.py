@@ -11,7 +11,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -36,12 +36,13 @@ from localgrad.errors import (
     RecipeError,
     RunFolderError,
 )
+from localgrad.formats import check_format
 from localgrad.learner import end_to_end, estimate_step
 from localgrad.memory.track import MemoryProfile
 from localgrad.parallel.learner import ParallelLearner
 from localgrad.parallel.memory import estimate_share
 from localgrad.parallel.team import Team, was_restarted
-from localgrad.partition import Plan
+from localgrad.partition import Plan, forecast_of
 from localgrad.registry import load_plugins, name_of_function
 from localgrad.step.executor import out_of_memory
 from localgrad.training.data import DataInfo, load_images_for_prediction
@@ -56,7 +57,7 @@ from localgrad.training.events import (
     summary_rows,
 )
 from localgrad.training.feature_cache import check_space
-from localgrad.training.fingerprint import differences, fingerprint_of
+from localgrad.training.fingerprint import DataDescription, fingerprint_of
 from localgrad.training.folder import (
     RunFolder,
     check_writable,
@@ -73,6 +74,16 @@ from localgrad.training.health import HealthCheck
 from localgrad.training.image_sets import Skipped, skipped_table
 from localgrad.training.optim import note_of_warmup
 from localgrad.training.parallel_trainer import ParallelTrainer, joined_checkpoint, name_of
+from localgrad.training.saved import (
+    RUN_FORMAT,
+    Checkpoint,
+    Evaluation,
+    Peak,
+    Peaks,
+    PositionState,
+    RankFigures,
+    Summary,
+)
 from localgrad.training.stagewise import StagewiseTrainer, disk_needed, estimate_stages, gather
 from localgrad.training.trainer import Trainer, evaluate, load_best_weights
 from localgrad.training.transforms import NONE
@@ -93,7 +104,7 @@ def train(
     budget: int | str | None = None,
     on_oom: str = "stop",
     cache: bool = True,
-) -> dict[str, Any]:
+) -> Summary:
     """Train a recipe from the start, as ``localgrad train`` does, in a run folder of its own.
 
     Args:
@@ -152,7 +163,7 @@ def train(
         try:
             if team is None or team.is_speaker:
                 folder.write_text("recipe.toml", job.recipe.to_toml())
-                folder.write_json("data.json", _describe(job))
+                folder.write_json("data.json", _describe(job).to_dict())
                 folder.write_text("skipped.csv", skipped_table(job.data.skipped))
                 if planning.plan is not None:
                     folder.write_text("plan.json", planning.plan.to_json())
@@ -214,7 +225,7 @@ def resume(
     *,
     sinks: Sequence[Sink | str] = (),
     on_oom: str = "stop",
-) -> dict[str, Any]:
+) -> Summary:
     """Continue a run where its last checkpoint stands; a finished run only gives its summary.
 
     Args:
@@ -256,11 +267,11 @@ def resume(
             job = together(team, lambda: _build_again(recipe, has_weights=state is not None, team=team))
             is_moved = _place_of(own) != _place_of(recipe)
             speaks = team is None or team.is_speaker
-            described = together(team, lambda: _check_data(place, job, is_moved=is_moved) if speaks else {})
+            described = together(team, lambda: _check_data(place, job, is_moved=is_moved) if speaks else None)
             _check_space(job, place)
 
             def rewrite() -> None:
-                if speaks:
+                if described is not None:
                     _rewrite(folder, job.recipe, described, is_moved=is_moved)
 
             if team is not None:
@@ -271,18 +282,18 @@ def resume(
             folder.release()
 
 
-def _load_last(folder: RunFolder, recipe: Recipe) -> dict[str, Any] | None:
+def _load_last(folder: RunFolder, recipe: Recipe) -> Checkpoint | None:
     """The state to resume from, and the weights of the best epoch are there; ``None`` before the first checkpoint."""
     if not folder.has_checkpoint:
         return None
 
-    def agree(state: Mapping[str, Any]) -> str | None:
+    def agree(state: Checkpoint) -> str | None:
         missing = [name for name in ("position", "sums", "random") if not isinstance(state.get(name), dict)]
         missing += [] if isinstance(state.get("learner"), dict) or state.get("parts") else ["learner"]
         if missing:
             return f"it has no {missing[0]!r}"
         text = kept_of(state).get("recipe.toml")
-        if text is None:
+        if not isinstance(text, str):
             return None
         different = difference(_without_place(Recipe.from_toml(text, "checkpoint")), _without_place(recipe))
         # A number of modules and its boundaries are the same (``--on-oom replan``); the learner compares those.
@@ -293,18 +304,19 @@ def _load_last(folder: RunFolder, recipe: Recipe) -> dict[str, Any] | None:
     return {**state, "lost_best": _has_lost_best(folder, state["position"], recipe)}
 
 
-def _has_lost_best(folder: RunFolder, position: Mapping[str, Any], recipe: Recipe) -> bool:
+def _has_lost_best(folder: RunFolder, position: PositionState, recipe: Recipe) -> bool:
     """Whether the best epoch's weights are damaged, and the checkpoint has them; read at the end, too late to find out.
 
     Raises:
         CheckpointError: they are damaged or missing, and can't be had back.
     """
-    if position.get("best_epoch") is None:
+    best = position.get("best_epoch")
+    if best is None:
         return False
     try:
         load_saved_weights(folder.best)
     except CheckpointError as error:
-        is_of_best = (position["best_epoch"] + 1, 0) == (position.get("epoch"), position.get("batch"))
+        is_of_best = (best + 1, 0) == (position.get("epoch"), position.get("batch"))
         if recipe.method.training.schedule == "sequential" or not is_of_best:
             raise
         say(f"{str(error).split('; ')[0].rstrip('.')}; written again from the checkpoint, which is of the best epoch.")
@@ -323,7 +335,7 @@ def _build_again(recipe: Recipe, **settings: Any) -> Job:
         raise DataError(f"{error} If it was moved, say where it is now: --data, or --root.") from error
 
 
-def _check_data(path: Path, job: Job, *, is_moved: bool) -> dict[str, Any]:
+def _check_data(path: Path, job: Job, *, is_moved: bool) -> DataDescription:
     """Compare the data with what a run was trained on.
 
     Returns:
@@ -340,7 +352,7 @@ def _check_data(path: Path, job: Job, *, is_moved: bool) -> dict[str, Any]:
             raise DataError(f"--data {name}: it can't be compared with the run's: {error}") from error
         say(f"{path / 'data.json'}: missing or damaged; the data is taken as it is.")
         return found
-    different = differences(known, found)
+    different = known.differences(found)
     if different:
         what = f"not what the run in {path} was trained on (another {', '.join(different)})"
         if is_moved:
@@ -349,35 +361,34 @@ def _check_data(path: Path, job: Job, *, is_moved: bool) -> dict[str, Any]:
     return found
 
 
-def _rewrite(folder: RunFolder, recipe: Recipe, described: dict[str, Any], *, is_moved: bool) -> None:
+def _rewrite(folder: RunFolder, recipe: Recipe, described: DataDescription, *, is_moved: bool) -> None:
     """Write down what a run goes on with: what was laid over its recipe, and what was damaged."""
     text = recipe.to_toml()
     if not (is_sound(folder.path, "recipe.toml") and read_text(folder.path, "recipe.toml") == text):
         folder.write_text("recipe.toml", text)
     folder.kept["recipe.toml"] = text
     if is_moved or not is_sound(folder.path, "data.json"):
-        folder.write_json("data.json", described)
+        folder.write_json("data.json", described.to_dict())
     else:
         folder.kept["data.json"] = read_text(folder.path, "data.json")
 
 
-def _describe(job: Job) -> dict[str, Any]:
-    """What ``data.json`` holds."""
-    return {**asdict(job.data.info), "fingerprint": fingerprint_of(job.data)}
+def _describe(job: Job) -> DataDescription:
+    return DataDescription(job.data.info, fingerprint_of(job.data))
 
 
 _PLACE = [each.name for each in fields(DataSettings) if each.name in ("name", "root") or each.name.endswith("_data")]
 """Keys of a recipe that say where its data lies."""
 
 
-def _place_of(recipe: Recipe) -> dict[str, Any]:
+def _place_of(recipe: Recipe) -> tuple[str | None, ...]:
     """Where a recipe's data lies."""
-    return {key: getattr(recipe.method.data, key) for key in _PLACE}
+    return tuple(getattr(recipe.method.data, key) for key in _PLACE)
 
 
 def _without_place(recipe: Recipe) -> Recipe:
     """A recipe that doesn't say where its data lies."""
-    data = replace(recipe.method.data, **_place_of(Recipe()))
+    data = replace(recipe.method.data, **{key: getattr(DataSettings(), key) for key in _PLACE})
     return replace(recipe, method=replace(recipe.method, data=data))
 
 
@@ -397,25 +408,26 @@ def read_recipe(path: Path) -> Recipe:
     return Recipe.from_toml(text, str(path / "recipe.toml"))
 
 
-def _read_data(path: Path) -> dict[str, Any]:
+def _read_data(path: Path) -> DataDescription:
     """Read what a run folder knows of its data, verified; where it is damaged, as its checkpoint keeps it.
 
     Raises:
         CheckpointError: missing or damaged, and no checkpoint keeps it.
+        DataError: a newer version wrote it.
     """
     try:
-        values: dict[str, Any] = json.loads(read_text(path, "data.json"))
-        DataInfo(**{key: value for key, value in values.items() if key != "fingerprint"})
+        return DataDescription.from_dict(json.loads(read_text(path, "data.json")))
+    except DataError:  # of a newer version
+        raise
     except (OSError, ValueError, TypeError, AttributeError, RunFolderError) as error:
         raise CheckpointError(
             f"{path / 'data.json'}: missing or damaged ({error}); restore it from a copy, or train the run again."
         ) from error
-    return values
 
 
 def evaluate_run(
     path: Path, *, part: str = "test", device: str | None = None, data: str | None = None, root: str | None = None
-) -> dict[str, Any]:
+) -> Evaluation:
     """Accuracy of a run's best weights on its own data.
 
     Args:
@@ -492,9 +504,7 @@ def predict(
         skipped: takes what is passed over.
     """
     recipe = _on_device(read_recipe(path), device)
-    values = _read_data(path)
-    values.pop("fingerprint", None)
-    info = DataInfo(**_tuples(values))
+    info = _read_data(path).info
     load_plugins(recipe.execution.plugins)
     where = resolve_device(recipe.execution.device)
     settings = replace(recipe.method.model, pretrained=False)
@@ -544,12 +554,12 @@ def _fit(
     job: Job,
     folder: RunFolder,
     sinks: Sequence[Sink | str],
-    state: dict[str, Any] | None = None,
+    state: Checkpoint | None = None,
     *,
     health: HealthCheck | None = None,
     replan: bool = False,
     fits: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
+) -> Summary:
     settings = job.recipe.method.training
     trainer = _trainer(job, folder)
     trainer.health = health
@@ -570,7 +580,7 @@ def _fit(
     factory = job.optimizer if callable(job.optimizer) else job.optimizer[0]
     baseline = estimate_step(end_to_end(job.learner), settings.batch_size, factory, job.device).peak_bytes
 
-    def run() -> dict[str, Any]:
+    def run() -> Summary:
         _emit_start(job, trainer, peak, baseline)
         if job.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(job.device)
@@ -593,7 +603,7 @@ def _fit(
     return _told(trainer, (*job.recipe.execution.sinks, *sinks), run)
 
 
-def _told(trainer: Trainer, sinks: Sequence[Sink | str], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _told(trainer: Trainer, sinks: Sequence[Sink | str], run: Callable[[], Summary]) -> Summary:
     """Run something whose events go to the run folder and to some sinks, and tell them its summary."""
     epoch, path, kept = trainer.position.epoch, trainer.folder.path, trainer.folder.kept
     lines = JsonlSink(path / "metrics.jsonl", epoch, kept.get("metrics.jsonl"))
@@ -614,10 +624,10 @@ def _fit_together(
     team: Team,
     folder: RunFolder,
     sinks: Sequence[Sink | str],
-    state: dict[str, Any] | None = None,
+    state: Checkpoint | None = None,
     *,
     fits: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
+) -> Summary:
     """As ``_fit``, in every one of several processes; rank 0 writes and speaks."""
     learner, settings = job.learner, job.recipe.method.training
     assert isinstance(learner, ParallelLearner), "a team has parallel learners"
@@ -642,13 +652,15 @@ def _fit_together(
         factory = job.optimizer if callable(job.optimizer) else job.optimizer[0]
         baseline = estimate_step(end_to_end(learner), batch_size, factory, job.device).peak_bytes
 
-    def run() -> dict[str, Any]:
+    def run() -> Summary:
         if team.is_speaker:
             _emit_start(job, trainer, max(peaks), baseline)
         trainer.fit()
         measured = team.everyone(_rank_figures(job, team, learner))
-        ranks = [{**figures, "estimated_peak_bytes": peak} for figures, peak in zip(measured, peaks, strict=True)]
-        more = {"estimated_peak_bytes": max(peaks), "ranks": ranks}
+        ranks: list[RankFigures] = measured
+        for figures, estimate in zip(ranks, peaks, strict=True):
+            figures["estimated_peak_bytes"] = estimate
+        more: Peaks = {"estimated_peak_bytes": max(peaks), "ranks": ranks}
         more["measured_peak_bytes"] = max(figures["measured_peak_bytes"] for figures in measured)
         if team.is_speaker:
             more["estimated_end_to_end_peak_bytes"] = baseline
@@ -658,19 +670,21 @@ def _fit_together(
 
     if job.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(job.device)
-    watched: Callable[[], dict[str, Any]] = partial(trainer.watched, run)
+    watched: Callable[[], Summary] = partial(trainer.watched, run)
     return _told(trainer, (*job.recipe.execution.sinks, *sinks), watched) if team.is_speaker else watched()
 
 
-def _rank_figures(job: Job, team: Team, learner: ParallelLearner) -> dict[str, Any]:
+def _rank_figures(job: Job, team: Team, learner: ParallelLearner) -> RankFigures:
     """What one process of a parallel run measured of itself."""
+    peak = _measured_peak(job.device)
     return {
         "rank": team.rank,
         "replica": team.replica,
         "modules": list(learner.own),
         "sent_bytes_per_step": learner.sent_bytes_per_step,
         "waited_seconds": learner.links.waited_seconds,
-        **_measured_peak(job.device),
+        "measured_peak_bytes": peak["measured_peak_bytes"],
+        "measured_peak_of": peak["measured_peak_of"],
     }
 
 
@@ -691,7 +705,7 @@ def _go_on(replanner: Replanner, trainer: Trainer, module: int) -> bool:
     trainer.folder.write_text("recipe.toml", recipe.to_toml())
     how = f"--checkpoint {','.join(map(str, plan.checkpoint))} --accumulation {plan.accumulation}"
     for sink in trainer.sinks:
-        sink.emit(Replanned(module=module, peak_bytes=plan.forecast["peak_bytes"], how=how))
+        sink.emit(Replanned(module=module, peak_bytes=forecast_of(plan).peak_bytes, how=how))
     return True
 
 
@@ -845,7 +859,7 @@ def _shared_out(learner: ParallelLearner) -> str:
     return shares if learner.team.num_replicas == 1 else f"{learner.team.num_replicas} replicas of {shares}"
 
 
-def _finish(job: Job, trainer: Trainer, peaks: dict[str, Any]) -> dict[str, Any]:
+def _finish(job: Job, trainer: Trainer, peaks: Peaks) -> Summary:
     """Read the test set, once, with the best epoch's weights; write weights and summary."""
     start = time.perf_counter()
     measured = _measured_peak(job.device)
@@ -858,7 +872,8 @@ def _finish(job: Job, trainer: Trainer, peaks: dict[str, Any]) -> dict[str, Any]
     if job.team is not None:
         add_skipped_of_all(job.team, job.data.skipped)
     position = trainer.position
-    summary = {
+    summary: Summary = {
+        "format": RUN_FORMAT,
         "test_accuracy": accuracy,
         "test_module_accuracy": _of_best(job.recipe, by_module),
         "num_test": job.data.num_read("test"),
@@ -869,7 +884,7 @@ def _finish(job: Job, trainer: Trainer, peaks: dict[str, Any]) -> dict[str, Any]
         **trainer.selection(),
         "seconds": position.seconds + time.perf_counter() - start,
         "seed": job.recipe.method.seed,
-        "plan": json.loads(job.learner.plan.to_json()),
+        "plan": job.learner.plan.to_dict(),
         "num_skipped": sum(len(own.images) for own in job.data.skipped.values()),
         "skipped": {part: own.counts() for part, own in job.data.skipped.items() if own.counts()},
         "device": device_name(job.device),
@@ -892,23 +907,25 @@ def add_skipped_of_all(team: Team, skipped: Mapping[str, Skipped]) -> None:
             skipped[part].images.update(images)
 
 
-def _read_summary(path: Path) -> dict[str, Any] | None:
+def _read_summary(path: Path) -> Summary | None:
     """The summary of a finished run, the last thing that it writes; ``None`` also where that is damaged."""
     if not (path / "summary.json").exists():
         return None
     has_checkpoint = (path / "checkpoints" / "last.pt").exists()
     try:
-        summary: dict[str, Any] = json.loads(read_text(path, "summary.json"))
+        summary: Summary = json.loads(read_text(path, "summary.json"))
         summary_rows({**summary, "folder": str(path)})
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RunFolderError) as error:
         if not has_checkpoint:
             raise RunFolderError(f"{path / 'summary.json'}: damaged; restore it from a copy.") from error
         say(f"{path / 'summary.json'}: damaged; made again from the last checkpoint.")
         return None
-    return {**summary, "folder": str(path)}
+    check_format(str(path / "summary.json"), summary.get("format", 1), RUN_FORMAT, RunFolderError)
+    summary["folder"] = str(path)
+    return summary
 
 
-def _measured_peak(device: torch.device) -> dict[str, Any]:
+def _measured_peak(device: torch.device) -> Peak:
     if device.type == "cuda":
         return {
             "measured_peak_bytes": torch.cuda.max_memory_allocated(device),
@@ -936,7 +953,3 @@ def device_name(device: torch.device) -> str:
 
 def _on_device(recipe: Recipe, device: str | None) -> Recipe:
     return recipe if device is None else replace(recipe, execution=replace(recipe.execution, device=device))
-
-
-def _tuples(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}

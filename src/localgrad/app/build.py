@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from torch.optim import Optimizer
 
 from localgrad.app.recipe import ModelSettings, Recipe, TrainingSettings, validated
 from localgrad.backbones.base import BACKBONES, Backbone, split
+from localgrad.backbones.namespaces import Kwargs
 from localgrad.errors import BackboneError, DeviceError, LocalgradError, RecipeError, did_you_mean, reason_of
 from localgrad.learner import Factories, LocalLearner, default_input_size, make_plan
 from localgrad.objectives.methods import Objective, build_objective
@@ -119,7 +119,7 @@ def build(
         recipe = planned(recipe, backbone)
         method, execution = recipe.method, recipe.execution
     plan = make_plan(backbone, method.local.modules, checkpoint=execution.checkpoint)
-    settings_of_learner: dict[str, Any] = {
+    settings_of_learner: Kwargs = {
         "modules": plan,
         "objective": objective,
         "precision": execution.precision,
@@ -232,7 +232,7 @@ def _settled(
         recipe = replace(recipe, method=replace(recipe.method, data=settings))
     if not has_new_weights or recipe.method.data.mean is not None:
         return recipe, data
-    trained_with: dict[str, Any] = getattr(model, "pretrained_cfg", {})
+    trained_with: dict[str, tuple[float, ...]] = getattr(model, "pretrained_cfg", {})
     if "mean" not in trained_with or "std" not in trained_with:
         return recipe, data.said("timm doesn't say what the weights were normalised by; the data's own is taken.")
     data = data.normalised_by(trained_with["mean"], trained_with["std"])
@@ -394,7 +394,7 @@ def create_model(settings: ModelSettings, *, num_classes: int | None, num_channe
     import timm
 
     check_model_name(settings.name)
-    options: dict[str, Any] = dict(settings.options)
+    options: Kwargs = dict(settings.options)
     for key in ("img_size", "patch_size"):
         if getattr(settings, key) is not None:
             options[key] = getattr(settings, key)
@@ -432,7 +432,7 @@ def create_model(settings: ModelSettings, *, num_classes: int | None, num_channe
         ) from error
 
 
-def _made_by_plugin(name: str, options: dict[str, Any]) -> Backbone:
+def _made_by_plugin(name: str, options: Kwargs) -> Backbone:
     try:
         made = BACKBONES[name](**options)
     except LocalgradError:
@@ -504,5 +504,5 @@ def _seed_everything(seed: int) -> None:
     random.seed(seed)
 
 
-def _as_options(options: dict[str, Any]) -> str:
+def _as_options(options: Kwargs) -> str:
     return ", ".join(f"{key}={value!r}" for key, value in options.items()) or "no options"

@@ -7,16 +7,17 @@ classes is given, or known for the data sets that have a name.
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from importlib import metadata
-from typing import Any
 
 from localgrad.app.build import build_recipe_objective, check_model_name, check_patches, create_model, input_size_of
 from localgrad.app.recipe import Recipe, overlay
 from localgrad.backbones.base import BACKBONES, Backbone, outline
 from localgrad.backbones.fake import without_initialization
 from localgrad.errors import BudgetError, RecipeError
+from localgrad.formats import Json
 from localgrad.learner import num_parameters
 from localgrad.partition import Plan
 from localgrad.planning.budget import Task, plan_to_budget
@@ -134,7 +135,7 @@ def plan_recipe(recipe: Recipe, task: Task, budget: int | None, parallel: Parall
     return replace(plan, made_for=made_for(recipe, task.backbone, task.device))
 
 
-def made_for_task(task: Task, batch_size: int) -> dict[str, Any]:
+def made_for_task(task: Task, batch_size: int) -> dict[str, Json]:
     """What a plan has to remember that was made without a recipe."""
     return {
         "training.batch_size": batch_size,
@@ -153,16 +154,16 @@ def made_for_task(task: Task, batch_size: int) -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
+def _versions() -> dict[str, Json]:
     return {name: metadata.version(name) for name in VERSIONS}
 
 
-def made_for(recipe: Recipe, backbone: Backbone, device: str) -> dict[str, Any]:
+def made_for(recipe: Recipe, backbone: Backbone, device: str) -> dict[str, Json]:
     """What a plan for a recipe has to remember."""
-    values = _flat(recipe)
+    values = _by_dotted_key(recipe)
     return {
         **{key: values[key] for key in REMEMBERED},
-        **({"execution.plugins": recipe.execution.plugins} if recipe.execution.plugins else {}),
+        **({"execution.plugins": list[Json](recipe.execution.plugins)} if recipe.execution.plugins else {}),
         "device": device,
         "input_size": list(backbone.input_size),
         "num_classes": backbone.num_classes,
@@ -171,7 +172,7 @@ def made_for(recipe: Recipe, backbone: Backbone, device: str) -> dict[str, Any]:
     }
 
 
-def changes_of(plan: Plan) -> dict[str, Any]:
+def changes_of(plan: Plan) -> dict[str, Json]:
     """A plan as values to be laid over a recipe, by dotted keys.
 
     Raises:
@@ -190,13 +191,13 @@ def laid_over(plan: Plan, recipe: Recipe) -> Recipe:
     return Recipe.from_dict(overlay(recipe.to_dict(), how_to_run(plan)))
 
 
-def how_to_run(plan: Plan) -> dict[str, Any]:
+def how_to_run(plan: Plan) -> dict[str, Json]:
     """The boundaries of a plan and how its modules run, as values to be laid over a recipe."""
     return {
         "local.modules": list(plan.boundaries) if plan.boundaries else 1,
         "execution.checkpoint": [str(how) for how in plan.checkpoint] or "none",
         "execution.accumulation": plan.accumulation,
-        **({"execution.global_checkpoint": found} if (found := plan.forecast.get("global_checkpoint")) else {}),
+        **({} if plan.global_checkpoint is None else {"execution.global_checkpoint": str(plan.global_checkpoint)}),
     }
 
 
@@ -206,12 +207,13 @@ def check_plan_is_for(plan: Plan, recipe: Recipe) -> None:
     Raises:
         BudgetError: with every difference.
     """
-    values = _flat(recipe)
-    pairs = [(key, plan.made_for.get(key), _plain(values[key])) for key in REMEMBERED]
-    pairs += [(key, value, _plain(values[key])) for key, value in how_to_run(plan).items()]
-    versions = plan.made_for.get("versions", {})
+    values = _by_dotted_key(recipe)
+    pairs = [(key, plan.made_for.get(key), values[key]) for key in REMEMBERED]
+    pairs += [(key, value, values[key]) for key, value in how_to_run(plan).items()]
+    said = plan.made_for.get("versions")
+    versions = said if isinstance(said, dict) else {}
     pairs += [(name, versions.get(name), metadata.version(name)) for name in VERSIONS]
-    different = [f"{key} {_plain(old)!r}, here {new!r}" for key, old, new in pairs if _plain(old) != new]
+    different = [f"{key} {old!r}, here {new!r}" for key, old, new in pairs if old != new]
     if different:
         raise BudgetError(f"--plan: it was made for {'; '.join(different)}. Make a new one with localgrad plan.")
 
@@ -224,15 +226,13 @@ def note_of_plan(plan: Plan, recipe: Recipe, device: str) -> str | None:
         recipe: as it runs now.
         device: the kind that it runs on.
     """
-    values = _flat(recipe)
+    values = _by_dotted_key(recipe)
     here = {key: values[key] for key in REMEMBERED} | {"device": device, "versions": _versions()}
     different = plan.differences(here)
     different += [
-        f"{key} {value!r}, here {_plain(values[key])!r}"
-        for key, value in how_to_run(plan).items()
-        if value != _plain(values[key])
+        f"{key} {value!r}, here {values[key]!r}" for key, value in how_to_run(plan).items() if value != values[key]
     ]
-    if "parallel" in plan.forecast and recipe.execution.parallel == "none":
+    if plan.is_for_ranks and recipe.execution.parallel == "none":
         different.append("several processes, here one")
     if not different:
         return None
@@ -250,7 +250,7 @@ def check_plan_fits(plan: Plan, backbone: Backbone, data: str) -> None:
     Raises:
         BudgetError: naming the difference.
     """
-    here: dict[str, tuple[Any, str]] = {
+    here: dict[str, tuple[Json, str]] = {
         "channels": (backbone.input_size[0], f"--data {data}"),
         "image size": (list(backbone.input_size[1:]), f"--img-size {backbone.input_size[-1]}"),
         "num_classes": (backbone.num_classes, f"--num-classes {backbone.num_classes}"),
@@ -260,27 +260,28 @@ def check_plan_fits(plan: Plan, backbone: Backbone, data: str) -> None:
             f"--plan: it was made for {plan.num_blocks} blocks, but this model has {len(backbone.blocks)}; make a new "
             "one with localgrad plan."
         )
-    size = plan.made_for.get("input_size") or list(backbone.input_size)
-    made_for = {"channels": size[0], "image size": size[1:], "num_classes": plan.made_for.get("num_classes")}
+    said = plan.made_for.get("input_size")
+    size: list[Json] = said if isinstance(said, list) and said else [*backbone.input_size]
+    made_for: dict[str, Json] = {
+        "channels": size[0],
+        "image size": size[1:],
+        "num_classes": plan.made_for.get("num_classes"),
+    }
     for key, (value, option) in here.items():
         planned = made_for[key]
         if planned not in (value, None):
             raise BudgetError(f"--plan: it was made for {key} {planned}, here {value}; plan again with {option}.")
 
 
-def _flat(recipe: Recipe) -> dict[str, Any]:
-    values: dict[str, Any] = {}
+def _by_dotted_key(recipe: Recipe) -> dict[str, Json]:
+    """Every value of a recipe, tables included, as JSON would give it back."""
+    values: dict[str, Json] = {}
 
-    def walk(table: dict[str, Any], prefix: str) -> None:
+    def walk(table: dict[str, Json], prefix: str) -> None:
         for key, value in table.items():
             values[prefix + key] = value
             if isinstance(value, dict):
                 walk(value, f"{prefix}{key}.")
 
-    walk({**asdict(recipe.method), "execution": asdict(recipe.execution)}, "")
+    walk(json.loads(json.dumps({**asdict(recipe.method), "execution": asdict(recipe.execution)}, default=str)), "")
     return values
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON would give it back."""
-    return list(value) if isinstance(value, tuple) else value

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +73,7 @@ def plan(
         clip_grad: as for ``LocalLearner``.
         overlap: as for ``LocalLearner``.
         global_share: share of the steps that are end-to-end (``LocalLearner.global_step``); how they recompute is
-            ``forecast["global_checkpoint"]``.
+            the plan's ``global_checkpoint``.
         freeze_from: as for ``LocalLearner``.
         parallel: so many ranks, a local module each; the budget is then of every rank.
         balance: with ``parallel``: ``time`` for the fastest slowest rank, ``memory`` for the smallest largest one.
@@ -92,7 +91,7 @@ def plan(
 
     Example:
         >>> p = plan("vit_tiny_patch16_224", batch_size=64, budget="2GiB")  # doctest: +SKIP
-        >>> p.boundaries, p.forecast["peak_bytes"]  # doctest: +SKIP
+        >>> p.boundaries, p.forecast.peak_bytes  # doctest: +SKIP
     """
     if precision not in PRECISIONS:
         raise RecipeError(f"precision: unknown {precision!r}; take one of {', '.join(PRECISIONS)}.")
@@ -186,7 +185,8 @@ def estimate(
     def step(copied: Callable[..., object], **inputs: Tensor) -> object:
         return copied(**inputs) if by_name else copied(*inputs.values())
 
-    sizes: dict[str, Any] = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in named.items()}
+    sizes: Mapping[str, tuple[Sequence[int], torch.dtype]]
+    sizes = {name: (tensor.shape, tensor.dtype) for name, tensor in named.items()}
     on_cuda = any(tensor.is_cuda for tensor in named.values())
     return simulate(step_or_learner, step, inputs=sizes, device="cuda" if on_cuda else "cpu")
 

@@ -23,6 +23,7 @@ from typing import Annotated, Any, Literal, cast, get_type_hints
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from localgrad.errors import PartitionError, RecipeError, did_you_mean
+from localgrad.formats import check_format
 from localgrad.partition import Checkpointing
 from localgrad.training.augment import Augment
 
@@ -263,6 +264,10 @@ class Execution:
     plugins: list[str] = field(default_factory=list)
 
 
+RECIPE_FORMAT = 1
+"""Version of a recipe's TOML. Without a number it is 1, that of 0.1.0."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything that defines a run."""
@@ -278,16 +283,17 @@ class Recipe:
         """The recipe as TOML text."""
         import tomli_w
 
-        return tomli_w.dumps(self.to_dict())
+        return tomli_w.dumps({"format": RECIPE_FORMAT, **self.to_dict()})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
         """Make a recipe from nested plain values.
 
         Raises:
-            RecipeError: an unknown key or an impossible value, named by its dotted key.
+            RecipeError: an unknown key or an impossible value, named by its dotted key; or a newer version's recipe.
         """
-        method = {key: value for key, value in values.items() if key != "execution"}
+        check_format("recipe", values.get("format", 1), RECIPE_FORMAT, RecipeError)
+        method = {key: value for key, value in values.items() if key not in ("format", "execution")}
         return cls(
             method=validated(Method, method, ""),
             execution=validated(Execution, values.get("execution", {}), "execution."),

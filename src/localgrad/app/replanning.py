@@ -19,7 +19,7 @@ from localgrad.app.planned import laid_over, task_on
 from localgrad.app.recipe import Recipe
 from localgrad.errors import BudgetError, DeviceError, MemoryExceeded, RecipeError
 from localgrad.memory.track import MemoryProfile
-from localgrad.partition import Plan
+from localgrad.partition import Plan, forecast_of
 from localgrad.planning.budget import looks_at_whole_batches, plan_to_budget
 from localgrad.units import format_bytes
 
@@ -61,8 +61,9 @@ class Replanner:
         learner = self.job.learner
         learner.run_as(replace(plan, activation_bytes=learner.plan.activation_bytes))
         self.recipe = laid_over(plan, self.recipe)
-        peaks = {f"module {index}": module["peak_bytes"] for index, module in enumerate(plan.forecast["modules"])}
-        self.profile = replace(self.profile, peak_bytes=plan.forecast["peak_bytes"], peak_by_label=peaks)
+        forecast = forecast_of(plan)
+        peaks = {f"module {index}": module.peak_bytes for index, module in enumerate(forecast.modules)}
+        self.profile = replace(self.profile, peak_bytes=forecast.peak_bytes, peak_by_label=peaks)
         if self.job.device.type == "cuda":
             torch.cuda.empty_cache()
         return self.recipe
@@ -81,10 +82,10 @@ class Replanner:
             advice = "nothing with these boundaries needs less: take more --modules or a smaller --batch-size"
         else:
             values = ",".join(str(how) for how in plan.checkpoint)
-            if "global_checkpoint" in plan.forecast:
-                values += f" --set execution.global_checkpoint={plan.forecast['global_checkpoint']}"
+            if plan.global_checkpoint is not None:
+                values += f" --set execution.global_checkpoint={plan.global_checkpoint}"
             advice = (
-                f"the next plan that fits needs {format_bytes(plan.forecast['peak_bytes'])}: localgrad train --resume "
+                f"the next plan that fits needs {format_bytes(forecast_of(plan).peak_bytes)}: localgrad train --resume "
                 f"{shlex.quote(str(folder))} --checkpoint {values} --accumulation {plan.accumulation} "
                 "(or --on-oom replan)"
             )

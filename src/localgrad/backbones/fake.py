@@ -42,6 +42,7 @@ from torch.nn.modules import module as torchs_modules
 from torch.overrides import TorchFunctionMode
 from torch.utils import _python_dispatch
 
+from localgrad.backbones.namespaces import Kwargs
 from localgrad.errors import BackboneError, reason_of
 
 __all__ = [
@@ -162,7 +163,7 @@ class FakeTensorMode(fake_tensor.FakeTensorMode):  # type: ignore[no-untyped-cal
         vars(tensor).update(self._attributes, fake_mode=self)
         return tensor
 
-    def _key_of(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[object, ...] | None:
+    def _key_of(self, func: Any, args: tuple[Any, ...], kwargs: Kwargs) -> tuple[object, ...] | None:
         key = [func, torch.get_default_dtype(), *kwargs]
         is_plain = type(func) is OpOverload and self._describe(args, key) and self._describe(kwargs.values(), key)
         return tuple(key) if is_plain else None
@@ -239,7 +240,7 @@ class _Made:
         return mode.make(self.shape, self.stride, self.dtype, memory=memory, offset=self.offset)
 
 
-def _recipe_for(result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Recipe | None:
+def _recipe_for(result: Any, args: tuple[Any, ...], kwargs: Kwargs) -> _Recipe | None:
     """How to make the same from other arguments of the same shapes; ``None`` where shapes alone don't tell."""
     owners: dict[int, int | None] = {}  # of storages: the argument that holds it; none for those by name or in lists
     for place, value in enumerate(args):
@@ -289,7 +290,7 @@ class _FakeCopier(TorchFunctionMode):
         self._storages: dict[int, tuple[torch.UntypedStorage, Tensor]] = {}  # original's address: both
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Kwargs | None = None
     ) -> Any:
         """Copy a tensor as a fake one; leave everything else alone."""
         if func is Tensor.__deepcopy__:
@@ -421,7 +422,7 @@ class _HostCopier(TorchFunctionMode):
         self.widens = widens
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Kwargs | None = None
     ) -> Any:
         """Copy a tensor to the processor; leave everything else alone."""
         if func is Tensor.__deepcopy__:
@@ -596,7 +597,7 @@ class without_initialization(TorchFunctionMode):  # noqa: N801  # used as a cont
     )
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Kwargs | None = None
     ) -> Any:
         """Skip what would fill a parameter in place."""
         kwargs = kwargs or {}

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from localgrad.backbones.fake import TorchDispatchMode, random_state_kept
 from localgrad.backbones.likeness import is_foreign, likeness, signature
+from localgrad.backbones.namespaces import Kwargs
 from localgrad.backbones.state import OF_EVERY_MODULE
 from localgrad.backbones.timm_models import Step, attribute, identity
 from localgrad.backbones.written import (
@@ -68,7 +69,7 @@ class Branch:
     before: Callable[[Tensor], Tensor] = identity
     after: Callable[[Tensor], Tensor] = identity
     args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
+    kwargs: Kwargs = field(default_factory=dict)
     recomputed: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
     scale: tuple[nn.Module, str] | None = None
 
@@ -310,9 +311,7 @@ def _candidates(step: nn.Module) -> Iterator[list[Piece]]:
 Form = list[tuple[Branch, Callable[[Tensor], Tensor]]]
 
 
-def _written_forms(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], recomputed: dict[str, Any]
-) -> Iterator[Form]:
+def _written_forms(module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs, recomputed: Kwargs) -> Iterator[Form]:
     """The ways in which timm writes a block with two residual branches."""
     attention = next((found for name in ATTENTION_NAMES if (found := attribute(module, name)) is not None), None)
     mlp = attribute(module, "mlp")
@@ -414,7 +413,7 @@ class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.layouts: list[tuple[int, ...]] = []
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Kwargs | None = None
     ) -> Any:
         """Run an operator."""
         if torch.Tag.nondeterministic_seeded not in func.tags:

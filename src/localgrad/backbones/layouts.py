@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -229,5 +229,11 @@ def _cells(length: int, share: float, around: int) -> slice:
     return slice(max(0, middle - around), middle + around + 1)
 
 
-def _widths(model: nn.Module) -> list[dict[str, Any]]:
+class _FeatureInfo(TypedDict):
+    """What timm says of a stage, as far as it is read here."""
+
+    num_chs: int
+
+
+def _widths(model: nn.Module) -> list[_FeatureInfo]:
     return list(attribute(model, "feature_info") or [])

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from localgrad.backbones.fake import NEEDS_VALUES, FakeTensor, looks_at_values
+from localgrad.backbones.namespaces import Kwargs
 from localgrad.backbones.state import same_bits
 from localgrad.backbones.timm_models import TRUNK_NAMES, TWO_STREAMS, attribute, child_of, unsupported
 from localgrad.errors import BackboneError, reason_of
@@ -40,7 +41,7 @@ class Call:
     module: nn.Module
     received: Tensor
     args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    kwargs: Kwargs
     returned: Tensor
     unpack: bool
 
@@ -211,7 +212,7 @@ def _probe(model: nn.Module, log: list[tuple[str, Any]]) -> nn.Module:
 
 
 def _watch(station: Station, log: list[tuple[str, Any]]) -> Iterator[Any]:
-    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> None:
         received = _snapshot(args[0]) if args else None
         log.append(("enter", (station, (received, *args[1:]), dict(kwargs))))
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from localgrad.backbones.fake import FakeTensor, real_tensors
+from localgrad.backbones.namespaces import Kwargs
 from localgrad.errors import BackboneError
 
 Kind = Literal["NHWC", "NCHW", "tokens"]
@@ -139,7 +140,7 @@ class ComputedArgument(nn.Module):
     A tensor captured at the time of splitting would stay on its device, in its precision, and out of autograd.
     """
 
-    def __init__(self, source: nn.Module, method: str, kwargs: dict[str, Any], index: int | None) -> None:
+    def __init__(self, source: nn.Module, method: str, kwargs: Kwargs, index: int | None) -> None:
         super().__init__()
         self.source = source
         self.method, self.kwargs, self.index = method, kwargs, index
@@ -182,7 +183,7 @@ def find_recomputed(
     source = child_of(model, known.child) if known else None
     if known is None or source is None:
         return None
-    variants: list[dict[str, Any]] = [{}]
+    variants: list[Kwargs] = [{}]
     if known.takes_grid:
         # A rope built without a grid of its own needs one at every call.
         variants = [{}, {"shape": grid}] if getattr(source, "feat_shape", None) else [{"shape": grid}]
@@ -288,7 +289,7 @@ class Step(nn.Module):
         *,
         glue: Callable[..., Tensor],
         args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        kwargs: Kwargs,
         recomputed: dict[str, ComputedArgument],
         unpack: bool,
         shape: tuple[int, ...] | None,

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from localgrad.backbones.namespaces import Attributes
 from localgrad.backbones.state import RandomState, alike, inner_of, refill, same_bits, version_of
 
 OUR_PACKAGES = frozenset({"torch", "timm", "localgrad"})
@@ -84,7 +85,7 @@ class Kept(NamedTuple):
     """
 
     part: nn.Module
-    tables: list[tuple[dict[str, Any], dict[str, Any]]]
+    tables: list[tuple[Attributes, Attributes]]
     plain: dict[str, tuple[Any, Any]]
     values: dict[int, tuple[Tensor, Tensor, int]]
     inner: list[tuple[Any, Any]]
@@ -97,9 +98,7 @@ def keep(parts: Iterable[nn.Module]) -> list[Kept]:
 
 @torch.no_grad()
 def _kept(part: nn.Module) -> Kept:
-    found: list[tuple[dict[str, Any], dict[str, Any]]] = [
-        (table, dict(table)) for table in (part._parameters, part._buffers)
-    ]
+    found: list[tuple[Attributes, Attributes]] = [(table, dict(table)) for table in (part._parameters, part._buffers)]
     plain = {name: value for name, value in vars(part).items() if name not in _OF_EVERY_MODULE}
     tensors = [value for _, table in found for value in table.values() if _may_be_written(value)]
     tensors += [value for value in plain.values() if isinstance(value, Tensor) and _may_be_written(value)]
@@ -446,14 +445,14 @@ def _same_alone(run: Callable[[Tensor], Tensor], example: Tensor, outputs: Tenso
 
 
 @torch.no_grad()
-def _state(part: nn.Module) -> dict[str, Any]:
+def _state(part: nn.Module) -> Attributes:
     """What a part has in its tables, copied, and its plain numbers; no tensors that it only shows."""
-    found: dict[str, Any] = {name: value for name, value in vars(part).items() if isinstance(value, _PLAIN)}
+    found: Attributes = {name: value for name, value in vars(part).items() if isinstance(value, _PLAIN)}
     tables = {**part._parameters, **part._buffers}
     return found | {name: value.clone() for name, value in tables.items() if value is not None}
 
 
-def _same_states(one: dict[str, Any], other: dict[str, Any]) -> bool:
+def _same_states(one: Attributes, other: Attributes) -> bool:
     if one.keys() != other.keys():
         return False
     pairs = [(value, other[name]) for name, value in one.items()]

@@ -14,7 +14,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -279,6 +279,11 @@ class Local(Contender):
         return LocalLearner(backbone, modules=plan, objective=objective, precision=self.precision, compile=compile)
 
 
+class _Common(TypedDict):
+    precision: str
+    compile: bool
+
+
 def default_methods(
     *,
     modules: Sequence[int | str | tuple[int, ...]] = (2, 4),
@@ -307,7 +312,7 @@ def default_methods(
     found: list[Contender] = []
     for precision in precisions:
         for compiled in (False, True) if compile else (False,):
-            common: dict[str, Any] = {"precision": precision, "compile": compiled}
+            common: _Common = {"precision": precision, "compile": compiled}
             found += [PlainLoop(**common), PlainLoop(checkpoint=True, **common)]
             if compiled:
                 found += [PlainLoop(budget=budget, **common) for budget in budgets]

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -22,8 +23,9 @@ from localgrad.app.recipe import ModelSettings
 from localgrad.backbones.base import Backbone, split
 from localgrad.compare.contenders import Contender, Local, Stage, default_methods
 from localgrad.compare.plots import check_output_file, check_path, plot_timeline, plot_trade_off
-from localgrad.compare.side_by_side import Comparison, Report, Row, compare
+from localgrad.compare.side_by_side import About, Comparison, Report, Row, compare
 from localgrad.errors import LocalgradError, PartitionError, RecipeError, did_you_mean
+from localgrad.formats import Json
 from localgrad.learner import num_parameters
 from localgrad.objectives.auxiliary import DECODERS
 from localgrad.objectives.methods import OBJECTIVES
@@ -124,7 +126,7 @@ def run(settings: Settings, report: Report) -> Comparison:
         if isinstance(method, Local):
             with _renamed("--plan" if isinstance(method.modules, Plan) else "--modules", "modules", "plan"):
                 method.check(backbone)
-    about = {
+    about: About = {
         "model": settings.model,
         "input_size": list(size),
         "num_classes": info.num_classes,
@@ -148,6 +150,7 @@ def run(settings: Settings, report: Report) -> Comparison:
         repeats=settings.repeats,
         warmup=settings.warmup,
         estimate_only=settings.estimate_only,
+        timelines=settings.timeline is not None,
         about=about,
         report=report,
     )
@@ -160,7 +163,7 @@ def run(settings: Settings, report: Report) -> Comparison:
     return comparison
 
 
-def _json_value(value: object) -> object:
+def _json_value(value: Any) -> Json:
     if isinstance(value, Path):
         return str(value)
     return [_json_value(item) for item in value] if isinstance(value, tuple) else value
@@ -234,7 +237,7 @@ def _notes_of_plans(
             "num_parameters": num_parameters(backbone),
         }
         different = plan.differences(here)
-        if "parallel" in plan.forecast:
+        if plan.is_for_ranks:
             different.append("several processes, here one")
         if different:
             notes.append(f"plan {path.stem}: made for {'; '.join(different)}: its own forecast isn't one of this row.")

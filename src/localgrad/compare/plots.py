@@ -1,13 +1,14 @@
 """Two pictures of a comparison: the trade-off of peak memory against step time, and the memory timeline.
 
-matplotlib is used by its objects, on the Agg and SVG canvases: no global state, no window. Colours are Okabe and Ito's,
-which people with any colour vision can tell apart; shapes say the same once more.
+matplotlib (extra ``plots``) is used by its objects, on the Agg and SVG canvases: no global state, no window. Colours
+are Okabe and Ito's, which people with any colour vision can tell apart; shapes say the same once more.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +36,14 @@ def check_path(option: str, path: Path) -> None:
     """Refuse a file that a plot couldn't be written to, before there is anything to lose.
 
     Raises:
-        RecipeError: not PNG or SVG, or no such folder, or it can't be written.
+        RecipeError: not PNG or SVG, or no such folder, or it can't be written; or matplotlib isn't installed.
     """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        raise RecipeError(
+            f"{option}: pictures need matplotlib, which isn't installed; pip install 'localgrad[plots]'."
+        ) from None
     if path.suffix.lower() not in SUFFIXES:
         raise RecipeError(f"{option}: {str(path)!r} is neither .png nor .svg; take {path.stem or 'plot'}.png.")
     check_output_file(option, path)
@@ -228,12 +235,12 @@ def _list_rows(axes: Axes, numbered: Sequence[tuple[int, Row]]) -> None:
     size = 9.5 if len(numbered) <= 20 else 9.5 * 20 / len(numbered)
     step = 0.049 * size / 9.5
     for place, (number, row) in enumerate(numbered):
-        style: dict[str, Any] = {"transform": axes.transAxes, "fontsize": size, "va": "top", "clip_on": False}
+        write = partial(axes.text, transform=axes.transAxes, fontsize=size, va="top", clip_on=False)
         colour = FAMILIES[row.family][0]
         weight = "bold" if row.is_pareto else "normal"
         height = 1.0 - place * step
-        axes.text(1.12, height, str(number), color=colour, weight=weight, ha="right", **style)
-        axes.text(1.135, height, row.name, color=colour, weight=weight, ha="left", **style)
+        write(1.12, height, str(number), color=colour, weight=weight, ha="right")
+        write(1.135, height, row.name, color=colour, weight=weight, ha="left")
 
 
 def _place_numbers(figure: Figure, axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:

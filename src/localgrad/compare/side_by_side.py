@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from torch import Tensor
 from localgrad.compare.contenders import END_TO_END, Contender, Local, Runner, Stage
 from localgrad.compare.measuring import peak_of, timed
 from localgrad.errors import MemoryExceeded, RecipeError, reason_of
+from localgrad.formats import Json, check_format
 from localgrad.memory.track import MemoryProfile
 from localgrad.objectives.base import LocalBatch
 from localgrad.step.executor import out_of_memory
@@ -97,6 +98,25 @@ class Row:
         return self.estimated_peak_bytes if self.measured_peak_bytes is None else self.measured_peak_bytes
 
 
+class About(TypedDict, total=False):
+    """Under which circumstances a comparison was made; what isn't known is left out."""
+
+    model: str
+    input_size: list[int]
+    num_classes: int
+    batch_size: int
+    data: str
+    device: str
+    device_type: str
+    num_threads: int
+    versions: dict[str, str]
+    date: str
+    command: str
+    settings: dict[str, Json]
+    notes: list[str]
+    is_interrupted: bool
+
+
 @dataclass(kw_only=True)
 class Comparison:
     """The rows, and under which circumstances they were found.
@@ -104,16 +124,20 @@ class Comparison:
     Attributes:
         about: model, batch size, device, versions, date, command, settings.
         rows: one a method.
-        timelines: for some methods, bytes alive over one estimated step: (share of its operators, bytes).
+        timelines: where they were asked for, of some methods: bytes alive over one estimated step, as (share of its
+            operators, bytes).
     """
 
-    about: dict[str, Any]
+    about: About
     rows: list[Row]
-    timelines: dict[str, Timeline]
+    timelines: dict[str, Timeline] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Everything, as JSON text."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n"
+        values = {"format": FORMAT, **asdict(self)}
+        if not self.timelines:
+            del values["timelines"]
+        return json.dumps(values, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Comparison:
@@ -124,13 +148,13 @@ class Comparison:
         """
         try:
             values = json.loads(text)
-            if values["format"] != FORMAT:
-                raise RecipeError(f"comparison: format {values['format']}, but this version reads {FORMAT}.")
+            check_format("comparison", values["format"], FORMAT, RecipeError, oldest=FORMAT)
             return cls(
                 about=values["about"],
                 rows=[Row(**{name: _restored(name, value) for name, value in row.items()}) for row in values["rows"]],
                 timelines={
-                    name: [(float(x), int(y)) for x, y in points] for name, points in values["timelines"].items()
+                    name: [(float(x), int(y)) for x, y in points]
+                    for name, points in values.get("timelines", {}).items()
                 },
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -152,7 +176,8 @@ def compare(
     repeats: int = 3,
     warmup: int = 1,
     estimate_only: bool = False,
-    about: Mapping[str, Any] | None = None,
+    timelines: bool = False,
+    about: About | None = None,
     report: Report = lambda *_: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Comparison:
@@ -166,6 +191,7 @@ def compare(
         repeats: timed turns of every method.
         warmup: steps of each method before its memory is measured.
         estimate_only: run nothing.
+        timelines: keep the bytes alive over one step of the methods that are worth drawing.
         about: circumstances to be kept with the result.
         report: called once a turn.
         clock: in seconds.
@@ -193,9 +219,9 @@ def compare(
         except KeyboardInterrupt:  # hours of work may be behind it: what was measured is told
             is_interrupted = True
     summarise(rows, stage.batch_size)
-    told = [name for name in _worth_drawing(rows) if name in profiles]
-    timelines = {name: envelope(profiles[name].timeline, TIMELINE_BINS) for name in told}
-    return Comparison(about={**(about or {}), "is_interrupted": is_interrupted}, rows=rows, timelines=timelines)
+    told = [name for name in _worth_drawing(rows) if name in profiles] if timelines else []
+    drawn = {name: envelope(profiles[name].timeline, TIMELINE_BINS) for name in told}
+    return Comparison(about={**(about or About()), "is_interrupted": is_interrupted}, rows=rows, timelines=drawn)
 
 
 def _row(method: Contender) -> Row:

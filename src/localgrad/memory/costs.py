@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
+from localgrad.formats import Json
 from localgrad.partition import Checkpointing, Plan
 
 WAYS = tuple(map(Checkpointing.parse, ("none", "blocks", "blocks/8", "halves", "halves/2", "halves/4", "halves/8")))
@@ -124,12 +125,12 @@ class Costs:
     images: int
     uses: list[str]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         """All of it as plain values."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Costs:
+    def from_dict(cls, values: Any) -> Costs:
         """Take up what ``to_dict`` gave."""
         parts, leading = ([[PartCost(*cost) for cost in row] for row in values[key]] for key in ("parts", "leading"))
         heads = [Head(PartCost(*cost), *others) for cost, *others in values["heads"]]

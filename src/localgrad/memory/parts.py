@@ -29,6 +29,7 @@ from torch.utils.flop_counter import flop_registry
 from localgrad.backbones.base import Backbone
 from localgrad.backbones.fake import FakeTensorMode, by_shapes_alone, copies_within, fake_copy
 from localgrad.backbones.halves import Branch, Piece, find_pieces, signature, whole_block
+from localgrad.backbones.namespaces import Kwargs
 from localgrad.memory.costs import WAYS, Costs, CostSettings, Head, PartCost
 from localgrad.memory.track import CUDA_ROUNDING, Tracker, autocast_of, choose_foreach, rounded, without_collector
 from localgrad.objectives.base import ContextSupply, LocalBatch, LocalObjective, Site
@@ -140,12 +141,12 @@ class _Meter(Tracker):  # type: ignore[no-untyped-call]
         self.rates = rates
         self.seconds = 0.0
 
-    def ran(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    def ran(self, func: Any, args: tuple[Any, ...], kwargs: Kwargs, result: Any) -> None:
         """Add the time of an operator."""
         if not func.is_view and func not in _FREE:
             self.seconds += self._time(func, args, kwargs, result)
 
-    def _time(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> float:
+    def _time(self, func: Any, args: tuple[Any, ...], kwargs: Kwargs, result: Any) -> float:
         tensors = [item for value in (*args, result) for item in _tensors_of(value)]
         rates, traffic = self.rates, sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         time = max(traffic / rates.bytes, rates.launch_seconds)

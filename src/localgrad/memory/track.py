@@ -65,6 +65,7 @@ from localgrad.backbones.fake import (
     fake_copy_with_memo,
     quick_view,
 )
+from localgrad.backbones.namespaces import Kwargs
 
 T = TypeVar("T")
 
@@ -342,7 +343,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._hooks.clear()
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Kwargs | None = None
     ) -> Any:
         """Run one operator, and count what it touched and what it made."""
         if func is _DEVICE_OF and isinstance(args[0], FakeTensor):  # a question, asked twice for each operator
@@ -356,10 +357,10 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.ran(func, args, kwargs or {}, result)
         return result
 
-    def ran(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    def ran(self, func: Any, args: tuple[Any, ...], kwargs: Kwargs, result: Any) -> None:
         """An operator ran; for those who want to know more of it than its memory."""
 
-    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: Kwargs | None) -> Any:
         for argument in args:
             if isinstance(argument, Tensor):
                 self._touch(argument)
@@ -404,7 +405,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._remove(storage._cdata, entry)
             self._add(storage, entry.category, was_there=False)
 
-    def _made_in_full(self, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Tensor) -> None:
+    def _made_in_full(self, args: tuple[Any, ...], kwargs: Kwargs, loss: Tensor) -> None:
         """Count what the kernel of a loss takes, and gives as the storage of its scalar; fake kernels show neither."""
         reduction = args[2] if len(args) > 2 else kwargs.get("reduction", 1)
         if reduction == 0 or loss.untyped_storage()._cdata in self._alive:
@@ -444,7 +445,7 @@ class CudaAutocast(TorchFunctionMode):
     _in_float32 = frozenset(IN_FLOAT32.split())
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Kwargs | None = None
     ) -> Any:
         """Call a function, its inputs cast where CUDA would."""
         kwargs = kwargs or {}

@@ -55,7 +55,11 @@ class OtherBuffers:
                 self._last[number] = value, value._version
 
 
-def _other_buffers(average: nn.Module, model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor, bool]]:
+Buffers = dict[str, Tensor | None]
+"""A module's table of them."""
+
+
+def _other_buffers(average: nn.Module, model: nn.Module) -> Iterator[tuple[Buffers, str, Tensor, bool]]:
     """The other buffers: the average's table and the name in it, the model's buffer, whether a state dict shows it."""
     for own, part in zip(average.modules(), model.modules(), strict=True):
         kept = {*(_STATISTICS if isinstance(part, _NormBase) else ()), *_vectors_of(own)}
@@ -64,7 +68,7 @@ def _other_buffers(average: nn.Module, model: nn.Module) -> Iterator[tuple[dict[
                 yield own._buffers, name, value, name not in part._non_persistent_buffers_set
 
 
-def _copy_buffer(table: dict[str, Any], name: str, value: Tensor) -> None:
+def _copy_buffer(table: Buffers, name: str, value: Tensor) -> None:
     """Let a buffer be as another one is; in its own memory, where it has the shape."""
     own = table.get(name)
     if own is None or (own.shape, own.dtype) != (value.shape, value.dtype):

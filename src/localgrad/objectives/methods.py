@@ -428,7 +428,7 @@ def _is_on(weight: Weight) -> bool:
     return weight not in (0, (0, 0), [0, 0])
 
 
-def _for_depth(site: Site, options: Options) -> dict[str, Any]:
+def _for_depth(site: Site, options: Options) -> Options:
     """Options in which a pair of whole numbers is its value at this depth."""
     pairs = {
         name: round(site.weight(tuple(value)))

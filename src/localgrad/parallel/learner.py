@@ -8,8 +8,8 @@ on processors that round alike. ``whole_state_dict()`` gathers the model.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from localgrad.backbones.base import Layout
 from localgrad.backbones.fake import by_shapes_alone, copy_without_hooks, fake_copy
+from localgrad.backbones.namespaces import Attributes
 from localgrad.errors import ParallelError, RecipeError
 from localgrad.learner import Factories, LocalLearner, make_ema, no_optimizers
 from localgrad.objectives.auxiliary import NextClassifier
@@ -31,7 +32,10 @@ from localgrad.step.checks import check_labels
 from localgrad.step.local_module import CONTEXT_GRID, LocalModule, observed_parts, site_of
 from localgrad.step.local_step import LocalStep, autocast, check_precision
 from localgrad.step.sharding import OwnRows, check_shardable, gathered, made_whole, put, release, shard, swap
-from localgrad.step.states import describe
+from localgrad.step.states import LearnerPart, LearnerState, describe
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 class ParallelLearner(LocalLearner):
@@ -143,7 +147,7 @@ class ParallelLearner(LocalLearner):
             if index not in self.own:
                 module.to("meta")  # shapes stay, for checks of checkpoints
         for table, tensors in kept:  # some parts belong to several modules, such as tables of rotations
-            cast(dict[str, Any], table).update(tensors)
+            cast(Attributes, table).update(tensors)
         for index in self.own:
             self.modules[index].to(self.team.device)
         self.backbone.follow_parts()
@@ -344,7 +348,7 @@ class ParallelLearner(LocalLearner):
 
     # ------------------------------------------------------------------------------------------------- state
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> LearnerPart:  # type: ignore[override]  # of this process, not of the whole
         """This process's part of the state, ``merged`` makes the whole of all. Replicas call this together."""
         steps = self._executor.steps if self._executor else ()
         own = list(self.own)
@@ -438,7 +442,7 @@ def unread_parameters(module: LocalModule, site: Site, dtype: torch.dtype) -> li
     return [name for name, weight in fake.named_parameters() if weight.requires_grad and weight.grad is None]
 
 
-def merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def merged(parts: Sequence[LearnerPart]) -> LearnerState:
     """The state of a whole learner, made of the parts of all ranks in order.
 
     Args:
@@ -447,23 +451,31 @@ def merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     Returns:
         As from ``LocalLearner.state_dict``.
     """
-
-    def listed(key: str) -> list[Any]:
-        found = {index: value for part in parts for index, value in part[key].items()}
-        return [found[index] for index in sorted(found)]
-
-    def joined(key: str) -> dict[str, Tensor]:
-        return {name: value for part in parts for name, value in part[key].items()}
-
     first = parts[0]
-    kept = {"objective": first["objective"], "optimizer_classes": listed("optimizer_classes")}
-    return {
-        **(kept if "objective" in first else {}),
-        **{key: first[key] for key in ("num_steps", "seed", "boundaries")},
-        **{key: listed(key) for key in ("objectives", "optimizers", "scalers")},
-        "model": joined("model"),
-        "averaged_model": None if first["averaged_model"] is None else joined("averaged_model"),
+    averages = [part["averaged_model"] for part in parts]
+    whole: LearnerState = {
+        "model": _joined(part["model"] for part in parts),
+        "objectives": _listed(part["objectives"] for part in parts),
+        "optimizers": _listed(part["optimizers"] for part in parts),
+        "scalers": _listed(part["scalers"] for part in parts),
+        "averaged_model": None if averages[0] is None else _joined(own for own in averages if own is not None),
+        "num_steps": first["num_steps"],
+        "seed": first["seed"],
+        "boundaries": first["boundaries"],
     }
+    if "objective" in first:
+        whole["objective"] = first["objective"]
+        whole["optimizer_classes"] = _listed(part["optimizer_classes"] for part in parts)
+    return whole
+
+
+def _joined(parts: Iterable[Mapping[K, V]]) -> dict[K, V]:
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def _listed(parts: Iterable[Mapping[int, V]]) -> list[V]:
+    """What each local module has, in their order."""
+    return [value for _, value in sorted(_joined(parts).items(), key=lambda pair: pair[0])]
 
 
 def shares_of(costs: Sequence[int], num_ranks: int) -> tuple[range, ...]:

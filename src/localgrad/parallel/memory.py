@@ -18,7 +18,7 @@ from localgrad.objectives.base import LocalBatch, Site
 from localgrad.parallel.learner import ParallelLearner
 from localgrad.step.executor import SequentialExecutor
 from localgrad.step.local_module import CONTEXT_GRID, LocalModule, LocalOutput
-from localgrad.step.local_step import HandOn, LocalStep
+from localgrad.step.local_step import HandOn, LocalStep, StepSettings
 from localgrad.step.sharding import OwnRows
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ class _ShareStep:
     site: Site
     first: int
     uses: list[frozenset[str]]
-    settings: dict[str, Any]
+    settings: StepSettings
     batch_size: int
     dtype: torch.dtype
     factory: Factories

@@ -25,7 +25,6 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache, partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -37,7 +36,17 @@ from localgrad.memory.costs import WAYS, Choice, Costs, CostSettings, interpolat
 from localgrad.memory.parts import measure_costs
 from localgrad.memory.track import MemoryProfile
 from localgrad.objectives.methods import Objective
-from localgrad.partition import Boundaries, Checkpointing, Plan, Request, resolve
+from localgrad.partition import (
+    Boundaries,
+    Checkpointing,
+    Forecast,
+    ModuleForecast,
+    Plan,
+    Request,
+    Rival,
+    forecast_of,
+    resolve,
+)
 from localgrad.planning.search import UNLIMITED, Solution, fastest, frontier, smallest
 from localgrad.step.local_module import observed_parts
 from localgrad.units import format_bytes, parse_bytes
@@ -239,7 +248,7 @@ def plan_to_budget(task: Task, batch_size: int, budget: int | None = None) -> Pl
         budget: bytes; by default no limit.
 
     Returns:
-        The plan, with its forecast: see ``Plan.forecast``.
+        The plan, with its forecast.
 
     Raises:
         BudgetError: no plan fits; the message says the least that does, and what to change.
@@ -279,14 +288,14 @@ def _within(search: Search, batch_size: int, budget: int) -> Plan | None:
         if solution is None:
             break
         plan = confirmed(task, search, solution, batch_size, budget)
-        excess = plan.forecast["peak_bytes"] - usable
+        excess = forecast_of(plan).peak_bytes - usable
         if excess <= 0:
             return plan
         limit = search.peak(solution) - excess
     least = search.smallest()  # what was taken off for others need not be true of this one, and it may need less
     if search.peak(least) <= 1.1 * usable:
         plan = confirmed(task, search, least, batch_size, budget)
-        if plan.forecast["peak_bytes"] <= usable:
+        if forecast_of(plan).peak_bytes <= usable:
             return plan
     return None
 
@@ -299,40 +308,38 @@ def confirmed(task: Task, search: Search, solution: Solution | None, batch_size:
     # Times are told as ratios to end-to-end training on the whole batch, nothing recomputed.
     base = Search(task, task.costs(batch_size)).end_to_end().nanoseconds
     names = task.backbone.block_names
-    modules: list[dict[str, Any]] = []
-    for index, (span, choice) in enumerate(zip(plan.spans, solution.choices, strict=True)):
-        label = f"module {index}"
-        modules.append(
-            {
-                "first_block": names[span.start],
-                "last_block": names[span.stop - 1],
-                "num_blocks": len(span),
-                "checkpoint": str(choice.how),
-                "peak_bytes": profile.peak_by_label[label],
-                "by_category": profile.by_category_of_label[label],
-                "time_share": choice.nanoseconds / solution.nanoseconds,
-            }
+    modules = tuple(
+        ModuleForecast(
+            first_block=names[span.start],
+            last_block=names[span.stop - 1],
+            num_blocks=len(span),
+            checkpoint=str(choice.how),
+            peak_bytes=profile.peak_by_label[f"module {index}"],
+            by_category=profile.by_category_of_label[f"module {index}"],
+            time_share=choice.nanoseconds / solution.nanoseconds,
         )
+        for index, (span, choice) in enumerate(zip(plan.spans, solution.choices, strict=True))
+    )
     found = None
     if task.global_share and plan.num_modules > 1:
         usable = UNLIMITED if budget is None else task.margin.usable(budget)
         found = _global_steps(task, search, plan, batch_size, usable)
     time = mean_nanoseconds(task, search.costs, solution, found)
     peak = max(profile.peak_bytes, 0 if found is None else found.peak_bytes)
-    forecast = {
-        "peak_bytes": peak,
-        "composed_peak_bytes": search.peak(solution),
-        "static_bytes": profile.static_bytes,
-        "needed_bytes": task.margin.needed(peak),
-        "budget_bytes": budget,
-        "time_ratio": time / base,
-        **({} if found is None else {"global_checkpoint": str(found.how), "global_peak_bytes": found.peak_bytes}),
-        "modules": modules,
-        "peak_module": max(range(len(modules)), key=lambda index: modules[index]["peak_bytes"]),
-        "rivals": _rivals(task, batch_size, base),
-        "notes": [*task.margin.reasons, *_notes(task, plan)],
-    }
-    return replace(plan, forecast=forecast)
+    forecast = Forecast(
+        peak_bytes=peak,
+        composed_peak_bytes=search.peak(solution),
+        static_bytes=profile.static_bytes,
+        needed_bytes=task.margin.needed(peak),
+        budget_bytes=budget,
+        time_ratio=time / base,
+        global_peak_bytes=None if found is None else found.peak_bytes,
+        modules=modules,
+        peak_module=max(range(len(modules)), key=lambda index: modules[index].peak_bytes),
+        rivals=_rivals(task, batch_size, base),
+        notes=(*task.margin.reasons, *_notes(task, plan)),
+    )
+    return replace(plan, global_checkpoint=None if found is None else found.how, forecast=forecast)
 
 
 def mean_nanoseconds(task: Task, costs: Costs, solution: Solution, global_step: Choice | None) -> float:
@@ -392,14 +399,14 @@ def looks_at_whole_batches(task: Task) -> bool:
     return task.objective.compares_images or any(seen.sees_batches for _, _, seen in observed_parts(task.backbone))
 
 
-def _rivals(task: Task, batch_size: int, base: int) -> list[dict[str, Any]]:
+def _rivals(task: Task, batch_size: int, base: int) -> tuple[Rival, ...]:
     """What end-to-end training would need: plainly, checkpointed by blocks, and at its best."""
     search = Search(task, task.costs(batch_size))
-    rows = []
-    for name, how in RIVALS.items():
-        solution = search.end_to_end(how)
-        rows.append({"name": name, "peak_bytes": search.peak(solution), "time_ratio": solution.nanoseconds / base})
-    return rows
+    found = [(name, search.end_to_end(how)) for name, how in RIVALS.items()]
+    return tuple(
+        Rival(name=name, peak_bytes=search.peak(solution), time_ratio=solution.nanoseconds / base)
+        for name, solution in found
+    )
 
 
 RIVALS = {
@@ -410,19 +417,35 @@ RIVALS = {
 }
 
 
-def worth_having(task: Task, batch_size: int) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Candidate:
+    """A plan worth having beside others, with composed figures.
+
+    Attributes:
+        boundaries: first block of every local module but the first.
+        checkpoint: what each module recomputes.
+        peak_bytes: of a step.
+        time_ratio: of a step's time, to end-to-end training's.
+    """
+
+    boundaries: Boundaries
+    checkpoint: tuple[Checkpointing, ...]
+    peak_bytes: int
+    time_ratio: float
+
+
+def worth_having(task: Task, batch_size: int) -> list[Candidate]:
     """All plans worth having: fastest first, each next one slower and one per cent smaller; composed figures."""
     check_batch(batch_size)
     search = Search(task, task.costs(batch_size))
     base = search.end_to_end().nanoseconds
     return [
-        {
-            "num_modules": len(solution.choices),
-            "boundaries": list(solution.boundaries),
-            "checkpoint": [str(choice.how) for choice in solution.choices],
-            "peak_bytes": search.peak(solution),
-            "time_ratio": solution.nanoseconds / base,
-        }
+        Candidate(
+            boundaries=solution.boundaries,
+            checkpoint=tuple(choice.how for choice in solution.choices),
+            peak_bytes=search.peak(solution),
+            time_ratio=solution.nanoseconds / base,
+        )
         for solution in search.frontier()
     ]
 
@@ -430,7 +453,22 @@ def worth_having(task: Task, batch_size: int) -> list[dict[str, Any]]:
 # The largest batch -----------------------------------------------------------------------------------------------
 
 
-def largest_batches(task: Task, budget: int) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class LargestBatch:
+    """The largest batch with which a method keeps a budget.
+
+    Attributes:
+        name: of the method.
+        batch_size: images; 0 where not even two fit.
+        time_ratio: time for an image, to that of end-to-end training; ``None`` where nothing fits.
+    """
+
+    name: str
+    batch_size: int
+    time_ratio: float | None = None
+
+
+def largest_batches(task: Task, budget: int) -> list[LargestBatch]:
     """The largest batch that fits a budget, for every method side by side.
 
     Costs grow evenly with the batch: they are measured at two sizes and extended to any. A part's peak may fall to
@@ -441,8 +479,7 @@ def largest_batches(task: Task, budget: int) -> list[dict[str, Any]]:
         budget: bytes.
 
     Returns:
-        For each of the methods, ``name``, ``batch_size`` (0 where not one image fits), and ``time_ratio``: time for an
-        image, to that of end-to-end training. The last row is the best that any plan does.
+        One for each of the methods; the last is the best that any plan does.
     """
     usable = task.margin.usable(budget)
     methods: dict[str, Callable[[Search], Solution | None]] = {
@@ -453,13 +490,13 @@ def largest_batches(task: Task, budget: int) -> list[dict[str, Any]]:
     rows = []
     for name, find in methods.items():
         size = _largest_batch(task, find)
-        row: dict[str, Any] = {"name": name, "batch_size": size, "time_ratio": None}
+        ratio = None
         if size:
             search = Search(task, task.costs(size))
             solution = find(search)
             assert solution is not None
-            row["time_ratio"] = solution.nanoseconds / search.end_to_end().nanoseconds
-        rows.append(row)
+            ratio = solution.nanoseconds / search.end_to_end().nanoseconds
+        rows.append(LargestBatch(name, size, ratio))
     return rows
 
 
@@ -635,8 +672,8 @@ def _is_known_class(kind: type) -> bool:
     return all(map(_is_of_known_package, kind.__mro__))
 
 
-def _is_of_known_package(item: Any) -> bool:
-    package = (item.__module__ or "builtins").split(".", maxsplit=1)[0]
+def _is_of_known_package(item: object) -> bool:
+    package = (getattr(item, "__module__", None) or "builtins").split(".", maxsplit=1)[0]
     return package in {"builtins", "abc", "typing", "collections", "functools", "math", "localgrad", *PACKAGES}
 
 

@@ -16,7 +16,6 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor
 
@@ -25,7 +24,7 @@ from localgrad.errors import BudgetError, PartitionError, RecipeError
 from localgrad.objectives.methods import GreedySupervised
 from localgrad.parallel.packets import Packets
 from localgrad.parallel.schedule import NUM_BUFFERS
-from localgrad.partition import Plan
+from localgrad.partition import Plan, RankForecast, RanksForecast, forecast_of
 from localgrad.planning.budget import Search, Task, at_least, check_batch, confirmed, searches
 from localgrad.planning.search import UNLIMITED, Ranks, Solution, fastest_ranks, smallest_ranks
 from localgrad.step.local_module import CONTEXT_GRID
@@ -96,9 +95,7 @@ def plan_parallel(task: Task, batch_size: int, parallel: Parallel, budget: int |
 
     Returns:
         The plan. Its forecast is that of a step in one process, but ``needed_bytes`` is the largest rank's, and
-        ``parallel`` has ``num_ranks``, ``balance``, ``num_buffers``, ``speed_up`` (over the same plan in one process),
-        ``sent_bytes`` (a step, over each boundary) and ``ranks``, each with ``time_share``, ``peak_bytes``, and its
-        parts ``static_bytes``, ``step_bytes``, ``buffer_bytes``.
+        ``parallel`` tells of the ranks.
 
     Raises:
         BudgetError: no plan fits; the message says the least that does.
@@ -196,32 +193,39 @@ class _RankSearch:
         statics = [self.static_bytes(span.start, span.stop) for span in plan.spans]
         # The labels, which every rank has; and auxiliary nets that grow with the number of modules ahead, which
         # composed costs don't know. Which rank has those isn't told apart, so each is given all that is missing.
-        missing = max(0, plan.forecast["static_bytes"] - sum(statics))
-        rows: list[dict[str, Any]] = []
-        for index, module in enumerate(plan.forecast["modules"]):
+        forecast = forecast_of(plan)
+        missing = max(0, forecast.static_bytes - sum(statics))
+        rows = []
+        for index, module in enumerate(forecast.modules):
             sent = packets[index + 1] if index + 1 < len(packets) else 0
-            parts = {
-                "static_bytes": statics[index] + missing,
-                "step_bytes": module["peak_bytes"] - plan.forecast["static_bytes"],
-                "buffer_bytes": self.buffer_bytes(index, packets[index], sent),
-            }
-            rows.append({"time_share": module["time_share"], "peak_bytes": sum(parts.values()), **parts})
-        forecast = {
-            "num_ranks": len(rows),
-            "balance": self.parallel.balance,
-            "num_buffers": self.parallel.num_buffers,
-            "speed_up": sum(times) / max(times),
-            "sent_bytes": packets[1:],
-            "ranks": rows,
-        }
-        needed = self.task.margin.needed(max(row["peak_bytes"] for row in rows))
-        return replace(plan, forecast={**plan.forecast, "needed_bytes": needed, "parallel": forecast})
+            static, step = statics[index] + missing, module.peak_bytes - forecast.static_bytes
+            buffers = self.buffer_bytes(index, packets[index], sent)
+            rows.append(
+                RankForecast(
+                    time_share=module.time_share,
+                    peak_bytes=static + step + buffers,
+                    static_bytes=static,
+                    step_bytes=step,
+                    buffer_bytes=buffers,
+                )
+            )
+        parallel = RanksForecast(
+            num_ranks=len(rows),
+            balance=self.parallel.balance,
+            num_buffers=self.parallel.num_buffers,
+            speed_up=sum(times) / max(times),
+            sent_bytes=tuple(packets[1:]),
+            ranks=tuple(rows),
+        )
+        needed = self.task.margin.needed(parallel.peak_bytes)
+        return replace(plan, forecast=replace(forecast, needed_bytes=needed, parallel=parallel))
 
 
 def largest_rank(plan: Plan) -> int:
     """Bytes of a confirmed plan's largest rank."""
-    sizes: list[int] = [row["peak_bytes"] for row in plan.forecast["parallel"]["ranks"]]
-    return max(sizes)
+    ranks = forecast_of(plan).parallel
+    assert ranks is not None, "plans for ranks are confirmed with theirs"
+    return ranks.peak_bytes
 
 
 def _ranks_within(ranks: _RankSearch, budget: int) -> Plan | None:
@@ -248,7 +252,7 @@ def _no_plan_for_ranks(ranks: _RankSearch, budget: int) -> BudgetError:
     task, num_ranks = ranks.task, ranks.parallel.num_ranks
     accumulation = ranks.costs.settings.accumulation
     told = f" with the batch in {accumulation} parts" if accumulation > 1 else ""
-    least = at_least(ranks.confirmed(ranks.smallest(), budget).forecast["needed_bytes"])
+    least = at_least(forecast_of(ranks.confirmed(ranks.smallest(), budget)).needed_bytes)
     hints = ["a smaller --batch-size"]
     if num_ranks < ranks.costs.num_blocks and task.modules == num_ranks:
         hints.append(f"--parallel {num_ranks + 1}")

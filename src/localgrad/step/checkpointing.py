@@ -36,6 +36,7 @@ from torch.utils.checkpoint import checkpoint
 
 from localgrad.backbones.fake import TorchDispatchMode
 from localgrad.backbones.halves import DRAW_OF_ROWS, Piece
+from localgrad.backbones.namespaces import Kwargs
 from localgrad.backbones.written import NO_STATE, State, has_hooks, hooks_on_all
 from localgrad.errors import RecipeError
 
@@ -175,7 +176,7 @@ class _RowsOfDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.layouts = iter(layouts)
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Kwargs | None = None
     ) -> Any:
         """Run an operator; replace the draw of a mask."""
         if func is not DRAW_OF_ROWS:

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from localgrad.backbones.base import Backbone
 from localgrad.backbones.fake import FakeTensor
+from localgrad.backbones.namespaces import Attributes
 from localgrad.errors import BackboneError, DataError, RecipeError
 from localgrad.objectives.base import IGNORED, LocalBatch
 
@@ -50,7 +51,7 @@ class Remembered:
             for kind, table in (("module", module._modules), ("parameter", module._parameters))
         ]
         self._names = [(name, kind) for name, kind, _ in tables]
-        self._tables: list[dict[str, Any]] = [table for _, _, table in tables]
+        self._tables: list[Attributes] = [table for _, _, table in tables]
         self._kept = [dict(table) for table in self._tables]
         self._filled = [table for table in self._tables if table]
         self._values = list(self._listed())

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from localgrad.backbones.namespaces import Attributes
 from localgrad.objectives.base import LocalBatch
 from localgrad.step.checkpointing import Recomputed
 from localgrad.step.executor import StepResult
@@ -115,7 +115,7 @@ class _Together(torch.optim.Optimizer):
         super().__init__(parameters, {})
         self.steps = steps
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Attributes:
         """For copies: of its own attributes torch's optimizer hands on none but these."""
         return {**super().__getstate__(), "steps": self.steps}
 

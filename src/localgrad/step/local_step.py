@@ -17,12 +17,13 @@ import inspect
 import types
 from collections.abc import Callable, Iterator, Sequence
 from operator import is_
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from localgrad.backbones.namespaces import Attributes, Kwargs
 from localgrad.backbones.written import Before, Undo, random_state, set_random_state
 from localgrad.errors import DeviceError, RecipeError
 from localgrad.objectives.base import LocalBatch
@@ -39,6 +40,15 @@ HandOn = Callable[[Tensor], None]
 RELATIVE_STEP = {"fp32": 0.003, "bf16": 0.02, "fp16": 0.01}
 """Length of the step of a finite difference, as a share of the length of what it is taken at: above the rounding of
 features in that precision."""
+
+
+class StepSettings(TypedDict):
+    """How every module of a learner is stepped; arguments of ``LocalStep``."""
+
+    precision: str
+    clip_grad: float | None
+    accumulation: int
+    compile: bool
 
 
 class LocalStep:
@@ -96,17 +106,17 @@ class LocalStep:
             # Running statistics are averaged when someone looks at them: ``ParallelLearner.average_statistics``.
             known = inspect.signature(DistributedDataParallel).parameters
             name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-            options: dict[str, Any] = {
+            options: Kwargs = {
                 name: False,
                 "find_unused_parameters": module.has_unread,
             }  # the newer name is since PyTorch 2.15, which warns of the older
             self._forward = self._replicated = DistributedDataParallel(module, process_group=twins, **options)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Attributes:
         """For deep copies: compiled code belongs to the module that it was made of."""
         return {**vars(self), "_forward": None if self._is_compiled else self._forward}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: Attributes) -> None:
         vars(self).update(state)
         if self._is_compiled:
             self._forward = compiled_alone(self.module)

@@ -38,6 +38,10 @@ doesn't know: they fail, hang, or compute something else.
 """
 
 
+OptimizerState = dict[str, Any]
+"""What PyTorch's optimizers give and take as their state: its shape is theirs."""
+
+
 def shard(module: nn.Module, twins: DeviceMesh) -> None:
     """Share a module's parameters out among the processes that have it alike.
 
@@ -118,7 +122,7 @@ def put(target: Tensor, value: Tensor) -> None:
     target.copy_(own_rows(value, target))
 
 
-def put_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def put_optimizer(optimizer: torch.optim.Optimizer, state: OptimizerState) -> None:
     """Load an optimizer's whole state dict, of whose tensors it may have rows: those of its parameters' shape."""
     parameters = [weight for group in optimizer.param_groups for weight in group["params"]]
     if not any(map(is_sharded, parameters)):
@@ -157,6 +161,6 @@ class OwnRows(nn.Module):
         super().__init__()
         self.parts = nn.ModuleList(parts)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # torch overloads it
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]  # torch overloads it
         """As of any module, but for rows."""
         return {name: rows_of(value) for name, value in super().state_dict(*args, **kwargs).items()}

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from localgrad.errors import CheckpointError
+from localgrad.formats import Json
 from localgrad.objectives.methods import Objective
+from localgrad.step.sharding import OptimizerState
 
 LIKE_PARAMETERS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 """What optimizers of torch and timm keep in a parameter's own shape."""
@@ -20,9 +22,54 @@ OF_OTHERS = {"params", "param_names", "initial_lr", "lr_scale"}
 """What a group of parameters has from others than its optimizer's class: schedulers, timm."""
 
 
-def describe(objective: Objective) -> dict[str, Any]:
+class ObjectiveName(TypedDict):
     """An objective in plain values: its class, and those of its options that aren't the default."""
-    options = {}
+
+    name: str
+    options: dict[str, Json]
+
+
+class LearnerState(TypedDict):
+    """Everything that a resumed run needs of a learner; the last two aren't in checkpoints of before they were kept."""
+
+    model: dict[str, Tensor]
+    objectives: list[dict[str, Tensor]]
+    optimizers: list[OptimizerState]
+    scalers: list[dict[str, float]]
+    averaged_model: dict[str, Tensor] | None
+    num_steps: int
+    seed: int
+    boundaries: list[int]
+    objective: NotRequired[ObjectiveName]
+    optimizer_classes: NotRequired[list[str]]
+
+
+class LearnerPart(TypedDict):
+    """One process's part of that, lists by the number of the local module."""
+
+    model: dict[str, Tensor]
+    objectives: dict[int, dict[str, Tensor]]
+    optimizers: dict[int, OptimizerState]
+    scalers: dict[int, dict[str, float]]
+    averaged_model: dict[str, Tensor] | None
+    num_steps: int
+    seed: int
+    boundaries: list[int]
+    objective: NotRequired[ObjectiveName]
+    optimizer_classes: NotRequired[dict[int, str]]
+
+
+class StepState(TypedDict):
+    """The optimizer and loss scale of one local module's step."""
+
+    optimizer: OptimizerState
+    scaler: dict[str, float]
+    optimizer_class: NotRequired[str]
+
+
+def describe(objective: Objective) -> ObjectiveName:
+    """An objective in plain values."""
+    options: dict[str, Json] = {}
     for field in dataclasses.fields(objective):
         value, default = getattr(objective, field.name), field.default
         if field.default_factory is not dataclasses.MISSING:

@@ -40,6 +40,7 @@ import torch
 from torch import Tensor
 
 from localgrad.errors import RunFolderError
+from localgrad.formats import Json
 from localgrad.training.fingerprint import raw_bytes
 from localgrad.units import format_bytes
 
@@ -207,7 +208,7 @@ def row_bytes(num_values: int, num_label_classes: int | None) -> int:
     return num_values * STORED.itemsize + label + torch.int64.itemsize
 
 
-def _write_part(folder: Path, name: str, batches: Iterable[Rows]) -> dict[str, Any]:
+def _write_part(folder: Path, name: str, batches: Iterable[Rows]) -> dict[str, Json]:
     """Write one part's arrays and describe them."""
     shapes: dict[str, tuple[torch.dtype, list[int]]] = {}
     num_rows, made_in, digests = 0, set(), {kind: hashlib.sha256() for kind in ARRAYS}
@@ -227,7 +228,7 @@ def _write_part(folder: Path, name: str, batches: Iterable[Rows]) -> dict[str, A
         for file in files.values():
             _flush(file)
     assert len(made_in) == 1, "a part has rows, all made in one dtype"
-    described: dict[str, Any] = {
+    described: dict[str, Json] = {
         kind: {"dtype": str(dtype), "shape": [num_rows, *shape], "sha256": digests[kind].hexdigest()}
         for kind, (dtype, shape) in shapes.items()
     }

@@ -8,13 +8,16 @@ of ``SAMPLE`` images of each part, spread evenly.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from localgrad.training.data import FileImages, ImageSet, InMemoryImages, Splits
+from localgrad.errors import DataError
+from localgrad.formats import Json, check_format
+from localgrad.training.data import DataInfo, FileImages, ImageSet, InMemoryImages, Splits
+from localgrad.training.saved import RUN_FORMAT
 
 SAMPLE = 1024
 _OF_PLACE = ("name", "notes", "num_skipped", "skipped")
@@ -47,21 +50,48 @@ def raw_bytes(tensor: Tensor) -> Any:
     return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def differences(known: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """In what two descriptions of data sets differ, wherever they lie.
+@dataclass(frozen=True)
+class DataDescription:
+    """What a run knows of its data, as its ``data.json`` holds it.
 
-    Args:
-        known: the values of a run's ``data.json``.
-        found: those of the data at hand.
-
-    Returns:
-        The keys. Without a fingerprint in ``known`` (older versions wrote none), classes, counts, sizes, mean and
-        standard deviation are compared.
+    Attributes:
+        info: all but the images.
+        fingerprint: of the images and labels; ``None`` where an older version wrote none.
     """
-    if "fingerprint" in known:
-        return [] if known["fingerprint"] == found["fingerprint"] else ["fingerprint"]
-    return [key for key, value in known.items() if key not in _OF_PLACE and _as_list(value) != _as_list(found.get(key))]
+
+    info: DataInfo
+    fingerprint: str | None
+
+    def to_dict(self) -> dict[str, Json]:
+        """Plain values, side by side."""
+        return {"format": RUN_FORMAT, **asdict(self.info), "fingerprint": self.fingerprint}
+
+    @classmethod
+    def from_dict(cls, values: Any) -> DataDescription:
+        """Take up what ``to_dict`` gave, in this version or an older one.
+
+        Raises:
+            TypeError: they are no description, or lack something.
+            DataError: they are of a newer version.
+        """
+        check_format("data.json", values.pop("format", 1), RUN_FORMAT, DataError)
+        fingerprint = values.pop("fingerprint", None)
+        return cls(DataInfo(**{key: _with_tuples(value) for key, value in values.items()}), fingerprint)
+
+    def differences(self, found: DataDescription) -> list[str]:
+        """In what other data differ from these, wherever they lie.
+
+        Args:
+            found: the data at hand.
+
+        Returns:
+            The keys. Without a fingerprint here, classes, counts, sizes, mean and standard deviation are compared.
+        """
+        if self.fingerprint is not None:
+            return [] if self.fingerprint == found.fingerprint else ["fingerprint"]
+        keys = [each.name for each in fields(DataInfo) if each.name not in _OF_PLACE]
+        return [key for key in keys if getattr(self.info, key) != getattr(found.info, key)]
 
 
-def _as_list(value: Any) -> Any:
-    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+def _with_tuples(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

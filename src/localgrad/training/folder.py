@@ -43,7 +43,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -51,9 +51,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from localgrad.errors import CheckpointError, RunFolderError, RunWarning, reason_of
+from localgrad.formats import check_format
+from localgrad.step.states import LearnerPart
+from localgrad.training.saved import Checkpoint, Kept, Standing
 
 FORMAT = 2
-"""Version of ``last.pt``; a checkpoint of another version is refused."""
+"""Version of ``last.pt``; 2 is that of 0.1.0."""
 
 _UNFINISHED = re.compile(r"\.[a-z0-9-]+\.(toml|json|jsonl|pt|safetensors)\.\w{8}")
 _DAMAGED = (ValueError, KeyError, IndexError, AttributeError, TypeError, AssertionError)
@@ -64,7 +67,7 @@ _NO_ZIP = (zipfile.BadZipFile, NotImplementedError, struct.error, zlib.error, Ov
 KEPT = ("recipe.toml", "data.json")
 """Text files that every checkpoint keeps a copy of, beside the lines of ``metrics.jsonl``."""
 _SUMS = "checkpoints/checksums.json"
-Agree = Callable[[Mapping[str, Any]], str | None]
+Agree = Callable[[Checkpoint], str | None]
 """Given a checkpoint: why it is none of this run, or ``None``."""
 
 
@@ -84,7 +87,7 @@ class RunFolder:
 
     def __init__(self, path: Path, *, is_guest: bool = False) -> None:
         self.path = path
-        self.kept: dict[str, Any] = {}
+        self.kept: Kept = {}
         self._last_is_sound = False
         self._parts_of_last: tuple[str, ...] = ()
         self._lock: IO[str] | None = None
@@ -161,15 +164,15 @@ class RunFolder:
         """Write a JSON file, whole or not at all."""
         self.write_text(name, json.dumps(values, indent=2) + "\n")
 
-    def save_last(self, state: Mapping[str, Any]) -> None:
+    def save_last(self, state: Standing) -> None:
         """Write the checkpoint to resume from; the one that was it is the one before now."""
         self.commit(state, ())
 
-    def save_part(self, name: str, state: Mapping[str, Any]) -> None:
+    def save_part(self, name: str, state: LearnerPart) -> None:
         """Write one process's part of a checkpoint; it counts once ``commit`` names it."""
         write_atomically(self.path / "checkpoints" / name, lambda path: torch.save(dict(state), path))
 
-    def commit(self, state: Mapping[str, Any], parts: Sequence[str]) -> None:
+    def commit(self, state: Standing, parts: Sequence[str]) -> None:
         """Make parts that lie there the checkpoint to resume from, and remove those of older ones.
 
         Args:
@@ -209,7 +212,7 @@ class RunFolder:
             if path.name not in but:
                 path.unlink(missing_ok=True)
 
-    def load_last(self, agree: Agree = lambda state: None) -> dict[str, Any]:
+    def load_last(self, agree: Agree = lambda state: None) -> Checkpoint:
         """Read the checkpoint to resume from, on the CPU; of a parallel run, with its ``parts``, a list of states.
 
         Where the last one is missing, damaged or another run's, that is the one before.
@@ -273,22 +276,20 @@ def _without_advice(error: CheckpointError) -> str:
     return re.split("; (?:restore|start)", str(error))[0].rstrip(".")
 
 
-def kept_of(state: Mapping[str, Any]) -> dict[str, Any]:
+def kept_of(state: Checkpoint) -> Kept:
     """What a checkpoint keeps of other files; one of an older version keeps nothing."""
     kept = state.get("kept")
     return dict(kept) if isinstance(kept, dict) else {}
 
 
-def _load_checkpoint(path: Path) -> dict[str, Any]:
+def _load_checkpoint(path: Path) -> Checkpoint:
     """A checkpoint without its parts."""
     if not path.exists():
         raise CheckpointError(f"checkpoint {path}: there is none; start the run again without --resume.")
     state = _load_torch(path)
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        found = state.get("format") if isinstance(state, dict) else None
-        raise CheckpointError(f"checkpoint {path}: its format is {found!r}, this version reads {FORMAT}.")
-    checked: dict[str, Any] = state
-    return checked
+    found = state.get("format") if isinstance(state, dict) else None
+    check_format(f"checkpoint {path}", found, FORMAT, CheckpointError, oldest=2)
+    return cast(Checkpoint, state)
 
 
 def _load_torch(path: Path) -> Any:

@@ -27,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast, final
+from typing import Any, Literal, TypedDict, cast, final
 
 import torch
 from torch import Tensor
@@ -74,6 +74,13 @@ class Skipped:
     def add(self, name: str, error: Unreadable) -> None:
         """Note an image that was left out, once."""
         self.images[name] = f"corrupt: {error.reason}" if error.kind == "corrupt" else error.reason
+
+
+class Cell(TypedDict):
+    """An image in a table of Hugging Face's: its file's bytes, or where the file is."""
+
+    bytes: bytes | None
+    path: str | None
 
 
 def skipped_table(skipped: Mapping[str, Skipped], before: str = "") -> str:
@@ -230,11 +237,10 @@ class FilesInTable(ImageFiles):
         """Fetch the cells at ``rows``; see `ImageFiles.encoded`."""
         cells = self.table[list(rows)][self.column].to_pylist()
         return [
-            self._name_and_bytes(row, cell or {"bytes": b"", "path": None})
-            for row, cell in zip(rows, cells, strict=True)
+            self._name_and_bytes(row, cell or Cell(bytes=b"", path=None)) for row, cell in zip(rows, cells, strict=True)
         ]
 
-    def _name_and_bytes(self, row: int, cell: dict[str, Any]) -> tuple[str, bytes]:
+    def _name_and_bytes(self, row: int, cell: Cell) -> tuple[str, bytes]:
         label = f"{self.name}, row {row}" + (f" ({cell['path']})" if cell["path"] else "")
         if cell["bytes"] is None and cell["path"]:
             return label, bytes_of(os.path.join(self.folder, cell["path"]))  # noqa: PTH118  # a str, as torchvision's

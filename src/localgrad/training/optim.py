@@ -81,7 +81,7 @@ class OptimizerFactory:
         free = [p for p in parameters if p.ndim <= 1 or id(p) in self._undecayed or is_exempt_from_decay(p)]
         known = set(map(id, free))
         decayed = [p for p in parameters if id(p) not in known]
-        groups: list[dict[str, Any]] = [
+        groups: list[dict[str, list[nn.Parameter] | float]] = [
             {"params": free, "weight_decay": 0.0},
             {"params": decayed, "weight_decay": self.weight_decay},
         ]
@@ -126,7 +126,7 @@ def optimizer_info(name: str) -> Any:
     return info
 
 
-def _of_bitsandbytes(info: Any) -> tuple[Callable[..., Optimizer], dict[str, Any]] | None:
+def _of_bitsandbytes(info: Any) -> tuple[Callable[..., Optimizer], dict[str, int]] | None:
     """The class and options of an optimizer that timm knows from bitsandbytes; ``None`` for any other one.
 
     timm would make it as well, but only where there is a GPU; bitsandbytes itself needs none.

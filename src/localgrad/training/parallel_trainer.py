@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from localgrad.training.data import Batches
 from localgrad.training.events import Sink
 from localgrad.training.folder import RunFolder, load_saved_weights, save_weights
 from localgrad.training.optim import Schedule
+from localgrad.training.saved import Checkpoint, PositionState, SumsState, TrainerState
 from localgrad.training.trainer import Fed, Figures, Interrupted, Trainer, all_random_states, below
 
 
@@ -82,9 +83,9 @@ class ParallelTrainer(Trainer):
         assert peer is not None, "someone is waited for"
         return Fault(peer.peer, GONE, is_alive=False)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: TrainerState) -> None:
         """Take up a saved state, of one process or of several."""
-        super().load_state_dict(joined_checkpoint(state))
+        super().load_state_dict(joined_checkpoint(cast(Checkpoint, state)))
 
     def evaluate(self, batches: Batches) -> tuple[float, list[float | None]]:
         """Accuracy of the whole model and of each local module's own classifier; all processes call this together."""
@@ -226,23 +227,23 @@ class ParallelTrainer(Trainer):
         if self.team.is_speaker:
             names = [part for part, _ in said[: self.team.num_ranks]]
             sums = self._joined([part for _, part in said])
-            state = {"position": asdict(position), "sums": sums, "random": all_random_states()}
-            self.folder.commit(state, names)
+            numbers = cast(PositionState, asdict(position))
+            self.folder.commit({"position": numbers, "sums": sums, "random": all_random_states()}, names)
         self.team.everyone(None)  # nobody begins a further one before
 
-    def _joined(self, sums: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def _joined(self, sums: Sequence[SumsState]) -> SumsState:
         """The sums of one process that did it all, of those of all processes."""
         ranks, replicas = self.team.num_ranks, self.team.num_replicas
-        losses = [sum(sums[replica * ranks + rank]["losses"] for replica in range(replicas)) for rank in range(ranks)]
+        shares = [[sums[replica * ranks + rank]["losses"] for replica in range(replicas)] for rank in range(ranks)]
         last = sums[ranks - 1 :: ranks]
         return {
             **sums[ranks - 1],
-            "losses": torch.cat([loss / replicas for loss in losses]),
+            "losses": torch.cat([torch.stack(own).sum(0) / replicas for own in shares]),
             "num_correct": torch.stack([part["num_correct"] for part in last]).sum(),
             "num_images": sum(part["num_images"] for part in last),
         }
 
-    def _load_sums(self, state: dict[str, Any]) -> None:
+    def _load_sums(self, state: SumsState) -> None:
         modules = self.learner.modules
         names = [(index, name) for index, module in enumerate(modules) for name in module.objective.terms]
         own = [number for number, (index, _) in enumerate(names) if index in self.learner.own]
@@ -257,7 +258,7 @@ class ParallelTrainer(Trainer):
         )
 
 
-def joined_checkpoint(state: dict[str, Any]) -> dict[str, Any]:
+def joined_checkpoint(state: Checkpoint) -> Checkpoint:
     """A checkpoint with the learner's state in one, whether one process or several wrote it."""
     if "parts" not in state:
         return state

@@ -29,7 +29,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,12 +36,13 @@ from torch.optim import Optimizer
 from torchmetrics.classification import MulticlassAccuracy
 
 from localgrad.errors import CheckpointError
+from localgrad.formats import Json
 from localgrad.learner import Factories, LocalLearner
 from localgrad.memory.track import MemoryProfile, simulate
 from localgrad.objectives.base import LocalBatch
 from localgrad.step.local_step import LocalStep, autocast
 from localgrad.step.offload import HOST
-from localgrad.step.states import check_optimizer_state, check_scaler_state
+from localgrad.step.states import StepState, check_optimizer_state, check_scaler_state
 from localgrad.training.augment import derive_seed
 from localgrad.training.data import Batches
 from localgrad.training.events import EpochEnded, FeaturesCached, Sink
@@ -50,6 +50,7 @@ from localgrad.training.feature_cache import FeatureCache, Rows, open_cache, row
 from localgrad.training.folder import RunFolder
 from localgrad.training.health import HealthCheck
 from localgrad.training.optim import Schedule
+from localgrad.training.saved import Selection, TrainerState
 from localgrad.training.trainer import Fed, Interrupted, Trainer, evaluate
 from localgrad.units import format_bytes
 
@@ -127,10 +128,10 @@ class StagewiseTrainer(Trainer):
         self._inputs = None
         shutil.rmtree(self.cache_folder, ignore_errors=True)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> TrainerState:
         """Everything needed to go on bit for bit, but the features: those are on disk, or made again."""
         step = self._local_step
-        own = None
+        own: StepState | None = None
         if step is not None:
             name = type(step.optimizer).__name__
             own = {
@@ -140,7 +141,7 @@ class StagewiseTrainer(Trainer):
             }
         return {**super().state_dict(), "local_step": own}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: TrainerState) -> None:
         """Take up a saved state.
 
         Raises:
@@ -181,7 +182,7 @@ class StagewiseTrainer(Trainer):
             f"{self.num_variants} augmented epochs",
         )
 
-    def selection(self) -> dict[str, Any]:
+    def selection(self) -> Selection:
         """What was selected: the validation accuracy is the whole model's; best epochs are counted module by module."""
         epochs, found = zip(*self.position.finished, strict=True)
         return {
@@ -337,7 +338,7 @@ class StagewiseTrainer(Trainer):
                 features = module.features(rows.features)
             yield rows._replace(features=features)
 
-    def _identity(self, index: int) -> dict[str, Any]:
+    def _identity(self, index: int) -> dict[str, Json]:
         """All that a module's features are made of: the weights up to it, and the data path."""
         train, digest = self.train, hashlib.sha256()
         for number, module in enumerate(self.learner.modules[: index + 1]):

@@ -138,9 +138,9 @@ def _plain_tables(path: Path) -> dict[str, list[str]]:
     return splits
 
 
-def _by_files(name: str, files: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+def _by_files(name: str, files: Mapping[str, Sequence[str]]) -> dict[str, list[Any]]:
     """Each file loaded by itself, so that its own class names are read: part to one or several sets of rows."""
-    parts: dict[str, Any] = {}
+    parts: dict[str, list[Any]] = {}
     for part, paths in files.items():
         for path in paths:
             kind = TABLE_LOADERS.get(Path(path).suffix.lower(), "parquet")

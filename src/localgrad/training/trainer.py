@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from localgrad.training.events import EpochEnded, Event, Progressed, Sink
 from localgrad.training.folder import RunFolder, load_saved_weights, save_weights
 from localgrad.training.health import HealthCheck
 from localgrad.training.optim import Schedule
+from localgrad.training.saved import PositionState, RandomStates, Selection, SumsState, TrainerState
 
 SECONDS_BETWEEN_READINGS = 1.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -167,7 +168,7 @@ class EpochSums:
         first = min(batches)
         return first, [name for name, batch in zip(self.names, first_bad, strict=True) if batch == first]
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> SumsState:
         """The sums, on the CPU."""
         return {
             "losses": self.losses.cpu(),
@@ -178,7 +179,7 @@ class EpochSums:
             "has_logits": self.has_logits,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: SumsState) -> None:
         """Take up saved sums."""
         self.losses.copy_(state["losses"])
         self.num_correct.copy_(state["num_correct"])
@@ -251,16 +252,16 @@ class Trainer:
                 self._finish_epoch(start, train_seconds)
                 self._leave_if_told()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> TrainerState:
         """Everything needed to go on bit for bit (on the CPU)."""
         return {
             "learner": self.learner.state_dict(),
-            "position": asdict(self.position),
+            "position": cast(PositionState, asdict(self.position)),
             "sums": self._sums.state_dict(),
             "random": all_random_states(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: TrainerState) -> None:
         """Take up a saved state.
 
         Raises:
@@ -283,7 +284,7 @@ class Trainer:
                 "the run again in another folder."
             ) from error
 
-    def _load_sums(self, state: dict[str, Any]) -> None:
+    def _load_sums(self, state: SumsState) -> None:
         self._sums.load_state_dict(state)
 
     def load_best(self) -> None:
@@ -299,7 +300,7 @@ class Trainer:
         """Lines about this way of training, for the start of a run."""
         return ()
 
-    def selection(self) -> dict[str, Any]:
+    def selection(self) -> Selection:
         """What was selected, for the summary; the selected weights are in the learner."""
         position = self.position
         return {"val_accuracy": position.best_accuracy, "best_epoch": position.best_epoch, "epochs": self.epochs}
@@ -570,23 +571,23 @@ def below(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
-def all_random_states() -> dict[str, Any]:
+def all_random_states() -> RandomStates:
     """The state of all random number generators that a run may draw from, as plain values and tensors."""
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     version, internal, gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],  # type: ignore[no-untyped-call]
-        "numpy": [str(name), torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached],
-        "python": [version, list(internal), gauss],
+        "numpy": (str(name), torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached),
+        "python": (version, list(internal), gauss),
     }
 
 
-def _restore_random_state(state: dict[str, Any]) -> None:
+def _restore_random_state(state: RandomStates) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
     name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    np.random.set_state((name, keys.numpy().astype(np.uint32), int(position), int(has_gauss), float(cached)))
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))

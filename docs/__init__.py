@@ -1,0 +1,1 @@
+"""The pages, the site and what makes them: no part of the package."""

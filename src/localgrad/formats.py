@@ -1,0 +1,37 @@
+"""The versions of what is written to disk: each kind of file carries a number, and older numbers are read.
+
+Files of 0.1.0 carry none, and count as 1 (its checkpoints carry 2). A file whose number is newer than what this version
+knows is refused in one line: it was written by a newer localgrad, and may mean something else.
+"""
+
+from __future__ import annotations
+
+from localgrad.errors import LocalgradError
+
+Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+"""What JSON can hold."""
+
+
+def check_format(what: str, found: object, newest: int, error: type[LocalgradError], *, oldest: int = 1) -> int:
+    """The format number of a file, if this version reads it.
+
+    Args:
+        what: the file, for the message: ``plan``, ``checkpoint runs/x/checkpoints/last.pt``.
+        found: the number that it carries.
+        newest: the number that this version writes.
+        error: what is raised.
+        oldest: the first number that this version reads.
+
+    Raises:
+        LocalgradError: ``error``: no number, or one that isn't read; the message says what to do.
+    """
+    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
+        raise error(f"{what}: its format is {found!r}, which is no number of a format; restore it from a copy.")
+    if found > newest:
+        raise error(
+            f"{what}: its format is {found}, written by a newer version; this one reads up to {newest}. Update "
+            "localgrad: pip install --upgrade localgrad."
+        )
+    if found < oldest:
+        raise error(f"{what}: its format is {found}, of an older version; this one reads {oldest} to {newest}.")
+    return found
