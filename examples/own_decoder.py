@@ -43,4 +43,5 @@ if __name__ == "__main__":
     learner = localgrad.LocalLearner(model, modules=2, objective=objective, input_size=(3, 32, 32))
     learner.configure_optimizers(lambda parameters: torch.optim.AdamW(parameters, lr=1e-3))
     images, labels = torch.randn(8, 3, 32, 32), torch.randint(10, (8,))
-    print([[f"{name} {float(loss):.3f}" for name, loss in terms.items()] for terms in learner.step(images, labels).terms])
+    result = learner.step(images, labels)
+    print([{name: round(float(loss), 3) for name, loss in terms.items()} for terms in result.terms])

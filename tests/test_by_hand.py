@@ -264,5 +264,5 @@ def test_it_is_estimated_and_planned(cost_cache: object) -> None:
     plan = localgrad.plan(backbone, batch_size=8, budget="2MiB", modules=2)
     learner = localgrad.LocalLearner(backbone, modules=plan)
     learner.configure_optimizers(adamw)
-    assert localgrad.estimate(learner, 8).peak_bytes == plan.forecast["peak_bytes"]
+    assert localgrad.estimate(learner, 8).peak_bytes == plan.forecast.peak_bytes
     learner.step(images(8), labels(8))

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import localgrad
-from helpers import SIZE, Recorder, make
+from helpers import SIZE, Recorder, batches, make, make_learner
 from localgrad import run
 from localgrad.app import build
 from localgrad.app.recipe import Recipe, as_recipe, overlay
@@ -121,6 +121,25 @@ def test_a_decoder_of_another_size_is_told() -> None:
     layout = localgrad.Layout("NHWC", 8, (4, 4))
     with pytest.raises(RecipeError, match=r"Wrong.patches gave \[2, 4, 4, 3\]; .* num_outputs being 8"):
         Wrong(layout, layout)(torch.randn(2, 4, 4, 8))
+
+
+@pytest.mark.parametrize(
+    ("gives", "message"), [(lambda loss: loss, "it gave .*Tensor"), (None, r"it gave a loss of shape \[4\]")]
+)
+def test_a_term_that_gives_no_scalar_is_told(gives: Any, message: str) -> None:
+    class Odd(localgrad.Term):
+        def forward(self, inputs: Tensor, outputs: Tensor, batch: localgrad.LocalBatch, states: Any = ()) -> Any:
+            losses = outputs.flatten(1).mean(1)
+            return localgrad.TermValue(losses) if gives is None else gives(losses.mean())
+
+    @dataclass(frozen=True, kw_only=True)
+    class WithOdd(localgrad.GreedySupervised):
+        def terms(self, site: localgrad.Site) -> Any:
+            return {"odd": (1.0, Odd())}
+
+    learner = make_learner(modules=2, objective=WithOdd())
+    with pytest.raises(RecipeError, match=f"term 'odd': {message}"):
+        learner.step(*batches(1)[0])
 
 
 # Plugins -------------------------------------------------------------------------------------------------------------
@@ -236,15 +255,15 @@ def batches_of(path: Path, transform: str | None, num_workers: int = 0, **settin
 @pytest.mark.parametrize("transform", ["imagenet", f"{__name__}:transform_of_mine"])
 def test_draws_depend_on_seed_epoch_and_index_alone(tmp_path: Path, transform: str) -> None:
     path = write_photos(tmp_path / "photos")
-    batches = batches_of(path, transform)
+    made = batches_of(path, transform)
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
-    plain = [batch.images for batch in batches.epoch(1)]
+    plain = [batch.images for batch in made.epoch(1)]
     assert (random.getstate(), np.random.get_state()[1].tolist()) == states[:2]
     assert torch.equal(torch.get_rng_state(), states[2])
     random.seed(9), np.random.seed(9), torch.manual_seed(9)
     assert all(map(torch.equal, plain, (b.images for b in batches_of(path, transform, num_workers=2).epoch(1))))
-    assert all(map(torch.equal, plain[2:], (batch.images for batch in batches.epoch(1, start=2))))
-    assert not torch.equal(plain[0], next(batches.epoch(2)).images)
+    assert all(map(torch.equal, plain[2:], (batch.images for batch in made.epoch(1, start=2))))
+    assert not torch.equal(plain[0], next(made.epoch(2)).images)
     other = next(batches_of(path, transform, seed=4).epoch(1)).images
     assert not torch.equal(plain[0], other)
 
@@ -292,11 +311,11 @@ def test_a_transform_that_is_wrong_is_told_before_training(name: str, message: s
 
 
 def test_an_error_in_a_worker_is_one_line(tmp_path: Path) -> None:
-    batches = batches_of(write_photos(tmp_path / "photos"), f"{__name__}:transform_of_mine", num_workers=1)
-    assert batches.prepared is not None
-    batches.prepared.transform = lambda image: image.no_such_method()
+    made = batches_of(write_photos(tmp_path / "photos"), f"{__name__}:transform_of_mine", num_workers=1)
+    assert made.prepared is not None
+    made.prepared.transform = lambda image: image.no_such_method()
     with pytest.raises(DataError, match=r"no_such_method.* The image: .*\.png\.$"):
-        next(batches.epoch(0))
+        next(made.epoch(0))
 
 
 def test_files_larger_than_the_model_get_the_standard_transform_and_the_run_keeps_it(tmp_path: Path) -> None:
