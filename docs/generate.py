@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import localgrad
+from localgrad import rules
 from localgrad.app.recipe import Recipe
 from localgrad.units import format_bytes
 from research.reproduce.published import PUBLISHED, QUOTED, RECIPES, published_for
@@ -243,6 +244,7 @@ MADE: Mapping[str, Callable[[], Lines]] = {
     "recipe": recipe,
     "public-names": public_names,
     **{path.stem: partial(example, path) for path in EXAMPLES},
+    "rules": rules.as_markdown,
 }
 
 

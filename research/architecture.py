@@ -38,6 +38,12 @@ REPEATABLE = {
 }
 """Public top-level names that may be defined twice, and why."""
 
+FILES = {
+    "__init__.py": "Python's own name",
+    "base.py": "what a package stands on, as the design draws it",
+}
+"""Names of files that may be there several times, and why."""
+
 VERBS = ("_check", "_refuse", "_run", "_search", "_split")
 """First words of private functions that may be: each is read in its own file, and says what it does."""
 
@@ -103,7 +109,7 @@ class Architecture:
         functions: all of them.
         loose: how often ``dict[str, Any]`` is written.
         named_twice: top-level classes and functions defined in several files that may not be, with those files.
-        files_named_twice: names of several files, but ``__init__.py``.
+        files_named_twice: names of several files that may not be.
         frames: from the verb to the objective, as ``file name``; empty where they weren't counted.
     """
 
@@ -176,7 +182,7 @@ def count(source: Path, *, frames: bool = True) -> Architecture:
         all_lines += len(text.splitlines())
         loose += text.count("dict[str, Any]")
         functions += _functions(tree, name)
-        if path.name != "__init__.py":
+        if path.name not in FILES:
             files[path.name].append(name)
         for node in tree.body:
             if isinstance(node, ast.ClassDef | ast.FunctionDef) and not _may_repeat(node):

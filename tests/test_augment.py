@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from localgrad.errors import RecipeError
 from localgrad.training import augment as aug
-from localgrad.training.augment import Augment
+from localgrad.training.augmentation import Augment
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
 

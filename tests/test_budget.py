@@ -186,7 +186,7 @@ def test_batches_are_cut_only_where_nothing_else_fits(task: Task, whole: Search)
     assert plan.forecast.peak_bytes < least
     message = refusal(fixed, BATCH, int(whole.static_bytes * 1.01))
     assert "with the batch in " in message
-    assert "no --modules" in message
+    assert "no modules" in message
     told = least_told(message)
     best = plan_to_budget(fixed, BATCH, told)
     assert f"with the batch in {best.accumulation} parts" in message
@@ -209,23 +209,23 @@ def test_what_would_fit_is_told_truly(task: Task, whole: Search) -> None:
     small = Search(fixed, fixed.costs(2))
     budget = small.peak(small.smallest()) + 4096
     message = refusal(fixed, 3, budget)
-    assert "--batch-size 2," in message
-    assert "no --modules" in message
+    assert "batch_size=2," in message
+    assert "no modules" in message
     assert plan_to_budget(fixed, 2, budget).accumulation == 1
-    told = re.search(r"--precision bf16 \(least ([^)]+)\)", message)
+    told = re.search(r"precision='bf16' \(least ([^)]+)\)", message)
     bf16 = replace(fixed, precision="bf16")
     search = Search(bf16, bf16.costs(3))
     least = bf16.confirm(search.as_plan(search.smallest()), 3).peak_bytes
     assert (told is not None) == (least < least_told(message)), "told where it helps"
     assert told is None or parse_bytes(told[1]) == pytest.approx(least, rel=0.01)
-    assert "a smaller --img-size or model" in message
-    assert "--precision" not in refusal(bf16, 3, budget // 2 + whole.static_bytes // 2)
+    assert "a smaller img_size or model" in message
+    assert "precision=" not in refusal(bf16, 3, budget // 2 + whole.static_bytes // 2)
 
 
 def test_a_budget_below_the_static_bytes_is_refused(task: Task, whole: Search) -> None:
     message = refusal(task, BATCH, whole.static_bytes)
     assert "weights, optimizer state and margin alone" in message
-    assert "--optimizer" in message
+    assert "optimizer='adafactorbv'" in message
     cuda = replace(task, device="cuda")
     said = refusal(cuda, BATCH, 64 << 20)
     assert re.search(r"margin alone, 1(28|29|30) MiB", said), "128 MiB of margin, and what the model needs"
@@ -345,7 +345,7 @@ def test_batch_norms_and_tiny_batches_have_plans() -> None:
 @pytest.mark.parametrize("size", [0, -1, 1 << 18, 10**18])
 def test_a_batch_out_of_reach_is_refused(size: int, task: Task) -> None:
     for find in (plan_to_budget, worth_having):
-        with pytest.raises(BudgetError, match=r"--batch-size: plans are made for 1 to 131072 images, not -?\d+; take"):
+        with pytest.raises(BudgetError, match=r"batch_size=-?\d+: plans are made for 1 to 131072 images; take"):
             find(task, size)
 
 

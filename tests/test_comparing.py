@@ -21,8 +21,8 @@ from torch import nn
 from helpers import SIZE, Cli, make
 from localgrad import Plan, RecipeError, split
 from localgrad.compare import contenders, plots
-from localgrad.compare import options as bench
 from localgrad.compare import side_by_side as comparing
+from localgrad.compare import verb as bench
 from localgrad.compare.contenders import Contender, Local, PlainLoop, Runner, Stage, default_methods
 from localgrad.compare.side_by_side import Comparison, Row, compare, envelope, pareto_front, rotated, summarise
 from localgrad.errors import MemoryExceeded
@@ -589,7 +589,7 @@ def test_estimates_alone_run_nothing(compare_: Cli, monkeypatch: pytest.MonkeyPa
         (("--plot", "a.pdf"), "--plot: 'a.pdf' is neither .png nor .svg; take a.png."),
         (("--timeline", "no/such/a.png"), "--timeline: there is no folder 'no/such'"),
         (("--json", "."), "--json: '.' is a folder"),
-        (("--plot", "a.png", "--estimate-only"), "--plot: 'a.png' needs step times"),
+        (("--plot", "a.png", "--estimate-only"), "--plot a.png doesn't go with --estimate-only: it needs step times"),
         (
             ("--objective", "greeedy"),
             "--objective: unknown 'greeedy'; take feature, image, greedy, contrastive. Nearest",

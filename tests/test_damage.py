@@ -541,9 +541,9 @@ def with_data(folder: Path, place: Path) -> Recipe:
 
 def test_moved_data_is_known_by_its_content(moved: Path) -> None:
     folder, place = moved / "run", moved / "elsewhere"
-    with pytest.raises(DataError, match=r"If it was moved, say where it is now: --data"):
+    with pytest.raises(DataError, match=r"If it was moved, say where it is now: data"):
         run.resume(folder)
-    with pytest.raises(DataError, match=r"say where it is now: --data"):
+    with pytest.raises(DataError, match=r"say where it is now: data"):
         run.evaluate_run(folder)
     accuracy = run.evaluate_run(folder, data=str(place))["accuracy"]
     run.resume(folder, with_data(folder, place))
@@ -568,7 +568,7 @@ def test_other_data_is_refused(change: str, moved: Path) -> None:
         lambda: run.resume(folder, with_data(folder, place)),
         lambda: run.evaluate_run(folder, data=str(place)),
     ):
-        with pytest.raises(DataError, match=r"--data .*elsewhere: this is not what the run .* was trained on"):
+        with pytest.raises(DataError, match=r"data=.*elsewhere.: this is not what the run .* was trained on"):
             use()
 
 

@@ -221,7 +221,7 @@ def test_stl10_from_its_binaries(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10", "svhn"])
 def test_missing_files_name_the_root_and_the_way_to_get_them(tmp_path, name):
-    with pytest.raises(DataError, match="--download") as error:
+    with pytest.raises(DataError, match="download=True") as error:
         load_data(name, root=tmp_path)
     assert str(tmp_path) in str(error.value)
     assert "\n" not in str(error.value)
@@ -341,7 +341,7 @@ def test_corrupt_images_are_named_or_counted(tmp_path, damage, limit_bytes):
     info, batches = whole_epoch("skip")
     assert sum(len(batch.images) for batch in batches) == 19
     assert (info.num_skipped, info.num_train) == ((1, 19) if limit_bytes else (0, 20))
-    with pytest.raises(DataError, match="--on-corrupt skip") as error:
+    with pytest.raises(DataError, match="on_corrupt='skip'") as error:
         whole_epoch("error")
     assert str(broken) in str(error.value)
     assert "\n" not in str(error.value)
@@ -641,7 +641,7 @@ def test_a_batch_of_nothing_but_corrupt_images_ends_the_run(tmp_path):
     ("setting", "message"),
     [
         ({"batch_size": 0}, "batch_size must be 1 or more"),
-        ({"batch_size": 61, "drop_last": True}, "batch_size 61 leaves no full batch of 60 images"),
+        ({"batch_size": 61, "drop_last": True}, "batch_size=61 leaves no full batch of 60 images"),
         ({"num_workers": -1}, "num_workers must be 0 or more"),
     ],
 )

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from docs import generate
 from localgrad import cli
+from ranks import free_port
 from research.reproduce import __main__ as reproduce
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,19 +95,35 @@ def models(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
     torch.manual_seed(0)
 
 
+def a_loader() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(torch.randn(2, 3, 224, 224), torch.randint(100, (2,)))]
+
+
+ALONE = {"README.md", "docs/parallel.md"}
+
+
 @pytest.mark.usefixtures("models")
-@pytest.mark.parametrize("name", sorted({block.page for block in RUN if block.language == "python"} - {"README.md"}))
+@pytest.mark.parametrize("name", sorted({block.page for block in RUN if block.language == "python"} - ALONE))
 def test_the_python_of_a_page_runs(name: str) -> None:
     run_python(name)
 
 
 @pytest.mark.usefixtures("models")
 def test_the_python_of_the_readme_trains_the_model() -> None:
-    loader = [(torch.randn(2, 3, 224, 224), torch.randint(100, (2,)))]
-    named = run_python("README.md", loader=loader)
+    named = run_python("README.md", loader=a_loader())
     assert len(named["result"].losses) == 4
     assert all(loss.isfinite() for loss in named["result"].losses)
     assert len(named["learner"].optimizers) == 4
+
+
+@pytest.mark.usefixtures("models")
+def test_the_python_of_several_processes_runs_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torchrun starts it; what several do is for test_parallel.py."""
+    team = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    for name, value in team.items():
+        monkeypatch.setenv(name, str(value))
+    named = run_python("docs/parallel.md", loader=a_loader(), epochs=1)
+    assert named["weights"].keys() == named["model"].state_dict().keys()
 
 
 # Commands --------------------------------------------------------------------------------------------------------

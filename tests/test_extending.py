@@ -322,7 +322,7 @@ def test_files_larger_than_the_model_get_the_standard_transform_and_the_run_keep
     recipe = {**RECIPE, "data.name": str(write_photos(tmp_path / "photos")), "training.epochs": 1}
     listener = Recorder()
     localgrad.train(recipe, out=tmp_path / "run", sinks=[listener])
-    assert any("--transform none" in line for line in listener.events[0].details)
+    assert any("through the transform imagenet" in line for line in listener.events[0].details)
     assert run.read_recipe(tmp_path / "run").method.data.transform == "imagenet"
     assert run.evaluate_run(tmp_path / "run")["num_images"] > 0
     predictions = list(run.predict(tmp_path / "run", tmp_path / "photos" / "cat" / "0.png"))

@@ -188,7 +188,7 @@ def test_a_full_disk_is_one_line(written: Path, monkeypatch: pytest.MonkeyPatch)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(RunFolderError, match=r"can't be written \(No space left on device\); make room, .*--resume"):
+    with pytest.raises(RunFolderError, match=r"can't be written \(No space left on device\); make room, .*resume"):
         write_cache(written, [("val", [rows(4)])], {"weights": "new"})
     monkeypatch.undo()
     assert open_cache(written, IDENTITY) is not None, "what was there is still there"
@@ -200,5 +200,5 @@ def test_room_is_counted_with_what_a_cache_holds_already(written: Path, monkeypa
     assert free_bytes(written.parent) == 1000 + held
     assert free_bytes(written.parents[1] / "not" / "yet") == 1000
     check_space(written.parent, 1000 + held)
-    with pytest.raises(RunFolderError, match=r"need 2\.94 GiB of disk .* are free; take fewer --cached-epochs"):
+    with pytest.raises(RunFolderError, match=r"need 2\.94 GiB of disk .* are free; take fewer cached_epochs"):
         check_space(written.parent, 3 * 2**30 - 2**26)

@@ -58,6 +58,15 @@ def test_a_plan_of_the_first_version_is_read_figure_for_figure(name: str) -> Non
     assert Plan.from_json(plan.to_json()).forecast == plan.forecast
 
 
+@pytest.mark.parametrize(
+    "path", sorted(Path("research/results/memory/plans").resolve().glob("*.json")), ids=lambda p: p.stem
+)
+def test_published_plans_are_read(path: Path) -> None:
+    plan = Plan.from_json(path.read_text())
+    again = Plan.from_json(plan.to_json())
+    assert (again, again.forecast, again.made_for) == (plan, plan.forecast, plan.made_for)
+
+
 def test_a_plan_without_a_forecast_says_so() -> None:
     plan = Plan.from_json('{"model": "vit", "num_blocks": 4, "boundaries": [2], "forecast": {}}')
     assert plan.forecast is None

@@ -560,15 +560,15 @@ def make_bad(kind: str, tmp_path: Path, end_to_end: Path) -> tuple[Path | str, d
         ("missing", "no run there"),
         ("not-a-run", "no run there"),
         ("no-weights", "there are none; train the run first"),
-        ("local", "it was trained with local modules; name a run with --modules 1"),
+        ("local", "it was trained with local modules; name a run with modules=1"),
         ("other-model", r"another model \(model.options.embed_dim: 16 -> 32\)"),
-        ("off", "give --health 1 too"),
+        ("off", "add health_every=1"),
     ],
 )
 def test_a_bad_reference_is_refused_in_one_line(kind: str, words: str, tmp_path: Path, end_to_end: Path) -> None:
     path, changes = make_bad(kind, tmp_path, end_to_end)
     recipe = micro({"execution.health_every": 1, "execution.health_reference": str(path), **changes})
-    with pytest.raises(RecipeError, match=f"^--health-reference.*{words}") as refusal:
+    with pytest.raises(RecipeError, match=f"^health_reference.*{words}") as refusal:
         run.train(recipe, out=tmp_path / "out")
     assert "\n" not in str(refusal.value)
     assert not (tmp_path / "out").exists(), "a mistake leaves nothing behind"
@@ -580,5 +580,5 @@ def test_a_reference_with_other_classes_is_refused(tmp_path: Path, end_to_end: P
     weights["model.head.weight"] = weights["model.head.weight"][:7].clone()
     save_weights(tmp_path / "checkpoints" / "best.safetensors", weights)
     job = build(micro({"execution.health_every": 1, "execution.health_reference": str(tmp_path)}))
-    with pytest.raises(RecipeError, match=r"^--health-reference \S+: it is of another model: head.weight has shape"):
+    with pytest.raises(RecipeError, match=r"^health_reference=\S+: checkpoint: it is of another model: head"):
         run._health_check(job)

@@ -163,7 +163,7 @@ def test_one_deep_image_that_wasnt_sampled_is_refused_too(tmp_path: Path, monkey
     pairs(tmp_path / "set", fine, "tiff")
     (tmp_path / "set" / "b" / "1.tiff").write_bytes(array(np.full((2, 2), 5.0, np.float32), "tiff"))
     for limit in (0, 2**30):
-        with pytest.raises(DataError, match=r"b/1\.tiff can't be read: .*type --image-range"):
+        with pytest.raises(DataError, match=r"b/1\.tiff can't be read: .*give image_range"):
             splits = load_data(str(tmp_path / "set"), val_fraction=0, on_corrupt="skip", memory_limit_bytes=limit)
             everything = [torch.arange(len(splits.train)), torch.arange(0)]
             list(splits.train.read(everything[:1], image_size=(2, 2), device=torch.device("cpu"), num_workers=0))
@@ -172,11 +172,11 @@ def test_one_deep_image_that_wasnt_sampled_is_refused_too(tmp_path: Path, monkey
 
 
 def test_a_range_for_images_of_8_bits_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"--image-range: no sampled image has more than 8 bits"):
+    with pytest.raises(DataError, match=r"image_range: no sampled image has more than 8 bits"):
         load_data(str(pairs(tmp_path, array(COLOUR, "png"))), image_range=(0, 4095))
-    with pytest.raises(DataError, match="--image-range: no sampled image has more than 8 bits"):
+    with pytest.raises(DataError, match="image_range: no sampled image has more than 8 bits"):
         load_data("digits", image_range=(0, 4095))
-    with pytest.raises(DataError, match=r"Pillow gives the upper 8 bits, .*--image-range 0,65535"):
+    with pytest.raises(DataError, match=r"Pillow gives the upper 8 bits, .*image_range=\(0, 65535\)"):
         deep = data_cases.deep_png(COLOUR.astype(np.int64) * 257)
         load_data(str(pairs(tmp_path / "deep", deep)), image_range=(0, 4095))
 
@@ -328,7 +328,7 @@ def test_names_that_look_like_patterns(tmp_path: Path) -> None:
     assert load_data(str(root)).info.class_names == ("cat", "dog")
     table(root / "all.parquet", ["cat", "dog"] * 5)
     assert load_data(str(root / "all.parquet"), val_fraction=0).info.num_train == 8
-    with pytest.raises(DataError, match="for a pattern: rename the folder, or name single files with --train-data"):
+    with pytest.raises(DataError, match="for a pattern: rename the folder, or name single files with train_data"):
         load_data(str(root))
 
 

@@ -505,7 +505,7 @@ LAYERS = (
     ("errors",),
     ("units", "formats"),
     ("registry",),
-    ("balancing", "partition"),
+    ("balancing", "partition", "options", "rules"),
     ("backbones",),
     ("objectives",),
     ("step",),

@@ -140,7 +140,7 @@ def test_every_optimizer_of_timm_trains_or_is_refused_in_a_line(name: str) -> No
 
 @pytest.mark.parametrize("name", ["adahessian", "AdaHessian"])
 def test_optimizers_of_second_gradients_are_refused(name: str) -> None:
-    with pytest.raises(RecipeError, match=f"training.optimizer: '{name}' needs second gradients.*take adamw"):
+    with pytest.raises(RecipeError, match=f"optimizer: '{name}' needs second gradients.*take adamw"):
         OptimizerFactory(make("vit"), name=name, lr=0.01, weight_decay=0.0)
 
 
@@ -150,10 +150,10 @@ NOTHING = [float("nan"), float("inf"), -1.0, -0.0, 1e300, 1e-300]
 @pytest.mark.parametrize("value", NOTHING)
 def test_learning_rates_that_are_none_are_refused(value: float) -> None:
     model = make("vit")
-    with pytest.raises(RecipeError, match=r"^training.lr: .* is no learning rate; take a number above 0"):
+    with pytest.raises(RecipeError, match=r"^lr: .* is no learning rate; take a number above 0"):
         OptimizerFactory(model, name="adamw", lr=value, weight_decay=0.0)
     factory = OptimizerFactory(model, name="adamw", lr=1.0, weight_decay=0.0)
-    with pytest.raises(RecipeError, match=r"^training.lr_depth: with a factor of .* is no learning rate"):
+    with pytest.raises(RecipeError, match=r"^lr_depth: with a factor of .* is no learning rate"):
         factory.scaled(value, 1.0)
     with pytest.raises(RecipeError, match=r"^learning rate: .* is no learning rate"):
         schedule_of(optimizers(1, lr=1e-2), lr=value)
@@ -161,7 +161,7 @@ def test_learning_rates_that_are_none_are_refused(value: float) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
 def test_weight_decays_that_are_none_are_refused(value: float) -> None:
-    with pytest.raises(RecipeError, match=r"^training.weight_decay: .* is no decay; take a number from 0 on"):
+    with pytest.raises(RecipeError, match=r"^weight_decay: .* is no decay; take a number from 0 on"):
         OptimizerFactory(make("vit"), name="adamw", lr=0.01, weight_decay=value)
 
 
@@ -277,13 +277,13 @@ def schedule_of(made: list[torch.optim.Optimizer], lr: float | None = None, **ch
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        *(({key: value}, f"^training.{key}: ") for key in ("warmup_lr", "min_lr", "warmup_epochs", "warmup_stagger")
+        *(({key: value}, f"^{key}: ") for key in ("warmup_lr", "min_lr", "warmup_epochs", "warmup_stagger")
           for value in (float("nan"), float("inf"), -1.0)),
-        ({"min_lr": 0.1}, r"^training.min_lr: 0.1 is above the learning rate \(0.01\), which would rise to the end"),
-        ({"min_lr": 0.1, "name": "poly"}, "^training.min_lr: 0.1 is above"),
-        ({"min_lr": 0.1, "name": "tanh"}, "^training.min_lr: 0.1 is above"),
-        ({"warmup_lr": 0.1, "warmup_epochs": 1}, "^training.warmup_lr: 0.1 is above .* would fall in the warm-up"),
-        ({"epochs": 0}, "^training.epochs: 0 is below 1"),
+        ({"min_lr": 0.1}, r"^min_lr: 0.1 is above the learning rate \(0.01\), which would rise to the end"),
+        ({"min_lr": 0.1, "name": "poly"}, "^min_lr: 0.1 is above"),
+        ({"min_lr": 0.1, "name": "tanh"}, "^min_lr: 0.1 is above"),
+        ({"warmup_lr": 0.1, "warmup_epochs": 1}, "^warmup_lr: 0.1 is above .* would fall in the warm-up"),
+        ({"epochs": 0}, "^epochs: 0 is below 1"),
         ({"batches_per_epoch": 0}, "^batches_per_epoch must be at least 1, got 0"),
     ],
 )  # fmt: skip

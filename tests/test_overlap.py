@@ -155,5 +155,5 @@ def test_a_bad_overlap_is_refused(overlap: Any) -> None:
 
 
 def test_overlap_doesnt_go_with_offloading() -> None:
-    with pytest.raises(RecipeError, match="leave offload out"):
+    with pytest.raises(RecipeError, match="overlap=1 doesn't go with offload"):
         learner_of(overlap=1, offload=True)

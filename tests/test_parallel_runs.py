@@ -27,7 +27,7 @@ from localgrad.app.recipe import Recipe, overlay
 from localgrad.errors import DataError
 from localgrad.parallel import launching
 from localgrad.parallel.watch import BROKEN_SECONDS, SILENT_SECONDS, TOLD_SECONDS
-from localgrad.training.augment import Augment
+from localgrad.training.augmentation import Augment
 from localgrad.training.data import Batches, load_data
 from localgrad.training.folder import RunFolder
 from ranks import Ended, Ranks, free_port
@@ -472,19 +472,19 @@ def test_running_statistics_are_of_the_images_of_all_replicas(ranks: Ranks, tmp_
 REFUSED: dict[str, tuple[int, list[str], str]] = {
     "more ranks than modules": (3, ["--modules", "2", *PARALLEL], "3 processes for 2 local modules"),
     "replicas that don't divide": (3, [*PARALLEL, "--replicas", "2"], "3 processes can't be shared out"),
-    "a batch that doesn't divide": (2, [*PARALLEL, "--replicas", "2", "--batch-size", "15"], "batch_size 15"),
+    "a batch that doesn't divide": (2, [*PARALLEL, "--replicas", "2", "--batch-size", "15"], "--batch-size 15"),
     "no GPU": (2, [*PARALLEL, "--device", "cuda"], "no CUDA GPU"),
     "no --parallel": (2, [], "add --parallel modules"),
     "alone": (1, [*PARALLEL], "there is one process only"),
-    "replicas alone": (1, ["--replicas", "2"], "--replicas 2: they need --parallel modules"),
-    "rows alone": (1, ["--shard"], "--shard: it shares weights out among replicas"),
+    "replicas alone": (1, ["--replicas", "2"], "--replicas 2 needs --parallel"),
+    "rows alone": (1, ["--shard"], "--shard needs --parallel: weights are shared out among replicas"),
     "rows of one": (2, [*PARALLEL, "--shard"], "add --replicas 2"),
     "rows for an optimizer of matrices": (
         2,
         ["--modules", "1", *PARALLEL, "--replicas", "2", "--shard", "--set", "training.optimizer='muon'"],
         "--shard: Muon isn't known",
     ),
-    "processes for what": (1, ["--num-processes", "2"], "--num-processes 2: say what they share"),
+    "processes for what": (1, ["--num-processes", "2"], "--num-processes 2 needs --parallel"),
     "no processes": (1, ["--num-processes", "0", *PARALLEL], "--num-processes: 0"),
     "overlap": (2, [*PARALLEL, "--overlap", "1"], "--overlap"),
     "global every": (2, [*PARALLEL, "--global-every", "2"], "--global-every"),

@@ -354,7 +354,9 @@ def test_the_teacher_is_the_averaged_model_before_the_step() -> None:
 
 
 def test_no_teacher_without_an_average() -> None:
-    with pytest.raises(RecipeError, match=r"teacher_share: .* add ema_decay"):
+    with pytest.raises(RecipeError, match=r"teacher_share must be from 0 to 1, got 1\.5"):
+        learner_of(objective=GreedySupervised(teacher_share=1.5), ema_decay=0.9)
+    with pytest.raises(RecipeError, match=r"teacher_share needs ema_decay: .* add ema_decay=0\.999"):
         learner_of(objective=GreedySupervised(teacher_share=0.5))
 
 

@@ -215,7 +215,7 @@ def test_without_validation_images_the_last_epoch_is_taken(tmp_path: Path) -> No
     weights = load_file(folder / "model.safetensors")
     assert last.keys() == weights.keys()
     assert all(torch.equal(last[name], weights[name]) for name in weights)
-    with pytest.raises(RecipeError, match="--part val: this run has no validation images"):
+    with pytest.raises(RecipeError, match="part='val': this run has no validation images"):
         run.evaluate_run(folder, part="val")
 
 
@@ -504,7 +504,7 @@ def test_another_method_is_refused_with_the_difference(stopped: Path) -> None:
 
 
 def test_a_folder_with_a_run_is_not_overwritten(stopped: Path) -> None:
-    with pytest.raises(RunFolderError, match="already holds a run; continue it with --resume"):
+    with pytest.raises(RunFolderError, match="already holds a run; continue it with resume="):
         run.train(micro(), out=stopped)
 
 

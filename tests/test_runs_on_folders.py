@@ -18,6 +18,8 @@ from helpers import Cli, assert_refused
 from localgrad import run
 from localgrad.app import build
 from localgrad.app.recipe import Recipe, overlay
+from localgrad.compare import verb
+from localgrad.compare.settings import Settings
 from localgrad.training.events import Event, RunStarted, Sink
 from localgrad.training.image_sets import Skipped
 
@@ -220,8 +222,28 @@ def test_how_images_are_read_is_kept_with_the_run(here: Path, cli_: Cli) -> None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "load_images_for_prediction", watched)
         assert len(list(run.predict(here / "run", here / "set"))) == 16
-    assert (asked[0]["image_range"], asked[0]["background"], asked[0]["fit"]) == ((0, 4095), (16, 16, 16), "pad")
+        otherwise = ("--image-range", "0,1000", "--background", "white", "--fit", "squash", "--on-corrupt", "skip")
+        assert cli_("predict", "run", "set", *otherwise).code == 0
+    kept, typed = ([each[key] for key in ("image_range", "background", "fit", "on_corrupt")] for each in asked)
+    assert kept == [(0, 4095), (16, 16, 16), "pad", "error"]
+    assert typed == [(0, 1000), (255, 255, 255), "squash", "skip"]
+    assert_refused(cli_("predict", "run", "set", "--fit", "bend"), "data.fit = 'bend'")
+    assert_refused(cli_("predict", "run", "set", "--image-range", "a"), "--image-range: 'a'", "--image-range 0,4095")
     assert run.evaluate_run(here / "run")["num_images"] == 3
+
+
+def test_a_comparison_reads_images_as_a_refusal_says(here: Path, cli_: Cli) -> None:
+    write_set(here / "set", np.uint16, 16, (6, 12))
+    options = ("compare", "--model", "vit_tiny_patch16_224", "--data", "set", "--batch-size", "4", "--device", "cpu")
+    refused = cli_(*options, "--estimate-only")
+    assert refused.code == 2
+    assert "type --image-range 0,4095; if" in refused.err
+    settings = Settings(data="set", batch_size=4, image_range=[0, 4095], background="black", fit="pad")
+    info, batch_of = verb._loader(settings, "set")
+    assert (info.image_range, info.background, info.fit) == ((0, 4095), (0, 0, 0), "pad")
+    images, _ = batch_of((1, 8, 8))
+    assert images.shape == (4, 1, 8, 8)
+    assert "data.on_corrupt = 'maybe'" in cli_(*options, "--on-corrupt", "maybe").err
 
 
 def test_what_is_cut_off_is_said_once(here: Path) -> None:

@@ -475,9 +475,7 @@ def test_the_disk_needed_is_the_most_that_is_ever_taken(
 
 def test_too_small_a_disk_is_refused_before_anything_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(
-        RunFolderError, match=r"need .* of disk in .*run/cache, .* are free; take fewer --cached-epochs"
-    ):
+    with pytest.raises(RunFolderError, match=r"need .* of disk in .*run/cache, .* are free; take fewer cached_epochs"):
         run.train(micro(), out=tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
     run.train(micro({"local.modules": 1, "training.epochs": 1}), out=tmp_path / "run")  # needs none
@@ -501,7 +499,7 @@ def test_the_disk_needed_is_told_at_the_start(tmp_path: Path) -> None:
 
 
 def test_an_average_of_the_weights_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"--ema-decay 0\.9: .* take --schedule together"):
+    with pytest.raises(RecipeError, match=r"ema_decay=0\.9 doesn't go with schedule='sequential'"):
         run.train(micro({"training.ema_decay": 0.9}), out=tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
@@ -643,6 +641,6 @@ def test_memory_that_runs_out_is_told_without_what_sequential_mode_refuses(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 
     monkeypatch.setattr(LocalStep, "__call__", step)
-    with pytest.raises(DeviceError, match="take --accumulation 2 or --checkpoint halves/8, which") as caught:
+    with pytest.raises(DeviceError, match="take accumulation=2 or checkpoint='halves/8', which") as caught:
         run.train(micro(), out=tmp_path / "run")
-    assert "--offload" not in str(caught.value)
+    assert "offload" not in str(caught.value)

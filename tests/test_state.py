@@ -26,7 +26,7 @@ from localgrad.backbones.halves import find_pieces, observed, signature
 from localgrad.errors import ParallelError, RecipeError
 from localgrad.learner import check_isolation, estimate_step
 from localgrad.memory.costs import CostSettings
-from localgrad.parallel.learner import ParallelLearner
+from localgrad.parallel.parallel_learner import ParallelLearner
 from localgrad.partition import Checkpointing
 from localgrad.planning.budget import Task, _cache_key, looks_at_whole_batches
 from localgrad.step.local_module import LocalModule, recompute
@@ -398,7 +398,7 @@ def test_replicas_keep_state_that_is_theirs_alike() -> None:
 
 
 def test_replicas_are_refused_where_state_would_go_its_own_ways() -> None:
-    with pytest.raises(ParallelError, match=r"--replicas 2: RunningMean in blocks\.1 writes.*take --replicas 1"):
+    with pytest.raises(ParallelError, match=r"replicas=2: RunningMean in blocks\.1 writes.*take replicas=1"):
         refuse_replicas(with_layer("running mean"))
 
 

@@ -39,7 +39,7 @@ NUM_CLASSES = 3
 
 
 def batches_of(num_images: int, *, training: bool, batch_size: int = 8) -> Batches:
-    from localgrad.training.augment import Augment
+    from localgrad.training.augmentation import Augment
 
     generator = torch.Generator().manual_seed(num_images)
     labels = torch.arange(num_images) % NUM_CLASSES
@@ -257,7 +257,7 @@ def test_a_run_that_diverges_keeps_the_last_good_checkpoint(
 ) -> None:
     trainer = make(folder)
     after_step(monkeypatch, step, break_weights)
-    with pytest.raises(DivergenceError, match=words + r"; the last good checkpoint is .*last\.pt\. Try a lower --lr"):
+    with pytest.raises(DivergenceError, match=words + r"; the last good checkpoint is .*last\.pt\. Try a lower lr"):
         trainer.fit()
     state = folder.load_last()
     assert state["position"]["epoch"] == 1

@@ -22,7 +22,7 @@ import torch
 
 from localgrad import FeatureReconstruction, LocalLearner
 from localgrad.objectives.base import LocalBatch
-from localgrad.training.augment import Augment
+from localgrad.training.augmentation import Augment
 from localgrad.training.data import Batches, DataInfo
 from localgrad.training.loading import InMemoryImages
 from localgrad.training.optim import OptimizerFactory

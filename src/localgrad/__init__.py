@@ -39,7 +39,7 @@ if TYPE_CHECKING:
         Objective,
         register_objective,
     )
-    from localgrad.parallel.learner import ParallelLearner
+    from localgrad.parallel.parallel_learner import ParallelLearner
     from localgrad.parallel.pipeline import ShareResult
     from localgrad.parallel.team import Team
     from localgrad.partition import Checkpointing, Plan, balance
@@ -88,7 +88,7 @@ _HOMES = {
         "Objective",
         "register_objective",
     ),
-    "localgrad.parallel.learner": ("ParallelLearner",),
+    "localgrad.parallel.parallel_learner": ("ParallelLearner",),
     "localgrad.parallel.pipeline": ("ShareResult",),
     "localgrad.parallel.team": ("Team",),
     "localgrad.partition": ("Checkpointing", "Plan", "balance"),

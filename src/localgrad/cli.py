@@ -8,6 +8,7 @@ plus the signal's number, as shells do.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import itertools
 import os
@@ -16,14 +17,23 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
+from typer.models import OptionInfo
 
-from localgrad.errors import LocalgradError, RunWarning
-from localgrad.units import PLAINLY
+from localgrad import rules
+from localgrad.app.recipe import DOWNLOAD, OPTIONS, Recipe, overlay, parse_assignments, read_toml
+from localgrad.app.recipe import preset as preset_values
+from localgrad.compare.settings import Settings
+from localgrad.errors import BudgetError, LocalgradError, PartitionError, RecipeError, RunWarning, arg, naming
+from localgrad.options import DATA, EXECUTION, RUN, Option, declared, read_modules, read_whole, values_of
+from localgrad.units import PLAINLY, parse_bytes
+
+Verb = TypeVar("Verb", bound=Callable[..., None])
 
 app = typer.Typer(
     name="localgrad",
@@ -47,7 +57,8 @@ def main(verbs: typer.Typer = app) -> None:
     if os.environ.get("RANK", "0") != "0":  # one of several processes: the first one speaks for all
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8", errors="replace")  # noqa: SIM115, PTH123  # for the rest of the process
     try:
-        verbs()
+        with naming(option_of):
+            verbs()
     except SystemExit as stop:
         _leave(stop.code if isinstance(stop.code, int) else int(stop.code is not None))
     except LocalgradError as error:
@@ -105,301 +116,143 @@ def _root(
         raise typer.Exit
 
 
-METHOD, DATA, EXECUTION = "Method", "Data", "Execution (doesn't change results)"
+Everyday = Collection[str]
+"""Names of the options that ``--help`` lists; the others are under ``--help-all``."""
 
-# Options that several verbs take alike: each is declared, with its help, here only.
-ModelOption = Annotated[str | None, typer.Option(help="timm's name of the model.", rich_help_panel=METHOD)]
-ImgSizeOption = Annotated[int | None, typer.Option(help="Side of the images in pixels.", rich_help_panel=METHOD)]
-PatchSizeOption = Annotated[int | None, typer.Option(help="Side of a patch in pixels.", rich_help_panel=METHOD)]
-ObjectiveOption = Annotated[
-    str | None, typer.Option(help="feature, image, greedy, contrastive, or a plugin's.", rich_help_panel=METHOD)
-]
-DecoderOption = Annotated[
-    str | None,
-    typer.Option(help="Auxiliary decoder: linear, conv, transformer, bilinear, or a plugin's.", rich_help_panel=METHOD),
-]
-ClassifierOption = Annotated[
-    str | None,
-    typer.Option(help="Auxiliary classifier: linear, mlp, transformer, next, or a plugin's.", rich_help_panel=METHOD),
-]
-OverlapOption = Annotated[
-    int | None,
-    typer.Option(help="Last blocks of the module before that each module trains as well.", rich_help_panel=METHOD),
-]
-GlobalEveryOption = Annotated[
-    int | None, typer.Option(help="Every step of that number is end-to-end, recomputing.", rich_help_panel=METHOD)
-]
-GlobalTailOption = Annotated[
-    float | None, typer.Option(help="Share of the steps, at the end, that are end-to-end.", rich_help_panel=METHOD)
-]
-EmaOption = Annotated[float | None, typer.Option(help="Keep an average of the weights.", rich_help_panel=METHOD)]
-OptimizerOption = Annotated[str | None, typer.Option(help="timm's name of the optimizer.", rich_help_panel=METHOD)]
-PrecisionOption = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.", rich_help_panel=EXECUTION)]
-CompileOption = Annotated[
-    bool | None, typer.Option("--compile", help="Compile each local module.", rich_help_panel=EXECUTION)
-]
-PluginOption = Annotated[
-    list[str] | None,
-    typer.Option(help="A module that registers what you name; may be repeated.", rich_help_panel=EXECUTION),
-]
+
+def _show_all(context: typer.Context, value: bool) -> None:  # noqa: FBT001  # as typer calls it
+    """Show the help of every option."""
+    if value:
+        for each in context.command.params:
+            each.hidden = False  # type: ignore[attr-defined]
+        typer.echo(context.get_help())
+        raise typer.Exit
+
+
+def takes(options: Mapping[str, Option], everyday: Everyday, *, with_defaults: bool = False) -> Callable[[Verb], Verb]:
+    """Give a verb options that are declared elsewhere, beside those of its own; it gets them by name, or ``None``.
+
+    Args:
+        options: by dotted key.
+        everyday: those of both kinds that ``--help`` lists.
+        with_defaults: whether they have their fields' defaults, and are not left to a recipe.
+    """
+
+    def decorate(verb: Verb) -> Verb:
+        signature = inspect.signature(verb, eval_str=True)
+        own = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
+        made = [_parameter(each, with_default=with_defaults) for each in options.values() if each.panel]
+        parameters = [each.replace(kind=_KEYWORD) for each in (*made, *own)]
+        for each in parameters:
+            info = each.annotation.__metadata__[0]
+            if isinstance(info, OptionInfo):
+                info.hidden = each.name not in everyday
+        if len(everyday) < len(parameters):
+            every = typer.Option("--help-all", is_eager=True, callback=_show_all, help=_EVERY)
+            annotation = Annotated[bool, every]
+            parameters.append(inspect.Parameter("help_all", _KEYWORD, default=False, annotation=annotation))
+        verb.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return verb
+
+    return decorate
+
+
+_KEYWORD = inspect.Parameter.KEYWORD_ONLY
+_EVERY = "Show every option, and exit."
+
+
+def _parameter(option: Option, *, with_default: bool) -> inspect.Parameter:
+    """What typer makes an option of."""
+    info = typer.Option(_flag(option.name), help=option.help, rich_help_panel=option.panel)
+    kind: Any = list[option.repeated] if option.repeated else option.kind  # type: ignore[name-defined]
+    default = option.default if with_default else None
+    return inspect.Parameter(option.name, _KEYWORD, default=default, annotation=Annotated[kind | None, info])
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def option_of(name: str, value: object) -> str:
+    """An argument as it is typed here: ``--budget``, ``--budget 6GiB``, ``--set training.min_lr=1e-05``."""
+    field = name.rpartition(".")[2]
+    if field == "global_share":  # what these come to
+        return f"{option_of('global_every', None)}, {option_of('global_tail', None)}"
+    own = OPTIONS.get(name) or _BY_NAME.get(field)
+    key = own.key if own is not None else name
+    text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    if "." in key and (own is None or not own.panel):
+        return f"--set {key}" if value is None else f"--set {shlex.quote(f'{key}={text}')}"
+    flag = _flag(field if own is None else own.name)
+    return flag if value is None or value is True else f"{flag} {shlex.quote(text)}"
+
+
+_BY_NAME = {key.rpartition(".")[2]: each for key, each in OPTIONS.items() if not key.endswith((".name", ".options"))}
+
 PresetOption = Annotated[
-    str | None, typer.Option(help="Start from a preset: digits, paper, infopro, greedy, infopro-source, trgl-source.")
+    str | None,
+    typer.Option(
+        help="Start from a preset: digits, paper, infopro, greedy, infopro-source, trgl-source.", rich_help_panel=RUN
+    ),
 ]
-RecipeOption = Annotated[Path | None, typer.Option(help="Start from a recipe in TOML.")]
+RecipeOption = Annotated[Path | None, typer.Option(help="Start from a recipe in TOML.", rich_help_panel=RUN)]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="Any value of the recipe: --set training.min_lr=1e-5.")
+    list[str] | None,
+    typer.Option("--set", help="Any value of the recipe: --set training.min_lr=1e-5.", rich_help_panel=RUN),
 ]
 NoCacheOption = Annotated[
-    bool, typer.Option("--no-cache", help="Measure costs for a plan anew, and keep none of them.")
+    bool, typer.Option("--no-cache", help="Measure costs for a plan anew, and keep none of them.", rich_help_panel=RUN)
 ]
 RunFolderArgument = Annotated[Path, typer.Argument(help="A folder that `localgrad train` made.")]
-RunDeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1.")]
+
+_IN_TRAIN = {**OPTIONS, DOWNLOAD.key: DOWNLOAD}
+_EVERYDAY = ("data", "model", "pretrained", "modules", "objective", "epochs", "batch_size", "lr", "budget", "resume")
 
 
-@app.command()
-def train(  # noqa: PLR0917  # one parameter an option
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="digits, cifar10, cifar100, stl10, svhn, a folder, or a Hugging Face data set.",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
-    root: Annotated[str | None, typer.Option(help="Where torchvision's data sets lie.", rich_help_panel=DATA)] = None,
-    download: Annotated[
-        bool,
-        typer.Option("--download", help="Fetch a torchvision data set that is missing.", rich_help_panel=DATA),
-    ] = False,
-    limit: Annotated[int | None, typer.Option(help="Use only this many training images.", rich_help_panel=DATA)] = None,
-    val_fraction: Annotated[
-        float | None,
-        typer.Option(help="Share of the training images that selects the best epoch.", rich_help_panel=DATA),
-    ] = None,
-    on_corrupt: Annotated[
-        str | None, typer.Option(help="A corrupt image: error, or skip.", rich_help_panel=DATA)
-    ] = None,
-    train_data: Annotated[
-        str | None,
-        typer.Option(help="Class folders or a table to train on, whatever --data holds.", rich_help_panel=DATA),
-    ] = None,
-    val_data: Annotated[
-        str | None, typer.Option(help="Likewise, of the images that select the best epoch.", rich_help_panel=DATA)
-    ] = None,
-    test_data: Annotated[str | None, typer.Option(help="Likewise, of the test images.", rich_help_panel=DATA)] = None,
-    image_range: Annotated[
-        str | None,
-        typer.Option(help="BLACK,WHITE of images of more than 8 bits: 0,4095.", rich_help_panel=DATA),
-    ] = None,
-    background: Annotated[
-        str | None, typer.Option(help="Colour behind transparent images; white by default.", rich_help_panel=DATA)
-    ] = None,
-    mean: Annotated[
-        str | None, typer.Option(help="To normalise by, of values in 0..1: 0.5 or 0.5,0.5,0.5.", rich_help_panel=DATA)
-    ] = None,
-    std: Annotated[str | None, typer.Option(help="Likewise.", rich_help_panel=DATA)] = None,
-    fit: Annotated[
-        str | None,
-        typer.Option(help="Images of another shape: crop (cut), pad (bars) or squash.", rich_help_panel=DATA),
-    ] = None,
-    transform: Annotated[
-        str | None,
-        typer.Option(help="Of files of images: imagenet, none, or module:function.", rich_help_panel=DATA),
-    ] = None,
-    model: ModelOption = None,
-    img_size: ImgSizeOption = None,
-    patch_size: PatchSizeOption = None,
-    drop_path: Annotated[
-        float | None, typer.Option(help="Stochastic depth rate; by default the model's own.", rich_help_panel=METHOD)
-    ] = None,
-    pretrained: Annotated[
-        bool | None, typer.Option("--pretrained", help="Start from timm's weights.", rich_help_panel=METHOD)
-    ] = None,
-    modules: Annotated[
-        str | None,
-        typer.Option(
-            help="Local modules: a number, stages, or boundaries such as 2,5,9. 1 is end-to-end.",
-            rich_help_panel=METHOD,
-        ),
-    ] = None,
-    objective: ObjectiveOption = None,
-    decoder: DecoderOption = None,
-    classifier: ClassifierOption = None,
-    overlap: OverlapOption = None,
-    global_every: GlobalEveryOption = None,
-    global_tail: GlobalTailOption = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training images.", rich_help_panel=METHOD)] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images an update.", rich_help_panel=METHOD)] = None,
-    optimizer: OptimizerOption = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.", rich_help_panel=METHOD)] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="Weight decay.", rich_help_panel=METHOD)] = None,
-    scheduler: Annotated[str | None, typer.Option(help="cosine, step, poly, none …", rich_help_panel=METHOD)] = None,
-    warmup_epochs: Annotated[float | None, typer.Option(help="Linear warm-up.", rich_help_panel=METHOD)] = None,
-    clip_grad: Annotated[
-        float | None, typer.Option(help="Largest norm of each module's gradient.", rich_help_panel=METHOD)
-    ] = None,
-    ema_decay: EmaOption = None,
-    schedule: Annotated[
-        str | None,
-        typer.Option(
-            help="Train the modules together, or sequential: one after another, on cached features.",
-            rich_help_panel=METHOD,
-        ),
-    ] = None,
-    cached_epochs: Annotated[
-        int | None,
-        typer.Option(help="Augmented epochs of features that sequential caches on disk.", rich_help_panel=METHOD),
-    ] = None,
-    label_smoothing: Annotated[float | None, typer.Option(help="Label smoothing.", rich_help_panel=METHOD)] = None,
-    mixup: Annotated[float | None, typer.Option(help="Alpha of mixup.", rich_help_panel=METHOD)] = None,
-    cutmix: Annotated[float | None, typer.Option(help="Alpha of cutmix.", rich_help_panel=METHOD)] = None,
-    seed: Annotated[int | None, typer.Option(help="Of weights, order and draws.", rich_help_panel=METHOD)] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1.", rich_help_panel=EXECUTION)] = None,
-    precision: PrecisionOption = None,
-    accumulation: Annotated[
-        int | None,
-        typer.Option(help="Parts that each batch is cut into, to save memory.", rich_help_panel=EXECUTION),
-    ] = None,
-    checkpoint: Annotated[
-        str | None,
-        typer.Option(
-            help="Recompute inside modules: blocks, halves, halves/8 (in 8 chunks), none; a list: one each.",
-            rich_help_panel=EXECUTION,
-        ),
-    ] = None,
-    compile_: CompileOption = None,
-    offload: Annotated[
-        bool | None,
-        typer.Option("--offload", help="Keep modules that don't train in host memory.", rich_help_panel=EXECUTION),
-    ] = None,
-    num_workers: Annotated[
-        int | None, typer.Option(help="Processes that decode large data sets.", rich_help_panel=EXECUTION)
-    ] = None,
-    num_threads: Annotated[int | None, typer.Option(help="Processor threads.", rich_help_panel=EXECUTION)] = None,
-    parallel: Annotated[
-        str | None,
-        typer.Option(help="modules: share the local modules out among processes.", rich_help_panel=EXECUTION),
-    ] = None,
+@app.command(epilog="All options: localgrad train --help-all")
+@takes(_IN_TRAIN, _EVERYDAY)
+def train(
+    *,
     num_processes: Annotated[
         int | None,
         typer.Option(help="With --parallel: start so many here; or use torchrun.", rich_help_panel=EXECUTION),
     ] = None,
-    replicas: Annotated[
-        int | None,
-        typer.Option(help="With --parallel: how often the whole model is there.", rich_help_panel=EXECUTION),
-    ] = None,
-    shard: Annotated[
-        bool | None,
-        typer.Option(
-            "--shard",
-            help="With --replicas: each keeps a part of weights and optimizer state.",
-            rich_help_panel=EXECUTION,
-        ),
-    ] = None,
-    health: Annotated[
-        int | None,
-        typer.Option(help="Every so many epochs, measure where accuracy is lost.", rich_help_panel=EXECUTION),
-    ] = None,
-    health_reference: Annotated[
-        str | None,
-        typer.Option(help="With --health: an end-to-end run, to compare features with.", rich_help_panel=EXECUTION),
-    ] = None,
-    sink: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Where figures go: tensorboard, or what a plugin registers; may be repeated.",
-            rich_help_panel=EXECUTION,
-        ),
-    ] = None,
-    plugin: PluginOption = None,
     preset: PresetOption = None,
     recipe: RecipeOption = None,
     set_: SetOption = None,
     plan_: Annotated[
-        Path | None, typer.Option("--plan", help="Train as a plan from `localgrad plan --json` says.")
+        Path | None,
+        typer.Option("--plan", help="Train as a plan from `localgrad plan --json` says.", rich_help_panel=RUN),
     ] = None,
     budget: Annotated[
-        str | None, typer.Option(help="Memory, such as 6GiB: plan modules and recomputation to fit.")
+        str | None,
+        typer.Option(help="Memory, such as 6GiB: plan modules and recomputation to fit.", rich_help_panel=RUN),
     ] = None,
     no_cache: NoCacheOption = False,
-    on_oom: Annotated[str, typer.Option(help="When memory runs out: stop, or replan and go on.")] = "stop",
-    out: Annotated[Path | None, typer.Option(help="The run folder; by default a new one under runs/.")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the recipe and stop.")] = False,
+    on_oom: Annotated[
+        str, typer.Option(help="When memory runs out: stop, or replan and go on.", rich_help_panel=RUN)
+    ] = "stop",
+    out: Annotated[
+        Path | None, typer.Option(help="The run folder; by default a new one under runs/.", rich_help_panel=RUN)
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.", rich_help_panel=RUN)] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the recipe and stop.", rich_help_panel=RUN)] = False,
+    **given: Any,
 ) -> None:
     """Train a model. With no options: handwritten digits, four local modules, under two minutes on two cores."""
-    from localgrad.app.recipe import Recipe, overlay, parse_assignments
-    from localgrad.errors import RecipeError
-
-    options: dict[str, Any] = {
-        "data.name": train_data if data is None and resume is None else data,
-        "data.root": root,
-        "data.limit": limit,
-        "data.val_fraction": val_fraction,
-        "data.on_corrupt": on_corrupt,
-        "data.train_data": train_data,
-        "data.val_data": val_data,
-        "data.test_data": test_data,
-        "data.image_range": parse_numbers("--image-range", image_range),
-        "data.background": background,
-        "data.mean": parse_numbers("--mean", mean),
-        "data.std": parse_numbers("--std", std),
-        "data.fit": fit,
-        "data.transform": transform,
-        "model.name": model,
-        "model.img_size": img_size,
-        "model.patch_size": patch_size,
-        "model.drop_path": drop_path,
-        "model.pretrained": pretrained,
-        "local.modules": None if modules is None else parse_modules(modules),
-        "local.objective": objective,
-        "local.options.decoder": decoder,
-        "local.options.classifier": classifier,
-        "training.epochs": epochs,
-        "training.batch_size": batch_size,
-        "local.overlap": overlap,
-        "training.global_every": global_every,
-        "training.global_tail": global_tail,
-        "training.optimizer": optimizer,
-        "training.lr": lr,
-        "training.weight_decay": weight_decay,
-        "training.scheduler": scheduler,
-        "training.warmup_epochs": warmup_epochs,
-        "training.clip_grad": clip_grad,
-        "training.ema_decay": ema_decay,
-        "training.schedule": schedule,
-        "training.cached_epochs": cached_epochs,
-        "augment.label_smoothing": label_smoothing,
-        "augment.mixup": mixup,
-        "augment.cutmix": cutmix,
-        "seed": seed,
-        "execution.device": device,
-        "execution.precision": precision,
-        "execution.accumulation": accumulation,
-        "execution.checkpoint": checkpoint.split(",") if checkpoint and "," in checkpoint else checkpoint,
-        "execution.compile": compile_,
-        "execution.offload": offload,
-        "execution.num_workers": num_workers,
-        "execution.num_threads": num_threads,
-        "execution.parallel": parallel,
-        "execution.replicas": replicas,
-        "execution.shard": shard,
-        "execution.health_every": health,
-        "execution.health_reference": health_reference,
-        "execution.sinks": sink or None,
-        "execution.plugins": plugin or None,
-    }
-    changes: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
-    changes |= parse_assignments(set_ or [])
-    if isinstance(changes.get("local.modules"), str):  # --set local.modules=2,5,9
-        changes["local.modules"] = parse_modules(changes["local.modules"])
-    num_bytes = _budget(budget, plan_, changes, verb="train")
-    if on_oom not in ("stop", "replan"):
-        raise RecipeError(f"--on-oom: unknown {on_oom!r}; take stop or replan.")
+    if given["data"] is None and resume is None:
+        given["data"] = given["train_data"]
+    changes = _changes(OPTIONS, given, set_)
+    typed: dict[str, Any] = {"budget": budget, "plan": plan_, "resume": resume}
+    typed |= {"out": out, "preset": preset, "recipe": recipe, "num_processes": num_processes}
+    decided = {key: changes.get(f"execution.{key}") for key in ("checkpoint", "accumulation")}
+    rules.check({**typed, **decided})
+    num_bytes = None if budget is None else parse_bytes(budget)
+    if num_bytes is not None:
+        changes.setdefault("local.modules", "auto")
     plan = None
     if resume is not None:
-        given: dict[str, object] = {"--out": out, "--preset": preset, "--recipe": recipe}
-        given |= {"--plan": plan_, "--budget": budget}
-        wanted = _resumed(resume, changes, forbidden=given)
+        wanted = _resumed(resume, changes)
     elif plan_ is not None:
         plan, wanted = _planned(plan_, preset, recipe, changes)
     else:
@@ -418,7 +271,7 @@ def train(  # noqa: PLR0917  # one parameter an option
             run.train(
                 wanted,
                 out=out,
-                download=download,
+                download=bool(given["download"]),
                 sinks=[_console_sink()],
                 plan=plan,
                 budget=num_bytes,
@@ -427,14 +280,19 @@ def train(  # noqa: PLR0917  # one parameter an option
             )
 
 
-def _start_processes(count: int, recipe: Any, folder: Path | None) -> None:
-    """Start this command again in several processes, unless this is one of them; doesn't come back then."""
-    from localgrad.errors import RecipeError
+def _changes(options: Mapping[str, Option], given: Mapping[str, Any], assignments: list[str] | None) -> dict[str, Any]:
+    """Options as changes to a recipe, by dotted key."""
+    changes = values_of(options, given) | parse_assignments(assignments or [])
+    if isinstance(changes.get("local.modules"), str):  # --set local.modules=2,5,9
+        changes["local.modules"] = read_modules("modules", changes["local.modules"])
+    return changes
 
-    if recipe.execution.parallel != "modules":
-        raise RecipeError(f"--num-processes {count}: say what they share; add --parallel modules.")
+
+def _start_processes(count: int, recipe: Recipe, folder: Path | None) -> None:
+    """Start this command again in several processes, unless this is one of them; doesn't come back then."""
+    rules.check({"num_processes": count or 1, "parallel": recipe.execution.parallel})
     if count < 1:
-        raise RecipeError(f"--num-processes: {count} is no number of processes; take 1 or more.")
+        raise RecipeError(f"{arg('num_processes')}: {count} is no number of processes; take 1 or more.")
     from localgrad.parallel.launching import run_processes
     from localgrad.parallel.team import in_team
 
@@ -449,84 +307,78 @@ def _start_processes(count: int, recipe: Any, folder: Path | None) -> None:
     raise SystemExit(run_processes(count, arguments, folder))
 
 
-@app.command()
-def plan(  # noqa: PLR0917  # one parameter an option
-    model: ModelOption = None,
-    batch_size: Annotated[
-        str | None, typer.Option(help="Images an update, or auto: the largest that fits.", rich_help_panel=METHOD)
+_IN_PLAN = {
+    key: OPTIONS[key]
+    for key in (
+        *("model.name", "model.img_size", "model.patch_size", "local.modules", "local.objective", "local.overlap"),
+        *("local.options.decoder", "local.options.classifier", "training.global_every", "training.global_tail"),
+        *("training.optimizer", "execution.precision", "execution.compile", "execution.plugins"),
+    )
+} | {
+    "data.name": replace(OPTIONS["data.name"], help="Plan for the classes of a data set."),
+    "local.modules": replace(OPTIONS["local.modules"], help="Only so many modules, stages, or boundaries."),
+    "training.batch_size": replace(
+        OPTIONS["training.batch_size"], help="Images an update, or auto: the largest that fits.", kind=str
+    ),
+}
+
+
+@app.command(epilog="All options: localgrad plan --help-all")
+@takes(
+    _IN_PLAN,
+    ("model", "img_size", "batch_size", "budget", "modules", "precision", "device", "parallel", "frontier", "json_"),
+)
+def plan(
+    *,
+    budget: Annotated[
+        str | None, typer.Option(help="Memory, such as 6GiB; no limit by default.", rich_help_panel=RUN)
     ] = None,
-    budget: Annotated[str | None, typer.Option(help="Memory, such as 6GiB; no limit by default.")] = None,
     num_classes: Annotated[
-        int | None, typer.Option(help="By default the data's, or timm's own.", rich_help_panel=METHOD)
+        int | None, typer.Option(help="By default the data's, or timm's own.", rich_help_panel=DATA)
     ] = None,
-    data: Annotated[str | None, typer.Option(help="Plan for the classes of a data set.", rich_help_panel=DATA)] = None,
-    img_size: ImgSizeOption = None,
-    patch_size: PatchSizeOption = None,
-    modules: Annotated[
-        str | None,
-        typer.Option(help="Only so many modules, stages, or boundaries; any by default.", rich_help_panel=METHOD),
-    ] = None,
-    objective: ObjectiveOption = None,
-    decoder: DecoderOption = None,
-    classifier: ClassifierOption = None,
-    overlap: OverlapOption = None,
-    global_every: GlobalEveryOption = None,
-    global_tail: GlobalTailOption = None,
-    optimizer: OptimizerOption = None,
-    precision: PrecisionOption = None,
     device: Annotated[
         str, typer.Option(help="auto, cpu or cuda; there need be no GPU to plan for one.", rich_help_panel=EXECUTION)
     ] = "auto",
-    compile_: CompileOption = None,
-    plugin: PluginOption = None,
     preset: PresetOption = None,
     recipe: RecipeOption = None,
     set_: SetOption = None,
     parallel: Annotated[
-        int | None, typer.Option(help="So many ranks, a local module each; --budget is then of every rank.")
+        int | None,
+        typer.Option(
+            help="So many ranks, a local module each; --budget is then of every rank.", rich_help_panel=EXECUTION
+        ),
     ] = None,
     balance: Annotated[
-        str | None, typer.Option(help="With --parallel: time (default), or memory: the smallest largest rank.")
+        str | None,
+        typer.Option(
+            help="With --parallel: time (default), or memory: the smallest largest rank.", rich_help_panel=EXECUTION
+        ),
     ] = None,
-    frontier: Annotated[bool, typer.Option("--frontier", help="Print all plans worth having.")] = False,
-    json_: Annotated[Path | None, typer.Option("--json", help="Write the plan, for train --plan.")] = None,
+    frontier: Annotated[
+        bool, typer.Option("--frontier", help="Print all plans worth having.", rich_help_panel=RUN)
+    ] = False,
+    json_: Annotated[
+        Path | None, typer.Option("--json", help="Write the plan, for train --plan.", rich_help_panel=RUN)
+    ] = None,
     no_cache: NoCacheOption = False,
+    **given: Any,
 ) -> None:
     """Find the fastest way to train a model within a memory budget; no GPU, no data and no weights are needed."""
-    from localgrad.app.recipe import parse_assignments
-
-    options = {
-        "model.name": model,
-        "model.img_size": img_size,
-        "model.patch_size": patch_size,
-        "data.name": data,
-        "local.objective": objective,
-        "local.options.decoder": decoder,
-        "local.options.classifier": classifier,
-        "training.batch_size": None if batch_size in (None, "auto") else _whole("--batch-size", batch_size),
-        "local.overlap": overlap,
-        "training.global_every": global_every,
-        "training.global_tail": global_tail,
-        "training.optimizer": optimizer,
-        "execution.precision": precision,
-        "execution.compile": compile_,
-        "execution.plugins": plugin or None,
-    }
-    changes: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
-    changes |= parse_assignments(set_ or [])
-    if modules is not None:
-        changes["local.modules"] = parse_modules(modules)
-    elif isinstance(changes.get("local.modules"), str):  # --set local.modules=2,5,9
-        changes["local.modules"] = parse_modules(changes["local.modules"])
+    size = given.pop("batch_size")
+    if size not in (None, "auto"):
+        given["batch_size"] = read_whole("batch_size", size)
+    changes = _changes(_IN_PLAN, given, set_)
     changes.setdefault("local.modules", "auto")
-    num_bytes = _budget(budget, None, changes, verb="plan")
+    decided = {key: changes.get(f"execution.{key}") for key in ("checkpoint", "accumulation")}
+    rules.check({**decided, "budget": "any"})  # with none, a plan decides them as well
+    rules.check({"preset": preset, "recipe": recipe, "batch_size": size, "budget": budget})
     _print_plan(
         _base(preset, recipe, {"data.name": "", **changes}),
         changes,
-        budget=num_bytes,
+        budget=None if budget is None else parse_bytes(budget),
         device=device,
         num_classes=num_classes,
-        largest_batch=batch_size == "auto",
+        largest_batch=size == "auto",
         frontier=frontier,
         ranks=(parallel, balance),
         json=json_,
@@ -548,15 +400,11 @@ def _print_plan(
     cache: bool,
 ) -> None:
     """Plan a recipe, print what was found, and write it."""
-    from dataclasses import replace
-
     from rich.console import Console
     from rich.markup import escape
 
     from localgrad.app import planned as recipes
-    from localgrad.app.recipe import Recipe, overlay
     from localgrad.compare.plots import check_output_file
-    from localgrad.errors import RecipeError
     from localgrad.planning import budget as budgets
     from localgrad.planning import rank_plans as parallel
     from localgrad.planning import table
@@ -565,12 +413,10 @@ def _print_plan(
     in_parallel = parallel.asked_for(
         *ranks, num_buffers=recipe.execution.buffers, frontier=frontier, largest_batch=largest_batch
     )
-    if largest_batch and budget is None:
-        raise RecipeError("--batch-size auto: the largest batch that fits what? Add --budget, such as --budget 8GiB.")
     if json is not None:
-        check_output_file("--json", json)
+        check_output_file("json", json)
     if num_classes is not None and num_classes < 2:
-        raise RecipeError(f"--num-classes: a classifier needs at least 2 classes, got {num_classes}.")
+        raise RecipeError(f"{arg('num_classes')}: a classifier needs at least 2 classes, got {num_classes}.")
     named = recipe.method.data.name if "name" in overlay(base, changes).get("data", {}) else ""
     classes, channels = recipes.CLASSES.get(named, (None, 3))
     kind = recipes.kind_of(recipe.execution.device if device == "auto" else device)
@@ -583,7 +429,7 @@ def _print_plan(
         table.print_batches(rows, console)
         size = rows[-1].batch_size
         if not size:
-            raise RecipeError("--batch-size auto: not even two images fit this budget; take a larger one.")
+            raise RecipeError(f"{arg('batch_size', 'auto')}: not even two images fit this budget; take a larger one.")
         training = replace(recipe.method.training, batch_size=size)
         recipe = replace(recipe, method=replace(recipe.method, training=training))
     if frontier:
@@ -598,39 +444,46 @@ def _print_plan(
 
 
 @app.command()
+@takes({key: OPTIONS[key] for key in ("execution.device", "data.root")}, ("part", "device", "data", "root"))
 def evaluate(
+    *,
     run_folder: RunFolderArgument,
     part: Annotated[str, typer.Option(help="test, val or train.")] = "test",
-    device: RunDeviceOption = None,
-    data: Annotated[str | None, typer.Option(help="Where the run's data lies now, if it was moved.")] = None,
-    root: Annotated[str | None, typer.Option(help="The same of torchvision's data sets.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Where the run's data lies now, if it was moved.", rich_help_panel=DATA)
+    ] = None,
+    **given: Any,
 ) -> None:
     """Accuracy of a run's best weights, of the whole model and of each module's own classifier."""
     from localgrad import run
-    from localgrad.errors import RecipeError
     from localgrad.training.events import accuracies
 
-    if part not in ("test", "val", "train"):
-        raise RecipeError(f"--part: unknown {part!r}; take test, val or train.")
-    result = run.evaluate_run(run_folder, part=part, device=device, data=data, root=root)
+    result = run.evaluate_run(run_folder, part=part, data=data, device=given["device"], root=given["root"])
     left_out = "".join(f"; left out: {count:,} {reason}" for reason, count in result["skipped"].items())
     typer.echo(f"{part} accuracy  {result['accuracy']:.2%}  ({result['num_images']:,} images{left_out})")
     typer.echo(f"by module  {accuracies(result['module_accuracy'])}")
 
 
+_READING = ("data.on_corrupt", "data.image_range", "data.background", "data.fit")
+_IN_PREDICT = {key: OPTIONS[key] for key in ("execution.device", *_READING)}
+
+
 @app.command()
+@takes(_IN_PREDICT, ("top", *(each.name for each in _IN_PREDICT.values())))
 def predict(
+    *,
     run_folder: RunFolderArgument,
     images: Annotated[Path, typer.Argument(help="An image, or a folder of images.")],
     top: Annotated[int, typer.Option(min=1, help="Classes to name for each image.")] = 3,
-    device: RunDeviceOption = None,
+    **given: Any,
 ) -> None:
     """Classify images with a run's best weights."""
     from localgrad import run
     from localgrad.training.image_sets import Skipped
 
     skipped = Skipped()
-    for prediction in run.predict(run_folder, images, top=top, device=device, skipped=skipped):
+    reading = {key.rpartition(".")[2]: value for key, value in values_of(_IN_PREDICT, given).items()}
+    for prediction in run.predict(run_folder, images, top=top, skipped=skipped, **reading):
         classes = "  ".join(f"{name} {share:.1%}" for name, share in prediction.classes)
         typer.echo(f"{prediction.path}  {classes}")
     for name, reason in skipped.images.items():
@@ -640,72 +493,26 @@ def predict(
         typer.echo(f"left out, which are no images: {counts}", err=True)
 
 
-@app.command()
-def compare(  # noqa: PLR0917  # one parameter an option
-    model: Annotated[str, typer.Option(help="timm's name of the model.")] = "swin_tiny_patch4_window7_224",
-    img_size: Annotated[int | None, typer.Option(help="Side of the images in pixels.")] = None,
-    num_classes: Annotated[int | None, typer.Option(help="Classes of the random labels; by default 1000.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 64,
-    data: Annotated[str | None, typer.Option(help="A data set, as for train; by default random images.")] = None,
-    root: Annotated[Path | None, typer.Option(help="Where torchvision's data sets lie.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
-    optimizer: Annotated[str, typer.Option(help="timm's name of the optimizer.")] = "adamw",
-    precision: Annotated[str, typer.Option(help="fp32, bf16, or both: fp32,bf16.")] = "fp32",
-    modules: Annotated[
-        list[str] | None,
-        typer.Option(help="Choices: 2,4,stages. Given repeatedly, each as for train: --modules 4 --modules 2,5,9."),
-    ] = None,
-    objective: Annotated[
-        str | None,
-        typer.Option(help="feature,image,greedy,contrastive; by default feature, and image and greedy once each."),
-    ] = None,
-    decoder: Annotated[str, typer.Option(help="linear,conv,transformer.")] = "linear",
-    checkpoint: Annotated[
-        str, typer.Option(help="Recompute inside local modules: none,blocks,halves,halves/8.")
-    ] = "none,halves/8",
-    compile_: Annotated[bool, typer.Option("--compile", help="Compiled methods as well (none in chunks).")] = False,
-    memory_budget: Annotated[
-        str, typer.Option(help="With --compile: shares of activations that torch may keep, such as 0.5,0.3.")
-    ] = "0.5",
-    plan: Annotated[list[Path] | None, typer.Option(help="A plan's JSON file; may be repeated.")] = None,
-    repeats: Annotated[int, typer.Option(help="Timed turns of each method.")] = 3,
-    warmup: Annotated[int, typer.Option(help="Steps of each method before it is measured.")] = 1,
-    estimate_only: Annotated[bool, typer.Option("--estimate-only", help="Estimate peaks, run nothing.")] = False,
-    json_: Annotated[Path | None, typer.Option("--json", help="Write everything to this file.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw peak against step time: .png or .svg.")] = None,
-    timeline: Annotated[Path | None, typer.Option(help="Draw memory over one step: .png or .svg.")] = None,
-) -> None:
+_IN_COMPARE = declared(Settings)
+
+
+@app.command(epilog="All options: localgrad compare --help-all")
+@takes(
+    _IN_COMPARE,
+    ("model", "batch_size", "data", "device", "precision", "modules", "checkpoint", "plan", "estimate_only", "plot"),
+    with_defaults=True,
+)
+def compare(**given: Any) -> None:
     """Peak memory and step time of end-to-end training, its rivals and local modules, side by side."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler would talk; read when torch is imported
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from localgrad.compare import options as bench
+    from localgrad.compare import verb as bench
 
-    settings = bench.Settings(
-        model=model,
-        img_size=img_size,
-        num_classes=num_classes,
-        batch_size=batch_size,
-        data=data,
-        root=root,
-        device=device,
-        optimizer=optimizer,
-        precision=precision,
-        modules=tuple(modules or ("2,4",)),
-        objective=objective,
-        decoder=decoder,
-        checkpoint=checkpoint,
-        compile=compile_,
-        budget=memory_budget,
-        plans=tuple(plan or ()),
-        repeats=repeats,
-        warmup=warmup,
-        estimate_only=estimate_only,
-        json=json_,
-        plot=plot,
-        timeline=timeline,
-    )
+    typed = values_of(_IN_COMPARE, given)
+    values: dict[str, Any] = {key: tuple(each) if isinstance(each, list) else each for key, each in typed.items()}
+    settings = Settings(**values)
     columns = BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("building the model", total=None)
@@ -727,76 +534,20 @@ def compare(  # noqa: PLR0917  # one parameter an option
         console.print(note, highlight=False, markup=False, soft_wrap=True)
 
 
-def parse_modules(text: str) -> int | str | list[int]:
-    """Read ``4``, ``stages``, or boundaries such as ``2,5,9``."""
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        return text  # a word; which ones there are is checked where blocks are known
-    return numbers[0] if len(numbers) == 1 else numbers
-
-
-def parse_numbers(option: str, text: str | None) -> list[float] | None:
-    """Read numbers such as ``0.5,0.5,0.5``."""
-    from localgrad.errors import RecipeError
-
-    if text is None:
-        return None
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        example = "0,4095" if option == "--image-range" else "0.5,0.5,0.5"
-        raise RecipeError(f"{option}: {text!r} isn't a list of numbers; take {option} {example}.") from None
-
-
-def _whole(option: str, text: str | None) -> int:
-    """Read a whole number."""
-    from localgrad.errors import RecipeError
-
-    try:
-        return int(text or "")
-    except ValueError:
-        raise RecipeError(f"{option}: {text!r} is neither a whole number nor auto; take --batch-size 64.") from None
-
-
-def _budget(text: str | None, plan: Path | None, changes: dict[str, Any], *, verb: str) -> int | None:
-    """Read a budget, and see that nothing else decides what it is there to decide."""
-    from localgrad.errors import RecipeError
-    from localgrad.units import parse_bytes
-
-    if text is None and verb == "train":
-        return None
-    if plan is not None:
-        raise RecipeError("--budget and --plan both decide how to train; give one of them.")
-    for key in ("execution.checkpoint", "execution.accumulation"):
-        if key in changes:
-            option = f"--{key.removeprefix('execution.')}"
-            who = "with --budget" if verb == "train" else "to localgrad plan"
-            raise RecipeError(f"{option} can't be given {who}, which decides it; leave it out.")
-    if text is None:
-        return None
-    if verb == "train":
-        changes.setdefault("local.modules", "auto")
-    try:
-        return parse_bytes(text)
-    except RecipeError as error:
-        raise RecipeError(f"--budget: {error}") from None
-
-
-def _planned(path: Path, preset: str | None, recipe: Path | None, changes: dict[str, Any]) -> tuple[Any, Any]:
+def _planned(path: Path, preset: str | None, recipe: Path | None, changes: dict[str, Any]) -> tuple[Any, Recipe]:
     """A plan from its file, and the recipe to train by it; refused where options contradict the plan."""
     from localgrad.app.planned import changes_of, check_plan_is_for
-    from localgrad.app.recipe import Recipe, overlay
-    from localgrad.errors import BudgetError, PartitionError
     from localgrad.partition import Plan
 
     try:
         plan = Plan.from_json(path.read_text(encoding="utf-8"))
     except PartitionError as error:
-        raise BudgetError(f"--plan {path}: {error}") from error
+        raise BudgetError(f"{arg('plan', path)}: {error}") from error
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise BudgetError(f"--plan: {path} can't be read ({reason}); make one with localgrad plan --json.") from error
+        raise BudgetError(
+            f"{arg('plan')}: {path} can't be read ({reason}); make one with localgrad plan {arg('json', 'FILE')}."
+        ) from error
     values = {**changes_of(plan), **changes}
     wanted = Recipe.from_dict(overlay(_base(preset, recipe, values), values))
     check_plan_is_for(plan, wanted)
@@ -805,30 +556,20 @@ def _planned(path: Path, preset: str | None, recipe: Path | None, changes: dict[
 
 def _base(preset_name: str | None, recipe: Path | None, changes: dict[str, Any]) -> dict[str, Any]:
     """What the options are laid over: a recipe file, a preset, or (where no other data is named) the digits."""
-    from localgrad.app.recipe import preset, read_toml
-    from localgrad.errors import RecipeError
-
-    if recipe is not None and preset_name is not None:
-        raise RecipeError("--preset and --recipe both say where to start; give one of them.")
     if recipe is not None:
         return read_toml(recipe)
     if preset_name is None and changes.get("data.name", "digits") != "digits":
         return {}
-    base = preset(preset_name or "digits")
+    base = preset_values(preset_name or "digits")
     if preset_name is None and "model.name" in changes:
         base.pop("model", None)  # the preset's micro Swin has options that another model doesn't take
     return base
 
 
-def _resumed(path: Path, changes: dict[str, Any], forbidden: dict[str, object]) -> Any:
+def _resumed(path: Path, changes: dict[str, Any]) -> Recipe:
     """The recipe of the run to be resumed, with the options laid over it."""
     from localgrad import run
-    from localgrad.app.recipe import Recipe, overlay
-    from localgrad.errors import RecipeError
 
-    given = [name for name, value in forbidden.items() if value is not None]
-    if given:
-        raise RecipeError(f"{given[0]} can't be given with --resume: the run in {path} has its recipe and folder.")
     return Recipe.from_dict(overlay(run.read_recipe(path).to_dict(), changes))
 
 

@@ -4,16 +4,55 @@ Each class is also the builtin that Python code would expect (``ValueError`` for
 ``RuntimeError`` for a run that could not go on), so callers may catch either. The command line turns
 every member into one line on standard error and exit status 2. A message says the rule, the value
 it got, and what to type next. Faults of our own are ``assert``, never one of these.
+
+Messages name arguments by ``arg``, never by hand: as Python code writes them, or as the command line does while it
+runs (``naming``; what an option is called there is ``cli.py``'s matter).
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import PurePath
 
 NEAR = 0.6
 """How alike two names must be, from 0 to 1, for one to be suggested for the other."""
+
+
+Naming = Callable[[str, object], str]
+"""How an argument is written, from its name (or dotted key in a recipe) and a value, ``None`` for the name alone."""
+
+
+def in_python(name: str, value: object) -> str:
+    """An argument as Python code writes it: ``budget``, ``budget='6GiB'``."""
+    name = name.rpartition(".")[2]
+    return name if value is None else f"{name}={str(value) if isinstance(value, PurePath) else value!r}"
+
+
+_naming: Naming = in_python
+
+
+def arg(name: str, value: object = None) -> str:
+    """Name an argument in a message, as whoever reads it would type it.
+
+    Args:
+        name: its Python name; or its dotted key in a recipe, where it is no more than that.
+        value: one that it has, or should have; ``True`` for a flag.
+    """
+    return _naming(name, value)
+
+
+@contextmanager
+def naming(style: Naming) -> Iterator[None]:
+    """A region of this process in which arguments are named in another style, whatever thread writes a message."""
+    global _naming  # noqa: PLW0603  # as a language is: one a process
+    before, _naming = _naming, style
+    try:
+        yield
+    finally:
+        _naming = before
 
 
 class LocalgradError(Exception):
@@ -71,7 +110,16 @@ class RunWarning(UserWarning):
 
 
 class CheckpointError(LocalgradError, RuntimeError):
-    """A checkpoint that is truncated, of another model, or of another version."""
+    """A checkpoint that is truncated, of another model, or of another version.
+
+    Args:
+        fact: what is wrong.
+        advice: what to do about it.
+    """
+
+    def __init__(self, fact: str, advice: str = "") -> None:
+        super().__init__(f"{fact}; {advice}." if advice else fact)
+        self.fact = fact
 
 
 class IsolationError(LocalgradError, RuntimeError):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from localgrad import rules
 from localgrad.backbones.base import Backbone, split
 from localgrad.backbones.state import left_as_it_was
 from localgrad.backbones.timm_models import input_channels
@@ -30,6 +31,7 @@ from localgrad.errors import (
     IsolationError,
     PartitionError,
     RecipeError,
+    arg,
 )
 from localgrad.formats import Json
 from localgrad.memory.track import MemoryProfile, annotate, block_activation_bytes, simulate
@@ -164,14 +166,14 @@ class LocalLearner:
             checkpoint = "blocks"
         if objective is not None and not isinstance(objective, Objective):
             raise RecipeError(
-                f"objective: got {objective!r}, not an objective; make one, such as GreedySupervised() or "
+                f"{arg('objective')}: got {objective!r}, not an objective; make one, such as GreedySupervised() or "
                 "FeatureReconstruction()."
             )
         self.objective = objective or FeatureReconstruction()
         self.plan = make_plan(self.backbone, modules, checkpoint=checkpoint)
         self.overlap = overlap
         self.freeze_from = freeze_from
-        self.global_checkpoint = Checkpointing.parse(global_checkpoint)
+        self.global_checkpoint = Checkpointing.parse(global_checkpoint, "global_checkpoint")
         self.seed = torch.initial_seed()  # with the batch's number, of what each of several modules draws
         self.modules = build_local_modules(
             self.backbone,
@@ -242,13 +244,8 @@ class LocalLearner:
         return any(what in module.objective.uses for module in self.modules)
 
     def _check_uses(self, ema_decay: float | None, *, compiled: bool) -> None:
-        if self.uses("teacher") and ema_decay is None:
-            raise RecipeError(
-                "teacher_share: the averaged model teaches, and none is kept; add ema_decay (0.999, say)."
-            )
-        if self.uses("gradient") and (compiled or self.overlap):
-            other = "overlap" if self.overlap else "compile"
-            raise RecipeError(f"reconcile and {other} don't go together; leave one of them out.")
+        used = {"teacher_share": self.uses("teacher"), "reconcile": self.uses("gradient")}
+        rules.check({**used, "ema_decay": ema_decay, "compile": compiled, "overlap": self.overlap})
 
     def _say_what_is_passed_by(self, stacklevel: int = 3) -> None:
         """What users set on the model itself or on a stage isn't met where blocks are called one by one."""
@@ -830,17 +827,16 @@ def _check_options(
 ) -> None:
     """Refuse values of a learner's options that are impossible, or don't go together."""
     if isinstance(overlap, bool) or not isinstance(overlap, int) or overlap < 0:
-        raise RecipeError(f"overlap must be a number of blocks, 0 for none, got {overlap!r}.")
-    if overlap and freeze_from is not None:
-        raise RecipeError("overlap: a frozen module's last blocks would go on learning; leave freeze_from out.")
-    if overlap and offload:
-        raise RecipeError("overlap: blocks that two modules train can't be offloaded; leave offload out.")
+        raise RecipeError(f"{arg('overlap')} must be a number of blocks, 0 for none, got {overlap!r}.")
+    rules.check({"overlap": overlap, "freeze_from": freeze_from, "offload": offload})
     if freeze_from is not None and not (is_number(freeze_from) and 0 <= freeze_from <= 1):
-        raise RecipeError(f"freeze_from must be a share of the training, from 0 to 1, got {freeze_from!r}.")
+        raise RecipeError(f"{arg('freeze_from')} must be a share of the training, from 0 to 1, got {freeze_from!r}.")
     if accumulation is not None and not (isinstance(accumulation, int) and accumulation >= 1):
-        raise RecipeError(f"accumulation must be at least 1, a whole number of parts, got {accumulation!r}.")
+        raise RecipeError(f"{arg('accumulation')} must be at least 1, a whole number of parts, got {accumulation!r}.")
     if clip_grad is not None and (isinstance(clip_grad, (bool, str)) or not 0 < clip_grad < math.inf):
-        raise RecipeError(f"clip_grad must be a number above 0, got {clip_grad!r}; leave it out for no clipping.")
+        raise RecipeError(
+            f"{arg('clip_grad')} must be a number above 0, got {clip_grad!r}; leave it out for no clipping."
+        )
     if auxiliary_from not in ("seed", "state"):
         raise RecipeError(f"auxiliary_from: unknown {auxiliary_from!r}; take seed or state.")
     if device is not None and not offload:
@@ -865,8 +861,8 @@ def make_plan(backbone: Backbone, modules: Request | Plan, *, checkpoint: Checkp
             raise _other_model(modules, name, len(backbone.blocks))
         if checkpoint not in (False, "none"):
             raise PartitionError(
-                f"checkpoint: {checkpoint!r}, but a plan says itself what is recomputed; leave it out, or make another "
-                "plan: dataclasses.replace(plan, checkpoint=...)."
+                f"{arg('checkpoint')}: {checkpoint!r}, but a plan says itself what is recomputed; leave it out, or "
+                "make another plan: dataclasses.replace(plan, checkpoint=...)."
             )
         return modules
     try:
@@ -1139,7 +1135,7 @@ def make_ema(model: nn.Module, decay: float | None, *, on_host: bool) -> ModelEm
     if decay is None:
         return None
     if not (is_number(decay) and 0 < decay < 1):
-        raise RecipeError(f"ema_decay must lie between 0 and 1, got {decay!r}; 0.9998 is usual.")
+        raise RecipeError(f"{arg('ema_decay')} must lie between 0 and 1, got {decay!r}; 0.9998 is usual.")
     from localgrad.step.moving_average import MovingAverage
 
     if on_host:  # while the model may be in two places, which foreach can't take
@@ -1163,6 +1159,6 @@ def no_optimizers() -> RecipeError:
 
 def _other_model(plan: Plan, name: str, num_blocks: int) -> PartitionError:
     return PartitionError(
-        f"plan: it was made for {plan.model} with {plan.num_blocks} blocks, "
+        f"{arg('plan')}: it was made for {plan.model} with {plan.num_blocks} blocks, "
         f"but this model is {name} with {num_blocks} blocks; make a new plan."
     )

@@ -19,13 +19,13 @@ import math
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import InitVar, asdict, dataclass, field, fields
 from fractions import Fraction
 from operator import index
 from typing import SupportsIndex, TypedDict, cast
 
 from localgrad.balancing import balanced
-from localgrad.errors import PartitionError
+from localgrad.errors import PartitionError, arg
 from localgrad.formats import Json, check_format
 
 Boundaries = tuple[int, ...]
@@ -51,16 +51,19 @@ class Checkpointing:
     level: str = "none"
     chunks: int = 1
     first: int | None = None
+    argument: InitVar[str] = "checkpoint"
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, argument: str) -> None:
         """Check the values, and that they go together."""
         if self.level not in LEVELS:
-            raise PartitionError(f"checkpoint: unknown {self.level!r}; take none, blocks, halves, or halves/8.")
+            raise PartitionError(f"{arg(argument)}: unknown {self.level!r}; take none, blocks, halves or halves/8.")
         if self.chunks < 1 or (self.chunks > 1 and self.level == "none"):
-            raise PartitionError(f"checkpoint: {self.chunks} chunks of {self.level!r}; write halves/8, for example.")
+            raise PartitionError(
+                f"{arg(argument)}: {self.chunks} chunks of {self.level!r}; write halves/8, for example."
+            )
         if self.first is not None and (self.first < 1 or self.level == "none"):
             raise PartitionError(
-                f"checkpoint: {self}: the number of blocks after ':' must be at least 1, with a level."
+                f"{arg(argument)}: {self}: the number of blocks after ':' must be at least 1, with a level."
             )
 
     def __str__(self) -> str:
@@ -69,8 +72,12 @@ class Checkpointing:
         return self.level + chunks + ("" if self.first is None else f":{self.first}")
 
     @classmethod
-    def parse(cls, value: object) -> Checkpointing:
+    def parse(cls, value: object, argument: str = "checkpoint") -> Checkpointing:
         """Read ``halves/8:3``; ``True`` and ``False`` stand for ``blocks`` and ``none``.
+
+        Args:
+            value: text, or what is read already.
+            argument: whose value it is, for messages.
 
         Raises:
             PartitionError: it can't be read; the message says what can.
@@ -84,11 +91,11 @@ class Checkpointing:
         )
         if match is None:
             raise PartitionError(
-                f"checkpoint: {str(value)[:40]!r} can't be read; take none, blocks, halves, halves/8 (over 8 chunks of "
-                "the batch), or halves/8:3 (the first three blocks of a module)."
+                f"{arg(argument)}: {str(value)[:40]!r} can't be read; take none, blocks, halves, halves/8 (over 8 "
+                "chunks of the batch), or halves/8:3 (the first three blocks of a module)."
             )
         level, chunks, first = match.groups()
-        return cls(level, int(chunks or 1), None if first is None else int(first))
+        return cls(level, int(chunks or 1), None if first is None else int(first), argument)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -385,12 +392,12 @@ def check_boundaries(boundaries: Sequence[int], num_blocks: int) -> Boundaries:
     for number, boundary in enumerate(boundaries):
         if not 1 <= boundary < num_blocks:
             raise PartitionError(
-                f"modules: boundary {boundary} lies outside 1..{num_blocks - 1} (the model has {num_blocks} blocks, "
-                "and a boundary is the index of the first block of a module)."
+                f"{arg('modules')}: boundary {boundary} lies outside 1..{num_blocks - 1} (the model has {num_blocks} "
+                "blocks, and a boundary is the index of the first block of a module)."
             )
         if number and boundary <= boundaries[number - 1]:
             listed = list(boundaries)
-            raise PartitionError(f"modules: boundaries must ascend, got {listed}; try {sorted(set(listed))}.")
+            raise PartitionError(f"{arg('modules')}: boundaries must ascend, got {listed}; try {sorted(set(listed))}.")
     return tuple(boundaries)
 
 
@@ -414,16 +421,16 @@ def resolve(request: Request, costs: Sequence[int], stage_boundaries: Sequence[i
     if isinstance(request, str):
         if request != "stages":
             raise PartitionError(
-                f"modules: {request!r} is neither a number of modules, 'stages', nor boundaries such as 2,5,9."
+                f"{arg('modules')}: {request!r} is neither a number of modules, 'stages', nor boundaries such as 2,5,9."
             )
         if not stage_boundaries:
-            raise PartitionError("modules: this model has no stages; give a number of modules, such as 4.")
+            raise PartitionError(f"{arg('modules')}: this model has no stages; give a number of modules, such as 4.")
         return check_boundaries(stage_boundaries, num_blocks)
     try:
         return check_boundaries([_integer(boundary) for boundary in cast(Sequence[int], request)], num_blocks)
     except TypeError:
         raise PartitionError(
-            f"modules: expected a number, 'stages' or boundaries such as [2, 5, 9], got {request!r}."
+            f"{arg('modules')}: expected a number, 'stages' or boundaries such as [2, 5, 9], got {request!r}."
         ) from None
 
 
@@ -495,7 +502,7 @@ def _check_count(num_modules: int, num_blocks: int) -> int:
         count = -1
     if not 1 <= count <= num_blocks:
         raise PartitionError(
-            f"modules: {num_modules} local modules can't be made of {num_blocks} blocks; "
+            f"{arg('modules')}: {num_modules} local modules can't be made of {num_blocks} blocks; "
             f"take a number from 1 to {num_blocks}."
         )
     return count

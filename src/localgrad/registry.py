@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
-from localgrad.errors import RecipeError, did_you_mean, reason_of
+from localgrad.errors import RecipeError, arg, did_you_mean, reason_of
 
 T = TypeVar("T")
 
@@ -57,7 +57,7 @@ class Registry(Mapping[str, T]):
             return self[name]
         except (KeyError, TypeError):
             raise RecipeError(
-                f"{self.kind}: unknown {name!r}; there are {', '.join(self)}, and what a plugin registers."
+                f"{arg(self.kind)}: unknown {name!r}; there are {', '.join(self)}, and what a plugin registers."
                 f"{did_you_mean(str(name), self)}"
             ) from None
 
@@ -102,7 +102,7 @@ def load_plugins(names: Iterable[str]) -> None:
         RecipeError: there is no such module, or its import fails.
     """
     for name in names:
-        _import("plugin", name)
+        _import("plugins", name)
 
 
 def function_named(option: str, text: str) -> Callable[..., Any]:
@@ -120,7 +120,7 @@ def function_named(option: str, text: str) -> Callable[..., Any]:
     for part in name.split("."):
         found = getattr(found, part, None)
     if not callable(found):
-        raise RecipeError(f"{option}: there is no function {name!r} in the module {module!r}.")
+        raise RecipeError(f"{arg(option)}: there is no function {name!r} in the module {module!r}.")
     return found  # type: ignore[no-any-return]
 
 
@@ -136,7 +136,8 @@ def name_of_function(option: str, function: Callable[..., Any]) -> str:
         found = getattr(found, part, None)
     if found is not function:
         raise RecipeError(
-            f"{option}: {function!r} can't be found again by a name, as resuming must; define a function in a module."
+            f"{arg(option)}: {function!r} can't be found again by a name, as resuming must; define a function in a "
+            "module."
         )
     return f"{module}:{name}"
 
@@ -147,17 +148,17 @@ def _import(option: str, name: str) -> Any:
         sys.path.append(here)  # last, so that nothing installed is hidden; stays, for what the module imports later
     if not all(part.isidentifier() for part in name.split(".")) or name.endswith(".py"):
         known = Path(name).stem if name.endswith(".py") else "my_module"
-        raise RecipeError(f"{option}: {name!r} is no name of a module; write it as import does, such as {known}.")
+        raise RecipeError(f"{arg(option)}: {name!r} is no name of a module; write it as import does, such as {known}.")
     importlib.invalidate_caches()
     try:
         return importlib.import_module(name)
     except Exception as error:  # whatever a user's code says
         if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
             raise RecipeError(
-                f"{option}: there is no module {name!r}, neither in the current folder ({here}) nor installed; start "
-                "where it lies, or name its folder in PYTHONPATH."
+                f"{arg(option)}: there is no module {name!r}, neither in the current folder ({here}) nor installed; "
+                "start where it lies, or name its folder in PYTHONPATH."
             ) from error
-        raise RecipeError(f"{option}: the module {name!r} can't be imported ({_said(error)}).") from error
+        raise RecipeError(f"{arg(option)}: the module {name!r} can't be imported ({_said(error)}).") from error
 
 
 def _said(error: Exception) -> str:

@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from localgrad import rules
 from localgrad.app.agreement import team_of, together
 from localgrad.app.build import Job, build, create_model, input_size_of, resolve_device
-from localgrad.app.planned import check_plan_fits, laid_over, note_of_plan, plan_recipe, refuse_together, task_on
-from localgrad.app.recipe import DataSettings, Recipe, as_recipe, difference, flat, overlay
+from localgrad.app.planned import check_plan_fits, laid_over, note_of_plan, plan_recipe, task_on
+from localgrad.app.recipe import DataSettings, Recipe, as_recipe, difference, flat, overlay, validated
 from localgrad.app.replanning import Replanner
 from localgrad.backbones.base import Backbone
 from localgrad.errors import (
@@ -35,12 +36,13 @@ from localgrad.errors import (
     PartitionError,
     RecipeError,
     RunFolderError,
+    arg,
 )
 from localgrad.formats import check_format
 from localgrad.learner import end_to_end, estimate_step
 from localgrad.memory.track import MemoryProfile
-from localgrad.parallel.learner import ParallelLearner
 from localgrad.parallel.memory import estimate_share
+from localgrad.parallel.parallel_learner import ParallelLearner
 from localgrad.parallel.team import Team, was_restarted
 from localgrad.partition import Plan, forecast_of
 from localgrad.registry import load_plugins, name_of_function
@@ -72,6 +74,7 @@ from localgrad.training.folder import (
 )
 from localgrad.training.health import HealthCheck
 from localgrad.training.image_sets import Skipped, skipped_table
+from localgrad.training.images import parse_colour
 from localgrad.training.optim import note_of_warmup
 from localgrad.training.parallel_trainer import ParallelTrainer, joined_checkpoint, name_of
 from localgrad.training.saved import (
@@ -129,6 +132,7 @@ def train(
     Example:
         >>> train({"model.name": "vit_tiny_patch16_224", "data.name": "./photos"}, sinks=["console"])  # doctest: +SKIP
     """
+    _check_on_oom(on_oom)
     wanted, place = as_recipe(recipe), None if out is None else Path(out)
     num_bytes = None if budget is None else parse_bytes(budget)
     if transform is not None:
@@ -140,14 +144,12 @@ def train(
         if was_restarted():
             return resume(place, _normalised_as(read_recipe(place), wanted), sinks=sinks, on_oom=on_oom)
         raise RunFolderError(
-            f"--out: {place} already holds a run; continue it with --resume {place}, or choose another folder."
+            f"{arg('out')}: {place} already holds a run; continue it with {arg('resume', place)}, or choose another "
+            "folder."
         )
-    if plan is not None and num_bytes is not None:
-        raise RecipeError("plan and budget: a plan has its budget already; give one of them.")
-    _refuse_in_parallel(wanted, budget=num_bytes, on_oom=on_oom)
     is_planned = plan is not None or num_bytes is not None
-    if is_planned:
-        refuse_together(wanted)
+    given = {"plan": plan is not None, "budget": num_bytes is not None, "on_oom": on_oom}
+    rules.check({**wanted.arguments(), **given})
     check_writable(place or Path("runs"))
     planning = _Planning(plan, num_bytes, cache=cache)
     with team_of(wanted) as team:
@@ -174,6 +176,11 @@ def train(
             folder.release()
 
 
+def _check_on_oom(on_oom: str) -> None:
+    if on_oom not in ("stop", "replan"):
+        raise RecipeError(f"{arg('on_oom')}: unknown {on_oom!r}; take stop or replan.")
+
+
 def _normalised_as(begun: Recipe, recipe: Recipe) -> Recipe:
     """A recipe with the normalisation and the transform that a run of it found when it began."""
     own, data = begun.method.data, recipe.method.data
@@ -182,18 +189,6 @@ def _normalised_as(begun: Recipe, recipe: Recipe) -> Recipe:
     if data.mean is None and recipe.method.model.pretrained:
         data = replace(data, mean=own.mean, std=own.std)
     return replace(recipe, method=replace(recipe.method, data=data))
-
-
-def _refuse_in_parallel(recipe: Recipe, *, budget: int | None, on_oom: str) -> None:
-    if recipe.execution.parallel == "none":
-        return
-    if budget is not None:
-        raise RecipeError(
-            "--budget: with --parallel modules, plan first (localgrad plan --parallel N --budget BYTES --json FILE), "
-            "then give --plan FILE."
-        )
-    if on_oom == "replan":
-        raise RecipeError("--on-oom replan: not with --parallel modules; resume with another --checkpoint instead.")
 
 
 class _Planning:
@@ -242,16 +237,17 @@ def resume(
         CheckpointError: both checkpoints are damaged, or of another model; or the best epoch's weights are damaged.
         DataError: the data is missing, or was moved and is not what the run was trained on.
     """
+    _check_on_oom(on_oom)
     place = Path(path)
     own = read_recipe(place)
     recipe = changes if isinstance(changes, Recipe) else as_recipe(overlay(own.to_dict(), flat(changes or {})))
     different = difference(_without_place(own), _without_place(recipe))
     if different:
         raise RecipeError(
-            f"--resume {place}: the run has another recipe ({'; '.join(different)}); leave those options out, "
+            f"{arg('resume', place)}: the run has another recipe ({'; '.join(different)}); leave those options out, "
             "or start a new run."
         )
-    _refuse_in_parallel(recipe, budget=None, on_oom=on_oom)
+    rules.check({**recipe.arguments(), "on_oom": on_oom})
     load_plugins(recipe.execution.plugins)
     check_sinks((*recipe.execution.sinks, *sinks))
     finished = _read_summary(place)
@@ -296,7 +292,7 @@ def _load_last(folder: RunFolder, recipe: Recipe) -> Checkpoint | None:
         if not isinstance(text, str):
             return None
         different = difference(_without_place(Recipe.from_toml(text, "checkpoint")), _without_place(recipe))
-        # A number of modules and its boundaries are the same (``--on-oom replan``); the learner compares those.
+        # A number of modules and its boundaries are the same (``on_oom``); the learner compares those.
         different = [line for line in different if not line.startswith("local.modules:")]
         return f"it has another recipe: {', '.join(different)}" if different else None
 
@@ -319,7 +315,7 @@ def _has_lost_best(folder: RunFolder, position: PositionState, recipe: Recipe) -
         is_of_best = (best + 1, 0) == (position.get("epoch"), position.get("batch"))
         if recipe.method.training.schedule == "sequential" or not is_of_best:
             raise
-        say(f"{str(error).split('; ')[0].rstrip('.')}; written again from the checkpoint, which is of the best epoch.")
+        say(f"{error.fact}; written again from the checkpoint, which is of the best epoch.")
         return True
     return False
 
@@ -332,7 +328,7 @@ def _build_again(recipe: Recipe, **settings: Any) -> Job:
         name = recipe.method.data.root or recipe.method.data.name
         if Path(name).expanduser().exists():
             raise
-        raise DataError(f"{error} If it was moved, say where it is now: --data, or --root.") from error
+        raise DataError(f"{error} If it was moved, say where it is now: {arg('data')}, or {arg('root')}.") from error
 
 
 def _check_data(path: Path, job: Job, *, is_moved: bool) -> DataDescription:
@@ -349,14 +345,14 @@ def _check_data(path: Path, job: Job, *, is_moved: bool) -> DataDescription:
         known = _read_data(path)
     except CheckpointError as error:
         if is_moved:
-            raise DataError(f"--data {name}: it can't be compared with the run's: {error}") from error
+            raise DataError(f"{arg('data', name)}: it can't be compared with the run's: {error}") from error
         say(f"{path / 'data.json'}: missing or damaged; the data is taken as it is.")
         return found
     different = known.differences(found)
     if different:
         what = f"not what the run in {path} was trained on (another {', '.join(different)})"
         if is_moved:
-            raise DataError(f"--data {name}: this is {what}; name where the same images and labels are.")
+            raise DataError(f"{arg('data', name)}: this is {what}; name where the same images and labels are.")
         say(f"The data {name} is {what}: it was changed.")
     return found
 
@@ -445,6 +441,8 @@ def evaluate_run(
         DataError: the data is missing, or was moved and is not what the run was trained on.
         CheckpointError: the weights are missing or damaged.
     """
+    if part not in ("test", "val", "train"):
+        raise RecipeError(f"{arg('part')}: unknown {part!r}; take test, val or train.")
     own = _on_device(read_recipe(path), device)
     place = own.method.data
     place = replace(place, name=data or place.name, root=root or place.root)
@@ -454,7 +452,10 @@ def evaluate_run(
     _check_data(path, job, is_moved=_place_of(own) != _place_of(recipe))
     images = {"test": job.data.test, "val": job.data.val, "train": job.data.train}[part]
     if images is None:
-        raise RecipeError("--part val: this run has no validation images (data.val_fraction = 0); take --part test.")
+        raise RecipeError(
+            f"{arg('part', 'val')}: this run has no validation images (data.val_fraction = 0); take "
+            f"{arg('part', 'test')}."
+        )
     load_best_weights(job.learner, weights)
     gather(job.learner, job.device)
     accuracy, by_module = evaluate(job.learner, job.evaluation_batches(images))
@@ -492,7 +493,16 @@ class Prediction:
 
 
 def predict(
-    path: Path, images: Path, *, top: int = 3, device: str | None = None, skipped: Skipped | None = None
+    path: Path,
+    images: Path,
+    *,
+    top: int = 3,
+    device: str | None = None,
+    on_corrupt: str | None = None,
+    image_range: Sequence[float] | None = None,
+    background: str | None = None,
+    fit: str | None = None,
+    skipped: Skipped | None = None,
 ) -> Iterator[Prediction]:
     """Classify images with a run's best weights; the plain timm model alone is used, and the data set not needed.
 
@@ -501,8 +511,19 @@ def predict(
         images: an image, or a folder of images.
         top: classes to name for each.
         device: by default the recipe's.
+        on_corrupt: an image that is corrupt; by default as in the run.
+        image_range: (black, white) of images of more than 8 bits; by default as in the run.
+        background: behind transparent images; by default as in the run.
+        fit: of images of another shape; by default as in the run.
         skipped: takes what is passed over.
+
+    Raises:
+        RecipeError: an impossible value.
+        DataError: an image that can't be read.
     """
+    asked = {"on_corrupt": on_corrupt, "image_range": image_range, "background": background, "fit": fit}
+    given = {key: value for key, value in asked.items() if value is not None}
+    reading: DataSettings = validated(DataSettings, given, "data.")
     recipe = _on_device(read_recipe(path), device)
     info = _read_data(path).info
     load_plugins(recipe.execution.plugins)
@@ -520,10 +541,10 @@ def predict(
         std=info.std,
         num_channels=info.num_channels,
         image_size=size[1:],
-        on_corrupt=recipe.method.data.on_corrupt,
-        image_range=info.image_range,
-        background=info.background,
-        fit=info.fit,
+        on_corrupt=(reading if "on_corrupt" in given else recipe.method.data).on_corrupt,
+        image_range=reading.image_range or info.image_range,
+        background=info.background if reading.background is None else parse_colour(reading.background),
+        fit=reading.fit or info.fit,
         transform=None if recipe.method.data.transform == NONE else recipe.method.data.transform,
         skipped=skipped,
     )
@@ -591,12 +612,12 @@ def _fit(
         except RuntimeError as error:
             if out_of_memory(error) is None:
                 raise
-            ways = [f"--accumulation {2 * job.recipe.execution.accumulation}", "--checkpoint halves/8"]
+            ways = [arg("accumulation", 2 * job.recipe.execution.accumulation), arg("checkpoint", "halves/8")]
             if not isinstance(trainer, StagewiseTrainer) and not job.recipe.execution.offload:
-                ways.append("--offload")
+                ways.append(arg("offload", value=True))
             raise DeviceError(
                 f"{job.device} is out of memory; take {', '.join(ways[:-1])} or {ways[-1]}, which don't change "
-                "results, or more --modules."
+                f"results, or more {arg('modules')}."
             ) from error
         return _finish(job, trainer, {"estimated_peak_bytes": peak, "estimated_end_to_end_peak_bytes": baseline})
 
@@ -703,7 +724,7 @@ def _go_on(replanner: Replanner, trainer: Trainer, module: int) -> bool:
         return False
     recipe = replanner.adopt(plan)
     trainer.folder.write_text("recipe.toml", recipe.to_toml())
-    how = f"--checkpoint {','.join(map(str, plan.checkpoint))} --accumulation {plan.accumulation}"
+    how = f"checkpoint {','.join(map(str, plan.checkpoint))}, accumulation {plan.accumulation}"
     for sink in trainer.sinks:
         sink.emit(Replanned(module=module, peak_bytes=forecast_of(plan).peak_bytes, how=how))
     return True
@@ -744,8 +765,6 @@ def _trainer(job: Job, folder: RunFolder) -> Trainer:
 def _health_check(job: Job) -> HealthCheck | None:
     """What measures the modules' health, where the recipe asks for it; refused if its reference is no good."""
     execution, val = job.recipe.execution, job.data.val
-    if execution.health_reference is not None and not execution.health_every:
-        raise RecipeError("--health-reference: health is not measured in this run; give --health 1 too.")
     if not execution.health_every:
         return None
     reference = None
@@ -760,7 +779,7 @@ def _health_check(job: Job) -> HealthCheck | None:
             reference=reference,
         )
     except CheckpointError as error:
-        raise _bad_reference(execution.health_reference, error) from error
+        raise RecipeError(f"{arg('health_reference', execution.health_reference)}: {error}") from error
 
 
 def _end_to_end_weights(path: Path, recipe: Recipe) -> dict[str, Tensor]:
@@ -769,19 +788,15 @@ def _end_to_end_weights(path: Path, recipe: Recipe) -> dict[str, Tensor]:
         found = read_recipe(path)
         weights = load_saved_weights(path / "checkpoints" / "best.safetensors")
     except LocalgradError as error:
-        raise _bad_reference(path, error) from error
+        raise RecipeError(f"{arg('health_reference')}: {error}") from error
+    named = arg("health_reference", path)
     free = ("model.drop_path", "model.pretrained")  # these don't change what features are
     different = [line for line in difference(found, recipe) if line.startswith("model.") and not line.startswith(free)]
     if different:
-        raise _bad_reference(path, f"it is a run of another model ({'; '.join(different)}).")
+        raise RecipeError(f"{named}: it is a run of another model ({'; '.join(different)}).")
     if found.method.local.modules not in (1, []):
-        raise _bad_reference(path, "it was trained with local modules; name a run with --modules 1.")
+        raise RecipeError(f"{named}: it was trained with local modules; name a run with {arg('modules', 1)}.")
     return model_weights(weights)
-
-
-def _bad_reference(path: object, reason: object) -> RecipeError:
-    text = str(reason).removeprefix(f"{path}: ").removeprefix("checkpoint: ")
-    return RecipeError(f"--health-reference {path}: {text}")
 
 
 def _check_space(job: Job, path: Path) -> None:

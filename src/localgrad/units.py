@@ -11,7 +11,7 @@ from __future__ import annotations
 import codecs
 import re
 
-from localgrad.errors import RecipeError
+from localgrad.errors import RecipeError, arg
 
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 _BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", re.IGNORECASE)
@@ -36,11 +36,12 @@ def printable(text: str, encoding: str) -> str:
     return text.encode(encoding, PLAINLY).decode(encoding)
 
 
-def parse_bytes(text: str | int) -> int:
+def parse_bytes(text: str | int, argument: str = "budget") -> int:
     """Read an amount of memory.
 
     Args:
         text: such as ``6GiB``, ``6.5 GB``, ``512M``, or a whole number of bytes.
+        argument: whose value it is, for messages.
 
     Returns:
         Bytes, at least 1.
@@ -53,13 +54,13 @@ def parse_bytes(text: str | int) -> int:
     else:
         match = _BYTES.fullmatch(text)
         if match is None:
-            raise RecipeError(f"{text!r} is not an amount of memory; write it like 6GiB or 800MiB.")
+            raise RecipeError(f"{arg(argument)}: {text!r} is not an amount of memory; write it like 6GiB or 800MiB.")
         number = float(match[1])
         if number == float("inf"):
-            raise RecipeError(f"{text[:20]!r}… is more memory than there is; write it like 6GiB or 800MiB.")
+            raise RecipeError(f"{arg(argument)}: {text[:20]!r}… is more memory than there is; write it like 6GiB.")
         amount = round(number * 1024 ** _POWERS[match[2].lower()])
     if amount < 1:
-        raise RecipeError(f"an amount of memory must be positive, got {text!r}; write it like 6GiB.")
+        raise RecipeError(f"{arg(argument)}: memory must be positive, got {text!r}; write it like 6GiB.")
     return amount
 
 

@@ -16,7 +16,7 @@ import torch
 
 from localgrad.app.build import resolve_device
 from localgrad.app.recipe import Recipe
-from localgrad.errors import LocalgradError, ParallelError, RecipeError
+from localgrad.errors import LocalgradError, ParallelError, RecipeError, arg
 from localgrad.parallel.team import Team, check_groups, exchange, in_team, meet
 from localgrad.parallel.watch import Watch
 from localgrad.training.trainer import Interrupted
@@ -34,10 +34,6 @@ def team_of(recipe: Recipe) -> Iterator[Team | None]:
     execution = recipe.execution
     alone = not in_team() or int(os.environ["WORLD_SIZE"]) == 1
     if execution.parallel == "none" and alone:
-        if execution.replicas > 1:
-            raise ParallelError(f"--replicas {execution.replicas}: they need --parallel modules.")
-        if execution.shard:
-            raise ParallelError("--shard: it shares weights out among replicas; add --parallel modules --replicas 2.")
         yield None
         return
     store = meet()
@@ -61,7 +57,8 @@ def _agree(store: Any, recipe: Recipe, size: int) -> torch.device:
     try:
         if execution.parallel == "none":
             raise ParallelError(
-                f"torchrun started {size} processes, and each would train the whole model; add --parallel modules."
+                f"torchrun started {size} processes, and each would train the whole model; add "
+                f"{arg('parallel', 'modules')}."
             )
         device = _own_device(execution.device)
         check_groups(size, execution.replicas, device)
@@ -109,12 +106,14 @@ def _own_device(name: str) -> torch.device:
     if device.type != "cuda":
         return device
     if device.index is not None:
-        raise RecipeError(f"--device {name}: with --parallel modules each process takes its own GPU; take cuda.")
+        raise RecipeError(
+            f"{arg('device', name)}: with {arg('parallel', 'modules')} each process takes its own GPU; take cuda."
+        )
     number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if number >= count:
         raise ParallelError(
-            f"--device {name}: process {number} of this machine has no GPU, there are {count}; take --nproc-per-node "
-            f"{count}, or --device cpu."
+            f"{arg('device', name)}: process {number} of this machine has no GPU, there are {count}; start {count} "
+            f"processes on it, or take {arg('device', 'cpu')}."
         )
     return torch.device("cuda", number)
 

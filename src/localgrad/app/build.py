@@ -17,17 +17,18 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from localgrad import rules
 from localgrad.app.recipe import ModelSettings, Recipe, TrainingSettings, validated
 from localgrad.backbones.base import BACKBONES, Backbone, split
 from localgrad.backbones.namespaces import Kwargs
-from localgrad.errors import BackboneError, DeviceError, LocalgradError, RecipeError, did_you_mean, reason_of
+from localgrad.errors import BackboneError, DeviceError, LocalgradError, RecipeError, arg, did_you_mean, reason_of
 from localgrad.learner import Factories, LocalLearner, default_input_size, make_plan
 from localgrad.objectives.methods import Objective, build_objective
-from localgrad.parallel.learner import ParallelLearner
+from localgrad.parallel.parallel_learner import ParallelLearner
 from localgrad.parallel.team import Team
 from localgrad.registry import load_plugins
 from localgrad.step.local_step import check_precision
-from localgrad.training.augment import Augment
+from localgrad.training.augmentation import Augment
 from localgrad.training.data import Batches, ImageSet, Splits, load_data, note_on_fit
 from localgrad.training.optim import OptimizerFactory, Schedule, check_schedule, optimizer_info
 from localgrad.training.transforms import NONE
@@ -82,8 +83,7 @@ def build(
         planned: gives the recipe with its modules and how they run, once the model is there.
         team: the processes that train it together.
     """
-    if recipe.method.local.modules == "auto" and planned is None:
-        raise RecipeError("--modules auto: how many is found within a budget; add --budget, or give a number.")
+    rules.check(recipe.arguments() | ({"budget": None} if planned is None else {}))
     method, execution = recipe.method, recipe.execution
     load_plugins(execution.plugins)
     device = resolve_device(execution.device) if team is None else team.device
@@ -91,14 +91,6 @@ def build(
     check_model_name(method.model.name)
     training = method.training
     is_sequential = training.schedule == "sequential"
-    if is_sequential:
-        _refuse_in_sequence(recipe)
-    if execution.parallel != "none":
-        _refuse_in_parallel(recipe)
-    if training.has_global_steps and execution.offload:
-        raise RecipeError(
-            "--offload: end-to-end steps (--global-every, --global-tail) need all modules on the device; leave one out."
-        )
     _check_training(recipe)
     objective = build_recipe_objective(recipe)
     if execution.num_threads is not None:
@@ -227,7 +219,9 @@ def _settled(
     cut_off = note_on_fit(data, size)
     data = data if cut_off is None else data.said(cut_off)
     if data.transform is not None:
-        data = data.said(f"Images go through the transform {data.transform}; --transform none takes them as they are.")
+        data = data.said(
+            f"Images go through the transform {data.transform}; {arg('transform', NONE)} takes them as they are."
+        )
         settings = replace(recipe.method.data, transform=data.transform)
         recipe = replace(recipe, method=replace(recipe.method, data=settings))
     if not has_new_weights or recipe.method.data.mean is not None:
@@ -239,7 +233,7 @@ def _settled(
     mean, std = data.info.mean, data.info.std
     data = data.said(
         f"Normalised by mean {', '.join(f'{m:.4g}' for m in mean)} and std {', '.join(f'{s:.4g}' for s in std)}, as "
-        "the pretrained weights were trained; --mean and --std set others."
+        "the pretrained weights were trained; data.mean and data.std set others."
     )
     settings = replace(recipe.method.data, mean=mean, std=std)
     return replace(recipe, method=replace(recipe.method, data=settings)), data
@@ -260,7 +254,7 @@ def _check_training(recipe: Recipe) -> None:
     own = training.batch_size // execution.replicas
     if execution.accumulation > own:
         raise RecipeError(
-            f"--accumulation: {execution.accumulation} parts can't be made of a batch of {own} images; take fewer."
+            f"{arg('accumulation', execution.accumulation)}: so many parts can't be made of {own} images; take fewer."
         )
 
 
@@ -286,55 +280,6 @@ def optimizers_of(training: TrainingSettings, model: nn.Module, num_modules: int
     ]
 
 
-def _refuse_in_parallel(recipe: Recipe) -> None:
-    """Refuse what needs all local modules in one process."""
-    training, local, execution = recipe.method.training, recipe.method.local, recipe.execution
-    given = {
-        "--schedule sequential": training.schedule == "sequential",
-        "--global-every": training.global_every,
-        "--global-tail": training.global_tail,
-        "--overlap": local.overlap,
-        "--offload": execution.offload,
-        "--health": execution.health_every,
-        "local.options.teacher_share": local.options.get("teacher_share"),
-    }
-    for name, value in given.items():
-        if value:
-            raise RecipeError(
-                f"{name}: with --parallel modules no process has all local modules; leave it out, or --parallel."
-            )
-
-
-def _refuse_in_sequence(recipe: Recipe) -> None:
-    """Refuse what needs several modules in one step where modules are trained one after another."""
-    training, local = recipe.method.training, recipe.method.local
-    if recipe.execution.offload:
-        raise RecipeError(
-            "--offload: with --schedule sequential only one module is on the device anyway; leave one of them out."
-        )
-    if training.ema_decay is not None:
-        raise RecipeError(
-            f"--ema-decay {training.ema_decay}: with --schedule sequential no average of the weights is kept; leave "
-            "--ema-decay out, or take --schedule together."
-        )
-    given = {
-        "--global-every": training.global_every,
-        "--global-tail": training.global_tail,
-        "local.overlap": local.overlap,
-        "training.freeze_from": training.freeze_from is not None,
-        "training.warmup_stagger": training.warmup_stagger,
-        **{f"local.options.{name}": local.options.get(name) for name in ("teacher_share", "reconcile", "context")},
-        "local.options.reconstruct=previous": local.options.get("reconstruct") == "previous",
-        "local.options.classifier=next": local.options.get("classifier") == "next",
-    }
-    for name, value in given.items():
-        if value:
-            raise RecipeError(
-                f"{name}: with --schedule sequential modules never train in one step; leave it out, or take "
-                "--schedule together."
-            )
-
-
 def resolve_device(name: str) -> torch.device:
     """Turn a device's name into a device that this machine has.
 
@@ -346,13 +291,15 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise DeviceError(f"--device: {name!r} is no device; take auto, cpu, cuda or cuda:N.") from error
+        raise DeviceError(f"{arg('device')}: {name!r} is no device; take auto, cpu, cuda or cuda:N.") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise DeviceError(f"--device: {name!r} was asked for, but torch sees no CUDA GPU here; take --device cpu.")
+        raise DeviceError(
+            f"{arg('device')}: {name!r} was asked for, but torch sees no CUDA GPU here; take {arg('device', 'cpu')}."
+        )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise DeviceError(f"--device: {name!r}, but there are {torch.cuda.device_count()} GPUs; take cuda:0.")
+        raise DeviceError(f"{arg('device')}: {name!r}, but there are {torch.cuda.device_count()} GPUs; take cuda:0.")
     if device.type not in ("cpu", "cuda"):
-        raise DeviceError(f"--device: {name!r} is not supported; take auto, cpu or cuda.")
+        raise DeviceError(f"{arg('device')}: {name!r} is not supported; take auto, cpu or cuda.")
     return device
 
 
@@ -366,7 +313,7 @@ def check_model_name(name: str) -> None:
 
     if name not in BACKBONES and not timm.is_model(name.split(".", maxsplit=1)[0]):
         nearest = did_you_mean(name, [*timm.list_models(), *BACKBONES]) or " timm.list_models() names them all."
-        raise BackboneError(f"--model: timm has no {name!r}.{nearest}")
+        raise BackboneError(f"{arg('model')}: timm has no {name!r}.{nearest}")
 
 
 def build_recipe_objective(recipe: Recipe) -> Objective:
@@ -427,8 +374,9 @@ def create_model(settings: ModelSettings, *, num_classes: int | None, num_channe
             return create()
     except Exception as error:  # timm's own checks are asserts and errors of many kinds
         raise BackboneError(
-            f"--model: timm can't make {settings.name!r} with {_as_options(options)}: {reason_of(error).rstrip('.')}. "
-            "Check --img-size, --patch-size and model.options."
+            f"{arg('model')}: timm can't make {settings.name!r} with {_as_options(options)}: "
+            f"{reason_of(error).rstrip('.')}. "
+            f"Check {arg('img_size')}, {arg('patch_size')} and model.options."
         ) from error
 
 
@@ -439,11 +387,11 @@ def _made_by_plugin(name: str, options: Kwargs) -> Backbone:
         raise
     except Exception as error:  # whatever a user's code says
         raise BackboneError(
-            f"--model: {name!r} can't be made with {_as_options(options)}: {type(error).__name__}: "
-            f"{reason_of(error).rstrip('.')}. Check --img-size, --patch-size and model.options."
+            f"{arg('model')}: {name!r} can't be made with {_as_options(options)}: {type(error).__name__}: "
+            f"{reason_of(error).rstrip('.')}. Check {arg('img_size')}, {arg('patch_size')} and {arg('model.options')}."
         ) from error
     if not isinstance(made, Backbone):
-        raise BackboneError(f"--model: {name!r} gave {type(made).__name__}; let it return a localgrad.Backbone.")
+        raise BackboneError(f"{arg('model')}: {name!r} gave {type(made).__name__}; let it return a localgrad.Backbone.")
     return made
 
 
@@ -467,8 +415,8 @@ def check_patches(model: nn.Module, image_size: tuple[int, int]) -> None:
             below = side // length * length
             near = f"{below} or {below + length}" if below else f"{length}"
             raise BackboneError(
-                f"--img-size: {side} pixels aren't a whole number of patches of {length}; take {near}, or another "
-                "--patch-size."
+                f"{arg('img_size')}: {side} pixels aren't a whole number of patches of {length}; take {near}, or "
+                f"another {arg('patch_size')}."
             )
 
 

@@ -12,11 +12,12 @@ from contextlib import nullcontext
 from dataclasses import asdict, replace
 from importlib import metadata
 
+from localgrad import rules
 from localgrad.app.build import build_recipe_objective, check_model_name, check_patches, create_model, input_size_of
 from localgrad.app.recipe import Recipe, overlay
 from localgrad.backbones.base import BACKBONES, Backbone, outline
 from localgrad.backbones.fake import without_initialization
-from localgrad.errors import BudgetError, RecipeError
+from localgrad.errors import BudgetError, RecipeError, arg
 from localgrad.formats import Json
 from localgrad.learner import num_parameters
 from localgrad.partition import Plan
@@ -67,7 +68,7 @@ def task_on(recipe: Recipe, backbone: Backbone, *, device: str, cache: bool = Tr
     """What a recipe is to train, on a backbone that is there already."""
     model = backbone.model
     training, local, execution = recipe.method.training, recipe.method.local, recipe.execution
-    refuse_together(recipe)
+    rules.check({**recipe.arguments(), "plan": True})
     return Task(
         backbone=backbone,
         # Pixels' mean and deviation need the data, which isn't read here; memory and time don't depend on them.
@@ -89,22 +90,6 @@ def task_on(recipe: Recipe, backbone: Backbone, *, device: str, cache: bool = Tr
     )
 
 
-def refuse_together(recipe: Recipe) -> None:
-    """Refuse what a planner doesn't plan.
-
-    Raises:
-        RecipeError: offloading, or modules one after another.
-    """
-    if recipe.execution.offload:
-        raise RecipeError(
-            "--offload: plans to a budget don't count on it; leave it out, or take --modules and no budget."
-        )
-    if recipe.method.training.schedule == "sequential":
-        raise RecipeError(
-            "--schedule sequential: plans to a budget are for modules that train together; leave one of them out."
-        )
-
-
 def kind_of(device: str) -> str:
     """The kind of a device that is planned for; there need be none.
 
@@ -117,7 +102,7 @@ def kind_of(device: str) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind = device.split(":", maxsplit=1)[0]
     if kind not in ("cpu", "cuda"):
-        raise RecipeError(f"--device: {device!r} can't be planned for; take auto, cpu or cuda.")
+        raise RecipeError(f"{arg('device')}: {device!r} can't be planned for; take auto, cpu or cuda.")
     return kind
 
 
@@ -180,7 +165,9 @@ def changes_of(plan: Plan) -> dict[str, Json]:
     """
     missing = [key for key in REMEMBERED if key not in plan.made_for]
     if missing:
-        raise BudgetError(f"--plan: it doesn't say {missing[0]}; make it with `localgrad plan --json FILE`.")
+        raise BudgetError(
+            f"{arg('plan')}: it doesn't say {missing[0]}; make a new one, of a recipe or from its options."
+        )
     kept = (*REMEMBERED, "execution.plugins")
     changes = {key: value for key, value in plan.made_for.items() if key in kept and value is not None}
     return changes | how_to_run(plan)
@@ -215,7 +202,7 @@ def check_plan_is_for(plan: Plan, recipe: Recipe) -> None:
     pairs += [(name, versions.get(name), metadata.version(name)) for name in VERSIONS]
     different = [f"{key} {old!r}, here {new!r}" for key, old, new in pairs if old != new]
     if different:
-        raise BudgetError(f"--plan: it was made for {'; '.join(different)}. Make a new one with localgrad plan.")
+        raise BudgetError(f"{arg('plan')}: it was made for {'; '.join(different)}. Make a new one with localgrad plan.")
 
 
 def note_of_plan(plan: Plan, recipe: Recipe, device: str) -> str | None:
@@ -251,14 +238,14 @@ def check_plan_fits(plan: Plan, backbone: Backbone, data: str) -> None:
         BudgetError: naming the difference.
     """
     here: dict[str, tuple[Json, str]] = {
-        "channels": (backbone.input_size[0], f"--data {data}"),
-        "image size": (list(backbone.input_size[1:]), f"--img-size {backbone.input_size[-1]}"),
-        "num_classes": (backbone.num_classes, f"--num-classes {backbone.num_classes}"),
+        "channels": (backbone.input_size[0], arg("data", data)),
+        "image size": (list(backbone.input_size[1:]), arg("img_size", backbone.input_size[-1])),
+        "num_classes": (backbone.num_classes, arg("num_classes", backbone.num_classes)),
     }
     if plan.num_blocks != len(backbone.blocks):
         raise BudgetError(
-            f"--plan: it was made for {plan.num_blocks} blocks, but this model has {len(backbone.blocks)}; make a new "
-            "one with localgrad plan."
+            f"{arg('plan')}: it was made for {plan.num_blocks} blocks, but this model has {len(backbone.blocks)}; make "
+            "a new one with localgrad plan."
         )
     said = plan.made_for.get("input_size")
     size: list[Json] = said if isinstance(said, list) and said else [*backbone.input_size]
@@ -270,7 +257,9 @@ def check_plan_fits(plan: Plan, backbone: Backbone, data: str) -> None:
     for key, (value, option) in here.items():
         planned = made_for[key]
         if planned not in (value, None):
-            raise BudgetError(f"--plan: it was made for {key} {planned}, here {value}; plan again with {option}.")
+            raise BudgetError(
+                f"{arg('plan')}: it was made for {key} {planned}, here {value}; plan again with {option}."
+            )
 
 
 def _by_dotted_key(recipe: Recipe) -> dict[str, Json]:

@@ -12,7 +12,7 @@ from localgrad.app.build import check_model_name
 from localgrad.app.planned import kind_of, made_for_task
 from localgrad.backbones.base import BACKBONES, Backbone, outline
 from localgrad.backbones.fake import without_initialization
-from localgrad.errors import RecipeError
+from localgrad.errors import RecipeError, arg
 from localgrad.learner import LocalLearner, OptimizerFactory, default_input_size, estimate_step
 from localgrad.memory.track import MemoryProfile, simulate
 from localgrad.objectives.methods import FeatureReconstruction, Objective
@@ -94,9 +94,9 @@ def plan(
         >>> p.boundaries, p.forecast.peak_bytes  # doctest: +SKIP
     """
     if precision not in PRECISIONS:
-        raise RecipeError(f"precision: unknown {precision!r}; take one of {', '.join(PRECISIONS)}.")
+        raise RecipeError(f"{arg('precision')}: unknown {precision!r}; take one of {', '.join(PRECISIONS)}.")
     if not 0 <= global_share <= 1:
-        raise RecipeError(f"global_share must be a share of the steps, from 0 to 1, got {global_share}.")
+        raise RecipeError(f"{arg('global_share')} must be a share of the steps, from 0 to 1, got {global_share}.")
     task = Task(
         backbone=_outlined(model, input_size),
         objective=objective or FeatureReconstruction(),

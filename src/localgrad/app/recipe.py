@@ -20,163 +20,156 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_type_hints
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
-
-from localgrad.errors import PartitionError, RecipeError, did_you_mean
+from localgrad.errors import RecipeError, arg, did_you_mean
 from localgrad.formats import check_format
+from localgrad.options import (
+    DATA,
+    EXECUTION,
+    METHOD,
+    Limits,
+    Option,
+    Readable,
+    declared,
+    documented,
+    entries,
+    option,
+    read_list,
+    read_modules,
+    read_numbers,
+)
 from localgrad.partition import Checkpointing
-from localgrad.training.augment import Augment
+from localgrad.training.augmentation import Augment
 
-Positive = Annotated[int, Field(ge=1, strict=True)]  # strict: true is no number
-Fraction = Annotated[float, Field(ge=0, lt=1, strict=True)]
-Amount = Annotated[float, Field(ge=0, strict=True)]
-Factor = Annotated[float, Field(gt=0, strict=True)]
-Number = Annotated[float, Field(strict=True)]
+Count = Annotated[int, Limits(ge=0)]
+Positive = Annotated[int, Limits(ge=1)]
+Fraction = Annotated[float, Limits(ge=0, lt=1)]
+Amount = Annotated[float, Limits(ge=0)]
+Factor = Annotated[float, Limits(gt=0)]
+Number = Annotated[float, Limits()]
 
 
-def _checkpoint(value: str | list[str]) -> str | list[str]:
+def _read_checkpoint(value: str | list[str]) -> None:
     for text in [value] if isinstance(value, str) else value:
-        try:
-            Checkpointing.parse(text)
-        except PartitionError as error:
-            raise ValueError(str(error).removeprefix("checkpoint: ")) from error
-    return value
+        Checkpointing.parse(text)
 
 
-Checkpoint = Annotated[str | list[str], AfterValidator(_checkpoint)]
-STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+STRICT = {"extra": "forbid", "allow_inf_nan": False}
+"""How pydantic takes each part of a recipe."""
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """Which model, and how timm is asked for it.
-
-    Attributes:
-        name: timm's name of the architecture, or that of a backbone which a plugin registers.
-        img_size: side of the images in pixels; by default the model's own.
-        patch_size: side of a patch in pixels; by default the model's own.
-        drop_path: stochastic depth rate; by default the model's own (0.1 for Swin).
-        pretrained: start from timm's pretrained weights (downloaded by timm).
-        options: further keyword arguments of ``timm.create_model``, such as ``depths``.
-    """
+    """Which model, and how timm is asked for it."""
 
     __pydantic_config__ = STRICT
-    name: str = "swin_tiny_patch4_window7_224"
-    img_size: Positive | None = None
-    patch_size: Positive | None = None
-    drop_path: Fraction | None = None
-    pretrained: bool = False
-    options: dict[str, Any] = field(default_factory=dict)
+    name: str = option("swin_tiny_patch4_window7_224", "timm's name of the model, or a plugin's.", METHOD, name="model")
+    img_size: Positive | None = option(None, "Side of the images in pixels; by default the model's own.", METHOD)
+    patch_size: Positive | None = option(None, "Side of a patch in pixels; by default the model's own.", METHOD)
+    drop_path: Fraction | None = option(None, "Stochastic depth rate; by default the model's own.", METHOD)
+    pretrained: bool = option(default=False, help="Start from timm's weights.", panel=METHOD)
+    options: dict[str, Any] = option(dict, "Further keyword arguments of timm.create_model, such as depths.")
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
-    """Which images.
-
-    Attributes:
-        name: digits, cifar10, cifar100, stl10, svhn, a folder, or a Hugging Face data set.
-        root: where torchvision's data sets lie; by default ``data``.
-        val_fraction: share of the training set that selects the best epoch; 0 takes the last epoch.
-        limit: use only this many training images.
-        on_corrupt: a corrupt image stops the run (``error``) or is left out and counted (``skip``).
-        train_data: a folder of class folders or a table, instead of the training part that ``name`` holds.
-        val_data: likewise, of the validation part.
-        test_data: likewise, of the test part.
-        image_range: (black, white) of images of more than 8 bits; by default the range of their type.
-        background: a colour behind transparent images: a name, #rrggbb or 255,255,255; by default white.
-        mean: per channel or one for all, of pixel values scaled to 0..1; by default the training images', or with
-            ``model.pretrained`` what the weights were trained with.
-        std: likewise.
-        fit: how images of another shape are brought to the model's: ``crop`` (by default), ``pad`` or ``squash``.
-        transform: what makes an image of a file one of the model's size: ``imagenet``, a registered name, or
-            ``module:function``; ``none`` is ``fit`` alone. By default ``imagenet`` for files of images that are larger
-            than the model's, where nothing is said of cropping and augmenting.
-    """
+    """Which images."""
 
     __pydantic_config__ = STRICT
-    name: str = "digits"
-    root: str | None = None
-    val_fraction: Fraction = 0.1
-    limit: Positive | None = None
-    on_corrupt: Literal["error", "skip"] = "error"
-    train_data: str | None = None
-    val_data: str | None = None
-    test_data: str | None = None
-    image_range: tuple[Number, Number] | None = None
-    background: str | None = None
-    mean: tuple[Number, ...] | None = None
-    std: tuple[Factor, ...] | None = None
-    fit: Literal["crop", "pad", "squash"] | None = None
-    transform: str | None = None
+    name: str = option(
+        "digits", "digits, cifar10, cifar100, stl10, svhn, a folder, or a Hugging Face data set.", DATA, name="data"
+    )
+    root: str | None = option(None, "Where torchvision's data sets lie; by default data.", DATA)
+    val_fraction: Fraction = option(
+        0.1, "Share of the training images that selects the best epoch; 0 takes the last epoch.", DATA
+    )
+    limit: Positive | None = option(None, "Use only this many training images.", DATA)
+    on_corrupt: Literal["error", "skip"] = option("error", "A corrupt image: error, or skip (and count).", DATA)
+    train_data: str | None = option(None, "Class folders or a table to train on, whatever the data set holds.", DATA)
+    val_data: str | None = option(None, "Likewise, of the images that select the best epoch.", DATA)
+    test_data: str | None = option(None, "Likewise, of the test images.", DATA)
+    image_range: tuple[Number, Number] | None = option(
+        None, "BLACK,WHITE of images of more than 8 bits: 0,4095.", DATA, read=read_numbers(0, 4095)
+    )
+    background: str | None = option(
+        None, "Colour behind transparent images: a name, #rrggbb or 255,255,255; white by default.", DATA
+    )
+    mean: tuple[Number, ...] | None = option(
+        None,
+        "To normalise by, of values in 0..1: 0.5 or 0.5,0.5,0.5; by default the training images', or what pretrained "
+        "weights were trained with.",
+        DATA,
+        read=read_numbers(0.5, 0.5, 0.5),
+    )
+    std: tuple[Factor, ...] | None = option(None, "Likewise.", DATA, read=read_numbers(0.5, 0.5, 0.5))
+    fit: Literal["crop", "pad", "squash"] | None = option(
+        None, "Images of another shape: crop (cut; by default), pad (bars) or squash.", DATA
+    )
+    transform: str | None = option(
+        None,
+        "What images of files go through: imagenet, none, module:function, or a plugin's; by default imagenet where "
+        "they are larger than the model's and nothing is said of augmenting.",
+        DATA,
+    )
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class LocalSettings:
-    """How the model is trained locally.
-
-    Attributes:
-        modules: number of local modules (balanced by activation bytes), ``stages``, boundaries, or ``auto``: as many
-            as is fastest within a budget.
-        objective: feature, image, greedy, contrastive, or one that a plugin registers.
-        options: keyword arguments of the objective: ``decoder``, ``classifier``, weights, remedies.
-        overlap: last blocks of the module before that each module's loss trains as well.
-    """
+    """How the model is trained locally."""
 
     __pydantic_config__ = STRICT
-    modules: Positive | str | list[int] = 4
-    objective: str = "feature"
-    options: dict[str, Any] = field(default_factory=dict)
-    overlap: Annotated[int, Field(ge=0, strict=True)] = 0
+    modules: Positive | str | list[int] = option(
+        4,
+        "Local modules: a number, stages, boundaries such as 2,5,9, or auto (with a budget). 1 is end-to-end.",
+        METHOD,
+        read=read_modules,
+    )
+    objective: str = option("feature", "feature, image, greedy, contrastive, or a plugin's.", METHOD)
+    options: dict[str, Any] = entries(
+        decoder=Option(help="Auxiliary decoder: linear, conv, transformer, bilinear, or a plugin's.", panel=METHOD),
+        classifier=Option(help="Auxiliary classifier: linear, mlp, transformer, next, or a plugin's.", panel=METHOD),
+    )
+    overlap: Count = option(0, "Last blocks of the module before that each module trains as well.", METHOD)
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
     """Optimization; every local module has its own optimizer and scheduler with these settings.
 
     A pair of factors goes from the first local module to the last.
-
-    Attributes:
-        epochs: passes over the training images.
-        batch_size: images an update.
-        optimizer: timm's name, such as adamw, sgd, lamb.
-        lr: peak learning rate.
-        weight_decay: not applied to biases, norms and what the model names.
-        scheduler: timm's name, such as cosine, step, poly (linear), none.
-        warmup_epochs: linear warm-up from ``warmup_lr``.
-        warmup_lr: learning rate at the start of the warm-up.
-        min_lr: learning rate at the end.
-        clip_grad: largest norm of each module's gradient; off by default.
-        ema_decay: keep and select an average of the weights with this decay; off by default.
-        schedule: train the local modules ``together``, or one after another on cached features (``sequential``).
-        cached_epochs: in sequential mode, how many differently augmented epochs of features are cached.
-        global_every: each step of that number is end-to-end (recomputing, within the same memory); off by default.
-        global_tail: share of the steps, at the end, that are end-to-end.
-        lr_depth: factors on the learning rate of the first and the last local module.
-        weight_decay_depth: the same on the weight decay.
-        warmup_stagger: epochs by which each module's warm-up is longer than that of the module before.
-        freeze_from: share of the training after which early modules stop to learn, one after another; off by default.
     """
 
     __pydantic_config__ = STRICT
-    epochs: Positive = 100
-    batch_size: Positive = 128
-    optimizer: str = "adamw"
-    lr: Annotated[float, Field(gt=0, strict=True)] = 5e-4
-    weight_decay: Amount = 0.05
-    scheduler: str = "cosine"
-    warmup_epochs: Amount = 5
-    warmup_lr: Amount = 1e-6
-    min_lr: Amount = 1e-6
-    clip_grad: Annotated[float, Field(gt=0, strict=True)] | None = None
-    ema_decay: Annotated[float, Field(gt=0, lt=1, strict=True)] | None = None
-    schedule: Literal["together", "sequential"] = "together"
-    cached_epochs: Positive = 4
-    global_every: Positive | None = None
-    global_tail: Fraction = 0.0
-    lr_depth: tuple[Factor, Factor] = (1.0, 1.0)
-    weight_decay_depth: tuple[Amount, Amount] = (1.0, 1.0)
-    warmup_stagger: Amount = 0.0
-    freeze_from: Fraction | None = None
+    epochs: Positive = option(100, "Passes over the training images.", METHOD)
+    batch_size: Positive = option(128, "Images an update.", METHOD)
+    optimizer: str = option("adamw", "timm's name of the optimizer, such as adamw, sgd, lamb.", METHOD)
+    lr: Factor = option(5e-4, "Peak learning rate.", METHOD)
+    weight_decay: Amount = option(0.05, "Weight decay; not of biases, norms and what the model names.", METHOD)
+    scheduler: str = option("cosine", "cosine, step, poly (linear), none …", METHOD)
+    warmup_epochs: Amount = option(5, "Linear warm-up.", METHOD)
+    warmup_lr: Amount = option(1e-6, "Learning rate at the start of the warm-up.")
+    min_lr: Amount = option(1e-6, "Learning rate at the end.")
+    clip_grad: Factor | None = option(None, "Largest norm of each module's gradient; off by default.", METHOD)
+    ema_decay: Annotated[float, Limits(gt=0, lt=1)] | None = option(
+        None, "Keep and select an average of the weights with this decay.", METHOD
+    )
+    schedule: Literal["together", "sequential"] = option(
+        "together", "Train the modules together, or sequential: one after another, on cached features.", METHOD
+    )
+    cached_epochs: Positive = option(4, "Augmented epochs of features that sequential caches on disk.", METHOD)
+    global_every: Positive | None = option(
+        None, "Every step of that number is end-to-end, recomputing within the same memory.", METHOD
+    )
+    global_tail: Fraction = option(0.0, "Share of the steps, at the end, that are end-to-end.", METHOD)
+    lr_depth: tuple[Factor, Factor] = option((1.0, 1.0), "Factors on the learning rate.")
+    weight_decay_depth: tuple[Amount, Amount] = option((1.0, 1.0), "Factors on the weight decay.")
+    warmup_stagger: Amount = option(0.0, "Epochs by which each module's warm-up is longer than the one before.")
+    freeze_from: Fraction | None = option(
+        None, "Share of the training after which early modules stop to learn, one after another; off by default."
+    )
 
     def is_global(self, step: int, num_steps: int) -> bool:
         """Whether a step of the run (from 0) is end-to-end."""
@@ -196,19 +189,10 @@ class TrainingSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """The half of a recipe that changes results.
-
-    Attributes:
-        seed: of the weights, the order of the images and every random draw.
-        model: which model.
-        data: which images.
-        augment: what happens to training images.
-        local: modules and objective.
-        training: optimization.
-    """
+    """The half of a recipe that changes results: what is trained, on what, how, and from which seed."""
 
     __pydantic_config__ = STRICT
-    seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0
+    seed: Annotated[int, Limits(ge=0, lt=2**63)] = option(0, "Of weights, order of the images and draws.", METHOD)
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DataSettings)
     augment: Augment = field(default_factory=Augment)
@@ -216,52 +200,56 @@ class Method:
     training: TrainingSettings = field(default_factory=TrainingSettings)
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class Execution:
-    """The half of a recipe that must not change results.
-
-    Attributes:
-        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda``, ``cuda:1``.
-        precision: fp32, bf16 or fp16 autocast.
-        accumulation: parts that each batch is cut into (batch norms and the contrastive term see the parts).
-        checkpoint: what local modules recompute in their backward pass: ``none``, ``blocks``, ``halves``, ``halves/8``
-            (over 8 chunks of the batch), ``halves/8:3`` (the first three blocks); one for all, or a list.
-        global_checkpoint: what end-to-end steps recompute (``training.global_every``, ``global_tail``).
-        compile: run each local module through torch.compile.
-        offload: keep local modules that don't train, and their optimizer state, in host memory.
-        num_workers: processes that decode images of sets too large for memory.
-        num_threads: processor threads; by default torch's choice.
-        parallel: ``modules`` shares the local modules out among the processes that torchrun started; by default one
-            process trains them all.
-        replicas: how often the whole model is there, each with a part of every batch (``parallel``).
-        buffers: batches that may be on their way at each end of a link between two processes.
-        wire: how features travel between processes: ``same``, or ``bf16`` in half the bytes.
-        shard: share each module's weights, gradients and optimizer state out among its replicas (FSDP2).
-        health_every: measure the modules' health after every so many epochs, and the last; 0 is never.
-        health_reference: folder of an end-to-end run of the same model, for CKA with its features.
-        sinks: where events go beside ``metrics.jsonl``, by name: ``tensorboard``, or what a plugin registers.
-        plugins: modules that register what the recipe names: objectives, decoders, classifiers, sinks, backbones.
-    """
+    """The half of a recipe that must not change results."""
 
     __pydantic_config__ = STRICT
-    device: str = "auto"
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    accumulation: Positive = 1
-    checkpoint: Checkpoint = "none"
-    global_checkpoint: Annotated[str, AfterValidator(_checkpoint)] = "blocks"
-    compile: bool = False
-    offload: bool = False
-    num_workers: Annotated[int, Field(ge=0, strict=True)] = 2
-    num_threads: Positive | None = None
-    parallel: Literal["none", "modules"] = "none"
-    replicas: Positive = 1
-    buffers: Positive = 2
-    wire: Literal["same", "bf16"] = "same"
-    shard: bool = False
-    health_every: Annotated[int, Field(ge=0, strict=True)] = 0
-    health_reference: str | None = None
-    sinks: list[str] = field(default_factory=lambda: ["tensorboard"])
-    plugins: list[str] = field(default_factory=list)
+    device: str = option("auto", "auto (CUDA where there is one), cpu, cuda, cuda:1.", EXECUTION)
+    precision: Literal["fp32", "bf16", "fp16"] = option("fp32", "fp32, bf16 or fp16.", EXECUTION)
+    accumulation: Positive = option(
+        1, "Parts that each batch is cut into, to save memory; batch norms and contrastive see parts.", EXECUTION
+    )
+    checkpoint: Annotated[str | list[str], Readable(_read_checkpoint)] = option(
+        "none",
+        "Recompute inside modules: blocks, halves, halves/8 (in 8 chunks), halves/8:3 (the first 3 blocks), none; a "
+        "list: one each.",
+        EXECUTION,
+        read=read_list,
+    )
+    global_checkpoint: Annotated[str, Readable(lambda text: Checkpointing.parse(text, "global_checkpoint"))] = option(
+        "blocks", "What end-to-end steps recompute."
+    )
+    compile: bool = option(default=False, help="Compile each local module.", panel=EXECUTION)
+    offload: bool = option(
+        default=False, help="Keep modules that don't train, and their optimizers, in host memory.", panel=EXECUTION
+    )
+    num_workers: Count = option(2, "Processes that decode data sets too large for memory.", EXECUTION)
+    num_threads: Positive | None = option(None, "Processor threads.", EXECUTION)
+    parallel: Literal["none", "modules"] = option(
+        "none", "modules: share the local modules out among processes.", EXECUTION
+    )
+    replicas: Positive = option(1, "With parallel: how often the whole model is there.", EXECUTION)
+    buffers: Positive = option(2, "Batches that may be on their way at each end of a link between two processes.")
+    wire: Literal["same", "bf16"] = option("same", "How features travel: same, or bf16 in half the bytes.")
+    shard: bool = option(
+        default=False, help="With replicas: each keeps a part of weights and optimizer state.", panel=EXECUTION
+    )
+    health_every: Count = option(
+        0, "Every so many epochs, and the last, measure where accuracy is lost.", EXECUTION, name="health"
+    )
+    health_reference: str | None = option(None, "With health: an end-to-end run, to compare features with.", EXECUTION)
+    sinks: list[str] = option(
+        lambda: ["tensorboard"],
+        "Where figures go beside metrics.jsonl: tensorboard, or a plugin's; may be repeated.",
+        EXECUTION,
+        name="sink",
+        repeated=str,
+    )
+    plugins: list[str] = option(
+        list, "Module that registers what you name; may be repeated.", EXECUTION, name="plugin", repeated=str
+    )
 
 
 RECIPE_FORMAT = 1
@@ -278,6 +266,11 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """The recipe as nested plain values, method and execution side by side; unset values are left out."""
         return cast(dict[str, Any], _without_none({**asdict(self.method), "execution": asdict(self.execution)}))
+
+    def arguments(self) -> dict[str, Any]:
+        """What local modules are trained by, as arguments by their own names; for ``rules.check``."""
+        local, training, execution = asdict(self.method.local), asdict(self.method.training), asdict(self.execution)
+        return {**training, **execution, **local.pop("options"), **local}
 
     def to_toml(self) -> str:
         """The recipe as TOML text."""
@@ -309,6 +302,15 @@ class Recipe:
         return cls.from_dict(parse_toml(text, source))
 
 
+OPTIONS = declared(Method) | declared(Execution, "execution.")
+"""What each value of a recipe is, and how it is typed; by dotted key."""
+
+DOWNLOAD = Option(
+    help="Fetch a torchvision data set that is missing.", panel=DATA, name="download", key="download", kind=bool
+)
+"""The option of whatever reads a data set by name."""
+
+
 def parse_toml(text: str, source: str) -> dict[str, Any]:
     """Parse TOML text, naming ``source`` in the error."""
     try:
@@ -332,7 +334,8 @@ def preset(name: str) -> dict[str, Any]:
     """
     if name not in preset_names():
         raise RecipeError(
-            f"--preset: unknown {name!r}; there are {', '.join(preset_names())}.{did_you_mean(name, preset_names())}"
+            f"{arg('preset')}: unknown {name!r}; there are {', '.join(preset_names())}."
+            f"{did_you_mean(name, preset_names())}"
         )
     return parse_toml(
         resources.files("localgrad.app.presets").joinpath(f"{name}.toml").read_text(encoding="utf-8"), name
@@ -364,7 +367,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         return parse_toml(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise RecipeError(f"--recipe: {path} can't be read ({reason}); name a recipe in TOML.") from error
+        raise RecipeError(f"{arg('recipe')}: {path} can't be read ({reason}); name a recipe in TOML.") from error
 
 
 def overlay(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -384,7 +387,7 @@ def overlay(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
         for key in path:
             table = table.setdefault(key, {})
             if not isinstance(table, dict):
-                raise RecipeError(f"--set: {dotted!r} goes through {key!r}, which is no table.")
+                raise RecipeError(f"{arg('set')}: {dotted!r} goes through {key!r}, which is no table.")
         table[last] = value
     return result
 
@@ -399,7 +402,9 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not key.strip():
-            raise RecipeError(f"--set: expected KEY=VALUE, got {assignment!r}; for example --set training.lr=0.001.")
+            raise RecipeError(
+                f"{arg('set')}: expected KEY=VALUE, got {assignment!r}; for example {arg('set', 'training.lr=0.001')}."
+            )
         try:
             changes[key.strip()] = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
@@ -425,6 +430,8 @@ def validated(kind: type[Any], values: Any, prefix: str) -> Any:
     Raises:
         RecipeError: an unknown key or an impossible value, named by its dotted key.
     """
+    from pydantic import TypeAdapter, ValidationError  # which would hold up --help
+
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
@@ -444,8 +451,8 @@ def _explain(kind: type[Any], error: Any, prefix: str) -> str:
     named = [part for part in path if part not in ("int", "str", "float") and not part.startswith(branches)]
     key = (prefix + ".".join(named)).rstrip(".")
     cause = error.get("ctx", {}).get("error")
-    if cause is not None:  # a check of our own, which names its value
-        return f"recipe: {key}: {cause}"
+    if cause is not None:  # a check of our own, which names its argument
+        return f"recipe: {cause}"
     return f"recipe: {key} = {error['input']!r}: {error['msg']}."
 
 

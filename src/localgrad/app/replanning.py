@@ -7,7 +7,6 @@ dropped, the random state is put back, and the same step is run again under the 
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from localgrad.app.build import Job
 from localgrad.app.planned import laid_over, task_on
 from localgrad.app.recipe import Recipe
-from localgrad.errors import BudgetError, DeviceError, MemoryExceeded, RecipeError
+from localgrad.errors import BudgetError, DeviceError, MemoryExceeded, RecipeError, arg
 from localgrad.memory.track import MemoryProfile
 from localgrad.partition import Plan, forecast_of
 from localgrad.planning.budget import looks_at_whole_batches, plan_to_budget
@@ -79,15 +78,17 @@ class Replanner:
         observed, what = self.measured()
         plan = self.next_plan()
         if plan is None:
-            advice = "nothing with these boundaries needs less: take more --modules or a smaller --batch-size"
-        else:
-            values = ",".join(str(how) for how in plan.checkpoint)
-            if plan.global_checkpoint is not None:
-                values += f" --set execution.global_checkpoint={plan.global_checkpoint}"
             advice = (
-                f"the next plan that fits needs {format_bytes(forecast_of(plan).peak_bytes)}: localgrad train --resume "
-                f"{shlex.quote(str(folder))} --checkpoint {values} --accumulation {plan.accumulation} "
-                "(or --on-oom replan)"
+                f"nothing with these boundaries needs less: take more {arg('modules')} or a smaller {arg('batch_size')}"
+            )
+        else:
+            how = arg("checkpoint", [str(how) for how in plan.checkpoint])
+            if plan.global_checkpoint is not None:
+                how += f" {arg('global_checkpoint', plan.global_checkpoint)}"
+            advice = (
+                f"the next plan that fits needs {format_bytes(forecast_of(plan).peak_bytes)}: go on with "
+                f"{arg('resume', folder)} {how} {arg('accumulation', plan.accumulation)} "
+                f"(or {arg('on_oom', 'replan')})"
             )
         # Two different things, each told by what it is: they are no measure of one another.
         return DeviceError(

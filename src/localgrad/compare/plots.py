@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from localgrad.compare.side_by_side import Comparison, Row
-from localgrad.errors import RecipeError
+from localgrad.errors import RecipeError, arg
 from localgrad.units import format_bytes
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ FRONT, GREY = "#CC79A7", "#666666"
 UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
-def check_path(option: str, path: Path) -> None:
+def check_path(name: str, path: Path) -> None:
     """Refuse a file that a plot couldn't be written to, before there is anything to lose.
 
     Raises:
@@ -42,14 +42,14 @@ def check_path(option: str, path: Path) -> None:
         import matplotlib.figure  # noqa: F401
     except ImportError:
         raise RecipeError(
-            f"{option}: pictures need matplotlib, which isn't installed; pip install 'localgrad[plots]'."
+            f"{arg(name)}: pictures need matplotlib, which isn't installed; pip install 'localgrad[plots]'."
         ) from None
     if path.suffix.lower() not in SUFFIXES:
-        raise RecipeError(f"{option}: {str(path)!r} is neither .png nor .svg; take {path.stem or 'plot'}.png.")
-    check_output_file(option, path)
+        raise RecipeError(f"{arg(name)}: {str(path)!r} is neither .png nor .svg; take {path.stem or 'plot'}.png.")
+    check_output_file(name, path)
 
 
-def check_output_file(option: str, path: Path) -> None:
+def check_output_file(name: str, path: Path) -> None:
     """Refuse a file that can't be written.
 
     Raises:
@@ -57,11 +57,11 @@ def check_output_file(option: str, path: Path) -> None:
     """
     folder = path.parent
     if path.is_dir():
-        raise RecipeError(f"{option}: {str(path)!r} is a folder; name a file in it.")
+        raise RecipeError(f"{arg(name)}: {str(path)!r} is a folder; name a file in it.")
     if not folder.is_dir():
-        raise RecipeError(f"{option}: there is no folder {str(folder)!r}; make it, or name another one.")
+        raise RecipeError(f"{arg(name)}: there is no folder {str(folder)!r}; make it, or name another one.")
     if not os.access(path if path.exists() else folder, os.W_OK):
-        raise RecipeError(f"{option}: {str(path)!r} can't be written; name a file in a folder of yours.")
+        raise RecipeError(f"{arg(name)}: {str(path)!r} can't be written; name a file in a folder of yours.")
 
 
 def plot_trade_off(comparison: Comparison, path: Path) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from localgrad.backbones.base import Layout
 from localgrad.backbones.timm_models import with_plain_attention
 from localgrad.backbones.written import twin_of
-from localgrad.errors import RecipeError
+from localgrad.errors import RecipeError, arg
 from localgrad.objectives.averaging import OtherBuffers, averaged_pairs
 from localgrad.registry import Registry
 
@@ -420,7 +420,9 @@ class NextClassifier(Classifier):
             raise RecipeError(f"classifier_options: decay of 'next' must be from 0 to below 1, got {decay}.")
         taken = following[: _size("depth", depth)]
         if not taken:
-            raise RecipeError("classifier: 'next' needs blocks that follow, and there are none; take 'transformer'.")
+            raise RecipeError(
+                f"{arg('classifier')}: 'next' needs blocks that follow, and there are none; take 'transformer'."
+            )
         self.weights = weights
         self.decay = decay
         self.blocks = nn.Sequential(*(twin_of(block) for block, _ in taken))

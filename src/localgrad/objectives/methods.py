@@ -27,7 +27,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from localgrad.backbones.base import Layout
-from localgrad.errors import RecipeError, did_you_mean
+from localgrad.errors import RecipeError, arg, did_you_mean
 from localgrad.objectives.auxiliary import CLASSIFIERS, DECODERS, build_classifier, build_decoder
 from localgrad.objectives.base import ContextSupply, LocalObjective, Site, Term, Weight
 from localgrad.objectives.reconstruction import ERRORS, BlockReconstruction, Reconstruction
@@ -156,7 +156,7 @@ class Objective(ABC):
 
     def _check(self) -> None:
         if not (is_number(self.label_smoothing) and 0 <= self.label_smoothing < 1):
-            raise RecipeError(f"label_smoothing must be from 0 to below 1, got {self.label_smoothing!r}.")
+            raise RecipeError(f"{arg('label_smoothing')} must be from 0 to below 1, got {self.label_smoothing!r}.")
         if not (is_number(self.context) and 0 <= self.context <= 1):
             raise RecipeError(f"context must be a share of the training, from 0 to 1, got {self.context!r}.")
         if self.transport_per not in ("block", "branch"):

@@ -38,7 +38,6 @@ ERRORS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 """Error of a prediction and its target, both [B, h, w, d], at every position. ``bce``, binary cross-entropy as
 InfoPro's, takes predictions as logits and targets as pixels from 0 to 1."""
-TARGETS = ("inputs", "previous", "blocks", "image")
 
 
 class Reconstruction(Term):

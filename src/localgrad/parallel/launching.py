@@ -1,4 +1,4 @@
-"""``--num-processes``: the same command in several processes on this machine, as torchrun starts them.
+"""``num_processes``: the same command in several processes on this machine, as torchrun starts them.
 
 It is torchrun's own agent, called from Python: so what it would report at length of a process that failed (a
 traceback, a table) is left out, as that process has said in a line what there is to say.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shlex
 import signal
 import sys
 import tempfile
@@ -16,6 +15,8 @@ import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from localgrad.errors import arg
 
 
 def run_processes(count: int, arguments: Sequence[str], folder: Path) -> int:
@@ -26,7 +27,7 @@ def run_processes(count: int, arguments: Sequence[str], folder: Path) -> int:
 
     Args:
         count: how many.
-        arguments: of each; ``--num-processes`` among them is taken as done there.
+        arguments: of each; ``num_processes`` among them is taken as done there.
         folder: the run's, to say how to go on.
 
     Returns:
@@ -74,7 +75,7 @@ def _tell_killed(failures: Mapping[Any, Any], count: int, folder: Path) -> None:
     memory = " (if nobody did that, the system may have run out of memory)" if signal.SIGKILL in killed.values() else ""
     on = "nothing was saved yet: start it again"
     if (folder / "recipe.toml").exists():
-        on = f"go on with: localgrad train --resume {shlex.quote(str(folder))} --num-processes {count}"
+        on = f"go on with: localgrad train {arg('resume', folder)} {arg('num_processes', count)}"
     print(f"localgrad: {said}{memory}; {on}", file=sys.stderr, flush=True)  # noqa: T201
 
 

@@ -15,7 +15,7 @@ from localgrad.backbones.base import Layout
 from localgrad.learner import Factories, make_ema
 from localgrad.memory.track import MemoryProfile, simulate
 from localgrad.objectives.base import LocalBatch, Site
-from localgrad.parallel.learner import ParallelLearner
+from localgrad.parallel.parallel_learner import ParallelLearner
 from localgrad.step.executor import SequentialExecutor
 from localgrad.step.local_module import CONTEXT_GRID, LocalModule, LocalOutput
 from localgrad.step.local_step import HandOn, LocalStep, StepSettings

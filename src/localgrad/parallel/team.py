@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from localgrad.errors import ParallelError, reason_of
+from localgrad.errors import ParallelError, arg, reason_of
 from localgrad.parallel.pipeline import Neighbours
 from localgrad.parallel.wire import Line
 
@@ -183,11 +183,13 @@ def check_groups(size: int, num_replicas: int, device: torch.device) -> None:
     """
     if size % num_replicas:
         raise ParallelError(
-            f"--replicas {num_replicas}: {size} processes can't be shared out among them; take a number of "
+            f"{arg('replicas', num_replicas)}: {size} processes can't be shared out among them; take a number of "
             f"processes that {num_replicas} divides."
         )
     if device.type == "cuda" and not dist.is_nccl_available():
-        raise ParallelError(f"--device {device}: this PyTorch has no NCCL; take --device cpu, or another build.")
+        raise ParallelError(
+            f"{arg('device', device)}: this PyTorch has no NCCL; take {arg('device', 'cpu')}, or another build."
+        )
 
 
 def meet() -> Any:
@@ -198,8 +200,8 @@ def meet() -> Any:
     """
     if not in_team():
         raise ParallelError(
-            "--parallel modules: there is one process only; start it with torchrun --nproc-per-node N -m localgrad "
-            "train ..., or add --num-processes N."
+            f"{arg('parallel', 'modules')}: there is one process only; start several with torchrun, or add "
+            f"{arg('num_processes', 2)}."
         )
     # A guest that reached somebody else's port waits for an answer without end; rank 0 says what there is to say.
     late = threading.Timer(2 * joining().total_seconds(), os._exit, (2,))
@@ -212,8 +214,7 @@ def meet() -> Any:
     except (RuntimeError, ValueError, OSError) as error:  # a port in use, an address of nobody, a variable unset
         where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
         raise ParallelError(
-            f"processes can't meet at {where} ({reason_of(error)}); give torchrun another --master-port, or "
-            "--standalone."
+            f"processes can't meet at {where} ({reason_of(error)}); give torchrun another port, or run it standalone."
         ) from error
     finally:
         late.cancel()

@@ -30,7 +30,7 @@ import torch
 
 from localgrad.backbones.base import Backbone
 from localgrad.backbones.halves import signature
-from localgrad.errors import BudgetError
+from localgrad.errors import BudgetError, arg
 from localgrad.learner import LocalLearner, OptimizerFactory, estimate_step, frozen_from, model_name
 from localgrad.memory.costs import WAYS, Choice, Costs, CostSettings, interpolated
 from localgrad.memory.parts import measure_costs
@@ -411,9 +411,9 @@ def _rivals(task: Task, batch_size: int, base: int) -> tuple[Rival, ...]:
 
 RIVALS = {
     "end-to-end": Checkpointing(),
-    "end-to-end, --checkpoint blocks": Checkpointing("blocks"),
-    "end-to-end, --checkpoint blocks/8": Checkpointing("blocks", 8),
-    "end-to-end, --checkpoint halves/8": Checkpointing("halves", 8),
+    "end-to-end, checkpoint blocks": Checkpointing("blocks"),
+    "end-to-end, checkpoint blocks/8": Checkpointing("blocks", 8),
+    "end-to-end, checkpoint halves/8": Checkpointing("halves", 8),
 }
 
 
@@ -564,17 +564,23 @@ def check_batch(batch_size: int) -> None:
     """Refuse a batch that no plan is made for."""
     if not 1 <= batch_size <= LARGEST_BATCH:
         raise BudgetError(
-            f"--batch-size: plans are made for 1 to {LARGEST_BATCH} images, not {batch_size}; take --batch-size 128."
+            f"{arg('batch_size', batch_size)}: plans are made for 1 to {LARGEST_BATCH} images; take "
+            f"{arg('batch_size', 128)}."
         )
+
+
+def budget_of(num_bytes: int) -> str:
+    """A budget as an error names it."""
+    return arg("budget", format_bytes(num_bytes).replace(" ", ""))
 
 
 def _check_static(search: Search, usable: int, budget: int) -> None:
     static = search.static_bytes
     if usable <= static:
         raise BudgetError(
-            f"--budget: {format_bytes(budget)} is less than the weights, optimizer state and margin alone, "
-            f"{at_least(search.task.margin.needed(static))}; take --optimizer adafactorbv, --offload with "
-            "--modules, a smaller model, or a larger budget."
+            f"{budget_of(budget)}: this is less than the weights, optimizer state and margin alone, "
+            f"{at_least(search.task.margin.needed(static))}; take {arg('optimizer', 'adafactorbv')}, "
+            f"{arg('offload', value=True)} with {arg('modules')}, a smaller model, or a larger budget."
         )
 
 
@@ -587,18 +593,18 @@ def _cannot_fit(task: Task, whole: Search, batch_size: int, budget: int) -> Budg
     usable = task.margin.usable(budget)
     size = _largest_batch(task, lambda search: search.fastest(usable), exact=False)
     if 0 < size < batch_size:
-        hints.append(f"--batch-size {size}")
+        hints.append(arg("batch_size", size))
     if task.precision == "fp32":
         bf16 = replace(task, precision="bf16")
         needed = _least_bytes(Search(bf16, bf16.costs(batch_size, accumulation)), batch_size)
         if needed < least:
-            hints.append(f"--precision bf16 (least {at_least(needed)})")
+            hints.append(f"{arg('precision', 'bf16')} (least {at_least(needed)})")
     if task.modules is not None:
-        hints.append("no --modules")
-    hints.append("a smaller --img-size or model")
+        hints.append(f"no {arg('modules')}")
+    hints.append(f"a smaller {arg('img_size')} or model")
     parts_told = f" with the batch in {accumulation} parts" if accumulation > 1 else ""
     return BudgetError(
-        f"--budget: no plan for a batch of {batch_size} fits {format_bytes(budget)}; the least is "
+        f"{budget_of(budget)}: no plan for a batch of {batch_size} fits; the least is "
         f"{at_least(least)}{parts_told}. Take {', '.join(hints)}, or a larger budget."
     )
 

@@ -19,16 +19,16 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from localgrad import rules
 from localgrad.backbones.base import Layout
-from localgrad.errors import BudgetError, PartitionError, RecipeError
+from localgrad.errors import BudgetError, PartitionError, RecipeError, arg
 from localgrad.objectives.methods import GreedySupervised
 from localgrad.parallel.packets import Packets
 from localgrad.parallel.schedule import NUM_BUFFERS
 from localgrad.partition import Plan, RankForecast, RanksForecast, forecast_of
-from localgrad.planning.budget import Search, Task, at_least, check_batch, confirmed, searches
+from localgrad.planning.budget import Search, Task, at_least, budget_of, check_batch, confirmed, searches
 from localgrad.planning.search import UNLIMITED, Ranks, Solution, fastest_ranks, smallest_ranks
 from localgrad.step.local_module import CONTEXT_GRID
-from localgrad.units import format_bytes
 
 BALANCES = ("time", "memory")
 
@@ -53,9 +53,11 @@ class Parallel:
     def __post_init__(self) -> None:
         """Check the values."""
         if self.num_ranks < 1:
-            raise RecipeError(f"--parallel: a plan needs at least one rank, got {self.num_ranks}; take --parallel 2.")
+            raise RecipeError(
+                f"{arg('parallel', self.num_ranks)}: a plan needs at least one rank; take {arg('parallel', 2)}."
+            )
         if self.balance not in BALANCES:
-            raise RecipeError(f"--balance: unknown {self.balance!r}; take time or memory.")
+            raise RecipeError(f"{arg('balance')}: unknown {self.balance!r}; take time or memory.")
 
 
 def asked_for(
@@ -71,17 +73,11 @@ def asked_for(
     Raises:
         RecipeError: they contradict others, or are impossible.
     """
+    auto = "auto" if largest_batch else None
+    rules.check({"parallel": num_ranks, "balance": balance, "frontier": frontier, "batch_size": auto})
     if num_ranks is None:
-        if balance is not None:
-            raise RecipeError(f"--balance {balance}: it goes with --parallel; add --parallel 4, or leave it out.")
         return None
-    asked = Parallel(num_ranks=num_ranks, balance="time" if balance is None else balance, num_buffers=num_buffers)
-    for option, given in {"--frontier": frontier, "--batch-size auto": largest_batch}.items():
-        if given:
-            raise RecipeError(
-                f"{option}: it is for plans of one process, not for --parallel {num_ranks}; leave it out."
-            )
-    return asked
+    return Parallel(num_ranks=num_ranks, balance="time" if balance is None else balance, num_buffers=num_buffers)
 
 
 def plan_parallel(task: Task, batch_size: int, parallel: Parallel, budget: int | None = None) -> Plan:
@@ -253,35 +249,27 @@ def _no_plan_for_ranks(ranks: _RankSearch, budget: int) -> BudgetError:
     accumulation = ranks.costs.settings.accumulation
     told = f" with the batch in {accumulation} parts" if accumulation > 1 else ""
     least = at_least(forecast_of(ranks.confirmed(ranks.smallest(), budget)).needed_bytes)
-    hints = ["a smaller --batch-size"]
+    hints = [f"a smaller {arg('batch_size')}"]
     if num_ranks < ranks.costs.num_blocks and task.modules == num_ranks:
-        hints.append(f"--parallel {num_ranks + 1}")
+        hints.append(arg("parallel", num_ranks + 1))
     if task.precision == "fp32":
-        hints.append("--precision bf16")
+        hints.append(arg("precision", "bf16"))
     return BudgetError(
-        f"--budget: no plan for a batch of {ranks.batch_size} on {num_ranks} ranks keeps every rank within "
-        f"{format_bytes(budget)}; the least is {least}{told}. Take {', '.join(hints)}, or a larger budget."
+        f"{budget_of(budget)}: no plan for a batch of {ranks.batch_size} on {num_ranks} ranks keeps every rank within "
+        f"it; the least is {least}{told}. Take {', '.join(hints)}, or a larger budget."
     )
 
 
 def _refuse_together(task: Task, parallel: Parallel) -> None:
-    with_ranks = f"with --parallel {parallel.num_ranks}"
-    if task.overlap:
-        raise RecipeError(
-            f"--overlap {task.overlap} {with_ranks}: two ranks would train the same blocks; leave one of them out."
-        )
-    if task.global_share:
-        raise RecipeError(
-            f"--global-every, --global-tail {with_ranks}: end-to-end steps need all modules in one process; leave them "
-            "out."
-        )
     objective = task.objective
-    share = objective.teacher_share if isinstance(objective, GreedySupervised) else 0.0
-    if share not in (0, (0, 0)):
-        raise RecipeError(
-            f"teacher_share {share} {with_ranks}: the averaged model that teaches is spread over the ranks; leave it "
-            "out."
-        )
+    rules.check(
+        {
+            "parallel": parallel.num_ranks,
+            "overlap": task.overlap,
+            "global_share": task.global_share,
+            "teacher_share": objective.teacher_share if isinstance(objective, GreedySupervised) else None,
+        }
+    )
 
 
 def _with_modules(task: Task, parallel: Parallel) -> Task:
@@ -289,16 +277,16 @@ def _with_modules(task: Task, parallel: Parallel) -> Task:
     num_ranks, num_blocks = parallel.num_ranks, len(task.backbone.blocks)
     if num_ranks > num_blocks:
         raise PartitionError(
-            f"--parallel {num_ranks}: each rank needs a block, and this model has {num_blocks}; take --parallel "
-            f"{num_blocks} or less."
+            f"{arg('parallel', num_ranks)}: each rank needs a block, and this model has {num_blocks}; take "
+            f"{arg('parallel', num_blocks)} or less."
         )
     if task.modules is None:
         return replace(task, modules=num_ranks)
     count = task.fixed[1]
     if count != num_ranks:
         raise PartitionError(
-            f"--parallel {num_ranks}: a plan has one local module a rank, but --modules asks for {count}; leave "
-            f"--modules out, or take --parallel {count}."
+            f"{arg('parallel', num_ranks)}: a plan has one local module a rank, but {arg('modules')} asks for {count}; "
+            f"leave {arg('modules')} out, or take {arg('parallel', count)}."
         )
     return task
 

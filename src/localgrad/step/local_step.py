@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from localgrad.backbones.namespaces import Attributes, Kwargs
 from localgrad.backbones.written import Before, Undo, random_state, set_random_state
-from localgrad.errors import DeviceError, RecipeError
+from localgrad.errors import DeviceError, RecipeError, arg
 from localgrad.objectives.base import LocalBatch
 from localgrad.step.checks import same_device
 from localgrad.step.frozen import Frozen
@@ -418,7 +418,7 @@ def single_images_refused(num_images: int, accumulation: int) -> Iterator[None]:
         fitting = next((n for n in range(accumulation, 0, -1) if _smallest_part(num_images, n) > 1), None)
         instead = "larger batches" if fitting is None else f"accumulation={fitting}, or larger batches"
         raise RecipeError(
-            f"accumulation: {accumulation} parts of {num_images} images leave a batch norm of the model one value for "
+            f"{arg('accumulation')}: {accumulation} parts of {num_images} images leave a batch norm one value for "
             f"each channel, and no variance; take {instead}."
         ) from error
 
@@ -499,16 +499,16 @@ def check_precision(precision: str, device: torch.device, weights: torch.dtype =
         DeviceError: naming what to type instead.
     """
     if precision not in PRECISIONS:
-        raise DeviceError(f"precision: unknown {precision!r}; take one of {', '.join(PRECISIONS)}.")
+        raise DeviceError(f"{arg('precision')}: unknown {precision!r}; take one of {', '.join(PRECISIONS)}.")
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise DeviceError(f"precision: {device} has no bf16; take --precision fp16 or fp32.")
+        raise DeviceError(f"{arg('precision')}: {device} has no bf16; take {arg('precision', 'fp16')} or fp32.")
     if weights == torch.float16:
         raise DeviceError(
-            "precision: the model's weights are float16, in which updates get lost; call model.float() and take "
-            "precision='fp16', or call model.bfloat16()."
+            f"{arg('precision')}: the model's weights are float16, in which updates get lost; call model.float() and "
+            f"take {arg('precision', 'fp16')}, or call model.bfloat16()."
         )
     if PRECISIONS[precision] not in (None, weights) and weights != torch.float32:
         raise DeviceError(
-            f"precision: {precision!r} is for weights in float32, and the model's are {weights}; take "
-            "precision='fp32', which leaves them as they are, or call model.float()."
+            f"{arg('precision')}: {precision!r} is for weights in float32, and the model's are {weights}; take "
+            f"{arg('precision', 'fp32')}, which leaves them as they are, or call model.float()."
         )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from localgrad.errors import ParallelError
+from localgrad.errors import ParallelError, arg
 from localgrad.objectives.auxiliary import carry_exemptions
 
 if TYPE_CHECKING:
@@ -63,7 +63,9 @@ def check_shardable(optimizer: Optimizer) -> None:
     name = type(optimizer).__name__
     if name not in OPTIMIZERS or optimizer.defaults.get("caution"):
         kind = f"a cautious {name}" if name in OPTIMIZERS else name
-        raise ParallelError(f"--shard: {kind} isn't known to work on rows of weights; take adamw, sgd, lion or lamb.")
+        raise ParallelError(
+            f"{arg('shard')}: {kind} isn't known to work on rows of weights; take adamw, sgd, lion or lamb."
+        )
 
 
 def release(module: nn.Module) -> None:

@@ -32,7 +32,6 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -40,7 +39,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from localgrad.errors import RecipeError
+from localgrad.training.augmentation import Augment
 
 Fit = Literal["crop", "pad", "squash"]
 """How an image of another shape is brought to the model's: the central part, bars at its sides, or
@@ -51,59 +50,6 @@ RAND_AUGMENT_GROUP = 8
 
 ERASED_AREA = (0.02, 1 / 3)
 ERASED_ASPECT = (0.3, 1 / 0.3)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Augment:
-    """What happens to training images, beyond resizing and normalising.
-
-    Attributes:
-        crop_padding: pixels of black border from which a crop of the stored size is drawn; 0 is off.
-        flip: mirror half of the images left to right (never for digits or text).
-        rand_augment: (number of operations, magnitude 0 to 30), or None for off.
-        erasing: probability that a rectangle of an image is set to the mean colour.
-        mixup: alpha of mixup's Beta distribution; 0 is off. With cutmix on as well, each batch takes one.
-        cutmix: alpha of cutmix's Beta distribution; 0 is off.
-        label_smoothing: probability mass spread evenly over all classes.
-
-    Raises:
-        RecipeError: for a value outside its range.
-    """
-
-    crop_padding: int = 0
-    flip: bool = False
-    rand_augment: tuple[int, int] | None = None
-    erasing: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    label_smoothing: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Check every range once, where the settings are built."""
-        if self.crop_padding < 0:
-            raise RecipeError(f"crop_padding must be 0 or more pixels, got {self.crop_padding}.")
-        for name in ("mixup", "cutmix"):
-            alpha = getattr(self, name)
-            if not 0 <= alpha < math.inf:
-                raise RecipeError(f"{name} is the alpha of a Beta distribution, 0 or more, got {alpha}.")
-        if not 0 <= self.erasing <= 1:
-            raise RecipeError(f"erasing is a probability from 0 to 1, got {self.erasing}.")
-        if not 0 <= self.label_smoothing < 1:
-            raise RecipeError(f"label_smoothing must be from 0 to below 1, got {self.label_smoothing}.")
-        if self.rand_augment is not None:
-            _check_rand_augment(self.rand_augment)
-
-    @property
-    def gives_soft_labels(self) -> bool:
-        """Whether labels come as probabilities [B, K] instead of class indices [B]."""
-        return self.mixup > 0 or self.cutmix > 0 or self.label_smoothing > 0
-
-
-def _check_rand_augment(setting: tuple[int, int]) -> None:
-    if len(setting) != 2 or setting[0] < 1 or not 0 <= setting[1] <= 30:
-        raise RecipeError(
-            f"rand_augment is (number of operations from 1, magnitude from 0 to 30), got {tuple(setting)}."
-        )
 
 
 def derive_seed(*parts: int | str) -> int:

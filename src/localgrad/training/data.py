@@ -31,9 +31,8 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from localgrad.errors import DataError
+from localgrad.errors import DataError, arg
 from localgrad.training.augment import (
-    Augment,
     Fit,
     augment_batch,
     derive_seed,
@@ -42,6 +41,7 @@ from localgrad.training.augment import (
     prepare_batch,
     share_cut_off,
 )
+from localgrad.training.augmentation import Augment
 from localgrad.training.folders import Split
 from localgrad.training.image_sets import FileImages, ImageSet, InMemoryImages, OnCorrupt, Skipped
 from localgrad.training.images import WHITE, Probed, Reading, check_range, parse_colour
@@ -267,7 +267,7 @@ def note_on_fit(splits: Splits, image_size: tuple[int, int]) -> str | None:
     return (
         f"Images are cut to the model's shape: {sum(cut) / len(cut):.0%} of their pixels on average are left "
         f"out, up to "
-        f"{max(cut):.0%} (of {len(cut)} sampled); --fit pad or --fit squash keeps all."
+        f"{max(cut):.0%} (of {len(cut)} sampled); data.fit pad or squash keeps all."
     )
 
 
@@ -276,9 +276,11 @@ def note_on_fit(splits: Splits, image_size: tuple[int, int]) -> str | None:
 
 def _check_settings(*, val_fraction: float, limit: int | None, on_corrupt: str, fit: str) -> None:
     if not 0 <= val_fraction < 1:
-        raise DataError(f"val_fraction is a share of the training part, from 0 to below 1, got {val_fraction}.")
+        raise DataError(
+            f"{arg('val_fraction')} is a share of the training part, from 0 to below 1, got {val_fraction}."
+        )
     if limit is not None and limit < 2:
-        raise DataError(f"limit must leave at least 2 training images, got {limit}.")
+        raise DataError(f"{arg('limit')} must leave at least 2 training images, got {limit}.")
     if on_corrupt not in get_args(OnCorrupt):
         raise DataError(f"on_corrupt must be one of {', '.join(get_args(OnCorrupt))}, got {on_corrupt!r}.")
     if fit not in get_args(Fit):
@@ -290,9 +292,8 @@ def _checked_range(image_range: Sequence[float] | None) -> tuple[float, float] |
         return None
     if len(image_range) != 2 or not -math.inf < image_range[0] < image_range[1] < math.inf:
         raise DataError(
-            f"image_range is the values of black and of white, the first one smaller, got {tuple(image_range)}; "
-            f"such as "
-            "--image-range 0,4095."
+            f"{arg('image_range')} is the values of black and of white, the first one smaller, got "
+            f"{tuple(image_range)}; take {arg('image_range', (0, 4095))}, for example."
         )
     return image_range[0], image_range[1]
 
@@ -518,7 +519,9 @@ def _statistics(
     if mean is None or std is None:
         if isinstance(train, InMemoryImages):
             return *_measured(train.images), []
-        return *_IMAGENET[num_channels], ["Normalised by the mean and std of ImageNet; --mean and --std set others."]
+        return *_IMAGENET[num_channels], [
+            "Normalised by the mean and std of ImageNet; data.mean and data.std set others."
+        ]
     used = _checked_statistics(num_channels, mean, std)
     return *used, [f"Normalised by mean {_rounded_figures(used[0])} and std {_rounded_figures(used[1])}."]
 
@@ -532,7 +535,7 @@ def _checked_statistics(
     if not all(map(math.isfinite, (*mean, *std))):
         raise DataError(f"mean and std must be finite, got {tuple(mean)} and {tuple(std)}.")
     if min(std) <= 0:
-        raise DataError(f"std must be above 0, got {tuple(std)}.")
+        raise DataError(f"{arg('std')} must be above 0, got {tuple(std)}.")
     return mean, std
 
 
@@ -610,9 +613,9 @@ class Batches:
         transform: str | None = None,
     ) -> None:
         if batch_size < 1:
-            raise DataError(f"batch_size must be 1 or more, got {batch_size}.")
+            raise DataError(f"{arg('batch_size')} must be 1 or more, got {batch_size}.")
         if num_workers < 0:
-            raise DataError(f"num_workers must be 0 or more, got {num_workers}.")
+            raise DataError(f"{arg('num_workers')} must be 0 or more, got {num_workers}.")
         _check_range("set that batches are made of", images.labels, info.num_classes)
         self.images = images
         self.batch_size = batch_size
@@ -631,11 +634,12 @@ class Batches:
             self.prepared.try_on(info.num_channels)
         if augment is not None and batch_size % shard[1]:
             raise DataError(
-                f"batch_size {batch_size} can't be shared out among {shard[1]} replicas; take a multiple of {shard[1]}."
+                f"{arg('batch_size', batch_size)} can't be shared out among {shard[1]} replicas; take a multiple of "
+                f"{shard[1]}."
             )
         if self._num_batches == 0:
             raise DataError(
-                f"batch_size {batch_size} leaves no full batch of {len(images)} images: choose a smaller one."
+                f"{arg('batch_size', batch_size)} leaves no full batch of {len(images)} images: choose a smaller one."
             )
 
     def __len__(self) -> int:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from localgrad.errors import RecipeError
+from localgrad.errors import RecipeError, arg
 from localgrad.registry import Registry
 from localgrad.training.folder import say, write_atomically
 from localgrad.units import format_bytes, format_rate, format_seconds, printable
@@ -194,7 +194,9 @@ def check_sinks(sinks: Sequence[Sink | str]) -> None:
         if isinstance(sink, str):
             SINKS.find(sink)
         elif isinstance(sink, type) or not isinstance(sink, Sink):
-            raise RecipeError(f"sinks: got {sink!r}, which is no sink; give a name, or an object with emit and close.")
+            raise RecipeError(
+                f"{arg('sinks')}: got {sink!r}, which is no sink; give a name, or an object with emit and close."
+            )
 
 
 def make_sinks(sinks: Sequence[Sink | str], folder: Path) -> list[Sink]:

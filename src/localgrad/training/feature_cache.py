@@ -39,7 +39,7 @@ from typing import IO, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from localgrad.errors import RunFolderError
+from localgrad.errors import RunFolderError, arg
 from localgrad.formats import Json
 from localgrad.training.fingerprint import raw_bytes
 from localgrad.units import format_bytes
@@ -131,7 +131,7 @@ def write_cache(folder: Path, parts: Iterable[tuple[str, Iterable[Rows]]], ident
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         raise RunFolderError(
-            f"feature cache {folder}: can't be written ({error.strerror}); make room, then go on with --resume "
+            f"feature cache {folder}: can't be written ({error.strerror}); make room, then go on with {arg('resume')}"
             f"{folder.parent.parent}."
         ) from error
 
@@ -192,8 +192,9 @@ def check_space(folder: Path, needed_bytes: int) -> None:
     free = free_bytes(folder)
     if free < needed_bytes:
         raise RunFolderError(
-            f"--schedule sequential: the features need {format_bytes(needed_bytes)} of disk in {folder}, "
-            f"{format_bytes(free)} are free; take fewer --cached-epochs, fewer --modules, or another --out."
+            f"{arg('schedule', 'sequential')}: the features need {format_bytes(needed_bytes)} of disk in {folder}, "
+            f"{format_bytes(free)} are free; take fewer {arg('cached_epochs')}, fewer {arg('modules')}, or another "
+            f"{arg('out')}."
         )
 
 

@@ -50,7 +50,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from localgrad.errors import CheckpointError, RunFolderError, RunWarning, reason_of
+from localgrad.errors import CheckpointError, RunFolderError, RunWarning, arg, reason_of
 from localgrad.formats import check_format
 from localgrad.step.states import LearnerPart
 from localgrad.training.saved import Checkpoint, Kept, Standing
@@ -98,7 +98,7 @@ class RunFolder:
             lock = (path / ".lock").open("w")
         except OSError as error:
             raise RunFolderError(
-                f"run folder {path}: can't be written ({error.strerror}); choose another with --out DIR."
+                f"run folder {path}: can't be written ({error.strerror}); choose another with {arg('out')}."
             ) from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -106,9 +106,9 @@ class RunFolder:
             lock.close()
             in_use = isinstance(error, BlockingIOError)
             raise RunFolderError(
-                f"run folder {path}: another process is using it; wait for it, or choose another with --out DIR."
+                f"run folder {path}: another process is using it; wait for it, or choose another with {arg('out')}."
                 if in_use
-                else f"run folder {path}: it can't be locked ({error.strerror}); choose another with --out DIR."
+                else f"run folder {path}: it can't be locked ({error.strerror}); choose another with {arg('out')}."
             ) from error
         self._lock = lock
         _remove_leftovers(path)
@@ -127,11 +127,6 @@ class RunFolder:
     def best(self) -> Path:
         """Weights of the best epoch: the model's and the auxiliary nets'."""
         return self.path / "checkpoints" / "best.safetensors"
-
-    @property
-    def has_run(self) -> bool:
-        """Whether a run was started here."""
-        return holds_run(self.path)
 
     @property
     def has_checkpoint(self) -> bool:
@@ -230,8 +225,8 @@ class RunFolder:
                 reason = agree(state)
                 if reason is not None:
                     raise CheckpointError(
-                        f"checkpoint {path}: it doesn't fit this run ({reason}); restore the run's own, or start the "
-                        "run again in another folder."
+                        f"checkpoint {path}: it doesn't fit this run ({reason})",
+                        "restore the run's own, or start the run again in another folder",
                     )
                 names = tuple(map(str, state.get("parts", ())))
                 parts = [_load_torch(path.with_name(name)) for name in names]
@@ -239,7 +234,7 @@ class RunFolder:
                 errors.append(error)
                 continue
             if errors:
-                say(f"{_without_advice(errors[0])}; going on from the checkpoint before it, {path}.")
+                say(f"{errors[0].fact}; going on from the checkpoint before it, {path}.")
             self._last_is_sound, self._parts_of_last = path == self.last, names
             self.kept = kept_of(state)
             return {**state, "parts": parts} if parts else state
@@ -272,10 +267,6 @@ def _say_unverified(path: Path) -> None:
     say(f"{path}: without checksums, as older versions wrote runs; what can't be verified is taken as it is.")
 
 
-def _without_advice(error: CheckpointError) -> str:
-    return re.split("; (?:restore|start)", str(error))[0].rstrip(".")
-
-
 def kept_of(state: Checkpoint) -> Kept:
     """What a checkpoint keeps of other files; one of an older version keeps nothing."""
     kept = state.get("kept")
@@ -285,7 +276,7 @@ def kept_of(state: Checkpoint) -> Kept:
 def _load_checkpoint(path: Path) -> Checkpoint:
     """A checkpoint without its parts."""
     if not path.exists():
-        raise CheckpointError(f"checkpoint {path}: there is none; start the run again without --resume.")
+        raise CheckpointError(f"checkpoint {path}: there is none", f"start the run again without {arg('resume')}")
     state = _load_torch(path)
     found = state.get("format") if isinstance(state, dict) else None
     check_format(f"checkpoint {path}", found, FORMAT, CheckpointError, oldest=2)
@@ -298,8 +289,8 @@ def _load_torch(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, *_NO_ZIP, *_DAMAGED) as error:
         raise CheckpointError(
-            f"checkpoint {path}: it is truncated or no checkpoint ({reason_of(error, limit=300)}); restore it from a "
-            "copy, or start the run again in another folder."
+            f"checkpoint {path}: it is truncated or no checkpoint ({reason_of(error, limit=300)})",
+            "restore it from a copy, or start the run again in another folder",
         ) from error
 
 
@@ -428,9 +419,9 @@ def check_writable(path: Path) -> None:
     """
     nearest = next(parent for parent in (path, *path.absolute().parents) if os.path.lexists(parent))
     if not nearest.is_dir():
-        raise RunFolderError(f"--out: {path} can't be made: {nearest} is no folder; choose another with --out DIR.")
+        raise RunFolderError(f"{arg('out', path)}: it can't be made: {nearest} is no folder; choose another.")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise RunFolderError(f"--out: {path} can't be made: no permission in {nearest}; choose another with --out DIR.")
+        raise RunFolderError(f"{arg('out', path)}: it can't be made: no permission in {nearest}; choose another.")
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -475,16 +466,17 @@ def load_saved_weights(path: Path) -> dict[str, Tensor]:
             expected = (file.metadata() or {}).get("sha256")
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
     except FileNotFoundError as error:
-        raise CheckpointError(f"weights {path}: there are none; train the run first.") from error
+        raise CheckpointError(f"weights {path}: there are none", "train the run first") from error
     except (SafetensorError, OSError, RuntimeError, *_DAMAGED) as error:
         raise CheckpointError(
-            f"weights {path}: truncated or no safetensors file ({reason_of(error, limit=300)})."
+            f"weights {path}: truncated or no safetensors file ({reason_of(error, limit=300)})",
+            "restore them from a copy, or train the run again",
         ) from error
     if expected is None:
         _say_unverified(path.parent.parent if path.parent.name == "checkpoints" else path)
     elif expected != _digest_of_tensors(weights):
         raise CheckpointError(
-            f"weights {path}: damaged (their checksum is wrong); restore them from a copy, or train the run again."
+            f"weights {path}: damaged (their checksum is wrong)", "restore them from a copy, or train the run again"
         )
     return weights
 

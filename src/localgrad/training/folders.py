@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from localgrad.errors import DataError
+from localgrad.errors import DataError, arg
 from localgrad.training.image_sets import Skipped
 from localgrad.training.images import is_image
 
@@ -153,28 +153,26 @@ def _readings(path: Path, shown: Path) -> Folders:
             raise DataError(
                 f"{_named(flat)} in {path} hold images without class folders. As a set with the classes "
                 f"{_named(flat)}: "
-                f"type --train-data {path}. As splits: their images have no labels; sort them into class "
-                f"folders, or name "
-                "a table with labels."
+                f"type {arg('train_data', path)}. As splits: their images have no labels; sort them into class "
+                "folders, or name a table with labels."
             )
         raise DataError(
-            f"{path} can be read in two ways. With the classes {_named(folders)}: type --train-data {path}. With "
-            f"{_named(flat)} as images without labels: move {_named(flat)} elsewhere."
+            f"{path} can be read in two ways. With the classes {_named(folders)}: type {arg('train_data', path)}. "
+            f"With {_named(flat)} as images without labels: move {_named(flat)} elsewhere."
         )
     splits, left_out = _named_splits(path, named)
     if "train" not in splits:
         if unnamed:
             return read_classes(path)
         raise DataError(
-            f"{path} has no training part, only {_named(named)}: name one with --train-data DIR. If "
-            f"{_named(named)} are "
-            f"classes, type --train-data {path}."
+            f"{path} has no training part, only {_named(named)}: name one with {arg('train_data')}. If "
+            f"{_named(named)} are classes, type {arg('train_data', path)}."
         )
     if unnamed and not _share_classes(splits):
         raise DataError(
-            f"{path} can be read in two ways. With the classes {_named(folders)}: type --train-data {path}. With "
-            f"{_named(nested)} as splits, without {_named(unnamed)}: type "
-            + " ".join(f"--{split}-data {splits[split]}" for split in SPLITS if split in splits)
+            f"{path} can be read in two ways. With the classes {_named(folders)}: type {arg('train_data', path)}. "
+            f"With {_named(nested)} as splits, without {_named(unnamed)}: type "
+            + " ".join(arg(f"{split}_data", splits[split]) for split in SPLITS if split in splits)
             + "."
         )
     return _as_splits(path, splits, [*left_out, *unnamed])
@@ -193,10 +191,11 @@ def _named_splits(path: Path, folders: Sequence[Path]) -> tuple[dict[Split, Path
             left_out.append(folder)
         elif split in splits:
             raise DataError(
-                f"{path} has two folders for the split {split}: type --{split}-data {splits[split]} or --{split}-data "
-                f"{root}, and --train-data with it."
+                f"{path} has two folders for the split {split}: type {arg(f'{split}_data', splits[split])} or "
+                f"{arg(f'{split}_data', root)}, and {arg('train_data')} with it."
                 if split != "train"
-                else f"{path} has two training parts: type --train-data {splits[split]} or --train-data {root}."
+                else f"{path} has two training parts: type {arg('train_data', splits[split])} or "
+                f"{arg('train_data', root)}."
             )
         else:
             splits[split] = root
@@ -230,8 +229,8 @@ def _inside_out(path: Path) -> Folders | None:
             return None
         if any(_is_nested(each) for each in inner):
             raise DataError(
-                f"{path} can be read in two ways. As several data sets: type --data {folder}. With the classes "
-                f"{_named(folders)}: type --train-data {path}."
+                f"{path} can be read in two ways. As several data sets: type {arg('data', folder)}. With the classes "
+                f"{_named(folders)}: type {arg('train_data', path)}."
             )
         for split, each in zip(splits, inner, strict=True):
             assert split is not None, "checked above"

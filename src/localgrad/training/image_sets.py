@@ -32,7 +32,7 @@ from typing import Any, Literal, TypedDict, cast, final
 import torch
 from torch import Tensor
 
-from localgrad.errors import DataError
+from localgrad.errors import DataError, arg
 from localgrad.training.images import (
     Kind,
     Missing,
@@ -438,11 +438,14 @@ def raise_unless_skipped(name: str, error: Unreadable, on_corrupt: OnCorrupt) ->
         DataError: naming the image.
     """
     if error.kind == "range":
-        raise DataError(f"The image {name} can't be read: {error.reason}; type --image-range BLACK,WHITE.") from None
+        raise DataError(
+            f"The image {name} can't be read: {error.reason}; give {arg('image_range')} (black, white), such as "
+            f"{arg('image_range', (0, 4095))}."
+        ) from None
     if error.kind == "corrupt" and on_corrupt == "error":
         raise DataError(
             f"The image {name} can't be read ({error.reason}): remove it, or leave such images out with "
-            "--on-corrupt skip."
+            f"{arg('on_corrupt', 'skip')}."
         ) from None
     return error
 

@@ -2,7 +2,7 @@
 
 What it is: `open_image` lets Pillow decode the first frame and turns it upright, `to_pixels` makes uint8 [C, H, W] of
 any mode as a `Reading` says. What can't be read is raised as `Unreadable`, whose kind says what follows: a file that
-is no image by its content is left out and counted, a corrupt one ends the run or is left out (``--on-corrupt``), and
+is no image by its content is left out and counted, a corrupt one ends the run or is left out (``on_corrupt``), and
 values outside the range that is known always end it.
 
 How it differs from ``Image.convert``: that keeps the lower 8 bits of 32-bit integers, cuts floats
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from localgrad.errors import DataError, reason_of
+from localgrad.errors import DataError, arg, reason_of
 from localgrad.training.augment import Fit, resize_to_fit
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Unreadable(Exception):  # noqa: N818  a message between functions; becomes
     """An image that can't be read.
 
     Args:
-        kind: ``corrupt``, ``no image`` (by its content) or ``range`` (values that need ``--image-range``).
+        kind: ``corrupt``, ``no image`` (by its content) or ``range`` (values that need ``image_range``).
         reason: one line.
     """
 
@@ -139,7 +139,7 @@ def parse_colour(text: str) -> tuple[int, int, int]:
             values = list(ImageColor.getrgb(text.strip()))[:3]
     except ValueError:
         raise DataError(
-            f"background: {text!r} is no colour; take white, black, '#rrggbb' or 255,255,255 (--background)."
+            f"{arg('background')}: {text!r} is no colour; take white, black, '#rrggbb' or 255,255,255."
         ) from None
     return values[0], values[1], values[2]
 
@@ -396,21 +396,22 @@ def check_range(seen: Sequence[Probed], image_range: tuple[float, float] | None)
     if image_range is not None:
         if deep_colour and tuple(image_range) != (0, DEEP_TYPES_MAX):
             raise DataError(
-                "--image-range: of colour images of 16 bits Pillow gives the upper 8 bits, so no other range can be "
-                "read; convert them to 8 bits, or read them as they are with --image-range 0,65535."
+                f"{arg('image_range')}: of colour images of 16 bits Pillow gives the upper 8 bits, so no other range "
+                f"can be read; convert them to 8 bits, or read them as they are with {arg('image_range', (0, 65535))}."
             )
         if not deep_colour and not any(image.is_deep for image in seen):
-            raise DataError("--image-range: no sampled image has more than 8 bits; leave it out.")
+            raise DataError(f"{arg('image_range')}: no sampled image has more than 8 bits; leave it out.")
     elif dark and deep_colour:
         raise DataError(
             f"All {len(shares)} sampled colour images of 16 bits use less than a sixteenth of that range, and Pillow "
-            "gives its upper 8 bits: convert them to 8 bits, or read them nearly black with --image-range 0,65535."
+            f"gives its upper 8 bits: convert them to 8 bits, or read them nearly black with "
+            f"{arg('image_range', (0, 65535))}."
         )
     elif dark:
         top = max(shares) * DEEP_TYPES_MAX
         bits = 12 if top > 255 else 8  # cameras have 12 bits; what has no more than 8 is an image of 8
         raise DataError(
             f"All {len(shares)} sampled images of 16 bits use less than a sixteenth of that range (up to {top:.0f} of "
-            f"65535): if {2**bits - 1} is white, type --image-range 0,{2**bits - 1}; if they are meant to be nearly "
-            "black, --image-range 0,65535."
+            f"65535): if {2**bits - 1} is white, type {arg('image_range', (0, 2**bits - 1))}; if they are meant to "
+            f"be nearly black, {arg('image_range', (0, 65535))}."
         )

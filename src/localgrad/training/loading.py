@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from localgrad.errors import DataError, did_you_mean, reason_of
+from localgrad.errors import DataError, arg, did_you_mean, reason_of
 from localgrad.training.folders import (
     SPLITS,
     Folders,
@@ -92,9 +92,9 @@ def find(name: str, *, root: Path | None, download: bool, given: Mapping[Split, 
     given = dict(given or {})
     if name in _READERS:
         if given:
-            option = f"--{next(iter(given))}-data"
+            option = arg(f"{next(iter(given))}_data")
             raise DataError(
-                f"{option}: {name} brings its own parts; name a folder or a table with --data, or leave it out."
+                f"{option}: {name} brings its own parts; name a folder or a table with {arg('data')}, or leave it out."
             )
         return _READERS[name](root or DEFAULT_ROOT, download)
     return _together(name, *_found_parts(name, root, given))
@@ -155,7 +155,7 @@ def _together(name: str, parts: dict[Split, Part], notes: list[str], skipped: di
         DataError: a part has a class that isn't trained.
     """
     if "train" not in parts:
-        raise DataError(f"{name} has no training part: name one with --train-data DIR.")
+        raise DataError(f"{name} has no training part: name one with {arg('train_data')}.")
     class_names = parts["train"].class_names
     images: dict[Split, FileImages] = {}
     for split, part in parts.items():
@@ -194,8 +194,8 @@ def _find_in_torchvision(root: Path, download: bool, *, name: str) -> Found:  # 
             parts = [by_split[name](root, split=split, download=download) for split in ("train", "test")]
     except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
         raise DataError(
-            f"{name} is not (or not complete) in {root}: fetch it with --download, or name the folder that "
-            f"holds it with --root DIR ({reason_of(error, limit=300)})."
+            f"{name} is not (or not complete) in {root}: fetch it with {arg('download', value=True)}, or name the "
+            f"folder that holds it with {arg('root')} ({reason_of(error, limit=300)})."
         ) from error
     class_names = tuple(getattr(parts[0], "classes", ())) or tuple(str(digit) for digit in range(10))
     train, test = (_images_of(part) for part in parts)

@@ -21,7 +21,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from localgrad.backbones.timm_models import undecayed
-from localgrad.errors import RecipeError, did_you_mean
+from localgrad.errors import RecipeError, arg, did_you_mean
 from localgrad.objectives.auxiliary import is_exempt_from_decay
 
 SCHEDULERS = ("cosine", "tanh", "step", "multistep", "poly", "none")
@@ -47,10 +47,10 @@ class OptimizerFactory:
 
     def __init__(self, model: nn.Module, *, name: str, lr: float, weight_decay: float) -> None:
         info = optimizer_info(name)
-        check_rate("training.lr", lr)
+        check_rate(arg("lr"), lr)
         if not 0 <= weight_decay <= _LARGEST:
             raise RecipeError(
-                f"training.weight_decay: {weight_decay} is no decay; take a number from 0 on, such as 0.05."
+                f"{arg('weight_decay')}: {weight_decay} is no decay; take a number from 0 on, such as 0.05."
             )
         self._eight_bit = _of_bitsandbytes(info)
         self.name = name
@@ -62,7 +62,7 @@ class OptimizerFactory:
         """The same factory for one local module, with factors on its learning rate and weight decay."""
         other = copy.copy(self)
         other.lr, other.weight_decay = self.lr * lr, self.weight_decay * weight_decay
-        check_rate(f"training.lr_depth: with a factor of {lr:g} the learning rate", other.lr)
+        check_rate(f"{arg('lr_depth')}: with a factor of {lr:g} the learning rate", other.lr)
         return other
 
     @property
@@ -98,7 +98,7 @@ class OptimizerFactory:
             )
         except (AssertionError, ImportError, TypeError, ValueError) as error:  # a library or a device that is missing
             raise RecipeError(
-                f"training.optimizer: timm can't make {self.name!r} here ({error}); take adamw, sgd or lamb."
+                f"{arg('optimizer')}: timm can't make {self.name!r} here ({error}); take adamw, sgd or lamb."
             ) from error
         return optimizer
 
@@ -114,13 +114,13 @@ def optimizer_info(name: str) -> Any:
     known = list_optimizers()
     if name.lower() not in known:
         raise RecipeError(
-            f"training.optimizer: timm has no {name!r}; take adamw, sgd, lamb or another of "
+            f"{arg('optimizer')}: timm has no {name!r}; take adamw, sgd, lamb or another of "
             f"timm.optim.list_optimizers().{did_you_mean(name, known)}"
         )
     info = get_optimizer_info(name.lower())
     if info.second_order:
         raise RecipeError(
-            f"training.optimizer: {name!r} needs second gradients, and a step takes first ones only; take adamw, sgd "
+            f"{arg('optimizer')}: {name!r} needs second gradients, and a step takes first ones only; take adamw, sgd "
             "or lamb."
         )
     return info
@@ -147,7 +147,7 @@ def _of_bitsandbytes(info: Any) -> tuple[Callable[..., Optimizer], dict[str, int
         module = importlib.import_module("bitsandbytes.optim")
     except ImportError as error:
         raise RecipeError(
-            f"training.optimizer: {info.name!r} needs bitsandbytes ({error}); pip install 'localgrad[8bit]'."
+            f"{arg('optimizer')}: {info.name!r} needs bitsandbytes ({error}); pip install 'localgrad[8bit]'."
         ) from error
     finally:
         log.setLevel(level)
@@ -187,24 +187,24 @@ def check_schedule(
     """
     if name not in SCHEDULERS:
         raise RecipeError(
-            f"training.scheduler: unknown {name!r}; take one of {', '.join(SCHEDULERS)}."
+            f"{arg('scheduler')}: unknown {name!r}; take one of {', '.join(SCHEDULERS)}."
             f"{did_you_mean(name, SCHEDULERS)}"
         )
     if epochs < 1:
-        raise RecipeError(f"training.epochs: {epochs} is below 1; take 1 or more.")
+        raise RecipeError(f"{arg('epochs')}: {epochs} is below 1; take 1 or more.")
     if not 0 <= warmup_epochs < math.inf:
         raise RecipeError(
-            f"training.warmup_epochs: {warmup_epochs} is no number of epochs; take one from 0 on, such as 5."
+            f"{arg('warmup_epochs')}: {warmup_epochs} is no number of epochs; take one from 0 on, such as 5."
         )
     given = [("warmup_lr", warmup_lr, warmup_epochs > 0), ("min_lr", min_lr, name in FALLING)]
     for key, rate, is_used in given:
         if not 0 <= rate <= _LARGEST:
-            raise RecipeError(f"training.{key}: {rate} is no learning rate; take a number from 0 on, such as 1e-6.")
+            raise RecipeError(f"{arg(key)}: {rate} is no learning rate; take a number from 0 on, such as 1e-6.")
         if is_used and rate > lr:
             change = "fall in the warm-up" if key == "warmup_lr" else "rise to the end"
             raise RecipeError(
-                f"training.{key}: {rate:g} is above the learning rate{who} ({lr:g}), which would {change}; take less, "
-                "or a larger --lr."
+                f"{arg(key)}: {rate:g} is above the learning rate{who} ({lr:g}), which would {change}; take less, "
+                f"or a larger {arg('lr')}."
             )
 
 
@@ -271,11 +271,11 @@ class Schedule:
             raise RecipeError(f"batches_per_epoch must be at least 1, got {batches_per_epoch}.")
         warmup = warmup_of(warmup_epochs, epochs, batches_per_epoch)
         if not 0 <= warmup_stagger < math.inf:
-            raise RecipeError(f"training.warmup_stagger: {warmup_stagger} is no number of epochs; take one from 0 on.")
+            raise RecipeError(f"{arg('warmup_stagger')}: {warmup_stagger} is no number of epochs; take one from 0 on.")
         longest = warmup + (first + len(self.optimizers) - 1) * warmup_stagger
         if warmup_stagger and longest >= epochs:
             raise RecipeError(
-                f"training.warmup_stagger: {warmup_stagger} makes the last module's warm-up {longest:g} of {epochs} "
+                f"{arg('warmup_stagger')}: {warmup_stagger} makes the last module's warm-up {longest:g} of {epochs} "
                 "epochs; take less."
             )
         self._schedulers = [

@@ -18,7 +18,7 @@ from torch import Tensor
 from localgrad.errors import DivergenceError, LocalgradError
 from localgrad.learner import load_weights
 from localgrad.objectives.base import LocalBatch
-from localgrad.parallel.learner import ParallelLearner, merged
+from localgrad.parallel.parallel_learner import ParallelLearner, merged
 from localgrad.parallel.watch import GONE, Fault, Watch
 from localgrad.training.data import Batches
 from localgrad.training.events import Sink

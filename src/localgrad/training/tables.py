@@ -14,7 +14,7 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from localgrad.errors import DataError, did_you_mean, reason_of
+from localgrad.errors import DataError, arg, did_you_mean, reason_of
 from localgrad.training.folders import SPLITS, Split, is_hidden, split_of, visible_folders
 from localgrad.training.image_sets import FileImages, FilesInTable
 
@@ -89,7 +89,7 @@ def find_tables(name: str, path: Path | None = None, *, config: str | None = Non
     if glob.has_magic(str(path.resolve())):
         raise DataError(
             f"The Hugging Face library takes the brackets, * or ? in {path.resolve()} for a pattern: rename the "
-            "folder, or name single files with --train-data, --val-data and --test-data."
+            f"folder, or name single files with {arg('train_data')}, {arg('val_data')} and {arg('test_data')}."
         )
     if holds_tables(path, kinds=(".parquet", ".arrow")):
         files = _loaded(name, partial(_data_files, str(path)))
@@ -377,8 +377,3 @@ def _class_label(value: Any, what: str) -> int | str | bool | None:
     if value is None or isinstance(value, int | str):
         return value
     raise DataError(f"Labels must be classes: whole numbers, texts or booleans; {what} has {value!r}.")
-
-
-def class_names_of(parts: Iterable[Part]) -> tuple[str, ...]:
-    """The classes of several parts, in the order in which they come."""
-    return _union([part.class_names for part in parts])

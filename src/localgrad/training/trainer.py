@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
-from localgrad.errors import CheckpointError, DivergenceError
+from localgrad.errors import CheckpointError, DivergenceError, arg
 from localgrad.learner import LocalLearner, load_weights
 from localgrad.objectives.base import LocalBatch
 from localgrad.step.sharding import rows_of
@@ -278,10 +278,9 @@ class Trainer:
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
             self.position, self._sums = before[:2]
             _restore_random_state(before[2])
-            reason = str(error).removeprefix("checkpoint: ").removesuffix(".")
             raise CheckpointError(
-                f"checkpoint {self.folder.last}: it doesn't fit this run ({reason}); restore the run's own, or start "
-                "the run again in another folder."
+                f"checkpoint {self.folder.last}: it doesn't fit this run ({error})",
+                "restore the run's own, or start the run again in another folder",
             ) from error
 
     def _load_sums(self, state: SumsState) -> None:
@@ -472,7 +471,8 @@ class Trainer:
         last = self.folder.last
         kept = f"the last good checkpoint is {last}" if last.exists() else "no epoch was complete"
         return DivergenceError(
-            f"{what}, epoch {self.position.epoch + 1}, batch {batch + 1}); {kept}. Try a lower --lr, or --clip-grad 1."
+            f"{what}, epoch {self.position.epoch + 1}, batch {batch + 1}); {kept}. Try a lower "
+            f"{arg('lr')}, or {arg('clip_grad', 1)}."
         )
 
     def _stop(self) -> None:

@@ -16,10 +16,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from localgrad import rules
 from localgrad.backbones.base import Layout
 from localgrad.backbones.fake import by_shapes_alone, copy_without_hooks, fake_copy
 from localgrad.backbones.namespaces import Attributes
-from localgrad.errors import ParallelError, RecipeError
+from localgrad.errors import ParallelError, RecipeError, arg
 from localgrad.learner import Factories, LocalLearner, make_ema, no_optimizers
 from localgrad.objectives.auxiliary import NextClassifier
 from localgrad.objectives.averaging import has_spectral_norms
@@ -75,9 +76,10 @@ class ParallelLearner(LocalLearner):
             raise RecipeError(f"wire: unknown {wire!r}; take {' or '.join(WIRES)}.")
         if num_buffers < 1:
             raise RecipeError(f"num_buffers must be at least 1, got {num_buffers}.")
-        for name in ("offload", "overlap", "device"):
-            if settings.get(name):
-                raise ParallelError(f"{name}: not with several processes; leave it out.")
+        if settings.get("device"):
+            raise ParallelError(f"{arg('device')}: a team has its own; leave it out.")
+        given = {**settings, "ema_decay": ema_decay, "shard": shard, "parallel": True}
+        rules.check(given, ParallelError)
         self.team = team or Team.join()
         super().__init__(model, **settings)
         check_precision(self.precision, self.team.device)
@@ -92,23 +94,21 @@ class ParallelLearner(LocalLearner):
         self._own_parts = OwnRows([part for index in self.own for part in self.modules[index].parts])
         if shard and ema_decay is not None and has_spectral_norms(self._own_parts):
             raise ParallelError(
-                f"ema_decay: {ema_decay} with --shard: the average of a layer with spectral norm needs whole weights, "
-                "and each process has rows; leave one of them out."
+                f"{arg('ema_decay', ema_decay)} doesn't go with {arg('shard')}: the average of a layer with spectral "
+                "norm needs whole weights, and each process has rows; leave one of them out."
             )
         self._ema = make_ema(self._own_parts, ema_decay, on_host=False)
         self.links = Links(self.team.place, self.team.device, num_buffers=num_buffers, wire=wire)
 
     def _refuse(self, *, compiled: bool) -> None:
-        if self.uses("teacher"):
-            raise ParallelError("teacher_share: the average of the whole model is in no process; leave it out.")
+        known = {"parallel": True, "teacher_share": self.uses("teacher"), "compile": compiled}
+        rules.check({**known, "replicas": self.team.num_replicas}, ParallelError)
         if any(
             isinstance(net, NextClassifier) and net.weights == "ema" for own in self.modules for net in own.modules()
         ):
             raise ParallelError(
                 "classifier next: an average of the following blocks needs them in one process; take weights = copy."
             )
-        if compiled and self.team.num_replicas > 1:
-            raise ParallelError("--compile: not with several replicas; leave one of them out.")
 
     def _refuse_own_ways(self) -> None:
         """Refuse state that follows a replica's own images, and of which nobody knows how to average it."""
@@ -117,8 +117,8 @@ class ParallelLearner(LocalLearner):
                 net = part.get_submodule(path)
                 if not isinstance(net, _NormBase):
                     raise ParallelError(
-                        f"--replicas {self.team.num_replicas}: {type(net).__name__} in {name} writes what it sees of "
-                        "the images into itself, and each replica sees others; take --replicas 1."
+                        f"{arg('replicas', self.team.num_replicas)}: {type(net).__name__} in {name} writes what it "
+                        f"sees of the images into itself, and each replica sees others; take {arg('replicas', 1)}."
                     )
 
     def _average_over_replicas(self, *, by_rows: bool) -> None:
@@ -132,7 +132,9 @@ class ParallelLearner(LocalLearner):
             return
         twins = self.team.twins_mesh
         if twins is None:
-            raise ParallelError("--shard: there is one replica only, and nobody to share with; add --replicas 2.")
+            raise ParallelError(
+                f"{arg('shard')}: there is one replica only, and nobody to share with; add {arg('replicas', 2)}."
+            )
         own = [self.modules[index] for index in self.own]
         self.skeleton = [copied.to("meta") for copied in copy_without_hooks(own)]
         for module in own:
@@ -249,7 +251,7 @@ class ParallelLearner(LocalLearner):
         if first and self.team.num_replicas > 1 and bool((batch.labels == IGNORED).any()):
             raise ParallelError(
                 f"labels: some are {IGNORED}, ignored; replicas weigh alike, however many labels count in each: leave "
-                "those images out, or --replicas."
+                f"those images out, or {arg('replicas')}."
             )
 
     @torch.no_grad()
@@ -276,7 +278,7 @@ class ParallelLearner(LocalLearner):
 
     def global_step_on(self, batch: LocalBatch) -> Any:
         """Not here: an end-to-end step needs all modules in one place."""
-        raise ParallelError("end-to-end steps need all modules in one process; leave them out, or --parallel.")
+        raise ParallelError(f"end-to-end steps need all modules in one process; leave them out, or {arg('parallel')}.")
 
     def logits(self, images: Tensor) -> Any:
         """Not here: see ``infer``."""
@@ -490,7 +492,7 @@ def shares_of(costs: Sequence[int], num_ranks: int) -> tuple[range, ...]:
     """
     if num_ranks > len(costs):
         raise ParallelError(
-            f"--parallel modules: {num_ranks} processes for {len(costs)} local modules; take --modules {num_ranks}, "
-            f"{len(costs)} processes, or --replicas."
+            f"{arg('parallel', 'modules')}: {num_ranks} processes for {len(costs)} local modules; take "
+            f"{arg('modules', num_ranks)}, {len(costs)} processes, or {arg('replicas')}."
         )
     return shares(costs, num_ranks)

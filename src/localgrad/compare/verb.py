@@ -5,12 +5,11 @@ Everything that can be wrong is found before the first step: names, numbers, par
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,15 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from localgrad import rules
 from localgrad.app.build import check_model_name, create_model, input_size_of, resolve_device
-from localgrad.app.recipe import ModelSettings
+from localgrad.app.recipe import DataSettings, ModelSettings, validated
 from localgrad.backbones.base import Backbone, split
 from localgrad.compare.contenders import Contender, Local, Stage, default_methods
 from localgrad.compare.plots import check_output_file, check_path, plot_timeline, plot_trade_off
+from localgrad.compare.settings import Settings
 from localgrad.compare.side_by_side import About, Comparison, Report, Row, compare
-from localgrad.errors import LocalgradError, PartitionError, RecipeError, did_you_mean
+from localgrad.errors import PartitionError, RecipeError, arg, did_you_mean
 from localgrad.formats import Json
 from localgrad.learner import num_parameters
 from localgrad.objectives.auxiliary import DECODERS
@@ -37,59 +38,6 @@ from localgrad.training.optim import OptimizerFactory
 from localgrad.units import format_bytes, format_rate
 
 PRECISIONS = ("fp32", "bf16")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """The options of ``localgrad compare``, as typed.
-
-    Attributes:
-        model: timm's name.
-        img_size: side of the images in pixels; by default the model's own.
-        num_classes: of random labels; a data set has its own.
-        batch_size: images a step.
-        data: a data set by name or folder; random images by default.
-        root: where torchvision's data sets lie.
-        device: auto, cpu, cuda or cuda:N.
-        optimizer: timm's name.
-        precision: names, comma-separated.
-        modules: given once, choices separated by commas; given again and again, each as ``train`` reads it.
-        objective: names; ``None`` for feature reconstruction everywhere and the others once.
-        decoder: names.
-        checkpoint: inside local modules; texts.
-        compile: every method compiled as well.
-        budget: shares of the activations that compiled plain loops may keep.
-        plans: files.
-        repeats: timed turns.
-        warmup: steps before.
-        estimate_only: run nothing.
-        json: file to write.
-        plot: PNG or SVG to write.
-        timeline: PNG or SVG to write.
-    """
-
-    model: str
-    img_size: int | None = None
-    num_classes: int | None = None
-    batch_size: int = 64
-    data: str | None = None
-    root: Path | None = None
-    device: str = "auto"
-    optimizer: str = "adamw"
-    precision: str = "fp32"
-    modules: tuple[str, ...] = ("2,4",)
-    objective: str | None = None
-    decoder: str = "linear"
-    checkpoint: str = "none,halves/8"
-    compile: bool = False
-    budget: str = "0.5"
-    plans: tuple[Path, ...] = ()
-    repeats: int = 3
-    warmup: int = 1
-    estimate_only: bool = False
-    json: Path | None = None
-    plot: Path | None = None
-    timeline: Path | None = None
 
 
 def run(settings: Settings, report: Report) -> Comparison:
@@ -105,10 +53,9 @@ def run(settings: Settings, report: Report) -> Comparison:
     _check_numbers(settings)
     _check_files(settings)
     device = resolve_device(settings.device)
-    precisions = _choices("--precision", settings.precision, PRECISIONS)
+    precisions = _choices("precision", settings.precision, PRECISIONS)
     for precision in precisions:
-        with _renamed("--precision", "precision"):
-            check_precision(precision, device)
+        check_precision(precision, device)
     check_model_name(settings.model)
     methods = _methods(settings, precisions)
     torch.manual_seed(0)
@@ -116,16 +63,13 @@ def run(settings: Settings, report: Report) -> Comparison:
     asked = ModelSettings(name=settings.model, img_size=settings.img_size)
     model = create_model(asked, num_classes=info.num_classes, num_channels=info.num_channels)
     size = input_size_of(model, asked, info.num_channels)
-    with _renamed("--optimizer", "training.optimizer"):
-        optimizer = OptimizerFactory(model, name=settings.optimizer, lr=1e-4, weight_decay=0.05)
+    optimizer = OptimizerFactory(model, name=settings.optimizer, lr=1e-4, weight_decay=0.05)
     images, labels = batches_of(size)
     backbone = split(model.to(device), size)
-    with _renamed("--optimizer", "training.optimizer"):
-        optimizer([next(backbone.parameters())])  # timm may not be able to make it here
+    optimizer([next(backbone.parameters())])  # timm may not be able to make it here
     for method in methods:
         if isinstance(method, Local):
-            with _renamed("--plan" if isinstance(method.modules, Plan) else "--modules", "modules", "plan"):
-                method.check(backbone)
+            method.check(backbone)
     about: About = {
         "model": settings.model,
         "input_size": list(size),
@@ -173,47 +117,42 @@ def _json_value(value: Any) -> Json:
 
 
 def _check_numbers(settings: Settings) -> None:
-    for name, value, least, usual in (
-        ("--batch-size", settings.batch_size, 1, 64),
-        ("--repeats", settings.repeats, 1, 3),
-        ("--warmup", settings.warmup, 0, 1),
-        ("--num-classes", settings.num_classes, 1, 1000),
-        ("--img-size", settings.img_size, 1, 224),
+    for name, least, usual in (
+        ("batch_size", 1, 64),
+        ("repeats", 1, 3),
+        ("warmup", 0, 1),
+        ("num_classes", 1, 1000),
+        ("img_size", 1, 224),
     ):
+        value = getattr(settings, name)
         if value is not None and value < least:
-            instead = ", or --estimate-only to run nothing" if name == "--repeats" else ""
-            raise RecipeError(f"{name}: {value} is below {least}; take {usual}{instead}.")
-    if settings.data is not None and settings.num_classes is not None:
-        raise RecipeError(f"--num-classes: {settings.num_classes}, but --data has its own classes; leave one out.")
+            instead = f", or {arg('estimate_only', value=True)} to run nothing" if name == "repeats" else ""
+            raise RecipeError(f"{arg(name)}: {value} is below {least}; take {usual}{instead}.")
+    names = ("data", "num_classes", "plot", "estimate_only")
+    rules.check({name: getattr(settings, name) for name in names})
 
 
 def _check_files(settings: Settings) -> None:
     if settings.json is not None:
-        check_output_file("--json", settings.json)
-    for option, path in (("--plot", settings.plot), ("--timeline", settings.timeline)):
+        check_output_file("json", settings.json)
+    for name, path in (("plot", settings.plot), ("timeline", settings.timeline)):
         if path is not None:
-            check_path(option, path)
-    if settings.plot is not None and settings.estimate_only:
-        raise RecipeError(
-            f"--plot: {str(settings.plot)!r} needs step times, and --estimate-only has none; take --timeline, or leave "
-            "--estimate-only out."
-        )
+            check_path(name, path)
 
 
 def _methods(settings: Settings, precisions: Sequence[str]) -> list[Contender]:
     given = settings.modules[0].split(",") if len(settings.modules) == 1 else settings.modules
-    checkpoints = _choices("--checkpoint", settings.checkpoint)
-    with _renamed("--checkpoint", "checkpoint"):
-        checkpoints = [str(Checkpointing.parse(text)) for text in checkpoints]
+    checkpoints = _choices("checkpoint", settings.checkpoint)
+    checkpoints = [str(Checkpointing.parse(text)) for text in checkpoints]
     objective = settings.objective
     return default_methods(
         modules=[_module_choice(text.strip()) for text in given],
-        objectives=None if objective is None else _choices("--objective", objective, OBJECTIVES),
-        decoders=_choices("--decoder", settings.decoder, DECODERS),
+        objectives=None if objective is None else _choices("objective", objective, OBJECTIVES),
+        decoders=_choices("decoder", settings.decoder, DECODERS),
         checkpoints=checkpoints,
         precisions=precisions,
         compile=settings.compile,
-        budgets=[_memory_share(text) for text in _choices("--memory-budget", settings.budget)],
+        budgets=[_memory_share(text) for text in _choices("memory_budget", settings.budget)],
         # Their rows have forecasts of their own; in what they were made for something else is told below the table.
         plans=[(f"plan {path.stem}", replace(_read_plan(path), made_for={})) for path in settings.plans],
     )
@@ -244,15 +183,15 @@ def _notes_of_plans(
     return notes
 
 
-def _choices(option: str, text: str, known: Iterable[str] = ()) -> list[str]:
+def _choices(name: str, text: str, known: Iterable[str] = ()) -> list[str]:
     """Read a comma-separated list; each item is one of those known, where there are any."""
     found = [part.strip() for part in text.split(",") if part.strip()]
     names = list(known)
     if not found:
-        raise RecipeError(f"{option}: {text!r} names nothing; leave the option out for its default.")
-    for name in found:
-        if names and name not in names:
-            raise RecipeError(f"{option}: unknown {name!r}; take {', '.join(names)}.{did_you_mean(name, names)}")
+        raise RecipeError(f"{arg(name)}: {text!r} names nothing; leave it out for its default.")
+    for each in found:
+        if names and each not in names:
+            raise RecipeError(f"{arg(name)}: unknown {each!r}; take {', '.join(names)}.{did_you_mean(each, names)}")
     return list(dict.fromkeys(found))
 
 
@@ -263,8 +202,8 @@ def _module_choice(text: str) -> int | str | tuple[int, ...]:
         numbers = tuple(int(part) for part in text.split(","))
     except ValueError:
         raise RecipeError(
-            f"--modules: {text!r} is neither a number, stages, nor boundaries; take 2,4 for two choices, or "
-            "--modules 4 --modules 2,5,9 for four modules and then for these boundaries."
+            f"{arg('modules')}: {text!r} is neither a number, stages, nor boundaries; take 2,4 for two choices, or "
+            f"{arg('modules', 4)} {arg('modules', '2,5,9')} for four modules and then for these boundaries."
         ) from None
     return numbers[0] if len(numbers) == 1 else numbers
 
@@ -275,7 +214,7 @@ def _memory_share(text: str) -> float:
     except ValueError:
         share = -1.0
     if not 0 <= share <= 1:
-        raise RecipeError(f"--memory-budget: {text!r} is no share from 0 to 1; take 0.5.")
+        raise RecipeError(f"{arg('memory_budget')}: {text!r} is no share from 0 to 1; take 0.5.")
     return share
 
 
@@ -284,21 +223,11 @@ def _read_plan(path: Path) -> Plan:
         return Plan.from_json(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise RecipeError(f"--plan: {path} can't be read ({reason}); name a file that holds a plan as JSON.") from error
+        raise RecipeError(
+            f"{arg('plan')}: {path} can't be read ({reason}); name a file that holds a plan as JSON."
+        ) from error
     except PartitionError as error:
-        raise RecipeError(f"--plan: {path}: {error}") from error
-
-
-@contextlib.contextmanager
-def _renamed(option: str, *names: str) -> Iterator[None]:
-    """Let an error that begins with a setting's name begin with the option's."""
-    try:
-        yield
-    except LocalgradError as error:
-        said = str(error)
-        for name in names:
-            said = said.removeprefix(f"{name}: ")
-        raise type(error)(f"{option}: {said}") from error
+        raise RecipeError(f"{arg('plan')}: {path}: {error}") from error
 
 
 def _data(settings: Settings) -> tuple[DataInfo, Callable[[tuple[int, int, int]], tuple[Tensor, Tensor]]]:
@@ -328,7 +257,17 @@ def _data(settings: Settings) -> tuple[DataInfo, Callable[[tuple[int, int, int]]
 
 def _loader(settings: Settings, name: str) -> tuple[DataInfo, Callable[[tuple[int, int, int]], tuple[Tensor, Tensor]]]:
     side = settings.img_size
-    splits = load_data(name, root=settings.root, val_fraction=0.0, image_size=None if side is None else (side, side))
+    names = ("on_corrupt", "train_data", "val_data", "test_data", "image_range", "background", "fit")
+    asked = {key: getattr(settings, key) for key in names if getattr(settings, key) is not None}
+    reading: DataSettings = validated(DataSettings, asked, "data.")
+    splits = load_data(
+        name,
+        root=None if settings.root is None else Path(settings.root),
+        download=settings.download,
+        val_fraction=0.0,
+        image_size=None if side is None else (side, side),
+        **{key: getattr(reading, key) for key in asked},
+    )
 
     def first(size: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
         batches = Batches(
@@ -344,7 +283,7 @@ def _loader(settings: Settings, name: str) -> tuple[DataInfo, Callable[[tuple[in
         batch = next(batches.epoch(0))
         if len(batch.images) < settings.batch_size:
             raise RecipeError(
-                f"--batch-size: {settings.batch_size}, but {name} has {len(splits.train)} training images; take fewer."
+                f"{arg('batch_size', settings.batch_size)}: {name} has {len(splits.train)} training images; take fewer."
             )
         return batch.images, batch.targets
 

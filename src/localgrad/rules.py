@@ -1,0 +1,171 @@
+"""What doesn't go together, and why: one table, which learners, planners, runs, the command line and the docs read.
+
+A rule is two conditions and a reason. Whoever knows the values of some arguments calls ``check`` with them; rules on
+arguments that aren't among them are passed over. So each part of the package checks what it knows, by the same table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+from localgrad.errors import LocalgradError, RecipeError, arg
+
+OFF: tuple[object, ...] = (None, False, 0, "none", (0, 0))
+
+
+@dataclass(frozen=True)
+class Given:
+    """The condition that an argument is given.
+
+    Attributes:
+        name: of the argument; its dotted key in a recipe where it has no name of its own elsewhere.
+        value: which one it has; by default any that isn't off.
+        off: values that are no more than not giving it.
+    """
+
+    name: str
+    value: object = None
+    off: tuple[object, ...] = OFF
+
+    @property
+    def key(self) -> str:
+        """The argument's own name."""
+        return self.name.rpartition(".")[2]
+
+    def holds(self, values: Mapping[str, Any]) -> bool:
+        """Whether it does for some arguments' values, this one's among them."""
+        value = values[self.key]
+        value = tuple(value) if isinstance(value, list) else value
+        return bool(value == self.value if self.value is not None else value not in self.off)
+
+    def said(self, value: object = None) -> str:
+        """The argument as it is typed, with its value where that is a number or a word."""
+        tells = isinstance(value, (int, float, str, PurePath)) and not isinstance(value, bool)
+        return arg(self.name, self.value if self.value is not None else value if tells else None)
+
+
+@dataclass(frozen=True)
+class Absent(Given):
+    """The condition that an argument isn't given; ``value`` is an example of one to add."""
+
+    def holds(self, values: Mapping[str, Any]) -> bool:
+        """Whether it isn't."""
+        return values[self.key] in self.off
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Two conditions that don't go together, and why.
+
+    Attributes:
+        first: what is refused.
+        second: beside what, or without what.
+        reason: why.
+    """
+
+    first: Given
+    second: Given
+    reason: str
+
+    def said(self, values: Mapping[str, Any]) -> str:
+        """The rule as a sentence about what was given, which says what to type instead."""
+        first, second = self.first.said(values.get(self.first.key)), self.second.said()
+        if isinstance(self.second, Absent):
+            name = arg(self.first.name)
+            return f"{first} needs {arg(self.second.name)}: {self.reason}; add {second}, or leave {name} out."
+        return f"{first} doesn't go with {second}: {self.reason}; leave one of them out."
+
+
+PARALLEL = Given("parallel")
+SEQUENTIAL = Given("schedule", "sequential")
+OVERLAP = Given("overlap")
+OFFLOAD = Given("offload")
+COMPILE = Given("compile")
+EMA_DECAY = Given("ema_decay")
+BUDGET = Given("budget")
+REPLICAS = Given("replicas", off=(None, 1))
+GLOBAL = (Given("global_every"), Given("global_tail"), Given("global_share"))
+FREEZE_FROM = Given("freeze_from", off=(None,))
+TEACHER, RECONCILE, CONTEXT = (Given(f"local.options.{name}") for name in ("teacher_share", "reconcile", "context"))
+
+
+def _rules() -> Iterator[Rule]:
+    at_once = "modules never train in the same step"
+    for given in (*GLOBAL, OVERLAP, FREEZE_FROM, Given("warmup_stagger"), TEACHER, RECONCILE, CONTEXT):
+        yield Rule(given, SEQUENTIAL, at_once)
+    yield Rule(Given("local.options.reconstruct", "previous"), SEQUENTIAL, at_once)
+    yield Rule(Given("classifier", "next"), SEQUENTIAL, at_once)
+    yield Rule(EMA_DECAY, SEQUENTIAL, "no average of the weights is kept")
+    yield Rule(OFFLOAD, SEQUENTIAL, "only one module is on the device anyway")
+    yield Rule(BUDGET, SEQUENTIAL, "planners plan modules that train together")
+    yield Rule(Given("plan"), SEQUENTIAL, "a plan is of modules that train together")
+
+    whole = "no process has all local modules"
+    for given in (SEQUENTIAL, *GLOBAL, OFFLOAD, Given("health_every"), TEACHER):
+        yield Rule(given, PARALLEL, whole)
+    yield Rule(OVERLAP, PARALLEL, "two processes would train the same blocks")
+    yield Rule(REPLICAS, Absent("parallel", "modules"), "only processes that share modules out have replicas")
+    yield Rule(Given("shard"), Absent("parallel", "modules"), "weights are shared out among replicas")
+    yield Rule(Given("shard"), Absent("replicas", 2, off=(None, 1)), "weights are shared out among replicas")
+    yield Rule(COMPILE, REPLICAS, "replicas run their modules inside of DDP, not compiled")
+    yield Rule(Given("num_processes"), Absent("parallel", "modules"), "it says what processes share")
+    yield Rule(BUDGET, Given("parallel", "modules"), "plan first, for so many ranks, then train by that plan")
+    yield Rule(Given("on_oom", "replan"), PARALLEL, "no process plans for others; resume with another checkpoint")
+    yield Rule(Given("balance"), Absent("parallel", 4), "it is of the modules of several ranks")
+    yield Rule(Given("frontier"), PARALLEL, "it is of plans for one process")
+    yield Rule(Given("batch_size", "auto"), PARALLEL, "it is for plans of one process")
+
+    for given in GLOBAL:
+        yield Rule(OFFLOAD, given, "end-to-end steps need all modules on the device")
+    yield Rule(OVERLAP, FREEZE_FROM, "a frozen module's last blocks would go on learning")
+    yield Rule(OVERLAP, OFFLOAD, "blocks that two modules train can't be offloaded")
+    yield Rule(TEACHER, Absent("ema_decay", 0.999), "the averaged model teaches, and none is kept")
+    yield Rule(RECONCILE, COMPILE, "it runs a module three times, at inputs of its own")
+    yield Rule(RECONCILE, OVERLAP, "modules that share blocks don't meet at one place")
+
+    decided = "a plan to a budget decides it"
+    yield Rule(Given("checkpoint", off=(None,)), BUDGET, decided)
+    yield Rule(Given("accumulation", off=(None,)), BUDGET, decided)
+    yield Rule(OFFLOAD, BUDGET, "planners don't count on it")
+    yield Rule(OFFLOAD, Given("plan"), "planners don't count on it")
+    yield Rule(BUDGET, Given("plan"), "a plan has its budget already")
+    yield Rule(Given("modules", "auto"), Absent("budget", "6GiB"), "how many is found within a budget")
+    yield Rule(Given("batch_size", "auto"), Absent("budget", "6GiB"), "it is the largest that fits")
+
+    yield Rule(Given("health_reference"), Absent("health_every", 1), "health is not measured in this run")
+    yield Rule(Given("preset"), Given("recipe"), "both say where to start")
+    for name in ("out", "preset", "recipe", "plan", "budget"):
+        yield Rule(Given(name), Given("resume"), "the run has its recipe and folder")
+
+    yield Rule(Given("num_classes"), Given("data"), "it has its own classes")
+    yield Rule(Given("plot"), Given("estimate_only"), "it needs step times; take a timeline instead")
+
+
+RULES = tuple(_rules())
+
+
+def check(values: Mapping[str, Any], error: type[LocalgradError] = RecipeError) -> None:
+    """Refuse what doesn't go together.
+
+    Args:
+        values: arguments' values by name; all rules on two of them are checked.
+        error: what to raise.
+
+    Raises:
+        LocalgradError: of that class, for the first rule that is broken.
+    """
+    for rule in RULES:
+        is_known = rule.first.key in values and rule.second.key in values
+        if is_known and rule.first.holds(values) and rule.second.holds(values):
+            raise error(rule.said(values))
+
+
+def as_markdown() -> Iterator[str]:
+    """The table for the docs, line by line, with arguments as Python names them."""
+    yield from ("| given | doesn't go with | because |", "|---|---|---|")
+    for rule in RULES:
+        second = f"no `{arg(rule.second.name)}`" if isinstance(rule.second, Absent) else f"`{rule.second.said()}`"
+        yield f"| `{rule.first.said()}` | {second} | {rule.reason} |"
