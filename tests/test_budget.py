@@ -749,7 +749,7 @@ def test_plan_in_python() -> None:
         ({"budget": "9" * 400}, RecipeError, "more memory than there is"),
         ({"batch_size": 0}, BudgetError, "--batch-size"),
         ({"precision": "fp64"}, RecipeError, "precision: unknown 'fp64'"),
-        ({"device": "tpu"}, RecipeError, "--device"),
+        ({"device": "tpu"}, RecipeError, "device: 'tpu'"),
         ({"modules": 9}, PartitionError, "9 local modules"),
         ({"modules": "auto"}, PartitionError, "modules: 'auto'"),
         ({"model": "vit_tinny"}, BackboneError, "Nearest"),
