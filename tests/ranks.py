@@ -175,7 +175,7 @@ def inject(which: str, number: int, note: str | None = None) -> None:
     from localgrad.training.trainer import Trainer
 
     count, training = 0, False
-    update, forward, save = LocalStep._update, LocalStep._forward_backward, RunFolder.save_part
+    update, forward, save = LocalStep._update, LocalStep._once, RunFolder.save_part
     epoch = Trainer._train_epoch
 
     def noted() -> None:
@@ -221,7 +221,7 @@ def inject(which: str, number: int, note: str | None = None) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         save(self, name, state)
 
-    LocalStep._update, LocalStep._forward_backward = at_update, at_forward  # type: ignore[method-assign]
+    LocalStep._update, LocalStep._once = at_update, at_forward  # type: ignore[method-assign]
     RunFolder.save_part, Trainer._train_epoch = at_saving, at_epoch  # type: ignore[method-assign]
 
 

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 import localgrad
 from helpers import MODELS, SIZE, adamw, assert_same, batches, make, train
 from localgrad import Contrastive, FeatureReconstruction, GreedySupervised, ImageReconstruction, LocalLearner
-from localgrad.learner import estimate_step
-from localgrad.objectives.base import LocalBatch
+from localgrad.estimating import estimate_step
+from localgrad.objectives.carried import LocalBatch
 from localgrad.step.local_module import LocalModule, LocalOutput
 from localgrad.step.local_step import drawing_from
 
@@ -504,12 +504,15 @@ PACKAGE = Path(localgrad.__file__).parent
 LAYERS = (
     ("errors",),
     ("units", "formats"),
-    ("balancing", "partition", "options", "rules"),
+    ("balancing", "partition"),
+    ("options", "rules"),
     ("backbones",),
     ("objectives",),
     ("step",),
     ("memory",),
+    ("partitioning",),
     ("learner",),
+    ("estimating", "isolation"),
     ("parallel",),
     ("planning",),
     ("training",),
@@ -583,6 +586,7 @@ PUBLIC = [
     "Backbone",
     "BackboneError",
     "BudgetError",
+    "Carried",
     "CheckpointError",
     "Contrastive",
     "DataError",
@@ -590,9 +594,11 @@ PUBLIC = [
     "DivergenceError",
     "FeatureReconstruction",
     "GreedySupervised",
+    "Handed",
     "ImageReconstruction",
     "IsolationError",
     "Layout",
+    "LocalBatch",
     "LocalLearner",
     "LocalgradError",
     "Measurement",
@@ -603,7 +609,6 @@ PUBLIC = [
     "Plan",
     "RecipeError",
     "RunFolderError",
-    "ShareResult",
     "StepResult",
     "Team",
     "__version__",
@@ -612,6 +617,7 @@ PUBLIC = [
     "estimate",
     "measure",
     "plan",
+    "register_carried",
     "split",
 ]
 """What users may rely on. A change here is a change of the package's contract."""

@@ -118,9 +118,9 @@ def same(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> b
 
 
 BY_RANKS = {
-    2: ["two", "three", "four", "batch norms", "image", "remedies", "bf16"],
+    2: ["two", "three", "four", "batch norms", "image", "remedies", "bf16", "own"],
     3: ["three", "four", "contrastive", "remedies"],
-    4: ["four", "plain", "greedy", "remedies", "reconcile"],
+    4: ["four", "plain", "greedy", "remedies", "reconcile", "reconcile, frozen"],
 }
 
 

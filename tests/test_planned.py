@@ -25,7 +25,7 @@ from localgrad.app.planned import made_for, task_of
 from localgrad.app.recipe import Recipe, overlay, parse_toml
 from localgrad.app.replanning import Replanner
 from localgrad.errors import BudgetError, DeviceError, MemoryExceeded
-from localgrad.learner import estimate_step
+from localgrad.estimating import estimate_step
 from localgrad.partition import Checkpointing
 from localgrad.planning import budget as budgets
 from localgrad.planning.budget import plan_to_budget
@@ -359,7 +359,7 @@ class Shortage:
         self.call, self.left, self.count, self.again, self.due = call, times, 0, False, False
         self.alive: list[weakref.ref[Tensor]] = []
         self.error = error
-        step, backward, adamw = LocalStep.__call__, LocalStep._forward_backward, torch.optim.AdamW.step
+        step, backward, adamw = LocalStep.__call__, LocalStep._once, torch.optim.AdamW.step
         block = timm.models.resnet.BasicBlock.forward
 
         def called(this: LocalStep, *arguments: Any) -> Any:
@@ -393,7 +393,7 @@ class Shortage:
             return result
 
         monkeypatch.setattr(LocalStep, "__call__", called)
-        monkeypatch.setattr(LocalStep, "_forward_backward", ran)
+        monkeypatch.setattr(LocalStep, "_once", ran)
         monkeypatch.setattr(torch.optim.AdamW, "step", updated)
         monkeypatch.setattr(timm.models.resnet.BasicBlock, "forward", recomputed)
 

@@ -31,9 +31,10 @@ from localgrad import run
 from localgrad.app.build import build
 from localgrad.app.recipe import Recipe, overlay, preset
 from localgrad.errors import BackboneError, CheckpointError, DeviceError, RecipeError, RunFolderError
-from localgrad.learner import LocalLearner, estimate_step
+from localgrad.estimating import estimate_step
+from localgrad.learner import LocalLearner
 from localgrad.memory import track as memory
-from localgrad.step.local_module import LocalModule, Walk
+from localgrad.step.local_module import LocalModule, Passed
 from localgrad.step.local_step import LocalStep
 from localgrad.training import feature_cache, stagewise
 from localgrad.training.events import ConsoleSink, EpochEnded, Event, FeaturesCached, RunStarted
@@ -269,10 +270,10 @@ def test_a_variant_is_the_epoch_of_that_number_and_keeps_its_labels(model: dict[
                 expected = module.features(batch.images)
             assert given.features is not None
             assert torch.equal(given.features, expected.bfloat16().float())
-            assert torch.equal(given.batch.labels, batch.labels)
+            assert torch.equal(given.labels, batch.labels)
             assert torch.equal(given.targets, batch.targets)
-            assert given.batch.images is None
-        seen.append(torch.cat([given.batch.labels for given in fed]))
+            assert given.images is None
+        seen.append(torch.cat([given.labels for given in fed]))
     assert seen[0].dtype == torch.float32, "mixup was on"
     assert torch.equal(seen[0], seen[2])
     assert not torch.equal(seen[0], seen[1])
@@ -299,8 +300,8 @@ def test_images_that_an_objective_looks_at_belong_to_the_features(folder: RunFol
     fed = list(trainer._feed())
     assert len(fed) == NUM_BATCHES - 2
     for given, batch in zip(fed, trainer.train.epoch(1, start=2), strict=True):
-        assert torch.equal(given.batch.images, batch.images)
-        assert torch.equal(given.batch.labels, batch.labels)
+        assert torch.equal(given.images, batch.images)
+        assert torch.equal(given.labels, batch.labels)
 
 
 def test_finished_modules_run_in_evaluation_mode(folder: RunFolder) -> None:
@@ -383,7 +384,7 @@ def test_only_the_trained_modules_weights_are_on_the_device(folder: RunFolder, m
     device = torch.device("cpu:0")  # another name for the same, so that one can be told from the other
     trainer.train.device = device
     indices = {id(module): index for index, module in enumerate(trainer.learner.modules)}
-    move, walk = LocalModule.to, LocalModule.walk
+    move, walk = LocalModule.to, LocalModule.run_parts
     seen = set()
 
     def noted(self: LocalModule, target: Any) -> LocalModule:
@@ -391,13 +392,13 @@ def test_only_the_trained_modules_weights_are_on_the_device(folder: RunFolder, m
         assert list(where.values()).count("cpu:0") <= 1, "the others go away first"
         return move(self, target)
 
-    def looked(self: LocalModule, inputs: Tensor, **more: Any) -> Walk:
+    def looked(self: LocalModule, inputs: Tensor, **more: Any) -> Passed:
         assert [index for index, place_ in where.items() if place_ == "cpu:0"] == [indices[id(self)]]
         seen.add((indices[id(self)], self.training))
         return walk(self, inputs, **more)
 
     monkeypatch.setattr(LocalModule, "to", noted)
-    monkeypatch.setattr(LocalModule, "walk", looked)
+    monkeypatch.setattr(LocalModule, "run_parts", looked)
     trainer.fit()
     assert seen == {(index, mode) for index in range(NUM_MODULES) for mode in (True, False)}
     monkeypatch.setattr(LocalModule, "to", lambda self, target: where.update({indices[id(self)]: str(target)}))

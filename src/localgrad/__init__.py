@@ -27,7 +27,9 @@ if TYPE_CHECKING:
         RecipeError,
         RunFolderError,
     )
-    from localgrad.learner import LocalLearner, check_isolation
+    from localgrad.isolation import check_isolation
+    from localgrad.learner import LocalLearner
+    from localgrad.objectives.carried import Carried, Handed, LocalBatch, register_carried
     from localgrad.objectives.methods import (
         Contrastive,
         FeatureReconstruction,
@@ -36,7 +38,6 @@ if TYPE_CHECKING:
         Objective,
     )
     from localgrad.parallel.parallel_learner import ParallelLearner
-    from localgrad.parallel.pipeline import ShareResult
     from localgrad.parallel.team import Team
     from localgrad.partition import Plan, balance
     from localgrad.step.executor import StepResult
@@ -58,11 +59,12 @@ _HOMES = {
         "RecipeError",
         "RunFolderError",
     ),
-    "localgrad.parallel.pipeline": ("ShareResult",),
     "localgrad.step.executor": ("StepResult",),
     "localgrad.parallel.team": ("Team",),
-    "localgrad.learner": ("LocalLearner", "check_isolation"),
+    "localgrad.isolation": ("check_isolation",),
+    "localgrad.learner": ("LocalLearner",),
     "localgrad.compare.measuring": ("Measurement", "measure"),
+    "localgrad.objectives.carried": ("Carried", "Handed", "LocalBatch", "register_carried"),
     "localgrad.objectives.methods": (
         "Contrastive",
         "FeatureReconstruction",
@@ -80,6 +82,7 @@ __all__ = [
     "Backbone",
     "BackboneError",
     "BudgetError",
+    "Carried",
     "CheckpointError",
     "Contrastive",
     "DataError",
@@ -87,9 +90,11 @@ __all__ = [
     "DivergenceError",
     "FeatureReconstruction",
     "GreedySupervised",
+    "Handed",
     "ImageReconstruction",
     "IsolationError",
     "Layout",
+    "LocalBatch",
     "LocalLearner",
     "LocalgradError",
     "Measurement",
@@ -100,7 +105,6 @@ __all__ = [
     "Plan",
     "RecipeError",
     "RunFolderError",
-    "ShareResult",
     "StepResult",
     "Team",
     "__version__",
@@ -109,6 +113,7 @@ __all__ = [
     "estimate",
     "measure",
     "plan",
+    "register_carried",
     "split",
 ]
 

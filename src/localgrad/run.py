@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +39,8 @@ from localgrad.errors import (
     RunFolderError,
     arg,
 )
+from localgrad.estimating import end_to_end, estimate_step
 from localgrad.formats import check_format
-from localgrad.learner import end_to_end, estimate_step
 from localgrad.memory.track import MemoryProfile
 from localgrad.parallel.memory import estimate_share
 from localgrad.parallel.parallel_learner import ParallelLearner
@@ -87,7 +87,7 @@ from localgrad.training.saved import (
     Summary,
 )
 from localgrad.training.stagewise import StagewiseTrainer, disk_needed, estimate_stages, gather
-from localgrad.training.trainer import Trainer, evaluate, load_best_weights
+from localgrad.training.trainer import LocalTrainer, Trainer, evaluate, load_best_weights
 from localgrad.units import format_bytes
 
 _FEW = 10  # classes that are named in the first lines of a run
@@ -173,6 +173,7 @@ def _normalised_as(begun: Recipe, recipe: Recipe) -> Recipe:
     return replace(recipe, method=replace(recipe.method, data=data))
 
 
+@final
 class _Planning:
     """Plans a recipe once its model is there, or checks that a plan fits that model.
 
@@ -429,9 +430,9 @@ def evaluate_run(
             f"{arg('part', 'val')}: this run has no validation images (data.val_fraction = 0); take "
             f"{arg('part', 'test')}."
         )
-    load_best_weights(job.learner, weights)
-    gather(job.learner, job.device)
-    accuracy, by_module = evaluate(job.learner, job.evaluation_batches(images))
+    load_best_weights(job.local, weights)
+    gather(job.local, job.device)
+    accuracy, by_module = evaluate(job.local, job.evaluation_batches(images))
     by_module = _of_best(recipe, by_module)
     return {
         "part": part,
@@ -530,7 +531,7 @@ def predict(
 
 def load_model_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Put the model's part of a run's best weights into a plain model."""
-    from localgrad.learner import load_weights
+    from localgrad.step.states import load_weights
 
     load_weights(model, model_weights(weights))
 
@@ -560,7 +561,7 @@ def _fit(
             trainer._save_best()
     fits()
     if isinstance(trainer, StagewiseTrainer):
-        stages = estimate_stages(job.learner, settings.batch_size, job.optimizer, job.device)
+        stages = estimate_stages(job.local, settings.batch_size, job.optimizer, job.device)
         profile = max(stages, key=lambda stage: stage.peak_bytes)
     else:
         profile = estimate_run(job)
@@ -682,9 +683,11 @@ def _rank_figures(job: Job, team: Team, learner: ParallelLearner) -> RankFigures
 def estimate_run(job: Job) -> MemoryProfile:
     """Predict the memory of the steps that a job's recipe has: the larger, where some are end-to-end."""
     settings = job.recipe.method.training
-    kinds = [False, True] if settings.has_global_steps and job.learner.plan.num_modules > 1 else [False]
-    found = [estimate_step(job.learner, settings.batch_size, job.optimizer, globally=kind) for kind in kinds]
-    return max(found, key=lambda profile: profile.peak_bytes)
+    local = estimate_step(job.local, settings.batch_size, job.optimizer)
+    if not settings.has_global_steps or job.learner.plan.num_modules == 1:
+        return local
+    globally = estimate_step(job.local, settings.batch_size, job.optimizer, globally=True)
+    return max(local, globally, key=lambda profile: profile.peak_bytes)
 
 
 def _go_on(replanner: Replanner, trainer: Trainer, module: int) -> bool:
@@ -710,7 +713,7 @@ def _trainer(job: Job, folder: RunFolder) -> Trainer:
     val = None if job.data.val is None else job.evaluation_batches(job.data.val)
     if settings.schedule == "sequential":
         return StagewiseTrainer(
-            learner=job.learner,
+            learner=job.local,
             optimizer=job.optimizer,
             schedule_for=job.schedule_for,
             train=job.batches,
@@ -720,8 +723,8 @@ def _trainer(job: Job, folder: RunFolder) -> Trainer:
             folder=folder,
             sinks=(),
         )
-    return Trainer(
-        learner=job.learner,
+    return LocalTrainer(
+        learner=job.local,
         schedule=job.schedule_for(job.learner.optimizers),
         train=job.batches,
         val=val,
@@ -742,7 +745,7 @@ def _health_check(job: Job) -> HealthCheck | None:
         reference = _end_to_end_weights(Path(execution.health_reference), job.recipe)
     try:
         return HealthCheck(
-            job.learner,
+            job.local,
             job.batches,
             None if val is None else job.evaluation_batches(val),
             execution.health_every,
@@ -774,7 +777,7 @@ def _check_space(job: Job, path: Path) -> None:
     settings = job.recipe.method.training
     if settings.schedule == "sequential":
         variants = min(settings.cached_epochs, settings.epochs)
-        check_space(path / "cache", disk_needed(job.learner, job.batches, job.data.info.num_val, variants))
+        check_space(path / "cache", disk_needed(job.local, job.batches, job.data.info.num_val, variants))
 
 
 def _emit_start(job: Job, trainer: Trainer, peak: int, baseline: int) -> None:

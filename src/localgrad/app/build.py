@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,17 +24,21 @@ from localgrad.app.threads import choose_threads
 from localgrad.backbones.base import Backbone, split
 from localgrad.backbones.namespaces import Kwargs
 from localgrad.errors import BackboneError, DeviceError, RecipeError, arg, did_you_mean, reason_of
-from localgrad.learner import Factories, LocalLearner, default_input_size, make_plan
+from localgrad.learner import Factories, Learner, LocalLearner
 from localgrad.objectives.methods import Objective, build_objective
 from localgrad.parallel.parallel_learner import ParallelLearner
 from localgrad.parallel.team import Team
+from localgrad.partitioning import default_input_size, make_plan
 from localgrad.step.local_step import check_precision
 from localgrad.training.augmentation import Augment
-from localgrad.training.data import Batches, DataInfo, ImageSet, Splits, load_data, note_on_fit
 from localgrad.training.optim import OptimizerFactory, Schedule, check_schedule, optimizer_info
 
 EVALUATION_BATCH = 256
 Planned = Callable[[Recipe, Backbone], Recipe]
+
+
+if TYPE_CHECKING:  # planning reads no data, and needs none of this
+    from localgrad.training.data import Batches, DataInfo, ImageSet, Splits
 
 
 @dataclass(frozen=True)
@@ -42,12 +47,18 @@ class Job:
 
     recipe: Recipe
     data: Splits
-    learner: LocalLearner
+    learner: Learner
     optimizer: Factories
     schedule_for: Callable[[Sequence[Optimizer]], Schedule]
     batches: Batches
     device: torch.device
     team: Team | None = None
+
+    @property
+    def local(self) -> LocalLearner:
+        """The learner of a run in one process."""
+        assert isinstance(self.learner, LocalLearner), "each of several processes has a share"
+        return self.learner
 
     def evaluation_batches(self, images: ImageSet) -> Batches:
         """Batches of one part of the data, in order and not augmented."""
@@ -119,6 +130,7 @@ def build(
         "freeze_from": training.freeze_from,
         "auxiliary_from": "state",  # seeded right before; as it was when the published runs were made
     }
+    learner: Learner
     if team is None:
         learner = LocalLearner(
             backbone,
@@ -171,6 +183,8 @@ def _load(recipe: Recipe, *, download: bool) -> Splits:
     """The data of a recipe."""
     side = recipe.method.model.img_size
     settings = recipe.method.data
+    from localgrad.training.data import load_data
+
     return load_data(
         settings.name,
         root=None if settings.root is None else Path(settings.root),
@@ -216,6 +230,8 @@ def _settled(
     recipe: Recipe, data: Splits, model: nn.Module, size: tuple[int, int], *, has_new_weights: bool
 ) -> tuple[Recipe, Splits]:
     """The recipe and the data once the model is there: normalised as new weights were trained, and what is cut off."""
+    from localgrad.training.data import note_on_fit
+
     cut_off = note_on_fit(data, size)
     data = data if cut_off is None else data.said(cut_off)
     if not has_new_weights or recipe.method.data.mean is not None:
@@ -252,7 +268,7 @@ def _check_training(recipe: Recipe) -> None:
         )
 
 
-def _optimizer_alone(learner: LocalLearner, index: int, optimizer: Factories) -> Optimizer:
+def _optimizer_alone(learner: Learner, index: int, optimizer: Factories) -> Optimizer:
     """An optimizer of one local module that nobody keeps."""
     if isinstance(learner, ParallelLearner):  # a whole step would meet its twins
         return (optimizer if callable(optimizer) else optimizer[index])(learner.parameters(index))
@@ -400,6 +416,8 @@ def _batches(
     augment: Augment | None = None,
     team: Team | None = None,
 ) -> Batches:
+    from localgrad.training.data import Batches
+
     return Batches(
         images,
         batch_size=batch_size,

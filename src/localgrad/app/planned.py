@@ -18,8 +18,8 @@ from localgrad.backbones.base import Backbone, outline
 from localgrad.backbones.fake import without_initialization
 from localgrad.errors import BudgetError, RecipeError, arg
 from localgrad.formats import Json
-from localgrad.learner import num_parameters
 from localgrad.partition import Plan
+from localgrad.partitioning import num_parameters
 from localgrad.planning.budget import Task, plan_to_budget
 from localgrad.planning.rank_plans import Parallel, plan_parallel
 from localgrad.training.optim import OptimizerFactory

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +14,19 @@ from localgrad.app.planned import kind_of, made_for_task
 from localgrad.backbones.base import Backbone, outline
 from localgrad.backbones.fake import without_initialization
 from localgrad.errors import RecipeError, arg
-from localgrad.learner import LocalLearner, OptimizerFactory, default_input_size, estimate_step
+from localgrad.estimating import estimate_step
+from localgrad.learner import LocalLearner, OptimizerFactory
 from localgrad.memory.track import MemoryProfile, simulate
 from localgrad.objectives.methods import FeatureReconstruction, Objective
 from localgrad.partition import Plan, Request
+from localgrad.partitioning import default_input_size
 from localgrad.planning.budget import Task, plan_to_budget
 from localgrad.planning.rank_plans import Parallel, plan_parallel
 from localgrad.step.local_step import PRECISIONS, check_precision
 from localgrad.units import parse_bytes
 
 
+@final
 class _AdamW:
     """The optimizer that is planned for by default."""
 

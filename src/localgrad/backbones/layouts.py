@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypedDict
+from typing import TypedDict, final
 
 import torch
 import torch.nn.functional as F
@@ -104,6 +104,7 @@ class Layout:
         return tuple(sorted(range(len(order)), key=order.__getitem__))
 
 
+@final
 class LayoutFinder:
     """Finds the layouts of the features along a model's trunk, in order.
 

@@ -27,7 +27,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -194,6 +194,7 @@ def _noting(name: str, block: nn.Module, trace: Trace, moving: Collection[nn.Mod
     return noted
 
 
+@final
 class _Again:
     """A region in which a call is repeated from what there was before it: of its block, and of what it was given.
 

@@ -29,9 +29,10 @@ from torch import Tensor, nn
 from localgrad.backbones.base import Layout
 from localgrad.errors import RecipeError, arg, did_you_mean
 from localgrad.objectives.auxiliary import build_classifier, build_decoder
-from localgrad.objectives.base import ContextSupply, LocalObjective, Site, Term, Weight
+from localgrad.objectives.base import ContextSupply, LocalObjective, Term
 from localgrad.objectives.reconstruction import ERRORS, BlockReconstruction, Reconstruction
 from localgrad.objectives.regularisers import BranchTransport, SimilarityMatching, Transport
+from localgrad.objectives.site import Site, Weight
 from localgrad.objectives.supervised import SupervisedContrastive, TaskLoss
 
 Options = Mapping[str, Any]

@@ -25,13 +25,15 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache, partial
 from importlib import metadata
 from pathlib import Path
+from typing import final
 
 import torch
 
 from localgrad.backbones.base import Backbone
 from localgrad.backbones.halves import signature
 from localgrad.errors import BudgetError, arg
-from localgrad.learner import LocalLearner, OptimizerFactory, estimate_step, frozen_from, model_name
+from localgrad.estimating import estimate_step
+from localgrad.learner import LocalLearner, OptimizerFactory
 from localgrad.memory.costs import WAYS, Choice, Costs, CostSettings, interpolated
 from localgrad.memory.parts import measure_costs
 from localgrad.memory.track import MemoryProfile
@@ -47,6 +49,7 @@ from localgrad.partition import (
     forecast_of,
     resolve,
 )
+from localgrad.partitioning import frozen_from, model_name
 from localgrad.planning.search import UNLIMITED, Solution, fastest, frontier, smallest
 from localgrad.step.local_module import observed_parts
 from localgrad.units import format_bytes, parse_bytes
@@ -182,6 +185,7 @@ class Task:
         return estimate_step(learner, batch_size, self.optimizer, device, globally=globally is not None)
 
 
+@final
 class Search:
     """The plans of a task at one batch size.
 

@@ -26,12 +26,13 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import get_args
+from typing import final, get_args
 
 import torch
 from torch import Tensor
 
 from localgrad.errors import DataError, arg
+from localgrad.objectives.carried import LocalBatch
 from localgrad.training.augment import (
     Fit,
     augment_batch,
@@ -49,7 +50,6 @@ from localgrad.training.loading import Found, find, list_image_files, read_image
 
 __all__ = [
     "Augment",
-    "Batch",
     "Batches",
     "DataInfo",
     "FileImages",
@@ -544,21 +544,7 @@ def _measured(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
 # ----------------------------------------------------------------------------------------------- batches
 
 
-@dataclass
-class Batch:
-    """What a step is fed, all of it on the device.
-
-    Attributes:
-        images: float32 [B, C, H, W], normalised.
-        labels: what the loss compares with: int64 [B], or float32 [B, K] where augmentation makes them soft.
-        targets: int64 [B], the class indices, whatever was mixed into the images.
-    """
-
-    images: Tensor
-    labels: Tensor
-    targets: Tensor
-
-
+@final
 class Batches:
     """Batches of an image set, ready for the step.
 
@@ -629,8 +615,11 @@ class Batches:
         full, rest = divmod(len(self.images), self.batch_size)
         return full if self.drop_last or not rest else full + 1
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Make the batches of one epoch.
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[LocalBatch]:
+        """Make the batches of one epoch, all of them on the device.
+
+        Images are float32 [B, C, H, W], normalised; labels int64 [B], or float32 [B, K] where augmentation makes them
+        soft; targets int64 [B], the class indices, whatever was mixed into the images.
 
         Args:
             epoch: counted from 0; each has its own order and draws.
@@ -659,7 +648,7 @@ class Batches:
             return torch.arange(len(self.images))
         return torch.randperm(len(self.images), generator=generator_for(self.seed, "order", epoch))
 
-    def _prepare(self, images: Tensor, targets: Tensor, seed: int) -> Batch:
+    def _prepare(self, images: Tensor, targets: Tensor, seed: int) -> LocalBatch:
         info = self.info
         if self.augment is None:
             floats = prepare_batch(
@@ -670,7 +659,7 @@ class Batches:
                 fit=info.fit,
                 background=info.background,
             )
-            return Batch(floats, targets, targets)
+            return LocalBatch(floats, targets, counts_all=True)
         floats, labels = augment_batch(
             images,
             targets,
@@ -683,7 +672,7 @@ class Batches:
             fit=info.fit,
             background=info.background,
         )
-        return Batch(floats, labels, targets)
+        return LocalBatch(floats, labels, targets=targets, counts_all=True)
 
 
 # -------------------------------------------------------------------------------------------- prediction

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, final
 
 from localgrad.training.folder import say, write_atomically
 from localgrad.units import format_bytes, format_rate, format_seconds, printable
@@ -164,6 +164,7 @@ class Sink(ABC):
         """Release what the sink holds; called once, also after an error."""
 
 
+@final
 class JsonlSink(Sink):
     """One JSON object an epoch, and one a health check (it has ``health``), appended to a file.
 
@@ -231,6 +232,7 @@ def read_metrics(path: Path) -> tuple[list[str], list[int]]:
     return sound, unsound
 
 
+@final
 class TensorBoardSink(Sink):
     """TensorBoard event files: losses by module and term, accuracies, learning rate, speed, health by module.
 
@@ -278,6 +280,7 @@ class TensorBoardSink(Sink):
         self._writer.close()
 
 
+@final
 class ConsoleSink(Sink):
     """A live progress display, or plain lines where there is no terminal; then the summary.
 

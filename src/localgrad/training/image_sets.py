@@ -369,6 +369,7 @@ def _ignore_signals(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+@final
 class _DecodedBatches(torch.utils.data.Dataset[tuple[Tensor, Tensor, list[tuple[str, Kind, str]]]]):
     """What a worker runs; failures travel as text, since a raised one would arrive with its traceback."""
 
