@@ -504,7 +504,8 @@ PACKAGE = Path(localgrad.__file__).parent
 LAYERS = (
     ("errors",),
     ("units", "formats"),
-    ("balancing", "partition", "options", "rules"),
+    ("balancing", "partition"),
+    ("options", "rules"),
     ("backbones",),
     ("objectives",),
     ("step",),

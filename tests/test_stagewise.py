@@ -6,8 +6,6 @@ import copy
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -27,7 +25,6 @@ from helpers import (
     assert_same_run,
     interrupt_at_step,
     metrics_of,
-    start_training,
     wait_for_epochs,
 )
 from localgrad import run
@@ -44,6 +41,7 @@ from localgrad.training.events import ConsoleSink, EpochEnded, Event, FeaturesCa
 from localgrad.training.folder import RunFolder
 from localgrad.training.stagewise import StagewiseTrainer, disk_needed, estimate_stages, place
 from localgrad.training.trainer import Interrupted
+from ranks import Ranks
 
 SWIN: dict[str, Any] = {
     "name": "swin_tiny_patch4_window7_224",
@@ -154,6 +152,7 @@ def test_a_spoilt_checkpoint_changes_nothing(folder: RunFolder, part: str) -> No
 def test_a_run_learns_digits(tmp_path: Path) -> None:
     changes = {
         "data.limit": 400,
+        "model.options": {"embed_dim": 24, "depths": [1, 1, 2], "num_heads": [2, 4, 8], "window_size": 4},
         "training.epochs": 3,
         "training.schedule": "sequential",
         "execution": {"device": "cpu", "num_threads": 1},
@@ -559,53 +558,28 @@ def test_a_signal_while_features_are_cached_stops_the_run(
     assert_same_run(tmp_path / "run", finished)
 
 
-KILL_WHILE_CACHING = """
-import os, signal, sys
-from pathlib import Path
-from localgrad import run
-from localgrad.training import feature_cache
-
-write, count = feature_cache._write_part, 0
-def killed(*arguments):
-    global count
-    count += 1
-    described = write(*arguments)
-    if count == 5:  # the second part of the second module's features
-        os.kill(os.getpid(), signal.SIGKILL)
-    return described
-feature_cache._write_part = killed
-run.resume(Path(sys.argv[1]))
-"""
-
-
-def test_real_processes_stopped_in_every_way_go_on_bit_for_bit(tmp_path: Path) -> None:
+def test_real_processes_stopped_in_every_way_go_on_bit_for_bit(ranks: Ranks, tmp_path: Path) -> None:
     """SIGTERM, SIGKILL in an epoch and while features are written, Ctrl-C, then to the end."""
     recipe = micro({"data.limit": 500, **EVERYTHING})
     (tmp_path / "recipe.toml").write_text(recipe.to_toml())
     folder = tmp_path / "run"
 
-    process = start_training("--recipe", str(tmp_path / "recipe.toml"), "--out", str(folder))
+    process = ranks.start(["train", "--recipe", tmp_path / "recipe.toml", "--out", folder])
     wait_for_epochs(process, folder, 1)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert process.returncode == 143
+    assert process.send(signal.SIGTERM).codes == [143]
 
-    done = subprocess.run([sys.executable, "-c", KILL_WHILE_CACHING, str(folder)], check=False, timeout=120)
-    assert done.returncode == -signal.SIGKILL
+    ended = ranks.run(["train", "--resume", folder], fault=(0, "kill while caching", 5))  # the second module's features
+    assert ended.codes == [128 + signal.SIGKILL]
     assert sorted(path.name for path in (folder / "cache").iterdir()) == [".after-module-1.partial", "after-module-0"]
     assert len(metrics_of(folder)) == 6
 
-    process = start_training("--resume", str(folder))
+    process = ranks.start(["train", "--resume", folder])
     wait_for_epochs(process, folder, 7)
-    process.kill()
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL
+    assert process.send(signal.SIGKILL).codes == [128 + signal.SIGKILL]
 
-    process = start_training("--resume", str(folder))
+    process = ranks.start(["train", "--resume", folder])
     wait_for_epochs(process, folder, 8)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.send(signal.SIGINT).codes == [130]
     assert len(metrics_of(folder)) < 9, "it was stopped on its way"
 
     run.resume(folder)

@@ -26,6 +26,7 @@ from localgrad.app.build import Job, build, create_model, input_size_of, resolve
 from localgrad.app.planned import check_plan_fits, laid_over, note_of_plan, plan_recipe, task_on
 from localgrad.app.recipe import DataSettings, Recipe, difference, validated
 from localgrad.app.replanning import Replanner
+from localgrad.app.threads import threads_kept
 from localgrad.backbones.base import Backbone
 from localgrad.errors import (
     CheckpointError,
@@ -93,6 +94,7 @@ _FEW = 10  # classes that are named in the first lines of a run
 _ONE_LINE = 100
 
 
+@threads_kept()
 def train(
     recipe: Recipe,
     *,
@@ -195,6 +197,7 @@ class _Planning:
         return laid_over(self.plan, recipe)
 
 
+@threads_kept()
 def resume(path: Path, changes: Recipe | None = None, *, sinks: Sequence[Sink] = (), on_oom: str = "stop") -> Summary:
     """Continue a run where its last checkpoint stands; a finished run only gives its summary.
 

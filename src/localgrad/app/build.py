@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from localgrad import rules
 from localgrad.app.recipe import ModelSettings, Recipe, TrainingSettings, validated
+from localgrad.app.threads import choose_threads
 from localgrad.backbones.base import Backbone, split
 from localgrad.backbones.namespaces import Kwargs
 from localgrad.errors import BackboneError, DeviceError, RecipeError, arg, did_you_mean, reason_of
@@ -104,12 +105,10 @@ def build(
     if execution.num_threads is not None:
         torch.set_num_threads(execution.num_threads)
     data = _load(recipe, download=download)
-    _seed_everything(method.seed)
     settings_of_model = replace(method.model, pretrained=False) if has_weights else method.model
-    channels = data.info.num_channels
-    model = create_model(settings_of_model, num_classes=data.info.num_classes, num_channels=channels)
-    size = input_size_of(model, method.model, channels)
-    check_patches(model, size[1:])
+    model, size, threads = _make_model(recipe, settings_of_model, data.info, chooses=is_new and device.type == "cpu")
+    execution = replace(execution, num_threads=threads)
+    recipe = replace(recipe, execution=execution)
     recipe, data = _settled(recipe, data, model, size[1:], has_new_weights=is_new and settings_of_model.pretrained)
     objective = objective.with_pixels(data.info.mean, data.info.std)
     waits = is_sequential or execution.offload or team is not None  # on the processor, until its modules are made
@@ -204,6 +203,27 @@ def _load(recipe: Recipe, *, download: bool) -> Splits:
         background=settings.background,
         fit=settings.fit or "crop",
     )
+
+
+def _make_model(
+    recipe: Recipe, settings: ModelSettings, info: DataInfo, *, chooses: bool
+) -> tuple[nn.Module, tuple[int, int, int], int | None]:
+    """A recipe's model, its (C, H, W), and the number of threads, chosen if it was open."""
+
+    def make() -> nn.Module:
+        _seed_everything(recipe.method.seed)
+        return create_model(settings, num_classes=info.num_classes, num_channels=info.num_channels)
+
+    model = make()
+    size = input_size_of(model, settings, info.num_channels)
+    check_patches(model, size[1:])
+    threads = recipe.execution.num_threads
+    if threads is None and chooses:
+        threads = choose_threads(model, size, recipe.method.training.batch_size)
+        if threads != torch.get_num_threads():
+            torch.set_num_threads(threads)
+            model = make()  # as it will be when this recipe, with its number of threads, is trained again
+    return model, size, threads
 
 
 def _settled(

@@ -28,6 +28,7 @@ from localgrad.options import (
     Limits,
     Option,
     Readable,
+    Values,
     declared,
     documented,
     entries,
@@ -67,7 +68,7 @@ class ModelSettings:
     patch_size: Positive | None = option(None, "Side of a patch in pixels; by default the model's own.", METHOD)
     drop_path: Fraction | None = option(None, "Stochastic depth rate; by default the model's own.", METHOD)
     pretrained: bool = option(default=False, help="Start from timm's weights.", panel=METHOD)
-    options: dict[str, Any] = option(dict, "Further keyword arguments of timm.create_model, such as depths.")
+    options: Values = option(dict, "Further keyword arguments of timm.create_model, such as depths.")
 
 
 @documented
@@ -120,7 +121,7 @@ class LocalSettings:
         read=read_modules,
     )
     objective: str = option("feature", "feature, image, greedy or contrastive.", METHOD)
-    options: dict[str, Any] = entries(
+    options: Values = entries(
         decoder=Option(help="Auxiliary decoder: linear, conv, transformer or bilinear.", panel=METHOD),
         classifier=Option(help="Auxiliary classifier: linear, mlp, transformer or next.", panel=METHOD),
     )
@@ -219,7 +220,9 @@ class Execution:
         default=False, help="Keep modules that don't train, and their optimizers, in host memory.", panel=EXECUTION
     )
     num_workers: Count = option(2, "Processes that decode data sets too large for memory.", EXECUTION)
-    num_threads: Positive | None = option(None, "Processor threads.", EXECUTION)
+    num_threads: Positive | None = option(
+        None, "Processor threads; a run chooses once, by size: 1 for a small model, else torch's choice.", EXECUTION
+    )
     parallel: Literal["none", "modules"] = option(
         "none", "modules: share the local modules out among processes.", EXECUTION
     )
@@ -246,11 +249,11 @@ class Recipe:
     method: Method = field(default_factory=Method)
     execution: Execution = field(default_factory=Execution)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Values:
         """The recipe as nested plain values, method and execution side by side; unset values are left out."""
-        return cast(dict[str, Any], _without_none({**asdict(self.method), "execution": asdict(self.execution)}))
+        return cast(Values, _without_none({**asdict(self.method), "execution": asdict(self.execution)}))
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> Values:
         """What local modules are trained by, as arguments by their own names; for ``rules.check``."""
         local, training, execution = asdict(self.method.local), asdict(self.method.training), asdict(self.execution)
         return {**training, **execution, **local.pop("options"), **local}
@@ -294,7 +297,7 @@ DOWNLOAD = Option(
 """The option of whatever reads a data set by name."""
 
 
-def parse_toml(text: str, source: str) -> dict[str, Any]:
+def parse_toml(text: str, source: str) -> Values:
     """Parse TOML text, naming ``source`` in the error."""
     try:
         return tomllib.loads(text)
@@ -309,7 +312,7 @@ def preset_names() -> list[str]:
     return sorted(names, key=lambda name: (name.endswith("-source"), name))
 
 
-def preset(name: str) -> dict[str, Any]:
+def preset(name: str) -> Values:
     """The values of a preset.
 
     Raises:
@@ -325,7 +328,7 @@ def preset(name: str) -> dict[str, Any]:
     )
 
 
-def overlay(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def overlay(values: Mapping[str, Any], changes: Mapping[str, Any]) -> Values:
     """Lay single values over nested ones.
 
     Args:
@@ -347,13 +350,13 @@ def overlay(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
     return result
 
 
-def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
+def parse_assignments(assignments: Iterable[str]) -> Values:
     """Read ``key=value`` texts; a value is TOML, or else a plain word.
 
     Raises:
         RecipeError: a text without ``=``.
     """
-    changes: dict[str, Any] = {}
+    changes: Values = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not key.strip():
@@ -426,8 +429,8 @@ def _without_none(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Values:
+    flat: Values = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{key}.")
