@@ -188,7 +188,7 @@ def _cell(text: str) -> str:
 # Public names ----------------------------------------------------------------------------------------------------
 
 SECTIONS = {  # by the package that a name's home is in
-    "Train": ("learner", "step", "parallel"),
+    "Train": ("learner", "isolation", "step", "parallel"),
     "Plan, estimate, measure": ("app", "planning", "partition", "balancing", "memory", "compare"),
     "Objectives": ("objectives",),
     "Models": ("backbones",),
