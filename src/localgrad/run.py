@@ -151,7 +151,8 @@ def train(
         )
     is_planned = plan is not None or num_bytes is not None
     given = {"plan": plan is not None, "budget": num_bytes is not None, "on_oom": on_oom}
-    rules.check({**wanted.arguments(), **given})
+    decided = dict.fromkeys(("checkpoint", "accumulation"))  # a recipe always has them, and a plan lays others over it
+    rules.check({**wanted.arguments(), **decided, **given})
     check_writable(place or Path("runs"))
     planning = _Planning(plan, num_bytes, cache=cache)
     with team_of(wanted) as team:

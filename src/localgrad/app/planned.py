@@ -165,9 +165,7 @@ def changes_of(plan: Plan) -> dict[str, Json]:
     """
     missing = [key for key in REMEMBERED if key not in plan.made_for]
     if missing:
-        raise BudgetError(
-            f"{arg('plan')}: it doesn't say {missing[0]}; make a new one, of a recipe or from its options."
-        )
+        raise BudgetError(f"{arg('plan')}: it doesn't say {missing[0]}; make a new one with localgrad plan.")
     kept = (*REMEMBERED, "execution.plugins")
     changes = {key: value for key, value in plan.made_for.items() if key in kept and value is not None}
     return changes | how_to_run(plan)
