@@ -13,22 +13,22 @@ demo: $(VENV)/installed  ## train on handwritten digits: four local modules, two
 	$(BIN)/localgrad train
 
 test: check docs  ## lint, strict types, the site and the quick tests
-	$(BIN)/pytest -n auto
+	$(BIN)/pytest -n auto --dist worksteal
 
 test-all: check docs  ## the same with the heavy tests
-	$(BIN)/pytest -m "heavy or not heavy"
+	$(BIN)/pytest -n auto --dist worksteal -m "heavy or not heavy"
 
 test-release: $(VENV)/python  ## build the wheel, use it in clean environments: each extra, newest and oldest
 	$(BIN)/python tests/release.py $(ARGS)
 
 check: $(VENV)/installed-dev  ## lint, format and strict types
-	$(BIN)/ruff check src tests research docs
-	$(BIN)/ruff format --check src tests research docs
+	$(BIN)/ruff check src tests research docs examples
+	$(BIN)/ruff format --check src tests research docs examples
 	$(BIN)/mypy
 
 format: $(VENV)/installed-dev  ## mend format and what the linter can mend
-	$(BIN)/ruff check --fix src tests research docs
-	$(BIN)/ruff format src tests research docs
+	$(BIN)/ruff check --fix src tests research docs examples
+	$(BIN)/ruff format src tests research docs examples
 
 docs: $(VENV)/installed-dev  ## the site, built strictly: open site/index.html
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --fresh-env -c docs . site

@@ -15,6 +15,7 @@ import torch
 
 if TYPE_CHECKING:
     from helpers import Cli
+    from ranks import Ranks
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it to what it runs in the background
@@ -29,6 +30,13 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _whatever_lasts_is_collected_once() -> None:
+    """An estimate collects cycles; looking through all that is imported takes longer than most estimates."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
@@ -49,6 +57,15 @@ def cost_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
         monkeypatch.setattr(budget, "_recent", {})
         yield folder / "localgrad" / "costs"
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Processes that start at once."""
+    from ranks import Ranks
+
+    with Ranks(tmp_path_factory.mktemp("ranks")) as started:
+        yield started
 
 
 @pytest.fixture

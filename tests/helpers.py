@@ -5,12 +5,10 @@ from __future__ import annotations
 import gc
 import json
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import timm
@@ -21,6 +19,9 @@ from localgrad.learner import LocalLearner, StepResult
 from localgrad.objectives.base import LocalObjective
 from localgrad.training.events import Event, Sink
 from localgrad.training.trainer import EpochSums
+
+if TYPE_CHECKING:
+    from ranks import Started
 
 # Models ----------------------------------------------------------------------------------------------------------
 
@@ -238,18 +239,13 @@ def interrupt_at_step(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.setattr(EpochSums, "add", interrupted)
 
 
-def start_training(*arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "localgrad", "train", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for_epochs(process: subprocess.Popen[str], folder: Path, count: int, *, seconds_on: float = 0.0) -> None:
+def wait_for_epochs(process: Started, folder: Path, count: int, *, seconds_on: float = 0.0) -> None:
     """Wait until ``count`` epochs are saved, and so long into the next one."""
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and process.is_running():
         last, metrics = folder / "checkpoints" / "last.pt", folder / "metrics.jsonl"
         if last.exists() and metrics.exists() and len(metrics.read_text().splitlines()) >= count:
             time.sleep(seconds_on)
             return
         time.sleep(0.005)
-    raise AssertionError(process.communicate())
+    raise AssertionError(process.wait())

@@ -1,12 +1,13 @@
 """What one of several processes does in the tests of parallel training; the same functions make the references.
 
-``python parallel_worker.py OUT REPLICAS SCENARIO...`` trains each scenario in turn, with the same process groups, and
-rank 0 writes ``OUT/SCENARIO.pt``: the whole model's weights and what the ranks say.
+``main`` with OUT REPLICAS SCENARIO... (``ranks.py`` calls it) trains each scenario in turn, with the same process
+groups, and rank 0 writes ``OUT/SCENARIO.pt``: the whole model's weights and what the ranks say.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,23 +16,80 @@ from typing import Any
 import torch
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2
-from torch import Tensor
+from torch import Tensor, nn
 
 from helpers import SIZE, make
 from localgrad import (
+    Carried,
     Contrastive,
     FeatureReconstruction,
     GreedySupervised,
     ImageReconstruction,
+    LocalBatch,
     LocalLearner,
     ParallelLearner,
     Team,
+    register_carried,
 )
 from localgrad.compare.measuring import Held, peak_of
+from localgrad.objectives.base import Term, TermValue
 from localgrad.objectives.methods import Objective
+from localgrad.objectives.site import Site, Weight
 from localgrad.parallel.memory import estimate_share
 from localgrad.step.sharding import rows_of
 from localgrad.training.optim import Schedule
+
+# What somebody carries from outside ------------------------------------------------------------------------------
+
+
+def moments(features: Tensor) -> Tensor:
+    """Mean and deviation of each image's numbers, [B, 2]."""
+    flat = features.flatten(1).float()
+    return torch.stack([flat.mean(dim=1), flat.std(dim=1)], dim=1)
+
+
+register_carried(  # a mean over all modules so far, in which later ones count more
+    Carried(
+        name="moments",
+        shape=lambda site: (2,),
+        begin=lambda batch, learner: moments(batch.features),
+        make=lambda handed: 0.5 * handed.batch.moments + 0.5 * moments(handed.features),
+        dtype=torch.float32,
+    )
+)
+register_carried(  # one of the whole batch, which no part of it cuts
+    Carried(
+        name="scale",
+        shape=lambda site: (1,),
+        begin=lambda batch, learner: batch.features.abs().amax().float().view(1),
+        splits=False,
+        dtype=torch.float32,
+    )
+)
+
+
+class MomentsTerm(Term):
+    """Guesses the moments of what came before from a module's outputs."""
+
+    uses = frozenset({"moments", "scale"})
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.layout = site.outputs
+        self.guess = nn.Linear(site.outputs.width, 2)
+
+    def forward(self, inputs: Tensor, outputs: Tensor, batch: LocalBatch, states: Sequence[Tensor] = ()) -> TermValue:
+        guessed = self.guess(self.layout.to_grid(outputs).mean(dim=(1, 2)))
+        return TermValue(((guessed - batch.moments) / batch.scale.mean()).square().mean())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moments(Objective):
+    """Moments only, up to the last module, which has the task."""
+
+    def terms(self, site: Site) -> dict[str, tuple[Weight, Term]]:
+        return {"moments": (1.0, MomentsTerm(site))}
+
 
 NUM_BATCHES, BATCH_SIZE, NUM_CLASSES = 7, 6, 5
 
@@ -75,6 +133,10 @@ SCENARIOS: dict[str, Scenario] = {
         settings={"freeze_from": 0.4, **EVERYTHING},
     ),
     "reconcile": Scenario(kind="vit", modules=4, objective=FeatureReconstruction(reconcile=0.5)),
+    "reconcile, frozen": Scenario(
+        kind="vit", modules=4, objective=FeatureReconstruction(reconcile=0.5), settings={"freeze_from": 0.4}
+    ),
+    "own": Scenario(kind="vit", modules=4, objective=Moments(), settings=EVERYTHING),
     "bf16": Scenario(settings={"precision": "bf16"}),
     "still": Scenario(kind="vit", modules=4, drop_path=0.0, settings={"clip_grad": 1.0, "ema_decay": 0.99}),
     "unread": Scenario(kind="vit", modules=4, drop_path=0.0, settings={"accumulation": 3}, unread=True),
@@ -91,7 +153,7 @@ SCENARIOS: dict[str, Scenario] = {
         modules=2,
         drop_path=0.0,
         settings={"ema_decay": 0.9},
-        model={"embed_dim": 192, "num_heads": 3, "patch_size": 4},
+        model={"embed_dim": 192, "num_heads": 3, "depth": 2},
     ),
     "narrow wire": Scenario(kind="vit", modules=4, wire="bf16"),
 }
@@ -103,6 +165,9 @@ BY_ROWS = ["still", "still parts", "unread", "halves", "norms", "large", "lamb",
 """These once more, each replica with rows of the weights only."""
 MEASURED = ["large, rows"]
 SCENARIOS |= {f"{name}, rows": replace(SCENARIOS[name], shard=True) for name in BY_ROWS}
+ESTIMATED = {"four", "batch norms", "image", "remedies", "still parts", "halves", "large"}
+"""Estimating takes longer than training; of these each rank's weights are."""
+ESTIMATED |= {f"{name}, rows" for name in ESTIMATED & {*BY_ROWS}}
 
 
 def data(*, mixes: bool) -> list[tuple[Tensor, Tensor]]:
@@ -192,8 +257,10 @@ def main() -> None:
         learner, losses = train(SCENARIOS[name], team)
         weights = learner.whole_state_dict()
         sender = learner.links.sender
-        estimate = estimate_share(learner, BATCH_SIZE // team.num_replicas, learner.optimizer_factory)
-        peaks = None
+        estimated = peaks = None
+        if name in ESTIMATED:
+            estimate = estimate_share(learner, BATCH_SIZE // team.num_replicas, learner.optimizer_factory)
+            estimated = estimate.by_category["parameters"]
         if name in MEASURED:
             peaks = estimate.peak_bytes, measured_peak(learner, team)
         own = [weight for index in learner.own for weight in learner.modules[index].parameters()]
@@ -201,7 +268,7 @@ def main() -> None:
             {
                 "own": list(learner.own),
                 "losses": losses,
-                "estimated": estimate.by_category["parameters"],
+                "estimated": estimated,
                 "weights": sum(weight.nbytes for weight in own),
                 "peaks": peaks,
                 "sent": 0 if sender is None else sender.packet_bytes,
@@ -211,7 +278,3 @@ def main() -> None:
         if team.is_speaker:
             torch.save({"weights": weights, "said": said}, Path(out) / f"{name}.pt")
     team.leave()
-
-
-if __name__ == "__main__":
-    main()

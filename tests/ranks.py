@@ -1,23 +1,26 @@
-"""Processes of parallel runs for tests, forked from one that has imported everything, so that each starts at once.
+"""Processes for tests, forked from one that has imported everything and trained once, so that each starts at once.
 
 ``Ranks`` is the tests' end; this file as a script is the other one. Each process it forks is what
-``python -m localgrad`` would be with torchrun's environment: it calls the command line's own entry. A fault may be put
-into one of them.
+``python -m localgrad`` would be, with torchrun's environment where there are several: it calls the command line's own
+entry, or another function. A fault may be put into one of them.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import gc
+import importlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import SimpleNamespace, TracebackType
 from typing import Any, NamedTuple
 
 
@@ -41,6 +44,15 @@ class Started:
         self.pids = pids
         self.folder = folder
         self._answers = answers
+
+    def is_running(self) -> bool:
+        return all(Path(f"/proc/{pid}").exists() for pid in self.pids)
+
+    def send(self, number: signal.Signals) -> Ended:
+        """Send all of them a signal, and wait until they have ended."""
+        for pid in self.pids:
+            os.kill(pid, number)
+        return self.wait()
 
     def wait(self) -> Ended:
         ended, ended_at = json.loads(self._answers.readline())
@@ -83,6 +95,8 @@ class Ranks:
         fault: tuple[int, str, int] | None = None,
         environment: Mapping[str, str] | None = None,
         port: int | None = None,
+        call: str = "localgrad.cli:main",
+        estimates: bool = False,
     ) -> Started:
         """Start ``size`` processes (one is started without torchrun's environment), with a fault in one of them.
 
@@ -92,6 +106,8 @@ class Ranks:
             fault: (rank, which, at which update of its modules).
             environment: more of it.
             port: where they meet.
+            call: ``module:function`` that finds the arguments in ``sys.argv``.
+            estimates: whether runs estimate their memory, which takes longer than they do, or say 1 MiB.
         """
         self.number += 1
         folder = self.folder / f"group{self.number}"
@@ -107,6 +123,8 @@ class Ranks:
                 },
                 "said": str(folder / str(rank)),
                 "fault": fault[1:] if fault is not None and fault[0] == rank else None,
+                "call": call,
+                "estimates": estimates,
             }
             for rank in range(size)
         ]
@@ -131,6 +149,23 @@ def free_port() -> int:
 # ------------------------------------------------------------------------------------------- the other end
 
 
+def die_while_caching(number: int) -> None:
+    """Be killed when so many parts of features are written."""
+    from localgrad.training import feature_cache
+
+    count, write = 0, feature_cache._write_part
+
+    def at_caching(*arguments: Any) -> Any:
+        nonlocal count
+        count += 1
+        described = write(*arguments)
+        if count == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return described
+
+    feature_cache._write_part = at_caching
+
+
 def inject(which: str, number: int, note: str | None = None) -> None:
     """Have something happen in this process at an update of one of its modules, counted from 1 in the training."""
     import torch
@@ -140,7 +175,7 @@ def inject(which: str, number: int, note: str | None = None) -> None:
     from localgrad.training.trainer import Trainer
 
     count, training = 0, False
-    update, forward, save = LocalStep._update, LocalStep._forward_backward, RunFolder.save_part
+    update, forward, save = LocalStep._update, LocalStep._once, RunFolder.save_part
     epoch = Trainer._train_epoch
 
     def noted() -> None:
@@ -186,12 +221,25 @@ def inject(which: str, number: int, note: str | None = None) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         save(self, name, state)
 
-    LocalStep._update, LocalStep._forward_backward = at_update, at_forward  # type: ignore[method-assign]
+    LocalStep._update, LocalStep._once = at_update, at_forward  # type: ignore[method-assign]
     RunFolder.save_part, Trainer._train_epoch = at_saving, at_epoch  # type: ignore[method-assign]
+
+
+def estimate_nothing() -> None:
+    """Have runs say 1 MiB for whatever they estimate."""
+    from localgrad import run
+
+    def quickly(*_: Any, **__: Any) -> Any:
+        return SimpleNamespace(peak_bytes=2**20)
+
+    run.estimate_step = run.estimate_share = quickly
 
 
 def become(description: dict[str, Any]) -> None:
     """Be ``python -m localgrad`` with some arguments, in this forked process."""
+    from localgrad import cli
+
+    cli.time = SimpleNamespace(sleep=lambda _: None)  # no torchrun is here that would end rank 0 before it has spoken
     for number, name in ((1, "out"), (2, "err")):
         file = os.open(f"{description['said']}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, number)
@@ -199,24 +247,56 @@ def become(description: dict[str, Any]) -> None:
     sys.argv = ["localgrad", *description["arguments"]]
     sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # noqa: SIM115
     faulthandler.register(signal.SIGUSR1)
-    if description["fault"] is not None:
-        inject(*description["fault"], f"{description['said']}.fault")
-    from localgrad import cli
-
+    match description["fault"]:
+        case None:
+            pass
+        case ["kill while caching", number]:
+            die_while_caching(number)
+        case which, number:
+            inject(which, number, f"{description['said']}.fault")
+    if not description["estimates"]:
+        estimate_nothing()
+    module, function = description["call"].split(":")
     code = 0
     try:
-        cli.main()
+        getattr(importlib.import_module(module), function)()
     except SystemExit as stop:
         code = int(stop.code or 0)
     sys.stdout.flush()
     os._exit(code)
 
 
-def main() -> None:
-    from localgrad import run  # noqa: F401
-    from localgrad.training import data
+WARM = {
+    "model": {
+        "name": "vit_tiny_patch16_224",
+        "img_size": 16,
+        "patch_size": 8,
+        "options": {"embed_dim": 8, "depth": 1, "num_heads": 2},
+    },
+    "data": {"name": "digits", "limit": 32},
+    "local": {"modules": 1},
+    "training": {"epochs": 1, "batch_size": 16},
+    "execution": {"device": "cpu", "num_threads": 1},
+}
 
-    data.load_data("digits", root=None, download=False, val_fraction=0.1, limit=64, on_corrupt="error", seed=0)
+
+def warm_up() -> None:
+    """Import whatever is imported on the way, and read what is read once: by training."""
+    import torch.distributed.fsdp
+    import torch.distributed.tensor  # noqa: F401
+
+    import parallel_worker  # noqa: F401
+    from localgrad import run
+    from localgrad.app.recipe import Recipe
+
+    with tempfile.TemporaryDirectory() as folder:
+        run.train(Recipe.from_dict(WARM), out=Path(folder) / "run")
+    gc.collect()
+    gc.freeze()  # nothing of this is to be looked through again by each process
+
+
+def main() -> None:
+    warm_up()
     for line in sys.stdin:
         pids = []
         for description in json.loads(line):

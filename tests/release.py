@@ -1,7 +1,8 @@
 """Build the wheel and the sdist, install the wheel into clean environments, and use it there: ``make test-release``.
 
 ``python tests/release.py`` takes them all, ``--only newest-plots`` one. Environments hold PyTorch with its CUDA
-libraries, some 6 GB each; one at a time is made, and removed when it is done.
+libraries, some 6 GB each; one at a time is made, and removed when it is done, but for ``--keep DIR``, in which they
+stay and are used again.
 
     newest         the newest dependencies
     newest-EXTRA   with an extra that users install, and what it is for
@@ -27,7 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = [extra for extra in PROJECT["optional-dependencies"] if extra != "dev"]
-SMALL = ("--model", "vit_tiny_patch16_224", "--img-size", "32", "--patch-size", "8", "--batch-size", "8")
+SMALL = ("--model", "vit_tiny_patch16_224", "--img-size", "32", "--batch-size", "8")
 PICTURE = ("compare", "--estimate-only", *SMALL, "--modules", "2", "--objective", "feature", "--timeline", "line.png")
 
 
@@ -50,19 +51,29 @@ class Environment:
         self.python = place / "bin" / "python"
         self.work = place / "work"
         extra = name.partition("-")[2]
-        venv.create(place, with_pip=True)
+        is_new = not place.exists()
+        if is_new:
+            venv.create(place, with_pip=True)
+        shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir()
         constraints = place / "constraints.txt"
         constraints.write_text("\n".join(oldest()) + "\n" if name == "oldest" else "", encoding="utf-8")
         install = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--constraint", str(constraints))
-        self.timed("install", self.python, *install, f"{wheel}[{extra}]" if extra else str(wheel))
+        again = () if is_new else ("--force-reinstall", "--no-deps")
+        if not is_new:
+            self.timed("update", self.python, *install, str(wheel))
+        self.timed("install", self.python, *install, *again, f"{wheel}[{extra}]" if extra else str(wheel))
         found = subprocess.run(
             [self.python, "-m", "pip", "list", "--format", "json"], capture_output=True, text=True, check=True
         )
-        self.versions = {each["name"].lower(): each["version"] for each in json.loads(found.stdout)}
+        self.versions = {each["name"].lower().replace("_", "-"): each["version"] for each in json.loads(found.stdout)}
         size = sum(path.lstat().st_size for path in place.rglob("*")) / 2**30
-        wanted = [re.split(r"[<>=\[]", each)[0] for each in PROJECT["dependencies"]]
-        told = ", ".join(f"{each} {self.versions.get(each, '?')}" for each in (*wanted, "matplotlib", "bitsandbytes"))
+        names = [re.split(r"[<>=\[]", each)[0] for each in PROJECT["dependencies"]]
+        told = ", ".join(
+            f"{each} {self.versions[each]}"
+            for each in (*names, "click", "matplotlib", "bitsandbytes")
+            if each in self.versions
+        )
         print(f"{name}: {size:.1f} GiB, Python {sys.version.split()[0]}: {told}", flush=True)
 
     def timed(self, what: str, *command: str | Path, code: int = 0) -> str:
@@ -127,7 +138,8 @@ def main() -> None:
     names = ["newest", *(f"newest-{extra}" for extra in EXTRAS), "oldest"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", choices=names, help="this environment; may be given again")
-    wanted = parser.parse_args().only or names
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep environments here, and use those that are there")
+    asked = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="localgrad-release-") as folder:
         place = Path(folder)
         venv.create(place / "build", with_pip=True)
@@ -137,11 +149,13 @@ def main() -> None:
         (wheel,) = (place / "dist").glob("*.whl")
         (sdist,) = (place / "dist").glob("*.tar.gz")
         print(f"{wheel.name} {wheel.stat().st_size / 1024:.0f} KiB, {sdist.name} {sdist.stat().st_size / 1024:.0f} KiB")
-        for name in wanted:
-            environment = Environment(name, wheel, place / name)
+        for name in asked.only or names:
+            home = (asked.keep or place).absolute() / name
+            environment = Environment(name, wheel, home)
             environment.check()
             print("; ".join(environment.figures), flush=True)
-            shutil.rmtree(place / name)
+            if asked.keep is None:
+                shutil.rmtree(home)
 
 
 if __name__ == "__main__":

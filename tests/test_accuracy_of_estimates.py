@@ -14,10 +14,11 @@ import torch
 
 from helpers import adamw, profiler_peak
 from localgrad.backbones.base import split
-from localgrad.learner import LocalLearner, estimate_step
+from localgrad.estimating import estimate_step
+from localgrad.learner import LocalLearner
 from localgrad.memory.costs import CostSettings
 from localgrad.memory.parts import measure_costs
-from localgrad.objectives.base import LocalBatch
+from localgrad.objectives.carried import LocalBatch
 from localgrad.objectives.methods import FeatureReconstruction
 
 SMALL: dict[str, dict[str, Any]] = {

@@ -25,8 +25,8 @@ from localgrad.errors import (
     PartitionError,
     RecipeError,
 )
-from localgrad.learner import estimate_step
-from localgrad.objectives.base import LocalBatch
+from localgrad.estimating import estimate_step
+from localgrad.objectives.carried import LocalBatch
 from localgrad.objectives.regularisers import SimilarityMatching
 from localgrad.objectives.supervised import SupervisedContrastive, TaskLoss
 from localgrad.step.local_step import LocalStep

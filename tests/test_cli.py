@@ -462,7 +462,9 @@ LOCALES = {
 }
 
 
-@pytest.mark.parametrize("name", ["PYTHONIOENCODING", "LANG", pytest.param("strict", marks=pytest.mark.heavy)])
+@pytest.mark.parametrize(
+    "name", ["PYTHONIOENCODING", *(pytest.param(name, marks=pytest.mark.heavy) for name in ("LANG", "strict"))]
+)
 def test_a_pipe_that_lacks_characters_ends_no_command(name: str, here: Path) -> None:
     """Training, evaluating, predicting, resuming, help, a mistake; names that ASCII lacks among them."""
     Image.new("L", (8, 8)).save(here / "b\u00ef\u2026.png")

@@ -26,7 +26,7 @@ from localgrad.compare import verb as bench
 from localgrad.compare.contenders import Contender, Local, PlainLoop, Runner, Stage, default_methods
 from localgrad.compare.side_by_side import Comparison, Row, compare, envelope, pareto_front, rotated, summarise
 from localgrad.errors import MemoryExceeded
-from localgrad.objectives.base import LocalBatch
+from localgrad.objectives.carried import LocalBatch
 
 CPU = torch.device("cpu")
 IMAGES, LABELS = torch.zeros(4, 3, 32, 32), torch.arange(4) % 5

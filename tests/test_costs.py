@@ -16,7 +16,8 @@ from helpers import adamw
 from localgrad.backbones.base import Backbone, outline
 from localgrad.backbones.fake import without_initialization
 from localgrad.backbones.halves import signature
-from localgrad.learner import LocalLearner, estimate_step
+from localgrad.estimating import estimate_step
+from localgrad.learner import LocalLearner
 from localgrad.memory import track as memory
 from localgrad.memory.costs import CostSettings
 from localgrad.memory.parts import measure_costs

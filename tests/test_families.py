@@ -18,7 +18,7 @@ from localgrad import GreedySupervised, LocalLearner
 from localgrad.backbones.base import SUPPORTED_FAMILIES, Backbone, Layout, outline, split
 from localgrad.backbones.fake import without_initialization
 from localgrad.backbones.timm_models import Step
-from localgrad.learner import estimate_step
+from localgrad.estimating import estimate_step
 
 SWIN = {
     "embed_dim": 16,

@@ -22,7 +22,7 @@ from localgrad.backbones.halves import Piece, _known_cuts, find_pieces
 from localgrad.backbones.state import left_as_it_was
 from localgrad.backbones.timm_models import identity
 from localgrad.errors import PartitionError
-from localgrad.learner import estimate_step
+from localgrad.estimating import estimate_step
 from localgrad.memory import track as memory
 from localgrad.partition import LEVELS, Checkpointing
 from localgrad.step.checkpointing import Recomputed

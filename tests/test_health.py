@@ -27,7 +27,7 @@ from localgrad.app.recipe import Recipe, overlay
 from localgrad.backbones.base import Layout
 from localgrad.errors import CheckpointError, RecipeError
 from localgrad.learner import LocalLearner
-from localgrad.objectives.base import LocalBatch
+from localgrad.objectives.carried import LocalBatch
 from localgrad.objectives.methods import OBJECTIVES
 from localgrad.training.data import Batches, DataInfo, InMemoryImages
 from localgrad.training.events import ConsoleSink, EpochEnded, HealthMeasured, JsonlSink, TensorBoardSink

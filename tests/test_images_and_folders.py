@@ -191,7 +191,7 @@ def test_a_range_for_images_of_8_bits_is_refused(tmp_path: Path) -> None:
         ({"fit": "stretch"}, "fit must be one of crop, pad, squash, got 'stretch'"),
         ({"mean": (0.5, 0.5), "std": (0.5, 0.5)}, "The images have 1 channels"),
         ({"mean": (0.5,), "std": (float("inf"),)}, "mean and std must be finite"),
-        ({"test_data": "x"}, "--test-data: digits brings its own parts"),
+        ({"test_data": "x"}, "test_data: digits brings its own parts"),
     ],
 )
 def test_impossible_options_are_refused(option: dict[str, Any], message: str) -> None:
@@ -648,7 +648,7 @@ def refused(message: str, ways: list[slow_reader.Reading]) -> str:
     few = len(way["train"]) < 2 or sum(len(files) for files in way["train"].values()) < 3
     reasons = {
         "which the part train does not have": bool(strange),
-        "--image-range": any(isinstance(each, str) and each == "range" for each in everything)
+        "image_range": any(isinstance(each, str) and each == "range" for each in everything)
         or any(isinstance(each, np.ndarray) and each.max() < 16 for each in everything),
         "two or more classes": few or damaged,
         "can be read": damaged,

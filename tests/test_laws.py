@@ -24,8 +24,8 @@ from torch import Tensor, nn
 import localgrad
 from helpers import MODELS, SIZE, adamw, assert_same, batches, make, train
 from localgrad import Contrastive, FeatureReconstruction, GreedySupervised, ImageReconstruction, LocalLearner
-from localgrad.learner import estimate_step
-from localgrad.objectives.base import LocalBatch
+from localgrad.estimating import estimate_step
+from localgrad.objectives.carried import LocalBatch
 from localgrad.step.local_module import LocalModule, LocalOutput
 from localgrad.step.local_step import drawing_from
 
@@ -504,12 +504,16 @@ PACKAGE = Path(localgrad.__file__).parent
 LAYERS = (
     ("errors",),
     ("units", "formats"),
-    ("balancing", "partition", "options", "rules"),
+    ("registry",),
+    ("balancing", "partition"),
+    ("options", "rules"),
     ("backbones",),
     ("objectives",),
     ("step",),
     ("memory",),
+    ("partitioning",),
     ("learner",),
+    ("estimating", "isolation"),
     ("parallel",),
     ("planning",),
     ("training",),
@@ -583,17 +587,27 @@ PUBLIC = [
     "Backbone",
     "BackboneError",
     "BudgetError",
+    "Carried",
     "CheckpointError",
+    "Checkpointing",
+    "Classifier",
     "Contrastive",
     "DataError",
+    "Decoder",
     "DeviceError",
     "DivergenceError",
+    "EpochEnded",
     "FeatureReconstruction",
+    "FeaturesCached",
     "GreedySupervised",
+    "Handed",
+    "HealthMeasured",
     "ImageReconstruction",
     "IsolationError",
     "Layout",
+    "LocalBatch",
     "LocalLearner",
+    "LocalObjective",
     "LocalgradError",
     "Measurement",
     "Objective",
@@ -601,18 +615,35 @@ PUBLIC = [
     "ParallelLearner",
     "PartitionError",
     "Plan",
+    "Progressed",
+    "Recipe",
     "RecipeError",
+    "Replanned",
+    "RunEnded",
     "RunFolderError",
-    "ShareResult",
+    "RunStarted",
+    "Sink",
+    "Site",
     "StepResult",
     "Team",
+    "Term",
+    "TermValue",
     "__version__",
     "balance",
     "check_isolation",
     "estimate",
     "measure",
     "plan",
+    "register_backbone",
+    "register_carried",
+    "register_classifier",
+    "register_decoder",
+    "register_objective",
+    "register_sink",
+    "register_transform",
+    "resume",
     "split",
+    "train",
 ]
 """What users may rely on. A change here is a change of the package's contract."""
 

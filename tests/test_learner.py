@@ -17,9 +17,10 @@ import localgrad
 from helpers import SIZE, VIT, adamw, assert_same, batches, copied, flat, make, term_of, train
 from localgrad import Contrastive, FeatureReconstruction, GreedySupervised, ImageReconstruction, LocalLearner, Plan
 from localgrad.errors import BackboneError, CheckpointError, DeviceError, PartitionError, RecipeError
-from localgrad.learner import end_to_end, make_plan
+from localgrad.estimating import end_to_end
 from localgrad.memory.track import block_activation_bytes
 from localgrad.partition import Checkpointing
+from localgrad.partitioning import make_plan
 
 
 def make_learner(model: nn.Module | None = None, modules: Any = 3, optimizer: Any = adamw, **more: Any) -> LocalLearner:

@@ -12,8 +12,8 @@ import localgrad
 from helpers import SIZE, adamw, batches, make
 from localgrad import FeatureReconstruction, GreedySupervised, ImageReconstruction, LocalLearner, RecipeError
 from localgrad.compare import measuring
-from localgrad.learner import estimate_step
-from localgrad.objectives.base import LocalBatch
+from localgrad.estimating import estimate_step
+from localgrad.objectives.carried import LocalBatch
 
 
 def learner_of(kind: str, **more: Any) -> LocalLearner:

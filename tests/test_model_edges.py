@@ -22,10 +22,12 @@ from localgrad.backbones.base import outline, split
 from localgrad.backbones.fake import fake_copy
 from localgrad.backbones.timm_models import InputKept
 from localgrad.errors import BackboneError, DeviceError, RecipeError, reason_of
-from localgrad.learner import check_isolation, default_input_size, estimate_step, make_plan
+from localgrad.estimating import estimate_step
+from localgrad.isolation import check_isolation
 from localgrad.memory.costs import CostSettings
 from localgrad.memory.parts import measure_costs
 from localgrad.memory.track import block_activation_bytes
+from localgrad.partitioning import default_input_size, make_plan
 
 # Writing into what is received -----------------------------------------------------------------------------------
 

@@ -23,9 +23,11 @@ from localgrad import (
 )
 from localgrad.errors import RecipeError
 from localgrad.objectives.auxiliary import LinearDecoder
-from localgrad.objectives.base import LocalBatch, LocalObjective, Site
+from localgrad.objectives.base import LocalObjective
+from localgrad.objectives.carried import LocalBatch
 from localgrad.objectives.methods import OBJECTIVES, build_objective
 from localgrad.objectives.reconstruction import Reconstruction
+from localgrad.objectives.site import Site
 from localgrad.objectives.supervised import SupervisedContrastive, TaskLoss
 
 IMAGE = Layout(kind="NCHW", width=3, grid=(16, 16))

@@ -22,9 +22,9 @@ import localgrad
 from helpers import MODELS, SIZE, adamw, assert_same, batches, flat, train
 from localgrad import LocalLearner
 from localgrad.errors import RecipeError
-from localgrad.learner import end_to_end, estimate_step
+from localgrad.estimating import end_to_end, estimate_step
 from localgrad.memory import track as memory
-from localgrad.objectives.base import LocalBatch
+from localgrad.objectives.carried import LocalBatch
 from localgrad.step.offload import Offloader
 
 

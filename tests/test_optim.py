@@ -16,7 +16,8 @@ from timm.scheduler import create_scheduler_v2
 from torch import nn
 
 from localgrad.errors import RecipeError
-from localgrad.learner import LocalLearner, estimate_step
+from localgrad.estimating import estimate_step
+from localgrad.learner import LocalLearner
 from localgrad.objectives.auxiliary import exempt_from_decay, is_exempt_from_decay
 from localgrad.objectives.methods import FeatureReconstruction, GreedySupervised, Objective
 from localgrad.training.optim import SCHEDULERS, OptimizerFactory, Schedule, note_of_warmup

@@ -12,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 import ranks as ranks_file
-from helpers import Cli, assert_same_run, metrics_of, start_training, wait_for_epochs
+from helpers import Cli, assert_same_run, metrics_of, wait_for_epochs
 from localgrad.app.recipe import Recipe, overlay
 from localgrad.errors import DataError
 from localgrad.parallel import launching
@@ -54,12 +53,6 @@ PARALLEL = ("--parallel", "modules")
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    with Ranks(tmp_path_factory.mktemp("ranks")) as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("recipe") / "recipe.toml"
     path.write_text(Recipe.from_dict(MICRO).to_toml())
@@ -70,7 +63,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def alone(ranks: Ranks, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one process, uninterrupted."""
     folder = tmp_path_factory.mktemp("alone") / "run"
-    done(ranks.run(["train", "--recipe", recipe, "--out", folder]))
+    done(ranks.run(["train", "--recipe", recipe, "--out", folder], estimates=True))
     return folder
 
 
@@ -78,7 +71,7 @@ def alone(ranks: Ranks, recipe: Path, tmp_path_factory: pytest.TempPathFactory) 
 def shared_out(ranks: Ranks, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same of two processes."""
     folder = tmp_path_factory.mktemp("shared out") / "run"
-    done(ranks.run(["train", "--recipe", recipe, *PARALLEL, "--out", folder], size=2))
+    done(ranks.run(["train", "--recipe", recipe, *PARALLEL, "--out", folder], size=2, estimates=True))
     return folder
 
 
@@ -194,14 +187,13 @@ def test_num_processes_starts_them_and_a_signal_stops_them(
     """The console script's own processes, with nothing of torchrun's to be read."""
     folder = tmp_path / "run"
     more = ["--epochs", "400", "--num-processes", "2", *PARALLEL]
-    process = start_training("--recipe", str(recipe), *more, "--out", str(folder))
+    process = ranks.start(["train", "--recipe", recipe, *more, "--out", folder])
     wait_for_epochs(process, folder, 1)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 130, err
-    assert err == (
+    ended = process.send(signal.SIGINT)
+    assert ended.codes == [130], ended
+    assert ended.err == [
         f"localgrad: stopped by SIGINT, and saved in {folder}; go on with: localgrad train --resume {folder}\n"
-    )
+    ]
 
 
 def rank_of(launcher: int, rank: int) -> int:
@@ -214,16 +206,17 @@ def rank_of(launcher: int, rank: int) -> int:
     raise AssertionError(f"rank {rank} is not there")
 
 
+@pytest.mark.heavy
 def test_a_killed_process_of_num_processes_is_said_in_a_line(
     ranks: Ranks, alone: Path, recipe: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "a run"
     more = ["--epochs", "400", "--num-processes", "2", *PARALLEL]
-    process = start_training("--recipe", str(recipe), *more, "--out", str(folder))
+    process = ranks.start(["train", "--recipe", recipe, *more, "--out", folder])
     wait_for_epochs(process, folder, 1)
-    os.kill(rank_of(process.pid, 1), signal.SIGKILL)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 137, err
+    os.kill(rank_of(process.pids[0], 1), signal.SIGKILL)
+    (code,), _, (err,), *_ = process.wait()
+    assert code == 137, err
     said = [line for line in err.splitlines() if "SIGKILL" in line]
     assert said == [
         "localgrad: rank 1 was ended by SIGKILL (if nobody did that, the system may have run out of memory); "
@@ -254,14 +247,27 @@ def test_how_processes_ended_is_said(
     assert err.count("\n") == bool(words)
 
 
-def test_num_processes_says_a_mistake_in_a_line(recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.heavy
+def test_num_processes_says_a_mistake_in_a_line(ranks: Ranks, recipe: Path, tmp_path: Path) -> None:
     more = ["--num-processes", "2", *PARALLEL, "--replicas", "2", "--batch-size", "15"]
-    process = start_training("--recipe", str(recipe), *more, "--out", str(tmp_path / "run"))
-    out, err = process.communicate(timeout=240)
-    assert (process.returncode, out) == (2, ""), (out, err)
-    assert err == "localgrad: batch_size 15 can't be shared out among 2 replicas; take a multiple of 2.\n"
+    ended = ranks.run(["train", "--recipe", recipe, *more, "--out", tmp_path / "run"])
+    assert (ended.codes, ended.out) == ([2], [""]), ended
+    assert ended.err == ["localgrad: batch_size 15 can't be shared out among 2 replicas; take a multiple of 2.\n"]
 
 
+def test_a_run_that_is_started_again_goes_on_where_it_was(
+    ranks: Ranks, alone: Path, recipe: Path, tmp_path: Path
+) -> None:
+    """As torchrun does: the same command, and how often it was started."""
+    folder = tmp_path / "run"
+    command = ["train", "--recipe", recipe, *PARALLEL, "--out", folder]
+    ended = ranks.run(command, size=2, fault=(1, "kill", IN_SECOND_EPOCH))
+    assert ended.codes[1] == 137, ended
+    done(ranks.run(command, size=2, environment={"TORCHELASTIC_RESTART_COUNT": "1"}))
+    assert_same_run(folder, alone)
+
+
+@pytest.mark.heavy
 def test_torchrun_starts_a_run_again_where_it_was(alone: Path, recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
@@ -294,7 +300,7 @@ WORDS = {
     "error": "RuntimeError: something else",
     "kill while saving": "it ended without a word: killed, or its machine is gone",
 }
-HANGS_AFTER = 8.0
+HANGS_AFTER = 5.0
 LASTS = {
     "kill": TOLD_SECONDS + BROKEN_SECONDS,
     "kill while saving": TOLD_SECONDS + BROKEN_SECONDS,

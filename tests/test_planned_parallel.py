@@ -18,7 +18,7 @@ from localgrad import FeatureReconstruction, GreedySupervised, ImageReconstructi
 from localgrad.app.planning import adamw
 from localgrad.backbones.base import outline
 from localgrad.errors import BudgetError, LocalgradError, PartitionError, RecipeError
-from localgrad.learner import estimate_step
+from localgrad.estimating import estimate_step
 from localgrad.partition import RankForecast
 from localgrad.planning.budget import Margin, Search, Task
 from localgrad.planning.rank_plans import Parallel, _RankSearch, asked_for, largest_rank, plan_parallel

@@ -8,9 +8,12 @@ import time
 from collections.abc import Iterator
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from localgrad.backbones.base import Layout
+from localgrad.objectives.carried import CARRIED, Carried
 from localgrad.parallel.packets import Packets
 from localgrad.partition import Checkpointing, check_boundaries, spans
 from localgrad.planning.search import UNLIMITED, Choice, Ranks, fastest_ranks, smallest_ranks
@@ -112,11 +115,22 @@ def test_deep_models_take_a_moment():
 # Packets ---------------------------------------------------------------------------------------------------------
 
 
-def packets(*uses: str, num_ranks: int = 4) -> Packets:
-    features = [1000, 2000, 4000, 8000, 16000, 32000]
-    pooled = [0, 1, 2, 3, 4, 5] if "context" in uses else [0] * 6
+WIDTHS = (1000, 2000, 4000, 8000, 16000, 32000)
+IMAGE = Layout(kind="NCHW", width=5, grid=(10, 10))
+
+
+def packets(*uses: str, num_ranks: int = 4, last: bool = True) -> Packets:
+    """Features of 1 kB to 32 kB over a grid of 1 by 2, four bytes a number; images of 2 kB; context is all of them."""
     return Packets(
-        num_ranks=num_ranks, features=features, images=500_000, labels=10, pooled=pooled, uses=frozenset(uses)
+        num_ranks=num_ranks,
+        layouts=[Layout(kind="NCHW", width=width // 8, grid=(1, 2)) for width in WIDTHS],
+        image=IMAGE,
+        num_classes=10,
+        num_images=1,
+        dtype=torch.float32,
+        labels=10,
+        uses=uses,
+        last_uses=[use for use in uses if use in ("context", "gradient") and last],
     )
 
 
@@ -124,15 +138,41 @@ def packets(*uses: str, num_ranks: int = 4) -> Packets:
     ("uses", "expected"),
     [
         ((), [0, 2010, 8010, 16010]),
-        (("states", "teacher"), [0, 2010, 8010, 16010]),
-        (("images",), [0, 502_010, 508_010, 16010]),
-        (("previous",), [0, 502_010, 10_010, 16010]),
-        (("context",), [0, 2011, 8014, 16018]),
+        (("states", "branches"), [0, 2010, 8010, 16010]),
+        (("images",), [0, 4010, 10_010, 16010]),
+        (("previous",), [0, 4010, 10_010, 16010]),
+        (("context",), [0, 4010, 18_010, 42_010]),
         (("gradient",), [0, 4010, 16010, 32010]),
+        (("own",), [0, 2042, 8042, 16010]),
+        (("grown",), [0, 2018, 8026, 16010]),
     ],
 )
-def test_a_packet_holds_what_objectives_further_on_look_at(uses, expected):
+def test_a_packet_holds_what_objectives_further_on_look_at(uses, expected, monkeypatch):
+    with_own(monkeypatch)
     assert [packets(*uses).into(rank, (1, 3, 4)) for rank in range(4)] == expected
+
+
+def with_own(monkeypatch):
+    """What somebody carries: eight numbers for each image; and two that every module adds."""
+    own = Carried(name="own", shape=lambda site: (8,), begin=lambda batch, learner: batch.features)
+    grown = Carried(name="grown", shape=lambda site: (2,), make=lambda handed: handed.features, grows=True)
+    for each in (own, grown):
+        monkeypatch.setitem(CARRIED, each.name, each)
+
+
+def test_what_only_the_last_module_looks_at_travels_all_the_way():
+    own = Packets(
+        num_ranks=3,
+        layouts=[Layout(kind="NCHW", width=width // 8, grid=(1, 2)) for width in WIDTHS],
+        image=IMAGE,
+        num_classes=10,
+        num_images=1,
+        dtype=torch.float32,
+        labels=10,
+        uses=(),
+        last_uses=("images", "gradient"),
+    )
+    assert [own.into(rank, (1, 3)) for rank in range(3)] == [0, 4010, 18010]
 
 
 @given(

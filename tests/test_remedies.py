@@ -24,7 +24,7 @@ from helpers import (
 from localgrad import Contrastive, FeatureReconstruction, GreedySupervised, ImageReconstruction, Layout, LocalLearner
 from localgrad.errors import RecipeError
 from localgrad.objectives.auxiliary import ConvDecoder, Decoder, TransformerDecoder
-from localgrad.objectives.base import LocalBatch
+from localgrad.objectives.carried import LocalBatch
 from localgrad.objectives.reconstruction import BlockReconstruction, Reconstruction
 from localgrad.objectives.regularisers import SimilarityMatching
 from localgrad.objectives.supervised import TaskLoss
@@ -379,7 +379,14 @@ def test_a_batch_is_cut_alike(num_images: int, count: int) -> None:
     def marked(*shape: int) -> Tensor:
         return rows.view(-1, *[1] * len(shape)).expand(num_images, *shape)
 
-    whole = LocalBatch(marked(3, 2, 2), rows, marked(5), marked(4, 8), (marked(2, 2, 3), marked(1, 1, 2)), marked(4, 8))
+    whole = LocalBatch(
+        marked(3, 2, 2),
+        rows,
+        teacher=marked(5),
+        previous=marked(4, 8),
+        context=(marked(2, 2, 3), marked(1, 1, 2)),
+        gradient=marked(4, 8),
+    )
     parts = whole.parts(count)
     assert [part.labels.tolist() for part in parts] == [chunk.tolist() for chunk in rows.chunk(count)]
     for part in parts:

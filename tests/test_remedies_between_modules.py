@@ -29,7 +29,8 @@ from helpers import (
 from localgrad import FeatureReconstruction, GreedySupervised, Layout, LocalLearner
 from localgrad.errors import RecipeError
 from localgrad.objectives.auxiliary import NextClassifier, build_classifier
-from localgrad.objectives.base import ContextSupply, LocalBatch
+from localgrad.objectives.base import ContextSupply
+from localgrad.objectives.carried import LocalBatch, pooled
 from localgrad.objectives.methods import Objective
 from localgrad.step import local_step
 from localgrad.step.local_module import site_of
@@ -166,7 +167,7 @@ def context_learner(model: nn.Module | None = None, **more: Any) -> LocalLearner
 def features_and_context(learner: LocalLearner, images: Tensor) -> list[tuple[Tensor, tuple[Tensor, ...]]]:
     found: list[tuple[Tensor, tuple[Tensor, ...]]] = [(images, ())]
     for module, states in zip(learner.modules[:-1], walk(learner, images), strict=False):
-        found.append((states[-1], (*found[-1][1], module.pooled(states[-1]))))
+        found.append((states[-1], (*found[-1][1], pooled(module.layout, states[-1]))))
     return found
 
 
@@ -206,9 +207,9 @@ def test_pooled_features_are_means_of_patches() -> None:
     learner = context_learner(make("swin", **SWIN))
     states = walk(learner, batches(1)[0][0])[0][-1]  # [4, 8, 8, 32]
     assert states.shape[1:3] == (8, 8)
-    pooled = learner.modules[0].pooled(states)
-    assert pooled.shape == (4, 4, 4, 32)
-    torch.testing.assert_close(pooled[:, 1, 2], states[:, 2:4, 4:6].mean((1, 2)))
+    found = pooled(learner.modules[0].layout, states)
+    assert found.shape == (4, 4, 4, 32)
+    torch.testing.assert_close(found[:, 1, 2], states[:, 2:4, 4:6].mean((1, 2)))
 
 
 def test_context_fades_and_is_never_there_in_evaluation() -> None:
@@ -285,7 +286,7 @@ def second_step(
     inputs = walk(learner, batches(1)[0][0].to(dtype))[0][-1]
     generator = torch.Generator().manual_seed(2)
     batch = LocalBatch(None, torch.tensor([0, 3, 1, 4]))
-    batch.gradient = torch.randn(inputs.shape, generator=generator, dtype=dtype)
+    batch.carried["gradient"] = torch.randn(inputs.shape, generator=generator, dtype=dtype)
     learner.train()
     return learner.local_step(1, sgd), batch, inputs
 
@@ -408,18 +409,18 @@ def test_a_module_is_given_the_gradient_of_the_one_before(monkeypatch: pytest.Mo
     learner = learner_of(objective=GreedySupervised(reconcile=(0.5, 1.0)))
     images, labels = batches(1)[0]
     given: list[Tensor | None] = []
-    once = LocalStep._forward_backward
+    step = LocalStep.__call__
 
-    def watched(self: LocalStep, inputs: Tensor, batch: LocalBatch, share: float, *more: Any) -> Any:
+    def watched(self: LocalStep, inputs: Tensor, batch: LocalBatch, *more: Any) -> Any:
         given.append(batch.gradient)
-        return once(self, inputs, batch, share, *more)
+        return step(self, inputs, batch, *more)
 
     expected = []
     for module, states in zip(learner.modules[:-1], walk(learner, images), strict=False):
         output = states[-1].clone().requires_grad_()
         F.cross_entropy(term_of(module.objective, "task").classifier(output), labels).backward()
         expected.append(output.grad)
-    monkeypatch.setattr(LocalStep, "_forward_backward", watched)
+    monkeypatch.setattr(LocalStep, "__call__", watched)
     learner.step(images, labels)
     assert given[0] is None
     for found, gradient in zip(given[1:], expected, strict=True):

@@ -29,8 +29,8 @@ from localgrad.app.build import build
 from localgrad.app.planned import laid_over, plan_recipe, task_of
 from localgrad.app.recipe import Recipe, overlay
 from localgrad.errors import RecipeError
-from localgrad.learner import estimate_step
-from localgrad.objectives.base import LocalBatch
+from localgrad.estimating import estimate_step
+from localgrad.objectives.carried import LocalBatch
 from localgrad.objectives.methods import Objective
 from localgrad.partition import Forecast
 from localgrad.planning.budget import Task, looks_at_whole_batches

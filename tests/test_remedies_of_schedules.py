@@ -26,8 +26,8 @@ from localgrad.app.build import optimizers_of
 from localgrad.app.recipe import TrainingSettings
 from localgrad.compare.measuring import resident_bytes
 from localgrad.errors import RecipeError
-from localgrad.learner import estimate_step
-from localgrad.objectives.base import LocalBatch
+from localgrad.estimating import estimate_step
+from localgrad.objectives.carried import LocalBatch
 from localgrad.partition import Checkpointing
 from localgrad.training.optim import OptimizerFactory, Schedule
 

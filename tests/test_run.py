@@ -25,7 +25,6 @@ from helpers import (
     assert_same_run,
     interrupt_at_step,
     metrics_of,
-    start_training,
     wait_for_epochs,
 )
 from localgrad import run
@@ -36,6 +35,7 @@ from localgrad.learner import LocalLearner
 from localgrad.training.data import load_data, normalise
 from localgrad.training.events import EpochEnded, Event, accuracies
 from localgrad.training.trainer import Interrupted
+from ranks import Ranks
 
 CIFAR100 = Path(__file__).parents[2] / "shared" / "data" / "cifar100"
 
@@ -338,7 +338,8 @@ def test_a_corrupt_image_is_named_or_skipped_with_a_count(tmp_path: Path) -> Non
     data = write_image_folder(tmp_path / "photos")
     broken, strange = data / "day" / "03.png", data / "day" / "04.png"
     broken.write_bytes(broken.read_bytes()[:60])
-    changes = {"data": {"name": str(data), "val_fraction": 0.0}, "training.epochs": 1, "training.batch_size": 8}
+    where = {"name": str(data), "val_fraction": 0.0, "transform": "none"}  # decoded when the run begins
+    changes = {"data": where, "training.epochs": 1, "training.batch_size": 8}
     with pytest.raises(DataError, match=r"day/03\.png.*skip"):
         run.train(micro(changes), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -452,34 +453,29 @@ def test_a_finished_run_only_gives_its_summary(finished: Path, monkeypatch: pyte
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
 
-@pytest.mark.usefixtures("true_estimates")
-def test_real_processes_stopped_in_every_way_go_on_bit_for_bit(tmp_path: Path) -> None:
+def test_real_processes_stopped_in_every_way_go_on_bit_for_bit(ranks: Ranks, tmp_path: Path) -> None:
     """SIGTERM, then SIGKILL, then Ctrl-C, then to the end; and the same weights as of one run without a stop."""
     recipe = micro({"training.epochs": 5, "data.limit": 500, **EVERYTHING})
     (tmp_path / "recipe.toml").write_text(recipe.to_toml())
     folder = tmp_path / "a folder"
 
-    process = start_training("--recipe", str(tmp_path / "recipe.toml"), "--out", str(folder))
+    process = ranks.start(["train", "--recipe", tmp_path / "recipe.toml", "--out", folder])
     wait_for_epochs(process, folder, 1, seconds_on=0.1)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 143
-    assert errors == (
+    ended = process.send(signal.SIGTERM)
+    assert ended.codes == [143]
+    assert ended.err == [
         f"localgrad: stopped by SIGTERM, and saved in {folder}; go on with: localgrad train --resume '{folder}'\n"
-    )
+    ]
 
-    process = start_training("--resume", str(folder))
+    process = ranks.start(["train", "--resume", folder])
     wait_for_epochs(process, folder, 2, seconds_on=0.1)
-    process.kill()
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL
+    assert process.send(signal.SIGKILL).codes == [128 + signal.SIGKILL]
 
-    process = start_training("--resume", str(folder))
+    process = ranks.start(["train", "--resume", folder])
     wait_for_epochs(process, folder, 3, seconds_on=0.1)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "stopped by SIGINT" in errors
+    ended = process.send(signal.SIGINT)
+    assert ended.codes == [130]
+    assert "stopped by SIGINT" in ended.err[0]
     assert len(metrics_of(folder)) < 5, "it was stopped on its way"
 
     run.resume(folder)

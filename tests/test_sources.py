@@ -20,8 +20,8 @@ from localgrad.app.planning import adamw as planned_adamw
 from localgrad.app.planning import plan
 from localgrad.app.recipe import Recipe, overlay, preset
 from localgrad.errors import BackboneError, RecipeError
-from localgrad.learner import estimate_step
-from localgrad.objectives.base import LocalBatch
+from localgrad.estimating import estimate_step
+from localgrad.objectives.carried import LocalBatch
 from research.reproduce import tables
 from research.reproduce.methods import METHODS, REMEDIES, SOURCES, overlay_of
 from research.reproduce.profiles import PROFILES

@@ -6,8 +6,6 @@ import copy
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -27,22 +25,23 @@ from helpers import (
     assert_same_run,
     interrupt_at_step,
     metrics_of,
-    start_training,
     wait_for_epochs,
 )
 from localgrad import run
 from localgrad.app.build import build
 from localgrad.app.recipe import Recipe, overlay, preset
 from localgrad.errors import BackboneError, CheckpointError, DeviceError, RecipeError, RunFolderError
-from localgrad.learner import LocalLearner, estimate_step
+from localgrad.estimating import estimate_step
+from localgrad.learner import LocalLearner
 from localgrad.memory import track as memory
-from localgrad.step.local_module import LocalModule, Walk
+from localgrad.step.local_module import LocalModule, Passed
 from localgrad.step.local_step import LocalStep
 from localgrad.training import feature_cache, stagewise
 from localgrad.training.events import ConsoleSink, EpochEnded, Event, FeaturesCached, RunStarted
 from localgrad.training.folder import RunFolder
 from localgrad.training.stagewise import StagewiseTrainer, disk_needed, estimate_stages, place
 from localgrad.training.trainer import Interrupted
+from ranks import Ranks
 
 SWIN: dict[str, Any] = {
     "name": "swin_tiny_patch4_window7_224",
@@ -153,6 +152,7 @@ def test_a_spoilt_checkpoint_changes_nothing(folder: RunFolder, part: str) -> No
 def test_a_run_learns_digits(tmp_path: Path) -> None:
     changes = {
         "data.limit": 400,
+        "model.options": {"embed_dim": 24, "depths": [1, 1, 2], "num_heads": [2, 4, 8], "window_size": 4},
         "training.epochs": 3,
         "training.schedule": "sequential",
         "execution": {"device": "cpu", "num_threads": 1},
@@ -270,10 +270,10 @@ def test_a_variant_is_the_epoch_of_that_number_and_keeps_its_labels(model: dict[
                 expected = module.features(batch.images)
             assert given.features is not None
             assert torch.equal(given.features, expected.bfloat16().float())
-            assert torch.equal(given.batch.labels, batch.labels)
+            assert torch.equal(given.labels, batch.labels)
             assert torch.equal(given.targets, batch.targets)
-            assert given.batch.images is None
-        seen.append(torch.cat([given.batch.labels for given in fed]))
+            assert given.images is None
+        seen.append(torch.cat([given.labels for given in fed]))
     assert seen[0].dtype == torch.float32, "mixup was on"
     assert torch.equal(seen[0], seen[2])
     assert not torch.equal(seen[0], seen[1])
@@ -300,8 +300,8 @@ def test_images_that_an_objective_looks_at_belong_to_the_features(folder: RunFol
     fed = list(trainer._feed())
     assert len(fed) == NUM_BATCHES - 2
     for given, batch in zip(fed, trainer.train.epoch(1, start=2), strict=True):
-        assert torch.equal(given.batch.images, batch.images)
-        assert torch.equal(given.batch.labels, batch.labels)
+        assert torch.equal(given.images, batch.images)
+        assert torch.equal(given.labels, batch.labels)
 
 
 def test_finished_modules_run_in_evaluation_mode(folder: RunFolder) -> None:
@@ -384,7 +384,7 @@ def test_only_the_trained_modules_weights_are_on_the_device(folder: RunFolder, m
     device = torch.device("cpu:0")  # another name for the same, so that one can be told from the other
     trainer.train.device = device
     indices = {id(module): index for index, module in enumerate(trainer.learner.modules)}
-    move, walk = LocalModule.to, LocalModule.walk
+    move, walk = LocalModule.to, LocalModule.run_parts
     seen = set()
 
     def noted(self: LocalModule, target: Any) -> LocalModule:
@@ -392,13 +392,13 @@ def test_only_the_trained_modules_weights_are_on_the_device(folder: RunFolder, m
         assert list(where.values()).count("cpu:0") <= 1, "the others go away first"
         return move(self, target)
 
-    def looked(self: LocalModule, inputs: Tensor, **more: Any) -> Walk:
+    def looked(self: LocalModule, inputs: Tensor, **more: Any) -> Passed:
         assert [index for index, place_ in where.items() if place_ == "cpu:0"] == [indices[id(self)]]
         seen.add((indices[id(self)], self.training))
         return walk(self, inputs, **more)
 
     monkeypatch.setattr(LocalModule, "to", noted)
-    monkeypatch.setattr(LocalModule, "walk", looked)
+    monkeypatch.setattr(LocalModule, "run_parts", looked)
     trainer.fit()
     assert seen == {(index, mode) for index in range(NUM_MODULES) for mode in (True, False)}
     monkeypatch.setattr(LocalModule, "to", lambda self, target: where.update({indices[id(self)]: str(target)}))
@@ -558,53 +558,28 @@ def test_a_signal_while_features_are_cached_stops_the_run(
     assert_same_run(tmp_path / "run", finished)
 
 
-KILL_WHILE_CACHING = """
-import os, signal, sys
-from pathlib import Path
-from localgrad import run
-from localgrad.training import feature_cache
-
-write, count = feature_cache._write_part, 0
-def killed(*arguments):
-    global count
-    count += 1
-    described = write(*arguments)
-    if count == 5:  # the second part of the second module's features
-        os.kill(os.getpid(), signal.SIGKILL)
-    return described
-feature_cache._write_part = killed
-run.resume(Path(sys.argv[1]))
-"""
-
-
-def test_real_processes_stopped_in_every_way_go_on_bit_for_bit(tmp_path: Path) -> None:
+def test_real_processes_stopped_in_every_way_go_on_bit_for_bit(ranks: Ranks, tmp_path: Path) -> None:
     """SIGTERM, SIGKILL in an epoch and while features are written, Ctrl-C, then to the end."""
     recipe = micro({"data.limit": 500, **EVERYTHING})
     (tmp_path / "recipe.toml").write_text(recipe.to_toml())
     folder = tmp_path / "run"
 
-    process = start_training("--recipe", str(tmp_path / "recipe.toml"), "--out", str(folder))
+    process = ranks.start(["train", "--recipe", tmp_path / "recipe.toml", "--out", folder])
     wait_for_epochs(process, folder, 1)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert process.returncode == 143
+    assert process.send(signal.SIGTERM).codes == [143]
 
-    done = subprocess.run([sys.executable, "-c", KILL_WHILE_CACHING, str(folder)], check=False, timeout=120)
-    assert done.returncode == -signal.SIGKILL
+    ended = ranks.run(["train", "--resume", folder], fault=(0, "kill while caching", 5))  # the second module's features
+    assert ended.codes == [128 + signal.SIGKILL]
     assert sorted(path.name for path in (folder / "cache").iterdir()) == [".after-module-1.partial", "after-module-0"]
     assert len(metrics_of(folder)) == 6
 
-    process = start_training("--resume", str(folder))
+    process = ranks.start(["train", "--resume", folder])
     wait_for_epochs(process, folder, 7)
-    process.kill()
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL
+    assert process.send(signal.SIGKILL).codes == [128 + signal.SIGKILL]
 
-    process = start_training("--resume", str(folder))
+    process = ranks.start(["train", "--resume", folder])
     wait_for_epochs(process, folder, 8)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.send(signal.SIGINT).codes == [130]
     assert len(metrics_of(folder)) < 9, "it was stopped on its way"
 
     run.resume(folder)

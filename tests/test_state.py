@@ -24,7 +24,8 @@ from localgrad import GreedySupervised, LocalLearner
 from localgrad.backbones.fake import FakeTensorMode
 from localgrad.backbones.halves import find_pieces, observed, signature
 from localgrad.errors import ParallelError, RecipeError
-from localgrad.learner import check_isolation, estimate_step
+from localgrad.estimating import estimate_step
+from localgrad.isolation import check_isolation
 from localgrad.memory.costs import CostSettings
 from localgrad.parallel.parallel_learner import ParallelLearner
 from localgrad.partition import Checkpointing

@@ -6,7 +6,7 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from helpers import Recorder
 from localgrad.errors import CheckpointError, DivergenceError
 from localgrad.learner import LocalLearner
-from localgrad.objectives.base import LocalBatch
+from localgrad.objectives.carried import LocalBatch
 from localgrad.step.executor import StepResult
 from localgrad.training.data import Batches, DataInfo, InMemoryImages
 from localgrad.training.events import EpochEnded, Event, Progressed
@@ -27,7 +27,7 @@ from localgrad.training.optim import OptimizerFactory, Schedule
 from localgrad.training.trainer import (
     EpochSums,
     Interrupted,
-    Trainer,
+    LocalTrainer,
     _restore_random_state,
     all_random_states,
     best_weights,
@@ -65,7 +65,7 @@ def folder(tmp_path: Path) -> Iterator[RunFolder]:
     held.release()
 
 
-def make(folder: RunFolder, *, epochs: int = 3, modules: int = 2, val: bool = True, **settings: Any) -> Trainer:
+def make(folder: RunFolder, *, epochs: int = 3, modules: int = 2, val: bool = True, **settings: Any) -> LocalTrainer:
     torch.manual_seed(0)
     model = timm.create_model(
         "vit_tiny_patch16_224",
@@ -89,7 +89,7 @@ def make(folder: RunFolder, *, epochs: int = 3, modules: int = 2, val: bool = Tr
         warmup_lr=0,
         min_lr=0,
     )
-    return Trainer(
+    return LocalTrainer(
         learner=learner,
         schedule=schedule,
         train=train,
@@ -100,7 +100,7 @@ def make(folder: RunFolder, *, epochs: int = 3, modules: int = 2, val: bool = Tr
     )
 
 
-def events_of(trainer: Trainer, kind: type[Event]) -> list[Any]:
+def events_of(trainer: LocalTrainer, kind: type[Event]) -> list[Any]:
     [sink] = trainer.sinks
     assert isinstance(sink, Recorder)
     return [event for event in sink.events if isinstance(event, kind)]
@@ -210,19 +210,20 @@ def test_best_weights_of_another_partition_are_refused(folder: RunFolder, tmp_pa
 # ------------------------------------------------------------------------------------- divergence
 
 
-def step_result(*losses: float) -> StepResult:
+def step_result(*losses: float, targets: Sequence[int] = (0, 1, 2)) -> StepResult:
     terms = tuple({"task": torch.tensor(loss)} for loss in losses)
-    return StepResult(torch.eye(3), tuple(term["task"] for term in terms), terms, (None,) * len(losses))
+    nobodys = (None,) * len(losses)
+    return StepResult(torch.eye(3), tuple(term["task"] for term in terms), terms, nobodys, torch.tensor(targets))
 
 
 def test_the_first_loss_that_is_not_finite_is_named() -> None:
     sums = EpochSums([(0, "task"), (1, "task")], torch.device("cpu"))
     for losses in ((1.0, 2.0), (3.0, float("inf")), (float("nan"), float("nan")), (1.0, 1.0)):
-        sums.add(step_result(*losses), torch.arange(3))
+        sums.add(step_result(*losses))
     assert sums.first_failure() == (1, [(1, "task")])
     good = EpochSums([(0, "task"), (1, "task")], torch.device("cpu"))
-    good.add(step_result(1.0, 2.0), torch.tensor([0, 1, 0]))
-    good.add(step_result(3.0, 5.0), torch.tensor([0, 0, 0]))
+    good.add(step_result(1.0, 2.0, targets=[0, 1, 0]))
+    good.add(step_result(3.0, 5.0, targets=[0, 0, 0]))
     assert good.first_failure() is None
     assert good.means(2) == [{"task": 2.0}, {"task": 3.5}]
     mixed = EpochSums([(0, "task"), (1, "task"), (1, "transport")], torch.device("cpu"))
@@ -230,8 +231,8 @@ def test_the_first_loss_that_is_not_finite_is_named() -> None:
     local.terms[1]["transport"] = torch.tensor(0.5)
     globally = step_result(4.0)  # the last module's, whose penalty is no part of an end-to-end step
     globally.terms[0]["transport"] = torch.tensor(0.0)
-    mixed.add(local, torch.arange(3))
-    mixed.add(globally, torch.arange(3))
+    mixed.add(local)
+    mixed.add(globally)
     assert mixed.means(2) == [{"task": 1.0}, {"task": 3.0, "transport": 0.5}]
     again = EpochSums([(0, "task"), (1, "task")], torch.device("cpu"))
     again.load_state_dict(good.state_dict())

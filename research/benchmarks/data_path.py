@@ -21,7 +21,7 @@ import timm
 import torch
 
 from localgrad import FeatureReconstruction, LocalLearner
-from localgrad.objectives.base import LocalBatch
+from localgrad.objectives.carried import LocalBatch
 from localgrad.training.augmentation import Augment
 from localgrad.training.data import Batches, DataInfo
 from localgrad.training.loading import InMemoryImages

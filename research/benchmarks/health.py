@@ -21,8 +21,8 @@ from typing import Any
 
 from localgrad.app.build import build
 from localgrad.app.recipe import Recipe, overlay
-from localgrad.learner import load_weights
 from localgrad.run import model_weights
+from localgrad.step.states import load_weights
 from localgrad.training.events import EpochEnded, read_metrics
 from localgrad.training.folder import load_saved_weights, read_text
 from localgrad.training.health import HealthCheck

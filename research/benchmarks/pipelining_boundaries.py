@@ -13,10 +13,10 @@ from torch import nn
 
 from localgrad.backbones.base import Backbone, Layout
 from localgrad.errors import RecipeError
-from localgrad.learner import activation_bytes
-from localgrad.objectives.base import LocalBatch
+from localgrad.objectives.carried import LocalBatch
 from localgrad.objectives.methods import Objective
 from localgrad.partition import Boundaries, balance, balance_by, check_boundaries
+from localgrad.partitioning import activation_bytes
 from localgrad.step.local_module import site_of
 
 

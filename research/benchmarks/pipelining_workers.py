@@ -19,8 +19,8 @@ from torch.optim import AdamW, Optimizer
 from localgrad import FeatureReconstruction, LocalLearner, ParallelLearner, Team
 from localgrad.backbones.base import Backbone
 from localgrad.compare.measuring import Held
-from localgrad.learner import estimate_step
-from localgrad.objectives.base import LocalBatch
+from localgrad.estimating import estimate_step
+from localgrad.objectives.carried import LocalBatch
 from localgrad.objectives.methods import Objective
 from localgrad.parallel.memory import estimate_share
 from localgrad.partition import Boundaries, spans
@@ -341,7 +341,7 @@ class LocalShare(LocalModules):
     def step(self, images: Tensor | None, labels: Tensor | None) -> Tensor | None:
         with self.clock.running():
             batch = None if labels is None else LocalBatch(images, labels)
-            result = self.learner.share(batch, labels)
+            result = self.learner.share(batch)
         return result.losses[-1] if result.logits is not None else None
 
     def finish(self) -> None:

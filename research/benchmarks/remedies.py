@@ -18,8 +18,8 @@ import torch
 
 from localgrad.app.planned import task_of
 from localgrad.app.recipe import Recipe, overlay
-from localgrad.learner import make_plan
 from localgrad.partition import Checkpointing
+from localgrad.partitioning import make_plan
 from localgrad.planning.budget import Search, Task, mean_nanoseconds
 from localgrad.planning.search import Solution
 from research.reproduce.methods import BASELINES, METHODS, REMEDIES

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 from localgrad.memory.costs import Costs
-from localgrad.parallel.packets import Packets
 from localgrad.partition import Checkpointing, balance, spans
 from localgrad.planning.search import fastest_ranks
 from research.simulation.simulator import (
@@ -110,15 +109,7 @@ def predicted(name: str, args: argparse.Namespace) -> Source:
 
 def _modules(costs: Costs, boundaries: tuple[int, ...], args: argparse.Namespace, *, auxiliary: bool) -> list[Module]:
     labels = 8 * costs.settings.batch_size
-    packets = Packets(
-        num_ranks=len(boundaries) + 1,
-        features=costs.inputs,
-        images=costs.images,
-        labels=labels,
-        pooled=[0] * len(costs.inputs),
-        uses=frozenset(),
-    )
-    sent = [*(packets.into(rank + 1, boundaries) for rank in range(len(boundaries))), 0]
+    sent = [*(costs.inputs[edge] + labels for edge in boundaries), 0]  # features and labels
     runs = [(span.start, span.stop) for span in spans(boundaries, costs.num_blocks)]
     modules = [_module(costs, *run, args, auxiliary=auxiliary) for run in runs]
     return [replace(module, sent_bytes=nbytes) for module, nbytes in zip(modules, sent, strict=True)]

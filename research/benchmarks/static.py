@@ -14,7 +14,7 @@ from torch import nn
 from localgrad import FeatureReconstruction, LocalLearner
 from localgrad.backbones.base import Backbone, outline
 from localgrad.backbones.fake import without_initialization
-from localgrad.learner import estimate_step
+from localgrad.estimating import estimate_step
 from localgrad.training.optim import OptimizerFactory
 from localgrad.units import format_bytes
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from localgrad.app.planning import estimate, plan
-    from localgrad.backbones.base import Backbone, Layout, split
+    from localgrad.app.recipe import Recipe
+    from localgrad.backbones.base import Backbone, Layout, register_backbone, split
     from localgrad.compare.measuring import Measurement, measure
     from localgrad.errors import (
         BackboneError,
@@ -27,23 +28,54 @@ if TYPE_CHECKING:
         RecipeError,
         RunFolderError,
     )
-    from localgrad.learner import LocalLearner, check_isolation
+    from localgrad.isolation import check_isolation
+    from localgrad.learner import LocalLearner
+    from localgrad.objectives.auxiliary import Classifier, Decoder, register_classifier, register_decoder
+    from localgrad.objectives.base import LocalObjective, Term, TermValue
+    from localgrad.objectives.carried import Carried, Handed, LocalBatch, register_carried
     from localgrad.objectives.methods import (
         Contrastive,
         FeatureReconstruction,
         GreedySupervised,
         ImageReconstruction,
         Objective,
+        register_objective,
     )
+    from localgrad.objectives.site import Site
     from localgrad.parallel.parallel_learner import ParallelLearner
-    from localgrad.parallel.pipeline import ShareResult
     from localgrad.parallel.team import Team
-    from localgrad.partition import Plan, balance
+    from localgrad.partition import Checkpointing, Plan, balance
+    from localgrad.run import resume, train
     from localgrad.step.executor import StepResult
+    from localgrad.training.events import (
+        EpochEnded,
+        FeaturesCached,
+        HealthMeasured,
+        Progressed,
+        Replanned,
+        RunEnded,
+        RunStarted,
+        Sink,
+        register_sink,
+    )
+    from localgrad.training.transforms import register_transform
 
 _HOMES = {
-    "localgrad.app.planning": ("estimate", "plan"),
-    "localgrad.backbones.base": ("Backbone", "Layout", "split"),
+    "localgrad.app.planning": (
+        "estimate",
+        "plan",
+    ),
+    "localgrad.app.recipe": ("Recipe",),
+    "localgrad.backbones.base": (
+        "Backbone",
+        "Layout",
+        "register_backbone",
+        "split",
+    ),
+    "localgrad.compare.measuring": (
+        "Measurement",
+        "measure",
+    ),
     "localgrad.errors": (
         "BackboneError",
         "BudgetError",
@@ -58,20 +90,58 @@ _HOMES = {
         "RecipeError",
         "RunFolderError",
     ),
-    "localgrad.parallel.pipeline": ("ShareResult",),
-    "localgrad.step.executor": ("StepResult",),
-    "localgrad.parallel.team": ("Team",),
-    "localgrad.learner": ("LocalLearner", "check_isolation"),
-    "localgrad.compare.measuring": ("Measurement", "measure"),
+    "localgrad.isolation": ("check_isolation",),
+    "localgrad.learner": ("LocalLearner",),
+    "localgrad.objectives.auxiliary": (
+        "Classifier",
+        "Decoder",
+        "register_classifier",
+        "register_decoder",
+    ),
+    "localgrad.objectives.base": (
+        "LocalObjective",
+        "Term",
+        "TermValue",
+    ),
+    "localgrad.objectives.carried": (
+        "Carried",
+        "Handed",
+        "LocalBatch",
+        "register_carried",
+    ),
     "localgrad.objectives.methods": (
         "Contrastive",
         "FeatureReconstruction",
         "GreedySupervised",
         "ImageReconstruction",
         "Objective",
+        "register_objective",
     ),
+    "localgrad.objectives.site": ("Site",),
     "localgrad.parallel.parallel_learner": ("ParallelLearner",),
-    "localgrad.partition": ("Plan", "balance"),
+    "localgrad.parallel.team": ("Team",),
+    "localgrad.partition": (
+        "Checkpointing",
+        "Plan",
+        "balance",
+    ),
+    "localgrad.run": (
+        "resume",
+        "train",
+    ),
+    "localgrad.step.executor": ("StepResult",),
+    "localgrad.training.events": (
+        "EpochEnded",
+        "FeaturesCached",
+        "HealthMeasured",
+        "Progressed",
+        "Replanned",
+        "RunEnded",
+        "RunStarted",
+        "Sink",
+        "register_sink",
+    ),
+    "localgrad.training.transforms": ("register_transform",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -80,17 +150,27 @@ __all__ = [
     "Backbone",
     "BackboneError",
     "BudgetError",
+    "Carried",
     "CheckpointError",
+    "Checkpointing",
+    "Classifier",
     "Contrastive",
     "DataError",
+    "Decoder",
     "DeviceError",
     "DivergenceError",
+    "EpochEnded",
     "FeatureReconstruction",
+    "FeaturesCached",
     "GreedySupervised",
+    "Handed",
+    "HealthMeasured",
     "ImageReconstruction",
     "IsolationError",
     "Layout",
+    "LocalBatch",
     "LocalLearner",
+    "LocalObjective",
     "LocalgradError",
     "Measurement",
     "Objective",
@@ -98,18 +178,35 @@ __all__ = [
     "ParallelLearner",
     "PartitionError",
     "Plan",
+    "Progressed",
+    "Recipe",
     "RecipeError",
+    "Replanned",
+    "RunEnded",
     "RunFolderError",
-    "ShareResult",
+    "RunStarted",
+    "Sink",
+    "Site",
     "StepResult",
     "Team",
+    "Term",
+    "TermValue",
     "__version__",
     "balance",
     "check_isolation",
     "estimate",
     "measure",
     "plan",
+    "register_backbone",
+    "register_carried",
+    "register_classifier",
+    "register_decoder",
+    "register_objective",
+    "register_sink",
+    "register_transform",
+    "resume",
     "split",
+    "train",
 ]
 
 

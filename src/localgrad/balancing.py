@@ -22,6 +22,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
 from itertools import accumulate, chain, pairwise
+from typing import final
 
 LONGEST = 1 << 16
 """Bits of an integer that stands for sorted sums; with longer ones, tuples are quicker."""
@@ -45,6 +46,7 @@ def balanced(costs: Sequence[int], num_modules: int) -> tuple[int, ...]:
     return _States(runs, low, num_modules).boundaries()
 
 
+@final
 class _Runs:
     """Blocks, and the heavy ones among them that stand alone.
 
@@ -87,6 +89,7 @@ class _Runs:
         return count
 
 
+@final
 class _States:
     """Where boundaries can be, and the best way on from each.
 

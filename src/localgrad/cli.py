@@ -26,11 +26,11 @@ import typer
 from typer.models import OptionInfo
 
 from localgrad import rules
-from localgrad.app.recipe import DOWNLOAD, OPTIONS, Recipe, overlay, parse_assignments, parse_toml
+from localgrad.app.recipe import DOWNLOAD, OPTIONS, Recipe, overlay, parse_assignments, read_toml
 from localgrad.app.recipe import preset as preset_values
 from localgrad.compare.settings import Settings
 from localgrad.errors import BudgetError, LocalgradError, PartitionError, RecipeError, RunWarning, arg, naming
-from localgrad.options import DATA, EXECUTION, RUN, Option, declared, read_modules, read_whole, values_of
+from localgrad.options import DATA, EXECUTION, RUN, Option, Values, declared, read_modules, read_whole, values_of
 from localgrad.units import PLAINLY, parse_bytes
 
 Verb = TypeVar("Verb", bound=Callable[..., None])
@@ -54,6 +54,7 @@ def main(verbs: typer.Typer = app) -> None:
         if isinstance(stream, io.TextIOWrapper):  # whatever its encoding: what it lacks is written plainly
             stream.reconfigure(errors=PLAINLY)
     _say_warnings_in_lines()
+    _let_waiting_threads_sleep()
     if os.environ.get("RANK", "0") != "0":  # one of several processes: the first one speaks for all
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8", errors="replace")  # noqa: SIM115, PTH123  # for the rest of the process
     try:
@@ -72,6 +73,15 @@ def main(verbs: typer.Typer = app) -> None:
             raise
         traceback.print_exc(file=sys.__stderr__)  # a fault of our own, on whichever rank it is
         _leave(1)
+
+
+def _let_waiting_threads_sleep() -> None:
+    """Have OpenMP's threads, beside a busy process, not spin in the time that the last one needs to finish.
+
+    It is read when torch is imported. What the user has set stays.
+    """
+    if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def _say_warnings_in_lines() -> None:
@@ -243,7 +253,7 @@ def train(
     if given["data"] is None and resume is None:
         given["data"] = given["train_data"]
     changes = _changes(OPTIONS, given, set_)
-    typed: dict[str, Any] = {"budget": budget, "plan": plan_, "resume": resume}
+    typed: Values = {"budget": budget, "plan": plan_, "resume": resume}
     typed |= {"out": out, "preset": preset, "recipe": recipe, "num_processes": num_processes}
     decided = {key: changes.get(f"execution.{key}") for key in ("checkpoint", "accumulation")}
     rules.check({**typed, **decided})
@@ -280,7 +290,7 @@ def train(
             )
 
 
-def _changes(options: Mapping[str, Option], given: Mapping[str, Any], assignments: list[str] | None) -> dict[str, Any]:
+def _changes(options: Mapping[str, Option], given: Mapping[str, Any], assignments: list[str] | None) -> Values:
     """Options as changes to a recipe, by dotted key."""
     changes = values_of(options, given) | parse_assignments(assignments or [])
     if isinstance(changes.get("local.modules"), str):  # --set local.modules=2,5,9
@@ -312,7 +322,7 @@ _IN_PLAN = {
     for key in (
         *("model.name", "model.img_size", "model.patch_size", "local.modules", "local.objective", "local.overlap"),
         *("local.options.decoder", "local.options.classifier", "training.global_every", "training.global_tail"),
-        *("training.optimizer", "execution.precision", "execution.compile"),
+        *("training.optimizer", "execution.precision", "execution.compile", "execution.plugins"),
     )
 } | {
     "data.name": replace(OPTIONS["data.name"], help="Plan for the classes of a data set."),
@@ -387,8 +397,8 @@ def plan(
 
 
 def _print_plan(
-    base: dict[str, Any],
-    changes: dict[str, Any],
+    base: Values,
+    changes: Values,
     *,
     budget: int | None,
     device: str,
@@ -404,7 +414,7 @@ def _print_plan(
     from rich.markup import escape
 
     from localgrad.app import planned as recipes
-    from localgrad.compare.plots import check_output_file
+    from localgrad.formats import check_output_file
     from localgrad.planning import budget as budgets
     from localgrad.planning import rank_plans as parallel
     from localgrad.planning import table
@@ -511,7 +521,7 @@ def compare(**given: Any) -> None:
     from localgrad.compare import verb as bench
 
     typed = values_of(_IN_COMPARE, given)
-    values: dict[str, Any] = {key: tuple(each) if isinstance(each, list) else each for key, each in typed.items()}
+    values: Values = {key: tuple(each) if isinstance(each, list) else each for key, each in typed.items()}
     settings = Settings(**values)
     columns = BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
@@ -534,7 +544,7 @@ def compare(**given: Any) -> None:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
 
 
-def _planned(path: Path, preset: str | None, recipe: Path | None, changes: dict[str, Any]) -> tuple[Any, Recipe]:
+def _planned(path: Path, preset: str | None, recipe: Path | None, changes: Values) -> tuple[Any, Recipe]:
     """A plan from its file, and the recipe to train by it; refused where options contradict the plan."""
     from localgrad.app.planned import changes_of, check_plan_is_for
     from localgrad.partition import Plan
@@ -554,14 +564,10 @@ def _planned(path: Path, preset: str | None, recipe: Path | None, changes: dict[
     return plan, wanted
 
 
-def _base(preset_name: str | None, recipe: Path | None, changes: dict[str, Any]) -> dict[str, Any]:
+def _base(preset_name: str | None, recipe: Path | None, changes: Values) -> Values:
     """What the options are laid over: a recipe file, a preset, or (where no other data is named) the digits."""
     if recipe is not None:
-        try:
-            return parse_toml(recipe.read_text(encoding="utf-8"), str(recipe))
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is no text"
-            raise RecipeError(f"{arg('recipe')}: {recipe} can't be read ({reason}); name a recipe in TOML.") from error
+        return read_toml(recipe)
     if preset_name is None and changes.get("data.name", "digits") != "digits":
         return {}
     base = preset_values(preset_name or "digits")
@@ -570,7 +576,7 @@ def _base(preset_name: str | None, recipe: Path | None, changes: dict[str, Any])
     return base
 
 
-def _resumed(path: Path, changes: dict[str, Any]) -> Recipe:
+def _resumed(path: Path, changes: Values) -> Recipe:
     """The recipe of the run to be resumed, with the options laid over it."""
     from localgrad import run
 

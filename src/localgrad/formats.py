@@ -6,7 +6,10 @@ knows is refused in one line: it was written by a newer localgrad, and may mean 
 
 from __future__ import annotations
 
-from localgrad.errors import LocalgradError
+import os
+from pathlib import Path
+
+from localgrad.errors import LocalgradError, RecipeError, arg
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 """What JSON can hold."""
@@ -35,3 +38,18 @@ def check_format(what: str, found: object, newest: int, error: type[LocalgradErr
     if found < oldest:
         raise error(f"{what}: its format is {found}, of an older version; this one reads {oldest} to {newest}.")
     return found
+
+
+def check_output_file(name: str, path: Path) -> None:
+    """Refuse a file that can't be written.
+
+    Raises:
+        RecipeError: it is a folder, or in none, or not ours to write.
+    """
+    folder = path.parent
+    if path.is_dir():
+        raise RecipeError(f"{arg(name)}: {str(path)!r} is a folder; name a file in it.")
+    if not folder.is_dir():
+        raise RecipeError(f"{arg(name)}: there is no folder {str(folder)!r}; make it, or name another one.")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise RecipeError(f"{arg(name)}: {str(path)!r} can't be written; name a file in a folder of yours.")

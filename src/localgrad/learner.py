@@ -10,9 +10,10 @@ import contextlib
 import copy
 import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Self, SupportsIndex, cast
+from typing import TYPE_CHECKING, Any, Self, SupportsIndex, final
 
 import torch
 from torch import Tensor, nn
@@ -20,25 +21,22 @@ from torch.optim import Optimizer
 
 from localgrad import rules
 from localgrad.backbones.base import Backbone, split
-from localgrad.backbones.state import left_as_it_was
-from localgrad.backbones.timm_models import input_channels
 from localgrad.backbones.written import has_hooks
 from localgrad.errors import (
     BackboneError,
     CheckpointError,
     DataError,
     DeviceError,
-    IsolationError,
     PartitionError,
     RecipeError,
     arg,
 )
 from localgrad.formats import Json
-from localgrad.memory.track import MemoryProfile, annotate, block_activation_bytes, simulate
 from localgrad.objectives.auxiliary import carry_exemptions
-from localgrad.objectives.base import LocalBatch
+from localgrad.objectives.carried import LocalBatch, Route
 from localgrad.objectives.methods import FeatureReconstruction, Objective, is_number
-from localgrad.partition import Checkpointing, Plan, Request, resolve
+from localgrad.partition import Checkpointing, Plan, Request
+from localgrad.partitioning import CheckpointRequest, default_input_size, frozen_from, make_plan, num_parameters
 from localgrad.step.checkpointing import Recomputed
 from localgrad.step.checks import (
     FACTORY,
@@ -51,18 +49,20 @@ from localgrad.step.checks import (
     check_tensors,
     check_values,
 )
-from localgrad.step.executor import SequentialExecutor, StepResult
+from localgrad.step.executor import SequentialExecutor, StepResult, walk
 from localgrad.step.global_step import GlobalStep
 from localgrad.step.local_module import build_local_modules, recomputed_in
 from localgrad.step.local_step import LocalStep, StepSettings, autocast, check_precision, drawing_from
 from localgrad.step.offload import HOST, Offloader
-from localgrad.step.sharding import put, put_optimizer
+from localgrad.step.sharding import put_optimizer
 from localgrad.step.states import (
     LearnerState,
     check_objective,
     check_optimizer_state,
     check_scaler_state,
+    check_weights,
     describe,
+    load_weights,
     or_as_before,
 )
 
@@ -72,51 +72,13 @@ if TYPE_CHECKING:
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
 Factories = OptimizerFactory | Sequence[OptimizerFactory]
-CheckpointRequest = bool | str | Checkpointing | Sequence[bool | str | Checkpointing]
+NO_LABELS = torch.empty(0)
 
 
-class LocalLearner:
-    """Trains a timm model as gradient-isolated local modules.
+class Learner(ABC):
+    """What trains local modules: all of a model's in one process (``LocalLearner``), or a share (``ParallelLearner``).
 
-    Where something changes over the training (an objective's ``over_time`` and ``context``, ``freeze_from``), call
-    ``at`` before each step.
-
-    Args:
-        model: any timm model that ``localgrad.split`` takes, on its device; or a backbone that is split already.
-        modules: how many local modules (balanced by activation bytes), ``"stages"``, explicit boundaries (the
-            first block of every module but the first), or a ``Plan``. 1 is end-to-end training. A plan made for
-            other settings, another device or smaller batches trains, with a warning that its forecast isn't of this.
-        objective: what every module but the last is trained on; by default ``FeatureReconstruction()``.
-        input_size: (C, H, W) of the images; by default the model's own.
-        precision: ``fp32``, ``bf16`` or ``fp16`` autocast.
-        checkpoint: what modules recompute in their backward pass: ``"blocks"`` (or ``True``), ``"halves"``,
-            ``"halves/8"`` (over 8 chunks of the batch), ``"halves/8:3"`` (the first three blocks), ``"none"``; one for
-            all, or a list. By default blocks where ``model.set_grad_checkpointing()`` is on, else none.
-        compile: run each local module through ``torch.compile``.
-        clip_grad: largest norm of each module's gradient.
-        accumulation: parts that ``step`` cuts a batch into, to save memory; one update a step all the same. What looks
-            at a whole batch (batch norms, the contrastive term) then looks at a part. By default as a ``Plan`` says.
-        ema_decay: keep an exponential moving average of the model's weights, in ``averaged_model``.
-        offload: keep modules that don't train, their optimizer state and the average in host memory. ``eval()`` brings
-            the whole model there.
-        device: where to train, with ``offload`` only; by default where the model is. The model may stay on the CPU.
-        overlap: last blocks of the module before that each module's loss trains as well; they run in both (as in
-            interlocking backpropagation, arXiv 2010.04116, whose windows overlap by whole modules).
-        freeze_from: share of the training after which modules stop to learn: the first one then, each next one later,
-            the last never; ``at`` tells the learner how much is over. As in FreezeOut (arXiv 1706.04983), by module. A
-            frozen module's batch norms use their running statistics, which stay; dropout and drop path go on.
-        global_checkpoint: what an end-to-end step (``global_step``) recomputes, as for ``checkpoint``.
-        auxiliary_from: what auxiliary nets are initialised from: the ``seed`` alone, that is what ``torch.manual_seed``
-            was last given, whatever was drawn since; or torch's random ``state``, as any new layer is.
-
-    Two learners of equal models that are made after the same ``torch.manual_seed`` are the same, and draw the same in
-    their steps, whether the seed was set before or after the model was made. (With one module, steps draw from torch's
-    random state, as in any loop.) Making one leaves that state as it was.
-
-    Raises:
-        BackboneError: the model can't be split, a parameter is shared across a boundary, or there is one class only.
-        PartitionError: the modules asked for can't be made.
-        RecipeError: an option has an impossible value.
+    Options are those of ``LocalLearner``.
     """
 
     is_parallel = False
@@ -182,6 +144,7 @@ class LocalLearner:
             overlap=overlap,
             drawing=lambda index: drawing_from(self.device, (self.seed, index) if auxiliary_from == "seed" else None),
         )
+        self.route = Route(module.objective.uses for module in self.modules)
         self._check_uses(ema_decay, compiled=compile)
         self._passed_by = self.backbone.modules_passed_by
         self._hooks_said: set[str] = set()
@@ -288,14 +251,26 @@ class LocalLearner:
         self._planned_batch = batch if isinstance(batch, int) else None
 
     @property
+    @abstractmethod
     def device(self) -> torch.device:
-        """Where the model trains; without offloading, where it is."""
-        return self._device or next(self.model.parameters()).device
+        """Where this process trains."""
 
     @property
+    @abstractmethod
     def own(self) -> range:
-        """The local modules that this process trains: all of them."""
-        return range(len(self.modules))
+        """The local modules that this process trains."""
+
+    @abstractmethod
+    def configure_optimizers(self, factory: Factories) -> None:
+        """Make one optimizer for each own module, by one factory or by one each."""
+
+    @abstractmethod
+    def step(self, images: Tensor, labels: Tensor) -> StepResult:
+        """Train the own modules on one batch."""
+
+    @abstractmethod
+    def _take_weights(self, weights: dict[str, Tensor], averages: dict[str, Tensor] | None) -> None:
+        """Take a whole model's weights, or what this process has of them, and those of its average."""
 
     @property
     def optimizers(self) -> tuple[Optimizer, ...]:
@@ -310,27 +285,6 @@ class LocalLearner:
         rank = {id(parameter): number for number, parameter in enumerate(self.model.parameters())}
         trainable = [parameter for parameter in self.modules[index].parameters() if parameter.requires_grad]
         return sorted(trainable, key=lambda parameter: rank.get(id(parameter), len(rank)))
-
-    def configure_optimizers(self, factory: Factories) -> None:
-        """Make one optimizer a local module.
-
-        Args:
-            factory: called once for each module with its trainable parameters, to make an optimizer of all of them and
-                no others; or a list of such factories, one a module.
-
-        Raises:
-            RecipeError: a module has nothing to train, or what a factory made isn't an optimizer of what it was given;
-                the learner is as it was.
-            BackboneError: the model was changed since the learner was made.
-        """
-        steps = self._make_steps(factory)
-        self.optimizer_factory = factory
-        self._global_step = None  # it holds the optimizers of before
-        self._seed(steps)
-        if self._offloader is not None:
-            self._offloader.attach([step.optimizer for step in steps])
-        executor = SequentialExecutor(steps, None if self._offloader is None else self._offloader.training)
-        self._take_executor(executor)
 
     def _make_steps(self, factory: Factories) -> list[LocalStep]:
         self._made_of.check()
@@ -394,56 +348,6 @@ class LocalLearner:
             named += module.objective.named_parameters(prefix=f"modules.{index}.objective")
         return {id(weight): name for name, weight in named}
 
-    def step(self, images: Tensor, labels: Tensor) -> StepResult:
-        """Train every local module on one batch: K forwards, K losses, K backwards, K updates.
-
-        The model trains in training mode, but for modules of it that you put in evaluation mode one by one (norms that
-        are to stay still): ``learner.eval()``, ``learner.train()`` and steps leave those as they are. Gradients of
-        another backward pass, or of a step that failed, are dropped first. Values are looked at in the first step only,
-        which waits for the device; a later batch of which no label counts has the loss NaN, as in PyTorch. On the
-        processor labels beyond the classes are refused in any step.
-
-        Args:
-            images: [B, C, H, W], normalised, of the model's dtype and on its device.
-            labels: class indices int64 [B], -100 for an image whose label doesn't count; or soft targets
-                [B, num_classes], probabilities.
-
-        Returns:
-            Logits, losses and terms, detached.
-
-        Raises:
-            RecipeError: no optimizers yet, schedulers for some of them only, weights that no optimizer holds, or
-                gradients that are off (``torch.no_grad``).
-            BackboneError: images of another size, dtype or device than the model was split for; or the model was
-                changed since the learner was made.
-            DataError: an empty batch; labels that don't fit the images or the classes; images that aren't finite.
-        """
-        return self.step_on(LocalBatch(images, labels))
-
-    def step_on(self, batch: LocalBatch) -> StepResult:
-        """As ``step``, on a batch that gives its images away: they are freed as soon as no module needs them.
-
-        Args:
-            batch: images and labels; ``batch.images`` may be ``None`` afterwards.
-        """
-        executor = self._begin(batch)
-        assert batch.images is not None, "checked before"
-        if self._planned_batch is not None and len(batch.images) > self._planned_batch:  # smaller ones need less
-            _warn_of_plan(self.plan.differences({"training.batch_size": len(batch.images)}))
-            self._planned_batch = None
-        batch.number = self.num_steps
-        if self.uses("teacher"):
-            batch.teacher = self.averaged_logits(batch.images).float().softmax(dim=1)
-        return self._stepped(executor.step, batch)
-
-    def _begin(self, batch: LocalBatch) -> SequentialExecutor:
-        """Refuse a step that would train something else than it seems, before anything is changed."""
-        if self._executor is None:
-            raise no_optimizers()
-        self.check_ready(self._executor.steps)
-        self._check_batch(batch)
-        return self._executor
-
     def check_ready(self, steps: Sequence[LocalStep]) -> None:
         """Refuse to train a model that was changed since the learner or its optimizers were made.
 
@@ -480,97 +384,6 @@ class LocalLearner:
         if not self._values_checked:
             check_values(batch, self.backbone.num_classes)
             self._values_checked = True
-
-    def global_step(self, images: Tensor, labels: Tensor) -> StepResult:
-        """Train all modules end to end on one batch, recomputing as ``global_checkpoint`` says.
-
-        The task loss of the model's own logits reaches every module; auxiliary nets have no part in it. The
-        optimizers are the modules' own.
-
-        Args:
-            images: [B, C, H, W], normalised, on the model's device.
-            labels: as for ``step``.
-
-        Returns:
-            Figures of the last module; the others have no losses.
-
-        Raises:
-            RecipeError: modules are offloaded; and what ``step`` raises.
-        """
-        return self.global_step_on(LocalBatch(images, labels))
-
-    def global_step_on(self, batch: LocalBatch) -> StepResult:
-        """As ``global_step``, on a batch.
-
-        Args:
-            batch: images and labels.
-        """
-        if self._executor is not None and self._offloader is not None:
-            raise RecipeError("an end-to-end step needs all modules on the device; leave offload out, or global steps.")
-        executor = self._begin(batch)
-        steps = executor.steps
-
-        def run() -> StepResult:
-            if self._global_step is None:
-                self._global_step = GlobalStep(steps, self._recomputed_globally())
-            return self._global_step(batch)
-
-        return self._stepped(lambda _: executor.recovering(len(steps), steps, run), batch)
-
-    def _recomputed_globally(self) -> list[dict[int, Recomputed]]:
-        if self._global_recomputed is None:
-            plan = replace(self.plan, checkpoint=(self.global_checkpoint,) * self.plan.num_modules)
-            indices = range(len(self.modules))
-            found = [recomputed_in(self.backbone, plan, index, overlap=self.overlap) for index in indices]
-            self._global_recomputed = found
-        return self._global_recomputed
-
-    def _stepped(self, step: Callable[[LocalBatch], StepResult], batch: LocalBatch) -> StepResult:
-        self._in_training()
-        steps = self._executor.steps if self._executor else ()
-        before = [each.num_updates for each in steps]
-        try:
-            result = step(batch)
-            self.num_steps += 1
-            if self._ema is not None:
-                self._ema.update(self.model, step=self.num_steps)
-        except BaseException as error:
-            told = self._in_words(error, batch)
-            for note in self._half_done(before):
-                told.add_note(note)
-            if told is error:
-                raise
-            raise told from error
-        return result
-
-    def _in_words(self, error: BaseException, batch: LocalBatch) -> BaseException:
-        """What ended a step: of labels of no class, which processors find in any step, what the first step says."""
-        if isinstance(error, IndexError):
-            try:
-                check_values(batch, self.backbone.num_classes)
-            except DataError as told:
-                return told
-        return error
-
-    def _half_done(self, before: Sequence[int]) -> Iterator[str]:
-        """What an unfinished step has changed, in words.
-
-        Args:
-            before: updates of each module before it.
-        """
-        steps = self._executor.steps if self._executor else ()
-        done = [str(index) for index, step in enumerate(steps) if step.num_updates > before[index]]
-        torn = [str(index) for index, step in enumerate(steps) if step.updating]
-        begun = f"localgrad: step {self.num_steps} wasn't finished:"
-        if done or torn:
-            partly = f"; those of {torn[0]} perhaps in part" if torn else ""
-            others = "the others weren't" if len(done) < len(steps) else "the average of weights may not be"
-            yield (
-                f"{begun} weights of local modules {', '.join(done) or 'none'} were updated, {others}{partly}. The "
-                "next step goes on from there; load_state_dict goes back."
-            )
-        else:
-            yield f"{begun} no weights were updated (running statistics may have moved). The next step begins anew."
 
     def _in_training(self) -> None:
         """Have the model in training mode, but for the modules that someone put in evaluation mode one by one."""
@@ -612,85 +425,6 @@ class LocalLearner:
             begins = frozen_from(self.freeze_from, index, len(self.modules))
             step.frozen = begins is not None and self._progress >= begins
 
-    @torch.no_grad()
-    def logits(self, images: Tensor) -> tuple[Tensor | None, ...]:
-        """Class logits of each module's own classifier, the whole model's last; nothing is trained.
-
-        Call ``eval()`` first, as with any model.
-
-        Args:
-            images: [B, C, H, W].
-
-        Returns:
-            For each module [B, num_classes], or ``None`` where its objective has no classifier.
-
-        Raises:
-            BackboneError: the model was changed since the learner was made.
-        """
-        self._made_of.check()
-        found = []
-        features = images
-        for index, module in enumerate(self.modules):
-            with self._on_device(index), autocast(self.device.type, self.precision):
-                outputs, features, _ = module.walk(features)
-                found.append(module.objective.classify(outputs))
-        return tuple(found)
-
-    @torch.no_grad()
-    def averaged_logits(self, images: Tensor) -> Tensor:
-        """Class logits of the averaged model, in evaluation mode.
-
-        Args:
-            images: [B, C, H, W].
-
-        Returns:
-            [B, num_classes].
-
-        Raises:
-            RecipeError: no average is kept.
-        """
-        if self.averaged_model is None:
-            raise RecipeError("no average of the weights: make the learner with ema_decay=0.9998, say.")
-        if self._offloader is None:
-            if self.averaged_model.training:
-                self.averaged_model.eval()
-            with autocast(images.device.type, self.precision):
-                logits: Tensor = self.averaged_model(images)
-            return logits
-        self.eval()
-        with _exchanged(self.model, self.averaged_model):  # the model's modules are those that come and go
-            last = self.logits(images)[-1]
-        assert last is not None, "the last module ends in the model's own classifier"
-        return last
-
-    def _on_device(self, index: int) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self._offloader is None else self._offloader.using(index)
-
-    def host_tensors(self) -> list[Tensor]:
-        """Every tensor that is parked in host memory; none without offloading."""
-        if self._offloader is None:
-            return []
-        average = self.averaged_model
-        return self._offloader.host_tensors() + ([] if average is None else [*average.parameters(), *average.buffers()])
-
-    def run_as(self, plan: Plan) -> None:
-        """From now on recompute and accumulate as another plan of the same boundaries says; nothing else changes.
-
-        Raises:
-            PartitionError: the plan has other boundaries.
-        """
-        if plan.boundaries != self.plan.boundaries:
-            raise PartitionError(f"plan: its boundaries are {list(plan.boundaries)}, not {list(self.plan.boundaries)}.")
-        self.plan = plan
-        self._settings["accumulation"] = plan.accumulation
-        if plan.global_checkpoint is not None:
-            self.global_checkpoint = plan.global_checkpoint
-            self._global_step = self._global_recomputed = None
-        for index, module in enumerate(self.modules):
-            module.recomputed = recomputed_in(self.backbone, plan, index, overlap=self.overlap)
-        for step in self._executor.steps if self._executor else ():
-            step.run_as(plan.accumulation)
-
     def on_out_of_memory(self, recover: Callable[[int], bool] | None) -> None:
         """Have someone asked when memory runs out in a step.
 
@@ -704,7 +438,7 @@ class LocalLearner:
             raise no_optimizers()
         self._executor.recover = recover
 
-    def train(self, mode: bool = True) -> LocalLearner:  # noqa: FBT001, FBT002  # torch's own signature
+    def train(self, mode: bool = True) -> Self:  # noqa: FBT001, FBT002  # torch's own signature
         """Put the model and the auxiliary nets in training mode (or, with ``False``, in evaluation mode).
 
         Modules that were put in evaluation mode one by one, while the model was in training mode, stay there:
@@ -721,28 +455,9 @@ class LocalLearner:
             still.training = False
         return self
 
-    def eval(self) -> LocalLearner:
+    def eval(self) -> Self:
         """Put the model and the auxiliary nets in evaluation mode."""
         return self.train(mode=False)
-
-    def state_dict(self) -> LearnerState:
-        """Everything that a resumed run needs: model, auxiliary nets, every optimizer and scaler, average, count.
-
-        As with PyTorch's own, its tensors are the learner's: save it, or ``copy.deepcopy`` it, before training goes on.
-        """
-        steps = self._executor.steps if self._executor else ()
-        return {
-            "model": self.model.state_dict(),
-            "objectives": [module.objective.state_dict() for module in self.modules],
-            "optimizers": [step.optimizer.state_dict() for step in steps],
-            "scalers": [step.scaler.state_dict() for step in steps],
-            "averaged_model": None if self.averaged_model is None else self.averaged_model.state_dict(),
-            "num_steps": self.num_steps,
-            "seed": self.seed,
-            "boundaries": list(self.plan.boundaries),
-            "objective": describe(self.objective),
-            "optimizer_classes": [type(step.optimizer).__name__ for step in steps],
-        }
 
     def load_state_dict(self, state: LearnerState) -> None:
         """Take up a state from ``state_dict``, whose tensors are copied.
@@ -807,6 +522,322 @@ class LocalLearner:
             check_optimizer_state(step.optimizer, state["optimizers"][index], classes[index], index)
             check_scaler_state(step.scaler, state["scalers"][index], index)
 
+
+@final
+class LocalLearner(Learner):
+    """Trains a timm model as gradient-isolated local modules.
+
+    Where something changes over the training (an objective's ``over_time`` and ``context``, ``freeze_from``), call
+    ``at`` before each step.
+
+    Args:
+        model: any timm model that ``localgrad.split`` takes, on its device; or a backbone that is split already.
+        modules: how many local modules (balanced by activation bytes), ``"stages"``, explicit boundaries (the
+            first block of every module but the first), or a ``Plan``. 1 is end-to-end training. A plan made for
+            other settings, another device or smaller batches trains, with a warning that its forecast isn't of this.
+        objective: what every module but the last is trained on; by default ``FeatureReconstruction()``.
+        input_size: (C, H, W) of the images; by default the model's own.
+        precision: ``fp32``, ``bf16`` or ``fp16`` autocast.
+        checkpoint: what modules recompute in their backward pass: ``"blocks"`` (or ``True``), ``"halves"``,
+            ``"halves/8"`` (over 8 chunks of the batch), ``"halves/8:3"`` (the first three blocks), ``"none"``; one for
+            all, or a list. By default blocks where ``model.set_grad_checkpointing()`` is on, else none.
+        compile: run each local module through ``torch.compile``.
+        clip_grad: largest norm of each module's gradient.
+        accumulation: parts that ``step`` cuts a batch into, to save memory; one update a step all the same. What looks
+            at a whole batch (batch norms, the contrastive term) then looks at a part. By default as a ``Plan`` says.
+        ema_decay: keep an exponential moving average of the model's weights, in ``averaged_model``.
+        offload: keep modules that don't train, their optimizer state and the average in host memory. ``eval()`` brings
+            the whole model there.
+        device: where to train, with ``offload`` only; by default where the model is. The model may stay on the CPU.
+        overlap: last blocks of the module before that each module's loss trains as well; they run in both (as in
+            interlocking backpropagation, arXiv 2010.04116, whose windows overlap by whole modules).
+        freeze_from: share of the training after which modules stop to learn: the first one then, each next one later,
+            the last never; ``at`` tells the learner how much is over. As in FreezeOut (arXiv 1706.04983), by module. A
+            frozen module's batch norms use their running statistics, which stay; dropout and drop path go on.
+        global_checkpoint: what an end-to-end step (``global_step``) recomputes, as for ``checkpoint``.
+        auxiliary_from: what auxiliary nets are initialised from: the ``seed`` alone, that is what ``torch.manual_seed``
+            was last given, whatever was drawn since; or torch's random ``state``, as any new layer is.
+
+    Two learners of equal models that are made after the same ``torch.manual_seed`` are the same, and draw the same in
+    their steps, whether the seed was set before or after the model was made. (With one module, steps draw from torch's
+    random state, as in any loop.) Making one leaves that state as it was.
+
+    Raises:
+        BackboneError: the model can't be split, a parameter is shared across a boundary, or there is one class only.
+        PartitionError: the modules asked for can't be made.
+        RecipeError: an option has an impossible value.
+    """
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model trains; without offloading, where it is."""
+        return self._device or next(self.model.parameters()).device
+
+    @property
+    def own(self) -> range:
+        """The local modules that this process trains: all of them."""
+        return range(len(self.modules))
+
+    def configure_optimizers(self, factory: Factories) -> None:
+        """Make one optimizer a local module.
+
+        Args:
+            factory: called once for each module with its trainable parameters, to make an optimizer of all of them and
+                no others; or a list of such factories, one a module.
+
+        Raises:
+            RecipeError: a module has nothing to train, or what a factory made isn't an optimizer of what it was given;
+                the learner is as it was.
+            BackboneError: the model was changed since the learner was made.
+        """
+        steps = self._make_steps(factory)
+        self.optimizer_factory = factory
+        self._global_step = None  # it holds the optimizers of before
+        self._seed(steps)
+        if self._offloader is not None:
+            self._offloader.attach([step.optimizer for step in steps])
+        around = None if self._offloader is None else self._offloader.training
+        self._take_executor(SequentialExecutor(steps, around, route=self.route))
+
+    def step(self, images: Tensor, labels: Tensor) -> StepResult:
+        """Train every local module on one batch: K forwards, K losses, K backwards, K updates.
+
+        The model trains in training mode, but for modules of it that you put in evaluation mode one by one (norms that
+        are to stay still): ``learner.eval()``, ``learner.train()`` and steps leave those as they are. Gradients of
+        another backward pass, or of a step that failed, are dropped first. Values are looked at in the first step only,
+        which waits for the device; a later batch of which no label counts has the loss NaN, as in PyTorch. On the
+        processor labels beyond the classes are refused in any step.
+
+        Args:
+            images: [B, C, H, W], normalised, of the model's dtype and on its device.
+            labels: class indices int64 [B], -100 for an image whose label doesn't count; or soft targets
+                [B, num_classes], probabilities.
+
+        Returns:
+            Logits, losses and terms, detached.
+
+        Raises:
+            RecipeError: no optimizers yet, schedulers for some of them only, weights that no optimizer holds, or
+                gradients that are off (``torch.no_grad``).
+            BackboneError: images of another size, dtype or device than the model was split for; or the model was
+                changed since the learner was made.
+            DataError: an empty batch; labels that don't fit the images or the classes; images that aren't finite.
+        """
+        return self.step_on(LocalBatch(images, labels))
+
+    def step_on(self, batch: LocalBatch) -> StepResult:
+        """As ``step``, on a batch that gives its images away: they are freed as soon as no module needs them.
+
+        Args:
+            batch: images and labels; ``batch.images`` may be ``None`` afterwards.
+        """
+        executor = self._begin(batch)
+        if self._planned_batch is not None and len(batch.labels) > self._planned_batch:  # smaller ones need less
+            _warn_of_plan(self.plan.differences({"training.batch_size": len(batch.labels)}))
+            self._planned_batch = None
+        batch.number = self.num_steps
+        executor.route.begin(batch, self)
+        with self._stepping(batch):
+            return executor.step(batch)
+
+    def _begin(self, batch: LocalBatch) -> SequentialExecutor:
+        """Refuse a step that would train something else than it seems, before anything is changed."""
+        if self._executor is None:
+            raise no_optimizers()
+        self.check_ready(self._executor.steps)
+        self._check_batch(batch)
+        return self._executor
+
+    def global_step(self, images: Tensor, labels: Tensor) -> StepResult:
+        """Train all modules end to end on one batch, recomputing as ``global_checkpoint`` says.
+
+        The task loss of the model's own logits reaches every module; auxiliary nets have no part in it. The
+        optimizers are the modules' own.
+
+        Args:
+            images: [B, C, H, W], normalised, on the model's device.
+            labels: as for ``step``.
+
+        Returns:
+            Figures of the last module; the others have no losses.
+
+        Raises:
+            RecipeError: modules are offloaded; and what ``step`` raises.
+        """
+        return self.global_step_on(LocalBatch(images, labels))
+
+    def global_step_on(self, batch: LocalBatch) -> StepResult:
+        """As ``global_step``, on a batch.
+
+        Args:
+            batch: images and labels.
+        """
+        if self._executor is not None and self._offloader is not None:
+            raise RecipeError("an end-to-end step needs all modules on the device; leave offload out, or global steps.")
+        executor = self._begin(batch)
+        steps = executor.steps
+        with self._stepping(batch):
+            for attempt in executor.attempts(len(steps), steps):
+                with attempt:
+                    if self._global_step is None:
+                        self._global_step = GlobalStep(steps, self._recomputed_globally())
+                    result = self._global_step(batch)
+        return result
+
+    def _recomputed_globally(self) -> list[dict[int, Recomputed]]:
+        if self._global_recomputed is None:
+            plan = replace(self.plan, checkpoint=(self.global_checkpoint,) * self.plan.num_modules)
+            indices = range(len(self.modules))
+            found = [recomputed_in(self.backbone, plan, index, overlap=self.overlap) for index in indices]
+            self._global_recomputed = found
+        return self._global_recomputed
+
+    @contextlib.contextmanager
+    def _stepping(self, batch: LocalBatch) -> Iterator[None]:
+        """A region for a step, which counts once it is done; one that fails tells what it has changed."""
+        self._in_training()
+        steps = self._executor.steps if self._executor else ()
+        before = [each.num_updates for each in steps]
+        try:
+            yield
+            self.num_steps += 1
+            if self._ema is not None:
+                self._ema.update(self.model, step=self.num_steps)
+        except BaseException as error:
+            told = self._in_words(error, batch)
+            for note in self._half_done(before):
+                told.add_note(note)
+            if told is error:
+                raise
+            raise told from error
+
+    def _in_words(self, error: BaseException, batch: LocalBatch) -> BaseException:
+        """What ended a step: of labels of no class, which processors find in any step, what the first step says."""
+        if isinstance(error, IndexError):
+            try:
+                check_values(batch, self.backbone.num_classes)
+            except DataError as told:
+                return told
+        return error
+
+    def _half_done(self, before: Sequence[int]) -> Iterator[str]:
+        """What an unfinished step has changed, in words.
+
+        Args:
+            before: updates of each module before it.
+        """
+        steps = self._executor.steps if self._executor else ()
+        done = [str(index) for index, step in enumerate(steps) if step.num_updates > before[index]]
+        torn = [str(index) for index, step in enumerate(steps) if step.updating]
+        begun = f"localgrad: step {self.num_steps} wasn't finished:"
+        if done or torn:
+            partly = f"; those of {torn[0]} perhaps in part" if torn else ""
+            others = "the others weren't" if len(done) < len(steps) else "the average of weights may not be"
+            yield (
+                f"{begun} weights of local modules {', '.join(done) or 'none'} were updated, {others}{partly}. The "
+                "next step goes on from there; load_state_dict goes back."
+            )
+        else:
+            yield f"{begun} no weights were updated (running statistics may have moved). The next step begins anew."
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> tuple[Tensor | None, ...]:
+        """Class logits of each module's own classifier, the whole model's last; nothing is trained.
+
+        Call ``eval()`` first, as with any model.
+
+        Args:
+            images: [B, C, H, W].
+
+        Returns:
+            For each module [B, num_classes], or ``None`` where its objective has no classifier.
+
+        Raises:
+            BackboneError: the model was changed since the learner was made.
+        """
+        self._made_of.check()
+        found = []
+        for visit in walk(self.modules, LocalBatch(images, NO_LABELS)):
+            with self._on_device(visit.index), autocast(self.device.type, self.precision):
+                passed = visit.module.run_parts(visit.received)
+                found.append(visit.module.objective.classify(passed.outputs))
+            visit.hand_on(passed.handed_on)
+        return tuple(found)
+
+    @torch.no_grad()
+    def averaged_logits(self, images: Tensor) -> Tensor:
+        """Class logits of the averaged model, in evaluation mode.
+
+        Args:
+            images: [B, C, H, W].
+
+        Returns:
+            [B, num_classes].
+
+        Raises:
+            RecipeError: no average is kept.
+        """
+        if self.averaged_model is None:
+            raise RecipeError("no average of the weights: make the learner with ema_decay=0.9998, say.")
+        if self._offloader is None:
+            if self.averaged_model.training:
+                self.averaged_model.eval()
+            with autocast(images.device.type, self.precision):
+                logits: Tensor = self.averaged_model(images)
+            return logits
+        self.eval()
+        with _exchanged(self.model, self.averaged_model):  # the model's modules are those that come and go
+            last = self.logits(images)[-1]
+        assert last is not None, "the last module ends in the model's own classifier"
+        return last
+
+    def _on_device(self, index: int) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._offloader is None else self._offloader.using(index)
+
+    def host_tensors(self) -> list[Tensor]:
+        """Every tensor that is parked in host memory; none without offloading."""
+        if self._offloader is None:
+            return []
+        average = self.averaged_model
+        return self._offloader.host_tensors() + ([] if average is None else [*average.parameters(), *average.buffers()])
+
+    def run_as(self, plan: Plan) -> None:
+        """From now on recompute and accumulate as another plan of the same boundaries says; nothing else changes.
+
+        Raises:
+            PartitionError: the plan has other boundaries.
+        """
+        if plan.boundaries != self.plan.boundaries:
+            raise PartitionError(f"plan: its boundaries are {list(plan.boundaries)}, not {list(self.plan.boundaries)}.")
+        self.plan = plan
+        self._settings["accumulation"] = plan.accumulation
+        if plan.global_checkpoint is not None:
+            self.global_checkpoint = plan.global_checkpoint
+            self._global_step = self._global_recomputed = None
+        for index, module in enumerate(self.modules):
+            module.recomputed = recomputed_in(self.backbone, plan, index, overlap=self.overlap)
+        for step in self._executor.steps if self._executor else ():
+            step.run_as(plan.accumulation)
+
+    def state_dict(self) -> LearnerState:
+        """Everything that a resumed run needs: model, auxiliary nets, every optimizer and scaler, average, count.
+
+        As with PyTorch's own, its tensors are the learner's: save it, or ``copy.deepcopy`` it, before training goes on.
+        """
+        steps = self._executor.steps if self._executor else ()
+        return {
+            "model": self.model.state_dict(),
+            "objectives": [module.objective.state_dict() for module in self.modules],
+            "optimizers": [step.optimizer.state_dict() for step in steps],
+            "scalers": [step.scaler.state_dict() for step in steps],
+            "averaged_model": None if self.averaged_model is None else self.averaged_model.state_dict(),
+            "num_steps": self.num_steps,
+            "seed": self.seed,
+            "boundaries": list(self.plan.boundaries),
+            "objective": describe(self.objective),
+            "optimizer_classes": [type(step.optimizer).__name__ for step in steps],
+        }
+
     def _take_weights(self, weights: dict[str, Tensor], averages: dict[str, Tensor] | None) -> None:
         """Take a whole model's weights, and those of its average where one is kept."""
         self.model.load_state_dict(weights)
@@ -841,270 +872,6 @@ def _check_options(
         raise RecipeError(f"auxiliary_from: unknown {auxiliary_from!r}; take seed or state.")
     if device is not None and not offload:
         raise RecipeError(f"device: {device} needs offload=True; without it, move the model: model.to({device!r}).")
-
-
-def make_plan(backbone: Backbone, modules: Request | Plan, *, checkpoint: CheckpointRequest = False) -> Plan:
-    """Partition a backbone, balancing by the bytes that autograd keeps for one image.
-
-    Args:
-        backbone: a split model.
-        modules: as for ``LocalLearner``.
-        checkpoint: what modules recompute: one for all, or one each, as for ``LocalLearner``; not for a ``Plan``.
-
-    Raises:
-        PartitionError: the modules asked for can't be made, a plan is of another model, or both it and ``checkpoint``
-            say what is recomputed.
-    """
-    name = model_name(backbone.model)
-    if isinstance(modules, Plan):
-        if (modules.model, modules.num_blocks) != (name, len(backbone.blocks)):
-            raise _other_model(modules, name, len(backbone.blocks))
-        if checkpoint not in (False, "none"):
-            raise PartitionError(
-                f"{arg('checkpoint')}: {checkpoint!r}, but a plan says itself what is recomputed; leave it out, or "
-                "make another plan: dataclasses.replace(plan, checkpoint=...)."
-            )
-        return modules
-    try:
-        costs = activation_bytes(backbone)
-    except BackboneError:
-        if isinstance(modules, int):
-            raise
-        costs = [0] * len(backbone.blocks)  # by values only, and boundaries are given
-    boundaries = resolve(modules, costs, backbone.stage_boundaries)
-    num_modules = len(boundaries) + 1
-    is_list = isinstance(checkpoint, Sequence) and not isinstance(checkpoint, str)
-    listed: list[object] = [*cast(Sequence[object], checkpoint)] if is_list else [checkpoint] * num_modules
-    plan = Plan(
-        model=name,
-        num_blocks=len(costs),
-        boundaries=boundaries,
-        checkpoint=tuple(Checkpointing.parse(how) for how in listed),
-    )
-    return replace(plan, activation_bytes=tuple(sum(costs[i] for i in span) for span in plan.spans))
-
-
-def activation_bytes(backbone: Backbone) -> list[int]:
-    """Bytes that autograd keeps for one image in each block; the stem counts to the first, the tail to the last."""
-    # Two images: batch norms refuse to train on one.
-    images = torch.empty(2, *backbone.input_size, dtype=backbone.dtype, device="meta")
-    stem, *blocks, tail = block_activation_bytes([backbone.stem, *backbone.blocks, backbone.tail], images)
-    blocks[0] += stem
-    blocks[-1] += tail
-    return [kept // 2 for kept in blocks]
-
-
-def frozen_from(freeze_from: float | None, index: int, num_modules: int) -> float | None:
-    """The share of the training after which a local module is frozen: one after another, the last one never."""
-    if freeze_from is None or index == num_modules - 1:
-        return None
-    return freeze_from + (1 - freeze_from) * index / (num_modules - 1)
-
-
-def end_to_end(learner: LocalLearner) -> LocalLearner:
-    """The same backbone, precision and settings with one local module: the end-to-end baseline, sharing weights."""
-    decay = None if learner._ema is None else learner._ema.decay
-    return LocalLearner(
-        learner.backbone,
-        modules=1,
-        objective=learner.objective,
-        ema_decay=decay,
-        offload=learner.offload,
-        device=learner._device,
-        **learner._settings,
-    )
-
-
-def estimate_step(
-    learner: LocalLearner,
-    batch_size: int,
-    optimizer: Factories,
-    device: torch.device | None = None,
-    *,
-    globally: bool = False,
-) -> MemoryProfile:
-    """Predict the memory of one training step on fake tensors; the learner is not touched.
-
-    Args:
-        learner: as it will be trained.
-        batch_size: images a step.
-        optimizer: factory, as for ``configure_optimizers``.
-        device: that it will be trained on; by default the one where it is.
-        globally: predict the end-to-end step (``global_step_on``), and not the local one.
-    """
-    if globally:
-        learner._recomputed_globally()  # made of real blocks; fake ones can't be taken apart
-    bare = copy.copy(learner)  # without its optimizers and compiled code, which a fake copy can't hold
-    bare._executor, bare._settings = None, {**learner._settings, "compile": False}
-    bare._global_step = None
-    bare.optimizer_factory = None
-    bare._offloader, bare._device = None, None
-    return simulate(
-        bare,
-        _EstimatedStep(optimizer, (batch_size, *learner.backbone.input_size), globally=globally),
-        inputs={"labels": ((batch_size,), torch.int64)},
-        device="cuda" if (device or learner.device).type == "cuda" else "cpu",
-        host=LocalLearner.host_tensors,
-    )
-
-
-class _EstimatedStep:
-    """A training step of a copied learner, whose optimizers are made at the first call.
-
-    It makes its images as the data path does, and gives them away, so that they are counted for as long as they live.
-    """
-
-    def __init__(self, factory: Factories, size: tuple[int, ...], *, globally: bool = False) -> None:
-        self.factory = factory
-        self.size = size
-        self.globally = globally
-        self.configured = False
-
-    def __call__(self, learner: LocalLearner, labels: Tensor) -> StepResult:
-        first = not self.configured
-        if first:
-            if learner.offload:  # to fake tensors, which are all on the processor
-                learner._device = HOST
-                learner._offloader = Offloader(learner.modules, HOST)
-            learner.configure_optimizers(self.factory)
-            _annotate_modules(learner)
-            self.configured = True
-            # The first step only makes optimizer state, which is the same after a few images.
-            labels = labels[: 2 * learner._settings["accumulation"]]
-        # The first step makes all optimizer state, also that of auxiliary nets, which an end-to-end step leaves alone.
-        step = learner.global_step_on if self.globally and not first else learner.step_on
-        return step(LocalBatch(torch.empty(len(labels), *self.size[1:], dtype=learner.backbone.dtype), labels))
-
-
-def _annotate_modules(learner: LocalLearner) -> None:
-    """Have each module's step run under its own label."""
-    executor = learner._executor
-    assert executor is not None, "optimizers are configured"
-    inner = executor.around
-
-    @contextlib.contextmanager
-    def around(index: int) -> Iterator[None]:
-        with annotate(f"module {index}"), inner(index):
-            yield
-
-    executor.around = around
-
-
-def check_isolation(learner: LocalLearner, images: Tensor | None = None, labels: Tensor | None = None) -> None:
-    """Prove on one batch that no local module's loss reaches another module's parameters.
-
-    Each module runs forward and backward alone; afterwards only its own parameters may have a gradient. Nothing
-    is updated, and gradients and random state are left as they were.
-
-    Args:
-        learner: any learner, with or without optimizers.
-        images: [B, C, H, W]; two random images by default.
-        labels: [B]; random classes by default.
-
-    Raises:
-        IsolationError: naming the two modules and the parameter.
-    """
-    owners = [set(map(id, module.parameters())) for module in learner.modules]
-    named = [
-        (f"local module {number}: {name}", parameter)
-        for number, module in enumerate(learner.modules)
-        for name, parameter in module.named_parameters()
-    ]
-    kept = [parameter.grad for _, parameter in named]
-    device = learner.device
-    if learner._offloader is not None:  # all modules at once: in host memory, then
-        learner._offloader.rest()
-        device = HOST
-        images, labels = (None if given is None else given.to(HOST) for given in (images, labels))
-    try:
-        with left_as_it_was(learner.model, *learner.modules):
-            batch = LocalBatch(
-                torch.randn(2, *learner.backbone.input_size, device=device).to(learner.backbone.dtype)
-                if images is None
-                else images,
-                torch.arange(2, device=device) % learner.backbone.num_classes if labels is None else labels,
-            )
-            features = batch.images
-            num_classes = learner.backbone.num_classes
-            batch.teacher = torch.full((len(batch.labels), num_classes), 1 / num_classes, device=device)
-            for index, module in enumerate(learner.modules):
-                for _, parameter in named:
-                    parameter.grad = None
-                output = module(features, batch)
-                output.loss.backward(retain_graph=True)  # a leak is to be named, not to end in autograd's own error
-                batch.previous, features = features, output.features
-                if index + 1 < len(learner.modules):
-                    batch.context = (*batch.context, module.pooled(features))
-                for name, parameter in named:
-                    if parameter.grad is not None and id(parameter) not in owners[index]:
-                        raise IsolationError(
-                            f"the loss of local module {index} reached a parameter of another: {name}."
-                        )
-    finally:
-        for (_, parameter), gradient in zip(named, kept, strict=True):
-            parameter.grad = gradient
-
-
-def default_input_size(model: nn.Module) -> tuple[int, int, int]:
-    """(C, H, W) that a timm model was configured for, with the channels that it was built for (``in_chans``).
-
-    Raises:
-        BackboneError: the model doesn't say; pass ``input_size``.
-    """
-    config = getattr(model, "pretrained_cfg", None) or {}
-    size = config.get("input_size")
-    if size is None:
-        raise BackboneError(f"{type(model).__name__} doesn't tell its input size; pass input_size=(C, H, W).")
-    embed = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    height, width = embed or size[1:]
-    return input_channels(model) or size[0], height, width
-
-
-def num_parameters(backbone: Backbone) -> int:
-    """Numbers that a model learns or holds still: what tells models of one name and depth apart."""
-    return sum(parameter.numel() for parameter in backbone.parameters())
-
-
-def model_name(model: nn.Module) -> str:
-    """The architecture's timm name, or the class's where there is none."""
-    config = getattr(model, "pretrained_cfg", None) or {}
-    return str(config.get("architecture") or type(model).__name__)
-
-
-def load_weights(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load a state dict that must fit exactly.
-
-    Raises:
-        CheckpointError: keys or shapes differ.
-    """
-    check_weights(module, state)
-    for name, target in module.state_dict().items():
-        put(target, state[name])
-
-
-def check_weights(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Refuse a state dict that doesn't fit exactly.
-
-    Raises:
-        CheckpointError: keys or shapes differ; the message names the first differences.
-    """
-    own = module.state_dict()
-    missing, unknown = [key for key in own if key not in state], [key for key in state if key not in own]
-    if missing or unknown:
-        raise CheckpointError(
-            f"checkpoint: it is of another model: {len(missing)} weights are missing ({', '.join(missing[:3])}), "
-            f"{len(unknown)} unknown ({', '.join(unknown[:3])})."
-        )
-    for key, value in own.items():
-        if not isinstance(value, Tensor):  # a module's extra state
-            continue
-        if not isinstance(state[key], Tensor):
-            raise CheckpointError(f"checkpoint: {key} is a {type(state[key]).__name__}, not a tensor.")
-        if value.shape != state[key].shape:
-            raise CheckpointError(
-                f"checkpoint: it is of another model: {key} has shape {list(state[key].shape)}, "
-                f"not {list(value.shape)}."
-            )
 
 
 @contextlib.contextmanager
@@ -1155,10 +922,3 @@ def _warn_of_plan(different: Sequence[str]) -> None:
 def no_optimizers() -> RecipeError:
     """The error of a step before there are optimizers."""
     return RecipeError("no optimizers yet: call learner.configure_optimizers(lambda params: ...) first.")
-
-
-def _other_model(plan: Plan, name: str, num_blocks: int) -> PartitionError:
-    return PartitionError(
-        f"{arg('plan')}: it was made for {plan.model} with {plan.num_blocks} blocks, "
-        f"but this model is {name} with {num_blocks} blocks; make a new plan."
-    )

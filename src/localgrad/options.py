@@ -15,6 +15,8 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from localgrad.errors import RecipeError, arg
 
 T = TypeVar("T")
+Values = dict[str, Any]
+"""Values by key, as TOML has them (texts, numbers, lists, tables of the same) or an option's reader made them."""
 Reader = Callable[[str, str], Any]
 """Makes a value of an option's name and its text."""
 
@@ -61,8 +63,8 @@ def option(
 
 def field_of(default: Any, own: Option) -> Any:
     """A dataclass's field that is declared."""
-    made: dict[str, Any] = {"default_factory": default} if callable(default) else {"default": default}
-    return field(**made, metadata={"option": own})
+    told = {"option": own}
+    return field(default_factory=default, metadata=told) if callable(default) else field(default=default, metadata=told)
 
 
 def entries(**options: Option) -> Any:
@@ -98,7 +100,7 @@ def _typed(hint: Any) -> type:
     return hint if hint in (bool, int, float, Path) else str
 
 
-def values_of(options: Mapping[str, Option], given: Mapping[str, Any]) -> dict[str, Any]:
+def values_of(options: Mapping[str, Option], given: Mapping[str, Any]) -> Values:
     """What was typed as values by dotted key; what wasn't is left out.
 
     Args:

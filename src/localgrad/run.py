@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,9 @@ from localgrad import rules
 from localgrad.app.agreement import team_of, together
 from localgrad.app.build import Job, build, create_model, input_size_of, resolve_device
 from localgrad.app.planned import check_plan_fits, laid_over, note_of_plan, plan_recipe, task_on
-from localgrad.app.recipe import DataSettings, Recipe, difference, validated
+from localgrad.app.recipe import DataSettings, Recipe, as_recipe, difference, flat, overlay, validated
 from localgrad.app.replanning import Replanner
+from localgrad.app.threads import threads_kept
 from localgrad.backbones.base import Backbone
 from localgrad.errors import (
     CheckpointError,
@@ -38,13 +39,14 @@ from localgrad.errors import (
     RunFolderError,
     arg,
 )
+from localgrad.estimating import end_to_end, estimate_step
 from localgrad.formats import check_format
-from localgrad.learner import end_to_end, estimate_step
 from localgrad.memory.track import MemoryProfile
 from localgrad.parallel.memory import estimate_share
 from localgrad.parallel.parallel_learner import ParallelLearner
 from localgrad.parallel.team import Team, was_restarted
 from localgrad.partition import Plan, forecast_of
+from localgrad.registry import load_plugins, name_of_function
 from localgrad.step.executor import out_of_memory
 from localgrad.training.data import DataInfo, load_images_for_prediction
 from localgrad.training.events import (
@@ -53,7 +55,8 @@ from localgrad.training.events import (
     RunEnded,
     RunStarted,
     Sink,
-    TensorBoardSink,
+    check_sinks,
+    make_sinks,
     summary_rows,
 )
 from localgrad.training.feature_cache import check_space
@@ -86,33 +89,39 @@ from localgrad.training.saved import (
     Summary,
 )
 from localgrad.training.stagewise import StagewiseTrainer, disk_needed, estimate_stages, gather
-from localgrad.training.trainer import Trainer, evaluate, load_best_weights
-from localgrad.units import format_bytes
+from localgrad.training.trainer import LocalTrainer, Trainer, evaluate, load_best_weights
+from localgrad.training.transforms import NONE
+from localgrad.units import format_bytes, parse_bytes
 
 _FEW = 10  # classes that are named in the first lines of a run
 _ONE_LINE = 100
 
 
+@threads_kept()
 def train(
-    recipe: Recipe,
+    recipe: Recipe | Mapping[str, Any] | str | Path,
     *,
-    out: Path | None = None,
+    out: Path | str | None = None,
+    transform: str | Callable[..., Any] | None = None,
     download: bool = False,
-    sinks: Sequence[Sink] = (),
+    sinks: Sequence[Sink | str] = (),
     plan: Plan | None = None,
-    budget: int | None = None,
+    budget: int | str | None = None,
     on_oom: str = "stop",
     cache: bool = True,
 ) -> Summary:
-    """Train a recipe from the start.
+    """Train a recipe from the start, as ``localgrad train`` does, in a run folder of its own.
 
     Args:
-        recipe: what to do.
+        recipe: what to do: a recipe, its values (nested, or by dotted key), a preset's name, or a file in TOML.
         out: the run folder; by default a new one under ``runs/``.
+        transform: what makes an image one of the model's size, in the recipe's place (``data.transform``): a name, or
+            a function of a module, called with ``image_size`` and ``training=``.
         download: let torchvision fetch a data set that is missing.
-        sinks: take the events, beside the run folder's own files.
+        sinks: take the events, beside the run folder's own files and what the recipe names; by name (``console``), or
+            made already.
         plan: that the recipe was made from; refused if it is of another model or shape.
-        budget: bytes; the recipe's modules and how they run are planned to fit.
+        budget: bytes, or such as ``"6GiB"``; the recipe's modules and how they run are planned to fit.
         on_oom: what to do when memory runs out: ``stop``, or ``replan`` and go on.
         cache: take costs that were measured before for a plan, and keep those that are measured.
 
@@ -121,25 +130,37 @@ def train(
 
     Raises:
         LocalgradError: anything that can't be as the recipe says.
+
+    Example:
+        >>> train({"model.name": "vit_tiny_patch16_224", "data.name": "./photos"}, sinks=["console"])  # doctest: +SKIP
     """
     _check_on_oom(on_oom)
-    if out is not None and holds_run(out):
+    wanted, place = as_recipe(recipe), None if out is None else Path(out)
+    num_bytes = None if budget is None else parse_bytes(budget)
+    if transform is not None:
+        name = transform if isinstance(transform, str) else name_of_function("transform", transform)
+        wanted = as_recipe(overlay(wanted.to_dict(), {"data.transform": name}))
+    load_plugins(wanted.execution.plugins)
+    check_sinks((*wanted.execution.sinks, *sinks))
+    if place is not None and holds_run(place):
         if was_restarted():
-            return resume(out, _normalised_as(read_recipe(out), recipe), sinks=sinks, on_oom=on_oom)
+            return resume(place, _normalised_as(read_recipe(place), wanted), sinks=sinks, on_oom=on_oom)
         raise RunFolderError(
-            f"{arg('out')}: {out} already holds a run; continue it with {arg('resume', out)}, or choose another folder."
+            f"{arg('out')}: {place} already holds a run; continue it with {arg('resume', place)}, or choose another "
+            "folder."
         )
-    is_planned = plan is not None or budget is not None
-    given = {"plan": plan is not None, "budget": budget is not None, "on_oom": on_oom}
-    rules.check({**recipe.arguments(), **given})
-    check_writable(out or Path("runs"))
-    planning = _Planning(plan, budget, cache=cache)
-    with team_of(recipe) as team:
+    is_planned = plan is not None or num_bytes is not None
+    given = {"plan": plan is not None, "budget": num_bytes is not None, "on_oom": on_oom}
+    decided = dict.fromkeys(("checkpoint", "accumulation"))  # a recipe always has them, and a plan lays others over it
+    rules.check({**wanted.arguments(), **decided, **given})
+    check_writable(place or Path("runs"))
+    planning = _Planning(plan, num_bytes, cache=cache)
+    with team_of(wanted) as team:
         job = together(
             team,
-            lambda: build(recipe, download=download, is_new=True, planned=planning if is_planned else None, team=team),
+            lambda: build(wanted, download=download, is_new=True, planned=planning if is_planned else None, team=team),
         )
-        path = out or new_folder(recipe.method.data.name, recipe.method.local.objective)
+        path = place or new_folder(wanted.method.data.name, wanted.method.local.objective)
         path = path if team is None else team.everyone(path)[0]
         _check_space(job, path)
         health = _health_check(job)
@@ -164,13 +185,16 @@ def _check_on_oom(on_oom: str) -> None:
 
 
 def _normalised_as(begun: Recipe, recipe: Recipe) -> Recipe:
-    """A recipe with the normalisation that a run of it found when it began."""
+    """A recipe with the normalisation and the transform that a run of it found when it began."""
     own, data = begun.method.data, recipe.method.data
+    if data.transform is None:
+        data = replace(data, transform=own.transform)
     if data.mean is None and recipe.method.model.pretrained:
         data = replace(data, mean=own.mean, std=own.std)
     return replace(recipe, method=replace(recipe.method, data=data))
 
 
+@final
 class _Planning:
     """Plans a recipe once its model is there, or checks that a plan fits that model.
 
@@ -194,14 +218,22 @@ class _Planning:
         return laid_over(self.plan, recipe)
 
 
-def resume(path: Path, changes: Recipe | None = None, *, sinks: Sequence[Sink] = (), on_oom: str = "stop") -> Summary:
+@threads_kept()
+def resume(
+    path: Path | str,
+    changes: Recipe | Mapping[str, Any] | None = None,
+    *,
+    sinks: Sequence[Sink | str] = (),
+    on_oom: str = "stop",
+) -> Summary:
     """Continue a run where its last checkpoint stands; a finished run only gives its summary.
 
     Args:
         path: the run folder.
-        changes: the recipe as it is wanted now; its method must be the run's own, its execution may differ, and so may
-            where the data lies (``data.name``, ``data.root``), if it is the same data. It becomes the run's recipe.
-        sinks: take the events.
+        changes: the recipe as it is wanted now, or values to be laid over the run's own; its method must be the run's
+            own, its execution may differ, and so may where the data lies (``data.name``, ``data.root``), if it is the
+            same data. It becomes the run's recipe.
+        sinks: take the events, as for ``train``.
         on_oom: as for ``train``.
 
     Raises:
@@ -211,30 +243,33 @@ def resume(path: Path, changes: Recipe | None = None, *, sinks: Sequence[Sink] =
         DataError: the data is missing, or was moved and is not what the run was trained on.
     """
     _check_on_oom(on_oom)
-    own = read_recipe(path)
-    recipe = own if changes is None else changes
+    place = Path(path)
+    own = read_recipe(place)
+    recipe = changes if isinstance(changes, Recipe) else as_recipe(overlay(own.to_dict(), flat(changes or {})))
     different = difference(_without_place(own), _without_place(recipe))
     if different:
         raise RecipeError(
-            f"{arg('resume', path)}: the run has another recipe ({'; '.join(different)}); leave those options out, "
+            f"{arg('resume', place)}: the run has another recipe ({'; '.join(different)}); leave those options out, "
             "or start a new run."
         )
     rules.check({**recipe.arguments(), "on_oom": on_oom})
-    finished = _read_summary(path)
+    load_plugins(recipe.execution.plugins)
+    check_sinks((*recipe.execution.sinks, *sinks))
+    finished = _read_summary(place)
     if finished is not None:
-        for sink in sinks:
+        for sink in make_sinks(sinks, place):
             sink.emit(RunEnded(summary=finished))
             sink.close()
         return finished
     with team_of(recipe) as team:
-        folder = together(team, lambda: RunFolder(path, is_guest=team is not None and not team.is_speaker))
+        folder = together(team, lambda: RunFolder(place, is_guest=team is not None and not team.is_speaker))
         try:
             state = together(team, lambda: _load_last(folder, recipe))
             job = together(team, lambda: _build_again(recipe, has_weights=state is not None, team=team))
             is_moved = _place_of(own) != _place_of(recipe)
             speaks = team is None or team.is_speaker
-            described = together(team, lambda: _check_data(path, job, is_moved=is_moved) if speaks else None)
-            _check_space(job, path)
+            described = together(team, lambda: _check_data(place, job, is_moved=is_moved) if speaks else None)
+            _check_space(job, place)
 
             def rewrite() -> None:
                 if described is not None:
@@ -426,9 +461,9 @@ def evaluate_run(
             f"{arg('part', 'val')}: this run has no validation images (data.val_fraction = 0); take "
             f"{arg('part', 'test')}."
         )
-    load_best_weights(job.learner, weights)
-    gather(job.learner, job.device)
-    accuracy, by_module = evaluate(job.learner, job.evaluation_batches(images))
+    load_best_weights(job.local, weights)
+    gather(job.local, job.device)
+    accuracy, by_module = evaluate(job.local, job.evaluation_batches(images))
     by_module = _of_best(recipe, by_module)
     return {
         "part": part,
@@ -496,10 +531,12 @@ def predict(
     reading: DataSettings = validated(DataSettings, given, "data.")
     recipe = _on_device(read_recipe(path), device)
     info = _read_data(path).info
+    load_plugins(recipe.execution.plugins)
     where = resolve_device(recipe.execution.device)
     settings = replace(recipe.method.model, pretrained=False)
-    model = create_model(settings, num_classes=info.num_classes, num_channels=info.num_channels)
-    size = input_size_of(model, settings, info.num_channels)
+    made = create_model(settings, num_classes=info.num_classes, num_channels=info.num_channels)
+    size = input_size_of(made, settings, info.num_channels)
+    model = made.model if isinstance(made, Backbone) else made
     weights = load_saved_weights(path / "checkpoints" / "best.safetensors")
     load_model_weights(model, weights)
     model.to(where).eval()
@@ -513,6 +550,7 @@ def predict(
         image_range=reading.image_range or info.image_range,
         background=info.background if reading.background is None else parse_colour(reading.background),
         fit=reading.fit or info.fit,
+        transform=None if recipe.method.data.transform == NONE else recipe.method.data.transform,
         skipped=skipped,
     )
     for image_path, image in found:
@@ -527,7 +565,7 @@ def predict(
 
 def load_model_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Put the model's part of a run's best weights into a plain model."""
-    from localgrad.learner import load_weights
+    from localgrad.step.states import load_weights
 
     load_weights(model, model_weights(weights))
 
@@ -541,7 +579,7 @@ def model_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def _fit(
     job: Job,
     folder: RunFolder,
-    sinks: Sequence[Sink],
+    sinks: Sequence[Sink | str],
     state: Checkpoint | None = None,
     *,
     health: HealthCheck | None = None,
@@ -557,7 +595,7 @@ def _fit(
             trainer._save_best()
     fits()
     if isinstance(trainer, StagewiseTrainer):
-        stages = estimate_stages(job.learner, settings.batch_size, job.optimizer, job.device)
+        stages = estimate_stages(job.local, settings.batch_size, job.optimizer, job.device)
         profile = max(stages, key=lambda stage: stage.peak_bytes)
     else:
         profile = estimate_run(job)
@@ -588,15 +626,15 @@ def _fit(
             ) from error
         return _finish(job, trainer, {"estimated_peak_bytes": peak, "estimated_end_to_end_peak_bytes": baseline})
 
-    return _told(trainer, sinks, run)
+    return _told(trainer, (*job.recipe.execution.sinks, *sinks), run)
 
 
-def _told(trainer: Trainer, sinks: Sequence[Sink], run: Callable[[], Summary]) -> Summary:
+def _told(trainer: Trainer, sinks: Sequence[Sink | str], run: Callable[[], Summary]) -> Summary:
     """Run something whose events go to the run folder and to some sinks, and tell them its summary."""
     epoch, path, kept = trainer.position.epoch, trainer.folder.path, trainer.folder.kept
     lines = JsonlSink(path / "metrics.jsonl", epoch, kept.get("metrics.jsonl"))
     kept["metrics.jsonl"] = lines.lines
-    trainer.sinks = (lines, TensorBoardSink(path / "tensorboard", epoch), *sinks)
+    trainer.sinks = (lines, *make_sinks(sinks, path))
     try:
         summary = run()
         for sink in trainer.sinks:
@@ -611,7 +649,7 @@ def _fit_together(
     job: Job,
     team: Team,
     folder: RunFolder,
-    sinks: Sequence[Sink],
+    sinks: Sequence[Sink | str],
     state: Checkpoint | None = None,
     *,
     fits: Callable[[], None] = lambda: None,
@@ -659,7 +697,7 @@ def _fit_together(
     if job.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(job.device)
     watched: Callable[[], Summary] = partial(trainer.watched, run)
-    return _told(trainer, sinks, watched) if team.is_speaker else watched()
+    return _told(trainer, (*job.recipe.execution.sinks, *sinks), watched) if team.is_speaker else watched()
 
 
 def _rank_figures(job: Job, team: Team, learner: ParallelLearner) -> RankFigures:
@@ -679,9 +717,11 @@ def _rank_figures(job: Job, team: Team, learner: ParallelLearner) -> RankFigures
 def estimate_run(job: Job) -> MemoryProfile:
     """Predict the memory of the steps that a job's recipe has: the larger, where some are end-to-end."""
     settings = job.recipe.method.training
-    kinds = [False, True] if settings.has_global_steps and job.learner.plan.num_modules > 1 else [False]
-    found = [estimate_step(job.learner, settings.batch_size, job.optimizer, globally=kind) for kind in kinds]
-    return max(found, key=lambda profile: profile.peak_bytes)
+    local = estimate_step(job.local, settings.batch_size, job.optimizer)
+    if not settings.has_global_steps or job.learner.plan.num_modules == 1:
+        return local
+    globally = estimate_step(job.local, settings.batch_size, job.optimizer, globally=True)
+    return max(local, globally, key=lambda profile: profile.peak_bytes)
 
 
 def _go_on(replanner: Replanner, trainer: Trainer, module: int) -> bool:
@@ -707,7 +747,7 @@ def _trainer(job: Job, folder: RunFolder) -> Trainer:
     val = None if job.data.val is None else job.evaluation_batches(job.data.val)
     if settings.schedule == "sequential":
         return StagewiseTrainer(
-            learner=job.learner,
+            learner=job.local,
             optimizer=job.optimizer,
             schedule_for=job.schedule_for,
             train=job.batches,
@@ -717,8 +757,8 @@ def _trainer(job: Job, folder: RunFolder) -> Trainer:
             folder=folder,
             sinks=(),
         )
-    return Trainer(
-        learner=job.learner,
+    return LocalTrainer(
+        learner=job.local,
         schedule=job.schedule_for(job.learner.optimizers),
         train=job.batches,
         val=val,
@@ -739,7 +779,7 @@ def _health_check(job: Job) -> HealthCheck | None:
         reference = _end_to_end_weights(Path(execution.health_reference), job.recipe)
     try:
         return HealthCheck(
-            job.learner,
+            job.local,
             job.batches,
             None if val is None else job.evaluation_batches(val),
             execution.health_every,
@@ -771,7 +811,7 @@ def _check_space(job: Job, path: Path) -> None:
     settings = job.recipe.method.training
     if settings.schedule == "sequential":
         variants = min(settings.cached_epochs, settings.epochs)
-        check_space(path / "cache", disk_needed(job.learner, job.batches, job.data.info.num_val, variants))
+        check_space(path / "cache", disk_needed(job.local, job.batches, job.data.info.num_val, variants))
 
 
 def _emit_start(job: Job, trainer: Trainer, peak: int, baseline: int) -> None:

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import final
 
 import torch
 from torch import Tensor, nn
 
 from localgrad.app.build import check_model_name
 from localgrad.app.planned import kind_of, made_for_task
-from localgrad.backbones.base import Backbone, outline
+from localgrad.backbones.base import BACKBONES, Backbone, outline
 from localgrad.backbones.fake import without_initialization
 from localgrad.errors import RecipeError, arg
-from localgrad.learner import LocalLearner, OptimizerFactory, default_input_size, estimate_step
+from localgrad.estimating import estimate_step
+from localgrad.learner import LocalLearner, OptimizerFactory
 from localgrad.memory.track import MemoryProfile, simulate
 from localgrad.objectives.methods import FeatureReconstruction, Objective
 from localgrad.partition import Plan, Request
+from localgrad.partitioning import default_input_size
 from localgrad.planning.budget import Task, plan_to_budget
 from localgrad.planning.rank_plans import Parallel, plan_parallel
 from localgrad.step.local_step import PRECISIONS, check_precision
 from localgrad.units import parse_bytes
 
 
+@final
 class _AdamW:
     """The optimizer that is planned for by default."""
 
@@ -128,6 +132,8 @@ def _outlined(model: nn.Module | str, input_size: tuple[int, int, int] | None) -
         import timm
 
         check_model_name(model)
+        if model in BACKBONES:
+            return BACKBONES[model]()
         with without_initialization():
             made: nn.Module = timm.create_model(model)
     else:

@@ -17,6 +17,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from importlib import resources
+from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_type_hints
 
 from localgrad.errors import RecipeError, arg, did_you_mean
@@ -28,6 +29,7 @@ from localgrad.options import (
     Limits,
     Option,
     Readable,
+    Values,
     declared,
     documented,
     entries,
@@ -62,12 +64,12 @@ class ModelSettings:
     """Which model, and how timm is asked for it."""
 
     __pydantic_config__ = STRICT
-    name: str = option("swin_tiny_patch4_window7_224", "timm's name of the model.", METHOD, name="model")
+    name: str = option("swin_tiny_patch4_window7_224", "timm's name of the model, or a plugin's.", METHOD, name="model")
     img_size: Positive | None = option(None, "Side of the images in pixels; by default the model's own.", METHOD)
     patch_size: Positive | None = option(None, "Side of a patch in pixels; by default the model's own.", METHOD)
     drop_path: Fraction | None = option(None, "Stochastic depth rate; by default the model's own.", METHOD)
     pretrained: bool = option(default=False, help="Start from timm's weights.", panel=METHOD)
-    options: dict[str, Any] = option(dict, "Further keyword arguments of timm.create_model, such as depths.")
+    options: Values = option(dict, "Further keyword arguments of timm.create_model, such as depths.")
 
 
 @documented
@@ -105,6 +107,12 @@ class DataSettings:
     fit: Literal["crop", "pad", "squash"] | None = option(
         None, "Images of another shape: crop (cut; by default), pad (bars) or squash.", DATA
     )
+    transform: str | None = option(
+        None,
+        "What images of files go through: imagenet, none, module:function, or a plugin's; by default imagenet where "
+        "they are larger than the model's and nothing is said of augmenting.",
+        DATA,
+    )
 
 
 @documented
@@ -119,10 +127,10 @@ class LocalSettings:
         METHOD,
         read=read_modules,
     )
-    objective: str = option("feature", "feature, image, greedy or contrastive.", METHOD)
-    options: dict[str, Any] = entries(
-        decoder=Option(help="Auxiliary decoder: linear, conv, transformer or bilinear.", panel=METHOD),
-        classifier=Option(help="Auxiliary classifier: linear, mlp, transformer or next.", panel=METHOD),
+    objective: str = option("feature", "feature, image, greedy, contrastive, or a plugin's.", METHOD)
+    options: Values = entries(
+        decoder=Option(help="Auxiliary decoder: linear, conv, transformer, bilinear, or a plugin's.", panel=METHOD),
+        classifier=Option(help="Auxiliary classifier: linear, mlp, transformer, next, or a plugin's.", panel=METHOD),
     )
     overlap: Count = option(0, "Last blocks of the module before that each module trains as well.", METHOD)
 
@@ -219,7 +227,9 @@ class Execution:
         default=False, help="Keep modules that don't train, and their optimizers, in host memory.", panel=EXECUTION
     )
     num_workers: Count = option(2, "Processes that decode data sets too large for memory.", EXECUTION)
-    num_threads: Positive | None = option(None, "Processor threads.", EXECUTION)
+    num_threads: Positive | None = option(
+        None, "Processor threads; a run chooses once, by size: 1 for a small model, else torch's choice.", EXECUTION
+    )
     parallel: Literal["none", "modules"] = option(
         "none", "modules: share the local modules out among processes.", EXECUTION
     )
@@ -233,6 +243,16 @@ class Execution:
         0, "Every so many epochs, and the last, measure where accuracy is lost.", EXECUTION, name="health"
     )
     health_reference: str | None = option(None, "With health: an end-to-end run, to compare features with.", EXECUTION)
+    sinks: list[str] = option(
+        lambda: ["tensorboard"],
+        "Where figures go beside metrics.jsonl: tensorboard, or a plugin's; may be repeated.",
+        EXECUTION,
+        name="sink",
+        repeated=str,
+    )
+    plugins: list[str] = option(
+        list, "Module that registers what you name; may be repeated.", EXECUTION, name="plugin", repeated=str
+    )
 
 
 RECIPE_FORMAT = 1
@@ -246,11 +266,11 @@ class Recipe:
     method: Method = field(default_factory=Method)
     execution: Execution = field(default_factory=Execution)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Values:
         """The recipe as nested plain values, method and execution side by side; unset values are left out."""
-        return cast(dict[str, Any], _without_none({**asdict(self.method), "execution": asdict(self.execution)}))
+        return cast(Values, _without_none({**asdict(self.method), "execution": asdict(self.execution)}))
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> Values:
         """What local modules are trained by, as arguments by their own names; for ``rules.check``."""
         local, training, execution = asdict(self.method.local), asdict(self.method.training), asdict(self.execution)
         return {**training, **execution, **local.pop("options"), **local}
@@ -294,7 +314,7 @@ DOWNLOAD = Option(
 """The option of whatever reads a data set by name."""
 
 
-def parse_toml(text: str, source: str) -> dict[str, Any]:
+def parse_toml(text: str, source: str) -> Values:
     """Parse TOML text, naming ``source`` in the error."""
     try:
         return tomllib.loads(text)
@@ -309,7 +329,7 @@ def preset_names() -> list[str]:
     return sorted(names, key=lambda name: (name.endswith("-source"), name))
 
 
-def preset(name: str) -> dict[str, Any]:
+def preset(name: str) -> Values:
     """The values of a preset.
 
     Raises:
@@ -325,7 +345,35 @@ def preset(name: str) -> dict[str, Any]:
     )
 
 
-def overlay(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def as_recipe(given: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
+    """A recipe, or what stands for one: its values, nested or by dotted key; a preset's name; a file in TOML.
+
+    Raises:
+        RecipeError: a key that there isn't, an impossible value, or a file that can't be read.
+    """
+    if isinstance(given, Recipe):
+        return given
+    if isinstance(given, Mapping):
+        return Recipe.from_dict(overlay({}, flat(given)))
+    if isinstance(given, str) and given in preset_names():
+        return Recipe.from_dict(preset(given))
+    return Recipe.from_dict(read_toml(Path(given)))
+
+
+def read_toml(path: Path) -> Values:
+    """Values of a recipe from a file.
+
+    Raises:
+        RecipeError: it can't be read, or is no TOML.
+    """
+    try:
+        return parse_toml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise RecipeError(f"{arg('recipe')}: {path} can't be read ({reason}); name a recipe in TOML.") from error
+
+
+def overlay(values: Mapping[str, Any], changes: Mapping[str, Any]) -> Values:
     """Lay single values over nested ones.
 
     Args:
@@ -347,13 +395,13 @@ def overlay(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
     return result
 
 
-def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
+def parse_assignments(assignments: Iterable[str]) -> Values:
     """Read ``key=value`` texts; a value is TOML, or else a plain word.
 
     Raises:
         RecipeError: a text without ``=``.
     """
-    changes: dict[str, Any] = {}
+    changes: Values = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not key.strip():
@@ -369,7 +417,7 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
 
 def difference(old: Recipe, new: Recipe) -> list[str]:
     """The lines in which two recipes' methods differ: ``training.epochs: 20 -> 30``."""
-    before, after = _flat(asdict(old.method)), _flat(asdict(new.method))
+    before, after = flat(asdict(old.method)), flat(asdict(new.method))
     keys = sorted(before.keys() | after.keys())
     return [f"{key}: {before.get(key)!r} -> {after.get(key)!r}" for key in keys if before.get(key) != after.get(key)]
 
@@ -426,11 +474,12 @@ def _without_none(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: Mapping[str, Any], prefix: str = "") -> Values:
+    """Nested values by dotted key."""
+    found: Values = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
-    return flat
+            found[prefix + key] = value
+    return found

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import final
 
 import torch
 
@@ -26,6 +27,7 @@ LESS = 0.9
 """The next plan has to need at most this share of the one for which memory ran out."""
 
 
+@final
 class Replanner:
     """Finds the next plan of a run that needs less memory.
 
@@ -57,7 +59,7 @@ class Replanner:
 
     def adopt(self, plan: Plan) -> Recipe:
         """Run as another plan from now on; gives the recipe that says so."""
-        learner = self.job.learner
+        learner = self.job.local
         learner.run_as(replace(plan, activation_bytes=learner.plan.activation_bytes))
         self.recipe = laid_over(plan, self.recipe)
         forecast = forecast_of(plan)

@@ -24,7 +24,7 @@ import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast, final
 
 import numpy as np
 import torch
@@ -83,6 +83,7 @@ class TorchDispatchMode(_python_dispatch.TorchDispatchMode):  # type: ignore[no-
         return False
 
 
+@final
 class FakeTensorMode(fake_tensor.FakeTensorMode):  # type: ignore[no-untyped-call]
     """PyTorch's own, without that wrapper, and with a quicker memory of what operators give.
 
@@ -275,6 +276,7 @@ def _recipe_for_one(part: Any, args: tuple[Any, ...], owners: dict[int, int | No
     return made
 
 
+@final
 class _FakeCopier(TorchFunctionMode):
     """While active, ``copy.deepcopy`` of a tensor gives a fake one. Use `fake_copy`.
 
@@ -414,6 +416,7 @@ def fake_copy_with_memo(obj: T) -> tuple[FakeTensorMode, T, list[tuple[Any, Any]
     return fake_mode, copied, [(original, memo[id(original)]) for original in originals]
 
 
+@final
 class _HostCopier(TorchFunctionMode):
     """While active, ``copy.deepcopy`` of a tensor gives one on the processor. Use `copy_on_host`."""
 
@@ -585,6 +588,7 @@ def looks_at_values(error: Exception) -> BackboneError:
     )
 
 
+@final
 class without_initialization(TorchFunctionMode):  # noqa: N801  # used as a context manager
     """While active, parameters that are made keep whatever their memory holds: no random numbers are drawn for them.
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, final
 
 import torch
 from torch import Tensor, nn
@@ -404,6 +404,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@final
 class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes every operator that draws random numbers, and the shape for which it does."""
 

@@ -14,7 +14,7 @@ import hashlib
 import sys
 import types
 from collections.abc import Callable, Hashable, Iterable
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,7 @@ def is_foreign(module: nn.Module) -> bool:
     return reader.is_foreign
 
 
+@final
 class _Reader:
     """Reads one module.
 

@@ -17,7 +17,7 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -54,6 +54,7 @@ class RandomState:
             torch.cuda.set_rng_state(self.cuda, self.device)
 
 
+@final
 class ModelState:
     """The state of some modules and everything in them, at the time when this is made.
 
@@ -121,6 +122,7 @@ class ModelState:
             self.random.restore()
 
 
+@final
 class _Kept:
     """One module's attributes, and the contents of those that are containers."""
 

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast, final
 
 import numpy as np
 import torch
@@ -472,6 +472,7 @@ def set_random_state(device: torch.device, state: Tensor) -> None:
         torch.set_rng_state(state)
 
 
+@final
 class Undo:
     """Remembers, before each of a module's steps, what its forward passes may change.
 

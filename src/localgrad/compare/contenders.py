@@ -14,7 +14,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, TypedDict, final
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +22,13 @@ from torch import Tensor
 
 from localgrad.backbones.base import Backbone
 from localgrad.compare.measuring import Held, tensors_of
-from localgrad.learner import LocalLearner, OptimizerFactory, estimate_step, make_plan
+from localgrad.estimating import estimate_step
+from localgrad.learner import LocalLearner, OptimizerFactory
 from localgrad.memory.track import MemoryProfile, simulate
-from localgrad.objectives.base import LocalBatch
+from localgrad.objectives.carried import LocalBatch
 from localgrad.objectives.methods import build_objective
 from localgrad.partition import Checkpointing, Plan
+from localgrad.partitioning import make_plan
 from localgrad.step.local_step import PRECISIONS, compiled_alone
 
 HOST = torch.device("cpu")
@@ -157,6 +159,7 @@ class PlainLoop(Contender):
         return Runner(loop.step, [loop.optimizer])
 
 
+@final
 class _Loop:
     def __init__(self, method: PlainLoop, stage: Stage) -> None:
         self.method = method

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from localgrad.errors import RecipeError
-from localgrad.learner import LocalLearner
+from localgrad.learner import Learner
 
 Step = Callable[[Tensor, Tensor], object]
 Held = nn.Module | Optimizer | Tensor
@@ -59,7 +59,7 @@ class Measurement:
 
 
 def measure(
-    step: LocalLearner | Step,
+    step: Learner | Step,
     images: Tensor,
     labels: Tensor,
     *,
@@ -95,11 +95,11 @@ def measure(
     if warmup < 0:
         raise RecipeError(f"warmup can't be negative, got {warmup}.")
     device = images.device
-    if not isinstance(step, LocalLearner) and holds is None and device.type != "cuda":
+    if not isinstance(step, Learner) and holds is None and device.type != "cuda":
         raise RecipeError(
             "holds: a function doesn't tell what is alive between its steps; pass holds=(model, optimizer)."
         )
-    run = step.step if isinstance(step, LocalLearner) else step
+    run = step.step if isinstance(step, Learner) else step
 
     def once() -> None:
         run(images, labels)
@@ -108,7 +108,7 @@ def measure(
         once()
     # Asked when the optimizers have made their state.
     held: Iterable[Held] = holds or ()
-    if isinstance(step, LocalLearner):
+    if isinstance(step, Learner):
         held = [*step.modules, *step.optimizers, *([step.averaged_model] if step.averaged_model is not None else [])]
     allocated, reserved = peak_of(once, device, [*held, images, labels])
     seconds = tuple(timed(once, device) for _ in range(repeats))

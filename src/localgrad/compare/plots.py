@@ -6,7 +6,6 @@ are Okabe and Ito's, which people with any colour vision can tell apart; shapes 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from localgrad.compare.side_by_side import Comparison, Row
 from localgrad.errors import RecipeError, arg
+from localgrad.formats import check_output_file
 from localgrad.units import format_bytes
 
 if TYPE_CHECKING:
@@ -47,21 +47,6 @@ def check_path(name: str, path: Path) -> None:
     if path.suffix.lower() not in SUFFIXES:
         raise RecipeError(f"{arg(name)}: {str(path)!r} is neither .png nor .svg; take {path.stem or 'plot'}.png.")
     check_output_file(name, path)
-
-
-def check_output_file(name: str, path: Path) -> None:
-    """Refuse a file that can't be written.
-
-    Raises:
-        RecipeError: it is a folder, or in none, or not ours to write.
-    """
-    folder = path.parent
-    if path.is_dir():
-        raise RecipeError(f"{arg(name)}: {str(path)!r} is a folder; name a file in it.")
-    if not folder.is_dir():
-        raise RecipeError(f"{arg(name)}: there is no folder {str(folder)!r}; make it, or name another one.")
-    if not os.access(path if path.exists() else folder, os.W_OK):
-        raise RecipeError(f"{arg(name)}: {str(path)!r} can't be written; name a file in a folder of yours.")
 
 
 def plot_trade_off(comparison: Comparison, path: Path) -> None:

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, final
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ from localgrad.compare.measuring import peak_of, timed
 from localgrad.errors import MemoryExceeded, RecipeError, reason_of
 from localgrad.formats import Json, check_format
 from localgrad.memory.track import MemoryProfile
-from localgrad.objectives.base import LocalBatch
+from localgrad.objectives.carried import LocalBatch
 from localgrad.step.executor import out_of_memory
 from localgrad.units import format_bytes
 
@@ -300,6 +300,7 @@ def _turn(runner: Runner, fresh: Callable[[], LocalBatch], device: torch.device,
     return statistics.median(found)
 
 
+@final
 class _Failing:
     """Turns what goes wrong inside into a row's ``error``, and frees what the step left."""
 

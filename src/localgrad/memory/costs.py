@@ -21,7 +21,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 from localgrad.formats import Json
@@ -109,7 +109,9 @@ class Costs:
         temporary_adds: whether those add up over parts (``foreach``), or the largest counts.
         inputs: for each block, bytes of what enters it for the whole batch, and of what enters the tail.
         images: bytes of the images of the whole batch.
-        uses: what objectives of modules that are not the first look at, besides what they receive and the labels.
+        uses: what objectives of modules that are neither first nor last look at, besides inputs and labels.
+        last_uses: what that of the last one looks at.
+        carried: bytes of what else a whole batch carries from its beginning to the last but one of the modules.
     """
 
     settings: CostSettings
@@ -124,6 +126,8 @@ class Costs:
     inputs: list[int]
     images: int
     uses: list[str]
+    last_uses: list[str] = field(default_factory=list)
+    carried: int = 0
 
     def to_dict(self) -> dict[str, Json]:
         """All of it as plain values."""
@@ -268,7 +272,8 @@ class Costs:
         last = stop == self.num_blocks
         images = self.images if start == 0 or ("images" in self.uses and not last) else 0
         earlier = output * (self.settings.accumulation - 1)
-        return images + (self.inputs[self.begin(start)] if start else 0) + earlier
+        carried = 0 if last else self.carried
+        return images + carried + (self.inputs[self.begin(start)] if start else 0) + earlier
 
     def _temporary(self, start: int, stop: int) -> int:
         units = self._units(start, stop)
@@ -312,4 +317,5 @@ def interpolated(small: Costs, large: Costs, batch_size: int) -> Costs:
         heads=[a._replace(cost=part(a.cost, b.cost)) for a, b in zip(small.heads, large.heads, strict=True)],
         inputs=list(map(between, small.inputs, large.inputs)),
         images=between(small.images, large.images),
+        carried=between(small.carried, large.carried),
     )

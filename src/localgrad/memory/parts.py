@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +32,13 @@ from localgrad.backbones.halves import Branch, Piece, find_pieces, signature, wh
 from localgrad.backbones.namespaces import Kwargs
 from localgrad.memory.costs import WAYS, Costs, CostSettings, Head, PartCost
 from localgrad.memory.track import CUDA_ROUNDING, Tracker, autocast_of, choose_foreach, rounded, without_collector
-from localgrad.objectives.base import ContextSupply, LocalBatch, LocalObjective, Site
+from localgrad.objectives.base import ContextSupply, LocalObjective
+from localgrad.objectives.carried import CARRIED, Route, empty_batch
 from localgrad.objectives.methods import Objective
+from localgrad.objectives.site import Site
 from localgrad.partition import Checkpointing
 from localgrad.step.checkpointing import Recomputed, checkpointed
-from localgrad.step.local_module import CONTEXT_GRID, build_local_objective, site_of
+from localgrad.step.local_module import build_local_objective, site_of
 from localgrad.step.local_step import autocast, single_images_refused
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
@@ -67,6 +69,7 @@ RATES = {
 without TF32)."""
 
 
+@final
 class _Source(torch.autograd.Function):
     """Gives a tensor that needs a gradient and takes the gradient; nothing else holds on to either."""
 
@@ -79,6 +82,7 @@ class _Source(torch.autograd.Function):
         return None, None, None
 
 
+@final
 class _Sink(torch.autograd.Function):
     """Takes an output without holding on to it, and gives a gradient of its shape."""
 
@@ -93,6 +97,7 @@ class _Sink(torch.autograd.Function):
         return torch.empty(shape, dtype=dtype)
 
 
+@final
 class _Chunk(torch.autograd.Function):
     """Takes and frees what one chunk of a branch does, without its operators."""
 
@@ -133,11 +138,11 @@ class _KnownChunk:
         return output
 
 
-class _Meter(Tracker):  # type: ignore[no-untyped-call]
-    """A tracker that adds up nominal seconds as well."""
+@final
+class _Clock:
+    """Adds up the nominal seconds of operators."""
 
-    def __init__(self, rounding: int, rates: Rates) -> None:
-        super().__init__(rounding)
+    def __init__(self, rates: Rates) -> None:
         self.rates = rates
         self.seconds = 0.0
 
@@ -193,6 +198,7 @@ Cuts = dict[str, list[Piece]]
 Like = tuple[tuple[int, ...], torch.dtype]
 
 
+@final
 class _Workshop:
     """Measures parts of one fake backbone; remembers those that are alike."""
 
@@ -252,14 +258,15 @@ class _Workshop:
                 default as the settings say.
         """
         shape, dtype = like
-        meter = _Meter(self.rounding, RATES[self.settings.device])
+        clock = _Clock(RATES[self.settings.device])
+        meter = Tracker(self.rounding, clock.ran)
         with self.fake_mode, meter, autocast_of(self.settings.device), torch.enable_grad():
             held = self._input(shape, dtype, needs_gradient=needs_gradient) if present else None
             if self.settings.accumulation > 1 if accumulates is None else accumulates:
                 for weight in weights:
                     weight.grad = torch.empty_like(weight)
             meter.begin()
-            meter.seconds = 0.0
+            clock.seconds = 0.0
             inputs = held if held is not None else self._input(shape, dtype, needs_gradient=needs_gradient)
             entered = weakref.ref(inputs.untyped_storage())
             with autocast("cpu", self.settings.precision):
@@ -267,7 +274,7 @@ class _Workshop:
                 del inputs
                 in_autocast = meter.alive_bytes
             keeps_input = entered() is not None
-            kept, forward, forward_seconds = meter.alive_bytes, meter.take_peak(), meter.seconds
+            kept, forward, forward_seconds = meter.alive_bytes, meter.take_peak(), clock.seconds
             nbytes = self.nbytes(output)
             measured_shape, measured_dtype = tuple(output.shape), output.dtype
             end = _Sink.apply(output)
@@ -287,7 +294,7 @@ class _Workshop:
             backward=backward,
             gradients=gradients,
             forward_ns=round(forward_seconds * 1e9),
-            backward_ns=round((meter.seconds - forward_seconds) * 1e9),
+            backward_ns=round((clock.seconds - forward_seconds) * 1e9),
         )
         return _Measured(cost, measured_shape, measured_dtype, keeps_input)
 
@@ -524,7 +531,7 @@ def _measure_all(
         states.append(update.state)
         temporary.append(update.temporary)
         like = plain.shape, plain.dtype
-    heads, head_of, uses = _measure_heads(shop, backbone, objective, optimizer, likes)
+    heads, head_of, uses, last_uses = _measure_heads(shop, backbone, objective, optimizer, likes)
     inputs = [shop.nbytes_of(((settings.batch_size, *shape[1:]), dtype)) for shape, dtype in likes[1:]]
     trained = [weight for unit in units for weight in unit.parameters() if weight.requires_grad]
     return Costs(
@@ -540,18 +547,26 @@ def _measure_all(
         inputs=inputs,
         images=shop.nbytes_of(((settings.batch_size, *backbone.input_size), dtype)),
         uses=sorted(uses),
+        last_uses=sorted(last_uses),
+        carried=sum(
+            rounded(nbytes, shop.rounding)
+            for what in Route([frozenset(uses)]).into(0)
+            if what.make is None and what.name != "images"
+            for nbytes in what.nbytes(site_of(backbone, [], 0), settings.batch_size, dtype)
+        ),
     )
 
 
 def _measure_heads(
     shop: _Workshop, backbone: Backbone, objective: Objective, optimizer: OptimizerFactory, likes: Sequence[Like]
-) -> tuple[list[Head], list[list[int]], set[str]]:
+) -> tuple[list[Head], list[list[int]], set[str], set[str]]:
     """Measure the objectives of all modules that partitions can have: one for each pair of layouts."""
     num_blocks, overlap = len(backbone.blocks), shop.settings.overlap
     numbers: dict[Any, int] = {}
     heads: list[Head] = []
     head_of: list[list[int]] = []
     uses: set[str] = set()
+    last_uses: set[str] = set()
     for start in range(num_blocks):
         row = []
         for stop in range(start + 1, num_blocks + 1):
@@ -566,7 +581,8 @@ def _measure_heads(
                 with shop.fake_mode, copies_within(shop.fake_mode):
                     built = build_local_objective(objective, site, backbone.dtype)
                 built.train()
-                uses |= built.uses if start else frozenset()
+                if start:
+                    (last_uses if last else uses).update(built.uses)
                 outputs = likes[stop + 1]
                 if last:
                     outputs = (outputs[0][0], backbone.num_classes), outputs[1]
@@ -577,7 +593,7 @@ def _measure_heads(
                 heads.append(_measure_head(shop, built, optimizer, site, likes=around, states_like=states))
             row.append(numbers[key])
         head_of.append(row)
-    return heads, head_of, uses
+    return heads, head_of, uses, last_uses
 
 
 def _measure_head(
@@ -592,12 +608,8 @@ def _measure_head(
     """Measure an objective, given what images, its module's inputs, outputs and what enters its blocks are like."""
     images_like, inputs_like, outputs_like = likes
     with shop.fake_mode:
-        images = torch.empty(images_like[0], dtype=images_like[1])
         inputs = torch.empty(inputs_like[0], dtype=inputs_like[1])
-        labels = torch.empty(images_like[0][0], dtype=torch.int64)
-        batch = LocalBatch(images, labels, teacher=torch.empty(images_like[0][0], site.num_classes))
-        if site.previous is not None and "previous" in objective.uses:
-            batch.previous = torch.empty(images_like[0][0], *site.previous.shape, dtype=images_like[1])
+        batch = empty_batch(site, Route([objective.uses]).into(0), images_like[0][0], images_like[1])
         states = [shop.source(*like) for like in states_like] if "states" in objective.uses else []
         if "branches" in objective.uses:  # two a block, mostly; the step that confirms a plan has just those there are
             batch.branches = tuple(shop.source(*like) for like in states_like for _ in range(2))
@@ -616,11 +628,7 @@ def _measure_context(shop: _Workshop, context: ContextSupply, site: Site, inputs
     """Measure how context of earlier modules is added to what a module receives."""
     (size, *_), dtype = inputs_like
     with shop.fake_mode:
-        grids = [tuple(min(side, CONTEXT_GRID) for side in layout.grid) for layout in site.context]
-        pooled = [
-            torch.empty(size, *grid, layout.width, dtype=dtype)
-            for grid, layout in zip(grids, site.context, strict=True)
-        ]
+        pooled = cast(tuple[Tensor, ...], CARRIED["context"].empty(site, size, dtype))
     weights = list(context.parameters())
     measured = shop.measure(lambda inputs: context(inputs, pooled), inputs_like, weights, present=True)
     return measured.cost

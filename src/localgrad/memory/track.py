@@ -44,7 +44,8 @@ import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from functools import partial
+from typing import Any, Literal, TypeVar, final
 
 import torch
 from torch import Tensor, nn
@@ -125,6 +126,7 @@ def annotate(label: str) -> Iterator[None]:
         tracker.switch_label(outer)
 
 
+@final
 class _Entry:
     """One storage at one size: its category, and between which changes of the timeline it was alive."""
 
@@ -144,12 +146,23 @@ def rounded(nbytes: int, rounding: int) -> int:
     return nbytes + -nbytes % rounding
 
 
-class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the storages that operators take and make. For whole steps use `track`."""
+Ran = Callable[[Any, tuple[Any, ...], Kwargs, Any], None]
+"""Told of every operator that ran: itself, its arguments, and its result."""
 
-    def __init__(self, rounding: int) -> None:
+
+@final
+class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the storages that operators take and make. For whole steps use `track`.
+
+    Args:
+        rounding: sizes are rounded up to multiples of so many bytes.
+        ran: told of each operator, for those who want to know more of it than its memory.
+    """
+
+    def __init__(self, rounding: int, ran: Ran = lambda *_: None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._rounding = rounding
+        self._ran = ran
         self._alive: dict[int, _Entry] = {}  # by address of the C++ storage
         self._entries: list[_Entry] = []
         self._in_optimizer = False
@@ -354,11 +367,8 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             result = self._run(func, args, kwargs)
         finally:
             self.is_in_operator = False
-        self.ran(func, args, kwargs or {}, result)
+        self._ran(func, args, kwargs or {}, result)
         return result
-
-    def ran(self, func: Any, args: tuple[Any, ...], kwargs: Kwargs, result: Any) -> None:
-        """An operator ran; for those who want to know more of it than its memory."""
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: Kwargs | None) -> Any:
         for argument in args:
@@ -425,6 +435,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return "temporary" if in_backward or self._in_optimizer else "activations"
 
 
+@final
 class CudaAutocast(TorchFunctionMode):
     """Inside an autocast region of the CPU, runs in float32 what a CUDA region does: norms, softmax, sums, losses.
 
@@ -596,7 +607,7 @@ def simulate(
         with fake_mode, autocast_of(device), _foreach_of(device):
             batch = {name: torch.empty(tuple(shape), dtype=dtype) for name, (shape, dtype) in inputs.items()}
             return track(
-                lambda: step(fake_learner, **batch),
+                partial(step, fake_learner, **batch),
                 warmup=warmup,
                 categories=_known_categories(reached, batch),
                 rounding=CUDA_ROUNDING if device == "cuda" else 1,
@@ -641,6 +652,7 @@ def choose_foreach(reached: Iterable[object]) -> None:
 # -- what autograd saves -----------------------------------------------------------------------------
 
 
+@final
 class _SavedStorages:
     """The distinct storages that autograd was asked to save."""
 

@@ -9,7 +9,7 @@ model.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ def averaged_pairs(average: nn.Module, model: nn.Module) -> Iterator[tuple[Tenso
 _STATISTICS = ("running_mean", "running_var")
 
 
+@final
 class OtherBuffers:
     """Lets the buffers of an average that aren't averaged be as the model's are."""
 

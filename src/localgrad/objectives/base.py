@@ -10,129 +10,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from localgrad.backbones.base import Layout
-
-Weight = float | tuple[float, float]
-"""Weight of a term: one number, or (first, last) to interpolate linearly from the first local module to the
-last but one (InfoPro, arXiv 2101.10832, section 4, interpolates so)."""
-
-
-IGNORED = -100
-"""The class index of images that no loss of the labels counts, as in ``torch.nn.functional.cross_entropy``."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Site:
-    """Where in the model a local module stands; all that an objective needs to know to be built.
-
-    Attributes:
-        index: number of the module, from 0.
-        num_modules: how many there are.
-        inputs: layout of what the module receives (for the first one, the image).
-        outputs: layout of what its last block gives.
-        image: layout of the image: NCHW.
-        num_classes: classes of the task.
-        states: layouts of what enters each of its blocks.
-        previous: layout of what the module before received; the first module's own input there.
-        context: layouts of what each earlier module hands on.
-        following: the blocks after it, each with the layout of what it gives.
-        undecayed: ids of the model's parameters that it leaves weight decay off.
-    """
-
-    index: int
-    num_modules: int
-    inputs: Layout
-    outputs: Layout
-    image: Layout
-    num_classes: int
-    states: tuple[Layout, ...] = ()
-    previous: Layout | None = None
-    context: tuple[Layout, ...] = ()
-    following: tuple[tuple[nn.Module, Layout], ...] = ()
-    undecayed: frozenset[int] = frozenset()
-
-    @property
-    def is_last(self) -> bool:
-        """Whether this module ends in the model's own tail."""
-        return self.index == self.num_modules - 1
-
-    def weight(self, weight: Weight) -> float:
-        """The value of a weight at this depth."""
-        if isinstance(weight, (int, float)):
-            return float(weight)
-        first, last = weight
-        return first + (last - first) * min(1.0, self.index / max(1, self.num_modules - 2))
-
-
-@dataclass
-class LocalBatch:
-    """What a local objective may look at besides the features that enter and leave the module.
-
-    All but images and labels are there only while an objective looks at them.
-
-    Attributes:
-        images: [B, C, H, W], normalised; ``None`` once no later module needs them.
-        labels: class indices [B], or soft targets [B, num_classes] (mixup, cutmix); -100 for an image that no loss
-            of the labels counts.
-        teacher: class probabilities [B, num_classes] of the averaged model.
-        previous: what the module before received.
-        context: pooled features of earlier modules, each [B, rows, columns, D].
-        gradient: of the loss of the module before, by what it handed on.
-        number: of the batch in the training, from 0; what modules draw at random in its step depends on it.
-        label_factor: of one part of a batch, what makes a mean over its counted labels, times its share of the images,
-            its share of the mean over all counted labels; a scalar, 1 where none is ignored.
-        counts_all: whether no label is ignored, for certain: the data path has seen to it.
-        branches: what each residual branch of the module's blocks gave, with its graph.
-    """
-
-    images: Tensor | None
-    labels: Tensor
-    teacher: Tensor | None = None
-    previous: Tensor | None = None
-    context: tuple[Tensor, ...] = ()
-    gradient: Tensor | None = None
-    number: int = 0
-    label_factor: Tensor | None = None
-    counts_all: bool = False
-    branches: tuple[Tensor, ...] = ()
-    _factors: dict[int, tuple[Tensor, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    def parts(self, count: int) -> list[LocalBatch]:
-        """The batch cut into parts, as ``Tensor.chunk`` cuts."""
-        labels = self.labels.chunk(count)
-
-        def cut(tensor: Tensor | None) -> Sequence[Tensor | None]:
-            return [None] * len(labels) if tensor is None else tensor.chunk(count)
-
-        single = zip(*map(cut, (self.images, self.teacher, self.previous, self.gradient)), strict=True)
-        contexts = zip(*(tensor.chunk(count) for tensor in self.context), strict=True) if self.context else ()
-        cuts = list(contexts) or [()] * len(labels)
-        factors = self._label_factors(count, labels)
-        return [
-            LocalBatch(images, own, teacher, previous, tuple(context), gradient, self.number, factor)
-            for own, (images, teacher, previous, gradient), context, factor in zip(
-                labels, single, cuts, factors, strict=True
-            )
-        ]
-
-    def _label_factors(self, count: int, labels: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        """``label_factor`` of each part: computed once for all modules, and without waiting for the device."""
-        if len(labels) < 2 or self.counts_all or self.labels.is_floating_point():
-            return [None] * len(labels)
-        if count not in self._factors:
-            counted = torch.stack([part.sum() for part in (self.labels != IGNORED).chunk(count)])
-            # Whole numbers above and below, so that it is 1 to the last bit where all labels count.
-            total, counted = counted.sum(), counted * len(self.labels)
-            found = [part / (total * len(own)) for part, own in zip(counted.unbind(), labels, strict=True)]
-            self._factors[count] = tuple(found)
-        return self._factors[count]
+from localgrad.errors import RecipeError
+from localgrad.objectives.carried import LocalBatch
+from localgrad.objectives.site import Site
 
 
 def one_hot(labels: Tensor, num_classes: int) -> Tensor:
@@ -158,8 +44,8 @@ class Term(nn.Module, ABC):
     """One term of a local objective; owns the auxiliary net that it needs."""
 
     uses: frozenset[str] = frozenset()
-    """What the term looks at besides the module's inputs and outputs: ``images``, ``teacher``, ``previous`` or
-    ``branches`` of the batch, or ``states``."""
+    """What the term looks at besides the module's inputs and outputs: what the batch carries, by name (``images``,
+    ``previous``, your own; see ``objectives/carried.py``), ``branches`` of the batch, or ``states``."""
 
     @abstractmethod
     def forward(self, inputs: Tensor, outputs: Tensor, batch: LocalBatch, states: Sequence[Tensor] = ()) -> TermValue:
@@ -295,6 +181,12 @@ class LocalObjective(nn.Module):
     ) -> ObjectiveValue:
         """Compute every term and their weighted sum. Arguments as in ``Term.forward``."""
         values: dict[str, TermValue] = {name: term(inputs, outputs, batch, states) for name, term in self.terms.items()}
+        for name, value in values.items():
+            if not isinstance(value, TermValue) or value.loss.ndim:
+                what = (
+                    f"a loss of shape {list(value.loss.shape)}" if isinstance(value, TermValue) else repr(type(value))
+                )
+                raise RecipeError(f"term {name!r}: it gave {what}; let forward return TermValue(loss), a scalar.")
         losses = [self._weighted(name, value.loss) for name, value in values.items()]
         total = losses[0]
         for loss in losses[1:]:

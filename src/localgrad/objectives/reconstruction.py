@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localgrad.objectives.auxiliary import Decoder
-from localgrad.objectives.base import LocalBatch, Term, TermValue, in_float32
+from localgrad.objectives.base import Term, TermValue, in_float32
+from localgrad.objectives.carried import LocalBatch
 
 
 def _cosine_error(prediction: Tensor, target: Tensor) -> Tensor:

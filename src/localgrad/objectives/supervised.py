@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from localgrad.backbones.base import Layout
 from localgrad.objectives.auxiliary import Classifier, Pool
-from localgrad.objectives.base import IGNORED, LocalBatch, Term, TermValue, in_float32, one_hot
+from localgrad.objectives.base import Term, TermValue, in_float32, one_hot
+from localgrad.objectives.carried import IGNORED, LocalBatch
 
 
 class TaskLoss(Term):

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor, nn
 
-from localgrad.backbones.base import Layout
 from localgrad.learner import Factories, make_ema
 from localgrad.memory.track import MemoryProfile, simulate
-from localgrad.objectives.base import LocalBatch, Site
+from localgrad.objectives.carried import LocalBatch, Route, empty_batch
+from localgrad.objectives.site import Site
 from localgrad.parallel.parallel_learner import ParallelLearner
 from localgrad.step.executor import SequentialExecutor
-from localgrad.step.local_module import CONTEXT_GRID, LocalModule, LocalOutput
-from localgrad.step.local_step import HandOn, LocalStep, StepSettings
+from localgrad.step.local_module import LocalModule
+from localgrad.step.local_step import LocalStep, Region, StepSettings
 from localgrad.step.sharding import OwnRows
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def estimate_share(
     step = _ShareStep(
         site=learner.sites[learner.own.start],
         first=learner.own.start,
-        uses=[module.objective.uses for module in learner.modules],
+        route=learner.route,
         settings={**learner._settings, "compile": False},
         batch_size=batch_size,
         dtype=learner.backbone.dtype,
@@ -117,8 +118,9 @@ def _by_rows(skeleton: Sequence[LocalModule], num_sharers: int, *, averages: boo
     return _Own(modules, parts, make_ema(parts, 0.5, on_host=False) if averages else None), shapes
 
 
-class _ShardedStep(LocalStep):
-    """A step as ``sharding.shard`` makes it, in plain tensors: the weights are whole from forward to backward only.
+@final
+class _Sharded:
+    """A module's passes as ``sharding.shard`` makes them, in plain tensors: weights are whole in these alone.
 
     What FSDP2 allocates: a buffer of all replicas' rows, until the forward pass is done, and the weights cut out of it;
     then a buffer of all gradients, and the own rows of them. Gloo lets go of a buffer when it comes to it, so that a
@@ -128,52 +130,39 @@ class _ShardedStep(LocalStep):
         module: with rows of its weights.
         shapes: of the whole ones.
         num_sharers: replicas.
-        factory: makes the optimizer, of rows.
-        settings: of the step.
     """
 
-    def __init__(
-        self, module: LocalModule, shapes: Sequence[torch.Size], num_sharers: int, factory: Any, **settings: Any
-    ) -> None:
+    def __init__(self, module: LocalModule, shapes: Sequence[torch.Size], num_sharers: int) -> None:
         places = _places(module)
         self._shapes, self._num_sharers = shapes, num_sharers
         self._rows, self._places = list(places), list(places.values())
-        rows = trained(module)
-        super().__init__(module, rows, factory(rows), **settings)
-        self._forward = self._run
+        self._trained = trained(module)
+        self._gathered: Tensor | None = None
+        module.register_forward_hook(self._forward_done)
 
-    def _once(
-        self,
-        inputs: Tensor,
-        batch: LocalBatch,
-        share: float | Tensor,
-        hand_on: HandOn | None = None,
-        *,
-        received: Tensor | None = None,
-    ) -> LocalOutput:
+    @contextlib.contextmanager
+    def passing(self) -> Iterator[None]:
+        """A region for a forward and backward pass."""
         num_gathered = sum(row.numel() for row in self._rows) * self._num_sharers
-        self._gathered: Tensor | None = torch.empty(num_gathered, dtype=self._rows[0].dtype)
+        self._gathered = torch.empty(num_gathered, dtype=self._rows[0].dtype)
         whole = [
             nn.Parameter(torch.empty(shape, dtype=row.dtype), row.requires_grad)
             for shape, row in zip(self._shapes, self._rows, strict=True)
         ]
         _put(whole, self._places)
-        output = super()._once(inputs, batch, share, hand_on, received=received)
+        yield
         gradients = [weight.grad for weight in whole if weight.grad is not None]
         for weight in whole:
             weight.grad = None
         scattered = torch.cat([gradient.flatten() for gradient in gradients])
         _put(self._rows, self._places)
         del gradients, whole, weight
-        for row in self.parameters:
+        for row in self._trained:
             row.grad = torch.empty_like(row)
         del scattered
-        return output
 
-    def _run(self, *given: Any) -> LocalOutput:
-        output: LocalOutput = self.module(*given)
+    def _forward_done(self, *_: object) -> None:
         self._gathered = None
-        return output
 
 
 @dataclass
@@ -182,7 +171,7 @@ class _ShareStep:
 
     site: Site
     first: int
-    uses: list[frozenset[str]]
+    route: Route
     settings: StepSettings
     batch_size: int
     dtype: torch.dtype
@@ -196,14 +185,14 @@ class _ShareStep:
     def __call__(self, own: _Own, labels: Tensor) -> object:
         if self.executor is None:
             steps = [self._step(index, module) for index, module in enumerate(own.modules, self.first)]
-            self.executor = SequentialExecutor(steps, first=self.first, uses=self.uses)
-            self.received = [self._packet() for _ in range(self.num_received)]
+            self.executor = SequentialExecutor(steps, first=self.first, route=self.route)
+            self.received = [self._batch() for _ in range(self.num_received)]
             self.sent: deque[object] = deque(maxlen=self.num_sent)
-        packet = self.received[0] if self.received else self._packet()
-        batch = LocalBatch(packet.get("images"), labels, None, packet.get("previous"))
-        batch.context = tuple(tensor for name, tensor in packet.items() if name.startswith("context"))
-        batch.gradient = packet.get("gradient")
-        result = self.executor.train(packet["features"], batch, lambda _, features: self.sent.append(features))
+        batch = self.received[0] if self.received else self._batch()
+        batch = batch.onward(batch.features, dict(batch.carried))
+        batch.labels = labels
+        has_next = self.first + len(own.modules) < len(self.route.uses)
+        result = self.executor.step(batch, self.sent.append if has_next else None)
         if own.average is not None:
             own.average.update(own.parts, step=1)
         return result
@@ -212,33 +201,11 @@ class _ShareStep:
         module.train()
         factory = self.factory if callable(self.factory) else self.factory[index]
         cpu = torch.device("cpu")  # where fake tensors are
+        around: Region = contextlib.nullcontext
         if self.shapes is not None:
-            shapes = self.shapes[index - self.first]
-            return _ShardedStep(module, shapes, self.sharers, factory, device=cpu, **self.settings)
+            around = _Sharded(module, self.shapes[index - self.first], self.sharers).passing
         weights = trained(module)
-        return LocalStep(module, weights, factory(weights), device=cpu, **self.settings)
+        return LocalStep(module, weights, factory(weights), device=cpu, around=around, **self.settings)
 
-    def _packet(self) -> dict[str, Tensor]:
-        site = self.site
-        assert self.executor is not None, "made before"
-
-        def empty(layout: Layout | None) -> Tensor:
-            assert layout is not None, "of a module behind others"
-            return torch.empty(self.batch_size, *layout.shape, dtype=self.dtype)
-
-        if self.first == 0:
-            images = empty(site.image)
-            return {"features": images, "images": images}
-        packet = {"features": empty(site.inputs)}
-        if self.executor.is_used("images", self.first):
-            packet["images"] = empty(site.image)
-        if self.executor.is_used("previous", self.first):
-            packet["previous"] = empty(site.previous)
-        if "gradient" in self.executor.uses[self.first]:
-            packet["gradient"] = empty(site.inputs)
-        if self.executor.is_used("context", self.first):
-            for number, layout in enumerate(site.context):
-                rows, columns = (min(side, CONTEXT_GRID) for side in layout.grid)
-                shape = self.batch_size, rows, columns, layout.width
-                packet[f"context{number:03d}"] = torch.empty(shape, dtype=self.dtype)
-        return packet
+    def _batch(self) -> LocalBatch:
+        return empty_batch(self.site, self.route.into(self.first), self.batch_size, self.dtype)

@@ -1,55 +1,103 @@
-"""What goes from rank to rank in a step, in bytes: the planner's view of ``wire.py``."""
+"""Bytes of what goes from rank to rank in a step, for plans with one local module a rank."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from typing import final
 
+import torch
+
+from localgrad.backbones.base import Layout
+from localgrad.objectives.carried import Carried, Route
+from localgrad.objectives.site import Site
 from localgrad.partition import Boundaries
 
 
-@dataclass(frozen=True, kw_only=True)
+@final
 class Packets:
-    """What goes from rank to rank in a step, in bytes: features, labels, and what objectives further on look at.
+    """Packets of any partition: features, labels, and what objectives further on look at.
 
-    Attributes:
+    Args:
         num_ranks: modules, one a rank.
-        features: of what enters each block, and the tail.
-        images: of the images.
-        labels: of the labels.
-        pooled: of what enters each block as later modules' context, or zeros.
-        uses: what objectives of modules that are not the first look at: ``images``, ``previous``, ``context`` or
-            ``gradient``; the last module, trained on the task alone, looks at the latter two only.
+        layouts: of what enters each block, and the tail.
+        image: layout of the images.
+        num_classes: classes of the task.
+        num_images: of a batch.
+        dtype: of images and features.
+        labels: bytes of the labels.
+        uses: what the objectives of modules that are neither first nor last look at.
+        last_uses: what that of the last one looks at.
+        rounded: bytes that the allocator gives for some.
     """
 
-    num_ranks: int
-    features: Sequence[int]
-    images: int
-    labels: int
-    pooled: Sequence[int]
-    uses: frozenset[str]
+    def __init__(
+        self,
+        *,
+        num_ranks: int,
+        layouts: Sequence[Layout],
+        image: Layout,
+        num_classes: int,
+        num_images: int,
+        dtype: torch.dtype,
+        labels: int,
+        uses: Iterable[str],
+        last_uses: Iterable[str],
+        rounded: Callable[[int], int] = lambda nbytes: nbytes,
+    ) -> None:
+        self.num_ranks = num_ranks
+        self.layouts = tuple(layouts)
+        self.image, self.num_classes = image, num_classes
+        self.num_images, self.dtype, self.labels = num_images, dtype, labels
+        self.rounded = rounded
+        middle = frozenset(uses)
+        self.route = Route([middle] * (num_ranks - 1) + [frozenset(last_uses)])
+        self.at_most_into = cache(self._at_most_into)
 
     def into(self, rank: int, boundaries: Boundaries) -> int:
         """Bytes of the packet that a rank gets from the one before; 0 for the first."""
         if rank == 0:
             return 0
-        before = self.features[boundaries[rank - 2]] if rank > 1 else self.images
-        return self._packet(rank, boundaries[rank - 1], before, [self.pooled[edge] for edge in boundaries[:rank]])
+        received = [self.image, *(self.layouts[edge] for edge in boundaries)]
+        site = self._site(rank, received[rank], received[rank - 1], tuple(received[1 : rank + 1]))
+        carried = sum(sum(self._nbytes(what, site)) for what in self.route.into(rank))
+        return self._features(site.inputs) + self.labels + carried
 
-    def at_most_into(self, rank: int, start: int) -> int:
+    def _at_most_into(self, rank: int, start: int) -> int:
         """The same at its largest, where it is known only where the rank's own blocks start.
 
-        What the rank before received and the context depend on boundaries further ahead: of these the largest counts.
+        What the rank before received, and what earlier ones handed on, depends on boundaries further ahead: of these
+        the largest counts.
         """
         if rank == 0:
             return 0
-        before = max(self.features[rank - 1 : start]) if rank > 1 else self.images
-        return self._packet(rank, start, before, [max(self.pooled[1 : start + 1])] * rank)
+        inputs = self.layouts[start]
+        befores = dict.fromkeys(self.layouts[rank - 1 : start]) if rank > 1 else [self.image]
+        earlier = dict.fromkeys(self.layouts[1 : start + 1])
+        total = self._features(inputs) + self.labels
+        for what in self.route.into(rank):
+            if what.grows:
+                ends = [self._site(rank, inputs, before, (layout,)) for before in befores for layout in earlier]
+                total += rank * max(sum(self._nbytes(what, site)) for site in ends)
+            else:
+                sites = [self._site(rank, inputs, before, ()) for before in befores]
+                total += max(sum(self._nbytes(what, site)) for site in sites)
+        return total
 
-    def _packet(self, rank: int, start: int, before: int, context: Sequence[int]) -> int:
-        total = self.features[start] + self.labels
-        if rank < self.num_ranks - 1:
-            total += self.images if "images" in self.uses else 0
-            total += before if "previous" in self.uses else 0
-        total += self.features[start] if "gradient" in self.uses else 0
-        return total + (sum(context) if "context" in self.uses else 0)
+    def _site(self, rank: int, inputs: Layout, previous: Layout, context: tuple[Layout, ...]) -> Site:
+        return Site(
+            index=rank,
+            num_modules=self.num_ranks,
+            inputs=inputs,
+            outputs=inputs,
+            image=self.image,
+            num_classes=self.num_classes,
+            previous=previous,
+            context=context,
+        )
+
+    def _features(self, layout: Layout) -> int:
+        return self.rounded(self.num_images * torch.Size(layout.shape).numel() * self.dtype.itemsize)
+
+    def _nbytes(self, what: Carried, site: Site) -> list[int]:
+        return [self.rounded(nbytes) for nbytes in what.nbytes(site, self.num_images, self.dtype)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, final
 
 import torch
 import torch.distributed as dist
@@ -17,20 +17,21 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from localgrad import rules
-from localgrad.backbones.base import Layout
 from localgrad.backbones.fake import by_shapes_alone, copy_without_hooks, fake_copy
 from localgrad.backbones.namespaces import Attributes
 from localgrad.errors import ParallelError, RecipeError, arg
-from localgrad.learner import Factories, LocalLearner, make_ema, no_optimizers
+from localgrad.learner import NO_LABELS, Factories, Learner, make_ema, no_optimizers
 from localgrad.objectives.auxiliary import NextClassifier
 from localgrad.objectives.averaging import has_spectral_norms
-from localgrad.objectives.base import IGNORED, LocalBatch, Site
-from localgrad.parallel.pipeline import Links, PipelineExecutor, ShareResult
+from localgrad.objectives.carried import IGNORED, LocalBatch, Route, empty_batch
+from localgrad.objectives.site import Site
+from localgrad.parallel.pipeline import Links, PipelineExecutor
 from localgrad.parallel.schedule import NUM_BUFFERS, shares
 from localgrad.parallel.team import Team
 from localgrad.parallel.wire import WIRES, Packet
 from localgrad.step.checks import check_labels
-from localgrad.step.local_module import CONTEXT_GRID, LocalModule, observed_parts, site_of
+from localgrad.step.executor import SequentialExecutor, StepResult, Visit, walk
+from localgrad.step.local_module import LocalModule, observed_parts, site_of
 from localgrad.step.local_step import LocalStep, autocast, check_precision
 from localgrad.step.sharding import OwnRows, check_shardable, gathered, made_whole, put, release, shard, swap
 from localgrad.step.states import LearnerPart, LearnerState, describe
@@ -39,7 +40,8 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 
-class ParallelLearner(LocalLearner):
+@final
+class ParallelLearner(Learner):
     """Trains this process's share of a model's local modules.
 
     Only the own modules' weights, gradients, optimizer state and average take memory here. Call ``begin`` with the
@@ -103,6 +105,11 @@ class ParallelLearner(LocalLearner):
     def _refuse(self, *, compiled: bool) -> None:
         known = {"parallel": True, "teacher_share": self.uses("teacher"), "compile": compiled}
         rules.check({**known, "replicas": self.team.num_replicas}, ParallelError)
+        for carried in self.route.into(0):
+            if not carried.travels:
+                raise ParallelError(
+                    f"{carried.name}: a term looks at it, and it can't go from process to process; train in one."
+                )
         if any(
             isinstance(net, NextClassifier) and net.weights == "ema" for own in self.modules for net in own.modules()
         ):
@@ -187,9 +194,9 @@ class ParallelLearner(LocalLearner):
                 check_shardable(step.optimizer)
         self.optimizer_factory = factory
         self._seed(steps)
-        uses = [module.objective.uses for module in self.modules]
-        self._pipeline = PipelineExecutor(steps, self.links, first=self.own.start, uses=uses)
-        self._take_executor(self._pipeline)
+        executor = SequentialExecutor(steps, first=self.own.start, route=self.route)
+        self._pipeline = PipelineExecutor(executor, self.links)
+        self._take_executor(executor)
 
     def _seed(self, steps: Sequence[LocalStep]) -> None:
         super()._seed(steps)
@@ -202,7 +209,7 @@ class ParallelLearner(LocalLearner):
         self.links.finish()
         self.links.begin(start, num_batches - 1)
 
-    def step(self, images: Tensor, labels: Tensor) -> ShareResult:  # type: ignore[override]
+    def step(self, images: Tensor, labels: Tensor) -> StepResult:
         """Train the own modules on the next batch.
 
         Args:
@@ -217,14 +224,14 @@ class ParallelLearner(LocalLearner):
             LocalgradError: as ``LocalLearner.step``.
         """
         check_labels(labels, images, self.backbone.num_classes)
-        return self.share(LocalBatch(images, labels), labels if labels.ndim == 1 else labels.argmax(dim=1))
+        targets = labels if labels.ndim == 1 else labels.argmax(dim=1)
+        return self.share(LocalBatch(images, labels, targets=targets))
 
-    def share(self, batch: LocalBatch | None = None, targets: Tensor | None = None) -> ShareResult:
+    def share(self, batch: LocalBatch | None = None) -> StepResult:
         """As ``step``, on a batch that gives its images away; only the first rank gives one.
 
         Args:
-            batch: images and labels.
-            targets: class indices int64 [B].
+            batch: images, labels and targets.
 
         Raises:
             RecipeError: no optimizers yet.
@@ -237,7 +244,11 @@ class ParallelLearner(LocalLearner):
         if batch is not None and self.team.place.rank == 0:
             self._check_batch(batch)
         self._in_training()
-        result = self._pipeline.share(batch, targets, number=self.num_steps)
+        received, unsound = self._pipeline.receive(batch)
+        received.number = self.num_steps
+        if self.team.place.rank == 0:
+            self.route.begin(received, self)
+        result = self._pipeline.step(received, unsound)
         for index in self.own:
             release(self.modules[index])  # a frozen one has no backward pass, after which that is done
         self.num_steps += 1
@@ -272,18 +283,6 @@ class ParallelLearner(LocalLearner):
                     dist.all_reduce(buffer, group=self.team.twins)
                     buffer.div_(self.team.num_replicas)
 
-    def step_on(self, batch: LocalBatch) -> Any:
-        """Not here: see ``share``."""
-        raise ParallelError("step_on: several processes share a step; call share() in each of them.")
-
-    def global_step_on(self, batch: LocalBatch) -> Any:
-        """Not here: an end-to-end step needs all modules in one place."""
-        raise ParallelError(f"end-to-end steps need all modules in one process; leave them out, or {arg('parallel')}.")
-
-    def logits(self, images: Tensor) -> Any:
-        """Not here: see ``infer``."""
-        raise ParallelError("logits: no process has the whole model; call infer() in each, or whole_state_dict().")
-
     @torch.no_grad()
     def infer(self, images: Tensor | None, targets: Tensor | None) -> tuple[dict[int, Tensor], Tensor]:
         """Class logits of the own modules' classifiers for the next batch; call ``eval()`` first, and ``begin``.
@@ -300,30 +299,38 @@ class ParallelLearner(LocalLearner):
         packet: Packet = self.links.receive()
         if not packet:
             assert images is not None and targets is not None, "the first rank has the images"
-            packet = {"features": images, "averaged": images, "targets": targets}
-            packet = packet if self._ema is not None else {k: v for k, v in packet.items() if k != "averaged"}
-        features, averaged = packet["features"], packet.get("averaged")
+            packet = {"features": images, "targets": targets} | ({"averaged": images} if self.averages else {})
+        batch, averaged, targets = (
+            LocalBatch(packet["features"], NO_LABELS),
+            packet.get("averaged"),
+            packet["targets"],
+        )
         found = {}
         with autocast(self.device.type, self.precision):
-            for index in self.own:
-                module = self.modules[index]
-                with gathered(module):
-                    outputs, features, _ = module.walk(features)
-                    logits = module.objective.classify(outputs)
+            for visit in self._walk(batch):
+                with gathered(visit.module):
+                    passed = visit.module.run_parts(visit.received)
+                    logits = visit.module.objective.classify(passed.outputs)
                 if logits is not None:
-                    found[index] = logits
+                    found[visit.index] = logits
+                visit.hand_on(passed.handed_on)
             if averaged is not None:
+                as_averaged = LocalBatch(averaged, NO_LABELS)
                 with self._averaged():
-                    for index in self.own:
-                        with gathered(self.modules[index]):
-                            averaged = self.modules[index].walk(averaged).handed_on
+                    for visit in self._walk(as_averaged):
+                        with gathered(visit.module):
+                            visit.hand_on(visit.module.run_parts(visit.received).handed_on)
+                averaged = as_averaged.features
                 if self.links.sender is None:
                     found[self.own[-1]] = averaged
         if self.links.sender is not None:
-            onward = {"features": features, "targets": packet["targets"]}
+            onward = {"features": batch.features, "targets": targets}
             self.links.send(onward if averaged is None else {**onward, "averaged": averaged})
         self.links.done()
-        return found, packet["targets"]
+        return found, targets
+
+    def _walk(self, batch: LocalBatch) -> Iterator[Visit[LocalModule]]:
+        return walk([self.modules[index] for index in self.own], batch, first=self.own.start)
 
     def attend(self, num_batches: int) -> None:
         """Gather weights as ``infer`` does, for replicas that have more batches than this one."""
@@ -350,7 +357,7 @@ class ParallelLearner(LocalLearner):
 
     # ------------------------------------------------------------------------------------------------- state
 
-    def state_dict(self) -> LearnerPart:  # type: ignore[override]  # of this process, not of the whole
+    def state_dict(self) -> LearnerPart:
         """This process's part of the state, ``merged`` makes the whole of all. Replicas call this together."""
         steps = self._executor.steps if self._executor else ()
         own = list(self.own)
@@ -427,20 +434,11 @@ def unread_parameters(module: LocalModule, site: Site, dtype: torch.dtype) -> li
     Returns:
         Their names in the module.
     """
-
-    def features_in(layout: Layout) -> Tensor:
-        return torch.empty(2, *layout.shape, dtype=dtype)
-
     with by_shapes_alone():
         fake_mode, fake = fake_copy(module)
         with fake_mode:
-            batch = LocalBatch(features_in(site.image), torch.zeros(2, dtype=torch.int64))
-            batch.previous = None if site.previous is None else features_in(site.previous)
-            batch.context = tuple(
-                torch.empty(2, *(min(side, CONTEXT_GRID) for side in layout.grid), layout.width, dtype=dtype)
-                for layout in site.context
-            )
-            fake.train()(features_in(site.inputs), batch).loss.backward()
+            batch = empty_batch(site, Route([module.objective.uses]).into(0), 2, dtype)
+            fake.train()(batch.features, batch).loss.backward()
     return [name for name, weight in fake.named_parameters() if weight.requires_grad and weight.grad is None]
 
 

@@ -8,18 +8,17 @@ same random numbers.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import final
 
 import torch
 from torch import Tensor
 
 from localgrad.errors import ParallelError
-from localgrad.objectives.base import LocalBatch
+from localgrad.objectives.carried import LocalBatch
 from localgrad.parallel.schedule import NUM_BUFFERS, actions
-from localgrad.parallel.wire import Line, Packet, Receiver, Sender
-from localgrad.step.executor import SequentialExecutor
-from localgrad.step.local_step import LocalStep
+from localgrad.parallel.wire import Line, Packet, Receiver, Sender, packed, unpacked
+from localgrad.step.executor import SequentialExecutor, StepResult
 
 
 @dataclass(frozen=True)
@@ -39,27 +38,7 @@ class Neighbours:
     behind: Line | None = None
 
 
-@dataclass(frozen=True)
-class ShareResult:
-    """What one training step gives on one rank; every tensor is detached and on the device.
-
-    Attributes:
-        logits: the whole model's class logits [B, num_classes] on the last rank, ``None`` on the others.
-        losses: total loss of each of this rank's modules, scalars.
-        terms: their terms by name, unweighted, scalars.
-        module_logits: their own class logits; ``None`` where one has no classifier.
-        targets: class indices int64 [B].
-        unsound: whether the features that were received aren't all finite numbers, bool; ``None`` on the first rank.
-    """
-
-    logits: Tensor | None
-    losses: tuple[Tensor, ...]
-    terms: tuple[dict[str, Tensor], ...]
-    module_logits: tuple[Tensor | None, ...]
-    targets: Tensor
-    unsound: Tensor | None = None
-
-
+@final
 class Links:
     """Both links of a rank through one phase after another, in the order of the schedule.
 
@@ -177,77 +156,42 @@ class Links:
         return self._do(f"wait for {whom}")
 
 
-class PipelineExecutor(SequentialExecutor):
+@final
+class PipelineExecutor:
     """Trains one rank's modules.
 
     Args:
-        steps: of this rank's modules, first to last.
+        executor: of this rank's modules.
         links: to the ranks before and behind.
-        first: index of the first of them.
-        uses: what each module of the whole model looks at.
 
     Attributes:
         sent_bytes_per_step: of the last training step.
     """
 
-    def __init__(self, steps: Sequence[LocalStep], links: Links, *, first: int, uses: Sequence[frozenset[str]]) -> None:
-        super().__init__(steps, first=first, uses=uses)
+    def __init__(self, executor: SequentialExecutor, links: Links) -> None:
+        self.executor = executor
         self.links = links
         self.sent_bytes_per_step = 0
 
-    def share(self, batch: LocalBatch | None, targets: Tensor | None, *, number: int) -> ShareResult:
-        """Train this rank's modules on the next batch.
+    def receive(self, given: LocalBatch | None) -> tuple[LocalBatch, Tensor | None]:
+        """The next batch, and whether what came is unsound: features that aren't all finite numbers, bool.
 
         Args:
-            batch: on the first rank; the others receive theirs.
-            targets: class indices int64 [B], on the first rank.
-            number: of the batch in the training.
+            given: on the first rank, which receives none.
         """
         packet = self.links.receive()
-        if packet:
-            context = tuple(packet[name] for name in sorted(packet) if name.startswith("context"))
-            batch = LocalBatch(
-                packet.get("images"), packet["labels"], None, packet.get("previous"), context, packet.get("gradient")
-            )
-            features, targets = packet["features"], packet["targets"]
-            unsound = ~torch.isfinite(features.sum())  # read later, where a loss is no number
-        else:
-            assert batch is not None and batch.images is not None, "a step starts with images"
-            assert targets is not None, "and with targets"
-            features, unsound = batch.images, None
-        batch.number = number
-        following = self.first + len(self.steps)
-        is_last = self.links.sender is None
-        # The gradient at what is handed on is there only after the backward pass.
-        is_late = not is_last and "gradient" in self.uses[following]
+        if not packet:
+            assert given is not None, "the first rank has the images"
+            return given, None
+        return unpacked(packet), ~torch.isfinite(packet["features"].sum())  # read later, where a loss is no number
 
-        def hand_on(received: Tensor, features: Tensor) -> None:
-            context = batch.context
-            if self.is_used("context", following):
-                context = (*context, self.steps[-1].module.pooled(features))
-            self.links.send(self._packet(features, batch, targets, received, context))
-
-        trained = self.train(features, batch, None if is_last or is_late else hand_on)
-        if is_late:
-            self.links.send(self._packet(trained.features, batch, targets, trained.received, batch.context))
+    def step(self, batch: LocalBatch, unsound: Tensor | None) -> StepResult:
+        """Train this rank's modules on a batch, and send it on. Arguments are what ``receive`` gave."""
+        result = self.executor.step(batch, None if self.links.sender is None else self._send)
         self.links.done()
         if self.links.sender is not None:
             self.sent_bytes_per_step = self.links.sender.packet_bytes
-        logits = trained.features if is_last else None
-        return ShareResult(logits, trained.losses, trained.terms, trained.module_logits, targets, unsound)
+        return replace(result, unsound=unsound)
 
-    def _packet(
-        self, features: Tensor, batch: LocalBatch, targets: Tensor, received: Tensor | None, context: Sequence[Tensor]
-    ) -> Packet:
-        """What the next rank's modules look at."""
-        following = self.first + len(self.steps)
-        packet = {"features": features, "labels": batch.labels, "targets": targets}
-        optional = {
-            "images": batch.images if self.is_used("images", following) else None,
-            "previous": received if self.is_used("previous", following) else None,
-            "gradient": batch.gradient if "gradient" in self.uses[following] else None,
-        }
-        packet |= {name: tensor for name, tensor in optional.items() if tensor is not None}
-        if self.is_used("context", following):
-            packet |= {f"context{index:03d}": pooled for index, pooled in enumerate(context)}
-        return packet
+    def _send(self, batch: LocalBatch) -> None:
+        self.links.send(packed(batch))

@@ -25,7 +25,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, final
 
 from localgrad.errors import DivergenceError, LocalgradError, ParallelError, reason_of
 
@@ -70,6 +70,7 @@ class Fault:
     status: int = 1
 
 
+@final
 class Watch:
     """The heartbeat of one process.
 

@@ -1,9 +1,9 @@
 """What travels between two ranks: packets of tensors, one way, in a fixed order, over one line of their own.
 
-A packet is what the next rank's modules look at for one batch: features, labels, targets, and whatever their
-objectives use (the image for image reconstruction, the features before, pooled context). Beside it goes a header of
-two numbers: how many images there are, and the last batch of the phase as far as rank 0 knows. Headers travel over
-gloo, so that reading them never waits for a GPU.
+A packet is a batch as the next rank receives it: features, labels, targets, and what else it carries
+(``objectives/carried.py``). Beside it goes a header of three numbers: how many images there are, the last batch of the
+phase as far as rank 0 knows, and which tensors are there (a frozen module gives no gradient). Headers travel over gloo,
+so that reading them never waits for a GPU.
 
 Tensors are received into a ring of buffers. The first packet of a phase (an epoch, an evaluation) is described before
 it is sent; later ones have its shapes, and a shorter batch is padded.
@@ -13,16 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from localgrad.objectives.carried import CARRIED, Carried, LocalBatch
+
 Packet = Mapping[str, Tensor]
+"""Tensors by name; ``context/002`` is the third of what grows."""
 WIRES = ("same", "bf16")
 """How features travel: as they are, or in bfloat16: half the bytes of float32."""
-NARROWED = ("features", "previous", "context")
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,17 @@ class Line:
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor of a packet: its name, the shape of a full batch, and its dtype before and on the wire."""
+    """One tensor of a packet: its name, the shape of a full batch, and its dtype before and on the wire.
+
+    Attributes:
+        by_image: whether its first side is that of the batch.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     wire_dtype: torch.dtype
+    by_image: bool = True
 
     @property
     def nbytes(self) -> int:
@@ -58,6 +65,31 @@ class Slot:
         return count * self.wire_dtype.itemsize
 
 
+def packed(batch: LocalBatch) -> dict[str, Tensor]:
+    """A batch as a packet."""
+    packet = {"features": batch.features, "labels": batch.labels}
+    if batch.known_targets is not None:
+        packet["targets"] = batch.known_targets
+    for name, value in batch.carried.items():
+        grown = {f"{name}/{number:03d}": tensor for number, tensor in enumerate(value)}
+        packet |= {name: value} if isinstance(value, Tensor) else grown
+    return packet
+
+
+def unpacked(packet: Packet) -> LocalBatch:
+    """The batch of a packet."""
+    batch = LocalBatch(None, packet["labels"], features=packet["features"], targets=packet.get("targets"))
+    for key in sorted(packet.keys() - {"features", "labels", "targets"}):
+        name, _, number = key.partition("/")
+        batch.carried[name] = (*batch.carried.get(name, ()), packet[key]) if number else packet[key]
+    return batch
+
+
+def _thing(key: str) -> Carried | None:
+    return CARRIED.get(key.partition("/")[0])
+
+
+@final
 class Sender:
     """Sends packets to the next rank.
 
@@ -78,7 +110,7 @@ class Sender:
 
         Args:
             batch: its number; they come in order.
-            packet: tensors by name, each [B, ...].
+            packet: tensors by name; of those that the phase began with, some may be missing.
             last: the last batch of the phase, as far as is known.
         """
         num_images = len(packet["features"])
@@ -86,8 +118,15 @@ class Sender:
             self._slots = [self._slot(name, tensor) for name, tensor in packet.items()]
             self.packet_bytes = sum(slot.nbytes for slot in self._slots)
             dist.send_object_list([self._slots], self.line.peer, group=self.line.control)
-        header = torch.tensor([num_images, last])
-        tensors = [_travelling(packet[slot.name], slot) for slot in self._slots]
+        present = sum((slot.name in packet) << number for number, slot in enumerate(self._slots))
+        header = torch.tensor([num_images, last, present])
+        like = packet["features"]
+        tensors = [
+            _travelling(packet[slot.name], slot)
+            if slot.name in packet
+            else like.new_zeros(slot.shape, dtype=slot.wire_dtype)
+            for slot in self._slots
+        ]
         works = [dist.isend(header, self.line.peer, group=self.line.control, tag=0)]
         works += [
             dist.isend(tensor, self.line.peer, group=self.line.data, tag=tag) for tag, tensor in enumerate(tensors, 1)
@@ -107,10 +146,14 @@ class Sender:
         self._slots = None
 
     def _slot(self, name: str, tensor: Tensor) -> Slot:
-        is_narrowed = self.wire == "bf16" and name.startswith(NARROWED) and tensor.dtype.itemsize > 2
-        return Slot(name, tuple(tensor.shape), tensor.dtype, torch.bfloat16 if is_narrowed else tensor.dtype)
+        thing = _thing(name)
+        narrows = name == "features" if thing is None else thing.narrows
+        is_narrowed = self.wire == "bf16" and narrows and tensor.dtype.itemsize > 2
+        wire_dtype = torch.bfloat16 if is_narrowed else tensor.dtype
+        return Slot(name, tuple(tensor.shape), tensor.dtype, wire_dtype, thing is None or thing.splits)
 
 
+@final
 class Receiver:
     """Receives packets from the rank before.
 
@@ -134,7 +177,7 @@ class Receiver:
             described: list[Any] = [None]
             dist.recv_object_list(described, self.line.peer, group=self.line.control)
             self._open(described[0])
-        header = torch.zeros(2, dtype=torch.int64)
+        header = torch.zeros(3, dtype=torch.int64)
         works = [dist.irecv(header, self.line.peer, group=self.line.control, tag=0)]
         works += [
             dist.irecv(tensor, self.line.peer, group=self.line.data, tag=tag)
@@ -152,10 +195,12 @@ class Receiver:
         works, header = self._expected.pop(batch)
         for work in works:
             work.wait()
-        num_images, last = header.tolist()
+        num_images, last, present = header.tolist()
         tensors = self._ring[batch % self.num_slots]
         return {
-            slot.name: tensor[:num_images].to(slot.dtype) for slot, tensor in zip(self._slots, tensors, strict=True)
+            slot.name: (tensor[:num_images] if slot.by_image else tensor).to(slot.dtype)
+            for number, (slot, tensor) in enumerate(zip(self._slots, tensors, strict=True))
+            if present >> number & 1
         }, last
 
     def finish(self) -> None:
@@ -176,7 +221,9 @@ class Receiver:
 
 def _travelling(tensor: Tensor, slot: Slot) -> Tensor:
     """A tensor as it travels: contiguous, in the wire's dtype, padded to a full batch."""
-    missing = slot.shape[0] - len(tensor)
+    if not slot.by_image and tuple(tensor.shape) == slot.shape and tensor.dtype == slot.dtype:
+        return tensor.to(slot.wire_dtype).contiguous()
+    missing = slot.shape[0] - len(tensor) if slot.by_image else -1
     if missing < 0 or tuple(tensor.shape[1:]) != slot.shape[1:] or tensor.dtype != slot.dtype:
         raise RuntimeError(
             f"{slot.name}: the phase began with {list(slot.shape)} {slot.dtype}, and now there are "

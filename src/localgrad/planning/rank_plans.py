@@ -13,22 +13,23 @@ left out (``research/simulation/simulator.py`` has it), and so is the update's, 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import final
 
 from torch import Tensor
 
 from localgrad import rules
 from localgrad.backbones.base import Layout
 from localgrad.errors import BudgetError, PartitionError, RecipeError, arg
+from localgrad.memory.track import CUDA_ROUNDING, rounded
 from localgrad.objectives.methods import GreedySupervised
 from localgrad.parallel.packets import Packets
 from localgrad.parallel.schedule import NUM_BUFFERS
 from localgrad.partition import Plan, RankForecast, RanksForecast, forecast_of
 from localgrad.planning.budget import Search, Task, at_least, budget_of, check_batch, confirmed, searches
 from localgrad.planning.search import UNLIMITED, Ranks, Solution, fastest_ranks, smallest_ranks
-from localgrad.step.local_module import CONTEXT_GRID
 
 BALANCES = ("time", "memory")
 
@@ -115,6 +116,7 @@ def plan_parallel(task: Task, batch_size: int, parallel: Parallel, budget: int |
     raise _no_plan_for_ranks(min(least, key=lambda pair: pair[0])[1], budget)
 
 
+@final
 class _RankSearch:
     """The plans for ranks at one batch size and accumulation.
 
@@ -132,16 +134,18 @@ class _RankSearch:
         if self.task.ema_decay is not None:
             averages = [_num_bytes([*unit.parameters(), *unit.buffers()]) for unit in units]
         self._static = [0, *itertools.accumulate(map(sum, zip(self.costs.static, averages, strict=True)))]
-        features, uses = self.costs.inputs, frozenset(self.costs.uses)
-        shares = [_pooled_share(layout) for layout in backbone.layouts] if "context" in uses else [0.0] * len(features)
         label_bytes = 4 * backbone.num_classes if self.task.soft_labels else 8
         self.packets = Packets(
             num_ranks=parallel.num_ranks,
-            features=features,
-            images=self.costs.images,
+            layouts=backbone.layouts,
+            image=Layout(kind="NCHW", width=backbone.input_size[0], grid=backbone.input_size[1:]),
+            num_classes=backbone.num_classes,
+            num_images=self.batch_size,
+            dtype=backbone.dtype,
             labels=label_bytes * self.batch_size,
-            pooled=[math.ceil(share * nbytes) for share, nbytes in zip(shares, features, strict=True)],
-            uses=uses,
+            uses=self.costs.uses,
+            last_uses=self.costs.last_uses,
+            rounded=partial(rounded, rounding=CUDA_ROUNDING if self.costs.settings.device == "cuda" else 1),
         )
         self._arguments = num_blocks, parallel.num_ranks, search.choices, self._resident
 
@@ -293,9 +297,3 @@ def _with_modules(task: Task, parallel: Parallel) -> Task:
 
 def _num_bytes(tensors: Sequence[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in {id(tensor): tensor for tensor in tensors}.values())
-
-
-def _pooled_share(layout: Layout) -> float:
-    """Size of what later modules get as context, to that of the features."""
-    rows, columns = (min(side, CONTEXT_GRID) for side in layout.grid)
-    return rows * columns * layout.width / math.prod(layout.shape)

@@ -28,7 +28,7 @@ another child). So hooks see what they see in the plain block, and once more in 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ from localgrad.errors import RecipeError
 Part = Callable[[Tensor], Tensor]
 
 
+@final
 class Recomputed:
     """A block as its module runs it in training: from its input, or from the inputs of its pieces, in chunks.
 
@@ -156,6 +157,7 @@ def _over_chunks(piece: Piece, features: Tensor, chunks: int) -> Tensor:
     return torch.cat(outputs)
 
 
+@final
 class _WithRowsOf:
     """A branch whose random draws are rows of those for a whole batch."""
 
@@ -167,6 +169,7 @@ class _WithRowsOf:
             return self.piece.branch(features)
 
 
+@final
 class _RowsOfDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Draws every Bernoulli mask for the whole batch, and gives the chunk's rows of it."""
 

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from operator import is_
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from localgrad.backbones.base import Backbone
 from localgrad.backbones.fake import FakeTensor
 from localgrad.backbones.namespaces import Attributes
 from localgrad.errors import BackboneError, DataError, RecipeError
-from localgrad.objectives.base import IGNORED, LocalBatch
+from localgrad.objectives.carried import IGNORED, LocalBatch
 
 FACTORY = "configure_optimizers(lambda params: torch.optim.AdamW(params, lr=1e-3))"
 """A factory as it should be."""
@@ -31,6 +31,7 @@ SOFT_SUM_TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """How far the sum of a row of soft labels may be from 1, by dtype; 1e-3 otherwise."""
 
 
+@final
 class Remembered:
     """The modules and parameters that something was made of, by identity.
 

@@ -14,58 +14,144 @@ the first module. A caller that keeps no name of its own for them gets their mem
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, TypeVar
+from types import TracebackType
+from typing import Generic, Protocol, Self, TypeVar, final
 
 import torch
 from torch import Tensor
 
+from localgrad.backbones.base import Layout
 from localgrad.errors import MemoryExceeded
-from localgrad.objectives.base import LocalBatch
-from localgrad.step.local_module import LocalOutput
-from localgrad.step.local_step import HandOn, LocalStep
+from localgrad.objectives.carried import Handed, LocalBatch, Route, Value
+from localgrad.step.local_step import LocalStep
 
-T = TypeVar("T")
-HandOnward = Callable[[Tensor, Tensor], None]
+HandOn = Callable[[LocalBatch], None]
 
 
 @dataclass(frozen=True)
 class StepResult:
     """What one training step gives; every tensor is detached and on the training device.
 
+    With several processes it is of this rank's modules; in sequential mode of the module whose turn it is.
+
     Attributes:
-        logits: the whole model's class logits [B, num_classes], before this step's update.
+        logits: the whole model's class logits [B, num_classes], before this step's update; ``None`` where these modules
+            don't end in it.
         losses: each local module's total loss, scalars.
         terms: each local module's terms by name, unweighted, scalars.
         module_logits: each local module's own class logits; ``None`` where it has no classifier.
+        targets: class indices int64 [B] where the batch has them.
+        unsound: whether the features received from another rank aren't all finite numbers, bool; else ``None``.
     """
 
-    logits: Tensor
+    logits: Tensor | None
     losses: tuple[Tensor, ...]
     terms: tuple[dict[str, Tensor], ...]
     module_logits: tuple[Tensor | None, ...]
+    targets: Tensor | None = None
+    unsound: Tensor | None = None
 
 
-class Trained(NamedTuple):
-    """What the steps of some modules in a row give.
+class Walked(Protocol):
+    """What can be walked over."""
+
+    @property
+    def layout(self) -> Layout | None:
+        """Of what it hands on; of the model's logits nobody asks."""
+
+
+W = TypeVar("W", bound=Walked)
+
+
+@dataclass
+class Visit(Generic[W]):
+    """A local module whose turn it is.
 
     Attributes:
-        features: what the last one hands on.
-        losses: of each.
-        terms: of each, by name.
-        module_logits: of each that has a classifier.
-        received: what the last one received, where a later module looks at that.
+        index: of the module.
+        module: it, or its step.
+        received: what it receives.
+        batch: as it enters the module.
+        route: what is carried where, if anything is.
+        is_last: whether it is the last of the walk.
+        gradient: of its loss by what it hands on, where that was told.
     """
 
-    features: Tensor
-    losses: tuple[Tensor, ...]
-    terms: tuple[dict[str, Tensor], ...]
-    module_logits: tuple[Tensor | None, ...]
-    received: Tensor | None
+    index: int
+    module: W
+    received: Tensor
+    batch: LocalBatch
+    route: Route | None
+    is_last: bool
+    gradient: Tensor | None = None
+
+    def hand_on(self, features: Tensor, gradient: Tensor | None = None) -> None:
+        """Say what the next module receives."""
+        self.batch.features, self.gradient = features, gradient
+
+    def carried(self, features: Tensor, gradient: Tensor | None = None) -> dict[str, Value]:
+        """What else the next module is given."""
+        assert self.route is not None, "without one nothing is carried"
+        assert self.module.layout is not None, "there is a module behind this one"
+        handed = Handed(self.received, features, self.module.layout, gradient, self.batch)
+        return self.route.onward(self.index, handed)
+
+    def send(self, hand_on: HandOn, features: Tensor, gradient: Tensor | None = None) -> None:
+        """Give someone the batch as the next module is to receive it."""
+        hand_on(self.batch.onward(features, self.carried(features, gradient)))
 
 
+def walk(modules: Sequence[W], batch: LocalBatch, route: Route | None = None, *, first: int = 0) -> Iterator[Visit[W]]:
+    """The one walk over local modules in order: each receives what the one before hands on.
+
+    Whoever walks runs each module, and says what it hands on. In between, what the batch carries is made, or let go of
+    where no module behind looks at it::
+
+        for visit in walk(modules, batch, route):
+            visit.hand_on(visit.module(visit.received, batch).features)
+
+    Args:
+        modules: local modules or their steps, all of a model's or some in a row.
+        batch: as it enters the first of them; afterwards, its features are what the last one hands on.
+        route: what is carried where; by default nothing is.
+        first: index of the first of them.
+    """
+    for index, module in enumerate(modules, first):
+        if route is not None:
+            batch.carried = {
+                what.name: batch.carried[what.name] for what in route.into(index) if what.name in batch.carried
+            }
+        visit = Visit(index, module, batch.features, batch, route, is_last=module is modules[-1])
+        yield visit
+        if route is not None and not visit.is_last:
+            batch.carried = visit.carried(batch.features, visit.gradient)
+        del visit
+
+
+@final
+class Attempt:
+    """A region in which memory may run out: that ends it, and is told.
+
+    Attributes:
+        reason: the error's first line.
+    """
+
+    reason: str | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        self.reason = out_of_memory(error) if isinstance(error, RuntimeError) else None
+        return self.reason is not None
+
+
+@final
 class SequentialExecutor:
     """Runs the steps of all local modules in order.
 
@@ -73,7 +159,7 @@ class SequentialExecutor:
         steps: one for each local module, first to last; in a parallel run, for those of this process.
         around: given a module's index, a context in which its step is to run, such as one that has it on the device.
         first: index of the first step's module.
-        uses: what each module of the whole model looks at (``LocalObjective.uses``); by default that of the steps.
+        route: what is carried where in the whole model; by default as the objectives of the steps say.
 
     Attributes:
         recover: called with the index of a module in whose step memory ran out; where it answers true (something was
@@ -86,95 +172,66 @@ class SequentialExecutor:
         around: Callable[[int], contextlib.AbstractContextManager[None]] | None = None,
         *,
         first: int = 0,
-        uses: Sequence[frozenset[str]] | None = None,
+        route: Route | None = None,
     ) -> None:
         self.steps = tuple(steps)
         self.first = first
-        self.uses = tuple(uses or [step.module.objective.uses for step in self.steps])
+        self.route = route or Route(step.module.objective.uses for step in self.steps)
         self.recover: Callable[[int], bool] | None = None
         self.around = around or (lambda _: contextlib.nullcontext())
-        self._last_user = {what: self._last(what) for what in ("images", "previous", "context")}
         for index, step in enumerate(self.steps, first):
-            step.module.keeps_gradient = any("gradient" in used for used in self.uses[index + 1 : index + 2])
+            step.module.keeps_gradient = self.route.is_late(index + 1)
 
-    def _last(self, what: str) -> int:
-        """The last module that looks at something; -1 for none."""
-        return max((index for index, used in enumerate(self.uses) if what in used), default=-1)
-
-    def step(self, batch: LocalBatch) -> StepResult:
+    def step(self, batch: LocalBatch, hand_on: HandOn | None = None) -> StepResult:
         """Train every local module on one batch.
 
         Args:
-            batch: images and labels; the images are taken out of it on the way.
+            batch: as it enters the first of them; what it carries is taken out of it on the way.
+            hand_on: given the batch as the module behind the last one is to receive it: before the last one's backward
+                pass, if all of it is there by then.
         """
-        assert batch.images is not None, "a step starts with images"
-        return StepResult(*self.train(batch.images, batch)[:4])
-
-    def is_used(self, what: str, index: int) -> bool:
-        """Whether a module, or one behind it, looks at ``images``, ``previous`` or ``context``."""
-        return index <= self._last_user[what]
-
-    def train(self, features: Tensor, batch: LocalBatch, hand_on: HandOnward | None = None) -> Trained:
-        """Run all steps on what the first one receives.
-
-        Args:
-            features: that.
-            batch: images and labels, and what else the first module's objective looks at.
-            hand_on: called by the last step, before its backward pass, with what it received and what it gives.
-        """
-        received = batch.previous
         losses, terms, logits = [], [], []
-        for index, step in enumerate(self.steps, self.first):
-            if index > max(0, self._last_user["images"]):
-                batch.images = None
-            batch.previous = received if index <= self._last_user["previous"] else None
-            received = features if index < self._last_user["previous"] else None
-            take = partial(hand_on, features) if hand_on is not None and step is self.steps[-1] else None
-            output = self._run(index, step, features, batch, take)
-            features, batch.gradient = output.features, output.gradient
-            if index < self._last_user["context"]:
-                batch.context = (*batch.context, step.module.pooled(features))
+        for visit in walk(self.steps, batch, self.route, first=self.first):
+            sends = hand_on if visit.is_last else None
+            is_late = self.route.is_late(visit.index + 1)
+            take = None if sends is None or is_late else partial(visit.send, sends)
+            for attempt in self.attempts(visit.index, [visit.module]):
+                with attempt, self.around(visit.index):
+                    output = visit.module(visit.received, batch, take)
+            if sends is not None and is_late:
+                visit.send(sends, output.features, output.gradient)
+            visit.hand_on(output.features, output.gradient)
             losses.append(output.loss)
             terms.append(output.terms)
             logits.append(output.logits)
-            del output, take
-        return Trained(features, tuple(losses), tuple(terms), tuple(logits), received)
+            del output, take, attempt
+        ends_the_model = self.first + len(self.steps) == len(self.route.uses)
+        features = batch.features if ends_the_model else None
+        return StepResult(features, tuple(losses), tuple(terms), tuple(logits), batch.known_targets)
 
-    def _run(
-        self, index: int, step: LocalStep, features: Tensor, batch: LocalBatch, hand_on: HandOn | None
-    ) -> LocalOutput:
-        def run() -> LocalOutput:
-            with self.around(index):
-                return step(features, batch, hand_on)
-
-        return self.recovering(index, [step], run)
-
-    def recovering(self, index: int, steps: Sequence[LocalStep], run: Callable[[], T]) -> T:
-        """Run something; where memory runs out before an update, once more if someone can recover.
+    def attempts(self, index: int, steps: Sequence[LocalStep]) -> Iterator[Attempt]:
+        """Regions to run something in: where memory runs out before an update, one more if someone can recover.
 
         Args:
             index: of the module that it is; as many as there are for an end-to-end step.
             steps: what it may change.
-            run: the step or steps.
 
         Raises:
             MemoryExceeded: memory ran out, and nobody could help.
         """
         while True:
             before = None if self.recover is None else [step.snapshot() for step in steps]
-            try:
-                return run()
-            except RuntimeError as error:
-                reason = out_of_memory(error)
-                if reason is None:
-                    raise
+            attempt = Attempt()
+            yield attempt
+            if attempt.reason is None:
+                return
             # The exception is gone here, and with its frames the graph that they held. Gradients go before anyone is
             # asked: room is needed, estimates would count them, and whoever goes on starts from none.
             for step in steps:
                 step.optimizer.zero_grad(set_to_none=True)
             updating = any(step.updating for step in steps)
             if before is None or updating or self.recover is None or not self.recover(index):
-                raise MemoryExceeded(index, reason)
+                raise MemoryExceeded(index, attempt.reason)
             for step, state in zip(steps, before, strict=True):
                 step.go_back(state)
 

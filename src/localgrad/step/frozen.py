@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import final
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 
+@final
 class Frozen:
     """Regions in which a module runs in training mode and changes nothing of its own.
 

@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from typing import final
 
 import torch
 from torch import Tensor, nn
 
 from localgrad.backbones.namespaces import Attributes
-from localgrad.objectives.base import LocalBatch
+from localgrad.objectives.carried import LocalBatch
 from localgrad.step.checkpointing import Recomputed
-from localgrad.step.executor import StepResult
+from localgrad.step.executor import StepResult, walk
 from localgrad.step.local_step import LocalStep, autocast, check_surroundings, explained, single_images_refused
 
 
+@final
 class GlobalStep:
     """Trains all modules on the last one's loss.
 
@@ -46,10 +48,9 @@ class GlobalStep:
             Figures of the last module; the others have no losses.
         """
         last = self.steps[-1]
-        assert batch.images is not None, "a step starts with images"
         for step in self.steps:
             step.begin()
-        check_surroundings(last.device_type, last.precision, batch.images, batch.labels)
+        check_surroundings(last.device_type, last.precision, batch.features, batch.labels)
         with contextlib.ExitStack() as still:
             still.enter_context(single_images_refused(len(batch.labels), last.accumulation))
             for step in self.steps:
@@ -64,7 +65,7 @@ class GlobalStep:
         for part in parts:
             share = len(part.labels) / len(batch.labels)
             with autocast(last.device_type, last.precision):
-                logits = self._logits(part.images)
+                logits = self._logits(part.features, part.labels)
                 value = last.module.objective(logits, logits, part)
             scaler.scale(value.loss * share).backward()
             assert value.logits is not None, "the last module ends in the model's own classifier"
@@ -76,14 +77,14 @@ class GlobalStep:
         nothing: tuple[dict[str, Tensor], ...] = tuple({} for _ in self.steps[:-1])
         total = {name: torch.stack([found[name] for found in terms]).sum() for name in terms[0]}
         logits = torch.cat(outputs)
-        return StepResult(logits, (torch.stack(losses).sum(),), (*nothing, total), (*([None] * len(nothing)), logits))
+        total_loss, module_logits = torch.stack(losses).sum(), (*([None] * len(nothing)), logits)
+        return StepResult(logits, (total_loss,), (*nothing, total), module_logits, batch.known_targets)
 
-    def _logits(self, images: Tensor | None) -> Tensor:
-        assert images is not None, "a step starts with images"
-        features = images
-        for step, recomputed in zip(self.steps, self.recomputed, strict=True):
-            features = step.module.own(features, recomputed)
-        return features
+    def _logits(self, images: Tensor, labels: Tensor) -> Tensor:
+        batch = LocalBatch(None, labels, features=images)
+        for visit in walk(self.steps, batch):
+            visit.hand_on(visit.module.module.own(visit.received, self.recomputed[visit.index]))
+        return batch.features
 
     def _update(self, scaler: torch.amp.GradScaler) -> None:
         for step in self.steps:
@@ -103,6 +104,7 @@ class GlobalStep:
             step.updating = False
 
 
+@final
 class _Together(torch.optim.Optimizer):
     """The optimizers of all modules as one, for the gradient scaler: what isn't finite anywhere holds back all.
 

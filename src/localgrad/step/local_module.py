@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localgrad.backbones.base import Backbone, Layout, Stem
@@ -20,13 +19,12 @@ from localgrad.backbones.halves import AsCut, Piece, find_pieces, observed, whol
 from localgrad.backbones.timm_models import undecayed
 from localgrad.backbones.written import Observed, has_hooks
 from localgrad.errors import BackboneError, RecipeError
-from localgrad.objectives.base import LocalBatch, LocalObjective, ObjectiveValue, Site
+from localgrad.objectives.base import LocalObjective, ObjectiveValue
+from localgrad.objectives.carried import LocalBatch
 from localgrad.objectives.methods import Objective
+from localgrad.objectives.site import Site
 from localgrad.partition import Checkpointing, Plan
 from localgrad.step.checkpointing import Part, Recomputed, run_telling_branches
-
-CONTEXT_GRID = 4
-"""Side of the grid that features are pooled to where they are later modules' context."""
 
 
 class LocalOutput(NamedTuple):
@@ -47,7 +45,7 @@ class LocalOutput(NamedTuple):
     gradient: Tensor | None = None
 
 
-class Walk(NamedTuple):
+class Passed(NamedTuple):
     """A pass through a module's parts, with its graph.
 
     Attributes:
@@ -102,7 +100,7 @@ class LocalModule(nn.Module):
         self.has_unread = False  # whether it has trainable parameters that no loss of its reads; known where it matters
         self.gradient: Tensor | None = None
 
-    def walk(self, inputs: Tensor, *, with_states: bool = False, branches: list[Tensor] | None = None) -> Walk:
+    def run_parts(self, inputs: Tensor, *, with_states: bool = False, branches: list[Tensor] | None = None) -> Passed:
         """Run the parts in order: image or features in, features (or the model's logits) out.
 
         Args:
@@ -123,7 +121,7 @@ class LocalModule(nn.Module):
             else:
                 run: Part = recomputed or part
                 inputs = run(inputs)
-        return Walk(inputs, inputs if handed_on is None else handed_on, states)
+        return Passed(inputs, inputs if handed_on is None else handed_on, states)
 
     def check_branches(self) -> None:
         """Refuse blocks of which running branch after branch would skip something. No operator runs.
@@ -140,8 +138,8 @@ class LocalModule(nn.Module):
                 )
 
     def features(self, inputs: Tensor) -> Tensor:
-        """What the last part gives. Arguments as for ``walk``."""
-        return self.walk(inputs).outputs
+        """What the last part gives. Arguments as for ``run_parts``."""
+        return self.run_parts(inputs).outputs
 
     def own(self, inputs: Tensor, recomputed: Mapping[int, Recomputed]) -> Tensor:
         """Run the module's own parts only, recomputing as a caller says: a step of end-to-end training.
@@ -169,7 +167,7 @@ class LocalModule(nn.Module):
         """
         entered = self.objective.enter(inputs, batch)
         branches: list[Tensor] = []
-        outputs, handed_on, states = self.walk(
+        outputs, handed_on, states = self.run_parts(
             entered,
             with_states="states" in self.objective.uses,
             branches=branches if "branches" in self.objective.uses else None,
@@ -189,13 +187,6 @@ class LocalModule(nn.Module):
 
     def _keep(self, gradient: Tensor) -> None:
         self.gradient = gradient
-
-    def pooled(self, features: Tensor) -> Tensor:
-        """What later modules get as context: what was handed on, averaged over a small grid, [B, rows, columns, D]."""
-        assert self.layout is not None, "the last module is nobody's context"
-        grid = self.layout.to_grid(features).permute(0, 3, 1, 2)
-        height, width = (min(side, CONTEXT_GRID) for side in self.layout.grid)
-        return F.adaptive_avg_pool2d(grid, (height, width)).permute(0, 2, 3, 1)
 
 
 def site_of(backbone: Backbone, boundaries: Sequence[int], index: int, *, overlap: int = 0) -> Site:

@@ -17,7 +17,7 @@ import inspect
 import types
 from collections.abc import Callable, Iterator, Sequence
 from operator import is_
-from typing import TYPE_CHECKING, Any, TypedDict, cast
+from typing import TYPE_CHECKING, Any, TypedDict, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from localgrad.backbones.namespaces import Attributes, Kwargs
 from localgrad.backbones.written import Before, Undo, random_state, set_random_state
 from localgrad.errors import DeviceError, RecipeError, arg
-from localgrad.objectives.base import LocalBatch
+from localgrad.objectives.carried import LocalBatch
 from localgrad.step.checks import same_device
 from localgrad.step.frozen import Frozen
 from localgrad.step.local_module import LocalModule, LocalOutput
@@ -36,7 +36,10 @@ if TYPE_CHECKING:
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Autocast dtype by the name that recipes use."""
-HandOn = Callable[[Tensor], None]
+TakeFeatures = Callable[[Tensor], None]
+Pass = Callable[[Tensor, LocalBatch, float, TakeFeatures | None], LocalOutput]
+"""One way to take a batch, or a part of it, through a module: ``(inputs, batch, share of the batch, hand_on)``."""
+Region = Callable[[], contextlib.AbstractContextManager[None]]
 RELATIVE_STEP = {"fp32": 0.003, "bf16": 0.02, "fp16": 0.01}
 """Length of the step of a finite difference, as a share of the length of what it is taken at: above the rounding of
 features in that precision."""
@@ -51,6 +54,7 @@ class StepSettings(TypedDict):
     compile: bool
 
 
+@final
 class LocalStep:
     """Trains one local module on one batch at a time.
 
@@ -64,6 +68,7 @@ class LocalStep:
         compile: run the module through ``torch.compile``.
         device: where it runs; by default where its parameters are (offloaded ones are on the host in between).
         twins: the processes that train the same module on other images, and average their gradients with this one.
+        around: makes a region for a forward and backward pass, in which the module has all its weights.
     """
 
     def __init__(
@@ -78,8 +83,11 @@ class LocalStep:
         compile: bool = False,
         device: torch.device | None = None,
         twins: dist.ProcessGroup | None = None,
+        around: Region = contextlib.nullcontext,
     ) -> None:
         self.module = module
+        self.layout = module.layout
+        self.around = around
         self.parameters = list(parameters)
         self.optimizer = optimizer
         self.clip_grad = clip_grad
@@ -178,7 +186,7 @@ class LocalStep:
             self.scaler.load_state_dict(state)
         self.updating = False
 
-    def __call__(self, inputs: Tensor, batch: LocalBatch, hand_on: HandOn | None = None) -> LocalOutput:
+    def __call__(self, inputs: Tensor, batch: LocalBatch, hand_on: TakeFeatures | None = None) -> LocalOutput:
         """Train on one batch, from cleared gradients on.
 
         A frozen module only runs, and its state stays; see ``Frozen``.
@@ -195,49 +203,50 @@ class LocalStep:
         self.begin()  # whatever became of the last one
         check_surroundings(self.device_type, self.precision, inputs, batch.labels)
         seed = None if self.seed is None else (*self.seed, batch.number)
+        is_drawn = batch.gradient is not None and self.module.objective.reconcile
+        run: Pass = self._only_run if self.frozen else self._reconciled if is_drawn else self._once
         with drawing_from(self.device, seed), single_images_refused(len(inputs), self.accumulation):
             if self.accumulation == 1:
-                output = self._forward_backward(inputs, batch, 1.0, hand_on)
+                output = run(inputs, batch, 1.0, hand_on)
             else:
-                output = self._accumulate(inputs, batch, hand_on)
+                output = self._accumulate(run, inputs, batch, hand_on)
         if not self.frozen:
             self._update()
         return output
 
-    def _forward_backward(
-        self, inputs: Tensor, batch: LocalBatch, share: float, hand_on: HandOn | None = None
+    def _only_run(
+        self, inputs: Tensor, batch: LocalBatch, share: float, hand_on: TakeFeatures | None = None
     ) -> LocalOutput:
-        if self.frozen:
-            with torch.no_grad(), autocast(self.device_type, self.precision), self.as_frozen.running():
-                output = self._forward(inputs, batch)
-            if hand_on is not None:
-                hand_on(output.features)
-            return output
-        if batch.gradient is not None and self.module.objective.reconcile:
-            return self._reconciled(inputs, batch, batch.gradient, share, hand_on)
-        return self._once(inputs, batch, share, hand_on)
+        with torch.no_grad(), autocast(self.device_type, self.precision), self.as_frozen.running():
+            output = self._forward(inputs, batch)
+        if hand_on is not None:
+            hand_on(output.features)
+        return output
 
     def _once(
         self,
         inputs: Tensor,
         batch: LocalBatch,
         share: float | Tensor,
-        hand_on: HandOn | None = None,
+        hand_on: TakeFeatures | None = None,
         *,
         received: Tensor | None = None,
     ) -> LocalOutput:
         more = () if received is None else (received,)
-        with autocast(self.device_type, self.precision):
-            output = self._forward(inputs, batch, *more)
-        if hand_on is not None:
-            hand_on(output.features)
-        loss = output.loss if isinstance(share, float) and share == 1.0 else output.loss * share
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        with self.around():
+            with autocast(self.device_type, self.precision):
+                output = self._forward(inputs, batch, *more)
+            if hand_on is not None:
+                hand_on(output.features)
+            loss = output.loss if isinstance(share, float) and share == 1.0 else output.loss * share
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            del loss
+            output = output._replace(loss=output.loss.detach())  # the graph, and what it holds, goes with the region
         gradient, self.module.gradient = self.module.gradient, None
-        return output._replace(loss=output.loss.detach(), gradient=gradient)
+        return output._replace(gradient=gradient)
 
     def _reconciled(
-        self, inputs: Tensor, batch: LocalBatch, wanted: Tensor, share: float, hand_on: HandOn | None
+        self, inputs: Tensor, batch: LocalBatch, share: float, hand_on: TakeFeatures | None = None
     ) -> LocalOutput:
         """As ``_once``, with the pull of successive gradient reconciliation (SGR, arXiv 2406.05222).
 
@@ -253,7 +262,7 @@ class LocalStep:
         after = random_state(self.device)
         assert entered.grad is not None, "the loss depends on the inputs"
         scale = self.scaler.scale(torch.full((), share, device=self.device))  # a tensor: nobody waits for its value
-        along = cosine_direction(entered.grad.float() / scale, wanted)
+        along = cosine_direction(entered.grad.float() / scale, batch.gradient)
         # Where fp16 overflowed the update is held back; batch norms must not see what isn't finite all the same.
         along = torch.where(along.isfinite().all(), along, 0.0)
         step = RELATIVE_STEP[self.precision] * inputs.float().norm() / along.norm().clamp(min=1e-12)
@@ -265,7 +274,7 @@ class LocalStep:
         set_random_state(self.device, after)
         return output
 
-    def _accumulate(self, inputs: Tensor, batch: LocalBatch, hand_on: HandOn | None) -> LocalOutput:
+    def _accumulate(self, run: Pass, inputs: Tensor, batch: LocalBatch, hand_on: TakeFeatures | None) -> LocalOutput:
         num_images = len(inputs)
         outputs: list[LocalOutput] = []
         shares: list[float] = []
@@ -280,7 +289,7 @@ class LocalStep:
             is_last = number == len(chunks)
             take = hand_on_all if is_last and hand_on is not None else None
             with contextlib.nullcontext() if is_last or self._replicated is None else self._replicated.no_sync():
-                outputs.append(self._forward_backward(chunk, part, shares[-1], take))
+                outputs.append(run(chunk, part, shares[-1], take))
         return _merge(outputs, shares)
 
     def snapshot(self) -> tuple[Tensor, Before]:

@@ -24,7 +24,7 @@ import contextlib
 import functools
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,7 @@ class _Coming(NamedTuple):
     ready: Any
 
 
+@final
 class Offloader:
     """Keeps the static tensors of at most two local modules on the device, those of the others in host memory.
 

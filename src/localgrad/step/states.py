@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from localgrad.errors import CheckpointError
 from localgrad.formats import Json
 from localgrad.objectives.methods import Objective
-from localgrad.step.sharding import OptimizerState
+from localgrad.step.sharding import OptimizerState, put
 
 LIKE_PARAMETERS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 """What optimizers of torch and timm keep in a parameter's own shape."""
@@ -178,3 +178,39 @@ def or_as_before(optimizers: Sequence[Optimizer]) -> Iterator[None]:
         for optimizer, (state, groups) in zip(optimizers, before, strict=True):
             optimizer.state, optimizer.param_groups = state, groups
         raise
+
+
+def load_weights(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load a state dict that must fit exactly.
+
+    Raises:
+        CheckpointError: keys or shapes differ.
+    """
+    check_weights(module, state)
+    for name, target in module.state_dict().items():
+        put(target, state[name])
+
+
+def check_weights(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Refuse a state dict that doesn't fit exactly.
+
+    Raises:
+        CheckpointError: keys or shapes differ; the message names the first differences.
+    """
+    own = module.state_dict()
+    missing, unknown = [key for key in own if key not in state], [key for key in state if key not in own]
+    if missing or unknown:
+        raise CheckpointError(
+            f"checkpoint: it is of another model: {len(missing)} weights are missing ({', '.join(missing[:3])}), "
+            f"{len(unknown)} unknown ({', '.join(unknown[:3])})."
+        )
+    for key, value in own.items():
+        if not isinstance(value, Tensor):  # a module's extra state
+            continue
+        if not isinstance(state[key], Tensor):
+            raise CheckpointError(f"checkpoint: {key} is a {type(state[key]).__name__}, not a tensor.")
+        if value.shape != state[key].shape:
+            raise CheckpointError(
+                f"checkpoint: it is of another model: {key} has shape {list(state[key].shape)}, "
+                f"not {list(value.shape)}."
+            )

@@ -34,7 +34,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -64,6 +64,7 @@ class Rows(NamedTuple):
     targets: Tensor
 
 
+@final
 class FeatureCache:
     """An open cache, read through maps.
 

@@ -43,7 +43,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, cast, final
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -71,6 +71,7 @@ Agree = Callable[[Checkpoint], str | None]
 """Given a checkpoint: why it is none of this run, or ``None``."""
 
 
+@final
 class RunFolder:
     """A run folder that this process holds.
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import final
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +26,10 @@ from torch import Tensor, nn
 
 from localgrad.backbones.base import Backbone, Layout
 from localgrad.backbones.fake import copy_without_hooks
-from localgrad.learner import LocalLearner, check_weights, load_weights
-from localgrad.objectives.base import LocalBatch
+from localgrad.learner import LocalLearner
+from localgrad.objectives.carried import LocalBatch
+from localgrad.step.executor import walk
+from localgrad.step.states import check_weights, load_weights
 from localgrad.training.data import Batches, stratified_choice
 from localgrad.training.events import EpochEnded, HealthMeasured
 
@@ -36,6 +39,7 @@ GRADIENT_IMAGES = 64
 """Images whose gradients are compared."""
 
 
+@final
 class HealthCheck:
     """Measures the health of a learner's modules after some of a run's epochs.
 
@@ -152,20 +156,16 @@ def gradient_cosine(learner: LocalLearner, batch: LocalBatch, *, chunk: int = 8)
     Returns:
         A cosine for each module; nan where a gradient is zero or the module has no trainable parameter of the model.
     """
-    assert batch.images is not None, "gradients are of images"
     of_model = set(map(id, learner.model.parameters()))
     found = []
-    teacher = learner.averaged_logits(batch.images).float().softmax(dim=1) if learner.uses("teacher") else None
+    learner.route.begin(batch, learner)
     with _at_rest(learner) as device, torch.enable_grad():
-        batch = LocalBatch(batch.images.to(device), batch.labels.to(device))
+        batch = batch.to(device)
         whole = _end_to_end_gradient(learner, batch, chunk)
-        assert batch.images is not None
-        features, previous = batch.images, None
-        given = None if teacher is None else teacher.to(device)
-        for index, module in enumerate(learner.modules):
-            own = [parameter for parameter in learner.parameters(index) if id(parameter) in of_model]
-            output = module(features, LocalBatch(batch.images, batch.labels, given, previous))
-            previous, features = features, output.features
+        for visit in walk(learner.modules, batch, learner.route):
+            own = [parameter for parameter in learner.parameters(visit.index) if id(parameter) in of_model]
+            output = visit.module(visit.received, batch)
+            visit.hand_on(output.features)
             gradient = _gradient(output.loss, own)
             del output  # with it the module's graph
             found.append(_cosine(gradient, [whole[id(parameter)] for parameter in own]))
@@ -174,13 +174,12 @@ def gradient_cosine(learner: LocalLearner, batch: LocalBatch, *, chunk: int = 8)
 
 def _end_to_end_gradient(learner: LocalLearner, batch: LocalBatch, chunk: int) -> dict[int, Tensor]:
     """The gradient of the task loss, by id of the parameter."""
-    assert batch.images is not None
     parameters = [parameter for parameter in learner.model.parameters() if parameter.requires_grad]
     total = [torch.zeros_like(parameter) for parameter in parameters]
-    for images, labels in zip(torch.split(batch.images, chunk), torch.split(batch.labels, chunk), strict=True):
+    for images, labels in zip(torch.split(batch.features, chunk), torch.split(batch.labels, chunk), strict=True):
         logits = learner.backbone(images)
         loss = learner.modules[-1].objective(images, logits, LocalBatch(images, labels)).loss
-        share = len(images) / len(batch.images)
+        share = len(images) / len(batch.labels)
         for done, gradient in zip(total, _gradient(loss, parameters), strict=True):
             done.add_(gradient, alpha=share)
     return {id(parameter): gradient for parameter, gradient in zip(parameters, total, strict=True)}
@@ -303,6 +302,7 @@ def _plain_batches(batches: Batches, num_images: int, batch_size: int) -> Batche
         seed=batches.seed,
         drop_last=False,
         num_workers=batches.num_workers,
+        transform=batches.transform,
     )
 
 

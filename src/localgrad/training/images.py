@@ -18,7 +18,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, final
 
 import numpy as np
 import torch
@@ -83,6 +83,7 @@ class Unreadable(Exception):  # noqa: N818  a message between functions; becomes
         return type(self), (self.kind, self.reason)
 
 
+@final
 class Missing(bytes):
     """No bytes, and why.
 

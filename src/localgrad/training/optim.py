@@ -14,7 +14,7 @@ import importlib
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import nn
@@ -31,6 +31,7 @@ WARMUP_SHARE = 0.2
 """Warm-up takes at most this share of all epochs, so that a short run still reaches its learning rate."""
 
 
+@final
 class OptimizerFactory:
     """Makes one module's optimizer from its parameters.
 
@@ -225,6 +226,7 @@ def note_of_warmup(warmup_epochs: float, epochs: int, batches_per_epoch: int) ->
     return f"warm-up: {told} instead of {warmup_epochs:g} epochs (training.warmup_epochs)"
 
 
+@final
 class Schedule:
     """Learning rates of all local modules over the run.
 

@@ -10,24 +10,26 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from typing import Any, cast
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor
 
 from localgrad.errors import DivergenceError, LocalgradError
-from localgrad.learner import load_weights
-from localgrad.objectives.base import LocalBatch
+from localgrad.objectives.carried import LocalBatch
 from localgrad.parallel.parallel_learner import ParallelLearner, merged
 from localgrad.parallel.watch import GONE, Fault, Watch
+from localgrad.step.executor import StepResult
+from localgrad.step.states import load_weights
 from localgrad.training.data import Batches
 from localgrad.training.events import Sink
 from localgrad.training.folder import RunFolder, load_saved_weights, save_weights
 from localgrad.training.optim import Schedule
 from localgrad.training.saved import Checkpoint, PositionState, SumsState, TrainerState
-from localgrad.training.trainer import Fed, Figures, Interrupted, Trainer, all_random_states, below
+from localgrad.training.trainer import Interrupted, Trainer, all_random_states, below
 
 
+@final
 class ParallelTrainer(Trainer):
     """Trains the own modules of a ``ParallelLearner``; every process has one.
 
@@ -113,30 +115,27 @@ class ParallelTrainer(Trainer):
             self.position.seconds += seconds
             self._stop()
 
-    def _feed(self) -> Iterator[Fed]:
+    def _feed(self) -> Iterator[LocalBatch]:
         links = self.learner.links
         if self.team.place.rank > 0:
-            nothing = torch.empty(0, dtype=torch.int64)
+            nothing = LocalBatch(None, torch.empty(0, dtype=torch.int64))
             while not links.is_over:
-                yield Fed(LocalBatch(None, nothing), nothing)
+                yield nothing
             return
-        for batch in self.train.epoch(self.position.epoch, start=self.position.batch):
-            fed = Fed(LocalBatch(batch.images, batch.labels, counts_all=True), batch.targets)
-            del batch
-            yield fed
+        for batch in super()._feed():
+            yield batch
             if links.is_over:
                 return
 
-    def _step(self, fed: Fed) -> Figures:
+    def _step(self, batch: LocalBatch) -> StepResult:
         self.learner.at(self._num_updates() / (self.epochs * len(self.train)))
-        result = self.learner.share(fed.batch, fed.targets)
-        fed.targets = result.targets
+        result = self.learner.share(batch)
         if result.unsound is not None:
             self._unsound = result.unsound if self._unsound is None else self._unsound | result.unsound
         return result
 
-    def _count(self, fed: Fed) -> int:
-        return len(fed.targets) * self.team.num_replicas
+    def _count(self, num_images: int) -> int:
+        return num_images * self.team.num_replicas
 
     def _stops_now(self) -> bool:
         """Never at once: the first rank shortens the epoch, and what it sends says so."""
@@ -152,7 +151,7 @@ class ParallelTrainer(Trainer):
 
     # --------------------------------------------------------------------- whose fault a loss is that is no number
 
-    def _report(self, result: Figures, images_per_second: float) -> None:
+    def _report(self, result: StepResult, images_per_second: float) -> None:
         # What a rank received no numbers for is another's fault; that one reads its losses as often.
         if self._unsound is None or not bool(self._unsound):
             self._check_finite()

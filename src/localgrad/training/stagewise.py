@@ -28,7 +28,8 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from typing import final
 
 import torch
 from torch import Tensor
@@ -39,7 +40,8 @@ from localgrad.errors import CheckpointError
 from localgrad.formats import Json
 from localgrad.learner import Factories, LocalLearner
 from localgrad.memory.track import MemoryProfile, simulate
-from localgrad.objectives.base import LocalBatch
+from localgrad.objectives.carried import LocalBatch
+from localgrad.step.executor import StepResult, walk
 from localgrad.step.local_step import LocalStep, autocast
 from localgrad.step.offload import HOST
 from localgrad.step.states import StepState, check_optimizer_state, check_scaler_state
@@ -51,22 +53,14 @@ from localgrad.training.folder import RunFolder
 from localgrad.training.health import HealthCheck
 from localgrad.training.optim import Schedule
 from localgrad.training.saved import Selection, TrainerState
-from localgrad.training.trainer import Fed, Interrupted, Trainer, evaluate
+from localgrad.training.trainer import Interrupted, TrainerOfAll, evaluate
 from localgrad.units import format_bytes
 
 VAL = "val"
 
 
-@dataclass(frozen=True)
-class StageFigures:
-    """What the step of one module gives; see ``Figures``."""
-
-    losses: tuple[Tensor, ...]
-    terms: tuple[dict[str, Tensor], ...]
-    logits: Tensor | None
-
-
-class StagewiseTrainer(Trainer):
+@final
+class StagewiseTrainer(TrainerOfAll):
     """Trains a learner's local modules one after another.
 
     Args:
@@ -210,33 +204,30 @@ class StagewiseTrainer(Trainer):
         else:
             place(self.learner, index, self.train.device)  # making a cache anew moved it away
 
-    def _feed(self) -> Iterator[Fed]:
+    def _feed(self) -> Iterator[LocalBatch]:
         if not self.index:
-            for fed in super()._feed():
-                fed.features = fed.batch.images
-                fed.batch.images = fed.features if self._looks_at_images else None
-                yield fed
+            yield from super()._feed()
             return
         start, variant = self.position.batch, self._own_epoch % self.num_variants
         images = self.train.epoch(variant, start=start) if self._looks_at_images else None
         for rows in self._read(self.index, _name(variant), start):
-            batch = LocalBatch(None if images is None else next(images).images, rows.labels, counts_all=True)
-            fed = Fed(batch, rows.targets, rows.features)
-            del rows, batch  # what they hold is the step's to free
-            yield fed
+            seen = None if images is None else next(images).images
+            batch = LocalBatch(seen, rows.labels, features=rows.features, targets=rows.targets, counts_all=True)
+            del rows, seen  # what they hold is the step's to free
+            yield batch
 
     def _num_updates(self) -> int:
         return self._own_epoch * len(self.train) + self.position.batch
 
-    def _step(self, fed: Fed) -> StageFigures:
+    def _step(self, batch: LocalBatch) -> StepResult:
         assert self._local_step is not None
-        assert fed.features is not None
-        inputs, fed.features = fed.features, None
         progress = self._num_updates() / (self._own_epochs * len(self.train))
         self.learner.modules[self.index].objective.at(progress)
         self.learner.check_ready([self._local_step])
-        output = self._local_step(inputs, fed.batch)
-        return StageFigures((output.loss,), (output.terms,), output.logits)
+        for visit in walk([self._local_step], batch, self.learner.route, first=self.index):
+            output = visit.module(visit.received, batch)
+            visit.hand_on(output.loss)  # nobody is behind it; what it received may go
+        return StepResult(output.logits, (output.loss,), (output.terms,), (output.logits,), batch.targets)
 
     @torch.no_grad()
     def _validate(self) -> tuple[float | None, list[float | None]]:

@@ -14,11 +14,12 @@ import random
 import signal
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Protocol, cast
+from typing import TypedDict, Unpack, cast, final
 
 import numpy as np
 import torch
@@ -27,9 +28,11 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
 from localgrad.errors import CheckpointError, DivergenceError, arg
-from localgrad.learner import LocalLearner, load_weights
-from localgrad.objectives.base import LocalBatch
+from localgrad.learner import Learner, LocalLearner
+from localgrad.objectives.carried import LocalBatch
+from localgrad.step.executor import StepResult
 from localgrad.step.sharding import rows_of
+from localgrad.step.states import load_weights
 from localgrad.training.data import Batches
 from localgrad.training.events import EpochEnded, Event, Progressed, Sink
 from localgrad.training.folder import RunFolder, load_saved_weights, save_weights
@@ -82,37 +85,7 @@ class Position:
     finished: list[tuple[int, float | None]] = field(default_factory=list)
 
 
-@dataclass
-class Fed:
-    """What one step is fed; the step takes images and features out of it, so that they can be freed.
-
-    Attributes:
-        batch: images and labels.
-        targets: int64 [B].
-        features: what the trained module receives, where that isn't ``batch.images``.
-    """
-
-    batch: LocalBatch
-    targets: Tensor
-    features: Tensor | None = None
-
-
-class Figures(Protocol):
-    """What the loop looks at after a step; a ``StepResult`` is one."""
-
-    @property
-    def losses(self) -> tuple[Tensor, ...]:
-        """Total loss of each module that was trained."""
-
-    @property
-    def terms(self) -> tuple[dict[str, Tensor], ...]:
-        """Their terms by name."""
-
-    @property
-    def logits(self) -> Tensor | None:
-        """Class logits [B, num_classes] of the last of them; ``None`` where it has no classifier."""
-
-
+@final
 class EpochSums:
     """Sums over the batches of an epoch, kept on the device.
 
@@ -131,8 +104,10 @@ class EpochSums:
         self.num_images = 0
         self.has_logits = False
 
-    def add(self, result: Figures, targets: Tensor) -> None:
+    def add(self, result: StepResult) -> None:
         """Add one batch, without waiting for the device."""
+        targets = result.targets
+        assert targets is not None, "the data path gives them"
         losses = torch.stack([term.float() for terms in result.terms for term in terms.values()])
         missing = len(self.names) - len(losses)
         if missing:  # an end-to-end step has the last module's losses only
@@ -189,10 +164,19 @@ class EpochSums:
         self.has_logits = state.get("has_logits", True)  # as it was before modules without a classifier could be alone
 
 
-class Trainer:
-    """Trains a learner on batches, validates, selects and saves.
+class Common(TypedDict):
+    """What every trainer is given; see ``Trainer``."""
 
-    What is trained in a step is said by a few methods that a subclass may say otherwise (``stagewise.py``).
+    schedule: Schedule | None
+    train: Batches
+    val: Batches | None
+    epochs: int
+    folder: RunFolder
+    sinks: Sequence[Sink]
+
+
+class Trainer(ABC):
+    """Trains a learner on batches, validates, selects and saves; how, its classes say.
 
     Args:
         learner: with its optimizers configured.
@@ -202,7 +186,6 @@ class Trainer:
         epochs: length of the run.
         folder: where checkpoints go.
         sinks: take the events.
-        is_global: whether a step is end-to-end, given its number from 0 and how many there are; by default none is.
 
     Attributes:
         health: what measures the modules' health after some epochs; nothing by default.
@@ -214,17 +197,15 @@ class Trainer:
     def __init__(
         self,
         *,
-        learner: LocalLearner,
+        learner: Learner,
         schedule: Schedule | None,
         train: Batches,
         val: Batches | None,
         epochs: int,
         folder: RunFolder,
         sinks: Sequence[Sink],
-        is_global: Callable[[int, int], bool] | None = None,
     ) -> None:
         self.learner = learner
-        self.is_global = is_global or (lambda step, num_steps: False)
         self.schedule = schedule
         self.train = train
         self.val = val
@@ -252,15 +233,6 @@ class Trainer:
                 self._finish_epoch(start, train_seconds)
                 self._leave_if_told()
 
-    def state_dict(self) -> TrainerState:
-        """Everything needed to go on bit for bit (on the CPU)."""
-        return {
-            "learner": self.learner.state_dict(),
-            "position": cast(PositionState, asdict(self.position)),
-            "sums": self._sums.state_dict(),
-            "random": all_random_states(),
-        }
-
     def load_state_dict(self, state: TrainerState) -> None:
         """Take up a saved state.
 
@@ -286,14 +258,13 @@ class Trainer:
     def _load_sums(self, state: SumsState) -> None:
         self._sums.load_state_dict(state)
 
+    @abstractmethod
     def load_best(self) -> None:
         """Put the best epoch's weights into the learner (the averaged ones, where an average is kept)."""
-        weights = load_saved_weights(self.folder.best)
-        load_best_weights(self.learner, weights)
 
+    @abstractmethod
     def evaluate(self, batches: Batches) -> tuple[float, list[float | None]]:
         """Accuracy of the whole model and of each local module's own classifier."""
-        return evaluate(self.learner, batches)
 
     def details(self) -> tuple[str, ...]:
         """Lines about this way of training, for the start of a run."""
@@ -311,30 +282,24 @@ class Trainer:
         """The local modules that are trained at the current position."""
         return self.learner.own
 
-    def _prepare(self) -> None:
+    def _prepare(self) -> None:  # noqa: B027  # most have nothing to prepare
         """Whatever must be ready before an epoch, or the rest of one, is trained."""
 
-    def _feed(self) -> Iterator[Fed]:
+    def _feed(self) -> Iterator[LocalBatch]:
         """The rest of the epoch under way."""
-        for batch in self.train.epoch(self.position.epoch, start=self.position.batch):
-            fed = Fed(LocalBatch(batch.images, batch.labels, counts_all=True), batch.targets)
-            del batch  # the images are the step's to free
-            yield fed
+        return self.train.epoch(self.position.epoch, start=self.position.batch)
 
     def _num_updates(self) -> int:
         """Updates so far of the modules that are trained, for their learning rate."""
         return self.position.epoch * len(self.train) + self.position.batch
 
-    def _step(self, fed: Fed) -> Figures:
-        step, num_steps = self._num_updates(), self.epochs * len(self.train)
-        self.learner.at(step / num_steps)
-        if self.is_global(step, num_steps):
-            return self.learner.global_step_on(fed.batch)
-        return self.learner.step_on(fed.batch)
+    @abstractmethod
+    def _step(self, batch: LocalBatch) -> StepResult:
+        """Train on one batch."""
 
-    def _count(self, fed: Fed) -> int:
-        """Images that a step was fed."""
-        return len(fed.targets)
+    def _count(self, num_images: int) -> int:
+        """Images of all processes where one had so many."""
+        return num_images
 
     def _validate(self) -> tuple[float | None, list[float | None]]:
         """The accuracy that selects, and that of each module's own classifier."""
@@ -353,12 +318,13 @@ class Trainer:
         accuracy = int(sums.num_correct) / sums.num_images if sums.has_logits else None
         return sums.means(len(self.learner.modules)), accuracy
 
+    @abstractmethod
     def _save_best(self) -> None:
-        save_weights(self.folder.best, best_weights(self.learner))
+        """Keep the weights of this epoch, which is the best so far."""
 
+    @abstractmethod
     def _save(self) -> None:
         """Write the checkpoint to resume from."""
-        self.folder.save_last(self.state_dict())
 
     def _stops_now(self) -> bool:
         """Whether to stop after the batch that was just done."""
@@ -382,13 +348,15 @@ class Trainer:
         self.learner.train()
         start = last_reading = time.perf_counter()
         images_since = 0
-        for fed in self._feed():
+        for batch in self._feed():
             self.schedule.at(self._num_updates())
-            result = self._step(fed)
-            self._sums.add(result, fed.targets)
+            result = self._step(batch)
+            num_images = self._sums.num_images
+            self._sums.add(result)
+            num_images = self._count(self._sums.num_images - num_images)
             position.batch += 1
-            images_since += self._count(fed)
-            position.num_images += self._count(fed)
+            images_since += num_images
+            position.num_images += num_images
             now = time.perf_counter()
             if self._stops_now():
                 position.train_seconds += now - start
@@ -432,7 +400,7 @@ class Trainer:
         self._sums = self._new_sums()
         self._save()
 
-    def _report(self, result: Figures, images_per_second: float) -> None:
+    def _report(self, result: StepResult, images_per_second: float) -> None:
         self._check_finite()
         losses = torch.stack(result.losses).tolist()
         position = self.position
@@ -511,6 +479,60 @@ class Trainer:
     def _emit(self, event: Event) -> None:
         for sink in self.sinks:
             sink.emit(event)
+
+
+class TrainerOfAll(Trainer, ABC):
+    """What trainers in one process have in common: it has the whole model."""
+
+    learner: LocalLearner
+
+    def load_best(self) -> None:
+        """Put the best epoch's weights into the learner (the averaged ones, where an average is kept)."""
+        load_best_weights(self.learner, load_saved_weights(self.folder.best))
+
+    def evaluate(self, batches: Batches) -> tuple[float, list[float | None]]:
+        """Accuracy of the whole model and of each local module's own classifier."""
+        return evaluate(self.learner, batches)
+
+    def state_dict(self) -> TrainerState:
+        """Everything needed to go on bit for bit (on the CPU)."""
+        return {
+            "learner": self.learner.state_dict(),
+            "position": cast(PositionState, asdict(self.position)),
+            "sums": self._sums.state_dict(),
+            "random": all_random_states(),
+        }
+
+    def _save_best(self) -> None:
+        save_weights(self.folder.best, best_weights(self.learner))
+
+    def _save(self) -> None:
+        """Write the checkpoint to resume from."""
+        self.folder.save_last(self.state_dict())
+
+
+@final
+class LocalTrainer(TrainerOfAll):
+    """Trains all local modules in every step.
+
+    Args:
+        is_global: whether a step is end-to-end, given its number from 0 and how many there are; by default none is.
+        learner: with its optimizers configured.
+        others: as for ``Trainer``.
+    """
+
+    def __init__(
+        self, *, learner: LocalLearner, is_global: Callable[[int, int], bool] | None = None, **others: Unpack[Common]
+    ) -> None:
+        super().__init__(learner=learner, **others)
+        self.is_global = is_global or (lambda step, num_steps: False)
+
+    def _step(self, batch: LocalBatch) -> StepResult:
+        step, num_steps = self._num_updates(), self.epochs * len(self.train)
+        self.learner.at(step / num_steps)
+        if self.is_global(step, num_steps):
+            return self.learner.global_step_on(batch)
+        return self.learner.step_on(batch)
 
 
 @torch.no_grad()

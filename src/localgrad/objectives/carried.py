@@ -1,0 +1,426 @@
+"""What a batch carries from module to module beside features and labels: one table, which everyone reads.
+
+Who reads it: the executor (makes things on the way, and lets go of them), the batch (cuts them into parts), the wire
+between processes, the estimates of memory, and the planners. A new thing is a line here, or ``register_carried`` from
+outside; a term that looks at it names it in ``Term.uses``.
+
+Shapes: B batch first, left out in ``Carried.shape`` of what is split with the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from localgrad.backbones.base import Layout
+from localgrad.errors import RecipeError
+from localgrad.objectives.site import Site
+
+IGNORED = -100
+"""The class index of images that no loss of the labels counts, as in ``torch.nn.functional.cross_entropy``."""
+
+
+CONTEXT_GRID = 4
+"""Side of the grid that features are pooled to where they are later modules' context."""
+INSIDE = frozenset({"states", "branches"})
+"""What terms may look at besides: of their own module, so that nothing is carried."""
+Value = Tensor | tuple[Tensor, ...]
+
+
+class Handed(NamedTuple):
+    """A module that hands on: what a carried thing may be made of.
+
+    Attributes:
+        received: what the module received.
+        features: what it hands on, detached.
+        layout: of ``features``.
+        gradient: of its loss by ``features``; only for what is made after the backward pass, and not of frozen modules.
+        batch: as it entered the module, with what is carried so far.
+    """
+
+    received: Tensor
+    features: Tensor
+    layout: Layout
+    gradient: Tensor | None
+    batch: LocalBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Carried:
+    """One thing that a batch carries.
+
+    It is there only while an objective further on looks at it. It begins with the batch: ``LocalBatch(images, labels,
+    mine=...)``, or ``begin``; or modules make it as they hand on: ``make``; or both.
+
+    Attributes:
+        name: by which ``Term.uses`` asks for it, and ``batch.<name>`` gives it.
+        shape: of one image, at a place in the model, which has ``inputs``, ``previous``, ``context``, ``image`` and
+            ``num_classes``; with ``splits=False`` the whole shape. Of what grows: the last one's.
+        begin: makes it before the first module, given the batch and the learner.
+        make: makes it anew as a module hands on.
+        after_backward: ``make`` needs the module's backward pass to be done.
+        lasts: modules behind the next one look at the same; otherwise each module makes its own for the next alone.
+        grows: each module adds one: it is a tuple.
+        splits: a part of a batch takes a part of it: its first side is B.
+        travels: whether it may go from one process to another.
+        narrows: travels in bfloat16 where the wire does.
+        dtype: ``None`` for that of the features.
+
+    Raises:
+        RecipeError: the name is taken or no identifier, or it never comes to be.
+    """
+
+    name: str
+    shape: Callable[[Site], Sequence[int]]
+    begin: Callable[[LocalBatch, Any], Tensor] | None = None
+    make: Callable[[Handed], Tensor | None] | None = None
+    after_backward: bool = False
+    lasts: bool = True
+    grows: bool = False
+    splits: bool = True
+    travels: bool = True
+    narrows: bool = False
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if not self.name.isidentifier() or self.name.startswith("_") or self.name in RESERVED:
+            raise RecipeError(f"name: {self.name!r} can't be what a batch carries; take another identifier.")
+        if self.make is None and (self.grows or self.after_backward or not self.lasts):
+            raise RecipeError(f"{self.name}: grows, after_backward and lasts=False need make=, a function of Handed.")
+
+    def shapes(self, site: Site) -> list[tuple[int, ...]]:
+        """The shapes at a place in the model: one, or of what grows one for each module before."""
+        if not self.grows:
+            return [tuple(self.shape(site))]
+        return [tuple(self.shape(replace(site, inputs=layout))) for layout in site.context]
+
+    def empty(self, site: Site, num_images: int, dtype: torch.dtype) -> Value:
+        """Uninitialised memory for it, on the current device."""
+        sides = [(num_images, *shape) if self.splits else shape for shape in self.shapes(site)]
+        found = tuple(torch.empty(side, dtype=self.dtype or dtype) for side in sides)
+        return found if self.grows else found[0]
+
+    def nbytes(self, site: Site, num_images: int, dtype: torch.dtype) -> list[int]:
+        """Bytes of each of its tensors."""
+        each = num_images if self.splits else 1
+        return [each * torch.Size(shape).numel() * (self.dtype or dtype).itemsize for shape in self.shapes(site)]
+
+
+def pooled(layout: Layout, features: Tensor) -> Tensor:
+    """What later modules get as context: features averaged over a small grid, [B, rows, columns, D]."""
+    grid = layout.to_grid(features).permute(0, 3, 1, 2)
+    return F.adaptive_avg_pool2d(grid, _context_grid(layout)).permute(0, 2, 3, 1)
+
+
+def _context_grid(layout: Layout) -> tuple[int, int]:
+    rows, columns = (min(side, CONTEXT_GRID) for side in layout.grid)
+    return rows, columns
+
+
+def _taught(batch: LocalBatch, learner: Any) -> Tensor:
+    probabilities: Tensor = learner.averaged_logits(batch.features).float().softmax(dim=1)
+    return probabilities
+
+
+def _previous(site: Site) -> Sequence[int]:
+    return (site.previous or site.image).shape
+
+
+RESERVED = frozenset({"features", "labels", "targets", "number", "label_factor", "counts_all", "carried", "averaged"})
+CARRIED = {
+    each.name: each
+    for each in (
+        Carried(name="images", shape=lambda site: site.image.shape),
+        Carried(
+            name="teacher",
+            shape=lambda site: (site.num_classes,),
+            begin=_taught,
+            dtype=torch.float32,
+            travels=False,
+        ),
+        Carried(name="previous", shape=_previous, make=lambda handed: handed.received, lasts=False, narrows=True),
+        Carried(
+            name="context",
+            shape=lambda site: (*_context_grid(site.inputs), site.inputs.width),
+            make=lambda handed: pooled(handed.layout, handed.features),
+            grows=True,
+            narrows=True,
+        ),
+        Carried(
+            name="gradient",
+            shape=lambda site: site.inputs.shape,
+            make=lambda handed: handed.gradient,
+            after_backward=True,
+            lasts=False,
+        ),
+    )
+}
+"""The table: images (of the batch), teacher (class probabilities [B, num_classes] of the averaged model), previous
+(what the module before received), context (pooled features of earlier modules, each [B, rows, columns, D]) and gradient
+(of the loss of the module before, by what it handed on)."""
+
+
+def register_carried(carried: Carried) -> Carried:
+    """Let batches carry something of your own, in this process: every process of a parallel run has to register it.
+
+    Args:
+        carried: the same name may be given again, and the last one counts; names of the table above may not.
+
+    Raises:
+        RecipeError: the name is one of localgrad's own.
+    """
+    if carried.name in _OWN:
+        raise RecipeError(f"name: localgrad carries {carried.name} itself; take another name.")
+    CARRIED[carried.name] = carried
+    return carried
+
+
+_OWN = frozenset(CARRIED) | INSIDE
+
+
+@final
+class Route:
+    """What a batch carries where, by what each module's objective looks at.
+
+    Args:
+        uses: ``LocalObjective.uses`` of every module of the model, in order.
+
+    Raises:
+        RecipeError: something is looked at that nobody carries.
+    """
+
+    def __init__(self, uses: Iterable[frozenset[str]]) -> None:
+        self.uses = tuple(uses)
+        unknown = sorted(frozenset().union(*self.uses) - CARRIED.keys() - INSIDE)
+        if unknown:
+            raise RecipeError(
+                f"uses: a term looks at {', '.join(unknown)}, which no batch carries; take one of "
+                f"{', '.join([*CARRIED, *sorted(INSIDE)])}, or register_carried(Carried(name={unknown[0]!r}, ...))."
+            )
+        self._into = [self._looked_at(index) for index in range(len(self.uses) + 1)]
+
+    def _looked_at(self, index: int) -> list[Carried]:
+        def is_wanted(carried: Carried) -> bool:
+            users = self.uses[index:] if carried.lasts else self.uses[index : index + 1]
+            return any(carried.name in used for used in users)
+
+        return [carried for carried in CARRIED.values() if is_wanted(carried)]
+
+    def into(self, index: int) -> list[Carried]:
+        """What a batch carries into a module: all that it, or one behind it, looks at."""
+        return self._into[index]
+
+    def is_late(self, index: int) -> bool:
+        """Whether something that goes into a module is there only after the backward pass of the one before."""
+        return any(carried.after_backward for carried in self._into[index])
+
+    def begin(self, batch: LocalBatch, learner: Any) -> None:
+        """Have all that begins with the batch in it.
+
+        Raises:
+            RecipeError: something isn't there, and nobody makes it.
+        """
+        for carried in self._into[0]:
+            if carried.begin is not None and carried.name not in batch.carried:
+                batch.carried[carried.name] = carried.begin(batch, learner)
+            elif carried.make is None and carried.name not in batch.carried:
+                raise RecipeError(
+                    f"{carried.name}: an objective looks at it, and the batch has none; give "
+                    f"LocalBatch(images, labels, {carried.name}=...) to step_on."
+                )
+
+    def pretend(self, batch: LocalBatch, site: Site, dtype: torch.dtype) -> None:
+        """As ``begin``, with zeros in place of what nobody has given: where a batch is made up.
+
+        Args:
+            batch: images and labels.
+            site: of the first module.
+            dtype: of features.
+        """
+        for carried in self._into[0]:
+            if carried.name not in batch.carried and (carried.begin is not None or carried.make is None):
+                value = carried.empty(site, len(batch.labels), dtype)
+                batch.carried[carried.name] = value.zero_() if isinstance(value, Tensor) else value
+
+    def onward(self, index: int, handed: Handed) -> dict[str, Value]:
+        """What is carried on.
+
+        Args:
+            index: of the module that hands on.
+            handed: what.
+        """
+        found: dict[str, Value] = {}
+        for carried in self._into[index + 1]:
+            value = handed.batch.carried.get(carried.name)
+            if carried.make is not None:
+                made = carried.make(handed)
+                value = made if not carried.grows or made is None else (*(value or ()), made)
+            if value is not None:
+                found[carried.name] = value
+        return found
+
+
+@final
+class LocalBatch:
+    """One batch on its way through the modules: what enters the next one, the labels, and what else is carried.
+
+    What is carried (see ``objectives/carried.py``) is an attribute by its name: ``batch.images``, ``batch.previous``.
+    It is there only while an objective looks at it, and ``None`` (an empty tuple, of what grows) otherwise.
+
+    Args:
+        images: [B, C, H, W], normalised.
+        labels: class indices [B], or soft targets [B, num_classes] (mixup, cutmix); -100 for an image that no loss
+            of the labels counts.
+        features: what the next module receives; by default the images.
+        targets: class indices [B], to count accuracy with, where labels may be mixed; by default the labels, if those
+            are indices.
+        number: of the batch in the training, from 0; what modules draw at random in its step depends on it.
+        label_factor: of one part of a batch, what makes a mean over its counted labels, times its share of the images,
+            its share of the mean over all counted labels; a scalar, 1 where none is ignored.
+        counts_all: whether no label is ignored, for certain: the data path has seen to it.
+        carried: what else, by name.
+
+    Attributes:
+        branches: what each residual branch of the module's blocks gave, with its graph.
+    """
+
+    def __init__(
+        self,
+        images: Tensor | None,
+        labels: Tensor,
+        *,
+        features: Tensor | None = None,
+        targets: Tensor | None = None,
+        number: int = 0,
+        label_factor: Tensor | None = None,
+        counts_all: bool = False,
+        **carried: Value | None,
+    ) -> None:
+        unknown = carried.keys() - CARRIED.keys()
+        if unknown:
+            raise TypeError(f"LocalBatch: nothing is carried as {', '.join(sorted(unknown))}; see register_carried.")
+        self.labels = labels
+        self._features = images if features is None else features
+        self._targets = targets
+        self.number = number
+        self.label_factor = label_factor
+        self.counts_all = counts_all
+        self.branches: tuple[Tensor, ...] = ()
+        self.carried: dict[str, Value] = {
+            name: value for name, value in {"images": images, **carried}.items() if value is not None
+        }
+        self._factors: dict[int, tuple[Tensor, ...]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in CARRIED:
+            raise AttributeError(f"LocalBatch has no {name}, and nothing is carried by that name")
+        return self.carried.get(name, () if CARRIED[name].grows else None)
+
+    @property
+    def features(self) -> Tensor:
+        """What the next module receives; the images, before the first."""
+        assert self._features is not None, "a step starts with images"
+        return self._features
+
+    @features.setter
+    def features(self, features: Tensor) -> None:
+        self._features = features
+
+    @property
+    def known_targets(self) -> Tensor | None:
+        """Class indices [B]; ``None`` where labels are mixed and nobody has given any."""
+        return self.labels if self._targets is None and self.labels.ndim == 1 else self._targets
+
+    @property
+    def targets(self) -> Tensor:
+        """Class indices [B]."""
+        assert self.known_targets is not None, "mixed labels come with targets"
+        return self.known_targets
+
+    def keep(self, carried: Iterable[Carried]) -> None:
+        """Let go of all that is carried but these."""
+        names = {each.name for each in carried}
+        self.carried = {name: value for name, value in self.carried.items() if name in names}
+
+    def onward(self, features: Tensor, carried: dict[str, Value]) -> LocalBatch:
+        """The batch as another module receives it."""
+        onward = LocalBatch(None, self.labels, features=features, targets=self._targets, number=self.number)
+        onward.carried = carried
+        return onward
+
+    def to(self, device: torch.device) -> LocalBatch:
+        """The batch on another device."""
+        known: dict[int, Tensor] = {}  # images are features, too, before the first module
+
+        def moved(tensor: Tensor) -> Tensor:
+            if id(tensor) not in known:
+                known[id(tensor)] = tensor.to(device)
+            return known[id(tensor)]
+
+        there = LocalBatch(None, moved(self.labels), features=moved(self.features), number=self.number)
+        there._targets = None if self._targets is None else moved(self._targets)
+        there.carried = {
+            name: moved(value) if isinstance(value, Tensor) else tuple(map(moved, value))
+            for name, value in self.carried.items()
+        }
+        return there
+
+    def parts(self, count: int) -> list[LocalBatch]:
+        """The batch cut into parts, as ``Tensor.chunk`` cuts."""
+        labels = self.labels.chunk(count)
+
+        def cut(name: str, value: Value) -> Sequence[Value]:
+            if not CARRIED[name].splits:
+                return [value] * len(labels)
+            return (
+                value.chunk(count)
+                if isinstance(value, Tensor)
+                else list(zip(*(x.chunk(count) for x in value), strict=True))
+            )
+
+        features = [None] * len(labels) if self._features is None else self._features.chunk(count)
+        carried = {name: cut(name, value) for name, value in self.carried.items()}
+        factors = self._label_factors(count, labels)
+        found = []
+        for index, own in enumerate(labels):
+            part = LocalBatch(None, own, features=features[index], number=self.number, label_factor=factors[index])
+            part.carried = {name: values[index] for name, values in carried.items()}
+            found.append(part)
+        return found
+
+    def _label_factors(self, count: int, labels: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """``label_factor`` of each part: computed once for all modules, and without waiting for the device."""
+        if len(labels) < 2 or self.counts_all or self.labels.is_floating_point():
+            return [None] * len(labels)
+        if count not in self._factors:
+            counted = torch.stack([part.sum() for part in (self.labels != IGNORED).chunk(count)])
+            # Whole numbers above and below, so that it is 1 to the last bit where all labels count.
+            total, counted = counted.sum(), counted * len(self.labels)
+            found = [part / (total * len(own)) for part, own in zip(counted.unbind(), labels, strict=True)]
+            self._factors[count] = tuple(found)
+        return self._factors[count]
+
+
+def empty_batch(site: Site, carried: Iterable[Carried], num_images: int, dtype: torch.dtype) -> LocalBatch:
+    """A batch as it enters a module, of uninitialised memory; labels are zeros.
+
+    Args:
+        site: where the module stands.
+        carried: what else is carried into it.
+        num_images: B.
+        dtype: of images and features.
+    """
+    labels = torch.zeros(num_images, dtype=torch.int64)
+    batch = LocalBatch(None, labels, features=torch.empty(num_images, *site.inputs.shape, dtype=dtype))
+    for each in carried:
+        if each.grows and not site.context:
+            continue  # nobody has added to it yet
+        is_input = each.name == "images" and site.index == 0
+        batch.carried[each.name] = batch.features if is_input else each.empty(site, num_images, dtype)
+    return batch

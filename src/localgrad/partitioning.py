@@ -1,0 +1,113 @@
+"""A plan for a backbone: balanced by the bytes that autograd keeps, and what tells models apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import nn
+
+from localgrad.backbones.base import Backbone
+from localgrad.backbones.timm_models import input_channels
+from localgrad.errors import (
+    BackboneError,
+    PartitionError,
+    arg,
+)
+from localgrad.memory.track import block_activation_bytes
+from localgrad.partition import Checkpointing, Plan, Request, resolve
+
+CheckpointRequest = bool | str | Checkpointing | Sequence[bool | str | Checkpointing]
+
+
+def make_plan(backbone: Backbone, modules: Request | Plan, *, checkpoint: CheckpointRequest = False) -> Plan:
+    """Partition a backbone, balancing by the bytes that autograd keeps for one image.
+
+    Args:
+        backbone: a split model.
+        modules: as for ``LocalLearner``.
+        checkpoint: what modules recompute: one for all, or one each, as for ``LocalLearner``; not for a ``Plan``.
+
+    Raises:
+        PartitionError: the modules asked for can't be made, a plan is of another model, or both it and ``checkpoint``
+            say what is recomputed.
+    """
+    name = model_name(backbone.model)
+    if isinstance(modules, Plan):
+        if (modules.model, modules.num_blocks) != (name, len(backbone.blocks)):
+            raise _other_model(modules, name, len(backbone.blocks))
+        if checkpoint not in (False, "none"):
+            raise PartitionError(
+                f"{arg('checkpoint')}: {checkpoint!r}, but a plan says itself what is recomputed; leave it out, or "
+                "make another plan: dataclasses.replace(plan, checkpoint=...)."
+            )
+        return modules
+    try:
+        costs = activation_bytes(backbone)
+    except BackboneError:
+        if isinstance(modules, int):
+            raise
+        costs = [0] * len(backbone.blocks)  # by values only, and boundaries are given
+    boundaries = resolve(modules, costs, backbone.stage_boundaries)
+    num_modules = len(boundaries) + 1
+    is_list = isinstance(checkpoint, Sequence) and not isinstance(checkpoint, str)
+    listed: list[object] = [*cast(Sequence[object], checkpoint)] if is_list else [checkpoint] * num_modules
+    plan = Plan(
+        model=name,
+        num_blocks=len(costs),
+        boundaries=boundaries,
+        checkpoint=tuple(Checkpointing.parse(how) for how in listed),
+    )
+    return replace(plan, activation_bytes=tuple(sum(costs[i] for i in span) for span in plan.spans))
+
+
+def activation_bytes(backbone: Backbone) -> list[int]:
+    """Bytes that autograd keeps for one image in each block; the stem counts to the first, the tail to the last."""
+    # Two images: batch norms refuse to train on one.
+    images = torch.empty(2, *backbone.input_size, dtype=backbone.dtype, device="meta")
+    stem, *blocks, tail = block_activation_bytes([backbone.stem, *backbone.blocks, backbone.tail], images)
+    blocks[0] += stem
+    blocks[-1] += tail
+    return [kept // 2 for kept in blocks]
+
+
+def default_input_size(model: nn.Module) -> tuple[int, int, int]:
+    """(C, H, W) that a timm model was configured for, with the channels that it was built for (``in_chans``).
+
+    Raises:
+        BackboneError: the model doesn't say; pass ``input_size``.
+    """
+    config = getattr(model, "pretrained_cfg", None) or {}
+    size = config.get("input_size")
+    if size is None:
+        raise BackboneError(f"{type(model).__name__} doesn't tell its input size; pass input_size=(C, H, W).")
+    embed = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    height, width = embed or size[1:]
+    return input_channels(model) or size[0], height, width
+
+
+def num_parameters(backbone: Backbone) -> int:
+    """Numbers that a model learns or holds still: what tells models of one name and depth apart."""
+    return sum(parameter.numel() for parameter in backbone.parameters())
+
+
+def model_name(model: nn.Module) -> str:
+    """The architecture's timm name, or the class's where there is none."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    return str(config.get("architecture") or type(model).__name__)
+
+
+def _other_model(plan: Plan, name: str, num_blocks: int) -> PartitionError:
+    return PartitionError(
+        f"{arg('plan')}: it was made for {plan.model} with {plan.num_blocks} blocks, "
+        f"but this model is {name} with {num_blocks} blocks; make a new plan."
+    )
+
+
+def frozen_from(freeze_from: float | None, index: int, num_modules: int) -> float | None:
+    """The share of the training after which a local module is frozen: one after another, the last one never."""
+    if freeze_from is None or index == num_modules - 1:
+        return None
+    return freeze_from + (1 - freeze_from) * index / (num_modules - 1)

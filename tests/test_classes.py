@@ -1,0 +1,56 @@
+"""Every class is abstract or final: nobody inherits what another class needs for itself, to refuse it."""
+
+from __future__ import annotations
+
+import enum
+import importlib
+import inspect
+import pkgutil
+from abc import ABC
+from dataclasses import is_dataclass
+from typing import Any, Protocol, is_typeddict
+
+import pytest
+from torch import nn
+
+import localgrad
+
+EXTENSION_POINTS = {"TorchDispatchMode"}
+"""Concrete classes to inherit from, besides records (an objective adds terms to another): torch's own, typed."""
+
+
+def classes() -> list[type[Any]]:
+    found: dict[type[Any], None] = {}
+    for info in pkgutil.walk_packages(localgrad.__path__, "localgrad."):
+        if info.name == "localgrad.__main__":
+            continue
+        module = importlib.import_module(info.name)
+        members = [value for value in vars(module).values() if inspect.isclass(value)]
+        found |= {member: None for member in members if member.__module__ == info.name}
+    return list(found)
+
+
+def is_abstract(kind: type[Any]) -> bool:
+    return inspect.isabstract(kind) or {ABC, Protocol} & set(kind.__bases__) != set()
+
+
+def is_record(kind: type[Any]) -> bool:
+    return is_dataclass(kind) or is_typeddict(kind) or issubclass(kind, tuple | enum.Enum)
+
+
+@pytest.mark.parametrize("kind", classes(), ids=lambda kind: f"{kind.__module__}.{kind.__name__}")
+def test_every_class_is_abstract_or_final(kind: type[Any]) -> None:
+    if kind.__qualname__ in EXTENSION_POINTS or issubclass(kind, BaseException | nn.Module) or is_record(kind):
+        return
+    assert is_abstract(kind) or kind.__dict__.get("__final__"), "mark it @final, or give it an abstract method"
+
+
+def test_only_what_is_abstract_is_inherited_from() -> None:
+    parents = {
+        base
+        for kind in classes()
+        for base in kind.__bases__
+        if base.__module__.startswith("localgrad.")
+        and not (issubclass(base, BaseException | nn.Module) or is_record(base))
+    }
+    assert {base.__qualname__ for base in parents if not is_abstract(base)} <= EXTENSION_POINTS
