@@ -198,7 +198,7 @@ class Odd:
     """Takes no events."""
 
 
-@pytest.mark.parametrize("sink", [Odd(), Recorder, "nothing"], ids=str)
+@pytest.mark.parametrize("sink", [Odd(), Recorder, "nothing"], ids=["object", "class", "name"])
 def test_what_is_no_sink_is_refused_before_anything_is_made(sink: Any, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="sink"):
         localgrad.train(RECIPE, out=tmp_path / "run", sinks=[sink])
