@@ -13,13 +13,14 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, final
 
 from localgrad.errors import RecipeError, arg, did_you_mean, reason_of
 
 T = TypeVar("T")
 
 
+@final
 class Registry(Mapping[str, T]):
     """What there is of one kind, by name.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +76,7 @@ def check_parts(stem: object, blocks: object, tail: object, model: object) -> li
     return found
 
 
+@final
 class PartsSeen:
     """What running parts once shows of the features between them.
 
