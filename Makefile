@@ -22,13 +22,13 @@ test-release: $(VENV)/python  ## build the wheel, use it in clean environments: 
 	$(BIN)/python tests/release.py $(ARGS)
 
 check: $(VENV)/installed-dev  ## lint, format and strict types
-	$(BIN)/ruff check src tests research docs
-	$(BIN)/ruff format --check src tests research docs
+	$(BIN)/ruff check src tests research docs examples
+	$(BIN)/ruff format --check src tests research docs examples
 	$(BIN)/mypy
 
 format: $(VENV)/installed-dev  ## mend format and what the linter can mend
-	$(BIN)/ruff check --fix src tests research docs
-	$(BIN)/ruff format src tests research docs
+	$(BIN)/ruff check --fix src tests research docs examples
+	$(BIN)/ruff format src tests research docs examples
 
 docs: $(VENV)/installed-dev  ## the site, built strictly: open site/index.html
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --fresh-env -c docs . site

@@ -19,6 +19,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +188,7 @@ def _cell(text: str) -> str:
 # Public names ----------------------------------------------------------------------------------------------------
 
 SECTIONS = {  # by the package that a name's home is in
-    "Train": ("learner", "step", "parallel"),
+    "Train": ("learner", "isolation", "step", "parallel"),
     "Plan, estimate, measure": ("app", "planning", "partition", "balancing", "memory", "compare"),
     "Objectives": ("objectives",),
     "Models": ("backbones",),
@@ -224,6 +225,17 @@ def _directive(name: str) -> Lines:
         yield "   :members:"
 
 
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+def example(path: Path) -> Lines:
+    """What an example defines, without its description and what it does when it is run."""
+    code = path.read_text(encoding="utf-8").split('"""\n', 1)[1].split("if __name__", maxsplit=1)[0]
+    yield f"```python no-run: tests/test_examples.py runs {path.relative_to(ROOT)}"
+    yield code.strip()
+    yield "```"
+
+
 MADE: Mapping[str, Callable[[], Lines]] = {
     "published": published,
     "published-methods": published_methods,
@@ -231,6 +243,7 @@ MADE: Mapping[str, Callable[[], Lines]] = {
     "measured-short": lambda: measured(short=True),
     "recipe": recipe,
     "public-names": public_names,
+    **{path.stem: partial(example, path) for path in EXAMPLES},
     "rules": rules.as_markdown,
 }
 

@@ -661,7 +661,7 @@ def what_is_read(folder: Path, name: str) -> dict[str, Any]:
             sink.close()
             assert read_metrics(folder / "metrics.jsonl") == (sink.lines, [])
             return {"lines": sink.lines}
-    return {"recipe": run.read_recipe(folder), **run._read_data(folder)}
+    return {"recipe": run.read_recipe(folder), "data": run._read_data(folder)}
 
 
 def same(ours: Any, theirs: Any) -> bool:

@@ -248,7 +248,8 @@ def test_tensorboard_reads_the_figures_back(tmp_path: Path) -> None:
 
 def test_tensorboard_hides_what_a_resumed_run_writes_again(tmp_path: Path) -> None:
     for epochs, keep in ((range(3), 0), (range(1, 3), 1)):
-        sink = TensorBoardSink(tmp_path, keep)
+        sink = TensorBoardSink(tmp_path)
+        sink.emit(started(start_epoch=keep))
         for epoch in epochs:
             sink.emit(ended(epoch, val_accuracy=0.5 + keep / 4))
         sink.close()

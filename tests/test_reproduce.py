@@ -778,7 +778,7 @@ def test_docs_and_results_that_differ_are_found(here: Path) -> None:
         ("--check", "it goes with --report"),
         ("--report --docs nowhere.md", "--docs: nowhere.md can't be read"),
         ("--report --docs wrong.md", "a marker names 'cifar'"),
-        ("--profile cpu --results file", "--results: file can't be made"),
+        ("--profile cpu --results file", "--results file: it can't be made"),
     ],
 )
 def test_bad_options_are_refused(

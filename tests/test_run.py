@@ -338,7 +338,8 @@ def test_a_corrupt_image_is_named_or_skipped_with_a_count(tmp_path: Path) -> Non
     data = write_image_folder(tmp_path / "photos")
     broken, strange = data / "day" / "03.png", data / "day" / "04.png"
     broken.write_bytes(broken.read_bytes()[:60])
-    changes = {"data": {"name": str(data), "val_fraction": 0.0}, "training.epochs": 1, "training.batch_size": 8}
+    where = {"name": str(data), "val_fraction": 0.0, "transform": "none"}  # decoded when the run begins
+    changes = {"data": where, "training.epochs": 1, "training.batch_size": 8}
     with pytest.raises(DataError, match=r"day/03\.png.*skip"):
         run.train(micro(changes), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()

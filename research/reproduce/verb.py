@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from localgrad.app.build import resolve_device
-from localgrad.errors import DataError, LocalgradError, RecipeError, RunFolderError, did_you_mean
+from localgrad.errors import DataError, LocalgradError, RecipeError, did_you_mean
 from localgrad.training.folder import check_writable
 from localgrad.units import format_seconds
 from research.reproduce.methods import BASELINES, METHODS, REMEDIES, SOURCES
@@ -130,10 +130,7 @@ def fill(settings: Settings, say: Say) -> int:
     """
     errands = chosen_errands(settings)
     profile = errands[0].profile
-    try:
-        check_writable(settings.results)
-    except RunFolderError as error:
-        raise RunFolderError(str(error).replace("--out", "--results")) from error
+    check_writable(settings.results, name="results")
     known = {} if settings.again else known_runs(settings.results, profile.name)
     missing = []
     for errand in errands:

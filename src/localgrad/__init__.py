@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from localgrad.app.planning import estimate, plan
-    from localgrad.backbones.base import Backbone, Layout, split
+    from localgrad.app.recipe import Recipe
+    from localgrad.backbones.base import Backbone, Layout, register_backbone, split
     from localgrad.compare.measuring import Measurement, measure
     from localgrad.errors import (
         BackboneError,
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     )
     from localgrad.isolation import check_isolation
     from localgrad.learner import LocalLearner
+    from localgrad.objectives.auxiliary import Classifier, Decoder, register_classifier, register_decoder
+    from localgrad.objectives.base import LocalObjective, Term, TermValue
     from localgrad.objectives.carried import Carried, Handed, LocalBatch, register_carried
     from localgrad.objectives.methods import (
         Contrastive,
@@ -36,15 +39,43 @@ if TYPE_CHECKING:
         GreedySupervised,
         ImageReconstruction,
         Objective,
+        register_objective,
     )
+    from localgrad.objectives.site import Site
     from localgrad.parallel.parallel_learner import ParallelLearner
     from localgrad.parallel.team import Team
-    from localgrad.partition import Plan, balance
+    from localgrad.partition import Checkpointing, Plan, balance
+    from localgrad.run import resume, train
     from localgrad.step.executor import StepResult
+    from localgrad.training.events import (
+        EpochEnded,
+        FeaturesCached,
+        HealthMeasured,
+        Progressed,
+        Replanned,
+        RunEnded,
+        RunStarted,
+        Sink,
+        register_sink,
+    )
+    from localgrad.training.transforms import register_transform
 
 _HOMES = {
-    "localgrad.app.planning": ("estimate", "plan"),
-    "localgrad.backbones.base": ("Backbone", "Layout", "split"),
+    "localgrad.app.planning": (
+        "estimate",
+        "plan",
+    ),
+    "localgrad.app.recipe": ("Recipe",),
+    "localgrad.backbones.base": (
+        "Backbone",
+        "Layout",
+        "register_backbone",
+        "split",
+    ),
+    "localgrad.compare.measuring": (
+        "Measurement",
+        "measure",
+    ),
     "localgrad.errors": (
         "BackboneError",
         "BudgetError",
@@ -59,21 +90,58 @@ _HOMES = {
         "RecipeError",
         "RunFolderError",
     ),
-    "localgrad.step.executor": ("StepResult",),
-    "localgrad.parallel.team": ("Team",),
     "localgrad.isolation": ("check_isolation",),
     "localgrad.learner": ("LocalLearner",),
-    "localgrad.compare.measuring": ("Measurement", "measure"),
-    "localgrad.objectives.carried": ("Carried", "Handed", "LocalBatch", "register_carried"),
+    "localgrad.objectives.auxiliary": (
+        "Classifier",
+        "Decoder",
+        "register_classifier",
+        "register_decoder",
+    ),
+    "localgrad.objectives.base": (
+        "LocalObjective",
+        "Term",
+        "TermValue",
+    ),
+    "localgrad.objectives.carried": (
+        "Carried",
+        "Handed",
+        "LocalBatch",
+        "register_carried",
+    ),
     "localgrad.objectives.methods": (
         "Contrastive",
         "FeatureReconstruction",
         "GreedySupervised",
         "ImageReconstruction",
         "Objective",
+        "register_objective",
     ),
+    "localgrad.objectives.site": ("Site",),
     "localgrad.parallel.parallel_learner": ("ParallelLearner",),
-    "localgrad.partition": ("Plan", "balance"),
+    "localgrad.parallel.team": ("Team",),
+    "localgrad.partition": (
+        "Checkpointing",
+        "Plan",
+        "balance",
+    ),
+    "localgrad.run": (
+        "resume",
+        "train",
+    ),
+    "localgrad.step.executor": ("StepResult",),
+    "localgrad.training.events": (
+        "EpochEnded",
+        "FeaturesCached",
+        "HealthMeasured",
+        "Progressed",
+        "Replanned",
+        "RunEnded",
+        "RunStarted",
+        "Sink",
+        "register_sink",
+    ),
+    "localgrad.training.transforms": ("register_transform",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -84,18 +152,25 @@ __all__ = [
     "BudgetError",
     "Carried",
     "CheckpointError",
+    "Checkpointing",
+    "Classifier",
     "Contrastive",
     "DataError",
+    "Decoder",
     "DeviceError",
     "DivergenceError",
+    "EpochEnded",
     "FeatureReconstruction",
+    "FeaturesCached",
     "GreedySupervised",
     "Handed",
+    "HealthMeasured",
     "ImageReconstruction",
     "IsolationError",
     "Layout",
     "LocalBatch",
     "LocalLearner",
+    "LocalObjective",
     "LocalgradError",
     "Measurement",
     "Objective",
@@ -103,18 +178,35 @@ __all__ = [
     "ParallelLearner",
     "PartitionError",
     "Plan",
+    "Progressed",
+    "Recipe",
     "RecipeError",
+    "Replanned",
+    "RunEnded",
     "RunFolderError",
+    "RunStarted",
+    "Sink",
+    "Site",
     "StepResult",
     "Team",
+    "Term",
+    "TermValue",
     "__version__",
     "balance",
     "check_isolation",
     "estimate",
     "measure",
     "plan",
+    "register_backbone",
     "register_carried",
+    "register_classifier",
+    "register_decoder",
+    "register_objective",
+    "register_sink",
+    "register_transform",
+    "resume",
     "split",
+    "train",
 ]
 
 

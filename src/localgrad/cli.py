@@ -26,7 +26,7 @@ import typer
 from typer.models import OptionInfo
 
 from localgrad import rules
-from localgrad.app.recipe import DOWNLOAD, OPTIONS, Recipe, overlay, parse_assignments, parse_toml
+from localgrad.app.recipe import DOWNLOAD, OPTIONS, Recipe, overlay, parse_assignments, read_toml
 from localgrad.app.recipe import preset as preset_values
 from localgrad.compare.settings import Settings
 from localgrad.errors import BudgetError, LocalgradError, PartitionError, RecipeError, RunWarning, arg, naming
@@ -322,7 +322,7 @@ _IN_PLAN = {
     for key in (
         *("model.name", "model.img_size", "model.patch_size", "local.modules", "local.objective", "local.overlap"),
         *("local.options.decoder", "local.options.classifier", "training.global_every", "training.global_tail"),
-        *("training.optimizer", "execution.precision", "execution.compile"),
+        *("training.optimizer", "execution.precision", "execution.compile", "execution.plugins"),
     )
 } | {
     "data.name": replace(OPTIONS["data.name"], help="Plan for the classes of a data set."),
@@ -567,11 +567,7 @@ def _planned(path: Path, preset: str | None, recipe: Path | None, changes: Value
 def _base(preset_name: str | None, recipe: Path | None, changes: Values) -> Values:
     """What the options are laid over: a recipe file, a preset, or (where no other data is named) the digits."""
     if recipe is not None:
-        try:
-            return parse_toml(recipe.read_text(encoding="utf-8"), str(recipe))
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is no text"
-            raise RecipeError(f"{arg('recipe')}: {recipe} can't be read ({reason}); name a recipe in TOML.") from error
+        return read_toml(recipe)
     if preset_name is None and changes.get("data.name", "digits") != "digits":
         return {}
     base = preset_values(preset_name or "digits")

@@ -24,7 +24,7 @@ from localgrad import rules
 from localgrad.app.agreement import team_of, together
 from localgrad.app.build import Job, build, create_model, input_size_of, resolve_device
 from localgrad.app.planned import check_plan_fits, laid_over, note_of_plan, plan_recipe, task_on
-from localgrad.app.recipe import DataSettings, Recipe, difference, validated
+from localgrad.app.recipe import DataSettings, Recipe, as_recipe, difference, flat, overlay, validated
 from localgrad.app.replanning import Replanner
 from localgrad.app.threads import threads_kept
 from localgrad.backbones.base import Backbone
@@ -46,6 +46,7 @@ from localgrad.parallel.memory import estimate_share
 from localgrad.parallel.parallel_learner import ParallelLearner
 from localgrad.parallel.team import Team, was_restarted
 from localgrad.partition import Plan, forecast_of
+from localgrad.registry import load_plugins, name_of_function
 from localgrad.step.executor import out_of_memory
 from localgrad.training.data import DataInfo, load_images_for_prediction
 from localgrad.training.events import (
@@ -54,7 +55,8 @@ from localgrad.training.events import (
     RunEnded,
     RunStarted,
     Sink,
-    TensorBoardSink,
+    check_sinks,
+    make_sinks,
     summary_rows,
 )
 from localgrad.training.feature_cache import check_space
@@ -88,7 +90,8 @@ from localgrad.training.saved import (
 )
 from localgrad.training.stagewise import StagewiseTrainer, disk_needed, estimate_stages, gather
 from localgrad.training.trainer import LocalTrainer, Trainer, evaluate, load_best_weights
-from localgrad.units import format_bytes
+from localgrad.training.transforms import NONE
+from localgrad.units import format_bytes, parse_bytes
 
 _FEW = 10  # classes that are named in the first lines of a run
 _ONE_LINE = 100
@@ -96,25 +99,29 @@ _ONE_LINE = 100
 
 @threads_kept()
 def train(
-    recipe: Recipe,
+    recipe: Recipe | Mapping[str, Any] | str | Path,
     *,
-    out: Path | None = None,
+    out: Path | str | None = None,
+    transform: str | Callable[..., Any] | None = None,
     download: bool = False,
-    sinks: Sequence[Sink] = (),
+    sinks: Sequence[Sink | str] = (),
     plan: Plan | None = None,
-    budget: int | None = None,
+    budget: int | str | None = None,
     on_oom: str = "stop",
     cache: bool = True,
 ) -> Summary:
-    """Train a recipe from the start.
+    """Train a recipe from the start, as ``localgrad train`` does, in a run folder of its own.
 
     Args:
-        recipe: what to do.
+        recipe: what to do: a recipe, its values (nested, or by dotted key), a preset's name, or a file in TOML.
         out: the run folder; by default a new one under ``runs/``.
+        transform: what makes an image one of the model's size, in the recipe's place (``data.transform``): a name, or
+            a function of a module, called with ``image_size`` and ``training=``.
         download: let torchvision fetch a data set that is missing.
-        sinks: take the events, beside the run folder's own files.
+        sinks: take the events, beside the run folder's own files and what the recipe names; by name (``console``), or
+            made already.
         plan: that the recipe was made from; refused if it is of another model or shape.
-        budget: bytes; the recipe's modules and how they run are planned to fit.
+        budget: bytes, or such as ``"6GiB"``; the recipe's modules and how they run are planned to fit.
         on_oom: what to do when memory runs out: ``stop``, or ``replan`` and go on.
         cache: take costs that were measured before for a plan, and keep those that are measured.
 
@@ -123,25 +130,37 @@ def train(
 
     Raises:
         LocalgradError: anything that can't be as the recipe says.
+
+    Example:
+        >>> train({"model.name": "vit_tiny_patch16_224", "data.name": "./photos"}, sinks=["console"])  # doctest: +SKIP
     """
     _check_on_oom(on_oom)
-    if out is not None and holds_run(out):
+    wanted, place = as_recipe(recipe), None if out is None else Path(out)
+    num_bytes = None if budget is None else parse_bytes(budget)
+    if transform is not None:
+        name = transform if isinstance(transform, str) else name_of_function("transform", transform)
+        wanted = as_recipe(overlay(wanted.to_dict(), {"data.transform": name}))
+    load_plugins(wanted.execution.plugins)
+    check_sinks((*wanted.execution.sinks, *sinks))
+    if place is not None and holds_run(place):
         if was_restarted():
-            return resume(out, _normalised_as(read_recipe(out), recipe), sinks=sinks, on_oom=on_oom)
+            return resume(place, _normalised_as(read_recipe(place), wanted), sinks=sinks, on_oom=on_oom)
         raise RunFolderError(
-            f"{arg('out')}: {out} already holds a run; continue it with {arg('resume', out)}, or choose another folder."
+            f"{arg('out')}: {place} already holds a run; continue it with {arg('resume', place)}, or choose another "
+            "folder."
         )
-    is_planned = plan is not None or budget is not None
-    given = {"plan": plan is not None, "budget": budget is not None, "on_oom": on_oom}
-    rules.check({**recipe.arguments(), **given})
-    check_writable(out or Path("runs"))
-    planning = _Planning(plan, budget, cache=cache)
-    with team_of(recipe) as team:
+    is_planned = plan is not None or num_bytes is not None
+    given = {"plan": plan is not None, "budget": num_bytes is not None, "on_oom": on_oom}
+    decided = dict.fromkeys(("checkpoint", "accumulation"))  # a recipe always has them, and a plan lays others over it
+    rules.check({**wanted.arguments(), **decided, **given})
+    check_writable(place or Path("runs"))
+    planning = _Planning(plan, num_bytes, cache=cache)
+    with team_of(wanted) as team:
         job = together(
             team,
-            lambda: build(recipe, download=download, is_new=True, planned=planning if is_planned else None, team=team),
+            lambda: build(wanted, download=download, is_new=True, planned=planning if is_planned else None, team=team),
         )
-        path = out or new_folder(recipe.method.data.name, recipe.method.local.objective)
+        path = place or new_folder(wanted.method.data.name, wanted.method.local.objective)
         path = path if team is None else team.everyone(path)[0]
         _check_space(job, path)
         health = _health_check(job)
@@ -166,8 +185,10 @@ def _check_on_oom(on_oom: str) -> None:
 
 
 def _normalised_as(begun: Recipe, recipe: Recipe) -> Recipe:
-    """A recipe with the normalisation that a run of it found when it began."""
+    """A recipe with the normalisation and the transform that a run of it found when it began."""
     own, data = begun.method.data, recipe.method.data
+    if data.transform is None:
+        data = replace(data, transform=own.transform)
     if data.mean is None and recipe.method.model.pretrained:
         data = replace(data, mean=own.mean, std=own.std)
     return replace(recipe, method=replace(recipe.method, data=data))
@@ -198,14 +219,21 @@ class _Planning:
 
 
 @threads_kept()
-def resume(path: Path, changes: Recipe | None = None, *, sinks: Sequence[Sink] = (), on_oom: str = "stop") -> Summary:
+def resume(
+    path: Path | str,
+    changes: Recipe | Mapping[str, Any] | None = None,
+    *,
+    sinks: Sequence[Sink | str] = (),
+    on_oom: str = "stop",
+) -> Summary:
     """Continue a run where its last checkpoint stands; a finished run only gives its summary.
 
     Args:
         path: the run folder.
-        changes: the recipe as it is wanted now; its method must be the run's own, its execution may differ, and so may
-            where the data lies (``data.name``, ``data.root``), if it is the same data. It becomes the run's recipe.
-        sinks: take the events.
+        changes: the recipe as it is wanted now, or values to be laid over the run's own; its method must be the run's
+            own, its execution may differ, and so may where the data lies (``data.name``, ``data.root``), if it is the
+            same data. It becomes the run's recipe.
+        sinks: take the events, as for ``train``.
         on_oom: as for ``train``.
 
     Raises:
@@ -215,30 +243,33 @@ def resume(path: Path, changes: Recipe | None = None, *, sinks: Sequence[Sink] =
         DataError: the data is missing, or was moved and is not what the run was trained on.
     """
     _check_on_oom(on_oom)
-    own = read_recipe(path)
-    recipe = own if changes is None else changes
+    place = Path(path)
+    own = read_recipe(place)
+    recipe = changes if isinstance(changes, Recipe) else as_recipe(overlay(own.to_dict(), flat(changes or {})))
     different = difference(_without_place(own), _without_place(recipe))
     if different:
         raise RecipeError(
-            f"{arg('resume', path)}: the run has another recipe ({'; '.join(different)}); leave those options out, "
+            f"{arg('resume', place)}: the run has another recipe ({'; '.join(different)}); leave those options out, "
             "or start a new run."
         )
     rules.check({**recipe.arguments(), "on_oom": on_oom})
-    finished = _read_summary(path)
+    load_plugins(recipe.execution.plugins)
+    check_sinks((*recipe.execution.sinks, *sinks))
+    finished = _read_summary(place)
     if finished is not None:
-        for sink in sinks:
+        for sink in make_sinks(sinks, place):
             sink.emit(RunEnded(summary=finished))
             sink.close()
         return finished
     with team_of(recipe) as team:
-        folder = together(team, lambda: RunFolder(path, is_guest=team is not None and not team.is_speaker))
+        folder = together(team, lambda: RunFolder(place, is_guest=team is not None and not team.is_speaker))
         try:
             state = together(team, lambda: _load_last(folder, recipe))
             job = together(team, lambda: _build_again(recipe, has_weights=state is not None, team=team))
             is_moved = _place_of(own) != _place_of(recipe)
             speaks = team is None or team.is_speaker
-            described = together(team, lambda: _check_data(path, job, is_moved=is_moved) if speaks else None)
-            _check_space(job, path)
+            described = together(team, lambda: _check_data(place, job, is_moved=is_moved) if speaks else None)
+            _check_space(job, place)
 
             def rewrite() -> None:
                 if described is not None:
@@ -500,10 +531,12 @@ def predict(
     reading: DataSettings = validated(DataSettings, given, "data.")
     recipe = _on_device(read_recipe(path), device)
     info = _read_data(path).info
+    load_plugins(recipe.execution.plugins)
     where = resolve_device(recipe.execution.device)
     settings = replace(recipe.method.model, pretrained=False)
-    model = create_model(settings, num_classes=info.num_classes, num_channels=info.num_channels)
-    size = input_size_of(model, settings, info.num_channels)
+    made = create_model(settings, num_classes=info.num_classes, num_channels=info.num_channels)
+    size = input_size_of(made, settings, info.num_channels)
+    model = made.model if isinstance(made, Backbone) else made
     weights = load_saved_weights(path / "checkpoints" / "best.safetensors")
     load_model_weights(model, weights)
     model.to(where).eval()
@@ -517,6 +550,7 @@ def predict(
         image_range=reading.image_range or info.image_range,
         background=info.background if reading.background is None else parse_colour(reading.background),
         fit=reading.fit or info.fit,
+        transform=None if recipe.method.data.transform == NONE else recipe.method.data.transform,
         skipped=skipped,
     )
     for image_path, image in found:
@@ -545,7 +579,7 @@ def model_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def _fit(
     job: Job,
     folder: RunFolder,
-    sinks: Sequence[Sink],
+    sinks: Sequence[Sink | str],
     state: Checkpoint | None = None,
     *,
     health: HealthCheck | None = None,
@@ -592,15 +626,15 @@ def _fit(
             ) from error
         return _finish(job, trainer, {"estimated_peak_bytes": peak, "estimated_end_to_end_peak_bytes": baseline})
 
-    return _told(trainer, sinks, run)
+    return _told(trainer, (*job.recipe.execution.sinks, *sinks), run)
 
 
-def _told(trainer: Trainer, sinks: Sequence[Sink], run: Callable[[], Summary]) -> Summary:
+def _told(trainer: Trainer, sinks: Sequence[Sink | str], run: Callable[[], Summary]) -> Summary:
     """Run something whose events go to the run folder and to some sinks, and tell them its summary."""
     epoch, path, kept = trainer.position.epoch, trainer.folder.path, trainer.folder.kept
     lines = JsonlSink(path / "metrics.jsonl", epoch, kept.get("metrics.jsonl"))
     kept["metrics.jsonl"] = lines.lines
-    trainer.sinks = (lines, TensorBoardSink(path / "tensorboard", epoch), *sinks)
+    trainer.sinks = (lines, *make_sinks(sinks, path))
     try:
         summary = run()
         for sink in trainer.sinks:
@@ -615,7 +649,7 @@ def _fit_together(
     job: Job,
     team: Team,
     folder: RunFolder,
-    sinks: Sequence[Sink],
+    sinks: Sequence[Sink | str],
     state: Checkpoint | None = None,
     *,
     fits: Callable[[], None] = lambda: None,
@@ -663,7 +697,7 @@ def _fit_together(
     if job.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(job.device)
     watched: Callable[[], Summary] = partial(trainer.watched, run)
-    return _told(trainer, sinks, watched) if team.is_speaker else watched()
+    return _told(trainer, (*job.recipe.execution.sinks, *sinks), watched) if team.is_speaker else watched()
 
 
 def _rank_figures(job: Job, team: Team, learner: ParallelLearner) -> RankFigures:

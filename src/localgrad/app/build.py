@@ -21,17 +21,19 @@ from torch.optim import Optimizer
 from localgrad import rules
 from localgrad.app.recipe import ModelSettings, Recipe, TrainingSettings, validated
 from localgrad.app.threads import choose_threads
-from localgrad.backbones.base import Backbone, split
+from localgrad.backbones.base import BACKBONES, Backbone, split
 from localgrad.backbones.namespaces import Kwargs
-from localgrad.errors import BackboneError, DeviceError, RecipeError, arg, did_you_mean, reason_of
+from localgrad.errors import BackboneError, DeviceError, LocalgradError, RecipeError, arg, did_you_mean, reason_of
 from localgrad.learner import Factories, Learner, LocalLearner
 from localgrad.objectives.methods import Objective, build_objective
 from localgrad.parallel.parallel_learner import ParallelLearner
 from localgrad.parallel.team import Team
 from localgrad.partitioning import default_input_size, make_plan
+from localgrad.registry import load_plugins
 from localgrad.step.local_step import check_precision
 from localgrad.training.augmentation import Augment
 from localgrad.training.optim import OptimizerFactory, Schedule, check_schedule, optimizer_info
+from localgrad.training.transforms import NONE
 
 EVALUATION_BATCH = 256
 Planned = Callable[[Recipe, Backbone], Recipe]
@@ -65,7 +67,7 @@ class Job:
         size = self.learner.backbone.input_size
         return _batches(
             self.recipe,
-            self.data.info,
+            self.data,
             images,
             batch_size=EVALUATION_BATCH,
             size=size,
@@ -95,6 +97,7 @@ def build(
     """
     rules.check(recipe.arguments() | ({"budget": None} if planned is None else {}))
     method, execution = recipe.method, recipe.execution
+    load_plugins(execution.plugins)
     device = resolve_device(execution.device) if team is None else team.device
     check_precision(execution.precision, device)
     check_model_name(method.model.name)
@@ -104,7 +107,7 @@ def build(
     objective = build_recipe_objective(recipe)
     if execution.num_threads is not None:
         torch.set_num_threads(execution.num_threads)
-    data = _load(recipe, download=download)
+    data = _load(recipe, download=download, is_new=is_new)
     settings_of_model = replace(method.model, pretrained=False) if has_weights else method.model
     model, size, threads = _make_model(recipe, settings_of_model, data.info, chooses=is_new and device.type == "cpu")
     execution = replace(execution, num_threads=threads)
@@ -112,7 +115,8 @@ def build(
     recipe, data = _settled(recipe, data, model, size[1:], has_new_weights=is_new and settings_of_model.pretrained)
     objective = objective.with_pixels(data.info.mean, data.info.std)
     waits = is_sequential or execution.offload or team is not None  # on the processor, until its modules are made
-    backbone = split(model if waits else model.to(device), size)
+    model = model if waits else model.to(device)
+    backbone = model if isinstance(model, Backbone) else split(model, size)
     if planned is not None:
         recipe = planned(recipe, backbone)
         method, execution = recipe.method, recipe.execution
@@ -147,7 +151,7 @@ def build(
             shard=execution.shard,
             **settings_of_learner,
         )
-    optimizer = optimizers_of(training, model, plan.num_modules)
+    optimizer = optimizers_of(training, backbone.model, plan.num_modules)
     if not is_sequential:
         learner.configure_optimizers(optimizer)
     augment = method.augment
@@ -155,7 +159,7 @@ def build(
         augment = replace(augment, label_smoothing=0.0)
     batches = _batches(
         recipe,
-        data.info,
+        data,
         data.train,
         batch_size=training.batch_size,
         size=size,
@@ -179,12 +183,13 @@ def build(
     return Job(recipe, data, learner, optimizer, schedule_for, batches, device, team)
 
 
-def _load(recipe: Recipe, *, download: bool) -> Splits:
-    """The data of a recipe."""
+def _load(recipe: Recipe, *, download: bool, is_new: bool) -> Splits:
+    """The data of a recipe. A new run may be given a transform, which its recipe has from then on."""
     side = recipe.method.model.img_size
     settings = recipe.method.data
     from localgrad.training.data import load_data
 
+    wanted = None if settings.transform == NONE else settings.transform
     return load_data(
         settings.name,
         root=None if settings.root is None else Path(settings.root),
@@ -202,6 +207,8 @@ def _load(recipe: Recipe, *, download: bool) -> Splits:
         image_range=settings.image_range,
         background=settings.background,
         fit=settings.fit or "crop",
+        transform=wanted,
+        default_transform=_default_transform(recipe) if is_new else None,
     )
 
 
@@ -226,6 +233,19 @@ def _make_model(
     return model, size, threads
 
 
+def _default_transform(recipe: Recipe) -> tuple[str, tuple[int, int]] | None:
+    """What files of images go through that are larger than the model's, and its size; none if a recipe says how."""
+    data, augment, model = recipe.method.data, recipe.method.augment, recipe.method.model
+    if data.transform or data.fit or augment.crop_padding or augment.flip or augment.rand_augment or augment.erasing:
+        return None
+    import timm
+
+    known = None if model.name in BACKBONES else timm.get_pretrained_cfg(model.name)
+    size = known.input_size[1:] if known is not None else None
+    size = size if model.img_size is None else (model.img_size, model.img_size)
+    return None if size is None else ("imagenet", size)
+
+
 def _settled(
     recipe: Recipe, data: Splits, model: nn.Module, size: tuple[int, int], *, has_new_weights: bool
 ) -> tuple[Recipe, Splits]:
@@ -234,6 +254,12 @@ def _settled(
 
     cut_off = note_on_fit(data, size)
     data = data if cut_off is None else data.said(cut_off)
+    if data.transform is not None:
+        data = data.said(
+            f"Images go through the transform {data.transform}; {arg('transform', NONE)} takes them as they are."
+        )
+        settings = replace(recipe.method.data, transform=data.transform)
+        recipe = replace(recipe, method=replace(recipe.method, data=settings))
     if not has_new_weights or recipe.method.data.mean is not None:
         return recipe, data
     trained_with: dict[str, tuple[float, ...]] = getattr(model, "pretrained_cfg", {})
@@ -314,15 +340,15 @@ def resolve_device(name: str) -> torch.device:
 
 
 def check_model_name(name: str) -> None:
-    """Refuse a model that timm doesn't have.
+    """Refuse a model that neither timm has nor a plugin registered.
 
     Raises:
         BackboneError: with the nearest names.
     """
     import timm
 
-    if not timm.is_model(name.split(".", maxsplit=1)[0]):
-        nearest = did_you_mean(name, timm.list_models()) or " timm.list_models() names them all."
+    if name not in BACKBONES and not timm.is_model(name.split(".", maxsplit=1)[0]):
+        nearest = did_you_mean(name, [*timm.list_models(), *BACKBONES]) or " timm.list_models() names them all."
         raise BackboneError(f"{arg('model')}: timm has no {name!r}.{nearest}")
 
 
@@ -342,6 +368,9 @@ def build_recipe_objective(recipe: Recipe) -> Objective:
 def create_model(settings: ModelSettings, *, num_classes: int | None, num_channels: int) -> nn.Module:
     """Make the timm model of a recipe for a data set; with no number of classes, timm's own.
 
+    Returns:
+        The model; of a name that a plugin registered, its backbone.
+
     Raises:
         BackboneError: unknown to timm, or timm can't make it with these settings.
     """
@@ -355,6 +384,11 @@ def create_model(settings: ModelSettings, *, num_classes: int | None, num_channe
     if settings.drop_path is not None:
         options["drop_path_rate"] = settings.drop_path
     classes = {} if num_classes is None else {"num_classes": num_classes}
+
+    if settings.name in BACKBONES:
+        if settings.pretrained:
+            options["pretrained"] = True
+        return _made_by_plugin(settings.name, {"in_chans": num_channels, **classes, **options})
 
     def create() -> nn.Module:
         model: nn.Module = timm.create_model(
@@ -382,8 +416,25 @@ def create_model(settings: ModelSettings, *, num_classes: int | None, num_channe
         ) from error
 
 
+def _made_by_plugin(name: str, options: Kwargs) -> Backbone:
+    try:
+        made = BACKBONES[name](**options)
+    except LocalgradError:
+        raise
+    except Exception as error:  # whatever a user's code says
+        raise BackboneError(
+            f"{arg('model')}: {name!r} can't be made with {_as_options(options)}: {type(error).__name__}: "
+            f"{reason_of(error).rstrip('.')}. Check {arg('img_size')}, {arg('patch_size')} and {arg('model.options')}."
+        ) from error
+    if not isinstance(made, Backbone):
+        raise BackboneError(f"{arg('model')}: {name!r} gave {type(made).__name__}; let it return a localgrad.Backbone.")
+    return made
+
+
 def input_size_of(model: nn.Module, settings: ModelSettings, num_channels: int) -> tuple[int, int, int]:
     """(C, H, W) that a model takes in a recipe."""
+    if isinstance(model, Backbone):
+        return model.input_size
     if settings.img_size is not None:
         return num_channels, settings.img_size, settings.img_size
     return num_channels, *default_input_size(model)[1:]
@@ -407,7 +458,7 @@ def check_patches(model: nn.Module, image_size: tuple[int, int]) -> None:
 
 def _batches(
     recipe: Recipe,
-    info: DataInfo,
+    data: Splits,
     images: ImageSet,
     *,
     batch_size: int,
@@ -422,13 +473,14 @@ def _batches(
         images,
         batch_size=batch_size,
         image_size=size[1:],
-        info=info,
+        info=data.info,
         device=device,
         augment=augment,
         seed=recipe.method.seed,
         drop_last=True,
         num_workers=recipe.execution.num_workers,
         shard=(0, 1) if team is None else (team.replica, team.num_replicas),
+        transform=data.transform,
     )
 
 

@@ -8,13 +8,14 @@ classes is given, or known for the data sets that have a name.
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from importlib import metadata
 
 from localgrad import rules
 from localgrad.app.build import build_recipe_objective, check_model_name, check_patches, create_model, input_size_of
 from localgrad.app.recipe import Recipe, overlay
-from localgrad.backbones.base import Backbone, outline
+from localgrad.backbones.base import BACKBONES, Backbone, outline
 from localgrad.backbones.fake import without_initialization
 from localgrad.errors import BudgetError, RecipeError, arg
 from localgrad.formats import Json
@@ -22,6 +23,7 @@ from localgrad.partition import Plan
 from localgrad.partitioning import num_parameters
 from localgrad.planning.budget import Task, plan_to_budget
 from localgrad.planning.rank_plans import Parallel, plan_parallel
+from localgrad.registry import load_plugins
 from localgrad.training.optim import OptimizerFactory
 
 CLASSES = {"digits": (10, 1), "cifar10": (10, 3), "cifar100": (100, 3), "stl10": (10, 3), "svhn": (10, 3)}
@@ -50,13 +52,16 @@ def task_of(
         num_channels: of the images.
         cache: whether costs that were measured before may be taken.
     """
-    settings = recipe.method.model
+    load_plugins(recipe.execution.plugins)
+    settings = replace(recipe.method.model, pretrained=False)
     check_model_name(settings.name)
-    with without_initialization():
-        model = create_model(replace(settings, pretrained=False), num_classes=num_classes, num_channels=num_channels)
+    # A backbone of a plugin is proved as it is made, for which it needs values.
+    with nullcontext() if settings.name in BACKBONES else without_initialization():
+        model = create_model(settings, num_classes=num_classes, num_channels=num_channels)
     size = input_size_of(model, settings, num_channels)
     check_patches(model, size[1:])
-    return task_on(recipe, outline(model, size), device=device, cache=cache)
+    backbone = model if isinstance(model, Backbone) else outline(model, size)
+    return task_on(recipe, backbone, device=device, cache=cache)
 
 
 def task_on(recipe: Recipe, backbone: Backbone, *, device: str, cache: bool = True) -> Task:
@@ -143,6 +148,7 @@ def made_for(recipe: Recipe, backbone: Backbone, device: str) -> dict[str, Json]
     values = _by_dotted_key(recipe)
     return {
         **{key: values[key] for key in REMEMBERED},
+        **({"execution.plugins": list[Json](recipe.execution.plugins)} if recipe.execution.plugins else {}),
         "device": device,
         "input_size": list(backbone.input_size),
         "num_classes": backbone.num_classes,
@@ -159,10 +165,9 @@ def changes_of(plan: Plan) -> dict[str, Json]:
     """
     missing = [key for key in REMEMBERED if key not in plan.made_for]
     if missing:
-        raise BudgetError(
-            f"{arg('plan')}: it doesn't say {missing[0]}; make a new one, of a recipe or from its options."
-        )
-    changes = {key: value for key, value in plan.made_for.items() if key in REMEMBERED and value is not None}
+        raise BudgetError(f"{arg('plan')}: it doesn't say {missing[0]}; make a new one with localgrad plan.")
+    kept = (*REMEMBERED, "execution.plugins")
+    changes = {key: value for key, value in plan.made_for.items() if key in kept and value is not None}
     return changes | how_to_run(plan)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from localgrad.app.build import check_model_name
 from localgrad.app.planned import kind_of, made_for_task
-from localgrad.backbones.base import Backbone, outline
+from localgrad.backbones.base import BACKBONES, Backbone, outline
 from localgrad.backbones.fake import without_initialization
 from localgrad.errors import RecipeError, arg
 from localgrad.estimating import estimate_step
@@ -132,6 +132,8 @@ def _outlined(model: nn.Module | str, input_size: tuple[int, int, int] | None) -
         import timm
 
         check_model_name(model)
+        if model in BACKBONES:
+            return BACKBONES[model]()
         with without_initialization():
             made: nn.Module = timm.create_model(model)
     else:

@@ -17,6 +17,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from importlib import resources
+from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_type_hints
 
 from localgrad.errors import RecipeError, arg, did_you_mean
@@ -63,7 +64,7 @@ class ModelSettings:
     """Which model, and how timm is asked for it."""
 
     __pydantic_config__ = STRICT
-    name: str = option("swin_tiny_patch4_window7_224", "timm's name of the model.", METHOD, name="model")
+    name: str = option("swin_tiny_patch4_window7_224", "timm's name of the model, or a plugin's.", METHOD, name="model")
     img_size: Positive | None = option(None, "Side of the images in pixels; by default the model's own.", METHOD)
     patch_size: Positive | None = option(None, "Side of a patch in pixels; by default the model's own.", METHOD)
     drop_path: Fraction | None = option(None, "Stochastic depth rate; by default the model's own.", METHOD)
@@ -106,6 +107,12 @@ class DataSettings:
     fit: Literal["crop", "pad", "squash"] | None = option(
         None, "Images of another shape: crop (cut; by default), pad (bars) or squash.", DATA
     )
+    transform: str | None = option(
+        None,
+        "What images of files go through: imagenet, none, module:function, or a plugin's; by default imagenet where "
+        "they are larger than the model's and nothing is said of augmenting.",
+        DATA,
+    )
 
 
 @documented
@@ -120,10 +127,10 @@ class LocalSettings:
         METHOD,
         read=read_modules,
     )
-    objective: str = option("feature", "feature, image, greedy or contrastive.", METHOD)
+    objective: str = option("feature", "feature, image, greedy, contrastive, or a plugin's.", METHOD)
     options: Values = entries(
-        decoder=Option(help="Auxiliary decoder: linear, conv, transformer or bilinear.", panel=METHOD),
-        classifier=Option(help="Auxiliary classifier: linear, mlp, transformer or next.", panel=METHOD),
+        decoder=Option(help="Auxiliary decoder: linear, conv, transformer, bilinear, or a plugin's.", panel=METHOD),
+        classifier=Option(help="Auxiliary classifier: linear, mlp, transformer, next, or a plugin's.", panel=METHOD),
     )
     overlap: Count = option(0, "Last blocks of the module before that each module trains as well.", METHOD)
 
@@ -236,6 +243,16 @@ class Execution:
         0, "Every so many epochs, and the last, measure where accuracy is lost.", EXECUTION, name="health"
     )
     health_reference: str | None = option(None, "With health: an end-to-end run, to compare features with.", EXECUTION)
+    sinks: list[str] = option(
+        lambda: ["tensorboard"],
+        "Where figures go beside metrics.jsonl: tensorboard, or a plugin's; may be repeated.",
+        EXECUTION,
+        name="sink",
+        repeated=str,
+    )
+    plugins: list[str] = option(
+        list, "Module that registers what you name; may be repeated.", EXECUTION, name="plugin", repeated=str
+    )
 
 
 RECIPE_FORMAT = 1
@@ -328,6 +345,34 @@ def preset(name: str) -> Values:
     )
 
 
+def as_recipe(given: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
+    """A recipe, or what stands for one: its values, nested or by dotted key; a preset's name; a file in TOML.
+
+    Raises:
+        RecipeError: a key that there isn't, an impossible value, or a file that can't be read.
+    """
+    if isinstance(given, Recipe):
+        return given
+    if isinstance(given, Mapping):
+        return Recipe.from_dict(overlay({}, flat(given)))
+    if isinstance(given, str) and given in preset_names():
+        return Recipe.from_dict(preset(given))
+    return Recipe.from_dict(read_toml(Path(given)))
+
+
+def read_toml(path: Path) -> Values:
+    """Values of a recipe from a file.
+
+    Raises:
+        RecipeError: it can't be read, or is no TOML.
+    """
+    try:
+        return parse_toml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise RecipeError(f"{arg('recipe')}: {path} can't be read ({reason}); name a recipe in TOML.") from error
+
+
 def overlay(values: Mapping[str, Any], changes: Mapping[str, Any]) -> Values:
     """Lay single values over nested ones.
 
@@ -372,7 +417,7 @@ def parse_assignments(assignments: Iterable[str]) -> Values:
 
 def difference(old: Recipe, new: Recipe) -> list[str]:
     """The lines in which two recipes' methods differ: ``training.epochs: 20 -> 30``."""
-    before, after = _flat(asdict(old.method)), _flat(asdict(new.method))
+    before, after = flat(asdict(old.method)), flat(asdict(new.method))
     keys = sorted(before.keys() | after.keys())
     return [f"{key}: {before.get(key)!r} -> {after.get(key)!r}" for key in keys if before.get(key) != after.get(key)]
 
@@ -429,11 +474,12 @@ def _without_none(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Values:
-    flat: Values = {}
+def flat(values: Mapping[str, Any], prefix: str = "") -> Values:
+    """Nested values by dotted key."""
+    found: Values = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
-    return flat
+            found[prefix + key] = value
+    return found

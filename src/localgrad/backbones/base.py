@@ -34,6 +34,7 @@ Shapes: B batch, N tokens, P prefix tokens, D width, H W grid; images [B, C, H, 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -42,9 +43,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from localgrad.backbones.by_hand import Chain, PartsSeen, check_parts, listed, names_of_blocks
 from localgrad.backbones.fake import FakeTensor, by_shapes_alone, copy_on_host, fake_copy_with_memo, random_state_kept
 from localgrad.backbones.layouts import Layout, LayoutFinder, change_features, change_image
-from localgrad.backbones.namespaces import Attributes
 from localgrad.backbones.observe import Call, Seen, find_stations, observe, trunks_of, watch_inputs
 from localgrad.backbones.proof import prove
 from localgrad.backbones.state import left_as_it_was
@@ -54,6 +55,7 @@ from localgrad.backbones.timm_models import (
     ComputedArgument,
     InputKept,
     Step,
+    Unsplittable,
     attribute,
     find_glue,
     find_recomputed,
@@ -63,15 +65,16 @@ from localgrad.backbones.timm_models import (
     unsupported,
 )
 from localgrad.errors import BackboneError, reason_of
+from localgrad.registry import Registry
 
-__all__ = ["SUPPORTED_FAMILIES", "Backbone", "Layout", "outline", "split"]
+__all__ = ["BACKBONES", "SUPPORTED_FAMILIES", "Backbone", "Layout", "outline", "register_backbone", "split"]
 
 
 class Stem(nn.Module):
     """Images to the first block's features.
 
     Args:
-        part: a shallow copy of the timm model that holds the stem's children only, its trunk emptied.
+        part: does it.
     """
 
     def __init__(self, part: nn.Module) -> None:
@@ -81,8 +84,20 @@ class Stem(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, C, H, W] -> features."""
-        given = images.clone() if self.copies_input else images
-        features: Tensor = self.part.forward_features(given)  # type: ignore[operator]
+        return self.run(images.clone() if self.copies_input else images)
+
+    def run(self, images: Tensor) -> Tensor:
+        """What the part does."""
+        features: Tensor = self.part(images)
+        return features
+
+
+class TimmStem(Stem):
+    """A shallow copy of a timm model that holds the stem's children only, its trunk emptied."""
+
+    def run(self, images: Tensor) -> Tensor:
+        """The model's own embedding."""
+        features: Tensor = self.part.forward_features(images)  # type: ignore[operator]
         return features
 
 
@@ -90,10 +105,34 @@ class Tail(nn.Module):
     """The last block's features to logits.
 
     Args:
-        part: a shallow copy of the timm model that holds the tail's children only.
+        part: does it.
+        unused: parameters that the model's forward pass never reads (mask tokens): kept, so that none gets lost.
+    """
+
+    def __init__(self, part: nn.Module, *, unused: Iterable[nn.Parameter] = ()) -> None:
+        super().__init__()
+        self.part = part
+        self.unused = nn.ParameterList(unused)
+        self.copies_input = False  # whether what follows writes into it
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features -> [B, num_classes]."""
+        return self.run(features.clone() if self.copies_input else features)
+
+    def run(self, features: Tensor) -> Tensor:
+        """What the part does."""
+        logits: Tensor = self.part(features)
+        return logits
+
+
+class TimmTail(Tail):
+    """What a timm model does after its last block.
+
+    Args:
+        part: a shallow copy of the model that holds the tail's children only.
         glue: what the model does to the features first.
         before_head: names of the children called, in order, before ``forward_head``.
-        unused: parameters that the model's forward pass never reads (mask tokens): kept, so that none gets lost.
+        unused: as for ``Tail``.
     """
 
     def __init__(
@@ -104,16 +143,13 @@ class Tail(nn.Module):
         before_head: Sequence[str],
         unused: Iterable[nn.Parameter],
     ) -> None:
-        super().__init__()
-        self.part = part
+        super().__init__(part, unused=unused)
         self.glue = glue
         self.before_head = tuple(before_head)
-        self.unused = nn.ParameterList(unused)
-        self.copies_input = False  # whether what follows writes into it
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Features -> [B, num_classes]."""
-        features = self.glue(features.clone() if self.copies_input else features)
+    def run(self, features: Tensor) -> Tensor:
+        """The model's own end."""
+        features = self.glue(features)
         for name in self.before_head:
             features = self.part.get_submodule(name)(features)
         logits: Tensor = self.part.forward_head(features)  # type: ignore[operator]
@@ -121,14 +157,33 @@ class Tail(nn.Module):
 
 
 class Backbone(nn.Module):
-    """A timm model as stem, blocks and tail; made by ``split``.
+    """A model as stem, blocks and tail: found by ``split``, or made by hand of modules from one tensor to one tensor.
 
     The parts share their parameters with ``model``, which is not registered here: each parameter belongs to
-    exactly one part (unless the model itself uses it in several, see ``check_boundaries``).
+    exactly one part (unless the model itself uses it in several, see ``check_boundaries``). By hand, this is proved at
+    once (see ``prove``).
+
+    Args:
+        stem: images [B, C, H, W] to features.
+        blocks: features to features, in order; a boundary between local modules may fall between any two.
+        tail: features to logits [B, num_classes].
+        input_size: (C, H, W) of the images.
+        model: the model whose modules and parameters the parts are made of, and which they are to equal; its
+            ``state_dict()`` is what is trained. By default the parts in a row are the model.
+        layouts: how features stand that enter each block, and the tail (one more than blocks); one for all where they
+            are alike. By default found by changing single places, with one class token at most.
+        proved: whether to prove it now; without, forgotten blocks or norms train without a word.
+
+    Raises:
+        BackboneError: a part can't run or gives no features; or the parts aren't the model.
+
+    Example:
+        >>> parts = {"stem": net.embed, "blocks": net.layers, "tail": net.head}  # doctest: +SKIP
+        >>> Backbone(**parts, input_size=(3, 32, 32), model=net)  # doctest: +SKIP
     """
 
     model: nn.Module
-    """The plain timm model: its ``state_dict()`` is what to export."""
+    """The plain model: its ``state_dict()`` is what to export."""
     stem: Stem
     """[B, C, H, W] -> features."""
     blocks: nn.ModuleList
@@ -136,7 +191,7 @@ class Backbone(nn.Module):
     tail: Tail
     """Features -> [B, num_classes]."""
     block_names: tuple[str, ...]
-    """Dotted path of each block in the timm model."""
+    """Dotted path of each block in the model."""
     layouts: tuple[Layout, ...]
     """Layout of the features entering block i; the last one, of those entering the tail."""
     stage_boundaries: tuple[int, ...]
@@ -147,6 +202,60 @@ class Backbone(nn.Module):
     """Width of the logits."""
 
     def __init__(
+        self,
+        *,
+        stem: nn.Module,
+        blocks: Iterable[nn.Module],
+        tail: nn.Module,
+        input_size: tuple[int, int, int],
+        model: nn.Module | None = None,
+        layouts: Layout | Sequence[Layout] | None = None,
+        proved: bool = True,
+    ) -> None:
+        super().__init__()
+        parts = check_parts(stem, blocks, tail, model)
+        size = _checked_size(input_size)
+        whole = Chain(stem, parts, tail) if model is None else model
+        if next(whole.parameters(), None) is None:
+            raise BackboneError("Backbone: its parts have no parameters; there is nothing to train.")
+        _check_weights(whole)
+        _check_is_real(whole)
+        found = PartsSeen(whole, [stem, *parts, tail], size, layouts)
+        held = {id(weight) for part in (stem, *parts, tail) for weight in part.parameters()}
+        left = {name: weight for name, weight in whole.named_parameters() if id(weight) not in held}
+        self._take(
+            whole,
+            stem=Stem(stem),
+            blocks=parts,
+            tail=Tail(tail, unused=left.values()),
+            block_names=names_of_blocks(whole, parts),
+            layouts=found.layouts,
+            stage_boundaries=found.stage_boundaries,
+            input_size=size,
+            num_classes=found.num_classes,
+        )
+        for module in (self, self.stem, self.blocks, self.tail, self.tail.unused):
+            module.training = whole.training
+        if proved:
+            self.prove()
+            if model is None:
+                warnings.warn(
+                    "Backbone: no model was given, so its parts were compared with nothing; that they run and that all "
+                    "their parameters are used is all that was seen. Give model=, or proved=False if there is none.",
+                    stacklevel=2,
+                )
+        else:
+            self._look()
+
+    @classmethod
+    def _of_parts(cls, model: nn.Module, **parts: Any) -> Backbone:
+        """A backbone of parts that were found; for ``split``."""
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made._take(model, **parts)
+        return made
+
+    def _take(
         self,
         model: nn.Module,
         *,
@@ -159,7 +268,6 @@ class Backbone(nn.Module):
         input_size: tuple[int, int, int],
         num_classes: int,
     ) -> None:
-        super().__init__()
         # Past nn.Module's registry, so that state_dict() holds nothing twice; deepcopy copies it with the rest.
         object.__setattr__(self, "model", model)
         self.stem, self.blocks, self.tail = stem, nn.ModuleList(blocks), tail
@@ -167,6 +275,99 @@ class Backbone(nn.Module):
         self.stage_boundaries = tuple(stage_boundaries)
         self.input_size, self.num_classes = input_size, num_classes
         self._written_buffers: frozenset[str] = frozenset()
+        self._followed = _shared_slots(model, self)
+
+    def prove(self) -> None:
+        """Prove that the parts are the model: the same logits and gradients, bit for bit, in eval and in train mode.
+
+        Parts without a model are held against themselves in a row: that what they do can be repeated, writes into no
+        parameter, and reads every one. All is left as it was. On a GPU, or in 16 bits, copies in host memory are held
+        against each other, in float32.
+
+        Raises:
+            BackboneError: something differs, or a parameter is never used; the message says what.
+        """
+        twin = self._provable()
+        with self._in_the_same_mode():
+            twin._prove_here()
+        if twin is not self:
+            self._learn_from(twin)
+
+    @contextmanager
+    def _in_the_same_mode(self) -> Iterator[None]:
+        """A region at whose end what is around the parts is in the mode that it was in."""
+        modes = {module: module.training for module in self.modules()}
+        try:
+            yield
+        finally:
+            for module in self.modules():
+                module.training = modes.get(module, self.model.training)
+
+    def _provable(self) -> Backbone:
+        """This backbone, or a copy on which arithmetic can be repeated to the bit."""
+        if _is_proved_in_place(self.model):
+            return self
+        with random_state_kept():
+            return copy_on_host(self, widens=len({weight.dtype for weight in self.model.parameters()}) == 1)[0]
+
+    def _prove_here(self) -> None:
+        in_model = set(self.model.modules())
+        parts = self.parts
+        blocks = [pair for pair in zip(self.block_names, self.blocks, strict=True) if pair[1] in in_model]
+        inner = [self.stem.part, *self.blocks, self.tail.part]
+        with torch.inference_mode(mode=False), left_as_it_was(self.model, *inner) as state, torch.no_grad():
+            self.eval()
+            images = self._images()
+            try:
+                self.model(images.clone())
+                moving = state.changed_modules()
+                state.restore()
+                with self._keeping_inputs():
+                    shown = prove(self.model, self, parts, blocks, images, moving=moving)
+            except Unsplittable as error:
+                raise BackboneError(f"Backbone: {error.what}.{self._lost()}") from None
+            except torch.OutOfMemoryError:
+                raise
+            except (AttributeError, TypeError, RuntimeError) as error:
+                raise BackboneError(f"Backbone: its parts don't train ({reason_of(error)}).") from error
+        self._written_buffers = shown.written
+        unused = sorted(shown.unread)
+        if unused and isinstance(self.model, Chain):
+            raise BackboneError(
+                f"Backbone: nothing depends on {listed(unused)}; use them in a part's forward, or take them out (or "
+                "freeze them: requires_grad_(False))."
+            )
+
+    def _lost(self) -> str:
+        """A sentence on the model's parameters that no part has."""
+        ids = set(map(id, self.tail.unused))
+        lost = [name for name, weight in self.model.named_parameters() if id(weight) in ids]
+        return f" In no part: {listed(lost)}." if lost else " Check the order of the blocks, and what each part does."
+
+    def _look(self) -> None:
+        """Run the parts once in training mode: which write into their input, and which buffers are written."""
+        inner = [self.stem.part, *self.blocks, self.tail.part]
+        with torch.inference_mode(mode=False), left_as_it_was(self.model, *inner) as state, torch.no_grad():
+            with self._in_the_same_mode(), self._keeping_inputs():
+                self.train()(self._images())
+            self._written_buffers = frozenset(state.written_buffers())
+
+    def _images(self) -> Tensor:
+        images = torch.randn(2, *self.input_size, generator=torch.Generator().manual_seed(0), device="cpu")
+        return images.to(next(self.model.parameters()))
+
+    def _learn_from(self, twin: Backbone) -> None:
+        """Take what was found out on a copy."""
+        self._written_buffers = twin._written_buffers
+        self.stem.copies_input, self.tail.copies_input = twin.stem.copies_input, twin.tail.copies_input
+        for index, (block, copied) in enumerate(zip(self.blocks, twin.blocks, strict=True)):
+            if isinstance(copied, InputKept) and not isinstance(block, InputKept):
+                self.blocks[index] = InputKept(block)
+
+    @property
+    def parts(self) -> list[nn.Module]:
+        """Stem, blocks and tail."""
+        return [self.stem, *self.blocks, self.tail]
 
     def forward(self, images: Tensor) -> Tensor:
         """Run stem, blocks and tail in sequence.
@@ -195,13 +396,12 @@ class Backbone(nn.Module):
         return self
 
     def follow_parts(self) -> None:
-        """Give ``model`` the tensors of its stem and tail, after these were moved.
+        """Give the modules of ``model`` that aren't in a part the parts' tensors, after these were moved.
 
         Most parameters change in place; where torch makes new ones, the model's own must follow.
         """
-        for part in (self.stem.part, self.tail.part):
-            _adopt(self.model._parameters, part._parameters)
-            _adopt(self.model._buffers, part._buffers)
+        for owner, table, name, part, own_table, own_name in self._followed:
+            vars(owner)[table][name] = vars(part)[own_table][own_name]
 
     def example(self, index: int) -> Tensor:
         """Random features such as enter block ``index``, for two images; the random state stays as it was."""
@@ -234,7 +434,7 @@ class Backbone(nn.Module):
     @contextmanager
     def _keeping_inputs(self) -> Iterator[None]:
         """While the parts run, find those that write into their input; give them copies from then on."""
-        parts = [self.stem, *self.blocks, self.tail]
+        parts = self.parts
         shapes = [None, *(layout.shape for layout in self.layouts)]
         self.stem.copies_input = False
         with watch_inputs(self.model, parts, shapes) as writing:
@@ -328,9 +528,9 @@ def _split(model: nn.Module, size: tuple[int, int, int]) -> Backbone:
                 raise unsupported(model, "in eval mode its parts give other logits than the model")
             state.restore()
             blocks = [(call.station.name, call.station.module) for call in seen.calls]
-            parts = (backbone.stem, *backbone.blocks, backbone.tail)
             with backbone._keeping_inputs():
-                backbone._written_buffers = prove(model, backbone, parts, blocks, images, moving=moving)
+                shown = prove(model, backbone, backbone.parts, blocks, images, moving=moving)
+            backbone._written_buffers = shown.written
         except torch.OutOfMemoryError:
             raise
         except (AttributeError, TypeError, RuntimeError) as error:
@@ -381,9 +581,7 @@ def outline(model: nn.Module, input_size: tuple[int, int, int]) -> Backbone:
 def _check_arguments(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[int, int, int]:
     if not isinstance(model, nn.Module):
         raise BackboneError(f"split takes a timm model, got {model!r}: pass timm.create_model({model!r}).")
-    size = tuple(int(length) for length in input_size)
-    if len(size) != 3 or min(size) < 1:
-        raise BackboneError(f"input_size is (channels, height, width), got {input_size!r}: pass e.g. (3, 224, 224).")
+    size = _checked_size(input_size)
     _check_is_plain(model)
     for method in ("forward_features", "forward_head"):
         if not callable(attribute(model, method)):
@@ -399,12 +597,26 @@ def _check_arguments(model: nn.Module, input_size: tuple[int, int, int]) -> tupl
     if next(model.parameters(), None) is None:
         raise unsupported(model, "it has no parameters")
     _check_weights(model)
+    _check_is_real(model)
+    return size
+
+
+def _checked_size(input_size: object) -> tuple[int, int, int]:
+    try:
+        channels, height, width = map(int, input_size)  # type: ignore[call-overload]
+    except (TypeError, ValueError):
+        channels = height = width = 0
+    if min(channels, height, width) < 1:
+        raise BackboneError(f"input_size is (channels, height, width), got {input_size!r}: pass e.g. (3, 224, 224).")
+    return channels, height, width
+
+
+def _check_is_real(model: nn.Module) -> None:
     if any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in model.parameters()):
         raise BackboneError(
             "the model's parameters are on the meta device or fake, so its parts can't be compared with it: "
             "split a real model, then deep-copy the backbone."
         )
-    return size
 
 
 def _check_is_plain(model: nn.Module) -> None:
@@ -500,7 +712,7 @@ def _assemble(model: nn.Module, seen: Seen, images: Tensor) -> Backbone:
         blocks.append(steps[0].simplest() if len(steps) == 1 else nn.Sequential(*(s.simplest() for s in steps)))
     layouts.append(finder.describe(features, len(groups), changed))
     tail_glue = _glue(model, features, seen.tail_input, groups[-1][-1].station.name, "the tail")
-    return Backbone(
+    return Backbone._of_parts(
         model,
         stem=stem,
         blocks=blocks,
@@ -523,7 +735,7 @@ def _find_stem(model: nn.Module, seen: Seen, images: Tensor) -> Stem:
             # cait and xcit add their class token where a second trunk is there, even an empty one
             stand_ins[name] = None if position else nn.ModuleList()
     blocks_need = {source.child for source in TENSOR_ARGUMENTS.values()}
-    stem = Stem(_shallow_part(model, seen.stem_names - blocks_need, stand_ins))
+    stem = TimmStem(_shallow_part(model, seen.stem_names - blocks_need, stand_ins))
     if _find_glue(model, stem(images), seen.calls[0].received) is None:
         raise unsupported(model, f"what stands before {seen.calls[0].station.name} is not its forward_features alone")
     return stem
@@ -635,7 +847,7 @@ def _make_tail(model: nn.Module, seen: Seen, glue: Callable[..., Tensor], others
     part = _shallow_part(model, names, {})
     in_tail = owned_elsewhere | {id(tensor) for tensor in _tensors(part)}
     unused = [parameter for parameter in model.parameters() if id(parameter) not in in_tail]
-    return Tail(part, glue=glue, before_head=seen.before_head, unused=unused)
+    return TimmTail(part, glue=glue, before_head=seen.before_head, unused=unused)
 
 
 def _stage_boundaries(groups: list[list[Call]], layouts: list[Layout]) -> list[int]:
@@ -657,5 +869,46 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.buffers()
 
 
-def _adopt(target: Attributes, source: Attributes) -> None:
-    target.update({name: value for name, value in source.items() if value is not None})
+def _shared_slots(model: nn.Module, parts: nn.Module) -> list[tuple[nn.Module, str, str, nn.Module, str, str]]:
+    """Where modules of the model that are in no part hold the very tensors of a part.
+
+    Returns:
+        Of each such place the module, the name of its table and the name there; and the part's in the same way.
+    """
+    places: dict[int, tuple[nn.Module, str, str]] = {}
+    for part in parts.modules():
+        for table, name, tensor in _slots(part):
+            places.setdefault(id(tensor), (part, table, name))
+    inside = set(parts.modules())
+    return [
+        (module, table, name, *places[id(tensor)])
+        for module in model.modules()
+        if module not in inside
+        for table, name, tensor in _slots(module)
+        if id(tensor) in places
+    ]
+
+
+def _slots(module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
+    for table in ("_parameters", "_buffers"):
+        for name, tensor in vars(module)[table].items():
+            if tensor is not None:
+                yield table, name, tensor
+
+
+BACKBONES: Registry[Callable[..., Backbone]] = Registry("backbone")
+
+
+def register_backbone(name: str, backbone: Callable[..., Backbone]) -> None:
+    """Give a backbone a name, by which recipes (``model.name``) and the command line choose it.
+
+    Args:
+        name: for ``--model``.
+        backbone: called as ``timm.create_model`` is, without the name: with ``num_classes`` and ``in_chans`` (and
+            ``img_size``, ``patch_size``, ``drop_path_rate``, ``pretrained`` where a recipe has them), and with
+            ``model.options``.
+
+    Raises:
+        RecipeError: the name is another's.
+    """
+    BACKBONES.register(name, backbone)

@@ -112,11 +112,13 @@ class LayoutFinder:
         model: the timm model.
         height: of the images.
         width: of the images.
+        more_prefix_tokens: how many there may be where the model doesn't say.
     """
 
-    def __init__(self, model: nn.Module, height: int, width: int) -> None:
+    def __init__(self, model: nn.Module, height: int, width: int, *, more_prefix_tokens: tuple[int, ...] = ()) -> None:
         self.model = model
-        self.num_prefix_tokens = int(attribute(model, "num_prefix_tokens") or 0)
+        own = int(attribute(model, "num_prefix_tokens") or 0)
+        self.prefix_tokens = tuple(dict.fromkeys((own, 0, *more_prefix_tokens)))
         self.widths = {int(info["num_chs"]) for info in _widths(model)}
         embedded = attribute(child_of(model, "patch_embed") or model, "grid_size")
         self.grids: list[tuple[int, int]] = [tuple(embedded)] if embedded else []
@@ -184,7 +186,7 @@ class LayoutFinder:
     def _tokens(self, features: Tensor, index: int) -> Layout:
         _, count, width = features.shape
         for grid in self.grids:
-            for prefix in dict.fromkeys((self.num_prefix_tokens, 0)):
+            for prefix in self.prefix_tokens:
                 if grid[0] * grid[1] + prefix == count and min(grid) > 0:
                     order = token_order(self.model, max(index - 1, 0), count)
                     return Layout("tokens", width, grid, prefix, order)

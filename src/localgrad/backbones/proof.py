@@ -27,7 +27,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,18 @@ class Trace:
     """Of images and parameters, by name: digests, but for the tensors of what several parts read."""
 
 
+class Shown(NamedTuple):
+    """What the proof saw of a model.
+
+    Attributes:
+        written: names of the buffers that a forward pass writes.
+        unread: names of the trainable parameters that nothing depends on.
+    """
+
+    written: frozenset[str]
+    unread: frozenset[str]
+
+
 def prove(
     model: nn.Module,
     chain: nn.Module,
@@ -64,7 +76,7 @@ def prove(
     images: Tensor,
     *,
     moving: Collection[nn.Module] = (),
-) -> frozenset[str]:
+) -> Shown:
     """Compare parts with their model; both are left as they are.
 
     Args:
@@ -76,13 +88,14 @@ def prove(
         moving: modules that a forward pass changes, beside those with buffers in training.
 
     Returns:
-        Names of the buffers that a forward pass writes.
+        What was seen on the way.
 
     Raises:
         BackboneError: something differs; the message says what.
     """
     blocks = list({id(block): (name, block) for name, block in blocks if not isinstance(block, nn.Identity)}.values())
     written: set[str] = set()
+    unread = {name for name, weight in model.named_parameters() if weight.requires_grad}
     counts = Counter(id(weight) for part in parts for weight in part.parameters())
     shared = {number for number, count in counts.items() if count > 1}
     with left_as_it_was(model, chain) as state, torch.enable_grad(), _nothing_hidden(model):
@@ -103,7 +116,8 @@ def prove(
                     _check_written(model, state)
             theirs, ours = traces
             _compare(model, theirs, ours, mode)
-    return frozenset(written)
+            unread -= {name for name, gradient in theirs.gradients.items() if gradient is not None}
+    return Shown(frozenset(written), frozenset(unread))
 
 
 @contextmanager

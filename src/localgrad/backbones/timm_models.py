@@ -372,13 +372,25 @@ def token_order(model: nn.Module, block_index: int, num_tokens: int) -> tuple[in
     return None if order == tuple(range(num_tokens)) else order
 
 
-def unsupported(model: nn.Module, what: str) -> BackboneError:
-    """What to say of a model that can't be split."""
-    children = ", ".join(name for name, _ in model.named_children())
-    return BackboneError(
-        f"{type(model).__name__} can't be split: {what}. Its children are {children or 'none'}; blocks are looked "
-        f"for in {', '.join(TRUNK_NAMES)}. Families that work: {', '.join(SUPPORTED_FAMILIES)}."
-    )
+class Unsplittable(BackboneError):  # noqa: N818  # what it is, as its base is named
+    """A model whose parts aren't the model.
+
+    Args:
+        model: the model.
+        what: is wrong.
+    """
+
+    def __init__(self, model: nn.Module, what: str) -> None:
+        children = ", ".join(name for name, _ in model.named_children())
+        super().__init__(
+            f"{type(model).__name__} can't be split: {what}. Its children are {children or 'none'}; blocks are looked "
+            f"for in {', '.join(TRUNK_NAMES)}. Families that work: {', '.join(SUPPORTED_FAMILIES)}."
+        )
+        self.what = what
+
+
+unsupported = Unsplittable
+"""What to say of a model that can't be split."""
 
 
 def attribute(model: nn.Module, name: str) -> Any:

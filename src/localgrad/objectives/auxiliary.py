@@ -18,8 +18,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -29,8 +28,9 @@ from torch import Tensor, nn
 from localgrad.backbones.base import Layout
 from localgrad.backbones.timm_models import with_plain_attention
 from localgrad.backbones.written import twin_of
-from localgrad.errors import RecipeError, arg, did_you_mean
+from localgrad.errors import RecipeError, arg
 from localgrad.objectives.averaging import OtherBuffers, averaged_pairs
+from localgrad.registry import Registry
 
 HEAD_WIDTH = 32
 """Channels of one attention head; widths of transformer decoders and classifiers are multiples of it."""
@@ -109,8 +109,13 @@ class Decoder(nn.Module, ABC):
             assert token is not None, "something stands where positions are hidden"
             grid = torch.where(hidden.unsqueeze(-1), token.to(grid.dtype), grid)
         patches = self.patches(grid)
-        batch, height, width, _ = patches.shape
         rows, columns = self.ratio
+        if patches.ndim != 4 or patches.shape[-1] != rows * columns * self.target.width:
+            raise RecipeError(
+                f"decoder: {type(self).__name__}.patches gave {list(patches.shape)}; give [B, H, W, num_outputs], "
+                f"num_outputs being {rows * columns * self.target.width} here."
+            )
+        batch, height, width, _ = patches.shape
         image = patches.view(batch, height, width, rows, columns, self.target.width)
         image = image.transpose(2, 3).reshape(batch, height * rows, width * columns, self.target.width)
         return image[:, : self.target.grid[0], : self.target.grid[1]]  # odd grids are padded by the backbone
@@ -239,6 +244,9 @@ class Classifier(nn.Module, ABC):
         source: layout of the module's output features.
         num_classes: classes to tell apart.
     """
+
+    looks_ahead = False
+    """Whether it is made with the model's blocks that follow, too: with ``following=`` and ``undecayed=``."""
 
     def __init__(self, source: Layout, num_classes: int) -> None:
         super().__init__()
@@ -392,6 +400,8 @@ class NextClassifier(Classifier):
         decay: of the moving average, with ``ema``.
     """
 
+    looks_ahead = True
+
     def __init__(
         self,
         source: Layout,
@@ -471,20 +481,44 @@ def transformer_blocks(width: int, depth: int, *, num_tokens: int) -> nn.Sequent
     return nn.Sequential(*(block() for _ in range(_size("depth", depth))))
 
 
-DECODERS: Mapping[str, Callable[..., Decoder]] = {
-    "linear": LinearDecoder,
-    "conv": ConvDecoder,
-    "transformer": TransformerDecoder,
-}
-"""Those that work at the module's own resolution."""
-SOURCE_DECODERS: Mapping[str, Callable[..., Decoder]] = {"bilinear": BilinearDecoder}
-"""Those of methods in their sources' own forms, which don't."""
-CLASSIFIERS: Mapping[str, Callable[..., Classifier]] = {
-    "linear": LinearClassifier,
-    "mlp": MlpClassifier,
-    "transformer": TransformerClassifier,
-    "next": NextClassifier,
-}
+DECODERS: Registry[type[Decoder]] = Registry("decoder", Decoder)
+CLASSIFIERS: Registry[type[Classifier]] = Registry("classifier", Classifier)
+
+
+def register_decoder(name: str, decoder: type[Decoder]) -> None:
+    """Give an auxiliary decoder a name, by which objectives and recipes choose it.
+
+    Args:
+        name: for ``decoder=`` and ``--decoder``.
+        decoder: called with the layouts of what it is given and of what it predicts, and with ``decoder_options``.
+
+    Raises:
+        RecipeError: the name is another's, or the class is no decoder.
+    """
+    DECODERS.register(name, decoder)
+
+
+def register_classifier(name: str, classifier: type[Classifier]) -> None:
+    """Give an auxiliary classifier a name, by which objectives and recipes choose it.
+
+    Args:
+        name: for ``classifier=`` and ``--classifier``.
+        classifier: called with the layout of what it is given, the number of classes, and with ``classifier_options``.
+
+    Raises:
+        RecipeError: the name is another's, or the class is no classifier.
+    """
+    CLASSIFIERS.register(name, classifier)
+
+
+register_decoder("linear", LinearDecoder)
+register_decoder("conv", ConvDecoder)
+register_decoder("transformer", TransformerDecoder)
+register_decoder("bilinear", BilinearDecoder)
+register_classifier("linear", LinearClassifier)
+register_classifier("mlp", MlpClassifier)
+register_classifier("transformer", TransformerClassifier)
+register_classifier("next", NextClassifier)
 
 Net = TypeVar("Net", bound=nn.Module)
 
@@ -493,7 +527,7 @@ def build_decoder(name: str, source: Layout, target: Layout, options: Mapping[st
     """Make a decoder by name.
 
     Args:
-        name: ``linear``, ``conv``, ``transformer`` or ``bilinear``.
+        name: ``linear``, ``conv``, ``transformer``, ``bilinear``, or one that was registered.
         source: layout of the module's output features.
         target: layout of what it predicts.
         options: keyword arguments of that decoder's class.
@@ -501,7 +535,7 @@ def build_decoder(name: str, source: Layout, target: Layout, options: Mapping[st
     Raises:
         RecipeError: unknown name, or options that this decoder doesn't take.
     """
-    return _build("decoder", {**DECODERS, **SOURCE_DECODERS}, name, options)(source, target)
+    return _build(DECODERS, name, options, source, target)
 
 
 def build_classifier(
@@ -516,34 +550,25 @@ def build_classifier(
     """Make an auxiliary classifier by name.
 
     Args:
-        name: ``linear``, ``mlp``, ``transformer`` or ``next``.
+        name: ``linear``, ``mlp``, ``transformer``, ``next``, or one that was registered.
         source: layout of the module's output features.
         num_classes: classes to tell apart.
         options: keyword arguments of that classifier's class.
-        following: the model's blocks after the module, for ``next``.
+        following: the model's blocks after the module, for classifiers that look ahead.
         undecayed: as for ``NextClassifier``.
 
     Raises:
         RecipeError: unknown name, or options that this classifier doesn't take.
     """
-    next_one = partial(NextClassifier, following=following, undecayed=undecayed)
-    known: dict[str, Callable[..., Classifier]] = {**CLASSIFIERS, "next": next_one}
-    return _build("classifier", known, name, options)(source, num_classes)
+    ahead = {"following": following, "undecayed": undecayed} if CLASSIFIERS.find(name).looks_ahead else {}
+    return _build(CLASSIFIERS, name, options, source, num_classes, **ahead)
 
 
-def _build(
-    kind: str, known: Mapping[str, Callable[..., Net]], name: str, options: Mapping[str, Any]
-) -> Callable[..., Net]:
-    if name not in known:
-        raise RecipeError(f"{kind}: unknown {name!r}; there are {', '.join(known)}.{did_you_mean(name, known)}")
-
-    def make(*args: Any) -> Net:
-        try:
-            return known[name](*args, **options)
-        except TypeError as error:
-            raise RecipeError(f"{kind}_options: {name!r} can't take {dict(options)} ({error}).") from error
-
-    return make
+def _build(known: Registry[type[Net]], name: str, options: Mapping[str, Any], *args: Any, **more: Any) -> Net:
+    try:
+        return known.find(name)(*args, **more, **options)
+    except TypeError as error:
+        raise RecipeError(f"{known.kind}_options: {name!r} can't take {dict(options)} ({error}).") from error
 
 
 def _size(name: str, value: int | None, *, default: int = 1) -> int:

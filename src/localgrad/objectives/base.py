@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from localgrad.errors import RecipeError
 from localgrad.objectives.carried import LocalBatch
 from localgrad.objectives.site import Site
 
@@ -180,6 +181,12 @@ class LocalObjective(nn.Module):
     ) -> ObjectiveValue:
         """Compute every term and their weighted sum. Arguments as in ``Term.forward``."""
         values: dict[str, TermValue] = {name: term(inputs, outputs, batch, states) for name, term in self.terms.items()}
+        for name, value in values.items():
+            if not isinstance(value, TermValue) or value.loss.ndim:
+                what = (
+                    f"a loss of shape {list(value.loss.shape)}" if isinstance(value, TermValue) else repr(type(value))
+                )
+                raise RecipeError(f"term {name!r}: it gave {what}; let forward return TermValue(loss), a scalar.")
         losses = [self._weighted(name, value.loss) for name, value in values.items()]
         total = losses[0]
         for loss in losses[1:]:

@@ -28,12 +28,13 @@ from torch import Tensor, nn
 
 from localgrad.backbones.base import Layout
 from localgrad.errors import RecipeError, arg, did_you_mean
-from localgrad.objectives.auxiliary import build_classifier, build_decoder
+from localgrad.objectives.auxiliary import CLASSIFIERS, DECODERS, build_classifier, build_decoder
 from localgrad.objectives.base import ContextSupply, LocalObjective, Term
 from localgrad.objectives.reconstruction import ERRORS, BlockReconstruction, Reconstruction
 from localgrad.objectives.regularisers import BranchTransport, SimilarityMatching, Transport
 from localgrad.objectives.site import Site, Weight
 from localgrad.objectives.supervised import SupervisedContrastive, TaskLoss
+from localgrad.registry import Registry
 
 Options = Mapping[str, Any]
 
@@ -73,8 +74,18 @@ class Objective(ABC):
 
     @property
     def looks_inside(self) -> bool:
-        """Whether what is built depends on more than the layouts of a module's inputs and outputs."""
-        return self.transport_tau is not None or self.context > 0
+        """Whether what is built depends on more than the layouts of a module's inputs and outputs.
+
+        Of a user's own class that isn't known, so it is taken to.
+        """
+        is_ours = all(kind.__module__.startswith("localgrad.") for kind in (type(self), *self.nets))
+        return self.transport_tau is not None or self.context > 0 or not is_ours
+
+    @property
+    def nets(self) -> tuple[type[nn.Module], ...]:
+        """Classes of the auxiliary nets that it names."""
+        named = (("classifier", CLASSIFIERS), ("decoder", DECODERS))
+        return tuple(known.find(getattr(self, name)) for name, known in named if hasattr(self, name))
 
     def with_pixels(self, mean: Sequence[float], std: Sequence[float]) -> Objective:
         """The same for images whose pixels from 0 to 1 were normalised with these, per channel, where it matters."""
@@ -186,7 +197,8 @@ class GreedySupervised(Objective):
     """Each module is trained on its auxiliary classifier's task loss alone.
 
     Attributes:
-        classifier: auxiliary classifier: ``linear``, ``mlp``, ``transformer``, or ``next`` (the blocks that follow).
+        classifier: auxiliary classifier: ``linear``, ``mlp``, ``transformer``, ``next`` (the blocks that follow), or
+            one that was registered.
         classifier_options: keyword arguments of that classifier; a pair of whole numbers goes from the first local
             module to the last but one (``depth = [3, 1]``: shallower towards the output, AugLocal, arXiv 2402.17318).
         task_weight: weight of the task loss.
@@ -202,7 +214,7 @@ class GreedySupervised(Objective):
     @property
     def looks_inside(self) -> bool:
         """Whether what is built depends on more than the layouts of a module's inputs and outputs."""
-        return super().looks_inside or self.classifier == "next"
+        return super().looks_inside or CLASSIFIERS.find(self.classifier).looks_ahead
 
     def terms(self, site: Site) -> dict[str, tuple[Weight, Term]]:
         """Make the task term."""
@@ -222,7 +234,7 @@ class FeatureReconstruction(GreedySupervised):
     The first module received the image, so it reconstructs its pixels.
 
     Attributes:
-        decoder: auxiliary decoder: ``linear``, ``conv`` or ``transformer``.
+        decoder: auxiliary decoder: ``linear``, ``conv``, ``transformer``, or one that was registered.
         decoder_options: keyword arguments of that decoder; pairs as for the classifier.
         reconstruction_weight: weight of the reconstruction error.
         normalise_targets: layer-normalise each position of feature targets (never of pixels).
@@ -386,12 +398,26 @@ def _reconstruction(
     return Reconstruction(decoder, of=of, normalise=normalise, error=error, mask=mask, pixels=pixels)
 
 
-OBJECTIVES: Mapping[str, type[Objective]] = {
-    "feature": FeatureReconstruction,
-    "image": ImageReconstruction,
-    "greedy": GreedySupervised,
-    "contrastive": Contrastive,
-}
+OBJECTIVES: Registry[type[Objective]] = Registry("objective", Objective)
+
+
+def register_objective(name: str, objective: type[Objective]) -> None:
+    """Give an objective a name, by which recipes and the command line choose it.
+
+    Args:
+        name: for ``local.objective`` and ``--objective``.
+        objective: called with ``local.options``; a frozen dataclass whose fields are its options.
+
+    Raises:
+        RecipeError: the name is another's, or the class is no objective.
+    """
+    OBJECTIVES.register(name, objective)
+
+
+register_objective("feature", FeatureReconstruction)
+register_objective("image", ImageReconstruction)
+register_objective("greedy", GreedySupervised)
+register_objective("contrastive", Contrastive)
 
 
 def is_number(value: object) -> bool:
@@ -430,17 +456,14 @@ def build_objective(name: str, options: Options) -> Objective:
     """Make an objective by name, as recipes do.
 
     Args:
-        name: ``feature``, ``image``, ``greedy`` or ``contrastive``.
+        name: ``feature``, ``image``, ``greedy``, ``contrastive``, or one that was registered.
         options: keyword arguments of its class.
 
     Raises:
         RecipeError: unknown name, or options that this objective doesn't take.
     """
-    if name not in OBJECTIVES:
-        raise RecipeError(
-            f"{arg('objective')}: unknown {name!r}; there are {', '.join(OBJECTIVES)}.{did_you_mean(name, OBJECTIVES)}"
-        )
+    kind = OBJECTIVES.find(name)
     try:
-        return OBJECTIVES[name](**options)
+        return kind(**options)
     except TypeError as error:
         raise RecipeError(f"objective {name!r} can't take {dict(options)} ({error}).") from error

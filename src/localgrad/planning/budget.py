@@ -675,10 +675,16 @@ def _is_known(value: object) -> bool:
     """Whether a value's class, and what that inherits from, is of a package whose version is in the key."""
     held = [item.func if isinstance(item, partial) else item for item in vars(value).values()]
     functions = [item for item in held if inspect.isroutine(item) or inspect.isclass(item)]  # methods put in its place
-    packages = {
-        (each.__module__ or "builtins").split(".", maxsplit=1)[0] for each in (*type(value).__mro__, *functions)
-    }
-    return packages <= {"builtins", "abc", "typing", "collections", "functools", "math", "localgrad", *PACKAGES}
+    return all(map(_is_of_known_package, functions)) and _is_known_class(type(value))
+
+
+def _is_known_class(kind: type) -> bool:
+    return all(map(_is_of_known_package, kind.__mro__))
+
+
+def _is_of_known_package(item: object) -> bool:
+    package = (getattr(item, "__module__", None) or "builtins").split(".", maxsplit=1)[0]
+    return package in {"builtins", "abc", "typing", "collections", "functools", "math", "localgrad", *PACKAGES}
 
 
 def _is_told_by_text(objective: Objective) -> bool:
@@ -691,7 +697,8 @@ def _is_told_by_text(objective: Objective) -> bool:
             return all(map(is_plain, value))
         return value is None or isinstance(value, (str, int, float))
 
-    return _is_known(objective) and all(is_plain(getattr(objective, each.name)) for each in fields(objective))
+    is_known = _is_known(objective) and all(map(_is_known_class, objective.nets))
+    return is_known and all(is_plain(getattr(objective, each.name)) for each in fields(objective))
 
 
 def _version_of(package: str) -> str:

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
@@ -71,24 +72,26 @@ def generator_for(*parts: int | str) -> torch.Generator:
 
 @contextmanager
 def private_rng(seed: int) -> Iterator[None]:
-    """Run library code that draws from torch's CPU or numpy's global state, and put both back after it.
+    """Run library code that draws from torch's CPU, numpy's or Python's global state, and put all back after it.
 
     Unlike ``torch.manual_seed`` it leaves the accelerators' generators alone, which dropout draws from.
 
     Args:
-        seed: what both states are seeded with inside the block.
+        seed: what these states are seeded with inside the block.
 
     Yields:
         Nothing.
     """
-    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()
+    torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
     try:
         torch.default_generator.manual_seed(seed)
         np.random.seed(seed % 2**32)
+        random.seed(seed)
         yield
     finally:
         torch.set_rng_state(torch_state)
         np.random.set_state(numpy_state)
+        random.setstate(python_state)
 
 
 def augment_batch(

@@ -47,6 +47,7 @@ from localgrad.training.folders import Split
 from localgrad.training.image_sets import FileImages, ImageSet, InMemoryImages, OnCorrupt, Skipped
 from localgrad.training.images import WHITE, Probed, Reading, check_range, parse_colour
 from localgrad.training.loading import Found, find, list_image_files, read_image_files
+from localgrad.training.transforms import Prepared
 
 __all__ = [
     "Augment",
@@ -118,7 +119,7 @@ class Splits:
     """The three parts of a data set; ``val`` is None where no validation part was wanted.
 
     ``skipped`` has what was left out of each part, and grows where images are decoded while
-    training; ``sizes`` are the (H, W) of sampled images.
+    training; ``sizes`` are the (H, W) of sampled images; ``transform`` is what each image goes through.
     """
 
     train: ImageSet
@@ -127,6 +128,7 @@ class Splits:
     info: DataInfo
     skipped: Mapping[str, Skipped] = field(default_factory=dict)
     sizes: tuple[tuple[int, int], ...] = ()
+    transform: str | None = None
 
     def num_read(self, part: str) -> int:
         """Images of a part without those that were left out, as far as they were read."""
@@ -171,6 +173,8 @@ def load_data(
     image_range: Sequence[float] | None = None,
     background: str | None = None,
     fit: Fit = "crop",
+    transform: str | None = None,
+    default_transform: tuple[str, tuple[int, int]] | None = None,
 ) -> Splits:
     """Load a data set by name, checked and split.
 
@@ -194,6 +198,8 @@ def load_data(
         image_range: (black, white) of images of more than 8 bits; by default the range of their type.
         background: a colour behind transparent images; white by default.
         fit: what happens to images of another shape than the model's: ``crop``, ``pad`` or ``squash``.
+        transform: what images go through; then those of files are decoded as they are read.
+        default_transform: the one for files whose images are mostly larger than a size, (H, W).
 
     Returns:
         The parts and their description.
@@ -219,6 +225,8 @@ def load_data(
         skipped=skipped,
         image_size=image_size,
         limit_bytes=memory_limit_bytes,
+        transform=transform,
+        default_transform=default_transform,
     )
     train, val, test = (settled.parts.get(part) for part in ("train", "val", "test"))
     assert train is not None, "every set has a training part"
@@ -243,7 +251,7 @@ def load_data(
         fit=fit,
         skipped={part: own.counts() for part, own in skipped.items() if own.counts()},
     )
-    return Splits(train, val, test, info, skipped, settled.sizes)
+    return Splits(train, val, test, info, skipped, settled.sizes, settled.transform)
 
 
 def note_on_fit(splits: Splits, image_size: tuple[int, int]) -> str | None:
@@ -254,7 +262,7 @@ def note_on_fit(splits: Splits, image_size: tuple[int, int]) -> str | None:
         image_size: (H, W) that the model takes.
     """
     cut = [share_cut_off(size, image_size) for size in splits.sizes]
-    if splits.info.fit != "crop" or not cut or max(cut) < _WORTH_SAYING:
+    if splits.transform or splits.info.fit != "crop" or not cut or max(cut) < _WORTH_SAYING:
         return None
     return (
         f"Images are cut to the model's shape: {sum(cut) / len(cut):.0%} of their pixels on average are left "
@@ -429,6 +437,7 @@ class _Settled:
     found_shape: _Shape
     notes: tuple[str, ...] = ()
     sizes: tuple[tuple[int, int], ...] = ()
+    transform: str | None = None
 
 
 def _settle(
@@ -439,13 +448,15 @@ def _settle(
     skipped: Mapping[str, Skipped],
     image_size: tuple[int, int] | None,
     limit_bytes: int,
+    transform: str | None,
+    default_transform: tuple[str, tuple[int, int]] | None,
 ) -> _Settled:
-    """Decode files where the result is small enough."""
+    """Decode files where the result is small enough, and no transform is to see them as they are."""
     first = parts["train"]
     if isinstance(first, InMemoryImages):
         check_range((), reading.image_range)
         size = (first.images.shape[2], first.images.shape[3])
-        return _Settled(parts, _Shape(first.images.shape[1], size), sizes=(size,))
+        return _Settled(parts, _Shape(first.images.shape[1], size), sizes=(size,), transform=transform)
     files = {
         part: images.with_settings(reading, on_corrupt, skipped[part])
         for part, images in parts.items()
@@ -455,8 +466,13 @@ def _settle(
     check_range(probed, reading.image_range)
     sizes = tuple(image.size for image in probed)
     shape = _Shape(max(image.num_channels for image in probed), sizes[0] if len(set(sizes)) == 1 else None)
-    settled = _decode_if_small(files, shape, image_size, limit_bytes)
-    return replace(settled, notes=(*_notes_on(probed, reading), *settled.notes), sizes=sizes)
+    if transform is None and default_transform is not None:
+        name, model_size = default_transform
+        larger = [min(size) > max(model_size) for size in sizes]
+        transform = name if 2 * sum(larger) > len(larger) else None
+    settled = _decode_if_small(files, shape, image_size, limit_bytes if transform is None else 0)
+    notes = (*_notes_on(probed, reading), *settled.notes)
+    return replace(settled, notes=notes, sizes=sizes, transform=transform)
 
 
 def _notes_on(probed: Sequence[Probed], reading: Reading) -> list[str]:
@@ -560,6 +576,7 @@ class Batches:
         num_workers: processes that decode images which are not in memory.
         shard: (number, of how many) replicas that share the images out without overlap: in training each takes a
             part of every batch, in evaluation every so many-th batch.
+        transform: what each image goes through, by name; by default it is resized as ``info.fit`` says.
 
     Raises:
         DataError: for a batch that is larger than the images are many, where that would leave no batch; or a label that
@@ -579,6 +596,7 @@ class Batches:
         drop_last: bool,
         num_workers: int = 0,
         shard: tuple[int, int] = (0, 1),
+        transform: str | None = None,
     ) -> None:
         if batch_size < 1:
             raise DataError(f"{arg('batch_size')} must be 1 or more, got {batch_size}.")
@@ -595,6 +613,11 @@ class Batches:
         self.drop_last = drop_last and augment is not None
         self.num_workers = num_workers
         self.shard = shard
+        self.transform = transform
+        training = augment is not None
+        self.prepared = None if transform is None else Prepared(transform, image_size, training=training)
+        if self.prepared is not None:
+            self.prepared.try_on(info.num_channels)
         if augment is not None and batch_size % shard[1]:
             raise DataError(
                 f"{arg('batch_size', batch_size)} can't be shared out among {shard[1]} replicas; take a multiple of "
@@ -629,11 +652,19 @@ class Batches:
             The batches from ``start`` on, the same as if those before had been made too.
         """
         indices = self._batches(epoch)[start : len(self)]
-        read = self.images.read(indices, image_size=self.image_size, device=self.device, num_workers=self.num_workers)
         number, replicas = self.shard
         own = () if replicas == 1 else (number,)
-        for index, (images, targets) in enumerate(read, start):
-            yield self._prepare(images, targets, derive_seed(self.seed, "batch", epoch, index, *own))
+        seeds = [derive_seed(self.seed, "batch", epoch, index, *own) for index in range(start, start + len(indices))]
+        read = self.images.read(
+            indices,
+            image_size=self.image_size,
+            device=self.device,
+            num_workers=self.num_workers,
+            prepared=self.prepared,
+            seeds=seeds,
+        )
+        for seed, (images, targets) in zip(seeds, read, strict=True):
+            yield self._prepare(images, targets, seed)
 
     def _batches(self, epoch: int) -> Sequence[Tensor]:
         """Indices of the images of each batch."""
@@ -689,6 +720,7 @@ def load_images_for_prediction(
     image_range: tuple[float, float] | None = None,
     background: tuple[int, int, int] = WHITE,
     fit: Fit = "crop",
+    transform: str | None = None,
     skipped: Skipped | None = None,
 ) -> Iterator[tuple[Path, Tensor]]:
     """Load images without labels, as a model is evaluated on them.
@@ -703,6 +735,7 @@ def load_images_for_prediction(
         image_range: (black, white) of images of more than 8 bits, that the model was trained with.
         background: (R, G, B) from 0 to 255, likewise.
         fit: likewise.
+        transform: likewise.
         skipped: takes what is passed over.
 
     Returns:
@@ -716,12 +749,14 @@ def load_images_for_prediction(
     left_out = Skipped() if skipped is None else skipped
     paths = list_image_files(path, left_out)
     reading = Reading(num_channels=num_channels, image_range=image_range, background=background, fit=fit)
+    prepared_by = None if transform is None else Prepared(transform, image_size, training=False)
 
     def prepared() -> Iterator[tuple[Path, Tensor]]:
         for found, pixels in read_image_files(paths, reading, on_corrupt, left_out):
+            ready = pixels if prepared_by is None else prepared_by(pixels, 0)
             yield (
                 found,
-                prepare_batch(pixels, image_size=image_size, mean=mean, std=std, fit=fit, background=background),
+                prepare_batch(ready, image_size=image_size, mean=mean, std=std, fit=fit, background=background),
             )
 
     return prepared()

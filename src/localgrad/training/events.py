@@ -1,6 +1,7 @@
 """What happens during a run, as typed events, and where they go.
 
-The trainer emits; sinks print, write JSON lines or TensorBoard files. A sink never changes a run. All figures in
+The trainer emits; sinks print, write JSON lines or TensorBoard files, or do what a user registers. A sink never
+changes a run. All figures in
 an event are plain Python numbers: the trainer reads them from the device at most once a second.
 """
 
@@ -8,12 +9,14 @@ from __future__ import annotations
 
 import json
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, Protocol, final, runtime_checkable
 
+from localgrad.errors import RecipeError, arg
+from localgrad.registry import Registry
 from localgrad.training.folder import say, write_atomically
 from localgrad.units import format_bytes, format_rate, format_seconds, printable
 
@@ -153,15 +156,52 @@ class RunEnded:
 Event = RunStarted | Progressed | EpochEnded | HealthMeasured | FeaturesCached | Replanned | RunEnded
 
 
-class Sink(ABC):
-    """Takes events."""
+@runtime_checkable
+class Sink(Protocol):
+    """Takes events. What has these two methods is one; inheriting brings a ``close`` that does nothing."""
 
     @abstractmethod
     def emit(self, event: Event) -> None:
-        """Take one event."""
+        """Take one event: ``RunStarted`` first, ``RunEnded`` last; other kinds may be added, so ignore what is new."""
 
-    def close(self) -> None:  # noqa: B027  # most sinks have nothing to close
+    def close(self) -> None:
         """Release what the sink holds; called once, also after an error."""
+
+
+SINKS: Registry[Callable[[Path], Sink]] = Registry("sink")
+
+
+def register_sink(name: str, sink: Callable[[Path], Sink]) -> None:
+    """Give a sink a name, by which recipes (``execution.sinks``) and the command line choose it.
+
+    Args:
+        name: for ``--sink``.
+        sink: a class or function, called with the run folder when the run begins or is resumed.
+
+    Raises:
+        RecipeError: the name is another's.
+    """
+    SINKS.register(name, sink)
+
+
+def check_sinks(sinks: Sequence[Sink | str]) -> None:
+    """Refuse unknown names, and what takes no events.
+
+    Raises:
+        RecipeError: naming it.
+    """
+    for sink in sinks:
+        if isinstance(sink, str):
+            SINKS.find(sink)
+        elif isinstance(sink, type) or not isinstance(sink, Sink):
+            raise RecipeError(
+                f"{arg('sinks')}: got {sink!r}, which is no sink; give a name, or an object with emit and close."
+            )
+
+
+def make_sinks(sinks: Sequence[Sink | str], folder: Path) -> list[Sink]:
+    """Sinks as they are, and those that are named, made for a run folder."""
+    return [SINKS.find(sink)(folder) if isinstance(sink, str) else sink for sink in sinks]
 
 
 @final
@@ -236,25 +276,33 @@ def read_metrics(path: Path) -> tuple[list[str], list[int]]:
 class TensorBoardSink(Sink):
     """TensorBoard event files: losses by module and term, accuracies, learning rate, speed, health by module.
 
+    On resuming, what was written of later epochs than the run starts with is hidden.
+
     Args:
         folder: where the event files go.
-        keep_epochs: on resuming, what was written of later epochs is hidden.
     """
 
-    def __init__(self, folder: Path, keep_epochs: int = 0) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer: SummaryWriter = SummaryWriter(str(folder), purge_step=keep_epochs or None)
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._writer: SummaryWriter | None = None
 
     def emit(self, event: Event) -> None:
         """Write an epoch's figures."""
         match event:
+            case RunStarted():
+                self._open(event.start_epoch)
             case EpochEnded():
                 self._write(event.epoch, self._figures(event))
             case HealthMeasured():
                 modules = enumerate(event.modules)
                 figures = {f"health/module{i}/{name}": value for i, own in modules for name, value in own.items()}
                 self._write(event.epoch, figures)
+
+    def _open(self, epoch: int) -> SummaryWriter:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(self.folder), purge_step=epoch or None)
+        return self._writer
 
     def _figures(self, event: EpochEnded) -> dict[str, float | None]:
         figures: dict[str, float | None] = {
@@ -270,14 +318,16 @@ class TensorBoardSink(Sink):
         return figures
 
     def _write(self, epoch: int, figures: Mapping[str, float | None]) -> None:
+        writer = self._writer or self._open(0)
         for name, value in figures.items():
             if value is not None:
-                self._writer.add_scalar(name, value, epoch)
-        self._writer.flush()  # else a killed process would take the last two minutes with it
+                writer.add_scalar(name, value, epoch)
+        writer.flush()  # else a killed process would take the last two minutes with it
 
     def close(self) -> None:
         """Write out and close the files."""
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 @final
@@ -394,6 +444,16 @@ class ConsoleSink(Sink):
         """Print a line as it is: names and paths may hold what rich would take for markup."""
         text = printable(line, self.console.encoding)
         self.console.print(text, style=style, highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+
+def _console(_folder: Path) -> Sink:
+    from rich.console import Console
+
+    return ConsoleSink(Console())
+
+
+register_sink("tensorboard", lambda folder: TensorBoardSink(folder / "tensorboard"))
+register_sink("console", _console)
 
 
 def accuracies(values: Sequence[float | None]) -> str:

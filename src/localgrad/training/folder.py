@@ -412,17 +412,21 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         ) from error
 
 
-def check_writable(path: Path) -> None:
-    """Refuse a run folder that can't be made, before anything is done for it; makes nothing.
+def check_writable(path: Path, name: str = "out") -> None:
+    """Refuse a folder that can't be made, before anything is done for it; makes nothing.
+
+    Args:
+        path: the folder.
+        name: of the argument that it is.
 
     Raises:
         RunFolderError: below a file, or no permission.
     """
     nearest = next(parent for parent in (path, *path.absolute().parents) if os.path.lexists(parent))
     if not nearest.is_dir():
-        raise RunFolderError(f"{arg('out', path)}: it can't be made: {nearest} is no folder; choose another.")
+        raise RunFolderError(f"{arg(name, path)}: it can't be made: {nearest} is no folder; choose another.")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise RunFolderError(f"{arg('out', path)}: it can't be made: no permission in {nearest}; choose another.")
+        raise RunFolderError(f"{arg(name, path)}: it can't be made: no permission in {nearest}; choose another.")
 
 
 def _remove_leftovers(folder: Path) -> None:

@@ -302,6 +302,7 @@ def _plain_batches(batches: Batches, num_images: int, batch_size: int) -> Batche
         seed=batches.seed,
         drop_last=False,
         num_workers=batches.num_workers,
+        transform=batches.transform,
     )
 
 

@@ -44,6 +44,7 @@ from localgrad.training.images import (
     probe,
     to_pixels,
 )
+from localgrad.training.transforms import Prepared
 
 OnCorrupt = Literal["skip", "error"]
 
@@ -115,7 +116,14 @@ class ImageSet(ABC):
 
     @abstractmethod
     def read(
-        self, batches: Sequence[Tensor], *, image_size: tuple[int, int], device: torch.device, num_workers: int
+        self,
+        batches: Sequence[Tensor],
+        *,
+        image_size: tuple[int, int],
+        device: torch.device,
+        num_workers: int,
+        prepared: Prepared | None = None,
+        seeds: Sequence[int] = (),
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Read batch after batch.
 
@@ -124,6 +132,8 @@ class ImageSet(ABC):
             image_size: (H, W) that the model takes; what is decoded on the fly comes at this size.
             device: where the batches are wanted.
             num_workers: processes that decode ahead, where there is something to decode.
+            prepared: what each image goes through; then they come at its size.
+            seeds: of each batch, what its images' draws depend on.
 
         Yields:
             Images uint8 [B, C, h, w] and labels int64 [B], on ``device``.
@@ -167,8 +177,15 @@ class InMemoryImages(ImageSet):
         image_size: tuple[int, int],  # unused: resized later, after cropping, on the device
         device: torch.device,
         num_workers: int,  # unused: nothing is left to decode
+        prepared: Prepared | None = None,
+        seeds: Sequence[int] = (),
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Index batch after batch; see `ImageSet.read`."""
+        if prepared is not None:
+            for indices, seed in zip(batches, seeds, strict=True):
+                found = [prepared(image, seed, place) for place, image in enumerate(self.images[indices])]
+                yield torch.stack(found).to(device), self.labels[indices].to(device)
+            return
         images, labels = self._moved_near(device)
         for indices in batches:
             rows = indices.to(images.device, non_blocking=True)
@@ -336,22 +353,31 @@ class FileImages(ImageSet):
         return alike
 
     def read(
-        self, batches: Sequence[Tensor], *, image_size: tuple[int, int], device: torch.device, num_workers: int
+        self,
+        batches: Sequence[Tensor],
+        *,
+        image_size: tuple[int, int],
+        device: torch.device,
+        num_workers: int,
+        prepared: Prepared | None = None,
+        seeds: Sequence[int] = (),
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Decode batch after batch in worker processes; see `ImageSet.read`.
 
         A skipped image makes its batch smaller, the same in every epoch and after every resume.
         """
         loader = torch.utils.data.DataLoader(
-            _DecodedBatches(self, image_size),
+            _DecodedBatches(self, image_size, prepared),
             batch_size=None,
-            sampler=cast("Any", batches),
+            sampler=cast("Any", list(zip(batches, seeds or [0] * len(batches), strict=True))),
             num_workers=num_workers,
             pin_memory=device.type == "cuda",
             worker_init_fn=_ignore_signals,
             generator=torch.Generator(),  # else the loader draws its workers' seed from the global state
         )
-        for images, labels, unreadable in loader:
+        for images, labels, unreadable, failure in loader:
+            if failure is not None:
+                raise DataError(failure)
             for name, kind, reason in unreadable:
                 error = Unreadable(kind, reason)
                 self.skipped.add(name, raise_unless_skipped(name, error, self.on_corrupt))
@@ -369,28 +395,39 @@ def _ignore_signals(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+_Decoded = tuple[Tensor, Tensor, list[tuple[str, Kind, str]], str | None]
+
+
 @final
-class _DecodedBatches(torch.utils.data.Dataset[tuple[Tensor, Tensor, list[tuple[str, Kind, str]]]]):
+class _DecodedBatches(torch.utils.data.Dataset[_Decoded]):
     """What a worker runs; failures travel as text, since a raised one would arrive with its traceback."""
 
-    def __init__(self, images: FileImages, image_size: tuple[int, int]) -> None:
+    def __init__(self, images: FileImages, image_size: tuple[int, int], prepared: Prepared | None) -> None:
         self.images = images
         self.image_size = image_size
+        self.prepared = prepared
 
-    def __getitem__(self, indices: Tensor) -> tuple[Tensor, Tensor, list[tuple[str, Kind, str]]]:
+    def __getitem__(self, request: tuple[Tensor, int]) -> _Decoded:
+        indices, seed = request
         good, decoded = [], []
         unreadable: list[tuple[str, Kind, str]] = []
         rows, reading = self.images.rows[indices].tolist(), self.images.reading
-        for index, (name, encoded) in zip(indices.tolist(), self.images.files.encoded(rows), strict=True):
+        empty = torch.empty((0, reading.num_channels, *self.image_size), dtype=torch.uint8)
+        encoded_files = self.images.files.encoded(rows)
+        for place, (index, (name, encoded)) in enumerate(zip(indices.tolist(), encoded_files, strict=True)):
             try:
                 pixels = to_pixels(open_image(encoded), reading)
+                ready = (
+                    self.prepared(pixels, seed, place) if self.prepared else reading.to_size(pixels, self.image_size)
+                )
             except Unreadable as error:
                 unreadable.append((name, error.kind, error.reason))
                 continue
+            except DataError as error:
+                return empty, self.images.labels[[]], [], f"{error} The image: {name}."
             good.append(index)
-            decoded.append(reading.to_size(pixels, self.image_size))
-        empty = torch.empty((0, reading.num_channels, *self.image_size), dtype=torch.uint8)
-        return torch.stack(decoded) if decoded else empty, self.images.labels[good], unreadable
+            decoded.append(ready)
+        return torch.stack(decoded) if decoded else empty, self.images.labels[good], unreadable, None
 
 
 def raise_unless_skipped(name: str, error: Unreadable, on_corrupt: OnCorrupt) -> Unreadable:

@@ -1,0 +1,165 @@
+"""Names for what can be chosen: objectives, decoders, classifiers, sinks, backbones, transforms; and plugins.
+
+What ships with localgrad registers by the same call as what others add. A name is looked for among what was
+registered, then among the Python entry points of the kind's group (``localgrad.objectives``, ...), which an installed
+package declares; those are imported when they are asked for. A plugin is any module whose import registers something.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+from localgrad.errors import RecipeError, arg, did_you_mean, reason_of
+
+T = TypeVar("T")
+
+
+class Registry(Mapping[str, T]):
+    """What there is of one kind, by name.
+
+    Args:
+        kind: one word, for messages; its plural names the group of entry points.
+        base: the class that what is registered must inherit from; by default anything that can be called is taken.
+    """
+
+    def __init__(self, kind: str, base: type | None = None) -> None:
+        self.kind, self.base = kind, base
+        self.group = f"localgrad.{kind}s"
+        self._known: dict[str, T] = {}
+
+    def register(self, name: str, value: T) -> None:
+        """Give something a name.
+
+        Raises:
+            RecipeError: the name is none, or another's; or what is named isn't of this kind.
+        """
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
+            raise RecipeError(f"register_{self.kind}: {name!r} is no name; take letters, digits, _, - and dots.")
+        self._check(f"register_{self.kind}({name!r})", value)
+        before = self._known.get(name, value)
+        if _home_of(before) != _home_of(value):  # the same one again comes of a module that is loaded anew
+            raise RecipeError(f"register_{self.kind}: {name!r} is {_home_of(before)} already; take another name.")
+        self._known[name] = value
+
+    def find(self, name: str) -> T:
+        """What has a name.
+
+        Raises:
+            RecipeError: nothing; the message says what there is.
+        """
+        try:
+            return self[name]
+        except (KeyError, TypeError):
+            raise RecipeError(
+                f"{arg(self.kind)}: unknown {name!r}; there are {', '.join(self)}, and what a plugin registers."
+                f"{did_you_mean(str(name), self)}"
+            ) from None
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._known:
+            [*found] = metadata.entry_points(group=self.group, name=name) if isinstance(name, str) else ()
+            if not found:
+                raise KeyError(name)
+            try:
+                value = found[0].load()
+            except Exception as error:  # whatever a package's import says
+                raise RecipeError(
+                    f"{self.kind} {name!r}: {found[0].value} can't be imported ({_said(error)})."
+                ) from error
+            self._check(f"{self.kind} {name!r} ({found[0].value})", value)
+            self._known[name] = value
+        return self._known[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys([*self._known, *(each.name for each in metadata.entry_points(group=self.group))]))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def _check(self, what: str, value: object) -> None:
+        if self.base is not None and not (isinstance(value, type) and issubclass(value, self.base)):
+            raise RecipeError(f"{what}: got {value!r}; give a class that inherits from localgrad.{self.base.__name__}.")
+        if not callable(value):
+            raise RecipeError(f"{what}: got {value!r}; give a class or a function.")
+
+
+def _home_of(value: object) -> str:
+    """Where something is defined: the same for a script that runs and the module that is imported of it."""
+    module, named = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
+    return f"{getattr(sys.modules.get(module), '__file__', module)}: {named}" if module and named else repr(value)
+
+
+def load_plugins(names: Iterable[str]) -> None:
+    """Import modules that register something, from wherever Python finds modules or from the current folder.
+
+    Raises:
+        RecipeError: there is no such module, or its import fails.
+    """
+    for name in names:
+        _import("plugins", name)
+
+
+def function_named(option: str, text: str) -> Callable[..., Any]:
+    """Import what ``module:function`` names.
+
+    Args:
+        option: that it stands in, for messages.
+        text: the name.
+
+    Raises:
+        RecipeError: there is no such module or function.
+    """
+    module, _, name = text.partition(":")
+    found: Any = _import(option, module)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if not callable(found):
+        raise RecipeError(f"{arg(option)}: there is no function {name!r} in the module {module!r}.")
+    return found  # type: ignore[no-any-return]
+
+
+def name_of_function(option: str, function: Callable[..., Any]) -> str:
+    """``module:function``, by which a function is found again.
+
+    Raises:
+        RecipeError: it can't be found by a name: a lambda, or a function within another one.
+    """
+    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
+    found: Any = sys.modules.get(module or "")
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if found is not function:
+        raise RecipeError(
+            f"{arg(option)}: {function!r} can't be found again by a name, as resuming must; define a function in a "
+            "module."
+        )
+    return f"{module}:{name}"
+
+
+def _import(option: str, name: str) -> Any:
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)  # last, so that nothing installed is hidden; stays, for what the module imports later
+    if not all(part.isidentifier() for part in name.split(".")) or name.endswith(".py"):
+        known = Path(name).stem if name.endswith(".py") else "my_module"
+        raise RecipeError(f"{arg(option)}: {name!r} is no name of a module; write it as import does, such as {known}.")
+    importlib.invalidate_caches()
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # whatever a user's code says
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
+            raise RecipeError(
+                f"{arg(option)}: there is no module {name!r}, neither in the current folder ({here}) nor installed; "
+                "start where it lies, or name its folder in PYTHONPATH."
+            ) from error
+        raise RecipeError(f"{arg(option)}: the module {name!r} can't be imported ({_said(error)}).") from error
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {reason_of(error)}"
