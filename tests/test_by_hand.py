@@ -7,11 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
 import localgrad
 from helpers import adamw
+from localgrad.backbones.base import split
+from localgrad.backbones.by_hand import default_size_of_parts
 from localgrad.errors import BackboneError
 
 SIZE = (3, 32, 32)
@@ -103,6 +106,15 @@ def images(count: int = 4) -> Tensor:
 
 def labels(count: int = 4) -> Tensor:
     return torch.arange(count) % 5
+
+
+def test_the_size_of_images_is_found_where_it_can_be() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=48, depth=2, embed_dim=24, num_heads=2, num_classes=5)
+    found = split(model, (3, 48, 48))
+    plain = nn.Sequential(nn.Conv2d(2, 8, 32, stride=32), nn.Flatten(2))
+    assert default_size_of_parts(found.stem, model) == (3, 48, 48)
+    assert default_size_of_parts(plain, None) == (2, 224, 224)
+    assert default_size_of_parts(nn.Flatten(), None) == (3, 224, 224)
 
 
 def test_what_is_not_given_is_found(net: Net) -> None:

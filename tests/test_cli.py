@@ -18,6 +18,7 @@ from PIL import Image
 
 from helpers import Cli, assert_refused
 from localgrad import run
+from localgrad.app.build import build_recipe_objective
 from localgrad.app.recipe import Recipe, overlay, parse_toml, preset, preset_names
 from localgrad.options import read_modules
 from localgrad.training import data as data_module
@@ -558,3 +559,13 @@ def test_what_is_not_as_it_should_be_is_said_once(here: Path, cli_: Cli, monkeyp
     monkeypatch.setattr(run, "evaluate_run", noisy)
     said = cli_("evaluate", "run")
     assert (said.code, said.err) == (0, "localgrad: one\nlocalgrad: two\n")
+
+
+@pytest.mark.parametrize("objective", ["greedy", "contrastive", "image"])
+def test_another_objective_than_the_presets_begins_with_its_own_options(objective: str, cli_: Cli) -> None:
+    said = cli_("train", "--objective", objective, "--dry-run")
+    recipe = Recipe.from_toml(said.out, "said")
+    assert (recipe.method.local.objective, recipe.method.local.options) == (objective, {})
+    build_recipe_objective(recipe)
+    kept = cli_("train", "--objective", "feature", "--dry-run")
+    assert kept.out == cli_("train", "--dry-run").out

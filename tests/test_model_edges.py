@@ -20,14 +20,14 @@ from helpers import SIZE, adamw, assert_same, batches, copied, make, make_learne
 from localgrad import FeatureReconstruction, GreedySupervised, ImageReconstruction, LocalLearner
 from localgrad.backbones.base import outline, split
 from localgrad.backbones.fake import fake_copy
-from localgrad.backbones.timm_models import InputKept
+from localgrad.backbones.timm_models import InputKept, default_input_size
 from localgrad.errors import BackboneError, DeviceError, RecipeError, reason_of
 from localgrad.estimating import estimate_step
 from localgrad.isolation import check_isolation
 from localgrad.memory.costs import CostSettings
 from localgrad.memory.parts import measure_costs
 from localgrad.memory.track import block_activation_bytes
-from localgrad.partitioning import default_input_size, make_plan
+from localgrad.partitioning import make_plan
 
 # Writing into what is received -----------------------------------------------------------------------------------
 

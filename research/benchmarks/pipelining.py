@@ -107,10 +107,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from localgrad.backbones.base import split
+from localgrad.backbones.timm_models import default_input_size
 from localgrad.compare.measuring import Held, peak_of
 from localgrad.errors import LocalgradError, RecipeError
 from localgrad.partition import Boundaries
-from localgrad.partitioning import default_input_size
 
 NUM_BATCHES = 2
 """Different batches, made before training; step t trains on batch t modulo this."""

@@ -573,6 +573,9 @@ def _base(preset_name: str | None, recipe: Path | None, changes: Values) -> Valu
     base = preset_values(preset_name or "digits")
     if preset_name is None and "model.name" in changes:
         base.pop("model", None)  # the preset's micro Swin has options that another model doesn't take
+    local = base.get("local", {})
+    if changes.get("local.objective", local.get("objective")) != local.get("objective"):
+        local.pop("options", None)  # likewise those of its objective
     return base
 
 

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from localgrad import rules
 from localgrad.backbones.base import Backbone, split
+from localgrad.backbones.timm_models import default_input_size
 from localgrad.backbones.written import has_hooks
 from localgrad.errors import (
     BackboneError,
@@ -36,7 +37,7 @@ from localgrad.objectives.auxiliary import carry_exemptions
 from localgrad.objectives.carried import LocalBatch, Route
 from localgrad.objectives.methods import FeatureReconstruction, Objective, is_number
 from localgrad.partition import Checkpointing, Plan, Request
-from localgrad.partitioning import CheckpointRequest, default_input_size, frozen_from, make_plan, num_parameters
+from localgrad.partitioning import CheckpointRequest, frozen_from, make_plan, num_parameters
 from localgrad.step.checkpointing import Recomputed
 from localgrad.step.checks import (
     FACTORY,

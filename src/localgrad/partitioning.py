@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from localgrad.backbones.base import Backbone
-from localgrad.backbones.timm_models import input_channels
 from localgrad.errors import (
     BackboneError,
     PartitionError,
@@ -71,21 +70,6 @@ def activation_bytes(backbone: Backbone) -> list[int]:
     blocks[0] += stem
     blocks[-1] += tail
     return [kept // 2 for kept in blocks]
-
-
-def default_input_size(model: nn.Module) -> tuple[int, int, int]:
-    """(C, H, W) that a timm model was configured for, with the channels that it was built for (``in_chans``).
-
-    Raises:
-        BackboneError: the model doesn't say; pass ``input_size``.
-    """
-    config = getattr(model, "pretrained_cfg", None) or {}
-    size = config.get("input_size")
-    if size is None:
-        raise BackboneError(f"{type(model).__name__} doesn't tell its input size; pass input_size=(C, H, W).")
-    embed = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    height, width = embed or size[1:]
-    return input_channels(model) or size[0], height, width
 
 
 def num_parameters(backbone: Backbone) -> int:

@@ -23,12 +23,13 @@ from localgrad.app.recipe import ModelSettings, Recipe, TrainingSettings, valida
 from localgrad.app.threads import choose_threads
 from localgrad.backbones.base import BACKBONES, Backbone, split
 from localgrad.backbones.namespaces import Kwargs
+from localgrad.backbones.timm_models import default_input_size
 from localgrad.errors import BackboneError, DeviceError, LocalgradError, RecipeError, arg, did_you_mean, reason_of
 from localgrad.learner import Factories, Learner, LocalLearner
 from localgrad.objectives.methods import Objective, build_objective
 from localgrad.parallel.parallel_learner import ParallelLearner
 from localgrad.parallel.team import Team
-from localgrad.partitioning import default_input_size, make_plan
+from localgrad.partitioning import make_plan
 from localgrad.registry import load_plugins
 from localgrad.step.local_step import check_precision
 from localgrad.training.augmentation import Augment

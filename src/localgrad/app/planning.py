@@ -13,13 +13,13 @@ from localgrad.app.build import check_model_name
 from localgrad.app.planned import kind_of, made_for_task
 from localgrad.backbones.base import BACKBONES, Backbone, outline
 from localgrad.backbones.fake import without_initialization
+from localgrad.backbones.timm_models import default_input_size
 from localgrad.errors import RecipeError, arg
 from localgrad.estimating import estimate_step
 from localgrad.learner import LocalLearner, OptimizerFactory
 from localgrad.memory.track import MemoryProfile, simulate
 from localgrad.objectives.methods import FeatureReconstruction, Objective
 from localgrad.partition import Plan, Request
-from localgrad.partitioning import default_input_size
 from localgrad.planning.budget import Task, plan_to_budget
 from localgrad.planning.rank_plans import Parallel, plan_parallel
 from localgrad.step.local_step import PRECISIONS, check_precision

@@ -43,7 +43,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from localgrad.backbones.by_hand import Chain, PartsSeen, check_parts, listed, names_of_blocks
+from localgrad.backbones.by_hand import Chain, PartsSeen, check_parts, default_size_of_parts, listed, names_of_blocks
 from localgrad.backbones.fake import FakeTensor, by_shapes_alone, copy_on_host, fake_copy_with_memo, random_state_kept
 from localgrad.backbones.layouts import Layout, LayoutFinder, change_features, change_image
 from localgrad.backbones.observe import Call, Seen, find_stations, observe, trunks_of, watch_inputs
@@ -167,7 +167,8 @@ class Backbone(nn.Module):
         stem: images [B, C, H, W] to features.
         blocks: features to features, in order; a boundary between local modules may fall between any two.
         tail: features to logits [B, num_classes].
-        input_size: (C, H, W) of the images.
+        input_size: (C, H, W) of the images; by default the one that ``model`` is configured for, or 224 pixels square
+            with the channels of the stem's first convolution.
         model: the model whose modules and parameters the parts are made of, and which they are to equal; its
             ``state_dict()`` is what is trained. By default the parts in a row are the model.
         layouts: how features stand that enter each block, and the tail (one more than blocks); one for all where they
@@ -207,15 +208,15 @@ class Backbone(nn.Module):
         stem: nn.Module,
         blocks: Iterable[nn.Module],
         tail: nn.Module,
-        input_size: tuple[int, int, int],
+        input_size: tuple[int, int, int] | None = None,
         model: nn.Module | None = None,
         layouts: Layout | Sequence[Layout] | None = None,
         proved: bool = True,
     ) -> None:
         super().__init__()
         parts = check_parts(stem, blocks, tail, model)
-        size = _checked_size(input_size)
         whole = Chain(stem, parts, tail) if model is None else model
+        size = _checked_size(default_size_of_parts(stem, model) if input_size is None else input_size)
         if next(whole.parameters(), None) is None:
             raise BackboneError("Backbone: its parts have no parameters; there is nothing to train.")
         _check_weights(whole)

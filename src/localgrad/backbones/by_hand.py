@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from localgrad.backbones.layouts import Layout, LayoutFinder, change_features, change_image
 from localgrad.backbones.state import left_as_it_was
+from localgrad.backbones.timm_models import default_input_size
 from localgrad.errors import BackboneError, reason_of
 
 MOST_NAMED = 4
@@ -74,6 +75,14 @@ def check_parts(stem: object, blocks: object, tail: object, model: object) -> li
                     "and parameters, not of copies."
                 )
     return found
+
+
+def default_size_of_parts(stem: nn.Module, model: nn.Module | None) -> tuple[int, int, int]:
+    """(C, H, W) that parts are tried with where nobody says: the model's own, or 224 pixels square."""
+    if model is not None and getattr(model, "pretrained_cfg", None):
+        return default_input_size(model)
+    first = next((weight for weight in stem.parameters() if weight.ndim == 4), None)
+    return 3 if first is None else first.shape[1], 224, 224
 
 
 @final

@@ -347,6 +347,21 @@ def input_channels(model: nn.Module) -> int | None:
     return channels if isinstance(channels, int) else None
 
 
+def default_input_size(model: nn.Module) -> tuple[int, int, int]:
+    """(C, H, W) that a timm model was configured for, with the channels that it was built for (``in_chans``).
+
+    Raises:
+        BackboneError: the model doesn't say; pass ``input_size``.
+    """
+    config = getattr(model, "pretrained_cfg", None) or {}
+    size = config.get("input_size")
+    if size is None:
+        raise BackboneError(f"{type(model).__name__} doesn't tell its input size; pass input_size=(C, H, W).")
+    embed = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    height, width = embed or size[1:]
+    return input_channels(model) or size[0], height, width
+
+
 def child_of(module: nn.Module, name: str) -> nn.Module | None:
     """The registered child of that name, or None."""
     return dict(module.named_children()).get(name)
