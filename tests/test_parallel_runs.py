@@ -395,7 +395,7 @@ def test_replicas_evaluate_each_image_once(replicas: int) -> None:
 
 
 def test_a_batch_that_replicas_cant_share_is_refused() -> None:
-    with pytest.raises(DataError, match="batch_size 12 can't be shared out among 5 replicas"):
+    with pytest.raises(DataError, match="batch_size=12 can't be shared out among 5 replicas"):
         batches_of((0, 5), augment=Augment())
 
 

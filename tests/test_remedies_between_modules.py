@@ -477,7 +477,7 @@ def test_reconciling_doesnt_go_with_moving_targets() -> None:
 
 @pytest.mark.parametrize(
     ("more", "words"),
-    [({"compile": True}, "reconcile and compile"), ({"overlap": 1}, "reconcile and overlap")],
+    [({"compile": True}, "reconcile doesn't go with compile"), ({"overlap": 1}, "reconcile doesn't go with overlap")],
 )
 def test_reconciling_doesnt_go_with_everything(more: dict[str, Any], words: str) -> None:
     with pytest.raises(RecipeError, match=words):

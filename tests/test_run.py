@@ -28,10 +28,10 @@ from helpers import (
     wait_for_epochs,
 )
 from localgrad import run
-from localgrad.app import build
 from localgrad.app.recipe import Recipe, overlay
 from localgrad.errors import CheckpointError, DataError, RecipeError, RunFolderError, RunWarning
 from localgrad.learner import LocalLearner
+from localgrad.training import data
 from localgrad.training.data import load_data, normalise
 from localgrad.training.events import EpochEnded, Event, accuracies
 from localgrad.training.trainer import Interrupted
@@ -188,7 +188,7 @@ def test_the_test_set_is_read_once_and_after_the_last_epoch(tmp_path: Path, monk
         splits.test.read = counted  # type: ignore[method-assign]
         return splits
 
-    monkeypatch.setattr(build, "load_data", watched)
+    monkeypatch.setattr(data, "load_data", watched)
     sink = Recorder(lambda event: happened.append("epoch") if isinstance(event, EpochEnded) else None)
     run.train(micro(), out=tmp_path / "run", sinks=[sink])
     assert happened == ["epoch", "epoch", "test"]

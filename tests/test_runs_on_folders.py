@@ -20,6 +20,7 @@ from localgrad.app import build
 from localgrad.app.recipe import Recipe, overlay
 from localgrad.compare import verb
 from localgrad.compare.settings import Settings
+from localgrad.training import data
 from localgrad.training.events import Event, RunStarted, Sink
 from localgrad.training.image_sets import Skipped
 
@@ -119,8 +120,8 @@ def test_counts_stand_beside_the_accuracy(here: Path, cli_: Cli) -> None:
 def test_images_that_are_decoded_while_training_are_listed_too(
     here: Path, limit_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load = build.load_data
-    monkeypatch.setattr(build, "load_data", lambda *a, **k: load(*a, **k, memory_limit_bytes=limit_bytes))
+    load = data.load_data
+    monkeypatch.setattr(data, "load_data", lambda *a, **k: load(*a, **k, memory_limit_bytes=limit_bytes))
     plant(here / "set", ("train/{cat,dog}/*", "test/{cat,dog}/*"))
     (here / "set/train/cat/1.png").write_bytes(b"")
     (here / "set/test/cat/2.png").write_bytes(b"no")
