@@ -24,7 +24,7 @@ from localgrad import LocalLearner, Plan, run
 from localgrad.app.planned import made_for, task_of
 from localgrad.app.recipe import Recipe, overlay, parse_toml
 from localgrad.app.replanning import Replanner
-from localgrad.errors import DeviceError, MemoryExceeded
+from localgrad.errors import DeviceError, MemoryExceeded, RecipeError
 from localgrad.estimating import estimate_step
 from localgrad.partition import Checkpointing
 from localgrad.planning import budget as budgets
