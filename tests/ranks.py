@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace, TracebackType
@@ -56,7 +57,8 @@ class Started:
 
     def wait(self) -> Ended:
         ended, ended_at = json.loads(self._answers.readline())
-        said = [[(self.folder / f"{rank}.{name}").read_text() for rank in range(len(ended))] for name in ("out", "err")]
+        files = [[self.folder / f"{rank}.{name}" for rank in range(len(ended))] for name in ("out", "err")]
+        said = [[file.read_text() if file.exists() else "" for file in each] for each in files]
         faults = [float(path.read_text()) for path in self.folder.glob("*.fault")]
         return Ended(ended, said[0], said[1], ended_at, faults[0] if faults else 0.0)
 
@@ -97,6 +99,7 @@ class Ranks:
         port: int | None = None,
         call: str = "localgrad.cli:main",
         estimates: bool = False,
+        to: Path | str | None = None,
     ) -> Started:
         """Start ``size`` processes (one is started without torchrun's environment), with a fault in one of them.
 
@@ -108,6 +111,7 @@ class Ranks:
             port: where they meet.
             call: ``module:function`` that finds the arguments in ``sys.argv``.
             estimates: whether runs estimate their memory, which takes longer than they do, or say 1 MiB.
+            to: a pipe that takes standard output, or a terminal that takes standard error as well.
         """
         self.number += 1
         folder = self.folder / f"group{self.number}"
@@ -125,6 +129,7 @@ class Ranks:
                 "fault": fault[1:] if fault is not None and fault[0] == rank else None,
                 "call": call,
                 "estimates": estimates,
+                "to": None if to is None else str(to),
             }
             for rank in range(size)
         ]
@@ -241,11 +246,12 @@ def become(description: dict[str, Any]) -> None:
 
     cli.time = SimpleNamespace(sleep=lambda _: None)  # no torchrun is here that would end rank 0 before it has spoken
     for number, name in ((1, "out"), (2, "err")):
-        file = os.open(f"{description['said']}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(file, number)
+        taken = description["to"] if number == 1 or os.isatty(1) else None
+        os.dup2(os.open(taken or f"{description['said']}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.environ.update(description["environment"])
     sys.argv = ["localgrad", *description["arguments"]]
     sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.__stderr__ = open(2, "w", closefd=False)  # noqa: SIM115
     faulthandler.register(signal.SIGUSR1)
     match description["fault"]:
         case None:
@@ -263,6 +269,7 @@ def become(description: dict[str, Any]) -> None:
     except SystemExit as stop:
         code = int(stop.code or 0)
     sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(code)
 
 
@@ -304,6 +311,8 @@ def main() -> None:
             if not pid:
                 try:
                     become(description)
+                except BaseException:
+                    traceback.print_exc()
                 finally:
                     os._exit(70)
             pids.append(pid)

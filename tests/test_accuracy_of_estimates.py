@@ -6,6 +6,7 @@ ConvNeXt is left out: on a processor oneDNN reorders its whole feature maps (``m
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -34,6 +35,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "pvt_v2_b1": {"embed_dims": (16, 32, 40, 64), "depths": (1, 1, 2, 1)},
 }
 COMBINATIONS = [(1, "none", "fp32"), (2, "blocks", "bf16"), (4, "halves/2", "fp32"), (4, "none", "bf16")]
+QUICK = {"swin_tiny_patch4_window7_224": COMBINATIONS[1:3], "vit_small_patch16_224": COMBINATIONS[::3]}
+"""Each value of each factor once."""
 
 
 def measured_peak(learner: LocalLearner, batch_size: int) -> int:
@@ -51,13 +54,21 @@ def measured_peak(learner: LocalLearner, batch_size: int) -> int:
     return sum(storages.values()) + peak
 
 
-def compare(name: str, batch_size: int, *, side: int, without: tuple[str, ...] = (), **options: Any) -> None:
+def compare(
+    name: str,
+    batch_size: int,
+    *,
+    side: int,
+    combinations: Sequence[tuple[int, str, str]] = COMBINATIONS,
+    without: tuple[str, ...] = (),
+    **options: Any,
+) -> None:
     """Hold estimates against real steps; in some precisions ``without`` oneDNN.
 
     On processors with AMX its bf16 products take scratch memory by the thread: 5 to 9 % of a micro model's peak.
     """
     backbone = split(timm.create_model(name, **options), (3, side, side))
-    for modules, how, precision in COMBINATIONS:
+    for modules, how, precision in combinations:
         learner = LocalLearner(backbone, modules=modules, checkpoint=how, precision=precision)
         estimated = estimate_step(learner, batch_size, adamw).peak_bytes
         settings = CostSettings(batch_size=batch_size, precision=precision)
@@ -75,8 +86,15 @@ def compare(name: str, batch_size: int, *, side: int, without: tuple[str, ...] =
 
 # Without PVT: what oneDNN reorders for its depthwise convolutions is 28 % of so small a model, 0.5 % of a real one.
 @pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")  # the switch below touches that one, too
-@pytest.mark.parametrize("name", list(SMALL)[:2])
+@pytest.mark.parametrize("name", QUICK)
 def test_estimates_of_small_models_are_right(name: str) -> None:
+    compare(name, 8, side=32, combinations=QUICK[name], num_classes=10, without=("bf16",), **SMALL[name])
+
+
+@pytest.mark.heavy
+@pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")
+@pytest.mark.parametrize("name", QUICK)
+def test_estimates_of_small_models_are_right_in_all_ways(name: str) -> None:
     compare(name, 8, side=32, num_classes=10, without=("bf16",), **SMALL[name])
 
 

@@ -171,7 +171,7 @@ def test_cells_come_in_an_order_that_tells_most_first() -> None:
 def test_fingerprints_tell_runs_apart() -> None:
     runs: dict[str, set[tuple[Any, ...]]] = {}
     for cell, profile in EVERY_CELL:
-        if cell.seed > 1:
+        if cell.seed > (cell.table == "ranking"):  # one table with a second seed tells that it counts
             continue
         own = (profile.name, TABLES[cell.table].model, cell.data, cell.modules, cell.seed, cell.epochs)
         runs.setdefault(fingerprint(recipe_of(cell, profile)), set()).add((*own, cell.method))

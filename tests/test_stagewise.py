@@ -558,6 +558,7 @@ def test_a_signal_while_features_are_cached_stops_the_run(
     assert_same_run(tmp_path / "run", finished)
 
 
+@pytest.mark.heavy  # quick twins: the tests above, and the same with modules that train together in test_run.py
 def test_real_processes_stopped_in_every_way_go_on_bit_for_bit(ranks: Ranks, tmp_path: Path) -> None:
     """SIGTERM, SIGKILL in an epoch and while features are written, Ctrl-C, then to the end."""
     recipe = micro({"data.limit": 500, **EVERYTHING})
