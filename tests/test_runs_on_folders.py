@@ -17,9 +17,9 @@ from data_cases import array, plant
 from helpers import Cli, assert_refused
 from localgrad import run
 from localgrad.app import build
+from localgrad.app.comparison import Settings
 from localgrad.app.recipe import Recipe, overlay
 from localgrad.compare import verb
-from localgrad.compare.settings import Settings
 from localgrad.training import data
 from localgrad.training.events import Event, RunStarted, Sink
 from localgrad.training.image_sets import Skipped

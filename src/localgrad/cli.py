@@ -26,9 +26,9 @@ import typer
 from typer.models import OptionInfo
 
 from localgrad import rules
+from localgrad.app.comparison import Settings
 from localgrad.app.recipe import DOWNLOAD, OPTIONS, Recipe, overlay, parse_assignments, read_toml
 from localgrad.app.recipe import preset as preset_values
-from localgrad.compare.settings import Settings
 from localgrad.errors import BudgetError, LocalgradError, PartitionError, RecipeError, RunWarning, arg, naming
 from localgrad.options import DATA, EXECUTION, RUN, Option, Values, declared, read_modules, read_whole, values_of
 from localgrad.units import PLAINLY, parse_bytes

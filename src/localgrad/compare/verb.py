@@ -19,11 +19,11 @@ from torch import Tensor
 
 from localgrad import rules
 from localgrad.app.build import check_model_name, create_model, input_size_of, resolve_device
+from localgrad.app.comparison import Settings
 from localgrad.app.recipe import DataSettings, ModelSettings, validated
 from localgrad.backbones.base import Backbone, split
 from localgrad.compare.contenders import Contender, Local, Stage, default_methods
 from localgrad.compare.plots import check_path, plot_timeline, plot_trade_off
-from localgrad.compare.settings import Settings
 from localgrad.compare.side_by_side import About, Comparison, Report, Row, compare
 from localgrad.errors import PartitionError, RecipeError, arg, did_you_mean
 from localgrad.formats import Json, check_output_file
