@@ -32,7 +32,7 @@ class Settings:
     train_data: str | None = _as_in_recipe("data.train_data")
     val_data: str | None = _as_in_recipe("data.val_data")
     test_data: str | None = _as_in_recipe("data.test_data")
-    image_range: list[float] | None = _as_in_recipe("data.image_range")
+    image_range: list[float] | None = _as_in_recipe("data.image_range")  # noqa: RUF009  # a field, as of the others
     background: str | None = _as_in_recipe("data.background")
     fit: str | None = _as_in_recipe("data.fit")
     device: str = _as_in_recipe("execution.device", "auto")
