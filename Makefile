@@ -13,10 +13,10 @@ demo: $(VENV)/installed  ## train on handwritten digits: four local modules, two
 	$(BIN)/localgrad train
 
 test: check docs  ## lint, strict types, the site and the quick tests
-	$(BIN)/pytest -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
 
 test-all: check docs  ## the same with the heavy tests
-	$(BIN)/pytest -n auto --dist worksteal -m "heavy or not heavy"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m "heavy or not heavy"
 
 test-release: $(VENV)/python  ## build the wheel, use it in clean environments: each extra, newest and oldest
 	$(BIN)/python tests/release.py $(ARGS)
