@@ -26,6 +26,25 @@ if TYPE_CHECKING:
 # Models ----------------------------------------------------------------------------------------------------------
 
 SIZE = (3, 32, 32)
+MICRO_TOML = """
+[data]
+name = "digits"
+limit = 120
+[model]
+name = "swin_tiny_patch4_window7_224"
+img_size = 16
+patch_size = 2
+options = { embed_dim = 16, depths = [1, 1], num_heads = [2, 2], window_size = 4 }
+[local]
+modules = 2
+[training]
+epochs = 2
+batch_size = 16
+[execution]
+device = "cpu"
+num_threads = 1
+"""
+"""A recipe of a second."""
 VIT: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
 SWIN: dict[str, Any] = {
     "img_size": 32,

@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers import Cli, assert_refused
+from helpers import MICRO_TOML, Cli, assert_refused
 from localgrad import cli, run
 from localgrad.app.build import build_recipe_objective
 from localgrad.app.recipe import Recipe, overlay, parse_toml, preset, preset_names
@@ -27,30 +27,11 @@ from localgrad.training import data as data_module
 from localgrad.training.loading import Found, InMemoryImages
 from ranks import Ranks
 
-MICRO = """
-[data]
-name = "digits"
-limit = 120
-[model]
-name = "swin_tiny_patch4_window7_224"
-img_size = 16
-patch_size = 2
-options = { embed_dim = 16, depths = [1, 1], num_heads = [2, 2], window_size = 4 }
-[local]
-modules = 2
-[training]
-epochs = 2
-batch_size = 16
-[execution]
-device = "cpu"
-num_threads = 1
-"""
-
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working directory, and a micro recipe outside it."""
-    (tmp_path / "micro.toml").write_text(MICRO)
+    (tmp_path / "micro.toml").write_text(MICRO_TOML)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("COLUMNS", "200")
@@ -347,7 +328,7 @@ def test_no_option_is_the_digits_and_so_is_naming_them(here: Path, cli_: Cli) ->
 
 def test_a_dry_run_of_resuming_trains_nothing(here: Path, cli_: Cli) -> None:
     (here / "run").mkdir()
-    (here / "run" / "recipe.toml").write_text(MICRO)
+    (here / "run" / "recipe.toml").write_text(MICRO_TOML)
     said = cli_("train", "--resume", "run", "--dry-run", "--checkpoint", "halves/8,none")
     assert said.code == 0
     assert Recipe.from_toml(said.out).execution.checkpoint == ["halves/8", "none"]
@@ -542,7 +523,7 @@ def test_costs_may_be_measured_anew(cli_: Cli, tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(budget, "_recent", {})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    (tmp_path / "micro.toml").write_text(MICRO)
+    (tmp_path / "micro.toml").write_text(MICRO_TOML)
     for more, cached in ((["--no-cache"], 0), ([], 1)):
         said = cli_("plan", "--recipe", str(tmp_path / "micro.toml"), "--modules", "2", "--set",
                     "training.batch_size=4", *more)  # fmt: skip

@@ -14,7 +14,7 @@ import timm
 import torch
 
 import localgrad
-from helpers import Cli, assert_refused
+from helpers import MICRO_TOML, Cli, assert_refused
 from localgrad import errors, options, rules, run
 from localgrad.app.build import resolve_device
 from localgrad.app.recipe import OPTIONS, Execution, Method, Recipe, overlay, parse_toml, preset
@@ -22,29 +22,11 @@ from localgrad.cli import option_of
 from localgrad.training.augmentation import Augment
 from localgrad.training.data import load_data
 
-MICRO = """
-[data]
-name = "digits"
-limit = 120
-[model]
-name = "swin_tiny_patch4_window7_224"
-img_size = 16
-patch_size = 2
-options = { embed_dim = 16, depths = [1, 1], num_heads = [2, 2], window_size = 4 }
-[local]
-modules = 2
-[training]
-epochs = 2
-batch_size = 16
-[execution]
-device = "cpu"
-num_threads = 1
-"""
 SIZE = (1, 16, 16)
 
 
 def model() -> torch.nn.Module:
-    values: dict[str, Any] = {**parse_toml(MICRO, "micro")["model"], "in_chans": 1, "num_classes": 10}
+    values: dict[str, Any] = {**parse_toml(MICRO_TOML, "micro")["model"], "in_chans": 1, "num_classes": 10}
     more = values.pop("options")
     return timm.create_model(values.pop("name"), **values, **more)
 
@@ -60,7 +42,7 @@ def learn(**more: Any) -> object:
 def train(**changes: Any) -> object:
     """Keys with a double underscore for the dot."""
     dotted = {key.replace("__", "."): value for key, value in changes.items()}
-    return run.train(Recipe.from_dict(overlay(parse_toml(MICRO, "micro"), dotted)))
+    return run.train(Recipe.from_dict(overlay(parse_toml(MICRO_TOML, "micro"), dotted)))
 
 
 GREEDY, FEATURE = localgrad.GreedySupervised, localgrad.FeatureReconstruction
@@ -154,7 +136,7 @@ def test_each_is_told_in_its_own_terms(
 ) -> None:
     mistake, command, in_python, typed = wrong
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "micro.toml").write_text(MICRO)
+    (tmp_path / "micro.toml").write_text(MICRO_TOML)
     with pytest.raises(errors.LocalgradError) as caught:
         mistake()
     assert in_python in str(caught.value)
