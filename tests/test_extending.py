@@ -21,7 +21,7 @@ from localgrad import run
 from localgrad.app import build
 from localgrad.app.recipe import Recipe, as_recipe, overlay
 from localgrad.errors import DataError, RecipeError
-from localgrad.objectives.auxiliary import DECODERS, LinearDecoder
+from localgrad.objectives.auxiliary import CLASSIFIERS, DECODERS, LinearDecoder, NextClassifier
 from localgrad.objectives.methods import OBJECTIVES
 from localgrad.planning import budget
 from localgrad.registry import Registry, load_plugins
@@ -40,7 +40,7 @@ RECIPE: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def _nothing_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    for registry in (OBJECTIVES, DECODERS):
+    for registry in (OBJECTIVES, DECODERS, CLASSIFIERS):
         monkeypatch.setattr(registry, "_known", dict(registry._known))
 
 
@@ -170,6 +170,18 @@ def test_a_plugin_that_can_not_be_imported_is_told(here: Path) -> None:
     ):
         with pytest.raises(RecipeError, match=message):
             load_plugins([name])
+
+
+class Ahead(NextClassifier):
+    """A classifier of a user's, made of the blocks that follow."""
+
+
+def test_a_classifier_that_looks_ahead_is_refused_where_nothing_is_trained_ahead(tmp_path: Path) -> None:
+    localgrad.register_classifier("ahead", Ahead)
+    changes = {"local.options.classifier": "ahead", "training.schedule": "sequential", "data.name": "digits"}
+    with pytest.raises(RecipeError, match=r"classifier: .* blocks that follow, and with schedule='sequential'"):
+        localgrad.train(overlay(RECIPE, changes), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_registry_is_a_mapping() -> None:

@@ -106,6 +106,11 @@ def build(
     is_sequential = training.schedule == "sequential"
     _check_training(recipe)
     objective = build_recipe_objective(recipe)
+    if is_sequential and objective.looks_ahead:  # of ours `rules` has said so; this is of a plugin's
+        raise RecipeError(
+            f"{arg('classifier')}: it is made of blocks that follow, and with {arg('schedule', 'sequential')} those "
+            "aren't trained yet; take another one."
+        )
     if execution.num_threads is not None:
         torch.set_num_threads(execution.num_threads)
     data = _load(recipe, download=download, is_new=is_new)

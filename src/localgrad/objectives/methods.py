@@ -82,6 +82,11 @@ class Objective(ABC):
         return self.transport_tau is not None or self.context > 0 or not is_ours
 
     @property
+    def looks_ahead(self) -> bool:
+        """Whether what is built is made of the blocks that follow a module."""
+        return False
+
+    @property
     def nets(self) -> tuple[type[nn.Module], ...]:
         """Classes of the auxiliary nets that it names."""
         named = (("classifier", CLASSIFIERS), ("decoder", DECODERS))
@@ -214,7 +219,12 @@ class GreedySupervised(Objective):
     @property
     def looks_inside(self) -> bool:
         """Whether what is built depends on more than the layouts of a module's inputs and outputs."""
-        return super().looks_inside or CLASSIFIERS.find(self.classifier).looks_ahead
+        return super().looks_inside or self.looks_ahead
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether what is built is made of the blocks that follow a module."""
+        return CLASSIFIERS.find(self.classifier).looks_ahead
 
     def terms(self, site: Site) -> dict[str, tuple[Weight, Term]]:
         """Make the task term."""
