@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from helpers import Cli, Recorder, assert_refused
+from helpers import MICRO_TOML, Cli, Recorder, assert_refused
 from localgrad import LocalLearner, Plan, run
 from localgrad.app.planned import made_for, task_of
 from localgrad.app.recipe import Recipe, overlay, parse_toml
@@ -31,11 +31,10 @@ from localgrad.planning import budget as budgets
 from localgrad.planning.budget import plan_to_budget
 from localgrad.step.local_step import LocalStep
 from localgrad.training.events import Replanned
-from test_cli import MICRO
 
 pytestmark = pytest.mark.usefixtures("cost_cache")
 
-SMALL = MICRO.replace("epochs = 2", "epochs = 1")
+SMALL = MICRO_TOML.replace("epochs = 2", "epochs = 1")
 
 
 @pytest.fixture

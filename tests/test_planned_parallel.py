@@ -13,7 +13,7 @@ import timm
 import torch
 
 import localgrad
-from helpers import SIZE, Cli, assert_refused, make
+from helpers import MICRO_TOML, SIZE, Cli, assert_refused, make
 from localgrad import FeatureReconstruction, GreedySupervised, ImageReconstruction, LocalLearner, Plan
 from localgrad.app.planning import adamw
 from localgrad.backbones.base import outline
@@ -23,7 +23,6 @@ from localgrad.partition import RankForecast
 from localgrad.planning.budget import Margin, Search, Task
 from localgrad.planning.rank_plans import Parallel, _RankSearch, asked_for, largest_rank, plan_parallel
 from localgrad.units import parse_bytes
-from test_cli import MICRO
 
 BATCH = 48
 pytestmark = pytest.mark.usefixtures("cost_cache")
@@ -258,7 +257,7 @@ def test_stages_of_a_hierarchical_model_differ_in_what_they_send() -> None:
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working directory, and a micro recipe outside it."""
-    (tmp_path / "micro.toml").write_text(MICRO.replace("epochs = 2", "epochs = 1"))
+    (tmp_path / "micro.toml").write_text(MICRO_TOML.replace("epochs = 2", "epochs = 1"))
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("COLUMNS", "200")
