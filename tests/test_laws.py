@@ -687,10 +687,8 @@ DETACHED = {
     # The proof's images, its figures once the backward pass is done, and what a call had been given.
     "backbones.proof": ["images", "logits", "tensor", "tensor", "tensor"],
     "backbones.observe": ["args[0]"],  # what a part received, to be compared with what it left of it
-    "backbones.written": [
-        "twin(features.clone())",
-        "value",
-    ],  # of a copy that is tried; what a module shows of an earlier pass
+    "backbones.effects": ["twin(features.clone())"],  # of a copy that is tried
+    "backbones.hooks": ["value", "value"],  # what a module shows of an earlier pass
     "memory.parts": ["torch.ops.aten"],  # the operator's own name, in a list of those that take no time
     "memory.track": ["inputs", "outputs"],  # the seams of a chain of parts, on fake tensors
     "training.folder": ["tensor"],  # weights on their way to disk

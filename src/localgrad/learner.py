@@ -21,8 +21,8 @@ from torch.optim import Optimizer
 
 from localgrad import rules
 from localgrad.backbones.base import Backbone, split
+from localgrad.backbones.hooks import has_hooks
 from localgrad.backbones.timm_models import default_input_size
-from localgrad.backbones.written import has_hooks
 from localgrad.errors import (
     BackboneError,
     CheckpointError,

@@ -44,10 +44,11 @@ import torch
 from torch import Tensor, nn
 
 from localgrad.backbones.by_hand import Chain, PartsSeen, check_parts, default_size_of_parts, listed, names_of_blocks
-from localgrad.backbones.fake import FakeTensor, by_shapes_alone, copy_on_host, fake_copy_with_memo, random_state_kept
+from localgrad.backbones.fake import FakeTensor, by_shapes_alone, copy_on_host, fake_copy_with_memo
 from localgrad.backbones.layouts import Layout, LayoutFinder, change_features, change_image
 from localgrad.backbones.observe import Call, Seen, find_stations, observe, trunks_of, watch_inputs
 from localgrad.backbones.proof import prove
+from localgrad.backbones.random_numbers import random_state_kept
 from localgrad.backbones.state import left_as_it_was
 from localgrad.backbones.timm_models import (
     SUPPORTED_FAMILIES,
@@ -321,7 +322,7 @@ class Backbone(nn.Module):
             images = self._images()
             try:
                 self.model(images.clone())
-                moving = state.changed_modules()
+                moving = state.changed()
                 state.restore()
                 with self._keeping_inputs():
                     shown = prove(self.model, self, parts, blocks, images, moving=moving)
@@ -351,7 +352,7 @@ class Backbone(nn.Module):
         with torch.inference_mode(mode=False), left_as_it_was(self.model, *inner) as state, torch.no_grad():
             with self._in_the_same_mode(), self._keeping_inputs():
                 self.train()(self._images())
-            self._written_buffers = frozenset(state.written_buffers())
+            self._written_buffers = frozenset(state.written_buffers(self.model))
 
     def _images(self) -> Tensor:
         images = torch.randn(2, *self.input_size, generator=torch.Generator().manual_seed(0), device="cpu")
@@ -518,7 +519,7 @@ def _split(model: nn.Module, size: tuple[int, int, int]) -> Backbone:
         images = images.to(next(model.parameters()))
         model.eval()
         seen = observe(model, stations, images)
-        moving = state.changed_modules()
+        moving = state.changed()
         state.restore()
         model.eval()
         try:

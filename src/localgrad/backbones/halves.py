@@ -26,21 +26,14 @@ from typing import Any, NamedTuple, TypeVar, final
 import torch
 from torch import Tensor, nn
 
-from localgrad.backbones.fake import TorchDispatchMode, random_state_kept
+from localgrad.backbones.effects import NO_EFFECTS, Effects, Observed, observe_effects
+from localgrad.backbones.fake import TorchDispatchMode
+from localgrad.backbones.hooks import copy_without_hooks, has_hooks
 from localgrad.backbones.likeness import is_foreign, likeness, signature
 from localgrad.backbones.namespaces import Kwargs
+from localgrad.backbones.random_numbers import RandomState, random_state_kept
 from localgrad.backbones.state import OF_EVERY_MODULE
 from localgrad.backbones.timm_models import Step, attribute, identity
-from localgrad.backbones.written import (
-    NO_STATE,
-    Observed,
-    State,
-    has_hooks,
-    observe_effects,
-    random_state,
-    set_random_state,
-    twin_of,
-)
 
 ATTENTION_NAMES = ("_attn", "_shifted_window_attn", "_partition_attn", "attn", "token_mixer")
 """Where a block keeps its attention, the first that exists: Swin's methods roll and cut windows around ``attn``."""
@@ -150,7 +143,7 @@ class Piece:
             may run over parts of the batch.
         draws: of each tensor of random numbers that it draws in training mode, the axes in their order in memory, for
             more than one image (for a single one, a convolution may choose another order).
-        state: what running it changes, to be taken back when it is recomputed.
+        effects: what running it changes, to be taken back when it is recomputed.
         cut: of a residual branch, the module that it is a part of.
     """
 
@@ -158,7 +151,7 @@ class Piece:
     drop_path: Callable[[Tensor], Tensor] | None
     per_image: bool = True
     draws: tuple[tuple[int, ...], ...] = ()
-    state: State = NO_STATE
+    effects: Effects = NO_EFFECTS
     cut: AsCut | None = None
 
     def __call__(self, features: Tensor) -> Tensor:
@@ -175,7 +168,7 @@ def whole_block(block: nn.Module, example: Tensor) -> Piece:
         block: one block of a backbone.
         example: features that enter it, [2 or more, ...].
     """
-    return Piece(block, None, per_image=False, state=observed(block, example).state_of(block))
+    return Piece(block, None, per_image=False, effects=observed(block, example).effects_on(block))
 
 
 def observed(module: nn.Module, example: Tensor) -> Observed:
@@ -188,7 +181,7 @@ def observed(module: nn.Module, example: Tensor) -> Observed:
 
     def run() -> Observed:
         with torch.no_grad(), random_state_kept(), _one_thread():
-            twin = _with_random_weights(twin_of(module)).train()
+            twin = _with_random_weights(copy_without_hooks(module)).train()
             return observe_effects(module, twin, example, foreign=is_foreign(module))
 
     return _remembered(_known_states, module, example, run)
@@ -209,7 +202,7 @@ def find_pieces(block: nn.Module, example: Tensor, *, halves: bool = True) -> li
     """
     seen = observed(block, example)
     if seen.parts or seen.draws or any(map(has_hooks, block.modules())):
-        return [Piece(block, None, per_image=False, state=seen.state_of(block))]
+        return [Piece(block, None, per_image=False, effects=seen.effects_on(block))]
 
     def run() -> dict[bool, _Cuts]:
         with torch.no_grad(), random_state_kept(), _one_thread():
@@ -256,11 +249,11 @@ def _find_cuts(block: nn.Module, example: Tensor) -> dict[bool, _Cuts]:
     """How a block can be cut: with its halves looked for (key true), and only as a whole."""
     # Weights as they come would prove nothing: a norm or a layer scale that starts at zero hides its whole branch. So
     # does a buffer that is one in this block, and something else in another.
-    twin = _with_random_weights(twin_of(block), buffers=True)
+    twin = _with_random_weights(copy_without_hooks(block), buffers=True)
     cuts: dict[bool, _Cuts] = {True: [], False: []}
     for step in _steps(twin):
         *candidates, whole = _candidates(step)
-        state = random_state(example.device)
+        state = RandomState()
         step.train()
         outputs, noted, _ = _run_noting(whole, example)
         number, noted_of_halves = len(candidates), noted
@@ -359,7 +352,7 @@ class _Chain:
 
 
 def _noted_if_same(
-    step: nn.Module, pieces: Sequence[Piece], example: Tensor, given: tuple[Tensor, Tensor]
+    step: nn.Module, pieces: Sequence[Piece], example: Tensor, given: tuple[RandomState, Tensor]
 ) -> list[_Noted] | None:
     """What `_run_noting` notes, if pieces give a step's bits; ``None`` if they don't.
 
@@ -372,7 +365,7 @@ def _noted_if_same(
     state, outputs = given
     try:
         step.train()
-        set_random_state(example.device, state)
+        state.restore()
         found, noted, shown = _run_noting(pieces, example)
         if not torch.equal(found, outputs):
             return None
@@ -420,9 +413,9 @@ class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **(kwargs or {}))
         like = next((value for value in args if isinstance(value, Tensor)), torch.empty(0))
-        before = random_state(like.device)
+        before = RandomState()
         result = func(*args, **(kwargs or {}))
-        if not torch.equal(before, random_state(like.device)):  # fused attention has the tag, and mostly no dropout
+        if not before.same_torch(RandomState()):  # fused attention has the tag, and mostly no dropout
             self.seen.append((func, tuple(like.shape)))
             self.layouts.append(tuple(sorted(range(like.ndim), key=like.stride, reverse=True)))
         return result

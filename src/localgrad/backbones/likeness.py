@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from localgrad.backbones.fake import FakeTensor
-from localgrad.backbones.written import HOOKS, OUR_PACKAGES, is_ours
+from localgrad.backbones.hooks import OUR_PACKAGES, is_ours
 
 RATES = ("p", "drop_prob")
 """Where torch's dropout and timm's drop path keep their rate, by which the blocks of a model differ.
@@ -30,6 +30,7 @@ Which rate it is changes neither form nor cost, whether there is one does. All o
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _LIBRARIES = OUR_PACKAGES | sys.stdlib_module_names | {"numpy", "einops", "torchvision"}
 _NOT_COMPARED = frozenset({"training", "name", "_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"})
+_HOOKS = ("_forward_", "_backward_", "_state_dict_", "_load_state_dict_")
 
 
 def signature(module: nn.Module) -> str | None:
@@ -102,10 +103,8 @@ class _Reader:
     def _attributes(self, part: nn.Module) -> list[tuple[str, object]]:
         found = []
         for name, value in vars(part).items():
-            if name in _NOT_COMPARED or name.endswith("_hooks"):
+            if name in _NOT_COMPARED or name.startswith(_HOOKS):
                 continue
-            if name in HOOKS:
-                value = list(value)  # noqa: PLW2901  # of those with keyword arguments, their numbers
             is_rate = name in RATES and isinstance(value, float)
             found.append((name, value != 0 if is_rate else self._value(value)))
         for table in ("_forward_hooks", "_forward_pre_hooks"):  # they may change what is computed

@@ -112,7 +112,7 @@ def prove(
                     _run(run, model, images[:count], trace, shared)
                 traces.append(trace)
                 if run is model:
-                    written |= state.written_buffers()
+                    written |= state.written_buffers(model)
                     _check_written(model, state)
             theirs, ours = traces
             _compare(model, theirs, ours, mode)
@@ -136,7 +136,7 @@ def _nothing_hidden(model: nn.Module) -> Iterator[None]:
 
 
 def _check_written(model: nn.Module, state: ModelState) -> None:
-    for name in state.written_parameters():
+    for name in state.written_parameters(model):
         raise unsupported(
             model, f"its forward pass writes into its parameter {name}; make a buffer of it, and build the model anew"
         )
@@ -218,8 +218,7 @@ class _Again:
     """
 
     def __init__(self, block: nn.Module | None, given: Sequence[Tensor]) -> None:
-        self.block = block
-        self.state = None if block is None else ModelState([block], torch.device("cpu"))
+        self.state = None if block is None else ModelState(block.modules())
         self.given = [(tensor, tensor._version, tensor.detach().clone()) for tensor in given]
         self.copies: dict[int, Tensor] = {}
         self.ends = ExitStack()
@@ -230,9 +229,8 @@ class _Again:
 
     def __enter__(self) -> None:
         """Begin, with what there was before."""
-        if self.block is not None and self.state is not None:
-            self.ends.enter_context(left_as_it_was(self.block))
-            self.state.restore(with_random=False)
+        if self.state is not None:
+            self.ends.enter_context(self.state.again())
         # Copies of copies: a leaf that needs a gradient can't be written into.
         self.copies = {
             id(tensor): value.requires_grad_(tensor.requires_grad).clone() for tensor, _, value in self.given

@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localgrad.backbones.base import Layout
+from localgrad.backbones.hooks import copy_without_hooks
 from localgrad.backbones.timm_models import with_plain_attention
-from localgrad.backbones.written import twin_of
 from localgrad.errors import RecipeError, arg
 from localgrad.objectives.averaging import OtherBuffers, averaged_pairs
 from localgrad.registry import Registry
@@ -425,7 +425,7 @@ class NextClassifier(Classifier):
             )
         self.weights = weights
         self.decay = decay
-        self.blocks = nn.Sequential(*(twin_of(block) for block, _ in taken))
+        self.blocks = nn.Sequential(*(copy_without_hooks(block) for block, _ in taken))
         for mine, (block, _) in zip(self.blocks, taken, strict=True):
             for own, copied in zip(mine.parameters(), block.parameters(), strict=True):
                 if id(copied) in undecayed or is_exempt_from_decay(copied):

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from localgrad import rules
-from localgrad.backbones.fake import by_shapes_alone, copy_without_hooks, fake_copy
+from localgrad.backbones.fake import by_shapes_alone, fake_copy
+from localgrad.backbones.hooks import copy_without_hooks
 from localgrad.backbones.namespaces import Attributes
 from localgrad.errors import ParallelError, RecipeError, arg
 from localgrad.learner import NO_LABELS, Factories, Learner, make_ema, no_optimizers

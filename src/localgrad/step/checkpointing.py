@@ -4,7 +4,7 @@ Calling a timm model's blocks one by one passes by timm's own ``grad_checkpointi
 PyTorch's non-reentrant checkpoint. It restores the random state, so dropout and drop path draw the same numbers
 twice. What it does not undo is what a forward pass writes: running statistics, vectors of spectral norms, counters.
 A second one would start from other values, and move them a second time. So a block that has such state
-(``written.observe_effects``) is recomputed as a whole, from its state before the first pass, which afterwards is as the
+(``observe_effects``) is recomputed as a whole, from its state before the first pass, which afterwards is as the
 first pass left it: checkpointing changes nothing but time and memory.
 
 A half of a block (``halves.Piece``) can run over chunks of the batch, each under its own checkpoint::
@@ -34,10 +34,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from localgrad.backbones.effects import NO_EFFECTS, Effects
 from localgrad.backbones.fake import TorchDispatchMode
 from localgrad.backbones.halves import DRAW_OF_ROWS, Piece
+from localgrad.backbones.hooks import has_hooks, hooks_on_all
 from localgrad.backbones.namespaces import Kwargs
-from localgrad.backbones.written import NO_STATE, State, has_hooks, hooks_on_all
 from localgrad.errors import RecipeError
 
 Part = Callable[[Tensor], Tensor]
@@ -85,11 +86,11 @@ class Recomputed:
 
     def _whole(self, block: nn.Module) -> Piece:
         first = self.pieces[0]
-        return Piece(block, None, per_image=False, state=first.state if first.branch is block else NO_STATE)
+        return Piece(block, None, per_image=False, effects=first.effects if first.branch is block else NO_EFFECTS)
 
     def _left_alone(self, parts: Sequence[nn.Module]) -> list[tuple[nn.Module, str, Tensor, int]]:
         """Buffers that a forward pass isn't known to write, and their versions."""
-        written = {id(part) for piece in self.pieces for part in (*piece.state.parts, *piece.state.norms)}
+        written = {id(part) for piece in self.pieces for part in (*piece.effects.parts, *piece.effects.norms)}
         return [
             (part, name, buffer, buffer._version)
             for part in parts
@@ -128,7 +129,7 @@ def run_telling_branches(
 
 def _branch(piece: Piece, features: Tensor, chunks: int) -> Tensor:
     chunks = min(chunks, len(features)) if piece.per_image else 1
-    return checkpointed(piece.branch, features, piece.state) if chunks == 1 else _over_chunks(piece, features, chunks)
+    return checkpointed(piece.branch, features, piece.effects) if chunks == 1 else _over_chunks(piece, features, chunks)
 
 
 def _run(piece: Piece, features: Tensor, chunks: int) -> Tensor:
@@ -194,19 +195,19 @@ class _RowsOfDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return mask.copy_(whole[self.start * repeats : (self.start + self.length) * repeats])
 
 
-def checkpointed(block: Part, inputs: Tensor, state: State = NO_STATE) -> Tensor:
+def checkpointed(block: Part, inputs: Tensor, effects: Effects = NO_EFFECTS) -> Tensor:
     """Run ``block(inputs)``, keeping only ``inputs`` for the backward pass, and the block's state, which is left alone.
 
     Args:
         block: what is run, and run again in the backward pass.
         inputs: features that enter it.
-        state: what that changes.
+        effects: what that changes.
     """
     if getattr(block, "keeps_inputs_only", False):  # by itself: a stand-in of ``planning.parts``
         result: Tensor = block(inputs)
         return result
-    if not state:
+    if not effects:
         recomputed: Tensor = checkpoint(block, inputs, use_reentrant=False)
         return recomputed
-    still: Tensor = checkpoint(block, inputs, use_reentrant=False, context_fn=state.contexts)
+    still: Tensor = checkpoint(block, inputs, use_reentrant=False, context_fn=effects.contexts)
     return still

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from localgrad.backbones.base import Backbone, Layout, Stem
+from localgrad.backbones.effects import Observed
 from localgrad.backbones.halves import AsCut, Piece, find_pieces, observed, whole_block
+from localgrad.backbones.hooks import has_hooks
 from localgrad.backbones.timm_models import undecayed
-from localgrad.backbones.written import Observed, has_hooks
 from localgrad.errors import BackboneError, RecipeError
 from localgrad.objectives.base import LocalObjective, ObjectiveValue
 from localgrad.objectives.carried import LocalBatch

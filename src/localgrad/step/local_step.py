@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from localgrad.backbones.namespaces import Attributes, Kwargs
-from localgrad.backbones.written import Before, Undo, random_state, set_random_state
+from localgrad.backbones.random_numbers import RandomState
+from localgrad.backbones.state import Before, Undo
 from localgrad.errors import DeviceError, RecipeError, arg
 from localgrad.objectives.carried import LocalBatch
 from localgrad.step.checks import same_device
@@ -256,10 +257,10 @@ class LocalStep:
         the parameters is that of g . u, with u the penalty's gradient by g, and so a derivative along u: a central
         difference of two more passes, in which what the objective compares with stays where it was.
         """
-        before = random_state(self.device)
+        before = RandomState()
         entered = inputs.view_as(inputs).requires_grad_()  # a leaf over the same numbers: they came without a graph
         output = self._once(entered, batch, share, hand_on, received=inputs)
-        after = random_state(self.device)
+        after = RandomState()
         assert entered.grad is not None, "the loss depends on the inputs"
         scale = self.scaler.scale(torch.full((), share, device=self.device))  # a tensor: nobody waits for its value
         along = cosine_direction(entered.grad.float() / scale, batch.gradient)
@@ -269,9 +270,9 @@ class LocalStep:
         weight = share * self.module.objective.reconcile / (2 * step)
         del entered
         for sign in (1.0, -1.0):
-            set_random_state(self.device, before)  # the same draws of dropout and drop path
+            before.restore()  # the same draws of dropout and drop path
             self._once(inputs + (sign * step * along).to(inputs.dtype), batch, sign * weight, received=inputs)
-        set_random_state(self.device, after)
+        after.restore()
         return output
 
     def _accumulate(self, run: Pass, inputs: Tensor, batch: LocalBatch, hand_on: TakeFeatures | None) -> LocalOutput:
@@ -292,19 +293,18 @@ class LocalStep:
                 outputs.append(run(chunk, part, shares[-1], take))
         return _merge(outputs, shares)
 
-    def snapshot(self) -> tuple[Tensor, Before]:
+    def snapshot(self) -> Before:
         """What a step changes before its update: random states, and what forward passes write (running statistics)."""
-        return random_state(self.device), self._undo.remember()
+        return self._undo.remember()
 
-    def go_back(self, state: tuple[Tensor, Before]) -> None:
+    def go_back(self, state: Before) -> None:
         """Undo an unfinished step: gradients are dropped, all else is as in the snapshot.
 
         Raises:
             RuntimeError: the step wrote a buffer that no step before had written.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        set_random_state(self.device, state[0])
-        self._undo.undo(state[1])
+        self._undo.undo(state)
 
     def run_as(self, accumulation: int) -> None:
         """Cut batches into another number of parts from now on; a compiled module is compiled anew."""
@@ -362,15 +362,13 @@ def drawing_from(device: torch.device, seed: tuple[int, ...] | None) -> Iterator
         yield
         return
     number = int.from_bytes(hashlib.blake2b(repr(seed).encode(), digest_size=8).digest(), "big") >> 1
-    devices = dict.fromkeys((torch.device("cpu"), device))
-    before = [random_state(each) for each in devices]
-    try:
-        for each in devices:
-            _generator(each).manual_seed(number)
+    gpus = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=gpus):
+        torch.default_generator.manual_seed(number)
+        for gpu in gpus:
+            with torch.cuda.device(gpu):
+                torch.cuda.manual_seed(number)
         yield
-    finally:
-        for each, state in zip(devices, before, strict=True):
-            set_random_state(each, state)
 
 
 def check_surroundings(device_type: str, precision: str, *given: Tensor) -> None:
@@ -436,14 +434,6 @@ def _smallest_part(num_images: int, count: int) -> int:
     """Images in the last part of a batch, as ``Tensor.chunk`` cuts."""
     size = -(-num_images // count)
     return (num_images - 1) % size + 1
-
-
-def _generator(device: torch.device) -> torch.Generator:
-    if device.type != "cuda":
-        return torch.default_generator
-    index = torch.cuda.current_device() if device.index is None else device.index
-    generator: torch.Generator = torch.cuda.default_generators[index]
-    return generator
 
 
 def compiled_alone(module: nn.Module) -> Callable[..., Any]:

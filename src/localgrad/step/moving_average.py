@@ -11,7 +11,7 @@ import torch
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
-from localgrad.backbones.written import let_go, strip_hooks
+from localgrad.backbones.hooks import let_go, strip_hooks
 from localgrad.objectives.averaging import OtherBuffers, averaged_pairs, renew_spectral_norms
 from localgrad.step.sharding import rows_of
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localgrad.backbones.base import Backbone, Layout
-from localgrad.backbones.fake import copy_without_hooks
+from localgrad.backbones.hooks import copy_without_hooks
 from localgrad.learner import LocalLearner
 from localgrad.objectives.carried import LocalBatch
 from localgrad.step.executor import walk
