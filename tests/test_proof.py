@@ -276,7 +276,7 @@ def test_a_copy_on_the_host_keeps_ties_and_values() -> None:
     model = Toy().half()
     model.blocks[1].weight = model.blocks[0].weight
     model.blocks[0].weight.grad = torch.ones_like(model.blocks[0].weight)
-    copied, pairs = copy_on_host(model, widens=True)
+    copied, pairs = copy_on_host(model)
     assert copied.blocks[1].weight is copied.blocks[0].weight
     assert copied.blocks[0].weight.dtype == torch.float32
     assert torch.equal(copied.head.weight.half(), model.head.weight)

@@ -1,10 +1,5 @@
 """Copies of models, optimizers and learners whose tensors have shapes but no memory.
 
-``fake_copy`` is ``copy.deepcopy`` with every tensor on the way replaced by a fake one, so it reaches whatever a deep
-copy reaches: parameters, buffers, optimizer state, plain attributes, items of containers. It carries no hooks of
-users: what they would read (is there a NaN?) isn't there. ``without_initialization`` builds a model without filling its
-weights, for those who want to know its shapes only.
-
 The private names of PyTorch that the package needs (``TorchDispatchMode``, ``FakeTensorMode``) are imported in this
 file and nowhere else; ``tests/test_memory.py`` pins what we rely on.
 
@@ -61,6 +56,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+M = TypeVar("M", bound=nn.Module)
 
 NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 """What is raised where code asks fake tensors for values: by a condition, or as a shape."""
@@ -270,13 +266,9 @@ def _recipe_for_one(part: Any, args: tuple[Any, ...], owners: dict[int, int | No
 
 @final
 class _Copier(TorchFunctionMode):
-    """While active, ``copy.deepcopy`` gives another kind of tensors, wherever they are held.
+    """While active, ``copy.deepcopy`` copies tensors by a function, whatever holds them.
 
-    A function mode sees ``Tensor.__deepcopy__`` whatever holds the tensor: a module, an optimizer's state, a list, a
-    plain attribute. ``Parameter.__deepcopy__`` isn't seen, but the ``clone`` that it is made of is.
-
-    Args:
-        convert: makes the copy of a tensor.
+    A function mode sees ``Tensor.__deepcopy__``; ``Parameter.__deepcopy__`` it doesn't, but the ``clone`` in it.
     """
 
     def __init__(self, convert: Callable[[Tensor], Tensor]) -> None:
@@ -374,19 +366,13 @@ def quick_view(tensor: FakeTensor, shape: Sequence[int]) -> Tensor:
 
 
 def fake_copy(obj: T) -> tuple[FakeTensorMode, T]:
-    """Copy any object so that its tensors have shapes but no memory.
+    """Copy any object (a module, an optimizer, a learner) so that its tensors have shapes but no memory.
 
-    The copy is ``copy.deepcopy``, with every tensor that it reaches (parameters, buffers, optimizer
-    state, gradients, plain attributes, items of containers) replaced by a fake CPU tensor of the same
-    shape, stride, dtype and ``requires_grad``. What shared a storage still does. CUDA and meta tensors become
-    CPU ones, since autograd's backward on fake CUDA tensors needs a GPU. A tensor that a closure
-    captured isn't reached, and is refused by the fake mode when it is used.
-
-    Hooks that users set on modules or tensors aren't copied; they read values, of which there are none. Those whose
-    code is torch's own are (spectral and weight norm, pruning, FSDP): without them the layer would be another one.
-
-    Args:
-        obj: a module, an optimizer, a learner that holds both, a tuple of such things.
+    The copy is ``copy.deepcopy``, with every tensor that it reaches (parameters, buffers, optimizer state, gradients,
+    plain attributes, items of containers) replaced by a fake CPU tensor of the same shape, stride, dtype and
+    ``requires_grad``. What shared a storage still does. CUDA and meta tensors become CPU ones, since autograd's
+    backward on fake CUDA tensors needs a GPU. A tensor that a closure captured isn't reached, and the fake mode refuses
+    it. Hooks of users aren't copied (``copy_without_hooks``): they read values, of which there are none.
 
     Returns:
         The mode inside which the copy has to be used, and the copy.
@@ -420,24 +406,20 @@ def _copied_in(memo: dict[int, Any]) -> list[tuple[Any, Any]]:
     return [(original, memo[id(original)]) for original in memo.get(id(memo), []) if id(original) in memo]
 
 
-def copy_on_host(obj: T, *, widens: bool) -> tuple[T, list[tuple[Any, Any]]]:
-    """Copy any object so that its tensors are on the processor.
+def copy_on_host(module: M) -> tuple[M, list[tuple[Any, Any]]]:
+    """Copy a module so that its tensors are on the processor; gives (original, copy) of everything reached as well.
 
-    Args:
-        obj: as for `fake_copy`.
-        widens: make float32 of floats of 16 bits, for which a processor lacks some operators.
-
-    Returns:
-        The copy, and (original, copy) of everything that was reached.
+    Where its weights are of one type, floats of 16 bits become float32: a processor lacks some operators for them.
     """
+    widens = len({weight.dtype for weight in module.parameters()}) == 1
 
     def on_host(tensor: Tensor) -> Tensor:
         small = widens and tensor.is_floating_point() and tensor.element_size() == 2
         return tensor.detach().to("cpu", torch.float32 if small else tensor.dtype, copy=True)
 
     memo: dict[int, Any] = {}
-    with _Copier(on_host):
-        copied = copy.deepcopy(obj, memo)
+    with random_state_kept(), _Copier(on_host):
+        copied = copy.deepcopy(module, memo)
     return copied, _copied_in(memo)
 
 
@@ -505,10 +487,7 @@ class without_initialization(TorchFunctionMode):  # noqa: N801  # used as a cont
         """Skip what would fill a parameter in place."""
         kwargs = kwargs or {}
         filled = args[0] if args else kwargs.get("tensor")
-        if isinstance(filled, nn.Parameter) and (func in self.SKIPPED or _is_initializer(func)):
+        is_initializer = getattr(func, "__module__", None) == "torch.nn.init"
+        if isinstance(filled, nn.Parameter) and (func in self.SKIPPED or is_initializer):
             return filled
         return func(*args, **kwargs)
-
-
-def _is_initializer(func: Any) -> bool:
-    return getattr(func, "__module__", None) == "torch.nn.init"

@@ -1,17 +1,16 @@
 """The halves of a timm block: its attention and its MLP, each as ``x + drop_path(branch(x))``.
 
-What. ``find_pieces(block, example)`` returns the pieces that, run in sequence, give what the block gives, bit for bit.
-A branch treats every image by itself (``per_image``), so it may run over a part of the batch at a time; the drop path
-stands outside of it and draws for the whole batch, in the order in which the block itself draws.
+``find_pieces`` gives the pieces that, run in sequence, give what the block gives, bit for bit. A branch treats every
+image by itself (``per_image``), so it may run over a part of the batch at a time; the drop path stands outside of it
+and draws for the whole batch, in the order in which the block itself draws.
 
-How. There is no table of architectures but one of *written forms*: where timm puts norm, attention, layer scale and
-MLP under which names. Each form is tried in training mode on a copy of the block with random weights, and taken only
-if it gives the copy's own bits. Drop path may hide a branch of every image; then it is tried in evaluation mode, too. A
-block that no form fits is one piece of its own, the whole block: still right, only coarser.
+There is no table of architectures but one of *written forms*: where timm puts norm, attention, layer scale and MLP
+under which names. Each form is tried in training mode on a copy of the block with random weights, and taken only if it
+gives the copy's own bits; where drop path hides a branch of every image, in evaluation mode, too. A block that no form
+fits is one piece of its own: still right, only coarser.
 
-Source: timm 1.0.31 (``x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))`` and its variants). The idea of cutting
-a block at its residual additions is common to reversible networks (RevNet, arXiv 1707.04585) and to mega-batching of
-feed-forward chunks (Reformer, arXiv 2001.04451, Section 3: "chunking").
+Source: timm 1.0.31 (``x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))`` and its variants). Cutting a block at
+its residual additions: RevNet, arXiv 1707.04585; chunks of feed-forward layers: Reformer, arXiv 2001.04451, Section 3.
 
 Shapes: B batch first in every tensor; what follows is the block's own layout.
 """
@@ -81,8 +80,6 @@ class AsCut:
     """A module as it was when it was cut: its branches give what it gives for as long as it is so.
 
     Attributes:
-        module: the module.
-        kind: its class.
         functions: the methods that its forward pass runs, with the code that they had, by name.
         own: what the instance has in place of them, by name; ``None`` for nothing.
         children: modules that the branches call, by name.
@@ -162,22 +159,12 @@ class Piece:
 
 
 def whole_block(block: nn.Module, example: Tensor) -> Piece:
-    """A block as one piece, for the whole batch at once.
-
-    Args:
-        block: one block of a backbone.
-        example: features that enter it, [2 or more, ...].
-    """
+    """A block as one piece, for the whole batch at once; ``example`` enters it, [2 or more, ...]."""
     return Piece(block, None, per_image=False, effects=observed(block, example).effects_on(block))
 
 
 def observed(module: nn.Module, example: Tensor) -> Observed:
-    """What a module's forward pass changes in training mode; the module and all random states are as before.
-
-    Args:
-        module: a block, a stem, a tail.
-        example: what enters it, [2 or more, ...].
-    """
+    """What a module's forward pass changes in training mode, on an example [2 or more, ...]; nothing stays changed."""
 
     def run() -> Observed:
         with torch.no_grad(), random_state_kept(), _one_thread():
@@ -188,7 +175,7 @@ def observed(module: nn.Module, example: Tensor) -> Observed:
 
 
 def find_pieces(block: nn.Module, example: Tensor, *, halves: bool = True) -> list[Piece]:
-    """Cut a block at its residual additions.
+    """Cut a block at its residual additions; the block and the random state are as before.
 
     Args:
         block: one block of a backbone.
@@ -196,9 +183,8 @@ def find_pieces(block: nn.Module, example: Tensor, *, halves: bool = True) -> li
         halves: look for attention and MLP; otherwise only for how the block draws, so that it may run over chunks.
 
     Returns:
-        Two or more pieces where the block's written form is known, else one: the whole block. So is a block that writes
-        state (running statistics, a counter), which is one before it and one behind, and a block with hooks. The block
-        and the random state are as before.
+        Two or more pieces where the block's written form is known, else one: the whole block. That is also what a block
+        is that has state (its effects are taken back as a whole) or hooks.
     """
     seen = observed(block, example)
     if seen.parts or seen.draws or any(map(has_hooks, block.modules())):
@@ -354,14 +340,7 @@ class _Chain:
 def _noted_if_same(
     step: nn.Module, pieces: Sequence[Piece], example: Tensor, given: tuple[RandomState, Tensor]
 ) -> list[_Noted] | None:
-    """What `_run_noting` notes, if pieces give a step's bits; ``None`` if they don't.
-
-    Args:
-        step: the step.
-        pieces: a way to cut it.
-        example: features that enter it.
-        given: the random state before the step ran in training mode, and what it gave.
-    """
+    """What `_run_noting` notes, if pieces give a step's bits: what it gave from a random state in training mode."""
     state, outputs = given
     try:
         step.train()

@@ -21,6 +21,7 @@ OUR_PACKAGES = frozenset({"torch", "timm", "localgrad"})
 """Whose code is known by its version."""
 _OF_CALLS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBALS = vars(nn.modules.module)
+_OF_ALL_CALLS = [_GLOBALS[f"_global{table}"] for table in _OF_CALLS]
 HOOKS_ON_ALL_MODULES: list[dict[int, Any]] = [
     hooks for name, hooks in _GLOBALS.items() if name.startswith("_global_") and isinstance(hooks, dict)
 ]
@@ -36,7 +37,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 def hooks_on_all() -> bool:
     """Whether a call of any module runs hooks."""
-    return any(_GLOBALS[f"_global{table}"] for table in _OF_CALLS)
+    return any(_OF_ALL_CALLS)
 
 
 def is_ours(function: object) -> bool:
@@ -64,10 +65,7 @@ def strip_hooks(module: nn.Module) -> None:
 
 
 def let_go(module: nn.Module) -> None:
-    """Cut what a module shows of an earlier pass (the weight of an old spectral norm) from that pass's graph.
-
-    PyTorch copies nothing that has a graph.
-    """
+    """Cut what an earlier pass left (an old spectral norm's weight) off its graph: PyTorch copies nothing with one."""
     for part in module.modules():
         for name, value in vars(part).items():
             if isinstance(value, Tensor) and not value.is_leaf:
@@ -75,18 +73,13 @@ def let_go(module: nn.Module) -> None:
 
 
 def copy_without_hooks(obj: T, memo: dict[int, Any] | None = None) -> T:
-    """``copy.deepcopy``, but that hooks of users stay with the original; what an earlier pass left has no graph.
-
-    Args:
-        obj: a module, or anything that holds some.
-        memo: as for ``copy.deepcopy``.
-    """
+    """``copy.deepcopy``, but that hooks of users stay with the original; what an earlier pass left has no graph."""
     memo = {} if memo is None else memo
     # What stands in the memo already isn't copied: not the hooks, and nothing that only they hold (locks, files).
-    modules = list(_modules_reached(obj))
-    tables = [table for module in modules for table in _hooks_of(module)]
+    attributes = [pair for module in _modules_reached(obj) for pair in vars(module).items()]
+    tables = [value for name, value in attributes if name.endswith("_hooks") and isinstance(value, dict)]
     memo.update({id(table): type(table)() for table in tables})
-    shown = [value for module in modules for value in vars(module).values() if isinstance(value, Tensor)]
+    shown = [value for _, value in attributes if isinstance(value, Tensor)]
     with torch.no_grad():
         memo.update({id(value): value.detach().clone() for value in shown if not value.is_leaf})
     copied = copy.deepcopy(obj, memo)
@@ -123,8 +116,3 @@ _HOLD_NO_MODULES = (
     *(Tensor, str, bytes, int, float, type),
     *(types.FunctionType, types.BuiltinFunctionType, types.ModuleType),
 )
-
-
-def _hooks_of(module: nn.Module) -> list[dict[int, Any]]:
-    """The tables of hooks that a module has."""
-    return [table for name, table in vars(module).items() if name.endswith("_hooks") and isinstance(table, dict)]

@@ -34,11 +34,7 @@ _HOOKS = ("_forward_", "_backward_", "_state_dict_", "_load_state_dict_")
 
 
 def signature(module: nn.Module) -> str | None:
-    """A text that is the same for modules that cost the same, also in another process; no values of weights.
-
-    Returns:
-        ``None`` where something isn't readable.
-    """
+    """The same text for modules that cost the same, also in another process; ``None`` where one isn't readable."""
     reader = _Reader()
     text = reader.read(module)
     return None if reader.is_opaque else text
@@ -54,13 +50,8 @@ def likeness(module: nn.Module) -> Hashable | None:
     text = reader.read(module)
     if reader.is_opaque or reader.has_tensors:
         return None
-    single = [
-        value.item()
-        for buffer in module.buffers()
-        if buffer.numel() == 1 and not buffer.is_floating_point() and not buffer.is_complex()
-        for value in [buffer]
-        if not (value.is_meta or isinstance(value, FakeTensor))
-    ]
+    integers = [b for b in module.buffers() if b.numel() == 1 and not (b.is_floating_point() or b.is_complex())]
+    single = [buffer.item() for buffer in integers if not (buffer.is_meta or isinstance(buffer, FakeTensor))]
     return text, tuple(reader.classes), tuple(single)
 
 
@@ -79,7 +70,6 @@ class _Reader:
         is_opaque: whether it has something that can't be read.
         has_tensors: whether it keeps tensors as plain attributes, whose values aren't read.
         is_foreign: whether some of its code isn't ours.
-        classes: of its parts, once each.
     """
 
     def __init__(self) -> None:

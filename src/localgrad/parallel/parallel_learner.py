@@ -231,9 +231,6 @@ class ParallelLearner(Learner):
     def share(self, batch: LocalBatch | None = None) -> StepResult:
         """As ``step``, on a batch that gives its images away; only the first rank gives one.
 
-        Args:
-            batch: images, labels and targets.
-
         Raises:
             RecipeError: no optimizers yet.
         """
@@ -288,11 +285,8 @@ class ParallelLearner(Learner):
     def infer(self, images: Tensor | None, targets: Tensor | None) -> tuple[dict[int, Tensor], Tensor]:
         """Class logits of the own modules' classifiers for the next batch; call ``eval()`` first, and ``begin``.
 
-        Where an average is kept, the last module's logits are those of the averaged model.
-
-        Args:
-            images: [B, C, H, W], on the first rank.
-            targets: class indices int64 [B], on the first rank.
+        Images [B, C, H, W] and class indices int64 [B] are the first rank's. Where an average is kept, the last
+        module's logits are those of the averaged model.
 
         Returns:
             Logits [B, num_classes] by module, where it has a classifier, and the targets.
@@ -425,16 +419,7 @@ class ParallelLearner(Learner):
 
 
 def unread_parameters(module: LocalModule, site: Site, dtype: torch.dtype) -> list[str]:
-    """Trainable parameters of a local module that its loss doesn't depend on, found on tensors without memory.
-
-    Args:
-        module: of ``site``.
-        site: where it stands.
-        dtype: of its features.
-
-    Returns:
-        Their names in the module.
-    """
+    """Names of a module's trainable parameters that its loss doesn't depend on, found on tensors without memory."""
     with by_shapes_alone():
         fake_mode, fake = fake_copy(module)
         with fake_mode:
@@ -444,14 +429,7 @@ def unread_parameters(module: LocalModule, site: Site, dtype: torch.dtype) -> li
 
 
 def merged(parts: Sequence[LearnerPart]) -> LearnerState:
-    """The state of a whole learner, made of the parts of all ranks in order.
-
-    Args:
-        parts: from ``ParallelLearner.state_dict``.
-
-    Returns:
-        As from ``LocalLearner.state_dict``.
-    """
+    """The state of a whole learner, as from ``LocalLearner.state_dict``, made of the parts of all ranks in order."""
     first = parts[0]
     averages = [part["averaged_model"] for part in parts]
     whole: LearnerState = {
@@ -480,11 +458,7 @@ def _listed(parts: Iterable[Mapping[int, V]]) -> list[V]:
 
 
 def shares_of(costs: Sequence[int], num_ranks: int) -> tuple[range, ...]:
-    """Which local modules each rank has.
-
-    Args:
-        costs: of each module.
-        num_ranks: of a replica.
+    """Which local modules each rank of a replica has, by the modules' costs.
 
     Raises:
         ParallelError: more ranks than modules.

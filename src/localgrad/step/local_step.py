@@ -3,10 +3,8 @@
 Everything that a step may keep between batches is the module's own: its optimizer, its gradient scaler, its
 clipping norm. So modules can run in any order or place with the same result.
 
-Gradient accumulation happens here, inside the module's step: the batch is cut into equal parts, each runs forward
-and backward, then one update follows. The gradients are still freed before the next module runs; only the
-features of the whole batch are kept at the boundary. Peers that accumulate over calls keep the gradients of
-every module alive at once.
+With accumulation the batch is cut into parts, each runs forward and backward, then one update follows. The gradients
+are still freed before the next module runs; only the features of the whole batch are kept at the boundary.
 """
 
 from __future__ import annotations
@@ -188,9 +186,7 @@ class LocalStep:
         self.updating = False
 
     def __call__(self, inputs: Tensor, batch: LocalBatch, hand_on: TakeFeatures | None = None) -> LocalOutput:
-        """Train on one batch, from cleared gradients on.
-
-        A frozen module only runs, and its state stays; see ``Frozen``.
+        """Train on one batch, from cleared gradients on; a frozen module only runs (``Frozen``).
 
         Args:
             inputs: what the module before gave, detached; the images for the first module.
@@ -291,7 +287,7 @@ class LocalStep:
             take = hand_on_all if is_last and hand_on is not None else None
             with contextlib.nullcontext() if is_last or self._replicated is None else self._replicated.no_sync():
                 outputs.append(run(chunk, part, shares[-1], take))
-        return _merge(outputs, shares)
+        return joined(outputs, shares)
 
     def snapshot(self) -> Before:
         """What a step changes before its update: random states, and what forward passes write (running statistics)."""
@@ -350,13 +346,10 @@ def explained(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 @contextlib.contextmanager
 def drawing_from(device: torch.device, seed: tuple[int, ...] | None) -> Iterator[None]:
-    """A region in which random numbers are a function of a seed alone; the caller's own go on afterwards.
+    """A region in which a device's random numbers are a function of a seed alone; the caller's own go on afterwards.
 
-    So what a module draws depends neither on the modules before it nor on the process that it runs in.
-
-    Args:
-        device: whose numbers, beside the processor's.
-        seed: any whole numbers; with ``None`` the caller's numbers are drawn.
+    So what a module draws depends neither on the modules before it nor on the process that it runs in. With ``None``
+    the caller's numbers are drawn.
     """
     if seed is None:
         yield
@@ -373,11 +366,6 @@ def drawing_from(device: torch.device, seed: tuple[int, ...] | None) -> Iterator
 
 def check_surroundings(device_type: str, precision: str, *given: Tensor) -> None:
     """Refuse to train where PyTorch was told not to, or in another precision than the learner's.
-
-    Args:
-        device_type: of the device that trains.
-        precision: as for ``LocalStep``.
-        given: images and labels.
 
     Raises:
         RecipeError: naming what is on around the step.
@@ -404,10 +392,6 @@ def check_surroundings(device_type: str, precision: str, *given: Tensor) -> None
 @contextlib.contextmanager
 def single_images_refused(num_images: int, accumulation: int) -> Iterator[None]:
     """Say in words what PyTorch says of a batch norm that gets a single value for each channel.
-
-    Args:
-        num_images: of the batch.
-        accumulation: parts that it is cut into.
 
     Raises:
         RecipeError: inside, naming how many parts would do.
@@ -452,7 +436,9 @@ def compiled_alone(module: nn.Module) -> Callable[..., Any]:
     return compiled
 
 
-def _merge(outputs: Sequence[LocalOutput], shares: Sequence[float]) -> LocalOutput:
+def joined(outputs: Sequence[LocalOutput], shares: Sequence[float]) -> LocalOutput:
+    """The output of a batch, made of those of its parts and their shares of the images."""
+
     def mean(values: Sequence[Tensor]) -> Tensor:
         return torch.stack([value * share for value, share in zip(values, shares, strict=True)]).sum()
 
