@@ -370,6 +370,12 @@ def plan(
     json_: Annotated[
         Path | None, typer.Option("--json", help="Write the plan, for train --plan.", rich_help_panel=RUN)
     ] = None,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure", help="Time the model's parts here, in a minute, not by nominal rates.", rich_help_panel=RUN
+        ),
+    ] = False,
     no_cache: NoCacheOption = False,
     **given: Any,
 ) -> None:
@@ -392,6 +398,7 @@ def plan(
         frontier=frontier,
         ranks=(parallel, balance),
         json=json_,
+        measure=measure,
         cache=not no_cache,
     )
 
@@ -407,6 +414,7 @@ def _print_plan(
     frontier: bool,
     ranks: tuple[int | None, str | None],
     json: Path | None,
+    measure: bool,
     cache: bool,
 ) -> None:
     """Plan a recipe, print what was found, and write it."""
@@ -431,7 +439,9 @@ def _print_plan(
     classes, channels = recipes.CLASSES.get(named, (None, 3))
     kind = recipes.kind_of(recipe.execution.device if device == "auto" else device)
     num_classes = num_classes or classes
-    task = recipes.task_of(recipe, device=kind, num_classes=num_classes, num_channels=channels, cache=cache)
+    task = recipes.task_of(
+        recipe, device=kind, num_classes=num_classes, num_channels=channels, measure=measure, cache=cache
+    )
     console = Console()
     if largest_batch:
         assert budget is not None, "checked above"
