@@ -29,6 +29,7 @@ from localgrad.learner import Factories, Learner, LocalLearner
 from localgrad.objectives.methods import Objective, build_objective
 from localgrad.parallel.parallel_learner import ParallelLearner
 from localgrad.parallel.team import Team
+from localgrad.partition import Plan
 from localgrad.partitioning import make_plan
 from localgrad.registry import load_plugins
 from localgrad.step.local_step import check_precision
@@ -37,7 +38,7 @@ from localgrad.training.optim import OptimizerFactory, Schedule, check_schedule,
 from localgrad.training.transforms import NONE
 
 EVALUATION_BATCH = 256
-Planned = Callable[[Recipe, Backbone], Recipe]
+Planned = Callable[[Recipe, Backbone], tuple[Recipe, Plan]]
 
 
 if TYPE_CHECKING:  # planning reads no data, and needs none of this
@@ -56,6 +57,12 @@ class Job:
     batches: Batches
     device: torch.device
     team: Team | None = None
+    plan: Plan | None = None
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this process writes and speaks for all."""
+        return self.team is None or self.team.is_speaker
 
     @property
     def local(self) -> LocalLearner:
@@ -93,7 +100,7 @@ def build(
         download: let torchvision fetch a data set that is missing.
         has_weights: weights will be loaded, so pretrained ones aren't needed.
         is_new: a run begins: the job's recipe says how pretrained weights want images normalised, where it was open.
-        planned: gives the recipe with its modules and how they run, once the model is there.
+        planned: gives the recipe with its modules and how they run, and the plan that says so, once the model is there.
         team: the processes that train it together.
     """
     rules.check(recipe.arguments() | ({"budget": None} if planned is None else {}))
@@ -123,8 +130,9 @@ def build(
     waits = is_sequential or execution.offload or team is not None  # on the processor, until its modules are made
     model = model if waits else model.to(device)
     backbone = model if isinstance(model, Backbone) else split(model, size)
+    made_by = None
     if planned is not None:
-        recipe = planned(recipe, backbone)
+        recipe, made_by = planned(recipe, backbone)
         method, execution = recipe.method, recipe.execution
     plan = make_plan(backbone, method.local.modules, checkpoint=execution.checkpoint)
     settings_of_learner: Kwargs = {
@@ -186,7 +194,7 @@ def build(
     )
     # Made once to be checked, and dropped: nothing has been written yet.
     schedule_for([_optimizer_alone(learner, index, optimizer) for index in learner.own])
-    return Job(recipe, data, learner, optimizer, schedule_for, batches, device, team)
+    return Job(recipe, data, learner, optimizer, schedule_for, batches, device, team, made_by)
 
 
 def _load(recipe: Recipe, *, download: bool, is_new: bool) -> Splits:

@@ -20,6 +20,7 @@ from torch import Tensor
 from localgrad import rules
 from localgrad.app.build import check_model_name, create_model, input_size_of, resolve_device
 from localgrad.app.comparison import Settings
+from localgrad.app.fitting import device_name, versions
 from localgrad.app.recipe import DataSettings, ModelSettings, validated
 from localgrad.backbones.base import Backbone, split
 from localgrad.compare.contenders import Contender, Local, Stage, default_methods
@@ -31,7 +32,6 @@ from localgrad.objectives.auxiliary import DECODERS
 from localgrad.objectives.methods import OBJECTIVES
 from localgrad.partition import Checkpointing, Plan
 from localgrad.partitioning import num_parameters
-from localgrad.run import device_name, versions
 from localgrad.step.local_step import check_precision
 from localgrad.training.data import Batches, DataInfo, load_data
 from localgrad.training.optim import OptimizerFactory

@@ -130,9 +130,13 @@ class Splits:
     sizes: tuple[tuple[int, int], ...] = ()
     transform: str | None = None
 
+    def part(self, name: str) -> ImageSet | None:
+        """One of them."""
+        return {"train": self.train, "val": self.val, "test": self.test}[name]
+
     def num_read(self, part: str) -> int:
         """Images of a part without those that were left out, as far as they were read."""
-        images: ImageSet | None = {"train": self.train, "val": self.val, "test": self.test}[part]
+        images = self.part(part)
         left_out = len(self.skipped[part].images) if isinstance(images, FileImages) else 0
         return 0 if images is None else len(images) - left_out
 
