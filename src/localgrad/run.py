@@ -100,7 +100,7 @@ def train(
     decided = dict.fromkeys(("checkpoint", "accumulation"))  # a recipe always has them, and a plan lays others over it
     rules.check({**wanted.arguments(), **decided, **given})
     check_writable(place or Path("runs"))
-    planned = None if plan is None and num_bytes is None else partial(_planned, plan, num_bytes, cache)
+    planned = None if plan is None and num_bytes is None else partial(_planned, plan, num_bytes, cache=cache)
     with team_of(wanted) as team:
         job = together(team, lambda: build(wanted, download=download, is_new=True, planned=planned, team=team))
         path = place or new_folder(wanted.method.data.name, wanted.method.local.objective)
@@ -208,11 +208,7 @@ def _normalised_as(begun: Recipe, recipe: Recipe) -> Recipe:
 
 
 def _planned(
-    plan: Plan | None,
-    budget: int | None,
-    cache: bool,
-    recipe: Recipe,
-    backbone: Backbone,  # noqa: FBT001
+    plan: Plan | None, budget: int | None, recipe: Recipe, backbone: Backbone, *, cache: bool
 ) -> tuple[Recipe, Plan]:
     """A recipe planned to a budget once its model is there, or laid over with a plan that fits that model."""
     if budget is not None:
