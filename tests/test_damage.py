@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from helpers import Cli, assert_refused, assert_same_run, interrupt_at_step, metrics_of
+from helpers import Cli, assert_refused, assert_same_run, interrupt_at_step, load_named, metrics_of
 from localgrad import run
 from localgrad.app import fitting, run_folders, using_runs
 from localgrad.app.recipe import Recipe, overlay
@@ -596,22 +596,20 @@ def test_moved_data_of_an_older_run_is_compared_as_far_as_it_is_known(moved: Pat
 
 
 def test_images_that_are_decoded_while_training_have_a_fingerprint() -> None:
-    from localgrad.training.data import load_data
     from localgrad.training.fingerprint import fingerprint_of
 
-    found = {fingerprint_of(load_data("digits", limit=100, seed=seed)) for seed in (0, 0, 1)}
+    found = {fingerprint_of(load_named("digits", limit=100, seed=seed)) for seed in (0, 0, 1)}
     assert len(found) == 2
 
 
 def test_fingerprints_of_files(tmp_path: Path) -> None:
-    from localgrad.training.data import load_data
     from localgrad.training.fingerprint import fingerprint_of
 
     one, other = write_images(tmp_path / "one"), write_images(tmp_path / "other")
-    of = {path: fingerprint_of(load_data(str(path), memory_limit_bytes=0)) for path in (one, other)}
+    of = {path: fingerprint_of(load_named(str(path), memory_limit_bytes=0)) for path in (one, other)}
     assert of[one] == of[other]
     Image.new("RGB", (16, 16)).save(other / "dog" / "7.png")
-    assert fingerprint_of(load_data(str(other), memory_limit_bytes=0)) != of[one]
+    assert fingerprint_of(load_named(str(other), memory_limit_bytes=0)) != of[one]
 
 
 def test_the_command_line_takes_moved_data_and_says_damage_in_a_line(moved: Path, cli_: Cli) -> None:

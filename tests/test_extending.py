@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import localgrad
-from helpers import SIZE, Recorder, batches, make, make_learner
+from helpers import SIZE, Recorder, batches, load_named, make, make_learner
 from localgrad.app import build, run_folders, using_runs
 from localgrad.app.recipe import Recipe, as_recipe, overlay
 from localgrad.errors import DataError, RecipeError
@@ -24,7 +24,7 @@ from localgrad.objectives.auxiliary import CLASSIFIERS, DECODERS, LinearDecoder,
 from localgrad.objectives.methods import OBJECTIVES
 from localgrad.planning import budget
 from localgrad.registry import Registry, load_plugins
-from localgrad.training.data import Batches, load_data
+from localgrad.training.data import Batches
 from localgrad.training.transforms import Prepared
 
 VIT: dict[str, Any] = {"name": "vit_tiny_patch16_224", "img_size": 32, "patch_size": 8}
@@ -256,7 +256,7 @@ def write_photos(folder: Path, size: tuple[int, int] = (48, 60), count: int = 16
 
 
 def batches_of(path: Path, transform: str | None, num_workers: int = 0, **settings: Any) -> Batches:
-    data = load_data(str(path), transform=transform)
+    data = load_named(str(path), transform=transform)
     size: dict[str, Any] = {"image_size": (32, 32), "batch_size": 6, "device": "cpu", "drop_last": True}
     augment = build.Augment()
     made = {**size, "augment": augment, "seed": 3, "info": data.info, "transform": transform, **settings}

@@ -24,6 +24,7 @@ from helpers import (
     Recorder,
     assert_same_run,
     interrupt_at_step,
+    load_named,
     metrics_of,
     wait_for_epochs,
 )
@@ -161,7 +162,7 @@ def test_the_weights_are_plain_timm_and_give_the_evaluated_logits(
     assert result["accuracy"] == summary["test_accuracy"]
     assert result["module_accuracy"] == summary["test_module_accuracy"]
 
-    data = load_data("digits")  # and the accuracy is what anybody would compute
+    data = load_named("digits")  # and the accuracy is what anybody would compute
     predicted = torch.cat([theirs for _, theirs in pairs]).argmax(dim=1)
     assert float((predicted == data.test.labels).float().mean()) == pytest.approx(result["accuracy"], abs=1e-7)
 

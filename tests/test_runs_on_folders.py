@@ -23,6 +23,8 @@ from localgrad.compare import verb
 from localgrad.training import data
 from localgrad.training.events import Event, RunStarted, Sink
 from localgrad.training.image_sets import Skipped
+from localgrad.training.images import Reading
+from localgrad.training.settings import DataSettings
 
 VIT: dict[str, Any] = {
     "name": "vit_tiny_patch16_224",
@@ -213,21 +215,23 @@ def test_how_images_are_read_is_kept_with_the_run(here: Path, cli_: Cli) -> None
     assert (info["image_range"], info["background"], info["fit"]) == ([0, 4095], [16, 16, 16], "pad")
     assert (info["mean"], info["std"]) == ([0.5], [0.25])
 
-    asked = []
+    asked, corrupt = [], []
     load = using_runs.load_images_for_prediction
 
-    def watched(*arguments: Any, **settings: Any) -> Any:
-        asked.append(settings)
-        return load(*arguments, **settings)
+    def watched(path: Path, reading: DataSettings, *arguments: Any, **settings: Any) -> Any:
+        asked.append(Reading.as_set(reading))
+        corrupt.append(reading.on_corrupt)
+        return load(path, reading, *arguments, **settings)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(using_runs, "load_images_for_prediction", watched)
         assert len(list(using_runs.predict(here / "run", here / "set"))) == 16
         otherwise = ("--image-range", "0,1000", "--background", "white", "--fit", "squash", "--on-corrupt", "skip")
         assert cli_("predict", "run", "set", *otherwise).code == 0
-    kept, typed = ([each[key] for key in ("image_range", "background", "fit", "on_corrupt")] for each in asked)
-    assert kept == [(0, 4095), (16, 16, 16), "pad", "error"]
-    assert typed == [(0, 1000), (255, 255, 255), "squash", "skip"]
+    kept, typed = ([each.image_range, each.background, each.fit] for each in asked)
+    assert kept == [(0, 4095), (16, 16, 16), "pad"]
+    assert typed == [(0, 1000), (255, 255, 255), "squash"]
+    assert corrupt == ["error", "skip"]
     assert_refused(cli_("predict", "run", "set", "--fit", "bend"), "data.fit = 'bend'")
     assert_refused(cli_("predict", "run", "set", "--image-range", "a"), "--image-range: 'a'", "--image-range 0,4095")
     assert using_runs.evaluate_run(here / "run")["num_images"] == 3

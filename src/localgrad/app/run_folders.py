@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from localgrad.app.build import Job, build
-from localgrad.app.recipe import DataSettings, Recipe, difference
+from localgrad.app.recipe import Recipe, difference
 from localgrad.errors import CheckpointError, DataError, RunFolderError, arg
 from localgrad.formats import check_format
 from localgrad.training.events import summary_rows
@@ -16,6 +16,7 @@ from localgrad.training.fingerprint import DataDescription, fingerprint_of
 from localgrad.training.folder import RunFolder, is_sound, kept_of, load_saved_weights, read_text, say
 from localgrad.training.parallel_trainer import joined_checkpoint
 from localgrad.training.saved import RUN_FORMAT, Checkpoint, PositionState, Summary
+from localgrad.training.settings import DataSettings
 
 _PLACE = [each.name for each in fields(DataSettings) if each.name in ("name", "root") or each.name.endswith("_data")]
 """Keys of a recipe that say where its data lies."""

@@ -10,7 +10,7 @@ import torch
 
 from localgrad.app.build import create_model, input_size_of, resolve_device
 from localgrad.app.fitting import of_best
-from localgrad.app.recipe import DataSettings, Recipe, validated
+from localgrad.app.recipe import Recipe, validated
 from localgrad.app.run_folders import build_again, check_data, place_of, read_description, read_recipe
 from localgrad.backbones.base import Backbone
 from localgrad.errors import RecipeError, arg
@@ -19,11 +19,10 @@ from localgrad.step.states import load_weights
 from localgrad.training.data import load_images_for_prediction
 from localgrad.training.folder import load_saved_weights
 from localgrad.training.image_sets import Skipped
-from localgrad.training.images import parse_colour
 from localgrad.training.saved import Evaluation
+from localgrad.training.settings import DataSettings
 from localgrad.training.stagewise import gather
 from localgrad.training.trainer import below, evaluate, load_best_weights
-from localgrad.training.transforms import NONE
 
 _BEST = Path("checkpoints") / "best.safetensors"
 
@@ -115,8 +114,9 @@ def predict(
     """
     asked = {"on_corrupt": on_corrupt, "image_range": image_range, "background": background, "fit": fit}
     given = {key: value for key, value in asked.items() if value is not None}
-    reading: DataSettings = validated(DataSettings, given, "data.")
+    checked: DataSettings = validated(DataSettings, given, "data.")
     recipe = _on_device(read_recipe(path), device)
+    reading = replace(recipe.method.data, **{key: getattr(checked, key) for key in given})
     info = read_description(path).info
     load_plugins(recipe.execution.plugins)
     where = resolve_device(recipe.execution.device)
@@ -126,20 +126,7 @@ def predict(
     model = made.model if isinstance(made, Backbone) else made
     load_weights(model, below(load_saved_weights(path / _BEST), "model."))
     model.to(where).eval()
-    found = load_images_for_prediction(
-        images,
-        mean=info.mean,
-        std=info.std,
-        num_channels=info.num_channels,
-        image_size=size[1:],
-        on_corrupt=(reading if "on_corrupt" in given else recipe.method.data).on_corrupt,
-        image_range=reading.image_range or info.image_range,
-        background=info.background if reading.background is None else parse_colour(reading.background),
-        fit=reading.fit or info.fit,
-        transform=None if recipe.method.data.transform == NONE else recipe.method.data.transform,
-        skipped=skipped,
-    )
-    for image_path, image in found:
+    for image_path, image in load_images_for_prediction(images, reading, info, image_size=size[1:], skipped=skipped):
         with torch.no_grad():
             shares = model(image[None].to(where)).float().softmax(dim=1)[0]
         best = shares.topk(min(top, len(info.class_names)))
