@@ -549,7 +549,7 @@ def test_memory_that_runs_out_elsewhere_is_told(here: Path, cli_: Cli, monkeypat
 def test_replanning_keeps_the_parts_that_contrastive_terms_see(accumulation: int) -> None:
     job = run.build(recipe_of(local__objective="contrastive", execution__accumulation=accumulation))
     profile = estimate_step(job.learner, 16, job.optimizer)
-    plan = Replanner(job, profile, lambda: (0, "")).next_plan()
+    plan = Replanner(job, profile, lambda: {"measured_peak_bytes": 0, "measured_peak_of": ""}).next_plan()
     assert plan is not None
     assert plan.accumulation == accumulation
 

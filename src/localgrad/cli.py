@@ -31,7 +31,7 @@ from localgrad.app.recipe import DOWNLOAD, OPTIONS, Recipe, overlay, parse_assig
 from localgrad.app.recipe import preset as preset_values
 from localgrad.errors import BudgetError, LocalgradError, PartitionError, RecipeError, RunWarning, arg, naming
 from localgrad.options import DATA, EXECUTION, RUN, Option, Values, declared, read_modules, read_whole, values_of
-from localgrad.units import PLAINLY, parse_bytes
+from localgrad.units import PLAINLY, format_counts, parse_bytes
 
 Verb = TypeVar("Verb", bound=Callable[..., None])
 
@@ -262,7 +262,9 @@ def train(
         changes.setdefault("local.modules", "auto")
     plan = None
     if resume is not None:
-        wanted = _resumed(resume, changes)
+        from localgrad.app.run_folders import read_recipe
+
+        wanted = Recipe.from_dict(overlay(read_recipe(resume).to_dict(), changes))
     elif plan_ is not None:
         plan, wanted = _planned(plan_, preset, recipe, changes)
     else:
@@ -465,11 +467,11 @@ def evaluate(
     **given: Any,
 ) -> None:
     """Accuracy of a run's best weights, of the whole model and of each module's own classifier."""
-    from localgrad import run
+    from localgrad.app.using_runs import evaluate_run
     from localgrad.training.events import accuracies
 
-    result = run.evaluate_run(run_folder, part=part, data=data, device=given["device"], root=given["root"])
-    left_out = "".join(f"; left out: {count:,} {reason}" for reason, count in result["skipped"].items())
+    result = evaluate_run(run_folder, part=part, data=data, device=given["device"], root=given["root"])
+    left_out = f"; left out: {format_counts(result['skipped'])}" if result["skipped"] else ""
     typer.echo(f"{part} accuracy  {result['accuracy']:.2%}  ({result['num_images']:,} images{left_out})")
     typer.echo(f"by module  {accuracies(result['module_accuracy'])}")
 
@@ -488,18 +490,18 @@ def predict(
     **given: Any,
 ) -> None:
     """Classify images with a run's best weights."""
-    from localgrad import run
+    from localgrad.app import using_runs
     from localgrad.training.image_sets import Skipped
 
     skipped = Skipped()
     reading = {key.rpartition(".")[2]: value for key, value in values_of(_IN_PREDICT, given).items()}
-    for prediction in run.predict(run_folder, images, top=top, skipped=skipped, **reading):
+    for prediction in using_runs.predict(run_folder, images, top=top, skipped=skipped, **reading):
         classes = "  ".join(f"{name} {share:.1%}" for name, share in prediction.classes)
         typer.echo(f"{prediction.path}  {classes}")
     for name, reason in skipped.images.items():
         typer.echo(f"left out: {name} ({reason})", err=True)
     if skipped.others:
-        counts = ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.others.items()))
+        counts = format_counts(dict(sorted(skipped.others.items())))
         typer.echo(f"left out, which are no images: {counts}", err=True)
 
 
@@ -577,13 +579,6 @@ def _base(preset_name: str | None, recipe: Path | None, changes: Values) -> Valu
     if changes.get("local.objective", local.get("objective")) != local.get("objective"):
         local.pop("options", None)  # likewise those of its objective
     return base
-
-
-def _resumed(path: Path, changes: Values) -> Recipe:
-    """The recipe of the run to be resumed, with the options laid over it."""
-    from localgrad import run
-
-    return Recipe.from_dict(overlay(run.read_recipe(path).to_dict(), changes))
 
 
 def _console_sink() -> Any:

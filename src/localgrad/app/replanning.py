@@ -21,6 +21,7 @@ from localgrad.errors import BudgetError, DeviceError, MemoryExceeded, RecipeErr
 from localgrad.memory.track import MemoryProfile
 from localgrad.partition import Plan, forecast_of
 from localgrad.planning.budget import looks_at_whole_batches, plan_to_budget
+from localgrad.training.saved import Peak
 from localgrad.units import format_bytes
 
 LESS = 0.9
@@ -34,10 +35,10 @@ class Replanner:
     Args:
         job: the run's objects.
         profile: the estimate of a step as it runs now.
-        measured: gives the bytes that were observed, and what they are of.
+        measured: gives what was observed so far.
     """
 
-    def __init__(self, job: Job, profile: MemoryProfile, measured: Callable[[], tuple[int, str]]) -> None:
+    def __init__(self, job: Job, profile: MemoryProfile, measured: Callable[[], Peak]) -> None:
         self.job = job
         self.recipe = job.recipe
         self.profile = profile
@@ -77,7 +78,7 @@ class Replanner:
             span, names = learner.plan.spans[error.module], learner.backbone.block_names
             where = f"local module {error.module} ({names[span.start]} … {names[span.stop - 1]})"
         planned = self.profile.peak_by_label.get(f"module {error.module}", self.profile.peak_bytes)
-        observed, what = self.measured()
+        observed = self.measured()
         plan = self.next_plan()
         if plan is None:
             advice = (
@@ -95,5 +96,6 @@ class Replanner:
         # Two different things, each told by what it is: they are no measure of one another.
         return DeviceError(
             f"{self.job.device}: memory ran out in {where}: planned {format_bytes(planned)} (all tensors alive in that "
-            f"step, as estimated), observed {format_bytes(observed)} at most in the run so far ({what}); {advice}."
+            f"step, as estimated), observed {format_bytes(observed['measured_peak_bytes'])} at most in the run so far "
+            f"({observed['measured_peak_of']}); {advice}."
         )

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, final, runtime_checkable
 from localgrad.errors import RecipeError, arg
 from localgrad.registry import Registry
 from localgrad.training.folder import say, write_atomically
-from localgrad.units import format_bytes, format_rate, format_seconds, printable
+from localgrad.units import format_bytes, format_counts, format_rate, format_seconds, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -490,7 +490,7 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
 def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The lines of a printed summary, as (name, value)."""
     left_out = summary.get("skipped", {}).get("test", {})
-    without = "".join(f"; left out: {count:,} {reason}" for reason, count in left_out.items())
+    without = f"; left out: {format_counts(left_out)}" if left_out else ""
     peak, baseline = summary["estimated_peak_bytes"], summary["estimated_end_to_end_peak_bytes"]
     epochs, while_training = f"{summary['epochs']}, the best was {summary['best_epoch'] + 1}", "while training"
     if "best_epochs" in summary:  # modules were trained one after another

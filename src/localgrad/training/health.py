@@ -292,18 +292,7 @@ def _plain_batches(batches: Batches, num_images: int, batch_size: int) -> Batche
     chosen, _ = stratified_choice(
         batches.images.labels, min(num_images, len(batches.images)), leave_one=False, seed=batches.seed
     )
-    return Batches(
-        batches.images.subset(chosen),
-        batch_size=batch_size,
-        image_size=batches.image_size,
-        info=batches.info,
-        device=batches.device,
-        augment=None,
-        seed=batches.seed,
-        drop_last=False,
-        num_workers=batches.num_workers,
-        transform=batches.transform,
-    )
+    return batches.plain(batches.images.subset(chosen), batch_size)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TypedDict, Unpack, cast, final
+from typing import NotRequired, TypedDict, Unpack, cast, final
 
 import numpy as np
 import torch
@@ -167,12 +167,11 @@ class EpochSums:
 class Common(TypedDict):
     """What every trainer is given; see ``Trainer``."""
 
-    schedule: Schedule | None
     train: Batches
     val: Batches | None
     epochs: int
     folder: RunFolder
-    sinks: Sequence[Sink]
+    sinks: NotRequired[Sequence[Sink]]
 
 
 class Trainer(ABC):
@@ -203,7 +202,7 @@ class Trainer(ABC):
         val: Batches | None,
         epochs: int,
         folder: RunFolder,
-        sinks: Sequence[Sink],
+        sinks: Sequence[Sink] = (),
     ) -> None:
         self.learner = learner
         self.schedule = schedule
@@ -518,13 +517,19 @@ class LocalTrainer(TrainerOfAll):
     Args:
         is_global: whether a step is end-to-end, given its number from 0 and how many there are; by default none is.
         learner: with its optimizers configured.
+        schedule: of the learning rates.
         others: as for ``Trainer``.
     """
 
     def __init__(
-        self, *, learner: LocalLearner, is_global: Callable[[int, int], bool] | None = None, **others: Unpack[Common]
+        self,
+        *,
+        learner: LocalLearner,
+        schedule: Schedule,
+        is_global: Callable[[int, int], bool] | None = None,
+        **others: Unpack[Common],
     ) -> None:
-        super().__init__(learner=learner, **others)
+        super().__init__(learner=learner, schedule=schedule, **others)
         self.is_global = is_global or (lambda step, num_steps: False)
 
     def _step(self, batch: LocalBatch) -> StepResult:
