@@ -68,7 +68,13 @@ def main(verbs: typer.Typer = app) -> None:
         _refuse(f"{error.filename}: {error.strerror}." if error.filename else str(error))
     except UnicodeEncodeError as error:
         _refuse(f"{error.object!a}: the system's encoding, {error.encoding}, lacks this; set PYTHONUTF8=1.")
-    except Exception:
+    except Exception as error:
+        if "torch" in sys.modules and isinstance(error, RuntimeError):
+            from localgrad.step.executor import out_of_memory
+
+            reason = out_of_memory(error)
+            if reason is not None:  # where nobody knows what would take less
+                _refuse(f"out of memory: {reason}")
         if "RANK" not in os.environ:
             raise
         traceback.print_exc(file=sys.__stderr__)  # a fault of our own, on whichever rank it is
