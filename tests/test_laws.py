@@ -513,7 +513,7 @@ LAYERS = (
     ("memory",),
     ("partitioning",),
     ("learner",),
-    ("estimating", "isolation"),
+    ("estimating", "evaluating", "isolation"),
     ("parallel",),
     ("planning",),
     ("training",),

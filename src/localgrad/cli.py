@@ -31,7 +31,7 @@ from localgrad.app.recipe import DOWNLOAD, OPTIONS, Recipe, overlay, parse_assig
 from localgrad.app.recipe import preset as preset_values
 from localgrad.errors import BudgetError, LocalgradError, PartitionError, RecipeError, RunWarning, arg, naming
 from localgrad.options import DATA, EXECUTION, RUN, Option, Values, declared, read_modules, read_whole, values_of
-from localgrad.units import PLAINLY, parse_bytes
+from localgrad.units import PLAINLY, format_counts, parse_bytes
 
 Verb = TypeVar("Verb", bound=Callable[..., None])
 
@@ -68,7 +68,13 @@ def main(verbs: typer.Typer = app) -> None:
         _refuse(f"{error.filename}: {error.strerror}." if error.filename else str(error))
     except UnicodeEncodeError as error:
         _refuse(f"{error.object!a}: the system's encoding, {error.encoding}, lacks this; set PYTHONUTF8=1.")
-    except Exception:
+    except Exception as error:
+        if "torch" in sys.modules and isinstance(error, RuntimeError):
+            from localgrad.step.executor import out_of_memory
+
+            reason = out_of_memory(error)
+            if reason is not None:  # where nobody knows what would take less
+                _refuse(f"out of memory: {reason}")
         if "RANK" not in os.environ:
             raise
         traceback.print_exc(file=sys.__stderr__)  # a fault of our own, on whichever rank it is
@@ -262,7 +268,9 @@ def train(
         changes.setdefault("local.modules", "auto")
     plan = None
     if resume is not None:
-        wanted = _resumed(resume, changes)
+        from localgrad.app.run_folders import read_recipe
+
+        wanted = Recipe.from_dict(overlay(read_recipe(resume).to_dict(), changes))
     elif plan_ is not None:
         plan, wanted = _planned(plan_, preset, recipe, changes)
     else:
@@ -475,11 +483,11 @@ def evaluate(
     **given: Any,
 ) -> None:
     """Accuracy of a run's best weights, of the whole model and of each module's own classifier."""
-    from localgrad import run
+    from localgrad.app.using_runs import evaluate_run
     from localgrad.training.events import accuracies
 
-    result = run.evaluate_run(run_folder, part=part, data=data, device=given["device"], root=given["root"])
-    left_out = "".join(f"; left out: {count:,} {reason}" for reason, count in result["skipped"].items())
+    result = evaluate_run(run_folder, part=part, data=data, device=given["device"], root=given["root"])
+    left_out = f"; left out: {format_counts(result['skipped'])}" if result["skipped"] else ""
     typer.echo(f"{part} accuracy  {result['accuracy']:.2%}  ({result['num_images']:,} images{left_out})")
     typer.echo(f"by module  {accuracies(result['module_accuracy'])}")
 
@@ -498,18 +506,18 @@ def predict(
     **given: Any,
 ) -> None:
     """Classify images with a run's best weights."""
-    from localgrad import run
+    from localgrad.app import using_runs
     from localgrad.training.image_sets import Skipped
 
     skipped = Skipped()
     reading = {key.rpartition(".")[2]: value for key, value in values_of(_IN_PREDICT, given).items()}
-    for prediction in run.predict(run_folder, images, top=top, skipped=skipped, **reading):
+    for prediction in using_runs.predict(run_folder, images, top=top, skipped=skipped, **reading):
         classes = "  ".join(f"{name} {share:.1%}" for name, share in prediction.classes)
         typer.echo(f"{prediction.path}  {classes}")
     for name, reason in skipped.images.items():
         typer.echo(f"left out: {name} ({reason})", err=True)
     if skipped.others:
-        counts = ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.others.items()))
+        counts = format_counts(dict(sorted(skipped.others.items())))
         typer.echo(f"left out, which are no images: {counts}", err=True)
 
 
@@ -587,13 +595,6 @@ def _base(preset_name: str | None, recipe: Path | None, changes: Values) -> Valu
     if changes.get("local.objective", local.get("objective")) != local.get("objective"):
         local.pop("options", None)  # likewise those of its objective
     return base
-
-
-def _resumed(path: Path, changes: Values) -> Recipe:
-    """The recipe of the run to be resumed, with the options laid over it."""
-    from localgrad import run
-
-    return Recipe.from_dict(overlay(run.read_recipe(path).to_dict(), changes))
 
 
 def _console_sink() -> Any:

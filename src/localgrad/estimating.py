@@ -50,18 +50,23 @@ def estimate_step(
     """
     if globally:
         learner._recomputed_globally()  # made of real blocks; fake ones can't be taken apart
-    bare = copy.copy(learner)  # without its optimizers and compiled code, which a fake copy can't hold
-    bare._executor, bare._settings = None, {**learner._settings, "compile": False}
-    bare._global_step = None
-    bare.optimizer_factory = None
-    bare._offloader, bare._device = None, None
     return simulate(
-        bare,
+        _bare(learner),
         _EstimatedStep(optimizer, (batch_size, *learner.backbone.input_size), globally=globally),
         inputs={"labels": ((batch_size,), torch.int64)},
         device="cuda" if (device or learner.device).type == "cuda" else "cpu",
         host=LocalLearner.host_tensors,
     )
+
+
+def _bare(learner: LocalLearner) -> LocalLearner:
+    """A learner without its optimizers and compiled code, which a fake copy can't hold."""
+    bare = copy.copy(learner)
+    bare._executor, bare._settings = None, {**learner._settings, "compile": False}
+    bare._global_step = None
+    bare.optimizer_factory = None
+    bare._offloader, bare._device = None, None
+    return bare
 
 
 @final

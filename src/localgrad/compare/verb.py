@@ -20,7 +20,8 @@ from torch import Tensor
 from localgrad import rules
 from localgrad.app.build import check_model_name, create_model, input_size_of, resolve_device
 from localgrad.app.comparison import Settings
-from localgrad.app.recipe import DataSettings, ModelSettings, validated
+from localgrad.app.fitting import device_name, versions
+from localgrad.app.recipe import ModelSettings, validated
 from localgrad.backbones.base import Backbone, split
 from localgrad.compare.contenders import Contender, Local, Stage, default_methods
 from localgrad.compare.plots import check_path, plot_timeline, plot_trade_off
@@ -31,10 +32,10 @@ from localgrad.objectives.auxiliary import DECODERS
 from localgrad.objectives.methods import OBJECTIVES
 from localgrad.partition import Checkpointing, Plan
 from localgrad.partitioning import num_parameters
-from localgrad.run import device_name, versions
 from localgrad.step.local_step import check_precision
 from localgrad.training.data import Batches, DataInfo, load_data
 from localgrad.training.optim import OptimizerFactory
+from localgrad.training.settings import DataSettings
 from localgrad.units import format_bytes, format_rate
 
 PRECISIONS = ("fp32", "bf16")
@@ -257,17 +258,10 @@ def _data(settings: Settings) -> tuple[DataInfo, Callable[[tuple[int, int, int]]
 
 def _loader(settings: Settings, name: str) -> tuple[DataInfo, Callable[[tuple[int, int, int]], tuple[Tensor, Tensor]]]:
     side = settings.img_size
-    names = ("on_corrupt", "train_data", "val_data", "test_data", "image_range", "background", "fit")
+    names = ("root", "on_corrupt", "train_data", "val_data", "test_data", "image_range", "background", "fit")
     asked = {key: getattr(settings, key) for key in names if getattr(settings, key) is not None}
-    reading: DataSettings = validated(DataSettings, asked, "data.")
-    splits = load_data(
-        name,
-        root=None if settings.root is None else Path(settings.root),
-        download=settings.download,
-        val_fraction=0.0,
-        image_size=None if side is None else (side, side),
-        **{key: getattr(reading, key) for key in asked},
-    )
+    data: DataSettings = validated(DataSettings, {**asked, "name": name, "val_fraction": 0.0}, "data.")
+    splits = load_data(data, download=settings.download, image_size=None if side is None else (side, side))
 
     def first(size: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
         batches = Batches(
@@ -278,7 +272,6 @@ def _loader(settings: Settings, name: str) -> tuple[DataInfo, Callable[[tuple[in
             device="cpu",
             augment=None,
             seed=0,
-            drop_last=True,
         )
         batch = next(batches.epoch(0))
         if len(batch.images) < settings.batch_size:

@@ -32,18 +32,16 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from localgrad.training.augmentation import Augment
+from localgrad.training.settings import Augment, Fit
 
-Fit = Literal["crop", "pad", "squash"]
-"""How an image of another shape is brought to the model's: the central part, bars at its sides, or
-other proportions."""
+WHITE = (255, 255, 255)
 
 RAND_AUGMENT_GROUP = 8
 """Images that share RandAugment's operations: smaller costs more calls, larger varies less."""
@@ -94,32 +92,45 @@ def private_rng(seed: int) -> Iterator[None]:
         random.setstate(python_state)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModelInput:
+    """What a model takes, and how stored images are brought to it.
+
+    Attributes:
+        size: (H, W) in pixels.
+        mean: per channel, of pixel values scaled to 0..1.
+        std: likewise.
+        fit: how images of another shape are brought to that size.
+        background: (R, G, B) from 0 to 255, of the bars that ``pad`` adds.
+    """
+
+    size: tuple[int, int]
+    mean: Sequence[float]
+    std: Sequence[float]
+    fit: Fit = "crop"
+    background: Sequence[int] = WHITE
+
+    def of(self, images: Tensor) -> Tensor:
+        """What a model is evaluated on, float32 [B, C, H, W]: resized and normalised, nothing random.
+
+        Args:
+            images: uint8 [B, C, h, w].
+        """
+        return normalise(resize_to_fit(images, self.size, self.fit, self.background), self.mean, self.std)
+
+
 def augment_batch(
-    images: Tensor,
-    targets: Tensor,
-    *,
-    augment: Augment,
-    num_classes: int,
-    image_size: tuple[int, int],
-    mean: Sequence[float],
-    std: Sequence[float],
-    seed: int,
-    fit: Fit = "crop",
-    background: Sequence[int] = (255, 255, 255),
+    images: Tensor, targets: Tensor, to: ModelInput, *, augment: Augment, num_classes: int, seed: int
 ) -> tuple[Tensor, Tensor]:
     """Turn stored images into what a training step is fed.
 
     Args:
         images: uint8 [B, C, h, w], on the device that is to do the work.
         targets: int64 class indices [B], there too.
+        to: what the model takes.
         augment: the settings.
         num_classes: K, for soft labels.
-        image_size: (H, W) that the model takes, in pixels.
-        mean: per channel, of pixel values scaled to 0..1.
-        std: likewise.
         seed: all that the random draws depend on.
-        fit: how images of another shape are brought to the model's.
-        background: (R, G, B) from 0 to 255, of the bars that ``pad`` adds.
 
     Returns:
         Images float32 [B, C, H, W], and labels: float32 [B, K] where ``augment.gives_soft_labels``,
@@ -128,37 +139,12 @@ def augment_batch(
     images = crop_and_flip(images, *draw_crops(len(images), augment, seed))
     if augment.rand_augment is not None:
         images = rand_augment(images, *augment.rand_augment, seed=seed)
-    floats = normalise(resize_to_fit(images, image_size, fit, background), mean, std)
+    floats = to.of(images)
     if augment.erasing:
-        floats = erase(floats, draw_boxes(len(floats), image_size, augment.erasing, seed))
+        floats = erase(floats, draw_boxes(len(floats), to.size, augment.erasing, seed))
     if augment.gives_soft_labels:
         return mix(floats, targets, augment=augment, num_classes=num_classes, seed=seed)
     return floats, targets
-
-
-def prepare_batch(
-    images: Tensor,
-    *,
-    image_size: tuple[int, int],
-    mean: Sequence[float],
-    std: Sequence[float],
-    fit: Fit = "crop",
-    background: Sequence[int] = (255, 255, 255),
-) -> Tensor:
-    """Turn stored images into what a model is evaluated on: resized and normalised, nothing random.
-
-    Args:
-        images: uint8 [B, C, h, w].
-        image_size: (H, W) that the model takes, in pixels.
-        mean: per channel, of pixel values scaled to 0..1.
-        std: likewise.
-        fit: how images of another shape are brought to the model's.
-        background: (R, G, B) from 0 to 255, of the bars that ``pad`` adds.
-
-    Returns:
-        float32 [B, C, H, W].
-    """
-    return normalise(resize_to_fit(images, image_size, fit, background), mean, std)
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

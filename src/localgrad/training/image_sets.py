@@ -27,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypedDict, cast, final
+from typing import Any, TypedDict, cast, final
 
 import torch
 from torch import Tensor
@@ -44,9 +44,8 @@ from localgrad.training.images import (
     probe,
     to_pixels,
 )
+from localgrad.training.settings import OnCorrupt
 from localgrad.training.transforms import Prepared
-
-OnCorrupt = Literal["skip", "error"]
 
 _COLUMNS = ("part", "image", "reason")
 _DEVICE_SHARE = 0.1  # of the free memory: the rest belongs to the model, which is why one uses localgrad

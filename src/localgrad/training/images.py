@@ -14,6 +14,7 @@ Shapes: C channels, H W image.
 from __future__ import annotations
 
 import io
+import math
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -25,7 +26,8 @@ import torch
 from torch import Tensor
 
 from localgrad.errors import DataError, arg, reason_of
-from localgrad.training.augment import Fit, resize_to_fit
+from localgrad.training.augment import WHITE, resize_to_fit
+from localgrad.training.settings import DataSettings, Fit
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
 
 Kind = Literal["corrupt", "no image", "range"]
 
-WHITE = (255, 255, 255)
 DEEP_TYPES_MAX = 65535
 """Largest value of 16 bits: what is read as white where no range is given."""
 FULL_SHARE = 1 / 16
@@ -117,6 +118,22 @@ class Reading:
     image_range: tuple[float, float] | None = None
     background: tuple[int, int, int] = WHITE
     fit: Fit = "crop"
+
+    @classmethod
+    def as_set(cls, settings: DataSettings, num_channels: int = 3) -> Reading:
+        """As a recipe's data settings say.
+
+        Raises:
+            DataError: a colour or a range that is none.
+        """
+        known, colour = settings.image_range, settings.background
+        if known is not None and not -math.inf < known[0] < known[1] < math.inf:
+            raise DataError(
+                f"{arg('image_range')} is the values of black and of white, the first one smaller, got "
+                f"{tuple(known)}; take {arg('image_range', (0, 4095))}, for example."
+            )
+        background = WHITE if colour is None else parse_colour(colour)
+        return cls(num_channels=num_channels, image_range=known, background=background, fit=settings.fit or "crop")
 
     def to_size(self, pixels: Tensor, size: tuple[int, int]) -> Tensor:
         """Bring uint8 [C, h, w] to uint8 [C, H, W]."""

@@ -36,12 +36,12 @@ from localgrad.training.image_sets import (
     FilesOnDisk,
     ImageSet,
     InMemoryImages,
-    OnCorrupt,
     Skipped,
     bytes_of,
     raise_unless_skipped,
 )
 from localgrad.training.images import Reading, Unreadable, image_suffixes, open_image, to_pixels
+from localgrad.training.settings import OnCorrupt
 from localgrad.training.tables import Part, find_tables, holds_tables, matched
 
 __all__ = ["DEFAULT_ROOT", "KNOWN_NAMES", "FileImages", "Found", "InMemoryImages", "find", "list_image_files"]

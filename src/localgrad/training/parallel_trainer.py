@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from typing import Any, cast, final
+from typing import Any, Unpack, cast, final
 
 import torch
 from torch import Tensor
@@ -22,11 +22,10 @@ from localgrad.parallel.watch import GONE, Fault, Watch
 from localgrad.step.executor import StepResult
 from localgrad.step.states import load_weights
 from localgrad.training.data import Batches
-from localgrad.training.events import Sink
-from localgrad.training.folder import RunFolder, load_saved_weights, save_weights
+from localgrad.training.folder import load_saved_weights, save_weights
 from localgrad.training.optim import Schedule
 from localgrad.training.saved import Checkpoint, PositionState, SumsState, TrainerState
-from localgrad.training.trainer import Interrupted, Trainer, all_random_states, below
+from localgrad.training.trainer import Common, Interrupted, Trainer, all_random_states, below
 
 
 @final
@@ -36,29 +35,13 @@ class ParallelTrainer(Trainer):
     Args:
         learner: with its optimizers configured.
         schedule: of the learning rates of the own modules.
-        train: training batches; of the first rank they are used.
-        val: validation batches, or ``None``.
-        epochs: length of the run.
-        folder: where checkpoints go; all processes see it.
-        sinks: take the events, on rank 0.
+        others: as for ``Trainer``; the first rank's batches are used, rank 0's sinks, and all processes see the folder.
     """
 
     learner: ParallelLearner
 
-    def __init__(
-        self,
-        *,
-        learner: ParallelLearner,
-        schedule: Schedule,
-        train: Batches,
-        val: Batches | None,
-        epochs: int,
-        folder: RunFolder,
-        sinks: Sequence[Sink],
-    ) -> None:
-        super().__init__(
-            learner=learner, schedule=schedule, train=train, val=val, epochs=epochs, folder=folder, sinks=sinks
-        )
+    def __init__(self, *, learner: ParallelLearner, schedule: Schedule, **others: Unpack[Common]) -> None:
+        super().__init__(learner=learner, schedule=schedule, **others)
         self.team = learner.team
         self._unsound: Tensor | None = None
         self.watch: Watch = self.team.watch

@@ -29,7 +29,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from typing import final
+from typing import Unpack, final
 
 import torch
 from torch import Tensor
@@ -47,13 +47,12 @@ from localgrad.step.offload import HOST
 from localgrad.step.states import StepState, check_optimizer_state, check_scaler_state
 from localgrad.training.augment import derive_seed
 from localgrad.training.data import Batches
-from localgrad.training.events import EpochEnded, FeaturesCached, Sink
+from localgrad.training.events import EpochEnded, FeaturesCached
 from localgrad.training.feature_cache import FeatureCache, Rows, open_cache, row_bytes, write_cache
-from localgrad.training.folder import RunFolder
 from localgrad.training.health import HealthCheck
 from localgrad.training.optim import Schedule
 from localgrad.training.saved import Selection, TrainerState
-from localgrad.training.trainer import Interrupted, TrainerOfAll, evaluate
+from localgrad.training.trainer import Common, Interrupted, TrainerOfAll, evaluate
 from localgrad.units import format_bytes
 
 VAL = "val"
@@ -67,12 +66,8 @@ class StagewiseTrainer(TrainerOfAll):
         learner: on the processor, without optimizers; while it is trained, one module is on the batches' device.
         optimizer: makes a module's optimizer when its turn comes.
         schedule_for: makes its learning rates.
-        train: training batches.
-        val: validation batches, or ``None``: then every module's last epoch is its best.
-        epochs: of each module.
         cached_epochs: differently augmented epochs of features that are kept.
-        folder: where checkpoints and features go.
-        sinks: take the events.
+        others: as for ``Trainer``; the epochs are those of each module, and features go to the folder, too.
     """
 
     def __init__(
@@ -81,30 +76,18 @@ class StagewiseTrainer(TrainerOfAll):
         learner: LocalLearner,
         optimizer: Factories,
         schedule_for: Callable[[Sequence[Optimizer]], Schedule],
-        train: Batches,
-        val: Batches | None,
-        epochs: int,
         cached_epochs: int,
-        folder: RunFolder,
-        sinks: Sequence[Sink],
+        **others: Unpack[Common],
     ) -> None:
-        self.epochs_per_module = epochs
-        self.num_variants = min(cached_epochs, epochs)
-        self.cache_folder = folder.path / "cache"
-        self._own_epochs = epochs
+        self._own_epochs = self.epochs_per_module = others["epochs"]
+        self.num_variants = min(cached_epochs, self._own_epochs)
+        self.cache_folder = others["folder"].path / "cache"
         self._optimizer = optimizer
         self._schedule_for = schedule_for
         self._local_step: LocalStep | None = None
         self._inputs: FeatureCache | None = None
-        super().__init__(
-            learner=learner,
-            schedule=None,
-            train=train,
-            val=val,
-            epochs=epochs * len(learner.modules),
-            folder=folder,
-            sinks=sinks,
-        )
+        others["epochs"] *= len(learner.modules)
+        super().__init__(learner=learner, schedule=None, **others)
 
     @property
     def index(self) -> int:
