@@ -11,14 +11,15 @@ import json
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from importlib import metadata
+from pathlib import Path
 
 from localgrad import rules
 from localgrad.app.build import build_recipe_objective, check_model_name, check_patches, create_model, input_size_of
 from localgrad.app.recipe import Recipe, overlay
 from localgrad.backbones.base import BACKBONES, Backbone, outline
 from localgrad.backbones.fake import without_initialization
-from localgrad.errors import BudgetError, RecipeError, arg
-from localgrad.formats import Json
+from localgrad.errors import BudgetError, PartitionError, RecipeError, arg
+from localgrad.formats import Json, read_input
 from localgrad.partition import Plan
 from localgrad.partitioning import num_parameters
 from localgrad.planning.budget import Task, plan_to_budget
@@ -184,6 +185,19 @@ def how_to_run(plan: Plan) -> dict[str, Json]:
         "execution.accumulation": plan.accumulation,
         **({} if plan.global_checkpoint is None else {"execution.global_checkpoint": str(plan.global_checkpoint)}),
     }
+
+
+def read_plan(path: Path) -> Plan:
+    """A plan from its file.
+
+    Raises:
+        BudgetError: it can't be read, or holds no plan.
+    """
+    text = read_input("plan", path, f"make one with localgrad plan {arg('json', 'FILE')}", BudgetError)
+    try:
+        return Plan.from_json(text)
+    except PartitionError as error:
+        raise BudgetError(f"{arg('plan', path)}: {error}") from error
 
 
 def check_plan_is_for(plan: Plan, recipe: Recipe) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_type_hints
 
 from localgrad.errors import RecipeError, arg, did_you_mean
-from localgrad.formats import check_format
+from localgrad.formats import check_format, read_input
 from localgrad.options import (
     DATA,
     EXECUTION,
@@ -317,11 +317,7 @@ def read_toml(path: Path) -> Values:
     Raises:
         RecipeError: it can't be read, or is no TOML.
     """
-    try:
-        return parse_toml(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise RecipeError(f"{arg('recipe')}: {path} can't be read ({reason}); name a recipe in TOML.") from error
+    return parse_toml(read_input("recipe", path, "name a recipe in TOML"), str(path))
 
 
 def overlay(values: Mapping[str, Any], changes: Mapping[str, Any]) -> Values:

@@ -38,7 +38,7 @@ from localgrad.training.events import EpochEnded, Event, Progressed, Sink
 from localgrad.training.folder import RunFolder, load_saved_weights, save_weights
 from localgrad.training.health import HealthCheck
 from localgrad.training.optim import Schedule
-from localgrad.training.saved import PositionState, RandomStates, Selection, SumsState, TrainerState
+from localgrad.training.saved import PositionState, RandomStates, Selection, Standing, SumsState, TrainerState
 
 SECONDS_BETWEEN_READINGS = 1.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -257,6 +257,11 @@ class Trainer(ABC):
     def _load_sums(self, state: SumsState) -> None:
         self._sums.load_state_dict(state)
 
+    def _standing(self, sums: SumsState) -> Standing:
+        """Where the run stands, but for its learner."""
+        position = cast(PositionState, asdict(self.position))
+        return {"position": position, "sums": sums, "random": all_random_states()}
+
     @abstractmethod
     def load_best(self) -> None:
         """Put the best epoch's weights into the learner (the averaged ones, where an average is kept)."""
@@ -401,16 +406,9 @@ class Trainer(ABC):
 
     def _report(self, result: StepResult, images_per_second: float) -> None:
         self._check_finite()
-        losses = torch.stack(result.losses).tolist()
-        position = self.position
-        self._emit(
-            Progressed(
-                epoch=position.epoch,
-                batch=position.batch,
-                losses=tuple(losses),
-                images_per_second=images_per_second,
-            )
-        )
+        losses = tuple(torch.stack(result.losses).tolist())
+        epoch, batch = self.position.epoch, self.position.batch
+        self._emit(Progressed(epoch=epoch, batch=batch, losses=losses, images_per_second=images_per_second))
 
     def _check_finite(self) -> None:
         failure = self._sums.first_failure()
@@ -495,12 +493,7 @@ class TrainerOfAll(Trainer, ABC):
 
     def state_dict(self) -> TrainerState:
         """Everything needed to go on bit for bit (on the CPU)."""
-        return {
-            "learner": self.learner.state_dict(),
-            "position": cast(PositionState, asdict(self.position)),
-            "sums": self._sums.state_dict(),
-            "random": all_random_states(),
-        }
+        return {"learner": self.learner.state_dict(), **self._standing(self._sums.state_dict())}
 
     def _save_best(self) -> None:
         save_weights(self.folder.best, best_weights(self.learner))
