@@ -249,7 +249,7 @@ def train(**given: Any) -> None:
 
         wanted = Recipe.from_dict(overlay(read_recipe(resume).to_dict(), changes))
     elif plan_file is not None:
-        plan, wanted = _planned(plan_file, given, changes)
+        plan, wanted = _by_plan(plan_file, given, changes)
     else:
         wanted = Recipe.from_dict(overlay(_base(given, changes), changes))
     if given["dry_run"]:
@@ -500,7 +500,7 @@ def compare(**given: Any) -> None:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
 
 
-def _planned(path: Path, given: Mapping[str, Any], changes: Values) -> tuple[Any, Recipe]:
+def _by_plan(path: Path, given: Mapping[str, Any], changes: Values) -> tuple[Any, Recipe]:
     """A plan from its file, and the recipe to train by it; refused where options contradict the plan."""
     from localgrad.app.planned import changes_of, check_plan_is_for, read_plan
 
