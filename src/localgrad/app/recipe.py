@@ -321,11 +321,7 @@ def read_toml(path: Path) -> Values:
 
 
 def overlay(values: Mapping[str, Any], changes: Mapping[str, Any]) -> Values:
-    """Lay single values over nested ones.
-
-    Args:
-        values: nested plain values; not changed.
-        changes: dotted key to value.
+    """Lay single values, by dotted key, over nested ones, which aren't changed.
 
     Raises:
         RecipeError: a key goes through something that is not a table.
@@ -372,10 +368,7 @@ def difference(old: Recipe, new: Recipe) -> list[str]:
 def validated(kind: type[Any], values: Any, prefix: str) -> Any:
     """Make a dataclass of plain values, checked and converted (lists become tuples) by its annotations.
 
-    Args:
-        kind: the dataclass.
-        values: what it is to be made of.
-        prefix: dotted key of ``values`` in a recipe, with a dot at its end; for messages.
+    The prefix is the dotted key of the values in a recipe, with a dot at its end; for messages.
 
     Raises:
         RecipeError: an unknown key or an impossible value, named by its dotted key.

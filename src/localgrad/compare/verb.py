@@ -45,10 +45,6 @@ PRECISIONS = ("fp32", "bf16")
 def run(settings: Settings, report: Report) -> Comparison:
     """Compare methods, and write the files that were asked for.
 
-    Args:
-        settings: what was typed.
-        report: told what comes next and how many turns there are, once a turn.
-
     Raises:
         LocalgradError: something is wrong with an option; nothing was run.
     """

@@ -80,20 +80,14 @@ class HealthCheck:
             check_weights(learner.model, self._reference)
 
     def is_due(self, epoch: int, num_epochs: int) -> bool:
-        """Whether to measure after an epoch.
-
-        Args:
-            epoch: from 0.
-            num_epochs: after so many (in sequential mode: after so many of every module) training ends.
-        """
+        """Whether to measure after an epoch, from 0; in sequential mode, there are so many of every module."""
         return (epoch + 1) % self.every == 0 or (epoch + 1) % num_epochs == 0
 
     def __call__(self, ended: EpochEnded) -> HealthMeasured:
-        """Measure.
+        """Measure, after an epoch, whose own figures are taken over.
 
-        Args:
-            ended: the epoch; the figures that it has are taken over. Where one module is trained alone, those after
-                it are left out, and gradients are compared when the last one's turn has come.
+        Where one module is trained alone, those after it are left out, and gradients are compared when the last one's
+        turn has come.
         """
         num_modules = len(self.learner.modules) if ended.module is None else ended.module + 1
         figures: list[dict[str, float | None]] = [
@@ -200,12 +194,7 @@ def _cosine(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
 
 @torch.no_grad()
 def pooled_features(backbone: Backbone, stops: Sequence[int], batches: Batches) -> tuple[list[Tensor], Tensor]:
-    """A model's features at some depths, one vector an image.
-
-    Args:
-        backbone: in the mode in which it is to run.
-        stops: after so many blocks each, increasing.
-        batches: evaluation batches.
+    """A model's features after so many blocks each (increasing), one vector an image.
 
     Returns:
         [N, width] for each stop, and class indices [N], on the processor.
@@ -224,12 +213,7 @@ def pooled_features(backbone: Backbone, stops: Sequence[int], batches: Batches) 
 
 
 def pool(layout: Layout, features: Tensor) -> Tensor:
-    """Mean over the grid, beside the class and register tokens where there are any: [B, width].
-
-    Args:
-        layout: of the features.
-        features: as ``layout`` says.
-    """
+    """Mean over the grid, beside the class and register tokens where there are any: [B, width]."""
     mean = layout.to_grid(features).mean(dim=(1, 2))
     prefix = layout.prefix(features)
     return mean if prefix is None else torch.cat([mean, prefix.flatten(1)], dim=1)
@@ -238,7 +222,7 @@ def pool(layout: Layout, features: Tensor) -> Tensor:
 def linear_probe(
     features: Tensor, labels: Tensor, val_features: Tensor, val_labels: Tensor, *, ridge: float = 0.1
 ) -> float:
-    """Accuracy of a linear classifier on standardised features: ridge regression to one-hot targets.
+    """Accuracy, from 0 to 1, of a linear classifier on standardised features: ridge regression to one-hot targets.
 
     Args:
         features: [N, width], to fit to.
@@ -246,9 +230,6 @@ def linear_probe(
         val_features: [M, width], to read the accuracy on.
         val_labels: class indices [M].
         ridge: penalty, as a share of the features' own (unit) variance.
-
-    Returns:
-        Accuracy from 0 to 1.
     """
     from sklearn.linear_model import RidgeClassifier
     from sklearn.pipeline import make_pipeline
@@ -260,17 +241,10 @@ def linear_probe(
 
 
 def linear_cka(x: Tensor, y: Tensor) -> float:
-    """Linear centred kernel alignment of two models' features of the same images.
+    """Linear centred kernel alignment, from 0 to 1, of two models' features of the same images: [N, width] each.
 
     Kornblith et al., arXiv 1905.00414, section 3: ``|Y'X|^2 / (|X'X| |Y'Y|)`` with Frobenius norms and centred columns;
-    it doesn't change with rotations and scales of either.
-
-    Args:
-        x: [N, width].
-        y: [N, another width].
-
-    Returns:
-        From 0 to 1; nan where one side's features are all alike.
+    it doesn't change with rotations and scales of either. nan where one side's features are all alike.
     """
     x, y = (side.double() - side.double().mean(dim=0) for side in (x, y))
     shared: Tensor = torch.linalg.matrix_norm(y.T @ x) ** 2

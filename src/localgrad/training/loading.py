@@ -1,10 +1,8 @@
 """From the name of a data set to labelled images: who reads what.
 
-What it is: `find` turns a name into `Found`, the parts of a data set as image sets. A name is tried as
-one of the known ones (`KNOWN_NAMES`), then as an existing path, then as a Hugging Face hub name
-(OWNER/NAME, or OWNER/NAME:CONFIG). Which folder is what is found by `folders.py`, tables are read
-by `tables.py`, and the formats of known names by the libraries that define them: scikit-learn
-(digits), torchvision (CIFAR, SVHN, STL-10).
+A name is tried as one of the known ones (`KNOWN_NAMES`), then as an existing path, then as a Hugging Face hub name
+(OWNER/NAME, or OWNER/NAME:CONFIG). Which folder is what is found by `folders.py`, tables are read by `tables.py`, and
+the formats of known names by the libraries that define them: scikit-learn (digits), torchvision (CIFAR, SVHN, STL-10).
 
 Classes are matched by name: a part whose classes stand in another order gets the labels of the training part.
 """
@@ -72,7 +70,7 @@ class Found:
 
 
 def find(name: str, *, root: Path | None, download: bool, given: Mapping[Split, str] | None = None) -> Found:
-    """Resolve a name: known names first, then paths, then the Hugging Face hub.
+    """Resolve a name: known names first, then paths, then the Hugging Face hub. Labels aren't checked yet.
 
     Args:
         name: such as ``digits``, ``./photos`` or ``ylecun/mnist``.
@@ -81,13 +79,9 @@ def find(name: str, *, root: Path | None, download: bool, given: Mapping[Split, 
         download: whether torchvision may fetch what is missing.
         given: folders or tables of single parts, in place of those that are found.
 
-    Returns:
-        The parts, labels not checked yet.
-
     Raises:
-        DataError: for a name that is nothing of these, for files that are missing or unusable, and
-        for folders that can be
-            read in two ways.
+        DataError: for a name that is nothing of these, for files that are missing or unusable, and for folders that can
+            be read in two ways.
     """
     given = dict(given or {})
     if name in _READERS:
@@ -266,14 +260,7 @@ def _parts_of_folders(folders: Folders) -> Parts:
 
 
 def list_image_files(path: Path, skipped: Skipped | None = None) -> list[Path]:
-    """List a file itself, or all image files below a folder, sorted.
-
-    Args:
-        path: an image file or a folder.
-        skipped: takes the number of what is no image, by reason.
-
-    Returns:
-        At least one path.
+    """List a file itself, or all image files below a folder, sorted; at least one. What is no image is counted.
 
     Raises:
         DataError: if there is no such path, or no image below it.
@@ -294,16 +281,7 @@ def list_image_files(path: Path, skipped: Skipped | None = None) -> list[Path]:
 def read_image_files(
     paths: list[Path], reading: Reading, on_corrupt: OnCorrupt, skipped: Skipped
 ) -> Iterator[tuple[Path, Tensor]]:
-    """Decode image files one after the other.
-
-    Args:
-        paths: the files.
-        reading: how.
-        on_corrupt: pass over corrupt images, or stop at the first.
-        skipped: takes what is passed over.
-
-    Yields:
-        Path and uint8 [C, h, w] of each.
+    """Decode image files one after the other: path and uint8 [C, h, w] of each.
 
     Raises:
         DataError: for a corrupt image that is not to be skipped, and for a single file that is no image.

@@ -254,14 +254,7 @@ def name_of(modules: range) -> str:
 
 @torch.no_grad()
 def evaluate_together(learner: ParallelLearner, batches: Batches) -> tuple[float, list[float | None]]:
-    """Accuracy of the whole model and of each local module's own classifier; all processes call this together.
-
-    As ``evaluate``: where an average is kept, the whole model is the averaged one.
-
-    Args:
-        learner: it is in evaluation mode afterwards.
-        batches: evaluation batches, shared out among replicas.
-    """
+    """``evaluate`` by all processes together; evaluation batches are shared out among replicas."""
     learner.eval()
     most = max(learner.team.everyone(len(batches)))
     learner.begin(len(batches))

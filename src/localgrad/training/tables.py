@@ -1,8 +1,7 @@
 """Tables of images: parquet, Arrow, CSV and JSON files, folders of them, and the Hugging Face hub.
 
-What it is: the Hugging Face library loads a table; here its columns are found by their types, its
-parts by their names, and its labels turned into classes. Labels of any plain type become classes
-with their own names: whole numbers, texts, booleans.
+The Hugging Face library loads a table; here its columns are found by their types, its parts by their names, and its
+labels (whole numbers, texts, booleans) become classes with their own names.
 
 How it differs from taking the label column as it is: the library reads the files of all parts by the class names of the
 first one, so that a part written with its names in another order would be read with wrong labels, silently. Here every
@@ -111,11 +110,7 @@ def find_tables(name: str, path: Path | None = None, *, config: str | None = Non
 
 
 def holds_tables(path: Path, kinds: tuple[str, ...] = tuple(TABLE_LOADERS)) -> str:
-    """What tables a folder, or one of its folders, holds.
-
-    Args:
-        path: the folder.
-        kinds: endings of tables.
+    """What tables of some endings a folder, or one of its folders, holds.
 
     Returns:
         ``only`` where they are what counts, ``beside`` where images may count more, or an empty text.
@@ -280,9 +275,6 @@ def matched(labels: Tensor, names: Sequence[str], wanted: Sequence[str]) -> Tens
         labels: int64 [N], indices into ``names``; others stay as they are.
         names: what they mean.
         wanted: what they are to mean; has all names that occur.
-
-    Returns:
-        int64 [N], indices into ``wanted``.
     """
     if tuple(names) == tuple(wanted[: len(names)]):
         return labels
@@ -345,7 +337,7 @@ def indexed(values: Sequence[Any], what: str) -> tuple[Tensor, tuple[str, ...]]:
         what: where they are from, for messages.
 
     Returns:
-        Indices int64 [N] into the names, -1 where there is no label, and the names, in the order of the values.
+        Indices int64 [N], -1 where there is no label, into the names, which are in the order of the values.
 
     Raises:
         DataError: floats that are not whole.

@@ -45,12 +45,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(Exception):  # noqa: N818  # not an error: the run was saved and can go on
-    """Ctrl-C or SIGTERM arrived; the run was saved.
-
-    Args:
-        signal_number: which signal.
-        folder: the run folder, to be resumed.
-    """
+    """Ctrl-C or SIGTERM arrived; the run was saved in its folder, to be resumed."""
 
     def __init__(self, signal_number: int, folder: Path) -> None:
         super().__init__(f"stopped by {signal.Signals(signal_number).name}, and saved in {folder}")
@@ -87,12 +82,7 @@ class Position:
 
 @final
 class EpochSums:
-    """Sums over the batches of an epoch, kept on the device.
-
-    Args:
-        names: (module, term) of every loss, in order.
-        device: where the losses are.
-    """
+    """Sums over the batches of an epoch, kept on the device, of losses named by (module, term)."""
 
     def __init__(self, names: Sequence[tuple[int, str]], device: torch.device) -> None:
         self.names = list(names)
@@ -535,17 +525,10 @@ class LocalTrainer(TrainerOfAll):
 
 @torch.no_grad()
 def evaluate(learner: LocalLearner, batches: Batches) -> tuple[float, list[float | None]]:
-    """Accuracy of the whole model and of each local module's own classifier.
+    """Accuracy of the whole model, from 0 to 1, and of each local module's own classifier (``None`` where it has none).
 
     Where an average of the weights is kept, the whole model is the averaged one; the classifiers of the modules
-    before the last belong to the weights as they are trained.
-
-    Args:
-        learner: any learner; it is in evaluation mode afterwards.
-        batches: evaluation batches.
-
-    Returns:
-        Accuracy from 0 to 1, and one for each module (``None`` where it has no classifier).
+    before the last belong to the weights as they are trained. The learner is in evaluation mode afterwards.
     """
     learner.eval()
     counts = [MulticlassAccuracy(batches.info.num_classes, average="micro").to(learner.device) for _ in learner.modules]
