@@ -242,14 +242,14 @@ def test_the_probe_is_ridge_regression(width: int) -> None:
         reference = Ridge(alpha=ridge * len(x)).fit(scaler.transform(x), np.eye(4)[labels])
         expected = (reference.predict(scaler.transform(y)).argmax(1) == val_labels).mean()
         tensors = map(torch.from_numpy, (x, labels, y, val_labels))
-        assert linear_probe(*tensors, 4, ridge=ridge) == pytest.approx(expected)
+        assert linear_probe(*tensors, ridge=ridge) == pytest.approx(expected)
     assert 0.4 < expected < 1, "else the comparison says little"
 
 
 def test_a_class_that_was_not_seen_is_never_right() -> None:
     x, labels = torch.eye(4), torch.tensor([0, 1, 0, 1])
-    assert linear_probe(x, labels, x, labels, 3) == 1
-    assert linear_probe(x, labels, x, torch.full((4,), 2), 3) == 0
+    assert linear_probe(x, labels, x, labels) == 1
+    assert linear_probe(x, labels, x, torch.full((4,), 2)) == 0
 
 
 # ------------------------------------------------------------------------------------- CKA

@@ -26,6 +26,7 @@ from data_cases import COLOUR, KINDS, LABELS, LAYOUTS, Kind, Labels, Layout, arr
 from helpers import load_named
 from localgrad.errors import DataError
 from localgrad.training import data, folders, images
+from localgrad.training.augment import ModelInput
 from localgrad.training.data import Splits, load_images_for_prediction
 from localgrad.training.image_sets import InMemoryImages
 from localgrad.training.settings import DataSettings
@@ -451,18 +452,21 @@ def test_a_part_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:
 
 def test_images_are_brought_to_the_models_shape() -> None:
     wide = torch.arange(2 * 6, dtype=torch.uint8).reshape(1, 2, 6).expand(3, -1, -1).contiguous() * 20
-    fit = data.prepare_batch
+
+    def fit(images: torch.Tensor, size: tuple[int, int], **others: Any) -> torch.Tensor:
+        return ModelInput(size=size, **others).of(images)
+
     options: dict[str, Any] = {"mean": (0.0,) * 3, "std": (1 / 255,) * 3}
-    assert torch.equal(fit(wide, image_size=(2, 2), **options), wide[..., 2:4].float())
-    squashed = fit(wide, image_size=(2, 3), fit="squash", **options)
+    assert torch.equal(fit(wide, (2, 2), **options), wide[..., 2:4].float())
+    squashed = fit(wide, (2, 3), fit="squash", **options)
     assert squashed.shape == (3, 2, 3)
     assert float(squashed[0, 0, 0]) < float(squashed[0, 0, 2])
-    padded = fit(wide, image_size=(6, 6), fit="pad", background=(9, 8, 7), **options)
+    padded = fit(wide, (6, 6), fit="pad", background=(9, 8, 7), **options)
     assert torch.equal(padded[:, 2:4], wide.float())
     for channel, value in enumerate((9, 8, 7)):
         assert (padded[channel, :2] == value).all()
         assert (padded[channel, 4:] == value).all()
-    grey = fit(wide[:1], image_size=(6, 6), fit="pad", background=(255, 0, 0), mean=(0.0,), std=(1 / 255,))
+    grey = fit(wide[:1], (6, 6), fit="pad", background=(255, 0, 0), mean=(0.0,), std=(1 / 255,))
     assert (grey[:, :2] == 76).all()
 
 

@@ -1,21 +1,17 @@
 """The data path: a name becomes parts, parts become batches that are ready for the step.
 
-What it is: `load_data` finds a data set (`loading.py`), checks it, splits a validation part off the training
-part where it has none of its own, decodes it into memory where it is small, and says all that it
-did in a `DataInfo`. `Batches` turns one part into batches on the device, shuffled and augmented
-(`augment.py`) for training, in order and plain for evaluation. `load_images_for_prediction`
-prepares images without labels the same way.
+`load_data` finds a data set (`loading.py`), checks it, splits a validation part off the training part where it has none
+of its own, decodes it into memory where it is small, and says what it did in a `DataInfo`. `Batches` turns one part
+into batches on the device, shuffled and augmented (`augment.py`) for training, in order and plain for evaluation.
 
-Why not a `DataLoader` throughout: the sets that local learning is compared on are small (CIFAR, SVHN,
-STL-10), and the steps short. Indexing a uint8 tensor and augmenting the batch on the device costs
-milliseconds, with no worker process and, but for RandAugment, nothing that waits for the device. Larger sets
-are decoded by worker processes, and the same augmentation follows.
+Why not a `DataLoader` throughout: the sets that local learning is compared on are small, and the steps short. Indexing
+a uint8 tensor and augmenting the batch on the device costs milliseconds, with no worker process. Larger sets are
+decoded by worker processes, and the same augmentation follows.
 
 Two rules hold here. Selection is honest: validation images are those that the data set brings for it, or come from the
-training part, by class and by seed, and the test part is never touched by a setting. And a run can
-be resumed in the middle of an epoch, bit for bit: the order of an epoch depends on (seed, epoch),
-the draws of a batch on (seed, epoch, index), and on nothing that ran before; the global random
-states are neither read nor changed.
+training part, by class and by seed, and the test part is never touched by a setting. And a run can be resumed in the
+middle of an epoch, bit for bit: the order of an epoch depends on (seed, epoch), the draws of a batch on (seed, epoch,
+index), and on nothing that ran before; the global random states are neither read nor changed.
 
 Shapes: N images of a set, B batch, C channels, H W image, K classes.
 """
@@ -229,12 +225,7 @@ def load_data(
 
 
 def note_on_fit(splits: Splits, image_size: tuple[int, int]) -> str | None:
-    """How much of the images is cut off, as a sentence; None where that is next to nothing.
-
-    Args:
-        splits: loaded.
-        image_size: (H, W) that the model takes.
-    """
+    """How much of the images is cut off for (H, W), as a sentence; None where that is next to nothing."""
     cut = [share_cut_off(size, image_size) for size in splits.sizes]
     if splits.transform or splits.info.fit != "crop" or not cut or max(cut) < _WORTH_SAYING:
         return None
@@ -296,13 +287,8 @@ def _without_images(class_names: Sequence[str], train: ImageSet) -> list[str]:
 def apportion(counts: Sequence[int], total: int, ceilings: Sequence[int]) -> list[int]:
     """Share ``total`` out in proportion to ``counts``, in whole numbers, by largest remainders.
 
-    Args:
-        counts: images of each class.
-        total: how many to take altogether.
-        ceilings: the most that may be taken of each class.
-
     Returns:
-        How many to take of each class; they add up to ``total``, or to what the ceilings allow.
+        How many to take of each; they add up to ``total``, or to what the ceilings (the most of each) allow.
     """
     everything = max(1, sum(counts))
     shares = [min(total * count // everything, top) for count, top in zip(counts, ceilings, strict=True)]
@@ -317,13 +303,7 @@ def apportion(counts: Sequence[int], total: int, ceilings: Sequence[int]) -> lis
 
 
 def stratified_choice(labels: Tensor, num_wanted: int, *, leave_one: bool, seed: int) -> tuple[Tensor, Tensor]:
-    """Choose images at random, of each class in proportion.
-
-    Args:
-        labels: int64 class indices [N].
-        num_wanted: how many to choose.
-        leave_one: choose no class's last image.
-        seed: of the choice.
+    """Choose images at random, of each class in proportion, and where asked no class's last one.
 
     Returns:
         Indices (int64, ascending) of the chosen and of the others.
@@ -621,10 +601,7 @@ class Batches:
 
         Args:
             epoch: counted from 0; each has its own order and draws.
-            start: index of the first batch wanted, for resuming inside the epoch.
-
-        Yields:
-            The batches from ``start`` on, the same as if those before had been made too.
+            start: index of the first batch wanted: those from it on are the same as if those before had been made too.
         """
         indices = self._batches(epoch)[start : len(self)]
         number, replicas = self.shard
@@ -674,7 +651,7 @@ def load_images_for_prediction(
     image_size: tuple[int, int],
     skipped: Skipped | None = None,
 ) -> Iterator[tuple[Path, Tensor]]:
-    """Load images without labels, as a model is evaluated on them.
+    """Load images without labels, float32 [C, H, W], as a model is evaluated on them; with their paths.
 
     Args:
         path: an image file, or a folder that is searched with all below it.
@@ -683,12 +660,8 @@ def load_images_for_prediction(
         image_size: (H, W) that the model takes, in pixels.
         skipped: takes what is passed over.
 
-    Returns:
-        An iterator of paths and images float32 [C, H, W]; it raises DataError at a corrupt image, unless
-        those are to be skipped.
-
     Raises:
-        DataError: at once, if there is no such path or no image in it.
+        DataError: at once, if there is no such path or no image in it; later, at a corrupt image that isn't skipped.
     """
     left_out = Skipped() if skipped is None else skipped
     paths = list_image_files(path, left_out)

@@ -1,8 +1,7 @@
 """What happens during a run, as typed events, and where they go.
 
-The trainer emits; sinks print, write JSON lines or TensorBoard files, or do what a user registers. A sink never
-changes a run. All figures in
-an event are plain Python numbers: the trainer reads them from the device at most once a second.
+The trainer emits; sinks print, write JSON lines or TensorBoard files, or do what a user registers. A sink never changes
+a run. Figures are plain Python numbers: the trainer reads them from the device at most once a second.
 """
 
 from __future__ import annotations
@@ -249,14 +248,7 @@ class JsonlSink(Sink):
 
 
 def read_metrics(path: Path) -> tuple[list[str], list[int]]:
-    """The lines of a ``metrics.jsonl``.
-
-    Args:
-        path: the file; needn't exist.
-
-    Returns:
-        Those that are sound, and the numbers, from 1, of those that are not.
-    """
+    """The sound lines of a ``metrics.jsonl``, which needn't exist; and the numbers, from 1, of those that are not."""
     sound, unsound = [], []
     content = path.read_bytes() if path.exists() else b""
     for number, encoded in enumerate(content.removesuffix(b"\n").split(b"\n") if content else (), 1):
@@ -277,9 +269,6 @@ class TensorBoardSink(Sink):
     """TensorBoard event files: losses by module and term, accuracies, learning rate, speed, health by module.
 
     On resuming, what was written of later epochs than the run starts with is hidden.
-
-    Args:
-        folder: where the event files go.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -332,11 +321,7 @@ class TensorBoardSink(Sink):
 
 @final
 class ConsoleSink(Sink):
-    """A live progress display, or plain lines where there is no terminal; then the summary.
-
-    Args:
-        console: where to print.
-    """
+    """A live progress display, or plain lines where there is no terminal; then the summary."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
