@@ -94,7 +94,7 @@ def test_what_is_reserved_is_enough_and_what_is_asked_for_is_needed(events: list
     for number, nbytes, *_ in events:
         held[number] = max(nbytes, 0)
         most = max(most, sum(held.values()))
-    assert not replay(events, CachingAllocator(most - 1, total_bytes=TOTAL, rules=rules)).fits
+    assert not replay(events, CachingAllocator(free_bytes=most - 1, total_bytes=TOTAL, rules=rules)).fits
 
 
 @pytest.mark.parametrize("rules", [RULES, EXPANDABLE], ids=str)
@@ -190,7 +190,7 @@ def as_replay(figures: list[Any]) -> Replay:
 
 
 def test_pytorchs_own_allocator_does_the_same(simulated: SimulatedCard, tmp_path: Path) -> None:
-    answer = beside(simulated, tmp_path, ["expandable_segments:True", "expandable_segments:False"], range(4), 150)
+    answer = beside(simulated, tmp_path, ["expandable_segments:True", "expandable_segments:False"], range(3), 120)
     verdicts = [theirs[0] for _, theirs in answer["recorded"]["caps"]]
     assert len(answer["recorded"]["events"]) > 100
     assert set(verdicts) == {True, False}
