@@ -175,6 +175,10 @@ def record_run(
         make = make_batch or partial(_plain_batch, size=learner.backbone.input_size, dtype=learner.backbone.dtype)
         with fake_mode, autocast_of("cuda", card) as like_cuda, foreach_of("cuda"), Tracker(1, recorder) as tracker:
             recorder.mark("weights")
+            if learner.offload:
+                fake._device, fake._offloader = HOST, Offloader(fake.modules, HOST, recorder)
+                for tensor in fake.host_tensors():
+                    recorder.stays_on_host(tensor)
             _move(fake, tracker)
             fake.configure_optimizers(optimizer)
             gc.collect()

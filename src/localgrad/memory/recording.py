@@ -14,7 +14,8 @@ right after, the sum takes that one's block instead. Source: ``torch/csrc/autogr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -30,6 +31,7 @@ Event = tuple[int, int] | tuple[int, int, int]
 """(number, bytes) takes a block, (number, -1) gives it back; a third is the stream that it is taken on, if another."""
 GIVEN_BACK = -1
 COUNTER_BYTES = 8  # of an optimizer's step counter, at most
+SIDE_STREAM = 1
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,6 @@ class Recorder(Observer):
         self._moves: list[tuple[str, int]] | None = None
         self._has_workspace = {False: False, True: False}  # in the backward pass or not
         self._sum: _Sum | None = None
-        self._makes_homes = False
         self._stream = 0
 
     def mark(self, label: str) -> None:
@@ -95,6 +96,28 @@ class Recorder(Observer):
         """Take bytes of which no tensor is known; calling the result gives them back."""
         number = self._take(nbytes)
         return lambda: self._give(number)
+
+    # -- modules that wait in host memory (``step/offload.py``) ---------------------------------------------
+
+    def stays_on_host(self, tensor: Tensor) -> None:
+        """A tensor that isn't known yet is in host memory: nothing of it is written down."""
+        self._on_host.add(tensor.untyped_storage()._cdata)
+
+    @contextlib.contextmanager
+    def copying(self) -> Iterator[None]:
+        """A region of copies to and fro; what is made in it comes from the side stream's memory."""
+        self._stream = SIDE_STREAM
+        try:
+            yield
+        finally:
+            self._stream = 0
+
+    def made_at_home(self, host: Tensor) -> None:
+        """A tensor that was made just now is in host memory: nothing was taken for it."""
+        number = self._numbers.pop(host.untyped_storage()._cdata)
+        taken = self.trace.events.pop()
+        assert taken[0] == number, "it was the last"
+        self.stays_on_host(host)
 
     # -- what the tracker tells --------------------------------------------------------------------------
 
@@ -122,6 +145,8 @@ class Recorder(Observer):
     def took(self, storage: torch.UntypedStorage, *, was_there: bool, in_optimizer: bool) -> None:
         """A storage is there."""
         nbytes = storage.nbytes()
+        if storage._cdata in self._on_host:
+            return
         if nbytes == 0 or (in_optimizer and nbytes <= COUNTER_BYTES):
             return
         number = self._numbers[storage._cdata] = self._next()
@@ -134,6 +159,7 @@ class Recorder(Observer):
         """A storage is gone."""
         number = self._numbers.pop(address, None)
         if number is None:
+            self._on_host.discard(address)
             return
         if self._made is not None:
             self._gone.append(number)
