@@ -23,12 +23,11 @@ import torch
 from torch import Tensor
 
 from localgrad.backbones.namespaces import Kwargs
+from localgrad.memory.allocator import Event
 from localgrad.memory.cards import Card
 from localgrad.memory.temporaries import MULTIPLY, moves_of, workspace_bytes
 from localgrad.memory.track import Observer
 
-Event = tuple[int, int] | tuple[int, int, int]
-"""(number, bytes) takes a block, (number, -1) gives it back; a third is the stream that it is taken on, if another."""
 GIVEN_BACK = -1
 COUNTER_BYTES = 8  # of an optimizer's step counter, at most
 SIDE_STREAM = 1

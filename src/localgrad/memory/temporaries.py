@@ -387,15 +387,19 @@ def _index_put(args: Arguments, card: Card, moves: Moves) -> None:
     if len(args) < 4 or not args[3]:  # noqa: PLR2004
         return
     indices = [index for index in args[1] if index is not None]
-    number = math.prod(torch.broadcast_shapes(*(index.shape for index in indices)))  # type: ignore[no-untyped-call]
-    a_row = 8 * number
+    shape = torch.broadcast_shapes(*(index.shape for index in indices))  # type: ignore[no-untyped-call]
+    a_row = 8 * math.prod(shape)
     moves.outputs()
-    first = [moves.take(a_row), moves.take(a_row)]
-    moves.give(first[1])
-    values = moves.take(_nbytes(args[2]))
-    rest = [moves.take(a_row) for _ in range(3)]
+    bounds = [moves.take(8), moves.take(8)]  # the smallest and the largest index, and whether they are allowed
+    moves.passing(1)
+    moves.passing(1)
+    moves.give(*bounds)
+    linear = moves.take(a_row)
+    moves.passing(a_row)
+    copied = [moves.take(_nbytes(args[2]))] if not args[2].is_contiguous() else []
+    sorting = [moves.take(a_row) for _ in range(3)]
     moves.passing(_SORT_BYTES)
-    moves.give(*reversed(rest), values, first[0])
+    moves.give(*reversed(sorting), *copied, linear)
 
 
 _SORT_BYTES = 3583  # of cub's radix sort, for a few thousand keys
@@ -448,6 +452,12 @@ def _splits(blocks: int, keys: int, width: int, card: Card) -> int:
     return next((parts for parts, share in efficiency.items() if share >= 0.85 * best), 1)
 
 
+def _efficient_forward(args: Arguments, card: Card, moves: Moves) -> None:
+    """Nothing besides; but the state of random numbers comes before the output."""
+    for number in (2, 3, 0, 1):
+        moves.output(number)
+
+
 def _efficient_backward(args: Arguments, card: Card, moves: Moves) -> None:
     """Row sums of gradient x output, and what blocks of threads add up of the queries' gradients."""
     gradient, query, _, value = args[:4]
@@ -461,9 +471,11 @@ def _efficient_backward(args: Arguments, card: Card, moves: Moves) -> None:
         sums = moves.take(row_sums)
     else:  # made of other operators
         product = moves.take(4 * gradient.numel())
-        total = moves.take(row_sums)
         sums = moves.take(row_sums)
-        moves.give(total, product)
+        if heads > 1 and rows > 1:  # in another order: [B, heads, N]
+            total, sums = sums, moves.take(row_sums)
+            moves.give(total)
+        moves.give(product)
     widest = max(width, value.shape[3])
     tall = widest > 64 and (half or card.capability >= (8, 0))  # noqa: PLR2004
     block = 128 if tall else 64
@@ -481,8 +493,8 @@ def _is_depthwise(inputs: Tensor, weight: Tensor, groups: int) -> bool:
     return groups > 1 and inputs.shape[1] == groups and weight.shape[0] % inputs.shape[1] == 0
 
 
-def _columns(inputs: Tensor, weight: Tensor, out_size: Sequence[int], groups: int) -> int:
-    """Bytes of one image's patches as columns; none where the kernel is a point."""
+def _columns(inputs: Tensor, weight: Tensor, out_size: Sequence[int]) -> int:
+    """Bytes of one image's patches as columns."""
     area = math.prod(weight.shape[2:])
     return weight.shape[1] * area * math.prod(out_size) * inputs.element_size()
 
@@ -497,7 +509,7 @@ def _convolution(args: Arguments, card: Card, moves: Moves) -> None:
     copies = _copies(args, moves, 0)
     moves.outputs()
     if not transposed and not _is_depthwise(inputs, weight, groups) and not _is_point(weight, stride, padding):
-        moves.passing(_columns(inputs, weight, _out_size(inputs, weight, stride, padding, dilation), groups))
+        moves.passing(_columns(inputs, weight, _out_size(inputs, weight, stride, padding, dilation)))
     moves.give(*copies)
 
 
@@ -508,17 +520,27 @@ def _is_point(weight: Tensor, stride: Any, padding: Any) -> bool:
 def _convolution_backward(args: Arguments, card: Card, moves: Moves) -> None:
     gradient, inputs, weight, _, stride, padding, _, transposed, _, groups, wanted = args[:11]
     copies = _copies(args, moves, 0)
-    if transposed or _is_depthwise(inputs, weight, groups):
-        moves.outputs()
-    else:
-        columns = 0 if _is_point(weight, stride, padding) else _columns(inputs, weight, gradient.shape[2:], groups)
-        if wanted[0]:
-            moves.output(0)
+    made = dict(zip([which for which in range(3) if wanted[which]], range(3), strict=False))  # outputs, by what they are
+    is_own = transposed or _is_depthwise(inputs, weight, groups)
+    columns = 0 if is_own or _is_point(weight, stride, padding) else _columns(inputs, weight, gradient.shape[2:])
+    taken = []
+    if is_own:
+        order = [_OF_WEIGHT, _OF_INPUT, _OF_BIAS]
+    elif wanted[_OF_INPUT]:
+        moves.output(made[_OF_INPUT])
         taken = [moves.take(columns)] if columns else []
-        moves.outputs()
-        moves.give(*taken)
-    moves.give(*copies)
+        order = [_OF_BIAS, _OF_WEIGHT]
+    else:
+        order = [_OF_BIAS, _OF_WEIGHT]
+    for which in order:
+        if which in made:
+            moves.output(made[which])
+    if not taken and columns:
+        taken = [moves.take(columns)]
+    moves.give(*taken, *copies)
 
+
+_OF_INPUT, _OF_WEIGHT, _OF_BIAS = range(3)
 
 
 MULTIPLY = frozenset(
@@ -562,6 +584,9 @@ TABLE: dict[Any, Temporary] = {
     ),
     aten._scaled_dot_product_flash_attention_backward.default: Temporary(
         "row sums, and the queries' gradients in float32", "flash_attn/flash_api.cpp", _flash_backward
+    ),
+    aten._scaled_dot_product_efficient_attention.default: Temporary(
+        "nothing, in another order", "transformers/cuda/attention.cu", _efficient_forward
     ),
     aten._scaled_dot_product_efficient_attention_backward.default: Temporary(
         "row sums, and the queries' gradients in float32", _ATTENTION, _efficient_backward
