@@ -20,7 +20,7 @@ from torch.utils.flop_counter import flop_registry
 from localgrad.backbones.fake import FakeTensorMode, copies_within
 from localgrad.backbones.namespaces import Kwargs
 from localgrad.memory.costs import CostSettings, PartCost
-from localgrad.memory.track import CUDA_ROUNDING, Tracker, autocast_of, choose_foreach, rounded
+from localgrad.memory.track import CUDA_ROUNDING, Observer, Tracker, autocast_of, choose_foreach, rounded
 from localgrad.step.local_step import autocast
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
@@ -129,7 +129,7 @@ class ByShapes(Gauge):
         """Run a part under the tracker."""
         shape, dtype = like
         clock = _Clock(RATES[self.settings.device])
-        meter = Tracker(self.rounding, clock.ran)
+        meter = Tracker(self.rounding, clock)
         with self.mode, meter, autocast_of(self.settings.device), torch.enable_grad():
             held = self._input(shape, dtype, needs_gradient=needs_gradient) if present else None
             if self.settings.accumulation > 1 if accumulates is None else accumulates:
@@ -252,14 +252,14 @@ class _Sink(torch.autograd.Function):
 
 
 @final
-class _Clock:
+class _Clock(Observer):
     """Adds up the nominal seconds of operators."""
 
     def __init__(self, rates: Rates) -> None:
         self.rates = rates
         self.seconds = 0.0
 
-    def ran(self, func: Any, args: tuple[Any, ...], kwargs: Kwargs, result: Any) -> None:
+    def after(self, func: Any, args: tuple[Any, ...], kwargs: Kwargs, result: Any) -> None:
         """Add the time of an operator."""
         if not func.is_view and func not in _FREE:
             self.seconds += self._time(func, args, kwargs, result)
