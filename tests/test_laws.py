@@ -704,7 +704,7 @@ DETACHED = {
         "twin(features.clone())",
         "value",
     ],  # of a copy that is tried; what a module shows of an earlier pass
-    "memory.parts": ["torch.ops.aten"],  # the operator's own name, in a list of those that take no time
+    "memory.gauge": ["torch.ops.aten"],  # the operator's own name, in a list of those that take no time
     "memory.track": ["inputs", "outputs"],  # the seams of a chain of parts, on fake tensors
     "training.folder": ["tensor"],  # weights on their way to disk
 }

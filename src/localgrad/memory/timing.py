@@ -96,7 +96,7 @@ class ByClock(Gauge):
 
     def updating(self, weights: Sequence[nn.Parameter], factory: OptimizerFactory) -> int:
         """Nanoseconds of an optimizer's step over copies of some weights."""
-        copies = [nn.Parameter(weight.detach().clone()) for weight in weights]
+        copies = [nn.Parameter(torch.randn_like(weight)) for weight in weights]
         for weight in copies:
             weight.grad = torch.zeros_like(weight)
         optimizer = factory(copies)
