@@ -124,10 +124,16 @@ def made_for_task(task: Task, batch_size: int) -> dict[str, Json]:
         "execution.precision": task.precision,
         "execution.compile": task.compiled,
         "objective": task.objective.described,
-        "device": task.device,
-        "input_size": list(task.backbone.input_size),
-        "num_classes": task.backbone.num_classes,
-        "num_parameters": num_parameters(task.backbone),
+        **_of_model(task.backbone, task.device),
+    }
+
+
+def _of_model(backbone: Backbone, device: str) -> dict[str, Json]:
+    return {
+        "device": device,
+        "input_size": list(backbone.input_size),
+        "num_classes": backbone.num_classes,
+        "num_parameters": num_parameters(backbone),
         "versions": _versions(),
     }
 
@@ -142,11 +148,7 @@ def made_for(recipe: Recipe, backbone: Backbone, device: str) -> dict[str, Json]
     return {
         **{key: values[key] for key in REMEMBERED},
         **({"execution.plugins": list[Json](recipe.execution.plugins)} if recipe.execution.plugins else {}),
-        "device": device,
-        "input_size": list(backbone.input_size),
-        "num_classes": backbone.num_classes,
-        "num_parameters": num_parameters(backbone),
-        "versions": _versions(),
+        **_of_model(backbone, device),
     }
 
 

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from localgrad.errors import RunFolderError, arg
 from localgrad.formats import Json
-from localgrad.training.fingerprint import raw_bytes
+from localgrad.training.folder import raw_bytes
 from localgrad.units import format_bytes
 
 FORMAT = 2

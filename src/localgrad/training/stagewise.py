@@ -48,6 +48,7 @@ from localgrad.training.augment import derive_seed
 from localgrad.training.data import Batches
 from localgrad.training.events import EpochEnded, FeaturesCached
 from localgrad.training.feature_cache import FeatureCache, Rows, open_cache, row_bytes, write_cache
+from localgrad.training.folder import raw_bytes
 from localgrad.training.health import HealthCheck
 from localgrad.training.optim import Schedule
 from localgrad.training.saved import Selection, TrainerState
@@ -317,7 +318,7 @@ class StagewiseTrainer(TrainerOfAll):
         for number, module in enumerate(self.learner.modules[: index + 1]):
             for name, value in module.parts.state_dict().items():
                 digest.update(f"{number}.{name}:{value.dtype}:{list(value.shape)}".encode())
-                digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                digest.update(raw_bytes(value))
         return {
             "weights": digest.hexdigest(),
             "seed": train.seed,

@@ -483,7 +483,8 @@ class TrainerOfAll(Trainer, ABC):
 
     def state_dict(self) -> TrainerState:
         """Everything needed to go on bit for bit (on the CPU)."""
-        return {"learner": self.learner.state_dict(), **self._standing(self._sums.state_dict())}
+        standing = self._standing(self._sums.state_dict())
+        return cast(TrainerState, {"learner": self.learner.state_dict(), **standing})
 
     def _save_best(self) -> None:
         save_weights(self.folder.best, best_weights(self.learner))
