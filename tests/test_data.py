@@ -21,8 +21,8 @@ from PIL import Image
 from helpers import load_named
 from localgrad.errors import DataError
 from localgrad.training import data, image_sets, images
-from localgrad.training.data import Augment, Batches, load_images_for_prediction
-from localgrad.training.settings import DataSettings
+from localgrad.training.data import Batches, load_images_for_prediction
+from localgrad.training.settings import Augment, DataSettings
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

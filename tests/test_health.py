@@ -30,10 +30,11 @@ from localgrad.errors import CheckpointError, RecipeError
 from localgrad.learner import LocalLearner
 from localgrad.objectives.carried import LocalBatch
 from localgrad.objectives.methods import OBJECTIVES
-from localgrad.training.data import Batches, DataInfo, InMemoryImages
+from localgrad.training.data import Batches, DataInfo
 from localgrad.training.events import ConsoleSink, EpochEnded, HealthMeasured, JsonlSink, TensorBoardSink
 from localgrad.training.folder import RunFolder, load_saved_weights, save_weights
 from localgrad.training.health import HealthCheck, gradient_cosine, linear_cka, linear_probe, pool, pooled_features
+from localgrad.training.image_sets import InMemoryImages
 from localgrad.training.trainer import EpochSums, Interrupted
 
 SIZE = (3, 16, 16)

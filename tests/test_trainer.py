@@ -20,9 +20,10 @@ from localgrad.errors import CheckpointError, DivergenceError
 from localgrad.learner import LocalLearner
 from localgrad.objectives.carried import LocalBatch
 from localgrad.step.executor import StepResult
-from localgrad.training.data import Batches, DataInfo, InMemoryImages
+from localgrad.training.data import Batches, DataInfo
 from localgrad.training.events import EpochEnded, Event, Progressed
 from localgrad.training.folder import RunFolder
+from localgrad.training.image_sets import InMemoryImages
 from localgrad.training.optim import OptimizerFactory, Schedule
 from localgrad.training.trainer import (
     EpochSums,

@@ -183,14 +183,10 @@ def build(
     )
     schedule_for = partial(
         Schedule,
-        name=training.scheduler,
-        epochs=training.epochs,
         batches_per_epoch=len(batches),
-        warmup_epochs=training.warmup_epochs,
-        warmup_lr=training.warmup_lr,
-        min_lr=training.min_lr,
         warmup_stagger=training.warmup_stagger,
         first=learner.own.start,
+        **_schedule_of(training),
     )
     # Made once to be checked, and dropped: nothing has been written yet.
     schedule_for([_optimizer_alone(learner, index, optimizer) for index in learner.own])
@@ -264,19 +260,17 @@ def _check_training(recipe: Recipe) -> None:
     """Refuse optimizers and numbers that can't be, before data is read."""
     training, execution = recipe.method.training, recipe.execution
     optimizer_info(training.optimizer)
-    check_schedule(
-        training.lr * min(training.lr_depth),
-        name=training.scheduler,
-        epochs=training.epochs,
-        warmup_epochs=training.warmup_epochs,
-        warmup_lr=training.warmup_lr,
-        min_lr=training.min_lr,
-    )
+    check_schedule(training.lr * min(training.lr_depth), **_schedule_of(training))
     own = training.batch_size // execution.replicas
     if execution.accumulation > own:
         raise RecipeError(
             f"{arg('accumulation', execution.accumulation)}: so many parts can't be made of {own} images; take fewer."
         )
+
+
+def _schedule_of(training: TrainingSettings) -> Kwargs:
+    names = ("epochs", "warmup_epochs", "warmup_lr", "min_lr")
+    return {"name": training.scheduler, **{name: getattr(training, name) for name in names}}
 
 
 def _optimizer_alone(learner: Learner, index: int, optimizer: Factories) -> Optimizer:

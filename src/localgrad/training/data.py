@@ -29,34 +29,13 @@ from torch import Tensor
 
 from localgrad.errors import DataError, arg
 from localgrad.objectives.carried import LocalBatch
-from localgrad.training.augment import (
-    WHITE,
-    ModelInput,
-    augment_batch,
-    derive_seed,
-    generator_for,
-    normalise,
-    share_cut_off,
-)
+from localgrad.training.augment import WHITE, ModelInput, augment_batch, derive_seed, generator_for, share_cut_off
 from localgrad.training.folders import Split
 from localgrad.training.image_sets import FileImages, ImageSet, InMemoryImages, Skipped
 from localgrad.training.images import Probed, Reading, check_range
 from localgrad.training.loading import Found, find, list_image_files, read_image_files
 from localgrad.training.settings import Augment, DataSettings, Fit
 from localgrad.training.transforms import NONE, Prepared
-
-__all__ = [
-    "Augment",
-    "Batches",
-    "DataInfo",
-    "FileImages",
-    "ImageSet",
-    "InMemoryImages",
-    "Splits",
-    "load_data",
-    "load_images_for_prediction",
-    "normalise",
-]
 
 MEMORY_LIMIT_BYTES = 2 * 1024**3
 TEST_FRACTION = 0.2
@@ -393,7 +372,7 @@ def _settle(
         _, num_channels, height, width = first.images.shape
         return _Settled(parts, num_channels, (height, width), sizes=((height, width),), transform=transform)
     files = {
-        part: images.with_settings(reading, settings.on_corrupt, skipped[part])
+        part: replace(images, reading=reading, on_corrupt=settings.on_corrupt, skipped=skipped[part])
         for part, images in parts.items()
         if isinstance(images, FileImages)
     }
@@ -434,7 +413,10 @@ def _decode_if_small(
     image_size: tuple[int, int] | None,
     limit_bytes: int,
 ) -> _Settled:
-    files = {part: images.with_channels(num_channels) for part, images in files.items()}
+    files = {
+        part: replace(images, reading=replace(images.reading, num_channels=num_channels))
+        for part, images in files.items()
+    }
     num_values = sum(len(images) for images in files.values()) * num_channels
     wanted = [each for each in (size, image_size) if each is not None]
     fitting = [each for each in wanted if num_values * each[0] * each[1] <= limit_bytes]

@@ -15,8 +15,9 @@ import torch
 
 from localgrad.errors import DataError
 from localgrad.formats import Json, check_format
-from localgrad.training.data import DataInfo, FileImages, ImageSet, InMemoryImages, Splits
+from localgrad.training.data import DataInfo, Splits
 from localgrad.training.folder import raw_bytes
+from localgrad.training.image_sets import FileImages, ImageSet, InMemoryImages
 from localgrad.training.saved import RUN_FORMAT
 
 SAMPLE = 1024

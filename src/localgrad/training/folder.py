@@ -66,6 +66,7 @@ _NO_ZIP = (zipfile.BadZipFile, NotImplementedError, struct.error, zlib.error, Ov
 
 KEPT = ("recipe.toml", "data.json")
 """Text files that every checkpoint keeps a copy of, beside the lines of ``metrics.jsonl``."""
+CHECKPOINTS = ("last.pt", "before.pt", "best.safetensors")
 _SUMS = "checkpoints/checksums.json"
 Agree = Callable[[Checkpoint], str | None]
 """Given a checkpoint: why it is none of this run, or ``None``."""
@@ -80,6 +81,9 @@ class RunFolder:
         is_guest: another process of the same run holds the folder; this one only adds parts of checkpoints.
 
     Attributes:
+        last: the checkpoint to resume from.
+        before: the one before that.
+        best: weights of the best epoch: the model's and the auxiliary nets'.
         kept: what every checkpoint keeps of other files: their text, or a list of lines.
 
     Raises:
@@ -88,6 +92,7 @@ class RunFolder:
 
     def __init__(self, path: Path, *, is_guest: bool = False) -> None:
         self.path = path
+        self.last, self.before, self.best = (path / "checkpoints" / name for name in CHECKPOINTS)
         self.kept: Kept = {}
         self._last_is_sound = False
         self._parts_of_last: tuple[str, ...] = ()
@@ -113,21 +118,6 @@ class RunFolder:
             ) from error
         self._lock = lock
         _remove_leftovers(path)
-
-    @property
-    def last(self) -> Path:
-        """The checkpoint to resume from."""
-        return self.path / "checkpoints" / "last.pt"
-
-    @property
-    def before(self) -> Path:
-        """The checkpoint before the last."""
-        return self.path / "checkpoints" / "before.pt"
-
-    @property
-    def best(self) -> Path:
-        """Weights of the best epoch: the model's and the auxiliary nets'."""
-        return self.path / "checkpoints" / "best.safetensors"
 
     @property
     def has_checkpoint(self) -> bool:

@@ -235,10 +235,11 @@ class FilesInTable(ImageFiles):
 
 
 @final
+@dataclass(eq=False)
 class FileImages(ImageSet):
     """Encoded images, decoded when they are read.
 
-    Args:
+    Attributes:
         files: where the bytes come from.
         labels: int64 [N].
         rows: int64 [N], the row of ``files`` that each image is; all of them where None.
@@ -247,42 +248,21 @@ class FileImages(ImageSet):
         skipped: takes what is left out.
     """
 
-    def __init__(
-        self,
-        files: ImageFiles,
-        labels: Tensor,
-        *,
-        rows: Tensor | None = None,
-        reading: Reading | None = None,
-        on_corrupt: OnCorrupt = "error",
-        skipped: Skipped | None = None,
-    ) -> None:
-        self.files = files
-        self.labels = labels
-        self.rows = torch.arange(len(labels)) if rows is None else rows
-        self.reading = reading or Reading()
-        self.on_corrupt = on_corrupt
-        self.skipped = skipped if skipped is not None else Skipped()
+    files: ImageFiles
+    labels: Tensor
+    rows: Tensor = None  # type: ignore[assignment]
+    reading: Reading = field(default_factory=Reading)
+    on_corrupt: OnCorrupt = "error"
+    skipped: Skipped = field(default_factory=Skipped)
+
+    def __post_init__(self) -> None:
+        """All rows, where none were given."""
+        if self.rows is None:
+            self.rows = torch.arange(len(self.labels))
 
     def subset(self, indices: Tensor) -> FileImages:
         """The images at ``indices`` (int64 [M]), in that order; nothing is read."""
-        return self._with(labels=self.labels[indices], rows=self.rows[indices])
-
-    def with_settings(self, reading: Reading, on_corrupt: OnCorrupt, skipped: Skipped) -> FileImages:
-        """The same images, to be read and checked otherwise."""
-        return self._with(reading=reading, on_corrupt=on_corrupt, skipped=skipped)
-
-    def with_channels(self, num_channels: int) -> FileImages:
-        """The same images, to be converted to grey (1) or colour (3)."""
-        return self._with(reading=replace(self.reading, num_channels=num_channels))
-
-    def with_labels(self, labels: Tensor) -> FileImages:
-        """The same images with other class indices."""
-        return self._with(labels=labels)
-
-    def _with(self, **changes: Any) -> FileImages:
-        own = {key: getattr(self, key) for key in ("files", "labels", "rows", "reading", "on_corrupt", "skipped")}
-        return FileImages(**{**own, **changes})
+        return replace(self, labels=self.labels[indices], rows=self.rows[indices])
 
     def probe(self) -> list[Probed]:
         """Open a few images, spread evenly, to learn what they are like.

@@ -22,6 +22,7 @@ Epochs of all modules are counted through in events and checkpoints: epoch e of 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import shutil
@@ -374,15 +375,9 @@ def estimate_stages(
 def _estimate_stage(
     learner: LocalLearner, index: int, batch_size: int, optimizer: Factories, device: torch.device
 ) -> MemoryProfile:
-    made = learner.local_step(index, optimizer)
-    step = LocalStep(  # the same without compiled code, which a fake copy can't hold
-        made.module,
-        made.parameters,
-        made.optimizer,
-        precision=made.precision,
-        clip_grad=made.clip_grad,
-        accumulation=made.accumulation,
-    )
+    bare = copy.copy(learner)  # without compiled code, which a fake copy can't hold
+    bare._settings = {**learner._settings, "compile": False}
+    step = bare.local_step(index, optimizer)
     images = (batch_size, *learner.backbone.input_size)
     span = learner.plan.spans[index]
     inputs = images if index == 0 else (batch_size, *learner.backbone.layouts[span.start].shape)
