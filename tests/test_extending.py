@@ -323,8 +323,8 @@ def test_a_transform_that_is_wrong_is_told_before_training(name: str, message: s
 
 def test_an_error_in_a_worker_is_one_line(tmp_path: Path) -> None:
     made = batches_of(write_photos(tmp_path / "photos"), f"{__name__}:transform_of_mine", num_workers=1)
-    assert made.prepared is not None
-    made.prepared.transform = lambda image: image.no_such_method()
+    assert made.wanted.prepared is not None
+    made.wanted.prepared.transform = lambda image: image.no_such_method()
     with pytest.raises(DataError, match=r"no_such_method.* The image: .*\.png\.$"):
         next(made.epoch(0))
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -40,7 +39,8 @@ Planned = Callable[[Recipe, Backbone], tuple[Recipe, Plan]]
 
 
 if TYPE_CHECKING:  # planning reads no data, and needs none of this
-    from localgrad.training.data import Batches, DataInfo, ImageSet, Splits
+    from localgrad.training.data import Batches, DataInfo, Splits
+    from localgrad.training.image_sets import ImageSet
 
 
 @dataclass(frozen=True)
@@ -181,13 +181,11 @@ def build(
         shard=(0, 1) if team is None else (team.replica, team.num_replicas),
         transform=data.transform,
     )
-    schedule_for = partial(
-        Schedule,
-        batches_per_epoch=len(batches),
-        warmup_stagger=training.warmup_stagger,
-        first=learner.own.start,
-        **_schedule_of(training),
-    )
+
+    def schedule_for(optimizers: Sequence[Optimizer]) -> Schedule:
+        own: Kwargs = {"batches_per_epoch": len(batches), "first": learner.own.start}
+        return Schedule(optimizers, warmup_stagger=training.warmup_stagger, **own, **_schedule_of(training))
+
     # Made once to be checked, and dropped: nothing has been written yet.
     schedule_for([_optimizer_alone(learner, index, optimizer) for index in learner.own])
     return Job(recipe, data, learner, optimizer, schedule_for, batches, device, team, made_by)

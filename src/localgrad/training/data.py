@@ -31,7 +31,7 @@ from localgrad.errors import DataError, arg
 from localgrad.objectives.carried import LocalBatch
 from localgrad.training.augment import WHITE, ModelInput, augment_batch, derive_seed, generator_for, share_cut_off
 from localgrad.training.folders import Split
-from localgrad.training.image_sets import FileImages, ImageSet, InMemoryImages, Skipped
+from localgrad.training.image_sets import FileImages, ImageSet, InMemoryImages, Skipped, Wanted
 from localgrad.training.images import Probed, Reading, check_range
 from localgrad.training.loading import Found, find, list_image_files, read_image_files
 from localgrad.training.settings import Augment, DataSettings, Fit
@@ -533,13 +533,13 @@ class Batches:
         self.augment = augment
         self.seed = seed
         self.drop_last = drop_last and augment is not None
-        self.num_workers = num_workers
         self.shard = shard
         self.transform = transform
         training = augment is not None
-        self.prepared = None if transform is None else Prepared(transform, image_size, training=training)
-        if self.prepared is not None:
-            self.prepared.try_on(info.num_channels)
+        prepared = None if transform is None else Prepared(transform, image_size, training=training)
+        if prepared is not None:
+            prepared.try_on(info.num_channels)
+        self.wanted = Wanted(image_size=image_size, device=self.device, num_workers=num_workers, prepared=prepared)
         if augment is not None and batch_size % shard[1]:
             raise DataError(
                 f"{arg('batch_size', batch_size)} can't be shared out among {shard[1]} replicas; take a multiple of "
@@ -560,7 +560,7 @@ class Batches:
             device=self.device,
             augment=None,
             seed=self.seed,
-            num_workers=self.num_workers,
+            num_workers=self.wanted.num_workers,
             shard=self.shard,
             transform=self.transform,
         )
@@ -589,14 +589,7 @@ class Batches:
         number, replicas = self.shard
         own = () if replicas == 1 else (number,)
         seeds = [derive_seed(self.seed, "batch", epoch, index, *own) for index in range(start, start + len(indices))]
-        read = self.images.read(
-            indices,
-            image_size=self.image_size,
-            device=self.device,
-            num_workers=self.num_workers,
-            prepared=self.prepared,
-            seeds=seeds,
-        )
+        read = self.images.read(indices, self.wanted, seeds)
         for seed, (images, targets) in zip(seeds, read, strict=True):
             yield self._prepare(images, targets, seed)
 

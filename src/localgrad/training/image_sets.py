@@ -89,6 +89,23 @@ def skipped_table(skipped: Mapping[str, Skipped], before: str = "") -> str:
     return text.getvalue()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """How batches are wanted.
+
+    Attributes:
+        image_size: (H, W) that the model takes; what is decoded on the fly comes at this size.
+        device: where.
+        num_workers: processes that decode ahead, where there is something to decode.
+        prepared: what each image goes through; then they come at its size.
+    """
+
+    image_size: tuple[int, int]
+    device: torch.device
+    num_workers: int = 0
+    prepared: Prepared | None = None
+
+
 class ImageSet(ABC):
     """Labelled images of one part of a data set.
 
@@ -107,23 +124,13 @@ class ImageSet(ABC):
 
     @abstractmethod
     def read(
-        self,
-        batches: Sequence[Tensor],
-        *,
-        image_size: tuple[int, int],
-        device: torch.device,
-        num_workers: int,
-        prepared: Prepared | None = None,
-        seeds: Sequence[int] = (),
+        self, batches: Sequence[Tensor], wanted: Wanted, seeds: Sequence[int] = ()
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Read batch after batch.
 
         Args:
             batches: int64 indices [B] of each batch.
-            image_size: (H, W) that the model takes; what is decoded on the fly comes at this size.
-            device: where the batches are wanted.
-            num_workers: processes that decode ahead, where there is something to decode.
-            prepared: what each image goes through; then they come at its size.
+            wanted: how.
             seeds: of each batch, what its images' draws depend on.
 
         Yields:
@@ -158,19 +165,13 @@ class InMemoryImages(ImageSet):
         return InMemoryImages(self.images[indices], self.labels[indices])
 
     def read(
-        self,
-        batches: Sequence[Tensor],
-        *,
-        image_size: tuple[int, int],  # unused: resized later, after cropping, on the device
-        device: torch.device,
-        num_workers: int,  # unused: nothing is left to decode
-        prepared: Prepared | None = None,
-        seeds: Sequence[int] = (),
+        self, batches: Sequence[Tensor], wanted: Wanted, seeds: Sequence[int] = ()
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Index batch after batch; see `ImageSet.read`."""
-        if prepared is not None:
+        """Index batch after batch; what no transform prepares is resized later, after cropping, on the device."""
+        device = wanted.device
+        if wanted.prepared is not None:
             for indices, seed in zip(batches, seeds, strict=True):
-                found = [prepared(image, seed, place) for place, image in enumerate(self.images[indices])]
+                found = [wanted.prepared(image, seed, place) for place, image in enumerate(self.images[indices])]
                 yield torch.stack(found).to(device), self.labels[indices].to(device)
             return
         images, labels = self._moved_near(device)
@@ -317,24 +318,18 @@ class FileImages(ImageSet):
         return alike
 
     def read(
-        self,
-        batches: Sequence[Tensor],
-        *,
-        image_size: tuple[int, int],
-        device: torch.device,
-        num_workers: int,
-        prepared: Prepared | None = None,
-        seeds: Sequence[int] = (),
+        self, batches: Sequence[Tensor], wanted: Wanted, seeds: Sequence[int] = ()
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Decode batch after batch in worker processes; see `ImageSet.read`.
 
         A skipped image makes its batch smaller, the same in every epoch and after every resume.
         """
+        device = wanted.device
         loader = torch.utils.data.DataLoader(
-            _DecodedBatches(self, image_size, prepared),
+            _DecodedBatches(self, wanted.image_size, wanted.prepared),
             batch_size=None,
             sampler=cast("Any", list(zip(batches, seeds or [0] * len(batches), strict=True))),
-            num_workers=num_workers,
+            num_workers=wanted.num_workers,
             pin_memory=device.type == "cuda",
             worker_init_fn=_ignore_signals,
             generator=torch.Generator(),  # else the loader draws its workers' seed from the global state
