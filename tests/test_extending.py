@@ -257,10 +257,10 @@ def write_photos(folder: Path, size: tuple[int, int] = (48, 60), count: int = 16
 
 def batches_of(path: Path, transform: str | None, num_workers: int = 0, **settings: Any) -> Batches:
     data = load_named(str(path), transform=transform)
-    size: dict[str, Any] = {"image_size": (32, 32), "batch_size": 6, "device": "cpu", "drop_last": True}
+    size: dict[str, Any] = {"image_size": (32, 32), "batch_size": 6, "device": torch.device("cpu")}
     augment = build.Augment()
     made = {**size, "augment": augment, "seed": 3, "info": data.info, "transform": transform, **settings}
-    return Batches(data.train, num_workers=num_workers, **made)
+    return Batches(images=data.train, num_workers=num_workers, **made)
 
 
 @pytest.mark.parametrize("transform", ["imagenet", f"{__name__}:transform_of_mine"])

@@ -98,11 +98,11 @@ def batches_of(num_images: int, batch_size: int = 8) -> Batches:
     images += (40 * labels).to(torch.uint8)[:, None, None, None]
     info = DataInfo("toy", tuple("abcde"), 3, SIZE[1:], (0.5,) * 3, (0.25,) * 3, 0, num_images, 0, 0, ())
     return Batches(
-        InMemoryImages(images, labels),
+        images=InMemoryImages(images, labels),
         batch_size=batch_size,
         image_size=SIZE[1:],
         info=info,
-        device="cpu",
+        device=torch.device("cpu"),
         augment=None,
         seed=0,
         drop_last=False,

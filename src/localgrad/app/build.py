@@ -170,7 +170,7 @@ def build(
     if not (augment.mixup or augment.cutmix):  # the losses smooth hard labels by themselves
         augment = replace(augment, label_smoothing=0.0)
     batches = Batches(
-        data.train,
+        images=data.train,
         batch_size=training.batch_size,
         image_size=size[1:],
         info=data.info,

@@ -247,7 +247,15 @@ def _images_of_data(settings: Settings, name: str) -> _Images:
 
     def first(size: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
         num, hw = settings.batch_size, size[1:]
-        batches = Batches(splits.train, batch_size=num, image_size=hw, info=info, device="cpu", augment=None, seed=0)
+        batches = Batches(
+            images=splits.train,
+            batch_size=num,
+            image_size=hw,
+            info=info,
+            device=torch.device("cpu"),
+            augment=None,
+            seed=0,
+        )
         batch = next(batches.epoch(0))
         if len(batch.images) < settings.batch_size:
             raise RecipeError(

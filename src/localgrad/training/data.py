@@ -482,10 +482,11 @@ def _measured(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 @final
+@dataclass(eq=False, kw_only=True)
 class Batches:
     """Batches of an image set, ready for the step.
 
-    Args:
+    Attributes:
         images: one part of a data set.
         batch_size: images a batch.
         image_size: (H, W) that the model takes, in pixels.
@@ -504,66 +505,50 @@ class Batches:
             means no class (nor may one be ignored: accuracies count every image).
     """
 
-    def __init__(
-        self,
-        images: ImageSet,
-        *,
-        batch_size: int,
-        image_size: tuple[int, int],
-        info: DataInfo,
-        device: torch.device | str,
-        augment: Augment | None,
-        seed: int,
-        drop_last: bool = True,
-        num_workers: int = 0,
-        shard: tuple[int, int] = (0, 1),
-        transform: str | None = None,
-    ) -> None:
+    images: ImageSet
+    batch_size: int
+    image_size: tuple[int, int]
+    info: DataInfo
+    device: torch.device
+    augment: Augment | None
+    seed: int
+    drop_last: bool = True
+    num_workers: int = 0
+    shard: tuple[int, int] = (0, 1)
+    transform: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check what can't be, and what images go through."""
+        info, batch_size, replicas = self.info, self.batch_size, self.shard[1]
         if batch_size < 1:
             raise DataError(f"{arg('batch_size')} must be 1 or more, got {batch_size}.")
-        if num_workers < 0:
-            raise DataError(f"{arg('num_workers')} must be 0 or more, got {num_workers}.")
-        _check_range("set that batches are made of", images.labels, info.num_classes)
-        self.images = images
-        self.batch_size = batch_size
-        self.image_size = image_size
-        self.input = ModelInput(size=image_size, mean=info.mean, std=info.std, fit=info.fit, background=info.background)
-        self.info = info
-        self.device = torch.device(device)
-        self.augment = augment
-        self.seed = seed
-        self.drop_last = drop_last and augment is not None
-        self.shard = shard
-        self.transform = transform
-        training = augment is not None
-        prepared = None if transform is None else Prepared(transform, image_size, training=training)
-        if prepared is not None:
+        if self.num_workers < 0:
+            raise DataError(f"{arg('num_workers')} must be 0 or more, got {self.num_workers}.")
+        _check_range("set that batches are made of", self.images.labels, info.num_classes)
+        self.input = ModelInput(
+            size=self.image_size, mean=info.mean, std=info.std, fit=info.fit, background=info.background
+        )
+        prepared, training = None, self.augment is not None
+        if self.transform is not None:
+            prepared = Prepared(self.transform, self.image_size, training=training)
             prepared.try_on(info.num_channels)
-        self.wanted = Wanted(image_size=image_size, device=self.device, num_workers=num_workers, prepared=prepared)
-        if augment is not None and batch_size % shard[1]:
+        self.wanted = Wanted(
+            image_size=self.image_size, device=self.device, num_workers=self.num_workers, prepared=prepared
+        )
+        if training and batch_size % replicas:
             raise DataError(
-                f"{arg('batch_size', batch_size)} can't be shared out among {shard[1]} replicas; take a multiple of "
-                f"{shard[1]}."
+                f"{arg('batch_size', batch_size)} can't be shared out among {replicas} replicas; take a multiple of "
+                f"{replicas}."
             )
         if self._num_batches == 0:
             raise DataError(
-                f"{arg('batch_size', batch_size)} leaves no full batch of {len(images)} images: choose a smaller one."
+                f"{arg('batch_size', batch_size)} leaves no full batch of {len(self.images)} images: choose a smaller "
+                "one."
             )
 
     def plain(self, images: ImageSet, batch_size: int) -> Batches:
         """Batches of other images of the set, in order and not augmented."""
-        return Batches(
-            images,
-            batch_size=batch_size,
-            image_size=self.image_size,
-            info=self.info,
-            device=self.device,
-            augment=None,
-            seed=self.seed,
-            num_workers=self.wanted.num_workers,
-            shard=self.shard,
-            transform=self.transform,
-        )
+        return replace(self, images=images, batch_size=batch_size, augment=None)
 
     def __len__(self) -> int:
         number, replicas = self.shard
@@ -573,7 +558,8 @@ class Batches:
     def _num_batches(self) -> int:
         """Batches of all replicas together."""
         full, rest = divmod(len(self.images), self.batch_size)
-        return full if self.drop_last or not rest else full + 1
+        drops = self.drop_last and self.augment is not None
+        return full if drops or not rest else full + 1
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[LocalBatch]:
         """Make the batches of one epoch, all of them on the device.
