@@ -24,7 +24,7 @@ from localgrad.app.fitting import device_name, versions
 from localgrad.app.planned import read_plan
 from localgrad.app.recipe import ModelSettings, validated
 from localgrad.backbones.base import Backbone, split
-from localgrad.compare.contenders import Contender, Local, Stage, default_methods
+from localgrad.compare.contenders import HOST, Contender, Local, Stage, default_methods
 from localgrad.compare.plots import check_path, plot_timeline, plot_trade_off
 from localgrad.compare.side_by_side import About, Comparison, Report, Row, compare
 from localgrad.errors import RecipeError, arg, did_you_mean
@@ -246,13 +246,12 @@ def _images_of_data(settings: Settings, name: str) -> _Images:
     info = splits.info
 
     def first(size: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-        num, hw = settings.batch_size, size[1:]
         batches = Batches(
             images=splits.train,
-            batch_size=num,
-            image_size=hw,
+            batch_size=settings.batch_size,
+            image_size=size[1:],
             info=info,
-            device=torch.device("cpu"),
+            device=HOST,
             augment=None,
             seed=0,
         )
