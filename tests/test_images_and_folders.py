@@ -478,8 +478,8 @@ def test_files_and_memory_give_the_same_shape(tmp_path: Path, fit: Any) -> None:
     for limit in (0, 2**30):
         splits = load_named(str(tmp_path), fit=fit, memory_limit_bytes=limit, mean=(0.5,), std=(0.5,))
         batches = data.Batches(
-            images=splits.train, batch_size=2, image_size=(6, 6), info=splits.info, device=torch.device("cpu"), augment=None, seed=0,
-            drop_last=False,
+            images=splits.train, batch_size=2, image_size=(6, 6), info=splits.info, device=torch.device("cpu"),
+            augment=None, seed=0,
         )  # fmt: skip
         seen.append(next(batches.epoch(0)).images)
         said = data.note_on_fit(splits, (6, 6))
