@@ -343,10 +343,7 @@ def build_recipe_objective(recipe: Recipe) -> Objective:
 
 
 def create_model(settings: ModelSettings, *, num_classes: int | None, num_channels: int) -> nn.Module:
-    """Make the timm model of a recipe for a data set; with no number of classes, timm's own.
-
-    Returns:
-        The model; of a name that a plugin registered, its backbone.
+    """Make the model of a recipe for a data set: timm's, with no number of classes timm's own; or a plugin's backbone.
 
     Raises:
         BackboneError: unknown to timm, or timm can't make it with these settings.

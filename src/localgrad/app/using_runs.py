@@ -72,12 +72,7 @@ def evaluate_run(
 
 @dataclass(frozen=True)
 class Prediction:
-    """The classes that a model finds in one image.
-
-    Attributes:
-        path: the image.
-        classes: (name, probability), the likeliest first.
-    """
+    """The classes that a model finds in one image, as (name, probability), the likeliest first."""
 
     path: Path
     classes: tuple[tuple[str, float], ...]

@@ -2,9 +2,8 @@
 
 Weight decay is left off biases, norms and whatever the model itself names (position embeddings, tokens), as timm
 does for a whole model; timm decides on the plain model, and the decision is carried over parameter by parameter.
-Auxiliary nets have the same groups: their positions, and their copies of what the model names, say so themselves
-(``auxiliary.exempt_from_decay``). Schedulers count batches, never optimizer steps or calls, so that all modules stand
-at the same place in time.
+Auxiliary nets say so themselves (``auxiliary.exempt_from_decay``). Schedulers count batches, never optimizer steps or
+calls, so that all modules stand at the same place in time.
 """
 
 from __future__ import annotations

@@ -1,11 +1,9 @@
 """The training loop: epochs over batches, validation, selection, checkpoints, and nothing about how a step is done.
 
-Selection is honest: a validation part of the training set chooses the best epoch, and the trainer never sees the
-test set. All that a run needs to go on bit for bit is in one state: the learner's, the position in the data, the
-sums of the epoch under way, the best epoch, and the random state.
-
-Losses stay on the device. Once a second (and before every checkpoint) they are read, and a loss that is no longer
-finite stops the run. To name the first one, the device itself keeps the number of the first bad batch of each term.
+Selection is honest: a validation part of the training set chooses the best epoch, and the trainer never sees the test
+set. All that a run needs to go on bit for bit is in one state. Losses stay on the device. Once a second (and before
+every checkpoint) they are read, and a loss that is no longer finite stops the run; to name the first one, the device
+itself keeps the number of the first bad batch of each term.
 """
 
 from __future__ import annotations
