@@ -366,11 +366,7 @@ def create_model(settings: ModelSettings, *, num_classes: int | None, num_channe
 
     def create() -> nn.Module:
         model: nn.Module = timm.create_model(
-            settings.name,
-            pretrained=settings.pretrained,
-            in_chans=num_channels,
-            **classes,
-            **options,
+            settings.name, pretrained=settings.pretrained, in_chans=num_channels, **classes, **options
         )
         return model
 

@@ -91,10 +91,7 @@ class OptimizerFactory:
             return kind(groups, lr=self.lr, weight_decay=self.weight_decay, **options)
         try:
             optimizer: Optimizer = create_optimizer_v2(
-                groups,
-                opt=self.name,
-                lr=self.lr,
-                weight_decay=self.weight_decay,
+                groups, opt=self.name, lr=self.lr, weight_decay=self.weight_decay
             )
         except (AssertionError, ImportError, TypeError, ValueError) as error:  # a library or a device that is missing
             raise RecipeError(

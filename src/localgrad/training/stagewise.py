@@ -391,8 +391,5 @@ def _estimate_stage(
         return copied(torch.empty(inputs, dtype=dtype), LocalBatch(compared, labels))
 
     return simulate(
-        step,
-        run,
-        inputs={"labels": ((batch_size,), torch.int64)},
-        device="cuda" if device.type == "cuda" else "cpu",
+        step, run, inputs={"labels": ((batch_size,), torch.int64)}, device="cuda" if device.type == "cuda" else "cpu"
     )
