@@ -461,7 +461,7 @@ def test_an_update_that_ran_out_of_memory_is_not_run_again(monkeypatch: pytest.M
     learner.on_out_of_memory(lambda module: not asked.append(module))  # type: ignore[func-returns-value]
     with pytest.raises(MemoryExceeded) as caught:
         train(learner)
-    assert (caught.value.module, asked) == (1, []), "weights may have been changed in part"
+    assert (caught.value.place, asked) == (1, []), "weights may have been changed in part"
     assert all(parameter.grad is None for parameter in learner.parameters(1)), "whoever goes on starts from none"
     Shortage(monkeypatch, 1, "backward")
     learner.on_out_of_memory(lambda module: not asked.append(module))  # type: ignore[func-returns-value]

@@ -339,6 +339,9 @@ _IN_PLAN = _RECIPE_IN_PLAN | {
         ),
         Option(name="frontier", help="Print all plans worth having.", panel=RUN, kind=bool),
         Option(name="json", help="Write the plan, for train --plan.", panel=RUN, kind=Path),
+        Option(
+            name="measure", help="Time the model's parts here, in a minute, not by nominal rates.", panel=RUN, kind=bool
+        ),
     )
 }
 
@@ -386,7 +389,14 @@ def plan(**given: Any) -> None:
     classes, channels = recipes.CLASSES.get(named, (None, 3))
     kind = recipes.kind_of(recipe.execution.device if given["device"] in (None, "auto") else given["device"])
     num_classes, cache = num_classes or classes, not given["no_cache"]
-    task = recipes.task_of(recipe, device=kind, num_classes=num_classes, num_channels=channels, cache=cache)
+    task = recipes.task_of(
+        recipe,
+        device=kind,
+        num_classes=num_classes,
+        num_channels=channels,
+        measure=bool(given["measure"]),
+        cache=cache,
+    )
     console = Console()
     if largest_batch:
         assert budget is not None, "checked above"

@@ -23,6 +23,7 @@ from localgrad.backbones.base import BACKBONES, Backbone, split
 from localgrad.backbones.namespaces import Kwargs
 from localgrad.backbones.timm_models import default_input_size
 from localgrad.errors import BackboneError, DeviceError, LocalgradError, RecipeError, arg, did_you_mean, reason_of
+from localgrad.evaluating import LARGEST_EVALUATION_BATCH
 from localgrad.learner import Factories, Learner, LocalLearner
 from localgrad.objectives.methods import Objective, build_objective
 from localgrad.parallel.parallel_learner import ParallelLearner
@@ -34,7 +35,6 @@ from localgrad.step.local_step import check_precision
 from localgrad.training.optim import OptimizerFactory, Schedule, check_schedule, optimizer_info
 from localgrad.training.transforms import NONE
 
-EVALUATION_BATCH = 256
 Planned = Callable[[Recipe, Backbone], tuple[Recipe, Plan]]
 
 
@@ -70,7 +70,7 @@ class Job:
 
     def evaluation_batches(self, images: ImageSet) -> Batches:
         """Batches of one part of the data, in order and not augmented."""
-        return self.batches.plain(images, EVALUATION_BATCH)
+        return self.batches.plain(images, LARGEST_EVALUATION_BATCH)
 
 
 def build(

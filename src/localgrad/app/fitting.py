@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -32,6 +32,7 @@ from localgrad.errors import (
     arg,
 )
 from localgrad.estimating import end_to_end, estimate_step
+from localgrad.evaluating import evaluation_batch
 from localgrad.memory.track import MemoryProfile
 from localgrad.parallel.memory import estimate_share
 from localgrad.parallel.parallel_learner import ParallelLearner
@@ -94,19 +95,28 @@ def fit(
         baseline = estimate_step(end_to_end(job.learner), _own_batch_size(job), factory, job.device)
         peaks["estimated_end_to_end_peak_bytes"] = baseline.peak_bytes
     replanner = Replanner(job, profile, partial(measured_peak, job.device))
-    if replan and not isinstance(trainer, StagewiseTrainer):
-        job.learner.on_out_of_memory(partial(_go_on, replanner, trainer))
+    if job.team is None and job.device.type == "cuda":
+        room = profile.peak_bytes - profile.static_bytes
+        trainer.evaluation_batch = evaluation_batch(job.local, room, job.device)
+    if replan:
+        trainer.with_less = partial(_go_on_with_less, trainer)
+        if not isinstance(trainer, StagewiseTrainer):
+            job.learner.on_out_of_memory(partial(_go_on, replanner, trainer))
+
+    def explaining() -> AbstractContextManager[None]:
+        return nullcontext() if job.team is not None else _explaining(job, replanner, folder.path)
 
     def run() -> Summary:
         if job.speaks:
             _emit_start(job, trainer, peaks)
-        with nullcontext() if job.team is not None else _explaining(job, replanner, folder.path):
+        with explaining():
             trainer.fit()
         seen: Peaks = {**peaks, **measured_peak(job.device)}
         if job.team is not None:
             seen["ranks"] = _figures_of_ranks(job, job.team, estimates)
             seen["measured_peak_bytes"] = max(each["measured_peak_bytes"] for each in seen["ranks"])
-        summary = _finish(job, trainer, seen)
+        with explaining():
+            summary = _finish(job, trainer, seen)
         if job.team is not None:
             job.team.everyone(None)  # rank 0 has written it all
         return summary
@@ -171,7 +181,7 @@ def _explaining(job: Job, replanner: Replanner, path: Path) -> Iterator[None]:
         yield
     except MemoryExceeded as error:
         raise replanner.explain(error, path) from error
-    except RuntimeError as error:
+    except RuntimeError as error:  # in what can't be run again as if nothing had been
         if out_of_memory(error) is None:
             raise
         execution = job.recipe.execution
@@ -179,8 +189,8 @@ def _explaining(job: Job, replanner: Replanner, path: Path) -> Iterator[None]:
         if job.recipe.method.training.schedule != "sequential" and not execution.offload:
             ways.append(arg("offload", value=True))
         raise DeviceError(
-            f"{job.device} is out of memory; take {', '.join(ways[:-1])} or {ways[-1]}, which don't change "
-            f"results, or more {arg('modules')}."
+            f"{job.device} is out of memory: {replanner.figures()}; take {', '.join(ways[:-1])} or {ways[-1]}, "
+            f"which don't change results, or more {arg('modules')}."
         ) from error
 
 
@@ -192,8 +202,15 @@ def _go_on(replanner: Replanner, trainer: Trainer, module: int) -> bool:
     recipe = replanner.adopt(plan)
     trainer.folder.write_text("recipe.toml", recipe.to_toml())
     how = f"checkpoint {','.join(map(str, plan.checkpoint))}, accumulation {plan.accumulation}"
+    place = f"local module {module}" if module < plan.num_modules else "an end-to-end step"
     for sink in trainer.sinks:
-        sink.emit(Replanned(module=module, peak_bytes=forecast_of(plan).peak_bytes, how=how))
+        sink.emit(Replanned(place=place, how=how, peak_bytes=forecast_of(plan).peak_bytes))
+    return True
+
+
+def _go_on_with_less(trainer: Trainer, place: str, how: str) -> bool:
+    for sink in trainer.sinks:
+        sink.emit(Replanned(place=place, how=how))
     return True
 
 
@@ -328,7 +345,7 @@ def _finish(job: Job, trainer: Trainer, peaks: Peaks) -> Summary:
     """Read the test set, once, with the best epoch's weights; write weights and summary."""
     start = time.perf_counter()
     trainer.load_best()
-    accuracy, by_module = trainer.evaluate(job.evaluation_batches(job.data.test))
+    accuracy, by_module = trainer.test(job.evaluation_batches(job.data.test))
     if job.speaks:
         weights = below(load_saved_weights(trainer.folder.best), "model.")
         save_weights(trainer.folder.path / "model.safetensors", weights)
@@ -400,6 +417,7 @@ def measured_peak(device: torch.device) -> Peak:
         return {
             "measured_peak_bytes": torch.cuda.max_memory_allocated(device),
             "measured_peak_of": "tensors on the GPU",
+            "measured_reserved_bytes": torch.cuda.max_memory_reserved(device),
         }
     unit = 1 if sys.platform == "darwin" else 1024
     return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,12 +18,12 @@ from localgrad.errors import RecipeError, arg
 from localgrad.registry import load_plugins
 from localgrad.step.states import load_weights
 from localgrad.training.data import load_images_for_prediction
-from localgrad.training.folder import load_saved_weights
+from localgrad.training.folder import load_saved_weights, say
 from localgrad.training.image_sets import Skipped
 from localgrad.training.saved import Evaluation
 from localgrad.training.settings import DataSettings
 from localgrad.training.stagewise import gather
-from localgrad.training.trainer import below, evaluate, load_best_weights
+from localgrad.training.trainer import below, evaluate, halve, load_best_weights, with_less
 
 _BEST = Path("checkpoints") / "best.safetensors"
 
@@ -60,7 +61,10 @@ def evaluate_run(
         )
     load_best_weights(job.local, weights)
     gather(job.local, job.device)
-    accuracy, by_module = evaluate(job.local, job.evaluation_batches(images))
+    batches = job.evaluation_batches(images)
+    accuracy, by_module = with_less(
+        "the evaluation", lambda: evaluate(job.local, batches), partial(halve, batches), job.device, _say_less
+    )
     return {
         "part": part,
         "accuracy": accuracy,
@@ -68,6 +72,11 @@ def evaluate_run(
         "num_images": job.data.num_read(part),
         "skipped": job.data.skipped[part].counts(),
     }
+
+
+def _say_less(place: str, less: str) -> bool:
+    say(f"memory ran out in {place}; going on with {less}.")
+    return True
 
 
 @dataclass(frozen=True)

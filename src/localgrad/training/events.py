@@ -117,17 +117,17 @@ class HealthMeasured:
 
 @dataclass(frozen=True, kw_only=True)
 class Replanned:
-    """Memory ran out, and the run goes on with a plan that needs less.
+    """Memory ran out, and the run goes on with what needs less.
 
     Attributes:
-        module: in whose step it ran out, from 0.
-        peak_bytes: estimated, of the new plan.
-        how: what the new plan recomputes, and its accumulation.
+        place: in what it ran out: ``local module 2``, ``an end-to-end step``, ``validation``, ``the health check``.
+        how: what the new plan recomputes, and its accumulation; or how many images are looked at together from now on.
+        peak_bytes: estimated, of the new plan; ``None`` where it is no step that has one.
     """
 
-    module: int
-    peak_bytes: int
+    place: str
     how: str
+    peak_bytes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -342,8 +342,8 @@ class ConsoleSink(Sink):
             case HealthMeasured():
                 self._print(f"  health: {health(event.modules)}")
             case Replanned():
-                peak = format_bytes(event.peak_bytes)
-                self._print(f"memory ran out in local module {event.module}; going on with {event.how}: {peak}")
+                peak = "" if event.peak_bytes is None else f": {format_bytes(event.peak_bytes)}"
+                self._print(f"memory ran out in {event.place}; going on with {event.how}{peak}")
             case FeaturesCached():
                 size, seconds = format_bytes(event.num_bytes), format_seconds(event.seconds)
                 self._print(f"features of module {event.module + 1} cached: {size}, {seconds}")
@@ -475,6 +475,9 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         best = ", ".join(str(epoch + 1) for epoch in summary["best_epochs"])
         epochs = f"{summary['epochs']} a module, one after another; the best were {best}"
         while_training = "through all modules, without the caching"
+    reserved = ""
+    if "measured_reserved_bytes" in summary:
+        reserved = f", {format_bytes(summary['measured_reserved_bytes'])} reserved"
     return [
         (
             "test accuracy",
@@ -485,7 +488,7 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
             "peak memory",
             f"{format_bytes(peak)} estimated, {peak / baseline:.2f} x end-to-end ({format_bytes(baseline)})",
         ),
-        ("measured", f"{format_bytes(summary['measured_peak_bytes'])} ({summary['measured_peak_of']})"),
+        ("measured", f"{format_bytes(summary['measured_peak_bytes'])} ({summary['measured_peak_of']}){reserved}"),
         ("speed", f"{format_rate(summary['images_per_second'])} {while_training}"),
         ("epochs", epochs),
         ("time", format_seconds(summary["seconds"])),

@@ -79,6 +79,18 @@ class HealthCheck:
         if self._reference is not None:
             check_weights(learner.model, self._reference)
 
+    def shrink(self) -> str | None:
+        """Have the next checks need about half as much, and say how; ``None`` where nothing needs less.
+
+        Features don't depend on how many images are looked at together. Gradients are compared on half as many images.
+        """
+        if self._probe.batch_size == 1:
+            return None
+        for batches in (self._train, self._val, self._probe):
+            if batches is not None:
+                batches.batch_size = max(1, batches.batch_size // 2)
+        return f"{self._train.batch_size} images at a time, gradients of {self._probe.batch_size}"
+
     def is_due(self, epoch: int, num_epochs: int) -> bool:
         """Whether to measure after an epoch, from 0; in sequential mode, there are so many of every module."""
         return (epoch + 1) % self.every == 0 or (epoch + 1) % num_epochs == 0

@@ -84,6 +84,7 @@ class Peak(TypedDict):
 
     measured_peak_bytes: int
     measured_peak_of: str
+    measured_reserved_bytes: NotRequired[int]
 
 
 class RankFigures(Peak):
@@ -115,6 +116,7 @@ class Peaks(TypedDict, total=False):
     estimated_end_to_end_peak_bytes: int
     measured_peak_bytes: int
     measured_peak_of: str
+    measured_reserved_bytes: int
     ranks: list[RankFigures]
 
 
