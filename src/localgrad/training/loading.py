@@ -250,7 +250,7 @@ def _parts_of_folders(folders: Folders) -> Parts:
     return Parts(parts, tuple(notes), skipped)
 
 
-def list_image_files(path: Path, skipped: Skipped | None = None) -> list[Path]:
+def list_image_files(path: Path, skipped: Skipped) -> list[Path]:
     """List a file itself, or all image files below a folder, sorted; at least one. What is no image is counted.
 
     Raises:
@@ -260,7 +260,7 @@ def list_image_files(path: Path, skipped: Skipped | None = None) -> list[Path]:
         return [path]
     if not path.exists():
         raise DataError(f"There is no file or folder {path}: name an image or a folder of images.")
-    found = sorted(Path(name) for name in images_under(path, Skipped() if skipped is None else skipped))
+    found = sorted(map(Path, images_under(path, skipped)))
     if not found:
         raise DataError(
             f"There is no image in {path}: looked below it for what Pillow opens, such as "
