@@ -148,14 +148,10 @@ RULES = tuple(_rules())
 
 
 def check(values: Mapping[str, Any], error: type[LocalgradError] = RecipeError) -> None:
-    """Refuse what doesn't go together.
-
-    Args:
-        values: arguments' values by name; all rules on two of them are checked.
-        error: what to raise.
+    """Refuse what doesn't go together: all rules on two of the arguments whose values are given, by name.
 
     Raises:
-        LocalgradError: of that class, for the first rule that is broken.
+        LocalgradError: of the class that is given, for the first rule that is broken.
     """
     for rule in RULES:
         is_known = rule.first.key in values and rule.second.key in values

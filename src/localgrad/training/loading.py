@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,7 @@ import torch
 from torch import Tensor
 
 from localgrad.errors import DataError, arg, did_you_mean, reason_of
-from localgrad.training.folders import (
-    SPLITS,
-    Folders,
-    Split,
-    images_under,
-    read_classes,
-    read_folders,
-)
+from localgrad.training.folders import SPLITS, Folders, Split, images_under, read_classes, read_folders
 from localgrad.training.image_sets import (
     FileImages,
     FilesOnDisk,
@@ -41,8 +34,6 @@ from localgrad.training.image_sets import (
 from localgrad.training.images import Reading, Unreadable, image_suffixes, open_image, to_pixels
 from localgrad.training.settings import OnCorrupt
 from localgrad.training.tables import Part, Parts, find_tables, holds_tables, matched
-
-__all__ = ["DEFAULT_ROOT", "KNOWN_NAMES", "FileImages", "Found", "InMemoryImages", "find", "list_image_files"]
 
 KNOWN_NAMES = ("digits", "cifar10", "cifar100", "stl10", "svhn")
 DEFAULT_ROOT = Path("data")
@@ -152,7 +143,7 @@ def _together(name: str, found: Parts) -> Found:
                 f"{did_you_mean(strange[0], class_names)}"
             )
         labels = part.images.labels if split == "train" else matched(part.images.labels, part.class_names, class_names)
-        images[split] = part.images.with_labels(labels)
+        images[split] = replace(part.images, labels=labels)
     return Found(class_names, images["train"], images.get("test"), found.notes, images.get("val"), found.skipped)
 
 
@@ -259,7 +250,7 @@ def _parts_of_folders(folders: Folders) -> Parts:
     return Parts(parts, tuple(notes), skipped)
 
 
-def list_image_files(path: Path, skipped: Skipped | None = None) -> list[Path]:
+def list_image_files(path: Path, skipped: Skipped) -> list[Path]:
     """List a file itself, or all image files below a folder, sorted; at least one. What is no image is counted.
 
     Raises:
@@ -269,7 +260,7 @@ def list_image_files(path: Path, skipped: Skipped | None = None) -> list[Path]:
         return [path]
     if not path.exists():
         raise DataError(f"There is no file or folder {path}: name an image or a folder of images.")
-    found = sorted(Path(name) for name in images_under(path, Skipped() if skipped is None else skipped))
+    found = sorted(map(Path, images_under(path, skipped)))
     if not found:
         raise DataError(
             f"There is no image in {path}: looked below it for what Pillow opens, such as "
