@@ -6,12 +6,10 @@ groups, and rank 0 writes ``OUT/SCENARIO.pt``: the whole model's weights and wha
 
 from __future__ import annotations
 
-import copy
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
-from helpers import SIZE, make
+from helpers import SIZE, make, make_backbone
 from localgrad import (
     Carried,
     Contrastive,
@@ -33,7 +31,6 @@ from localgrad import (
     Team,
     register_carried,
 )
-from localgrad.backbones.base import Backbone, split
 from localgrad.compare.measuring import Held, peak_of
 from localgrad.objectives.base import Term, TermValue
 from localgrad.objectives.methods import Objective
@@ -185,16 +182,10 @@ def data(*, mixes: bool) -> list[tuple[Tensor, Tensor]]:
     return found
 
 
-@cache
-def split_once(kind: str, more: str) -> Backbone:
-    """A model, split; a process that trains many of a kind would take longer to split them than to train them."""
-    return split(make(kind, **json.loads(more)), SIZE)
-
-
 def learner_of(scenario: Scenario, team: Team | None) -> LocalLearner | ParallelLearner:
     more = {**scenario.model, **({"drop_path_rate": scenario.drop_path} if scenario.drop_path else {})}
     if team is not None and not scenario.unread:
-        model = copy.deepcopy(split_once(scenario.kind, json.dumps(more)))
+        model: nn.Module = make_backbone(scenario.kind, **more)
     else:
         model = make(scenario.kind, **more)
     if scenario.unread:
