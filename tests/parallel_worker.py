@@ -6,6 +6,7 @@ groups, and rank 0 writes ``OUT/SCENARIO.pt``: the whole model's weights and wha
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -231,6 +232,14 @@ def train(scenario: Scenario, team: Team | None = None) -> tuple[Any, list[Any]]
     if isinstance(learner, ParallelLearner):
         learner.links.finish()
     return learner, losses
+
+
+def start_program() -> None:
+    """Be the command line, which starts another program where it would start Python."""
+    from localgrad import cli
+
+    sys.executable = os.environ["PROGRAM"]
+    cli.main()
 
 
 def measured_peak(learner: ParallelLearner, team: Team) -> int:
