@@ -318,7 +318,7 @@ def test_the_least_is_found_even_if_all_others_need_more(
     ids=["bf16", "ema", "clip", "image", "greedy", "contrastive", "sgd", "cuda"],
 )
 def test_every_kind_of_task_fits_its_budget(more: dict[str, Any]) -> None:
-    found = task_of(swin(), **more)
+    found = task_of(swin(depths=(1, 1), num_heads=(1, 2)), **more)
     search = Search(found, found.costs(8))
     low, high = search.peak(search.smallest()), search.peak(search.end_to_end())
     budget = found.margin.needed((low + high) // 2)
