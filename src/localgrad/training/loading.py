@@ -1,7 +1,7 @@
 """From the name of a data set to labelled images: who reads what.
 
 What it is: `find` turns a name into `Found`, the parts of a data set as image sets. A name is tried as
-one of the known ones (`KNOWN_NAMES`), then as an existing path, then as a Hugging Face hub name
+one of the known ones (`rules.NAMED_DATA`), then as an existing path, then as a Hugging Face hub name
 (OWNER/NAME, or OWNER/NAME:CONFIG). Which folder is what is found by `folders.py`, tables are read
 by `tables.py`, and the formats of known names by the libraries that define them: scikit-learn
 (digits), torchvision (CIFAR, SVHN, STL-10).
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from localgrad import rules
 from localgrad.errors import DataError, arg, did_you_mean, reason_of
 from localgrad.training.folders import (
     SPLITS,
@@ -44,9 +45,8 @@ from localgrad.training.image_sets import (
 from localgrad.training.images import Reading, Unreadable, image_suffixes, open_image, to_pixels
 from localgrad.training.tables import Part, find_tables, holds_tables, matched
 
-__all__ = ["DEFAULT_ROOT", "KNOWN_NAMES", "FileImages", "Found", "InMemoryImages", "find", "list_image_files"]
+__all__ = ["DEFAULT_ROOT", "FileImages", "Found", "InMemoryImages", "find", "list_image_files"]
 
-KNOWN_NAMES = ("digits", "cifar10", "cifar100", "stl10", "svhn")
 DEFAULT_ROOT = Path("data")
 
 
@@ -90,12 +90,8 @@ def find(name: str, *, root: Path | None, download: bool, given: Mapping[Split, 
             read in two ways.
     """
     given = dict(given or {})
+    rules.check({"data": name, **{f"{split}_data": where for split, where in given.items()}}, DataError)
     if name in _READERS:
-        if given:
-            option = arg(f"{next(iter(given))}_data")
-            raise DataError(
-                f"{option}: {name} brings its own parts; name a folder or a table with {arg('data')}, or leave it out."
-            )
         return _READERS[name](root or DEFAULT_ROOT, download)
     return _together(name, *_found_parts(name, root, given))
 
@@ -143,8 +139,8 @@ def _from_hub(name: str) -> Any:
             raise DataError(f"There is no file or folder {name}, though there is {Path(name).parent}.")
         return find_tables(name, config=config or None)
     raise DataError(
-        f"No data set or path is called {name!r}: give one of {', '.join(KNOWN_NAMES)}, an existing folder, "
-        f"or OWNER/NAME on the Hugging Face hub.{did_you_mean(name.lower(), KNOWN_NAMES)}"
+        f"No data set or path is called {name!r}: give one of {', '.join(rules.NAMED_DATA)}, an existing folder, "
+        f"or OWNER/NAME on the Hugging Face hub.{did_you_mean(name.lower(), rules.NAMED_DATA)}"
     )
 
 
@@ -213,7 +209,7 @@ def _images_of(part: Any) -> InMemoryImages:
 
 _READERS: dict[str, Callable[[Path, bool], Found]] = {
     "digits": _find_digits,
-    **{name: partial(_find_in_torchvision, name=name) for name in ("cifar10", "cifar100", "stl10", "svhn")},
+    **{name: partial(_find_in_torchvision, name=name) for name in rules.NAMED_DATA if name != "digits"},
 }
 
 
