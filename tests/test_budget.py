@@ -854,5 +854,5 @@ def test_a_plan_that_is_used_for_something_else_says_so() -> None:
     learner.step(torch.randn(2, *SIZE), torch.arange(2))  # a smaller one fits
     with pytest.warns(UserWarning, match="training.batch_size 4, here 6"):
         learner.step(torch.randn(6, *SIZE), torch.arange(6) % 5)
-    with pytest.raises(PartitionError, match="checkpoint: 'halves', but a plan says itself what is recomputed"):
+    with pytest.raises(PartitionError, match="checkpoint='halves' doesn't go with plan: a plan says what"):
         LocalLearner(model, modules=own, input_size=SIZE, checkpoint="halves")

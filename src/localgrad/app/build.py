@@ -141,8 +141,6 @@ def build(
         "accumulation": execution.accumulation,
         "clip_grad": training.clip_grad,
         "ema_decay": training.ema_decay,
-        "offload": execution.offload,
-        "overlap": method.local.overlap,
         "freeze_from": training.freeze_from,
         "auxiliary_from": "state",  # seeded right before; as it was when the published runs were made
     }
@@ -150,7 +148,9 @@ def build(
     if team is None:
         learner = LocalLearner(
             backbone,
+            offload=execution.offload,
             device=device if execution.offload else None,
+            overlap=method.local.overlap,
             global_checkpoint=execution.global_checkpoint,
             **settings_of_learner,
         )

@@ -75,7 +75,7 @@ def task_on(recipe: Recipe, backbone: Backbone, *, device: str, cache: bool = Tr
     """What a recipe is to train, on a backbone that is there already."""
     model = backbone.model
     training, local, execution = recipe.method.training, recipe.method.local, recipe.execution
-    rules.check({**recipe.arguments(), "plan": True})
+    rules.check({**recipe.arguments(), "checkpoint": None, "plan": True})  # a plan says itself what is recomputed
     return Task(
         backbone=backbone,
         # Pixels' mean and deviation need the data, which isn't read here; memory and time don't depend on them.

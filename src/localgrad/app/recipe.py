@@ -222,8 +222,12 @@ class Recipe:
         return cast(Values, _without_none({**asdict(self.method), "execution": asdict(self.execution)}))
 
     def arguments(self) -> Values:
-        """What local modules are trained by, as arguments by their own names; for ``rules.check``."""
+        """What local modules are trained by, as arguments by their own names; for ``rules.check``.
+
+        But for the device: a run moves its model there, while a learner's ``device`` is for offloading alone.
+        """
         local, training, execution = asdict(self.method.local), asdict(self.method.training), asdict(self.execution)
+        del execution["device"]
         return {**training, **execution, **local.pop("options"), **local}
 
     def to_toml(self) -> str:
