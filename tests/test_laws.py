@@ -692,7 +692,7 @@ def test_cli_verbs_are_frozen() -> None:
 DETACHED = {
     # The one place where features leave without their graph, and figures for reports.
     "step.local_module": ["handed_on", "term", "value.logits"],
-    "step.global_step": ["term", "value.logits", "value.loss"],  # figures, once the backward pass is done
+    "step.global_step": ["logits", "term", "value.loss"],  # figures, once the backward pass is done
     "step.local_step": ["output.loss"],  # the figure, once its backward pass is done
     "objectives.reconstruction": ["state"],  # a target inside the module; what goes on keeps its graph
     "backbones.fake": ["tensor"],  # a copy of a weight on the host
