@@ -246,7 +246,9 @@ def train(
         Path | None, typer.Option(help="The run folder; by default a new one under runs/.", rich_help_panel=RUN)
     ] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.", rich_help_panel=RUN)] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the recipe and stop.", rich_help_panel=RUN)] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and print the recipe, and stop.", rich_help_panel=RUN)
+    ] = False,
     **given: Any,
 ) -> None:
     """Train a model. With no options: handwritten digits, four local modules, under two minutes on two cores."""
@@ -268,6 +270,9 @@ def train(
     else:
         wanted = Recipe.from_dict(overlay(_base(preset, recipe, changes), changes))
     if dry_run:
+        from localgrad.app.build import checked
+
+        checked(wanted, is_planned=num_bytes is not None or plan is not None)
         typer.echo(wanted.to_toml(), nl=False)
         return
     if num_processes is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import final
 
 import torch
@@ -52,6 +53,7 @@ def estimate_step(
     if globally:
         learner._recomputed_globally()  # made of real blocks; fake ones can't be taken apart
     bare = copy.copy(learner)  # without its optimizers and compiled code, which a fake copy can't hold
+    bare.plan = replace(learner.plan, made_for={})  # what it was made for was said
     bare._executor, bare._settings = None, {**learner._settings, "compile": False}
     bare._global_step = None
     bare.optimizer_factory = None
