@@ -13,14 +13,18 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from research.simulated_card.building import default_cache
+
 if TYPE_CHECKING:
     from helpers import Cli
     from ranks import Ranks
+    from simulated import SimulatedCard
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it to what it runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+BUILDS = default_cache()  # of the simulated card: before a test points the cache elsewhere
 
 
 @pytest.fixture(autouse=True)
@@ -50,12 +54,12 @@ def _no_collector() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def cost_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Nobody's own cache of costs; one for all tests of a file."""
-    from localgrad.planning import budget
+    from localgrad.planning import cache
 
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-        monkeypatch.setattr(budget, "_recent", {})
+        monkeypatch.setattr(cache, "_recent", {})
         yield folder / "localgrad" / "costs"
 
 
@@ -66,6 +70,18 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 
     with Ranks(tmp_path_factory.mktemp("ranks")) as started:
         yield started
+
+
+@pytest.fixture(scope="session")
+def simulated(tmp_path_factory: pytest.TempPathFactory) -> SimulatedCard:
+    """A CUDA card without a card, or a skip with the reason why there is none."""
+    from research.simulated_card.building import Unavailable
+    from simulated import SimulatedCard
+
+    try:
+        return SimulatedCard(tmp_path_factory.mktemp("simulated"), BUILDS)
+    except Unavailable as why:
+        pytest.skip(f"no simulated card: {why}")
 
 
 @pytest.fixture
