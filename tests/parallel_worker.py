@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from helpers import SIZE, make, make_backbone
 from localgrad import (
+    Backbone,
     Carried,
     Contrastive,
     FeatureReconstruction,
@@ -95,6 +96,47 @@ class Moments(Objective):
 NUM_BATCHES, BATCH_SIZE, NUM_CLASSES = 5, 6, 5
 
 
+# What somebody split by hand -------------------------------------------------------------------------------------
+
+
+class Embed(nn.Conv2d):
+    """Patches as tokens."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images).flatten(2).transpose(1, 2)
+
+
+class Head(nn.Module):
+    """Logits of the mean token."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(width), nn.Linear(width, NUM_CLASSES)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.linear(self.norm(tokens).mean(dim=1))
+
+
+class Net(nn.Module):
+    """A transformer of torch's own layers, which drop out."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        side = SIZE[-1] // 4
+        self.embed = Embed(SIZE[0], width, side, side)
+        self.blocks = nn.Sequential(*(nn.TransformerEncoderLayer(width, 2, 32, batch_first=True) for _ in range(4)))
+        self.head = Head(width)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.blocks(self.embed(images)))
+
+
+def by_hand() -> Backbone:
+    torch.manual_seed(0)
+    net = Net()
+    return Backbone(stem=net.embed, blocks=net.blocks, tail=net.head, model=net, input_size=SIZE)
+
+
 @dataclass(frozen=True)
 class Scenario:
     """A training run: a model, modules, an objective, and settings of the learner."""
@@ -138,6 +180,7 @@ SCENARIOS: dict[str, Scenario] = {
         kind="vit", modules=4, objective=FeatureReconstruction(reconcile=0.5), settings={"freeze_from": 0.4}
     ),
     "own": Scenario(kind="vit", modules=4, objective=Moments(), settings=EVERYTHING),
+    "by hand": Scenario(kind="by hand", settings=EVERYTHING),
     "bf16": Scenario(settings={"precision": "bf16"}),
     "still": Scenario(kind="vit", modules=4, drop_path=0.0, settings={"clip_grad": 1.0, "ema_decay": 0.99}),
     "unread": Scenario(kind="vit", modules=4, drop_path=0.0, settings={"accumulation": 3}, unread=True),
@@ -185,8 +228,10 @@ def data(*, mixes: bool) -> list[tuple[Tensor, Tensor]]:
 
 def learner_of(scenario: Scenario, team: Team | None) -> LocalLearner | ParallelLearner:
     more = {**scenario.model, **({"drop_path_rate": scenario.drop_path} if scenario.drop_path else {})}
-    if team is not None and not scenario.unread:
-        model: nn.Module = make_backbone(scenario.kind, **more)
+    if scenario.kind == "by hand":
+        model = by_hand()
+    elif team is not None and not scenario.unread:
+        model = make_backbone(scenario.kind, **more)
     else:
         model = make(scenario.kind, **more)
     if scenario.unread:

@@ -850,6 +850,11 @@ def test_a_plan_that_is_used_for_something_else_says_so() -> None:
     with pytest.warns(UserWarning, match="num_parameters [0-9]+, here [0-9]+"):
         LocalLearner(make("vit", embed_dim=64), modules=here, input_size=SIZE, precision="bf16")
     learner = LocalLearner(model, modules=here, input_size=SIZE, precision="bf16")
+    learner.configure_optimizers(torch.optim.AdamW)
+    with pytest.warns(UserWarning, match=r"optimizer 'AdamW', here 'SGD\(momentum=0.9\)': its forecast isn't"):
+        learner.configure_optimizers(lambda weights: torch.optim.SGD(weights, momentum=0.9))
+    localgrad.estimate(learner, 4, optimizer=torch.optim.AdamW)
+    learner = LocalLearner(model, modules=here, input_size=SIZE, precision="bf16")
     learner.configure_optimizers(adamw)
     learner.step(torch.randn(2, *SIZE), torch.arange(2))  # a smaller one fits
     with pytest.warns(UserWarning, match="training.batch_size 4, here 6"):

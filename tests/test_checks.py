@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from collections.abc import Callable
 from typing import Any, cast
@@ -487,6 +488,33 @@ def test_a_scheduler_over_some_optimizers_is_refused(kind: str) -> None:
     with pytest.raises(RecipeError, match=r"attached to 1 of 3 optimizers, and none to that of local module 1"):
         train(learner, batches(1))
     kept += [attach(optimizer) for optimizer in learner.optimizers[1:]]
+    train(learner, batches(1))
+
+
+@pytest.mark.parametrize("kind", ["torch", "timm", "a tensor's"])
+def test_a_scheduler_of_optimizers_that_were_replaced_is_refused(kind: str) -> None:
+    from timm.scheduler.cosine_lr import CosineLRScheduler
+
+    def in_tensors(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters, lr=torch.tensor(1e-3), foreach=False)
+
+    learner = make_learner(optimizer=in_tensors if kind == "a tensor's" else adamw)
+    kept: list[Any] = [
+        CosineLRScheduler(each, t_initial=10) if kind == "timm" else torch.optim.lr_scheduler.StepLR(each, 1)
+        for each in learner.optimizers
+    ]
+    train(learner, batches(1))
+    learner.configure_optimizers(adamw)
+    train(learner, batches(1))  # whoever made them may have dropped them
+    before = copy.deepcopy(learner.state_dict())
+    for number, each in enumerate(kept):
+        each.step(number + 1) if kind == "timm" else each.step()
+    with pytest.raises(RecipeError, match="goes on with an optimizer that configure_optimizers replaced"):
+        train(learner, batches(1))
+    assert_same(learner.state_dict(), before)
+    train(copy.deepcopy(learner), batches(1))  # of which nobody has one
+    del kept, each
+    gc.collect()
     train(learner, batches(1))
 
 

@@ -318,6 +318,24 @@ def test_a_dry_run_prints_a_recipe_that_reads_back(here: Path, cli_: Cli, tmp_pa
     assert list(here.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--optimizer", "adamx"), "--optimizer: timm has no 'adamx'"),
+        (("--objective", "featur"), "unknown 'featur'"),
+        (("--decoder", "linea"), "linea"),
+        (("--set", "local.options.nothing=1"), "nothing"),
+        (("--set", "local.options.reconstruct='all'"), "reconstruct: unknown 'all'"),
+        (("--model", "vit_tinny_patch16_224"), "--model: timm has no 'vit_tinny_patch16_224'"),
+        (("--set", "training.min_lr=1.0"), "training.min_lr: 1 is above the learning rate"),
+        (("--plugin", "no_such_module"), "--plugin: there is no module 'no_such_module'"),
+        (("--modules", "auto"), "--modules auto needs --budget"),
+    ],
+)
+def test_a_dry_run_finds_wrong_names(words: tuple[str, ...], told: str, here: Path, cli_: Cli) -> None:
+    assert_refused(cli_("train", "--dry-run", *words), told)
+
+
 def test_no_option_is_the_digits_and_so_is_naming_them(here: Path, cli_: Cli) -> None:
     digits = cli_("train", "--dry-run").out
     assert Recipe.from_toml(digits) == Recipe.from_dict(preset("digits"))

@@ -94,7 +94,8 @@ def test_with_overlap_the_model_stays_plain_and_isolated() -> None:
 
 @pytest.mark.parametrize(("boundaries", "shared"), [([1, 2, 3], [0, 1, 1, 1]), ([3], [0, 3]), ([2, 3], [0, 2, 1])])
 def test_overlap_is_at_most_the_module_before(boundaries: list[int], shared: list[int]) -> None:
-    learner = learner_of(modules=boundaries, overlap=7)
+    with pytest.warns(UserWarning, match=r"overlap=7: local modules that have fewer blocks .* 0 \(\d\)"):
+        learner = learner_of(modules=boundaries, overlap=7)
     assert [module.shared for module in learner.modules] == shared
     assert [module.given for module in learner.modules] == [*shared[1:], 0]
     entered: list[Tensor] = []

@@ -119,7 +119,7 @@ def same(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> b
 
 
 BY_RANKS = {
-    2: ["two", "three", "four", "batch norms", "image", "remedies", "bf16", "own"],
+    2: ["two", "three", "four", "batch norms", "image", "remedies", "bf16", "own", "by hand"],
     3: ["three", "four", "contrastive", "remedies"],
     4: ["four", "plain", "greedy", "remedies", "reconcile", "reconcile, frozen"],
 }

@@ -12,7 +12,7 @@ from torch import nn
 from helpers import adamw, assert_same, batches, make, make_learner, train
 from localgrad import Contrastive, FeatureReconstruction, GreedySupervised, LocalLearner
 from localgrad.errors import CheckpointError
-from localgrad.step.states import describe
+from localgrad.step.states import check_optimizer_state, describe
 
 OLD = ("objective", "optimizer_classes")
 """What checkpoints of before have not."""
@@ -74,7 +74,15 @@ def spoil_groups(state: dict[str, Any]) -> None:
     state["optimizers"][1]["param_groups"][0]["params"].pop()
 
 
+def spoil_slots(state: dict[str, Any]) -> None:
+    del state["optimizers"][1]["state"][0]["exp_avg_sq"]
+
+
 SPOILT: dict[str, tuple[Any, str]] = {
+    "a slot of moments": (
+        spoil_slots,
+        r"optimizer of local module 1 has no exp_avg_sq for [\w.]+, and has it for others",
+    ),
     "a shape of moments": (spoil_shape, r"optimizer of local module 2 has exp_avg of shape \[7, 3\] for a parameter"),
     "groups": (spoil_groups, r"optimizer of local module 1 has groups of \[\d+\] parameters, this learner's of"),
     "an optimizer": (lambda s: s["optimizers"].__setitem__(2, {}), "local module 2 has no state or param_groups"),
@@ -99,6 +107,28 @@ def test_a_spoilt_state_changes_nothing() -> None:
         with pytest.raises(CheckpointError, match=message):
             learner.load_state_dict(spoilt)
         assert_same(learner.state_dict(), before)
+
+
+@pytest.mark.filterwarnings("ignore")  # an optimizer's own
+def test_what_optimizers_keep_for_one_weight_and_not_for_another_is_whole() -> None:
+    """Factors for matrices alone, and the like."""
+    from timm.optim import create_optimizer_v2, list_optimizers
+
+    shapes = ((8, 6), (6, 8), (3,), (4, 2, 3, 3), (1, 1, 5), (), (130, 140))
+    tried = 0
+    for name in list_optimizers():
+        weights = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+        try:
+            optimizer = create_optimizer_v2(weights, opt=name, lr=1e-3)
+            for _ in range(2):
+                for weight in weights[1:]:  # the first one has no gradient
+                    weight.grad = torch.randn_like(weight)
+                optimizer.step()
+        except (AssertionError, ImportError, RuntimeError, TypeError, ValueError):  # not for this machine, or these
+            continue
+        check_optimizer_state(optimizer, optimizer.state_dict(), None, 0, dict)
+        tried += 1
+    assert tried > 40
 
 
 def test_what_fails_while_loading_is_undone() -> None:

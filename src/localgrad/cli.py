@@ -214,7 +214,7 @@ _OWN = {
         Option(name="on_oom", help="When memory runs out: stop (default), or replan and go on.", panel=RUN),
         Option(name="out", help="The run folder; by default a new one under runs/.", panel=RUN, kind=Path),
         Option(name="resume", help="Continue the run in this folder.", panel=RUN, kind=Path),
-        Option(name="dry_run", help="Print the recipe and stop.", panel=RUN, kind=bool),
+        Option(name="dry_run", help="Check and print the recipe, and stop.", panel=RUN, kind=bool),
         Option(
             name="num_processes",
             help="With --parallel: start so many here; or use torchrun.",
@@ -251,6 +251,9 @@ def train(**given: Any) -> None:
     else:
         wanted = Recipe.from_dict(overlay(_base(given, changes), changes))
     if given["dry_run"]:
+        from localgrad.app.build import checked
+
+        checked(wanted, is_planned=num_bytes is not None or plan is not None)
         typer.echo(wanted.to_toml(), nl=False)
         return
     if given["num_processes"] is not None:

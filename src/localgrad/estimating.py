@@ -6,6 +6,7 @@ import contextlib
 import copy
 import gc
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import final
 
@@ -76,6 +77,7 @@ def estimate_step(
 def _bare(learner: LocalLearner) -> LocalLearner:
     """A learner without its optimizers and compiled code, which a fake copy can't hold."""
     bare = copy.copy(learner)
+    bare.plan = replace(learner.plan, made_for={})  # what it was made for was said
     bare._executor, bare._settings = None, {**learner._settings, "compile": False}
     bare._global_step = None
     bare.optimizer_factory = None

@@ -42,6 +42,7 @@ from localgrad.step.checkpointing import Recomputed
 from localgrad.step.checks import (
     FACTORY,
     Remembered,
+    ReplacedOptimizers,
     check_images,
     check_labels,
     check_model,
@@ -63,6 +64,7 @@ from localgrad.step.states import (
     check_scaler_state,
     check_weights,
     describe,
+    kind_of_optimizer,
     load_weights,
     or_as_before,
 )
@@ -135,6 +137,7 @@ class Learner(ABC):
         self._planned_batch: int | None = None  # until a step has said that batches are of another size
         self._twins: ProcessGroup | None = None  # processes that train the same modules on other images
         self._executor: SequentialExecutor | None = None
+        self._replaced = ReplacedOptimizers()
         self.optimizer_factory: Factories | None = None
         self.num_steps = 0
         self._progress = 0.0
@@ -270,11 +273,15 @@ class Learner(ABC):
 
     def _make_steps(self, factory: Factories) -> list[LocalStep]:
         self._made_of.check()
-        return [self.local_step(index, factory) for index in self.own]
+        steps = [self.local_step(index, factory) for index in self.own]
+        kinds = dict.fromkeys(kind_of_optimizer(step.optimizer) for step in steps)
+        _warn_of_plan(self.plan.differences({"optimizer": ", ".join(kinds)}))
+        return steps
 
     def _take_executor(self, executor: SequentialExecutor) -> None:
         """From now on train so; who recovers from memory that runs out, and what is frozen, goes on."""
         executor.recover = None if self._executor is None else self._executor.recover
+        self._replaced.add(self.optimizers)
         self._executor = executor
         self._values_checked = False
         self._freeze()
@@ -320,10 +327,10 @@ class Learner(ABC):
             )
         device = self._device_of(parameters)
         optimizer = make(parameters)
-        check_optimizer(optimizer, parameters, index, self._names)
+        check_optimizer(optimizer, parameters, index, self.names_of_parameters)
         return LocalStep(self.modules[index], parameters, optimizer, device=device, twins=self._twins, **self._settings)
 
-    def _names(self) -> dict[int, str]:
+    def names_of_parameters(self) -> dict[int, str]:
         """Of all parameters, by ``id``."""
         named = list(self.model.named_parameters())
         for index, module in enumerate(self.modules):
@@ -343,7 +350,8 @@ class Learner(ABC):
             Whether weights were frozen or unfrozen since the last one.
 
         Raises:
-            RecipeError: weights are in no optimizer, or schedulers are attached to some optimizers.
+            RecipeError: weights are in no optimizer; or schedulers are attached to some optimizers alone, or to
+                those that others have replaced.
             BackboneError: a module or parameter was replaced, or has another dtype.
             DeviceError: the model was moved.
         """
@@ -351,6 +359,7 @@ class Learner(ABC):
         self._say_what_is_passed_by(stacklevel=6)
         changed = [step.follow_model() for step in steps]
         check_schedulers([step.optimizer for step in steps])
+        self._replaced.check()
         return any(changed)
 
     def _check_batch(self, batch: LocalBatch) -> None:
@@ -499,7 +508,8 @@ class Learner(ABC):
         for index in self.own:
             check_weights(self.modules[index].objective, state["objectives"][index])
         for index, step in zip(self.own, steps, strict=False):
-            check_optimizer_state(step.optimizer, state["optimizers"][index], classes[index], index)
+            saved, kind = state["optimizers"][index], classes[index]
+            check_optimizer_state(step.optimizer, saved, kind, index, self.names_of_parameters)
             check_scaler_state(step.scaler, state["scalers"][index], index)
 
 
@@ -520,7 +530,8 @@ class LocalLearner(Learner):
         precision: ``fp32``, ``bf16`` or ``fp16`` autocast.
         checkpoint: what modules recompute in their backward pass: ``"blocks"`` (or ``True``), ``"halves"``,
             ``"halves/8"`` (over 8 chunks of the batch), ``"halves/8:3"`` (the first three blocks), ``"none"``; one for
-            all, or a list. By default blocks where ``model.set_grad_checkpointing()`` is on, else none.
+            all, or a list; not beside a ``Plan``, which says it (``dataclasses.replace(plan, checkpoint=...)`` makes
+            another). By default blocks where ``model.set_grad_checkpointing()`` is on, else none.
         compile: run each local module through ``torch.compile``.
         clip_grad: largest norm of each module's gradient.
         accumulation: parts that ``step`` cuts a batch into, to save memory; one update a step all the same. What looks
@@ -529,7 +540,8 @@ class LocalLearner(Learner):
         offload: keep modules that don't train, their optimizer state and the average in host memory. ``eval()`` brings
             the whole model there.
         device: where to train, with ``offload`` only; by default where the model is. The model may stay on the CPU.
-        overlap: last blocks of the module before that each module's loss trains as well; they run in both (as in
+        overlap: last blocks of the module before that each module's loss trains as well (all of a module that has
+            fewer, which is said); they run in both (as in
             interlocking backpropagation, arXiv 2010.04116, whose windows overlap by whole modules).
         freeze_from: share of the training after which modules stop to learn: the first one then, each next one later,
             the last never; ``at`` tells the learner how much is over. As in FreezeOut (arXiv 1706.04983), by module. A
@@ -598,7 +610,19 @@ class LocalLearner(Learner):
         self._ema = make_ema(self.model, ema_decay, on_host=offload)
         self.averaged_model: nn.Module | None = None if self._ema is None else self._ema.module
         self._say_what_differs(overlap=overlap, offload=offload)
+        self._say_short_overlap()
         self._remember()
+
+    def _say_short_overlap(self) -> None:
+        """Warn where modules have fewer blocks than the next ones are to train as well."""
+        blocks = [len(span) for span in self.plan.spans[:-1]]
+        short = [f"{index} ({count})" for index, count in enumerate(blocks) if count < self.overlap]
+        if short:
+            warnings.warn(
+                f"{arg('overlap', self.overlap)}: local modules that have fewer blocks are trained by the next one as "
+                f"a whole, and no further back: {', '.join(short)}.",
+                stacklevel=3,
+            )
 
     @property
     def device(self) -> torch.device:

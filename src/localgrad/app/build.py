@@ -94,21 +94,12 @@ def build(
     """
     from localgrad.training.data import Batches, load_data
 
-    rules.check(recipe.arguments() | ({"budget": None} if planned is None else {}))
+    objective = checked(recipe, is_planned=planned is not None)
     method, execution = recipe.method, recipe.execution
-    load_plugins(execution.plugins)
     device = resolve_device(execution.device) if team is None else team.device
     check_precision(execution.precision, device)
-    check_model_name(method.model.name)
     training = method.training
     is_sequential = training.schedule == "sequential"
-    _check_training(recipe)
-    objective = build_recipe_objective(recipe)
-    if is_sequential and objective.looks_ahead:  # of ours `rules` has said so; this is of a plugin's
-        raise RecipeError(
-            f"{arg('classifier')}: it is made of blocks that follow, and with {arg('schedule', 'sequential')} those "
-            "aren't trained yet; take another one."
-        )
     if execution.num_threads is not None:
         torch.set_num_threads(execution.num_threads)
     side = method.model.img_size
@@ -189,6 +180,33 @@ def build(
     # Made once to be checked, and dropped: nothing has been written yet.
     schedule_for([_optimizer_alone(learner, index, optimizer) for index in learner.own])
     return Job(recipe, data, learner, optimizer, schedule_for, batches, device, team, made_by)
+
+
+def checked(recipe: Recipe, *, is_planned: bool = False) -> Objective:
+    """Refuse names and numbers that can't be, before data is read and a model built; no device is asked for.
+
+    Args:
+        recipe: as it would be trained.
+        is_planned: whether a plan or a budget decides modules and how they run.
+
+    Returns:
+        Its objective, but for what the data tells.
+
+    Raises:
+        LocalgradError: what is wrong first.
+    """
+    rules.check(recipe.arguments() | ({} if is_planned else {"budget": None}))
+    load_plugins(recipe.execution.plugins)
+    check_model_name(recipe.method.model.name)
+    _check_training(recipe)
+    objective = build_recipe_objective(recipe)
+    objective.check()
+    if recipe.method.training.schedule == "sequential" and objective.looks_ahead:  # a plugin's; of ours `rules` says so
+        raise RecipeError(
+            f"{arg('classifier')}: it is made of blocks that follow, and with {arg('schedule', 'sequential')} those "
+            "aren't trained yet; take another one."
+        )
+    return objective
 
 
 def _make_model(

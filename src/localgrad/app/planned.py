@@ -24,6 +24,7 @@ from localgrad.partitioning import num_parameters
 from localgrad.planning.budget import Task, plan_to_budget
 from localgrad.planning.rank_plans import Parallel, plan_parallel
 from localgrad.registry import load_plugins
+from localgrad.step.states import kind_of_optimizer
 from localgrad.training.optim import OptimizerFactory
 
 CLASSES = {"digits": (10, 1), "cifar10": (10, 3), "cifar100": (100, 3), "stl10": (10, 3), "svhn": (10, 3)}
@@ -117,7 +118,7 @@ def plan_recipe(recipe: Recipe, task: Task, budget: int | None, parallel: Parall
     """The fastest plan within a budget in bytes (none: no limit), for one process or ranks; remembers its recipe."""
     size = recipe.method.training.batch_size
     plan = plan_to_budget(task, size, budget) if parallel is None else plan_parallel(task, size, parallel, budget)
-    return replace(plan, made_for=made_for(recipe, task.backbone, task.device))
+    return replace(plan, made_for={**made_for(recipe, task.backbone, task.device), **_optimizer_of(task)})
 
 
 def made_for_task(task: Task, batch_size: int) -> dict[str, Json]:
@@ -131,6 +132,7 @@ def made_for_task(task: Task, batch_size: int) -> dict[str, Json]:
         "execution.precision": task.precision,
         "execution.compile": task.compiled,
         "objective": task.objective.described,
+        **_optimizer_of(task),
         **_of_model(task.backbone, task.device),
     }
 
@@ -143,6 +145,12 @@ def _of_model(backbone: Backbone, device: str) -> dict[str, Json]:
         "num_parameters": num_parameters(backbone),
         "versions": _versions(),
     }
+
+
+def _optimizer_of(task: Task) -> dict[str, Json]:
+    """The kind of optimizer that a task's factory makes."""
+    weights = [weight for weight in task.backbone.parameters() if weight.requires_grad]
+    return {"optimizer": kind_of_optimizer(task.optimizer(weights))}
 
 
 def _versions() -> dict[str, Json]:

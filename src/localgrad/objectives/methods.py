@@ -120,7 +120,7 @@ class Objective(ABC):
         Raises:
             RecipeError: a weight is no number or negative, every weight is zero, or another option is impossible.
         """
-        self._check()
+        self.check()
         reconcile = _at(site, "reconcile", self.reconcile) if site.index else 0.0
         if reconcile < 0:
             raise RecipeError(f"reconcile is {reconcile} in local module {site.index}; it can't be negative.")
@@ -161,7 +161,13 @@ class Objective(ABC):
             terms, dict.fromkeys(terms, 1.0), over_time=over_time, context=context, reconcile=reconcile
         )
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Refuse options that can't be, as far as no module has to be known.
+
+        Raises:
+            RecipeError: an impossible value, or the name of an auxiliary net that there isn't.
+        """
+        tuple(self.nets)  # each is known
         if not (is_number(self.label_smoothing) and 0 <= self.label_smoothing < 1):
             raise RecipeError(f"{arg('label_smoothing')} must be from 0 to below 1, got {self.label_smoothing!r}.")
         if not (is_number(self.context) and 0 <= self.context <= 1):
@@ -313,20 +319,24 @@ class FeatureReconstruction(Reconstructing, GreedySupervised):
         """Whether what is built depends on more than the layouts of a module's inputs and outputs."""
         return super().looks_inside or self.reconstruct == "blocks"
 
+    def check(self) -> None:
+        """As of any objective."""
+        super().check()
+        rules.check({"reconcile": self.reconcile, "reconstruct": self.reconstruct})
+        if self.reconstruct not in ("inputs", "previous", "blocks"):
+            raise RecipeError(f"reconstruct: unknown {self.reconstruct!r}; take inputs, previous or blocks.")
+
     def terms(self, site: Site) -> dict[str, tuple[Weight, Term]]:
         """Make the task term and the reconstruction term."""
         term = self._reconstruction(site)
         return super().terms(site) | {"reconstruction": (self.reconstruction_weight, term)}
 
     def _reconstruction(self, site: Site) -> Term:
-        rules.check({"reconcile": self.reconcile, "reconstruct": self.reconstruct})
         if self.reconstruct == "blocks":
             # The first block of a module received what the module received; of the first module, the stem's output.
             return BlockReconstruction([self._of(site, layout, "inputs") for layout in site.states])
         if self.reconstruct == "previous":
             return self._of(site, site.previous or site.inputs, "previous" if site.index else "inputs")
-        if self.reconstruct != "inputs":
-            raise RecipeError(f"reconstruct: unknown {self.reconstruct!r}; take inputs, previous or blocks.")
         return self._of(site, site.inputs, "inputs")
 
     def _of(self, site: Site, target: Layout, of: str) -> Reconstruction:

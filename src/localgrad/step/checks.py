@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from operator import is_
@@ -204,6 +205,46 @@ def check_schedulers(optimizers: Sequence[Optimizer]) -> None:
             f"that of local module {without}; make one for each: [CosineAnnealingLR(optimizer, T_max=100) for "
             "optimizer in learner.optimizers] (ConstantLR(optimizer, factor=1.0) keeps a learning rate)."
         )
+
+
+@final
+class ReplacedOptimizers:
+    """Optimizers that others took the place of, while somebody holds them: schedulers that were made of them.
+
+    A scheduler that goes on with one changes a learning rate that nothing is trained by.
+    """
+
+    def __init__(self) -> None:
+        self._known: list[tuple[weakref.ref[Optimizer], list[object]]] = []
+
+    def __deepcopy__(self, memo: object) -> ReplacedOptimizers:
+        """Schedulers of a copy's optimizers are the copy's own matter."""
+        return ReplacedOptimizers()
+
+    def add(self, optimizers: Sequence[Optimizer]) -> None:
+        """Note the learning rates of optimizers that train nothing any more."""
+        self._known = [pair for pair in self._known if pair[0]() is not None]
+        self._known += [(weakref.ref(optimizer), _rates(optimizer)) for optimizer in optimizers]
+
+    def check(self) -> None:
+        """Refuse to go on where one of them has been given another learning rate since.
+
+        Raises:
+            RecipeError: with what to do.
+        """
+        for optimizer, rates in ((known(), rates) for known, rates in self._known):
+            if optimizer is not None and _rates(optimizer) != rates:
+                raise RecipeError(
+                    "a learning rate scheduler goes on with an optimizer that configure_optimizers replaced, and "
+                    "changes nothing that is trained; drop it, and make one for each that trains: "
+                    "[CosineAnnealingLR(optimizer, T_max=100) for optimizer in learner.optimizers]."
+                )
+
+
+def _rates(optimizer: Optimizer) -> list[object]:
+    """Learning rates by group; of those in tensors how often they were written, which waits for no device."""
+    rates = (group.get("lr") for group in optimizer.param_groups)
+    return [(id(rate), rate._version) if isinstance(rate, Tensor) else rate for rate in rates]
 
 
 # ------------------------------------------------------------------------------------------------------- batches

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
 import torch
@@ -16,6 +16,8 @@ from localgrad.formats import Json
 from localgrad.objectives.methods import Objective
 from localgrad.step.sharding import OptimizerState, put
 
+KEEPING = ("momentum", "amsgrad", "centered")
+"""Options of optimizers, by which they keep something more."""
 LIKE_PARAMETERS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 """What optimizers of torch and timm keep in a parameter's own shape."""
 OF_OTHERS = {"params", "param_names", "initial_lr", "lr_scale"}
@@ -104,8 +106,27 @@ def check_objective(saved: Mapping[str, Any] | None, own: Objective) -> None:
         )
 
 
-def check_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any], saved_class: str | None, index: int) -> None:
-    """Refuse an optimizer's state that isn't of its class (unknown in old checkpoints) and its parameters.
+def kind_of_optimizer(optimizer: Optimizer) -> str:
+    """An optimizer's class and those of its options that decide what it keeps: what its memory depends on."""
+    kept = [f"{name}={value}" for name in KEEPING if (value := optimizer.defaults.get(name))]
+    return f"{type(optimizer).__name__}({', '.join(kept)})" if kept else type(optimizer).__name__
+
+
+def check_optimizer_state(
+    optimizer: Optimizer,
+    state: Mapping[str, Any],
+    saved_class: str | None,
+    index: int,
+    names: Callable[[], Mapping[int, str]],
+) -> None:
+    """Refuse an optimizer's state that isn't of its class and its parameters, or has lost a part.
+
+    Args:
+        optimizer: of a local module.
+        state: its part of a checkpoint.
+        saved_class: the name of the class that it is from; ``None`` in checkpoints of before that was kept.
+        index: of the local module.
+        names: asked for the names of parameters, by ``id``.
 
     Raises:
         CheckpointError: naming the difference.
@@ -142,6 +163,35 @@ def check_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any], saved_
                     f"{where} has {name} of shape {list(value.shape)} for a parameter of shape {list(shape)}; it is of "
                     "another model, or of parameters in another order."
                 )
+    for group in theirs:
+        lost = _lost_slot([(by_key[key], state["state"].get(key)) for key in group["params"]], type(optimizer))
+        if lost is not None:
+            weight, slot = lost
+            raise CheckpointError(
+                f"{where} has no {slot} for {names().get(id(weight), 'a parameter')}, and has it for others like that; "
+                "it isn't whole: take the checkpoint before it."
+            )
+
+
+def _lost_slot(kept: Sequence[tuple[Tensor, object]], kind: type[Optimizer]) -> tuple[Tensor, str] | None:
+    """A parameter of a group that lacks something of what is kept for another one, and what.
+
+    Optimizers of torch and timm keep as much for every parameter of a group, or things of other names (factors for
+    matrices); of others that is taken for parameters of one shape only.
+
+    Args:
+        kept: parameters with their slots; those without any never had a gradient.
+        kind: the optimizer's class.
+    """
+    is_even = kind.__module__.startswith(("torch.optim.", "timm.optim."))
+    known = [(weight, slots) for weight, slots in kept if isinstance(slots, Mapping) and slots]
+    kinds = {(None if is_even else weight.shape, frozenset(slots)) for weight, slots in known}
+    for weight, slots in known:
+        own = frozenset(slots)
+        for shape, others in kinds:
+            if own < others and shape in (None, weight.shape):
+                return weight, str(min(others - own))
+    return None
 
 
 def check_scaler_state(scaler: torch.amp.GradScaler, state: Mapping[str, Any], index: int) -> None:

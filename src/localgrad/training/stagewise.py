@@ -131,7 +131,8 @@ class StagewiseTrainer(TrainerOfAll):
                 raise ValueError(f"module {self.index} is under way and has no optimizer")
             if own is not None:
                 step = self._begin_module()
-                check_optimizer_state(step.optimizer, own["optimizer"], own.get("optimizer_class"), self.index)
+                saved, kind = own["optimizer"], own.get("optimizer_class")
+                check_optimizer_state(step.optimizer, saved, kind, self.index, self.learner.names_of_parameters)
                 check_scaler_state(step.scaler, own["scaler"], self.index)
                 step.optimizer.load_state_dict(own["optimizer"])
                 step.scaler.load_state_dict(own["scaler"])
