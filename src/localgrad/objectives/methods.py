@@ -26,6 +26,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from localgrad import rules
 from localgrad.backbones.base import Layout
 from localgrad.errors import RecipeError, arg, did_you_mean
 from localgrad.objectives.auxiliary import CLASSIFIERS, DECODERS, build_classifier, build_decoder
@@ -318,12 +319,8 @@ class FeatureReconstruction(Reconstructing, GreedySupervised):
         return super().terms(site) | {"reconstruction": (self.reconstruction_weight, term)}
 
     def _reconstruction(self, site: Site) -> Term:
+        rules.check({"reconcile": self.reconcile, "reconstruct": self.reconstruct})
         if self.reconstruct == "blocks":
-            if _is_on(self.reconcile):
-                raise RecipeError(
-                    "reconcile: it moves what a module receives, and with it what reconstruct = 'blocks' compares "
-                    "with; take reconstruct = 'inputs', or leave reconcile out."
-                )
             # The first block of a module received what the module received; of the first module, the stem's output.
             return BlockReconstruction([self._of(site, layout, "inputs") for layout in site.states])
         if self.reconstruct == "previous":

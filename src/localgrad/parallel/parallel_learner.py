@@ -33,7 +33,7 @@ from localgrad.parallel.wire import WIRES, Packet
 from localgrad.step.checks import check_labels
 from localgrad.step.executor import SequentialExecutor, StepResult, Visit, walk
 from localgrad.step.local_module import LocalModule, observed_parts, site_of
-from localgrad.step.local_step import LocalStep, autocast, check_precision
+from localgrad.step.local_step import LocalStep, autocast
 from localgrad.step.sharding import OwnRows, check_shardable, gathered, made_whole, put, release, shard, swap
 from localgrad.step.states import LearnerPart, LearnerState, describe
 
@@ -79,13 +79,11 @@ class ParallelLearner(Learner):
             raise RecipeError(f"wire: unknown {wire!r}; take {' or '.join(WIRES)}.")
         if num_buffers < 1:
             raise RecipeError(f"num_buffers must be at least 1, got {num_buffers}.")
-        if settings.get("device"):
-            raise ParallelError(f"{arg('device')}: a team has its own; leave it out.")
         given = {**settings, "ema_decay": ema_decay, "shard": shard, "parallel": True}
         rules.check(given, ParallelError)
         self.team = team or Team.join()
         super().__init__(model, **settings)
-        check_precision(self.precision, self.team.device)
+        self._build()
         self.shares = shares_of(self.plan.activation_bytes or [1] * self.plan.num_modules, self.team.num_ranks)
         self._refuse(compiled=bool(self._settings["compile"]))
         if self.team.num_replicas > 1:
@@ -93,7 +91,6 @@ class ParallelLearner(Learner):
         self._settle()
         self.skeleton: list[LocalModule] | None = None  # of the own modules: whole shapes, where they are sharded
         self._average_over_replicas(by_rows=shard)
-        self._remember()  # tensors were moved, and with replicas cut into rows
         self._own_parts = OwnRows([part for index in self.own for part in self.modules[index].parts])
         if shard and ema_decay is not None and has_spectral_norms(self._own_parts):
             raise ParallelError(
@@ -101,22 +98,20 @@ class ParallelLearner(Learner):
                 "norm needs whole weights, and each process has rows; leave one of them out."
             )
         self._ema = make_ema(self._own_parts, ema_decay, on_host=False)
+        self._say_what_differs()
+        self._remember()  # tensors were moved, and with replicas cut into rows
         self.links = Links(self.team.place, self.team.device, num_buffers=num_buffers, wire=wire)
 
     def _refuse(self, *, compiled: bool) -> None:
-        known = {"parallel": True, "teacher_share": self.uses("teacher"), "compile": compiled}
-        rules.check({**known, "replicas": self.team.num_replicas}, ParallelError)
+        nets = [net for own in self.modules for net in own.modules() if isinstance(net, NextClassifier)]
+        averaged = any(net.weights == "ema" for net in nets)
+        known = {"parallel": True, "teacher_share": self.uses("teacher"), "weights": "ema" if averaged else None}
+        rules.check({**known, "compile": compiled, "replicas": self.team.num_replicas}, ParallelError)
         for carried in self.route.into(0):
             if not carried.travels:
                 raise ParallelError(
                     f"{carried.name}: a term looks at it, and it can't go from process to process; train in one."
                 )
-        if any(
-            isinstance(net, NextClassifier) and net.weights == "ema" for own in self.modules for net in own.modules()
-        ):
-            raise ParallelError(
-                "classifier next: an average of the following blocks needs them in one process; take weights = copy."
-            )
 
     def _refuse_own_ways(self) -> None:
         """Refuse state that follows a replica's own images, and of which nobody knows how to average it."""
