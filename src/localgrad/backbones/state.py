@@ -32,7 +32,7 @@ OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 """Names of attributes that are torch's own."""
 _HOOKS_AND_CHILDREN = sorted(name for name in OF_EVERY_MODULE if name.endswith(("_hooks", "_modules", "_set")))
 _CONTAINERS = (dict, list, set, deque)
-_HOLDING = (*_CONTAINERS, tuple, np.ndarray, torch.Generator)
+_HOLDING = (*_CONTAINERS, tuple, np.ndarray)
 
 
 @final
@@ -160,10 +160,12 @@ class _Kept:
         waiting = [module._parameters, module._buffers, *(self.attributes[name] for name in self.own_names)]
         while waiting:
             value = waiting.pop()
+            if value is None or isinstance(value, PLAIN):  # most are
+                continue
             if isinstance(value, Tensor):
                 is_kept = weights and not value.requires_grad if isinstance(value, nn.Parameter) else value.is_leaf
                 self.tensors += [value] * is_kept
-            elif isinstance(value, _HOLDING) and id(value) not in seen:
+            elif (isinstance(value, _HOLDING) or type(value) is torch.Generator) and id(value) not in seen:
                 seen.add(id(value))
                 if not isinstance(value, tuple):
                     self.contents.append((value, _content_of(value)))
@@ -182,8 +184,9 @@ class _Kept:
     def restore(self) -> None:
         """Give all attributes and contents back."""
         present = vars(self.module)
-        for name in present.keys() - self.attributes.keys():
-            del present[name]
+        if present.keys() != self.attributes.keys():
+            for name in present.keys() - self.attributes.keys():
+                del present[name]
         present.update(self.attributes)
         for container in self.empty:
             if container:
@@ -200,11 +203,13 @@ class _Kept:
 
 
 def _content_of(container: Any) -> Any:
+    if isinstance(container, dict):
+        return dict(container)
     if isinstance(container, np.ndarray):
         return container.copy()
-    if isinstance(container, torch.Generator):
+    if type(container) is torch.Generator:
         return container.get_state()
-    return (dict if isinstance(container, dict) else set if isinstance(container, set) else list)(container)
+    return set(container) if isinstance(container, set) else list(container)
 
 
 def _refill(container: Any, content: Any) -> None:
@@ -213,7 +218,7 @@ def _refill(container: Any, content: Any) -> None:
         return
     if isinstance(container, np.ndarray):
         container[...] = content
-    elif isinstance(container, torch.Generator):
+    elif type(container) is torch.Generator:
         container.set_state(content)
     else:
         container.clear()
@@ -232,16 +237,17 @@ def _holds(container: Any, content: Any) -> bool:
     """Whether a container holds the same objects or equal plain values, an array the same bytes."""
     if isinstance(container, np.ndarray):
         return bool(container.tobytes() == content.tobytes())
-    if isinstance(container, torch.Generator):
+    if type(container) is torch.Generator:
         return torch.equal(container.get_state(), content)
     if len(container) != len(content):
         return False
-    if isinstance(container, set):
-        return bool(container == content)
-    pairs: list[tuple[Iterable[Any], Iterable[Any]]] = [(container, content)]
     if isinstance(container, dict):
-        pairs.append((container.values(), content.values()))
-    return all(all(map(is_, *pair)) or all(map(_same, *pair)) for pair in pairs)
+        return _alike(container, content) and _alike(container.values(), content.values())
+    return bool(container == content) if isinstance(container, set) else _alike(container, content)
+
+
+def _alike(ones: Iterable[Any], others: Iterable[Any]) -> bool:
+    return all(map(is_, ones, others)) or all(map(_same, ones, others))
 
 
 def _same(one: Any, other: Any) -> bool:
