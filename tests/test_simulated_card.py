@@ -212,7 +212,7 @@ def test_every_way_of_running_a_step(simulated: SimulatedCard, tmp_path: Path) -
         devices=2,
     )
     lines = metrics_of(tmp_path / "offload")
-    assert {"gradient_cosine", "linear_probe_accuracy"} <= set(lines[-1]["modules"][-1])
+    assert {"gradient_cosine", "linear_probe_accuracy"} <= set(lines[-1]["health"][-1])
     assert [bool(peak) for peak in calls[2].peaks] == [False, True]  # all of it is on the device that was named
     assert all(not each.peaks[1] for each in (calls[0], calls[1], calls[3]))
 
