@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from localgrad.backbones.fake import by_shapes_alone, fake_copy_with_memo
 from localgrad.learner import Factories, Learner, LocalLearner
-from localgrad.memory.track import MemoryProfile, annotate, simulate
+from localgrad.memory.cards import Card
+from localgrad.memory.recording import Recorder, Trace
+from localgrad.memory.track import (
+    MemoryProfile,
+    Tracker,
+    annotate,
+    autocast_of,
+    foreach_of,
+    simulate,
+    without_collector,
+)
 from localgrad.objectives.carried import LocalBatch
 from localgrad.step.executor import StepResult
 from localgrad.step.offload import HOST, Offloader
@@ -110,3 +123,142 @@ def _annotate_modules(learner: LocalLearner) -> None:
             yield
 
     executor.around = around
+
+
+# -- in the order in which a CUDA card's allocator is asked ------------------------------------------------
+
+
+def record_run(
+    learner: LocalLearner,
+    batch_size: int,
+    optimizer: Factories,
+    card: Card,
+    *,
+    steps: int = 3,
+    last_batch: int | None = None,
+    evaluation_batch: int | None = None,
+    last_evaluation_batch: int | None = None,
+    globally: bool | Sequence[bool] = False,
+    make_batch: Callable[[int], LocalBatch] | None = None,
+    kept_bytes: Sequence[int] = (),
+) -> Trace:
+    """Write down what a run takes from a CUDA card's allocator, from the move of the weights on; no GPU.
+
+    In the order in which a run allocates: weights as ``model.to("cuda")`` moves them, auxiliary nets, the average of
+    weights; the images that the data path keeps on the card; whole steps from the first, which makes optimizer state
+    among its activations; a smaller last batch; evaluation, with the average's too; and one more step, since what
+    evaluation leaves behind is another cache than what the steps before it left.
+
+    Args:
+        learner: as it will be trained, on any device; it is not touched.
+        batch_size: images a step.
+        optimizer: factory, as for ``configure_optimizers``.
+        card: that it will be trained on.
+        steps: whole training steps.
+        last_batch: images of a smaller last step; none by default.
+        evaluation_batch: images of an evaluation batch; no evaluation by default.
+        last_evaluation_batch: images of its smaller last one.
+        globally: whether steps are end-to-end (``global_step_on``): all, or each of them.
+        make_batch: makes a batch of so many images, as the data path does, on fake tensors; by default images of the
+            model's size and labels come as they are.
+        kept_bytes: of tensors that the data path keeps on the card from its first batch on.
+
+    Returns:
+        The trace; its marks are ``weights``, ``step 1``, ..., ``last batch``, ``evaluation``, ``step after evaluation``.
+    """
+    kinds = [globally] * steps if isinstance(globally, bool) else list(globally)[:steps]
+    if any(kinds):
+        learner._recomputed_globally()
+    recorder = Recorder(card)
+    with by_shapes_alone():
+        fake_mode, fake, _ = fake_copy_with_memo(_bare(learner))
+        make = make_batch or partial(_plain_batch, size=learner.backbone.input_size, dtype=learner.backbone.dtype)
+        with fake_mode, autocast_of("cuda", card) as like_cuda, foreach_of("cuda"), Tracker(1, recorder) as tracker:
+            recorder.mark("weights")
+            if learner.offload:
+                fake._device, fake._offloader = HOST, Offloader(fake.modules, HOST, recorder)
+                for tensor in fake.host_tensors():
+                    recorder.stays_on_host(tensor)
+            _move(fake, tracker)
+            fake.configure_optimizers(optimizer)
+            gc.collect()
+            with without_collector():
+                run = _RecordedRun(fake, recorder, make)
+                for nbytes in kept_bytes:
+                    recorder.take(nbytes)
+                for number, is_global in enumerate(kinds, 1):
+                    run.step(f"step {number}", batch_size, is_global=is_global)
+                if last_batch:
+                    run.step("last batch", last_batch, is_global=kinds[-1])
+                if evaluation_batch:
+                    run.evaluate([evaluation_batch, *([last_evaluation_batch] if last_evaluation_batch else [])])
+                    run.step("step after evaluation", batch_size, is_global=kinds[-1])
+            if like_cuda is not None:
+                recorder.trace.attention = dict(like_cuda.attention)
+            return recorder.trace
+
+
+@final
+class _RecordedRun:
+    """Trains and evaluates a fake copy as the trainer does, which holds a batch and its result until the next ones."""
+
+    def __init__(self, learner: LocalLearner, recorder: Recorder, make: Callable[[int], LocalBatch]) -> None:
+        self.learner, self.recorder, self.make = learner, recorder, make
+        self.batch: LocalBatch | None = None
+        self.result: StepResult | None = None
+
+    def step(self, label: str, num_images: int, *, is_global: bool) -> None:
+        """One training step."""
+        self.recorder.mark(label)
+        self.batch = self.make(num_images)
+        self.result = (self.learner.global_step_on if is_global else self.learner.step_on)(self.batch)
+
+    def evaluate(self, sizes: Sequence[int]) -> None:
+        """Evaluate some batches."""
+        self.recorder.mark("evaluation")
+        self.learner.eval()
+        images = logits = None
+        for size in sizes:
+            images = self.make(size).features
+            logits = list(self.learner.logits(images))
+            if self.learner.averaged_model is not None:
+                logits[-1] = self.learner.averaged_logits(images)
+        del images, logits
+        self.learner.train()
+
+
+def _plain_batch(num_images: int, *, size: tuple[int, ...], dtype: torch.dtype) -> LocalBatch:
+    images = torch.empty(num_images, *size, dtype=dtype)
+    return LocalBatch(images, torch.zeros(num_images, dtype=torch.int64))
+
+
+def _move(learner: LocalLearner, tracker: Tracker) -> None:
+    """Meet a fake copy's tensors in the order in which a run puts them on the card."""
+    averaged = learner.averaged_model
+    order = [tensor for module in (learner.model, *learner.modules) for tensor in _as_moved(module)]
+    order += [] if averaged is None else _as_copied(averaged)
+    seen: set[int] = set()
+    for tensor in order:
+        address = tensor.untyped_storage()._cdata
+        if address not in seen:
+            seen.add(address)
+            tracker.mark(tensor, "parameters" if isinstance(tensor, nn.Parameter) else "buffers")
+    for module in (learner.model, *learner.modules):
+        for weight in module.parameters():
+            tracker.know_parameter(weight)
+
+
+def _as_moved(module: nn.Module) -> Iterator[Tensor]:
+    """Tensors as ``module.to(device)`` moves them: of the modules inside, then its own."""
+    for inner in module.children():
+        yield from _as_moved(inner)
+    for table in (module._parameters, module._buffers):
+        yield from (tensor for tensor in table.values() if tensor is not None)
+
+
+def _as_copied(module: nn.Module) -> Iterator[Tensor]:
+    """Tensors as ``copy.deepcopy`` copies them: a module's own, then those of the modules inside."""
+    for table in (module._parameters, module._buffers):
+        yield from (tensor for tensor in table.values() if tensor is not None)
+    for inner in module.children():
+        yield from _as_copied(inner)

@@ -9,7 +9,7 @@ table "Technical Specifications per Compute Capability" (resident threads).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from localgrad.errors import BudgetError, arg
 from localgrad.units import format_bytes
@@ -108,3 +108,50 @@ def card_named(name: str) -> Card:
     if not found:
         raise BudgetError(f"{arg('card', name)}: there is no such card in the table; take {', '.join(CARDS)}.")
     return found[0]
+
+
+def card_here(device: str | int | None = None) -> Card | None:
+    """The card of this machine as it is now; ``None`` where torch sees none.
+
+    What is gone of it (``context_bytes``) is its context, which is made by asking, and what other processes hold;
+    blocks of this process's own allocator are not.
+
+    Args:
+        device: as torch takes it; by default the current one.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    found = torch.cuda.get_device_properties(device)
+    return Card(
+        name=found.name,
+        total_bytes=total_bytes,
+        multiprocessors=found.multi_processor_count,
+        threads=found.max_threads_per_multi_processor,
+        capability=(found.major, found.minor),
+        context_bytes=total_bytes - free_bytes - torch.cuda.memory_reserved(device),
+    )
+
+
+def card_of(name: str, device: str | int | None = None) -> Card:
+    """The card that is meant by a name: ``auto`` is the one here, else one that is assumed."""
+    if name != "auto":
+        return card_named(name)
+    return card_here(device) or replace(CARDS[ASSUMED], assumed=True)
+
+
+ASSUMED = "RTX 4090"
+"""The card that is planned for where there is none and nobody names one."""
+
+
+def available_bytes(card: Card, budget: int | None) -> int:
+    """What of a budget is left for the allocator, which is what tensors can have.
+
+    A budget is of the card, so a context is part of it; what others hold isn't, but it can't be had, either.
+    Of what is gone of a card at most `CONTEXT_BYTES` are taken for the context.
+    """
+    context = min(card.context_bytes, CONTEXT_BYTES)
+    free = card.total_bytes - card.context_bytes
+    return free if budget is None else max(0, min(budget - context, free))

@@ -31,7 +31,7 @@ from localgrad.backbones.fake import FakeTensorMode, by_shapes_alone, copies_wit
 from localgrad.backbones.halves import Branch, Piece, find_pieces, signature, whole_block
 from localgrad.backbones.namespaces import Kwargs
 from localgrad.memory.costs import WAYS, Costs, CostSettings, Head, PartCost
-from localgrad.memory.track import CUDA_ROUNDING, Tracker, autocast_of, choose_foreach, rounded, without_collector
+from localgrad.memory.track import CUDA_ROUNDING, Observer, Tracker, autocast_of, choose_foreach, rounded, without_collector
 from localgrad.objectives.base import ContextSupply, LocalObjective
 from localgrad.objectives.carried import CARRIED, Route, empty_batch
 from localgrad.objectives.methods import Objective
@@ -139,14 +139,14 @@ class _KnownChunk:
 
 
 @final
-class _Clock:
+class _Clock(Observer):
     """Adds up the nominal seconds of operators."""
 
     def __init__(self, rates: Rates) -> None:
         self.rates = rates
         self.seconds = 0.0
 
-    def ran(self, func: Any, args: tuple[Any, ...], kwargs: Kwargs, result: Any) -> None:
+    def after(self, func: Any, args: tuple[Any, ...], kwargs: Kwargs, result: Any) -> None:
         """Add the time of an operator."""
         if not func.is_view and func not in _FREE:
             self.seconds += self._time(func, args, kwargs, result)
@@ -259,7 +259,7 @@ class _Workshop:
         """
         shape, dtype = like
         clock = _Clock(RATES[self.settings.device])
-        meter = Tracker(self.rounding, clock.ran)
+        meter = Tracker(self.rounding, clock)
         with self.fake_mode, meter, autocast_of(self.settings.device), torch.enable_grad():
             held = self._input(shape, dtype, needs_gradient=needs_gradient) if present else None
             if self.settings.accumulation > 1 if accumulates is None else accumulates:

@@ -49,6 +49,8 @@ from typing import Any, Literal, TypeVar, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
@@ -67,6 +69,8 @@ from localgrad.backbones.fake import (
     quick_view,
 )
 from localgrad.backbones.namespaces import Kwargs
+from localgrad.memory.cards import Card
+from localgrad.memory.temporaries import attention_kernel
 
 T = TypeVar("T")
 
@@ -146,8 +150,20 @@ def rounded(nbytes: int, rounding: int) -> int:
     return nbytes + -nbytes % rounding
 
 
-Ran = Callable[[Any, tuple[Any, ...], Kwargs, Any], None]
-"""Told of every operator that ran: itself, its arguments, and its result."""
+class Observer:
+    """Told by a tracker of all that it sees, in order, for those who want to know more than its sums."""
+
+    def before(self, func: Any, args: tuple[Any, ...], kwargs: Kwargs) -> None:
+        """An operator is about to run, with these arguments."""
+
+    def after(self, func: Any, args: tuple[Any, ...], kwargs: Kwargs, result: Any) -> None:
+        """It ran."""
+
+    def took(self, storage: torch.UntypedStorage, *, was_there: bool, in_optimizer: bool) -> None:
+        """A storage is there that wasn't known; one that ``was_there`` is only met late."""
+
+    def gave_back(self, address: int) -> None:
+        """The storage at an address (``storage._cdata``) is gone."""
 
 
 @final
@@ -156,13 +172,13 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Args:
         rounding: sizes are rounded up to multiples of so many bytes.
-        ran: told of each operator, for those who want to know more of it than its memory.
+        observer: told of operators and storages.
     """
 
-    def __init__(self, rounding: int, ran: Ran = lambda *_: None) -> None:
+    def __init__(self, rounding: int, observer: Observer | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._rounding = rounding
-        self._ran = ran
+        self._observer = observer or Observer()
         self._alive: dict[int, _Entry] = {}  # by address of the C++ storage
         self._entries: list[_Entry] = []
         self._in_optimizer = False
@@ -255,6 +271,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         entry.reference = weakref.ref(storage, lambda _: self._remove(key, entry))
         self._alive[key] = entry
         self._entries.append(entry)
+        self._observer.took(storage, was_there=was_there, in_optimizer=self._in_optimizer)
         if was_there:
             self._base += nbytes
         else:
@@ -266,6 +283,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             del self._alive[key]
             entry.reference = None
             entry.died = len(self._timeline)
+            self._observer.gave_back(key)
             self._change(-entry.nbytes)
 
     def mark(self, tensor: Tensor, category: str) -> None:
@@ -362,12 +380,13 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is _DEVICE_OF and isinstance(args[0], FakeTensor):  # a question, asked twice for each operator
             return args[0].device
         self._num_operators += 1
+        self._observer.before(func, args, kwargs or {})
         self.is_in_operator = True
         try:
             result = self._run(func, args, kwargs)
         finally:
             self.is_in_operator = False
-        self._ran(func, args, kwargs or {}, result)
+        self._observer.after(func, args, kwargs or {}, result)
         return result
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: Kwargs | None) -> Any:
@@ -437,12 +456,21 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @final
 class CudaAutocast(TorchFunctionMode):
-    """Inside an autocast region of the CPU, runs in float32 what a CUDA region does: norms, softmax, sums, losses.
+    """Makes what runs on a processor take the memory that it takes on a CUDA device.
 
-    Both run matrix products, convolutions and fused attention in the lower precision. The CPU's leaves norms and
-    softmax in the type of their input.
+    Inside an autocast region of the CPU, norms, softmax, sums and losses run in float32, as in a CUDA region; the CPU's
+    leaves norms and softmax in the type of their input. Tensors of two types are joined as they are, by ``cat`` and
+    ``stack``; the CPU's region casts them first. And where a card is named, fused attention is the kernel that torch
+    would choose there, with its own outputs; else it is the CPU's flash kernel.
 
-    Source: "Autocast Op Reference", pytorch.org/docs/stable/amp.html.
+    Args:
+        card: that is meant.
+
+    Attributes:
+        attention: the kernels of fused attention so far, in words.
+
+    Source: "Autocast Op Reference", pytorch.org/docs/stable/amp.html; ``aten/src/ATen/autocast_mode.h``;
+    ``aten/src/ATen/native/transformers/attention.cpp``.
     """
 
     IN_FLOAT32 = (
@@ -454,6 +482,12 @@ class CudaAutocast(TorchFunctionMode):
     )
     """Names of functions and methods. Those made of others stand here too: what they call isn't seen."""
     _in_float32 = frozenset(IN_FLOAT32.split())
+    _as_they_are = frozenset({"cat", "concat", "concatenate", "stack"})
+
+    def __init__(self, card: Card | None = None) -> None:
+        super().__init__()
+        self._card = card
+        self.attention: dict[str, str] = {}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Kwargs | None = None
@@ -468,15 +502,88 @@ class CudaAutocast(TorchFunctionMode):
                     args[0], kwargs.get("gradient"), retain_graph=retain_graph, create_graph=create_graph
                 )
             return None
-        is_kernels_own = bool(_active) and _active[-1].is_in_operator
-        if (
-            getattr(func, "__name__", "") in self._in_float32
-            and torch.is_autocast_enabled("cpu")
-            and not is_kernels_own
-        ):
+        if bool(_active) and _active[-1].is_in_operator:  # a fake kernel's own
+            return func(*args, **kwargs)
+        name, is_casting = getattr(func, "__name__", ""), torch.is_autocast_enabled("cpu")
+        if self._card is not None and func is F.scaled_dot_product_attention:
+            return self._attend(*args, **kwargs)
+        if is_casting and name in self._in_float32:
             args = tuple(_in_float32(value) for value in args)
             kwargs = {key: _in_float32(value) for key, value in kwargs.items()}
+        elif is_casting and name in self._as_they_are:
+            with _without_autocast():
+                return func(*args, **kwargs)
         return func(*args, **kwargs)
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,  # noqa: FBT001, FBT002  # torch's signature
+        scale: float | None = None,
+        enable_gqa: bool = False,  # noqa: FBT001, FBT002
+    ) -> Tensor:
+        """Fused attention, by the kernel of the card."""
+        card = self._card
+        assert card is not None, "asked for with a card only"
+        tensors = [query, key, value, attn_mask]
+        if torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")
+            tensors = [x.to(dtype) if x is not None and x.is_floating_point() else x for x in tensors]
+        q, k, v, mask = tensors
+        assert q is not None and k is not None and v is not None, "given"
+        kernel, why = attention_kernel(card, q.dtype, q.shape[-1], has_mask=mask is not None)
+        is_plain = q.ndim == _BATCHED_HEADS and not enable_gqa
+        with _without_autocast():
+            if kernel == "math" or not is_plain:
+                self.attention["math"] = why if is_plain else "its shapes are for no fused kernel"
+                with sdpa_kernel(SDPBackend.MATH):
+                    return F.scaled_dot_product_attention(
+                        q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+                    )
+            self.attention[kernel] = why
+            if kernel == "flash":
+                width = q.shape[-1]
+                q, k, v = (F.pad(x, (0, -width % 8)) if width % 8 else x for x in (q, k, v))
+                scale = width**-0.5 if scale is None else scale
+                found = torch.ops.aten._scaled_dot_product_flash_attention(
+                    q, k, v, dropout_p, is_causal, False, scale=scale
+                )
+                output: Tensor = found[0][..., :width] if width % 8 else found[0]
+                return output
+            needs_sums = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, mask))
+            bias = None if mask is None else _as_bias(mask, q, k)
+            efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+            attended: Tensor = efficient(q, k, v, bias, needs_sums, dropout_p, is_causal, scale=scale)[0]
+            return attended
+
+
+_BATCHED_HEADS = 4  # [B, heads, N, D]
+
+
+def _as_bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """A mask as memory-efficient attention takes it: numbers to add, rows padded to 16, over all heads."""
+    if mask.dtype == torch.bool:
+        nothing = torch.zeros((), dtype=query.dtype)
+        mask = torch.where(mask, nothing, torch.full((), -torch.inf, dtype=query.dtype))
+    columns = mask.shape[-1]
+    if columns % 16:
+        mask = F.pad(mask, (0, -columns % 16))[..., :columns]
+    return mask.expand(*query.shape[:2], query.shape[2], key.shape[2])
+
+
+@contextlib.contextmanager
+def _without_autocast() -> Iterator[None]:
+    """As it is within CUDA's own operators: nothing more is cast, and what was cast stays known."""
+    was_enabled = torch.is_autocast_enabled("cpu")
+    torch.set_autocast_enabled("cpu", False)  # noqa: FBT003
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cpu", was_enabled)
 
 
 def _in_float32(value: Any) -> Any:
@@ -484,9 +591,9 @@ def _in_float32(value: Any) -> Any:
     return value.float() if is_half else value
 
 
-def autocast_of(device: str) -> contextlib.AbstractContextManager[object]:
-    """A context in which autocast regions of the CPU, where fake tensors are, follow those of ``device``."""
-    return CudaAutocast() if device == "cuda" else contextlib.nullcontext()
+def autocast_of(device: str, card: Card | None = None) -> contextlib.AbstractContextManager[CudaAutocast | None]:
+    """A context in which regions and kernels of the CPU, where fake tensors are, are like those of ``device``."""
+    return CudaAutocast(card) if device == "cuda" else contextlib.nullcontext()
 
 
 _DEVICE_OF = torch.ops.prim.device.default
@@ -604,7 +711,7 @@ def simulate(
     with by_shapes_alone():
         fake_mode, fake_learner, memo = fake_copy_with_memo(learner)
         reached = [copied for _, copied in memo]
-        with fake_mode, autocast_of(device), _foreach_of(device):
+        with fake_mode, autocast_of(device), foreach_of(device):
             batch = {name: torch.empty(tuple(shape), dtype=dtype) for name, (shape, dtype) in inputs.items()}
             return track(
                 partial(step, fake_learner, **batch),
@@ -616,7 +723,7 @@ def simulate(
 
 
 @contextlib.contextmanager
-def _foreach_of(device: str) -> Iterator[None]:
+def foreach_of(device: str) -> Iterator[None]:
     """Let optimizers loop as they do on ``device``, those too that are made in the first step."""
     if device != "cuda":
         yield

@@ -24,7 +24,7 @@ import contextlib
 import functools
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple, Protocol, final
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,16 @@ class _Coming(NamedTuple):
     ready: Any
 
 
+class Watch(Protocol):
+    """Sees what can't be seen where host and device are one memory: where fake tensors are."""
+
+    def copying(self) -> contextlib.AbstractContextManager[None]:
+        """A region of copies to and fro; the device's memory of what comes is the side stream's."""
+
+    def made_at_home(self, host: Tensor) -> None:
+        """This tensor, made just now, is in host memory."""
+
+
 @final
 class Offloader:
     """Keeps the static tensors of at most two local modules on the device, those of the others in host memory.
@@ -72,10 +82,12 @@ class Offloader:
     Args:
         modules: all local modules, first to last; their tensors are moved to the host.
         device: where modules are to be used.
+        watch: sees the copies.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], device: torch.device) -> None:
+    def __init__(self, modules: Sequence[nn.Module], device: torch.device, watch: Watch | None = None) -> None:
         self.modules = list(modules)
+        self._watch = watch
         self.device = torch.empty(0, device=device).device  # "cuda" is the current GPU, by its number
         self._optimizers: list[Optimizer] = []
         self._present: dict[int, _Stay] = {}
@@ -208,6 +220,8 @@ class Offloader:
                 home = homes.get(id(tensor))
                 if home is None or (home.host.shape, home.host.dtype) != (there.shape, there.dtype):  # made since
                     host = torch.empty_like(there, device=HOST, pin_memory=self._pins)
+                    if self._watch is not None:
+                        self._watch.made_at_home(host)
                 else:
                     host = home.host
                     if _is_unchanged(home, trained=stay.with_state):
@@ -247,6 +261,8 @@ class Offloader:
         return _side_stream(self.device) if self.device.type == "cuda" else None
 
     def _copying(self) -> contextlib.AbstractContextManager[Any]:
+        if self._watch is not None:
+            return self._watch.copying()
         stream = self._stream
         return contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)
 
