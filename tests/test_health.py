@@ -30,10 +30,11 @@ from localgrad.errors import CheckpointError, RecipeError
 from localgrad.learner import LocalLearner
 from localgrad.objectives.carried import LocalBatch
 from localgrad.objectives.methods import OBJECTIVES
-from localgrad.training.data import Batches, DataInfo, InMemoryImages
+from localgrad.training.data import Batches, DataInfo
 from localgrad.training.events import ConsoleSink, EpochEnded, HealthMeasured, JsonlSink, TensorBoardSink
 from localgrad.training.folder import RunFolder, load_saved_weights, save_weights
 from localgrad.training.health import HealthCheck, gradient_cosine, linear_cka, linear_probe, pool, pooled_features
+from localgrad.training.image_sets import InMemoryImages
 from localgrad.training.trainer import EpochSums, Interrupted
 
 SIZE = (3, 16, 16)
@@ -97,11 +98,11 @@ def batches_of(num_images: int, batch_size: int = 8) -> Batches:
     images += (40 * labels).to(torch.uint8)[:, None, None, None]
     info = DataInfo("toy", tuple("abcde"), 3, SIZE[1:], (0.5,) * 3, (0.25,) * 3, 0, num_images, 0, 0, ())
     return Batches(
-        InMemoryImages(images, labels),
+        images=InMemoryImages(images, labels),
         batch_size=batch_size,
         image_size=SIZE[1:],
         info=info,
-        device="cpu",
+        device=torch.device("cpu"),
         augment=None,
         seed=0,
         drop_last=False,
@@ -242,14 +243,14 @@ def test_the_probe_is_ridge_regression(width: int) -> None:
         reference = Ridge(alpha=ridge * len(x)).fit(scaler.transform(x), np.eye(4)[labels])
         expected = (reference.predict(scaler.transform(y)).argmax(1) == val_labels).mean()
         tensors = map(torch.from_numpy, (x, labels, y, val_labels))
-        assert linear_probe(*tensors, 4, ridge=ridge) == pytest.approx(expected)
+        assert linear_probe(*tensors, ridge=ridge) == pytest.approx(expected)
     assert 0.4 < expected < 1, "else the comparison says little"
 
 
 def test_a_class_that_was_not_seen_is_never_right() -> None:
     x, labels = torch.eye(4), torch.tensor([0, 1, 0, 1])
-    assert linear_probe(x, labels, x, labels, 3) == 1
-    assert linear_probe(x, labels, x, torch.full((4,), 2), 3) == 0
+    assert linear_probe(x, labels, x, labels) == 1
+    assert linear_probe(x, labels, x, torch.full((4,), 2)) == 0
 
 
 # ------------------------------------------------------------------------------------- CKA

@@ -368,8 +368,8 @@ STILL = {
 def batches_of(shard: tuple[int, int], *, augment: Augment | None, limit: int = 100, batch_size: int = 12) -> Batches:
     data = load_named("digits", limit=limit)
     return Batches(
-        data.train, batch_size=batch_size, image_size=(8, 8), info=data.info, device="cpu", augment=augment, seed=5,
-        drop_last=True, shard=shard,
+        images=data.train, batch_size=batch_size, image_size=(8, 8), info=data.info, device=torch.device("cpu"),
+        augment=augment, seed=5, shard=shard,
     )  # fmt: skip
 
 

@@ -83,8 +83,12 @@ def fit(
         if state.get("lost_best"):
             trainer._save_best()
     fits()
-    profile = together(job.team, lambda: estimate_run(job))
-    estimates = [profile.peak_bytes] if job.team is None else job.team.everyone(profile.peak_bytes)
+    if job.team is None:
+        profile = estimate_run(job)
+        estimates = [profile.peak_bytes]
+    else:
+        profile = together(job.team, lambda: estimate_run(job))
+        estimates = job.team.everyone(profile.peak_bytes)
     peaks: Peaks = {"estimated_peak_bytes": max(estimates)}
     if job.speaks:
         factory = job.optimizer if callable(job.optimizer) else job.optimizer[0]

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_type_hints
 
 from localgrad.errors import RecipeError, arg, did_you_mean
-from localgrad.formats import check_format
+from localgrad.formats import check_format, read_input
 from localgrad.options import (
     DATA,
     EXECUTION,
@@ -317,19 +317,11 @@ def read_toml(path: Path) -> Values:
     Raises:
         RecipeError: it can't be read, or is no TOML.
     """
-    try:
-        return parse_toml(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise RecipeError(f"{arg('recipe')}: {path} can't be read ({reason}); name a recipe in TOML.") from error
+    return parse_toml(read_input("recipe", path, "name a recipe in TOML"), str(path))
 
 
 def overlay(values: Mapping[str, Any], changes: Mapping[str, Any]) -> Values:
-    """Lay single values over nested ones.
-
-    Args:
-        values: nested plain values; not changed.
-        changes: dotted key to value.
+    """Lay single values, by dotted key, over nested ones, which aren't changed.
 
     Raises:
         RecipeError: a key goes through something that is not a table.
@@ -376,10 +368,7 @@ def difference(old: Recipe, new: Recipe) -> list[str]:
 def validated(kind: type[Any], values: Any, prefix: str) -> Any:
     """Make a dataclass of plain values, checked and converted (lists become tuples) by its annotations.
 
-    Args:
-        kind: the dataclass.
-        values: what it is to be made of.
-        prefix: dotted key of ``values`` in a recipe, with a dot at its end; for messages.
+    The prefix is the dotted key of the values in a recipe, with a dot at its end; for messages.
 
     Raises:
         RecipeError: an unknown key or an impossible value, named by its dotted key.

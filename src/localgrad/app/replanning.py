@@ -30,13 +30,7 @@ LESS = 0.9
 
 @final
 class Replanner:
-    """Finds the next plan of a run that needs less memory.
-
-    Args:
-        job: the run's objects.
-        profile: the estimate of a step as it runs now.
-        measured: gives what was observed so far.
-    """
+    """Finds the next plan of a run that needs less than its profile, and says what was measured."""
 
     def __init__(self, job: Job, profile: MemoryProfile, measured: Callable[[], Peak]) -> None:
         self.job = job

@@ -1,21 +1,17 @@
 """The data path: a name becomes parts, parts become batches that are ready for the step.
 
-What it is: `load_data` finds a data set (`loading.py`), checks it, splits a validation part off the training
-part where it has none of its own, decodes it into memory where it is small, and says all that it
-did in a `DataInfo`. `Batches` turns one part into batches on the device, shuffled and augmented
-(`augment.py`) for training, in order and plain for evaluation. `load_images_for_prediction`
-prepares images without labels the same way.
+`load_data` finds a data set (`loading.py`), checks it, splits a validation part off the training part where it has none
+of its own, decodes it into memory where it is small, and says what it did in a `DataInfo`. `Batches` turns one part
+into batches on the device, shuffled and augmented (`augment.py`) for training, in order and plain for evaluation.
 
-Why not a `DataLoader` throughout: the sets that local learning is compared on are small (CIFAR, SVHN,
-STL-10), and the steps short. Indexing a uint8 tensor and augmenting the batch on the device costs
-milliseconds, with no worker process and, but for RandAugment, nothing that waits for the device. Larger sets
-are decoded by worker processes, and the same augmentation follows.
+Why not a `DataLoader` throughout: the sets that local learning is compared on are small, and the steps short. Indexing
+a uint8 tensor and augmenting the batch on the device costs milliseconds, with no worker process. Larger sets are
+decoded by worker processes, and the same augmentation follows.
 
 Two rules hold here. Selection is honest: validation images are those that the data set brings for it, or come from the
-training part, by class and by seed, and the test part is never touched by a setting. And a run can
-be resumed in the middle of an epoch, bit for bit: the order of an epoch depends on (seed, epoch),
-the draws of a batch on (seed, epoch, index), and on nothing that ran before; the global random
-states are neither read nor changed.
+training part, by class and by seed, and the test part is never touched by a setting. And a run can be resumed in the
+middle of an epoch, bit for bit: the order of an epoch depends on (seed, epoch), the draws of a batch on (seed, epoch,
+index), and on nothing that ran before; the global random states are neither read nor changed.
 
 Shapes: N images of a set, B batch, C channels, H W image, K classes.
 """
@@ -33,34 +29,13 @@ from torch import Tensor
 
 from localgrad.errors import DataError, arg
 from localgrad.objectives.carried import LocalBatch
-from localgrad.training.augment import (
-    WHITE,
-    ModelInput,
-    augment_batch,
-    derive_seed,
-    generator_for,
-    normalise,
-    share_cut_off,
-)
+from localgrad.training.augment import WHITE, ModelInput, augment_batch, derive_seed, generator_for, share_cut_off
 from localgrad.training.folders import Split
-from localgrad.training.image_sets import FileImages, ImageSet, InMemoryImages, Skipped
+from localgrad.training.image_sets import FileImages, ImageSet, InMemoryImages, Skipped, Wanted
 from localgrad.training.images import Probed, Reading, check_range
 from localgrad.training.loading import Found, find, list_image_files, read_image_files
 from localgrad.training.settings import Augment, DataSettings, Fit
 from localgrad.training.transforms import NONE, Prepared
-
-__all__ = [
-    "Augment",
-    "Batches",
-    "DataInfo",
-    "FileImages",
-    "ImageSet",
-    "InMemoryImages",
-    "Splits",
-    "load_data",
-    "load_images_for_prediction",
-    "normalise",
-]
 
 MEMORY_LIMIT_BYTES = 2 * 1024**3
 TEST_FRACTION = 0.2
@@ -229,12 +204,7 @@ def load_data(
 
 
 def note_on_fit(splits: Splits, image_size: tuple[int, int]) -> str | None:
-    """How much of the images is cut off, as a sentence; None where that is next to nothing.
-
-    Args:
-        splits: loaded.
-        image_size: (H, W) that the model takes.
-    """
+    """How much of the images is cut off for (H, W), as a sentence; None where that is next to nothing."""
     cut = [share_cut_off(size, image_size) for size in splits.sizes]
     if splits.transform or splits.info.fit != "crop" or not cut or max(cut) < _WORTH_SAYING:
         return None
@@ -296,13 +266,8 @@ def _without_images(class_names: Sequence[str], train: ImageSet) -> list[str]:
 def apportion(counts: Sequence[int], total: int, ceilings: Sequence[int]) -> list[int]:
     """Share ``total`` out in proportion to ``counts``, in whole numbers, by largest remainders.
 
-    Args:
-        counts: images of each class.
-        total: how many to take altogether.
-        ceilings: the most that may be taken of each class.
-
     Returns:
-        How many to take of each class; they add up to ``total``, or to what the ceilings allow.
+        How many to take of each; they add up to ``total``, or to what the ceilings (the most of each) allow.
     """
     everything = max(1, sum(counts))
     shares = [min(total * count // everything, top) for count, top in zip(counts, ceilings, strict=True)]
@@ -317,13 +282,7 @@ def apportion(counts: Sequence[int], total: int, ceilings: Sequence[int]) -> lis
 
 
 def stratified_choice(labels: Tensor, num_wanted: int, *, leave_one: bool, seed: int) -> tuple[Tensor, Tensor]:
-    """Choose images at random, of each class in proportion.
-
-    Args:
-        labels: int64 class indices [N].
-        num_wanted: how many to choose.
-        leave_one: choose no class's last image.
-        seed: of the choice.
+    """Choose images at random, of each class in proportion, and where asked no class's last one.
 
     Returns:
         Indices (int64, ascending) of the chosen and of the others.
@@ -413,7 +372,7 @@ def _settle(
         _, num_channels, height, width = first.images.shape
         return _Settled(parts, num_channels, (height, width), sizes=((height, width),), transform=transform)
     files = {
-        part: images.with_settings(reading, settings.on_corrupt, skipped[part])
+        part: replace(images, reading=reading, on_corrupt=settings.on_corrupt, skipped=skipped[part])
         for part, images in parts.items()
         if isinstance(images, FileImages)
     }
@@ -454,7 +413,10 @@ def _decode_if_small(
     image_size: tuple[int, int] | None,
     limit_bytes: int,
 ) -> _Settled:
-    files = {part: images.with_channels(num_channels) for part, images in files.items()}
+    files = {
+        part: replace(images, reading=replace(images.reading, num_channels=num_channels))
+        for part, images in files.items()
+    }
     num_values = sum(len(images) for images in files.values()) * num_channels
     wanted = [each for each in (size, image_size) if each is not None]
     fitting = [each for each in wanted if num_values * each[0] * each[1] <= limit_bytes]
@@ -520,10 +482,11 @@ def _measured(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 @final
+@dataclass(eq=False, kw_only=True)
 class Batches:
     """Batches of an image set, ready for the step.
 
-    Args:
+    Attributes:
         images: one part of a data set.
         batch_size: images a batch.
         image_size: (H, W) that the model takes, in pixels.
@@ -542,66 +505,50 @@ class Batches:
             means no class (nor may one be ignored: accuracies count every image).
     """
 
-    def __init__(
-        self,
-        images: ImageSet,
-        *,
-        batch_size: int,
-        image_size: tuple[int, int],
-        info: DataInfo,
-        device: torch.device | str,
-        augment: Augment | None,
-        seed: int,
-        drop_last: bool = True,
-        num_workers: int = 0,
-        shard: tuple[int, int] = (0, 1),
-        transform: str | None = None,
-    ) -> None:
+    images: ImageSet
+    batch_size: int
+    image_size: tuple[int, int]
+    info: DataInfo
+    device: torch.device
+    augment: Augment | None
+    seed: int
+    drop_last: bool = True
+    num_workers: int = 0
+    shard: tuple[int, int] = (0, 1)
+    transform: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check what can't be, and what images go through."""
+        info, batch_size, replicas = self.info, self.batch_size, self.shard[1]
         if batch_size < 1:
             raise DataError(f"{arg('batch_size')} must be 1 or more, got {batch_size}.")
-        if num_workers < 0:
-            raise DataError(f"{arg('num_workers')} must be 0 or more, got {num_workers}.")
-        _check_range("set that batches are made of", images.labels, info.num_classes)
-        self.images = images
-        self.batch_size = batch_size
-        self.image_size = image_size
-        self.input = ModelInput(size=image_size, mean=info.mean, std=info.std, fit=info.fit, background=info.background)
-        self.info = info
-        self.device = torch.device(device)
-        self.augment = augment
-        self.seed = seed
-        self.drop_last = drop_last and augment is not None
-        self.num_workers = num_workers
-        self.shard = shard
-        self.transform = transform
-        training = augment is not None
-        self.prepared = None if transform is None else Prepared(transform, image_size, training=training)
-        if self.prepared is not None:
-            self.prepared.try_on(info.num_channels)
-        if augment is not None and batch_size % shard[1]:
+        if self.num_workers < 0:
+            raise DataError(f"{arg('num_workers')} must be 0 or more, got {self.num_workers}.")
+        _check_range("set that batches are made of", self.images.labels, info.num_classes)
+        self.input = ModelInput(
+            size=self.image_size, mean=info.mean, std=info.std, fit=info.fit, background=info.background
+        )
+        prepared, training = None, self.augment is not None
+        if self.transform is not None:
+            prepared = Prepared(self.transform, self.image_size, training=training)
+            prepared.try_on(info.num_channels)
+        self.wanted = Wanted(
+            image_size=self.image_size, device=self.device, num_workers=self.num_workers, prepared=prepared
+        )
+        if training and batch_size % replicas:
             raise DataError(
-                f"{arg('batch_size', batch_size)} can't be shared out among {shard[1]} replicas; take a multiple of "
-                f"{shard[1]}."
+                f"{arg('batch_size', batch_size)} can't be shared out among {replicas} replicas; take a multiple of "
+                f"{replicas}."
             )
         if self._num_batches == 0:
             raise DataError(
-                f"{arg('batch_size', batch_size)} leaves no full batch of {len(images)} images: choose a smaller one."
+                f"{arg('batch_size', batch_size)} leaves no full batch of {len(self.images)} images: choose a smaller "
+                "one."
             )
 
     def plain(self, images: ImageSet, batch_size: int) -> Batches:
         """Batches of other images of the set, in order and not augmented."""
-        return Batches(
-            images,
-            batch_size=batch_size,
-            image_size=self.image_size,
-            info=self.info,
-            device=self.device,
-            augment=None,
-            seed=self.seed,
-            num_workers=self.num_workers,
-            shard=self.shard,
-            transform=self.transform,
-        )
+        return replace(self, images=images, batch_size=batch_size, augment=None)
 
     def __len__(self) -> int:
         number, replicas = self.shard
@@ -611,7 +558,8 @@ class Batches:
     def _num_batches(self) -> int:
         """Batches of all replicas together."""
         full, rest = divmod(len(self.images), self.batch_size)
-        return full if self.drop_last or not rest else full + 1
+        drops = self.drop_last and self.augment is not None
+        return full if drops or not rest else full + 1
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[LocalBatch]:
         """Make the batches of one epoch, all of them on the device.
@@ -621,23 +569,13 @@ class Batches:
 
         Args:
             epoch: counted from 0; each has its own order and draws.
-            start: index of the first batch wanted, for resuming inside the epoch.
-
-        Yields:
-            The batches from ``start`` on, the same as if those before had been made too.
+            start: index of the first batch wanted: those from it on are the same as if those before had been made too.
         """
         indices = self._batches(epoch)[start : len(self)]
         number, replicas = self.shard
         own = () if replicas == 1 else (number,)
         seeds = [derive_seed(self.seed, "batch", epoch, index, *own) for index in range(start, start + len(indices))]
-        read = self.images.read(
-            indices,
-            image_size=self.image_size,
-            device=self.device,
-            num_workers=self.num_workers,
-            prepared=self.prepared,
-            seeds=seeds,
-        )
+        read = self.images.read(indices, self.wanted, seeds)
         for seed, (images, targets) in zip(seeds, read, strict=True):
             yield self._prepare(images, targets, seed)
 
@@ -674,7 +612,7 @@ def load_images_for_prediction(
     image_size: tuple[int, int],
     skipped: Skipped | None = None,
 ) -> Iterator[tuple[Path, Tensor]]:
-    """Load images without labels, as a model is evaluated on them.
+    """Load images without labels, float32 [C, H, W], as a model is evaluated on them; with their paths.
 
     Args:
         path: an image file, or a folder that is searched with all below it.
@@ -683,12 +621,8 @@ def load_images_for_prediction(
         image_size: (H, W) that the model takes, in pixels.
         skipped: takes what is passed over.
 
-    Returns:
-        An iterator of paths and images float32 [C, H, W]; it raises DataError at a corrupt image, unless
-        those are to be skipped.
-
     Raises:
-        DataError: at once, if there is no such path or no image in it.
+        DataError: at once, if there is no such path or no image in it; later, at a corrupt image that isn't skipped.
     """
     left_out = Skipped() if skipped is None else skipped
     paths = list_image_files(path, left_out)

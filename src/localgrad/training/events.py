@@ -1,8 +1,7 @@
 """What happens during a run, as typed events, and where they go.
 
-The trainer emits; sinks print, write JSON lines or TensorBoard files, or do what a user registers. A sink never
-changes a run. All figures in
-an event are plain Python numbers: the trainer reads them from the device at most once a second.
+The trainer emits; sinks print, write JSON lines or TensorBoard files, or do what a user registers. A sink never changes
+a run. Figures are plain Python numbers: the trainer reads them from the device at most once a second.
 """
 
 from __future__ import annotations
@@ -254,14 +253,7 @@ class JsonlSink(Sink):
 
 
 def read_metrics(path: Path) -> tuple[list[str], list[int]]:
-    """The lines of a ``metrics.jsonl``.
-
-    Args:
-        path: the file; needn't exist.
-
-    Returns:
-        Those that are sound, and the numbers, from 1, of those that are not.
-    """
+    """The sound lines of a ``metrics.jsonl``, which needn't exist; and the numbers, from 1, of those that are not."""
     sound, unsound = [], []
     content = path.read_bytes() if path.exists() else b""
     for number, encoded in enumerate(content.removesuffix(b"\n").split(b"\n") if content else (), 1):
@@ -282,9 +274,6 @@ class TensorBoardSink(Sink):
     """TensorBoard event files: losses by module and term, accuracies, learning rate, speed, health by module.
 
     On resuming, what was written of later epochs than the run starts with is hidden.
-
-    Args:
-        folder: where the event files go.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -337,11 +326,7 @@ class TensorBoardSink(Sink):
 
 @final
 class ConsoleSink(Sink):
-    """A live progress display, or plain lines where there is no terminal; then the summary.
-
-    Args:
-        console: where to print.
-    """
+    """A live progress display, or plain lines where there is no terminal; then the summary."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -409,15 +394,8 @@ class ConsoleSink(Sink):
         assert self._started is not None, "a run starts before it progresses"
         losses = " ".join(f"{loss:.3f}" for loss in event.losses)
         rate = format_rate(event.images_per_second)
-        if self._progress is not None and self._task is not None:
-            done = event.epoch * self._started.batches_per_epoch + event.batch
-            self._progress.update(
-                self._task,
-                completed=done,
-                epoch=self._started.name_of(event.epoch).strip(),
-                losses=losses,
-                rate=rate,
-            )
+        if self._progress is not None:
+            self._move(self._started, event.epoch, event.batch, losses=losses, rate=rate)
         elif time.monotonic() - self._last_line > 10:  # a log file wants fewer lines than a screen
             self._last_line = time.monotonic()
             of = self._started.batches_per_epoch
@@ -436,14 +414,14 @@ class ConsoleSink(Sink):
         parts.append(format_rate(event.images_per_second))
         parts.append(format_seconds(event.seconds) + (" *" if event.is_best else ""))
         self._print("  ".join(parts))
+        of = self._started.batches_per_epoch
+        self._move(self._started, event.epoch, of, losses=losses, rate=format_rate(event.images_per_second))
+
+    def _move(self, run: RunStarted, epoch: int, batch: int, **shown: Any) -> None:
+        """Move the live display, where there is one."""
         if self._progress is not None and self._task is not None:
-            self._progress.update(
-                self._task,
-                completed=(event.epoch + 1) * self._started.batches_per_epoch,
-                epoch=self._started.name_of(event.epoch).strip(),
-                losses=losses,
-                rate=format_rate(event.images_per_second),
-            )
+            done = epoch * run.batches_per_epoch + batch
+            self._progress.update(self._task, completed=done, epoch=run.name_of(epoch).strip(), **shown)
 
     def _print(self, line: str, style: str | None = None) -> None:
         """Print a line as it is: names and paths may hold what rich would take for markup."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from typing import Any, Unpack, cast, final
 
 import torch
@@ -24,8 +23,8 @@ from localgrad.step.states import load_weights
 from localgrad.training.data import Batches
 from localgrad.training.folder import load_saved_weights, save_weights
 from localgrad.training.optim import Schedule
-from localgrad.training.saved import Checkpoint, PositionState, SumsState, TrainerState
-from localgrad.training.trainer import Common, Interrupted, Trainer, all_random_states, below
+from localgrad.training.saved import Checkpoint, SumsState, TrainerState
+from localgrad.training.trainer import Common, Interrupted, Trainer, below
 
 
 @final
@@ -209,8 +208,7 @@ class ParallelTrainer(Trainer):
         if self.team.is_speaker:
             names = [part for part, _ in said[: self.team.num_ranks]]
             sums = self._joined([part for _, part in said])
-            numbers = cast(PositionState, asdict(position))
-            self.folder.commit({"position": numbers, "sums": sums, "random": all_random_states()}, names)
+            self.folder.commit(self._standing(sums), names)
         self.team.everyone(None)  # nobody begins a further one before
 
     def _joined(self, sums: Sequence[SumsState]) -> SumsState:
@@ -256,14 +254,7 @@ def name_of(modules: range) -> str:
 
 @torch.no_grad()
 def evaluate_together(learner: ParallelLearner, batches: Batches) -> tuple[float, list[float | None]]:
-    """Accuracy of the whole model and of each local module's own classifier; all processes call this together.
-
-    As ``evaluate``: where an average is kept, the whole model is the averaged one.
-
-    Args:
-        learner: it is in evaluation mode afterwards.
-        batches: evaluation batches, shared out among replicas.
-    """
+    """``evaluate`` by all processes together; evaluation batches are shared out among replicas."""
     learner.eval()
     most = max(learner.team.everyone(len(batches)))
     learner.begin(len(batches))

@@ -11,18 +11,18 @@ sees few augmentations of each image, and features that no longer change.
 A module is trained for all epochs of the recipe, with a learning rate that starts anew. The first one reads images,
 augmented afresh in every epoch. When a module is finished, its best epoch's weights (by validation accuracy of its own
 classifier; its last epoch's where it has none) run once, in evaluation mode, over ``cached_epochs`` epochs of what it
-was trained on and over the validation images. Variant v is epoch v of the data path: the same order, augmentation and
-mixed labels, by (seed, v, index). The next module reads variant ``e mod cached_epochs`` in its epoch e. Where its
-objective looks at the images too, the data path makes those of variant v once more.
+was trained on and over the validation images. Variant v is epoch v of the data path. The next module reads variant
+``e mod cached_epochs`` in its epoch e; where its objective looks at images too, those of variant v are made once more.
 
-Features are stored as bfloat16. A cache tells the weights that it was made with, so that one of other weights is never
-used; one that is missing or torn is made again, from the images if need be. So a run can stop anywhere and go on.
+A cache tells the weights that it was made with; one of others, missing or torn is made again, from the images if need
+be. So a run can stop anywhere and go on.
 
 Epochs of all modules are counted through in events and checkpoints: epoch e of module k is epoch k * epochs + e.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import shutil
@@ -49,6 +49,7 @@ from localgrad.training.augment import derive_seed
 from localgrad.training.data import Batches
 from localgrad.training.events import EpochEnded, FeaturesCached
 from localgrad.training.feature_cache import FeatureCache, Rows, open_cache, row_bytes, write_cache
+from localgrad.training.folder import raw_bytes
 from localgrad.training.health import HealthCheck
 from localgrad.training.optim import Schedule
 from localgrad.training.saved import Selection, TrainerState
@@ -318,7 +319,7 @@ class StagewiseTrainer(TrainerOfAll):
         for number, module in enumerate(self.learner.modules[: index + 1]):
             for name, value in module.parts.state_dict().items():
                 digest.update(f"{number}.{name}:{value.dtype}:{list(value.shape)}".encode())
-                digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                digest.update(raw_bytes(value))
         return {
             "weights": digest.hexdigest(),
             "seed": train.seed,
@@ -353,14 +354,7 @@ def gather(learner: LocalLearner, device: torch.device) -> None:
 
 
 def disk_needed(learner: LocalLearner, train: Batches, num_val: int, cached_epochs: int) -> int:
-    """The most bytes that cached features take at a time: a module's, and those that they are made from.
-
-    Args:
-        learner: its modules say where features are cached.
-        train: training batches.
-        num_val: validation images.
-        cached_epochs: variants that are kept.
-    """
+    """The most bytes that cached features take at a time: a module's, and those that they are made from."""
     soft = train.augment is not None and train.augment.gives_soft_labels
     sizes = [0]
     for span in learner.plan.spans[:-1]:
@@ -374,29 +368,16 @@ def disk_needed(learner: LocalLearner, train: Batches, num_val: int, cached_epoc
 def estimate_stages(
     learner: LocalLearner, batch_size: int, optimizer: Factories, device: torch.device
 ) -> list[MemoryProfile]:
-    """Predict the memory of each local module's step on its own, on fake tensors; the learner is not touched.
-
-    Args:
-        learner: as it will be trained.
-        batch_size: images a step.
-        optimizer: factory, as for ``StagewiseTrainer``.
-        device: that the modules will be trained on.
-    """
+    """Predict the memory of each local module's step on its own, on fake tensors; the learner is not touched."""
     return [_estimate_stage(learner, index, batch_size, optimizer, device) for index in range(len(learner.modules))]
 
 
 def _estimate_stage(
     learner: LocalLearner, index: int, batch_size: int, optimizer: Factories, device: torch.device
 ) -> MemoryProfile:
-    made = learner.local_step(index, optimizer)
-    step = LocalStep(  # the same without compiled code, which a fake copy can't hold
-        made.module,
-        made.parameters,
-        made.optimizer,
-        precision=made.precision,
-        clip_grad=made.clip_grad,
-        accumulation=made.accumulation,
-    )
+    bare = copy.copy(learner)  # without compiled code, which a fake copy can't hold
+    bare._settings = {**learner._settings, "compile": False}
+    step = bare.local_step(index, optimizer)
     images = (batch_size, *learner.backbone.input_size)
     span = learner.plan.spans[index]
     inputs = images if index == 0 else (batch_size, *learner.backbone.layouts[span.start].shape)

@@ -39,7 +39,7 @@ from localgrad.training.events import EpochEnded, Event, Progressed, Sink
 from localgrad.training.folder import RunFolder, load_saved_weights, save_weights
 from localgrad.training.health import HealthCheck
 from localgrad.training.optim import Schedule
-from localgrad.training.saved import PositionState, RandomStates, Selection, SumsState, TrainerState
+from localgrad.training.saved import PositionState, RandomStates, Selection, Standing, SumsState, TrainerState
 
 SECONDS_BETWEEN_READINGS = 1.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -47,12 +47,7 @@ T = TypeVar("T")
 
 
 class Interrupted(Exception):  # noqa: N818  # not an error: the run was saved and can go on
-    """Ctrl-C or SIGTERM arrived; the run was saved.
-
-    Args:
-        signal_number: which signal.
-        folder: the run folder, to be resumed.
-    """
+    """Ctrl-C or SIGTERM arrived; the run was saved in its folder, to be resumed."""
 
     def __init__(self, signal_number: int, folder: Path) -> None:
         super().__init__(f"stopped by {signal.Signals(signal_number).name}, and saved in {folder}")
@@ -89,12 +84,7 @@ class Position:
 
 @final
 class EpochSums:
-    """Sums over the batches of an epoch, kept on the device.
-
-    Args:
-        names: (module, term) of every loss, in order.
-        device: where the losses are.
-    """
+    """Sums over the batches of an epoch, kept on the device, of losses named by (module, term)."""
 
     def __init__(self, names: Sequence[tuple[int, str]], device: torch.device) -> None:
         self.names = list(names)
@@ -267,6 +257,11 @@ class Trainer(ABC):
 
     def _load_sums(self, state: SumsState) -> None:
         self._sums.load_state_dict(state)
+
+    def _standing(self, sums: SumsState) -> Standing:
+        """Where the run stands, but for its learner."""
+        position = cast(PositionState, asdict(self.position))
+        return {"position": position, "sums": sums, "random": all_random_states()}
 
     @abstractmethod
     def load_best(self) -> None:
@@ -448,16 +443,9 @@ class Trainer(ABC):
 
     def _report(self, result: StepResult, images_per_second: float) -> None:
         self._check_finite()
-        losses = torch.stack(result.losses).tolist()
-        position = self.position
-        self._emit(
-            Progressed(
-                epoch=position.epoch,
-                batch=position.batch,
-                losses=tuple(losses),
-                images_per_second=images_per_second,
-            )
-        )
+        losses = tuple(torch.stack(result.losses).tolist())
+        epoch, batch = self.position.epoch, self.position.batch
+        self._emit(Progressed(epoch=epoch, batch=batch, losses=losses, images_per_second=images_per_second))
 
     def _check_finite(self) -> None:
         failure = self._sums.first_failure()
@@ -542,12 +530,8 @@ class TrainerOfAll(Trainer, ABC):
 
     def state_dict(self) -> TrainerState:
         """Everything needed to go on bit for bit (on the CPU)."""
-        return {
-            "learner": self.learner.state_dict(),
-            "position": cast(PositionState, asdict(self.position)),
-            "sums": self._sums.state_dict(),
-            "random": all_random_states(),
-        }
+        standing = self._standing(self._sums.state_dict())
+        return cast(TrainerState, {"learner": self.learner.state_dict(), **standing})
 
     def _save_best(self) -> None:
         save_weights(self.folder.best, best_weights(self.learner))
@@ -631,17 +615,10 @@ def halve(batches: Batches | None) -> str | None:
 
 @torch.no_grad()
 def evaluate(learner: LocalLearner, batches: Batches) -> tuple[float, list[float | None]]:
-    """Accuracy of the whole model and of each local module's own classifier.
+    """Accuracy of the whole model, from 0 to 1, and of each local module's own classifier (``None`` where it has none).
 
     Where an average of the weights is kept, the whole model is the averaged one; the classifiers of the modules
-    before the last belong to the weights as they are trained.
-
-    Args:
-        learner: any learner; it is in evaluation mode afterwards.
-        batches: evaluation batches.
-
-    Returns:
-        Accuracy from 0 to 1, and one for each module (``None`` where it has no classifier).
+    before the last belong to the weights as they are trained. The learner is in evaluation mode afterwards.
     """
     learner.eval()
     counts = [MulticlassAccuracy(batches.info.num_classes, average="micro").to(learner.device) for _ in learner.modules]
