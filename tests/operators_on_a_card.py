@@ -205,7 +205,11 @@ def reductions(number: int, seed: int) -> Iterator[tuple[str, list[int], list[in
         x = on_card(*shape, dtype=dtype)
         x = x.transpose(-1, drawn.randrange(len(shape))) if drawn.random() < 0.4 else x
         func, args = drawn.choice(
-            ((aten.sum.dim_IntList, (x, axes)), (aten.mean.dim, (x, axes)), (aten.linalg_vector_norm.default, (x, 2, axes)))
+            (
+                (aten.sum.dim_IntList, (x, axes)),
+                (aten.mean.dim, (x, axes)),
+                (aten.linalg_vector_norm.default, (x, 2, axes)),
+            )
         )
         taken = [nbytes for kind, nbytes in moves_of(func, args, CARD) or () if kind == "take"]
         name = f"{func} {tuple(x.shape)} {x.stride()} over {axes} {dtype}"

@@ -228,7 +228,11 @@ def test_comparing_measures_allocated_and_reserved_bytes(simulated: SimulatedCar
 
 
 CROWDED = RECIPE.replace('"swin_tiny_patch4_window7_224"', '"vit_tiny_patch16_224"')
-CROWDED = CROWDED[: CROWDED.index("img_size")] + "img_size = 224\noptions = { depth = 4 }\n" + CROWDED[CROWDED.index("[local]") :]
+CROWDED = (
+    CROWDED[: CROWDED.index("img_size")]
+    + "img_size = 224\noptions = { depth = 4 }\n"
+    + CROWDED[CROWDED.index("[local]") :]
+)
 CROWDED = CROWDED.replace("batch_size = 8", "batch_size = 32").replace("epochs = 2", "epochs = 1")
 LIMIT = 1_200_000
 """Elements of the largest tensor that has values: activations of 32 images of 224 px have none, and cost nothing."""
