@@ -48,6 +48,19 @@ device = "cpu"
 num_threads = 1
 """
 """A recipe of a second."""
+MICRO: dict[str, Any] = {
+    "model": {
+        "name": "vit_tiny_patch16_224",
+        "img_size": 16,
+        "patch_size": 8,
+        "options": {"embed_dim": 8, "depth": 2, "num_heads": 2},
+    },
+    "data": {"name": "digits", "limit": 48},
+    "local": {"modules": 2},
+    "training": {"epochs": 3, "batch_size": 16, "lr": 2e-3, "warmup_epochs": 0},
+    "execution": {"device": "cpu", "num_threads": 1},
+}
+"""A recipe of half a second."""
 VIT: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
 SWIN: dict[str, Any] = {
     "img_size": 32,

@@ -522,9 +522,9 @@ def test_a_terminal_that_lacks_characters_ends_no_run(here: Path) -> None:
 
 
 def test_costs_may_be_measured_anew(cli_: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from localgrad.planning import budget
+    from localgrad.planning import cache
 
-    monkeypatch.setattr(budget, "_recent", {})
+    monkeypatch.setattr(cache, "_recent", {})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (tmp_path / "micro.toml").write_text(MICRO_TOML)
     for more, cached in ((["--no-cache"], 0), ([], 1)):

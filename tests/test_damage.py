@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from helpers import Cli, assert_refused, assert_same_run, interrupt_at_step, load_named, metrics_of
+from helpers import MICRO, Cli, assert_refused, assert_same_run, interrupt_at_step, load_named, metrics_of
 from localgrad import run
 from localgrad.app import fitting, run_folders, using_runs
 from localgrad.app.recipe import Recipe, overlay
@@ -29,19 +29,6 @@ from localgrad.training.events import JsonlSink, read_metrics
 from localgrad.training.feature_cache import Rows, open_cache, write_cache
 from localgrad.training.folder import RunFolder, is_sound, load_saved_weights, read_text, save_weights
 from localgrad.training.trainer import Interrupted
-
-MICRO: dict[str, Any] = {
-    "model": {
-        "name": "vit_tiny_patch16_224",
-        "img_size": 16,
-        "patch_size": 8,
-        "options": {"embed_dim": 8, "depth": 2, "num_heads": 2},
-    },
-    "data": {"name": "digits", "limit": 48},
-    "local": {"modules": 2},
-    "training": {"epochs": 3, "batch_size": 16, "lr": 2e-3, "warmup_epochs": 0},
-    "execution": {"device": "cpu", "num_threads": 1},
-}
 
 
 def micro(changes: dict[str, Any] | None = None) -> Recipe:

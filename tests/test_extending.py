@@ -22,7 +22,7 @@ from localgrad.app.recipe import Recipe, as_recipe, overlay
 from localgrad.errors import DataError, RecipeError
 from localgrad.objectives.auxiliary import CLASSIFIERS, DECODERS, LinearDecoder, NextClassifier
 from localgrad.objectives.methods import OBJECTIVES
-from localgrad.planning import budget
+from localgrad.planning import cache
 from localgrad.registry import Registry, load_plugins
 from localgrad.training.data import Batches
 from localgrad.training.transforms import Prepared
@@ -104,10 +104,10 @@ def test_entry_points_are_found_and_imported_when_asked_for(monkeypatch: pytest.
 
 
 def test_plans_that_depend_on_a_users_decoder_are_not_cached() -> None:
-    assert budget._is_told_by_text(localgrad.FeatureReconstruction())
+    assert cache.is_told_by_text(localgrad.FeatureReconstruction())
     localgrad.register_decoder("mine", Mine)
     objective = localgrad.FeatureReconstruction(decoder="mine")
-    assert not budget._is_told_by_text(objective)
+    assert not cache.is_told_by_text(objective)
     assert objective.looks_inside  # what it builds isn't known to depend on layouts alone
     assert not localgrad.FeatureReconstruction().looks_inside
 

@@ -13,13 +13,12 @@ import timm
 import torch
 from torch import nn
 
-from helpers import SIZE, Cli, interrupt_at_step, make
+from helpers import MICRO, SIZE, Cli, interrupt_at_step, make
 from localgrad import run
 from localgrad.app import fitting, threads
 from localgrad.app.build import create_model
 from localgrad.app.recipe import Recipe, overlay, preset
 from localgrad.training.trainer import EpochSums, Interrupted
-from test_damage import MICRO
 
 
 @pytest.fixture(autouse=True)

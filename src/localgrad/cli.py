@@ -67,13 +67,7 @@ def main(verbs: typer.Typer = app) -> None:
         _refuse(f"{error.filename}: {error.strerror}." if error.filename else str(error))
     except UnicodeEncodeError as error:
         _refuse(f"{error.object!a}: the system's encoding, {error.encoding}, lacks this; set PYTHONUTF8=1.")
-    except Exception as error:
-        if "torch" in sys.modules and isinstance(error, RuntimeError):
-            from localgrad.step.executor import out_of_memory
-
-            reason = out_of_memory(error)
-            if reason is not None:  # where nobody knows what would take less
-                _refuse(f"out of memory: {reason}")
+    except Exception:
         if "RANK" not in os.environ:
             raise
         traceback.print_exc(file=sys.__stderr__)  # a fault of our own, on whichever rank it is
@@ -347,6 +341,9 @@ _IN_PLAN = _RECIPE_IN_PLAN | {
         ),
         Option(name="frontier", help="Print all plans worth having.", panel=RUN, kind=bool),
         Option(name="json", help="Write the plan, for train --plan.", panel=RUN, kind=Path),
+        Option(
+            name="measure", help="Time the model's parts here, in a minute, not by nominal rates.", panel=RUN, kind=bool
+        ),
     )
 }
 
@@ -394,7 +391,14 @@ def plan(**given: Any) -> None:
     classes, channels = recipes.CLASSES.get(named, (None, 3))
     kind = recipes.kind_of(recipe.execution.device if given["device"] in (None, "auto") else given["device"])
     num_classes, cache = num_classes or classes, not given["no_cache"]
-    task = recipes.task_of(recipe, device=kind, num_classes=num_classes, num_channels=channels, cache=cache)
+    task = recipes.task_of(
+        recipe,
+        device=kind,
+        num_classes=num_classes,
+        num_channels=channels,
+        measure=bool(given["measure"]),
+        cache=cache,
+    )
     console = Console()
     if largest_batch:
         assert budget is not None, "checked above"

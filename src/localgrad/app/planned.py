@@ -41,7 +41,13 @@ VERSIONS = ("localgrad", "torch", "timm")
 
 
 def task_of(
-    recipe: Recipe, *, device: str, num_classes: int | None = None, num_channels: int = 3, cache: bool = True
+    recipe: Recipe,
+    *,
+    device: str,
+    num_classes: int | None = None,
+    num_channels: int = 3,
+    measure: bool = False,
+    cache: bool = True,
 ) -> Task:
     """What a recipe is to train, on an outline of its model: no data, no weights.
 
@@ -50,6 +56,7 @@ def task_of(
         device: ``cpu`` or ``cuda``; there need be none.
         num_classes: by default timm's own for the model.
         num_channels: of the images.
+        measure: whether parts are timed here, by the clock.
         cache: whether costs that were measured before may be taken.
     """
     load_plugins(recipe.execution.plugins)
@@ -61,7 +68,7 @@ def task_of(
     size = input_size_of(model, settings, num_channels)
     check_patches(model, size[1:])
     backbone = model if isinstance(model, Backbone) else outline(model, size)
-    return task_on(recipe, backbone, device=device, cache=cache)
+    return replace(task_on(recipe, backbone, device=device, cache=cache), measure=measure)
 
 
 def task_on(recipe: Recipe, backbone: Backbone, *, device: str, cache: bool = True) -> Task:
