@@ -85,6 +85,20 @@ void blank(const at::Tensor& t) {  // what has no value is 0, so that what follo
     a.zero_();
   }
 }
+// Whether the results on a stack have no values now. Truths and indices are computed all the same: they decide what
+// happens next.
+bool blanked(const Stack& stack, size_t n) {
+  std::vector<at::Tensor> found;
+  for (size_t i = stack.size() - n; i < stack.size(); i++) {
+    if (stack[i].isTensor()) found.push_back(stack[i].toTensor());
+    if (stack[i].isTensorList())
+      for (const at::Tensor& t : stack[i].toTensorVector()) found.push_back(t);
+  }
+  for (auto& t : found)
+    if (t.defined() && t.numel() && !t.is_floating_point()) return false;
+  for (auto& t : found) blank(t);
+  return true;
+}
 const std::set<std::string> by_value = {"aten::nonzero",           "aten::masked_select",      "aten::_unique2",
                                         "aten::unique_dim",        "aten::unique_consecutive", "aten::bincount",
                                         "aten::repeat_interleave", "aten::nonzero_static",     "aten::_unique"};
@@ -103,27 +117,9 @@ void both(const c10::OperatorHandle& op, c10::DispatchKeySet ks, Stack* stack) {
   }
   Stack cpu;
   std::vector<IValue> args(stack->end() - n_args, stack->end());
+  bool large = false;
   if (!valued && limit != INT64_MAX)
-    for (auto& a : args)
-      if (too_large(a)) {
-        inside++;
-        try {
-          original.callBoxed(op, ks, stack);
-        } catch (...) {
-          inside--;
-          throw;
-        }
-        inside--;
-        auto r = op.schema().returns().size();
-        for (size_t i = 0; i < r; i++) {
-          auto& v = (*stack)[stack->size() - r + i];
-          if (v.isTensor())
-            blank(v.toTensor());
-          else if (v.isTensorList())
-            for (const at::Tensor& t : v.toTensorVector()) blank(t);
-        }
-        return;
-      }
+    for (auto& a : args) large = large || too_large(a);
   bool draws = false;
   for (auto t : op.getTags())
     if (t == at::Tag::nondeterministic_seeded) draws = true;
@@ -153,6 +149,7 @@ void both(const c10::OperatorHandle& op, c10::DispatchKeySet ks, Stack* stack) {
     }
     inside--;
   }
+  if (large && blanked(*stack, op.schema().returns().size())) return;
   auto run = [&] {
     c10::impl::ExcludeDispatchKeyGuard g(c10::autograd_dispatch_keyset | c10::autocast_dispatch_keyset);
     op.redispatchBoxed(c10::DispatchKeySet(DispatchKey::CPU), &cpu);

@@ -203,6 +203,11 @@ def make_sinks(sinks: Sequence[Sink | str], folder: Path) -> list[Sink]:
     return [SINKS.find(sink)(folder) if isinstance(sink, str) else sink for sink in sinks]
 
 
+def _of_epochs(lines: Sequence[str], number: int) -> list[str]:
+    """Lines of the first epochs."""
+    return [line for line in lines if json.loads(line)["epoch"] < number]
+
+
 @final
 class JsonlSink(Sink):
     """One JSON object an epoch, and one a health check (it has ``health``), appended to a file.
@@ -218,11 +223,11 @@ class JsonlSink(Sink):
 
     def __init__(self, path: Path, keep_epochs: int = 0, known: Sequence[str] | None = None) -> None:
         found, unsound = read_metrics(path)
-        kept = [line for line in found if json.loads(line)["epoch"] < keep_epochs]
-        self.lines = kept if known is None else list(known)
+        kept = _of_epochs(found, keep_epochs)
+        self.lines = kept if known is None else _of_epochs(known, keep_epochs)
         if unsound or kept != self.lines:
             lost = f"line {', '.join(map(str, unsound))} damaged" if unsound else "lines changed or missing"
-            mended = "left out" if known is None else f"all {len(known)} lines taken as the checkpoint keeps them"
+            mended = "left out" if known is None else f"all {len(self.lines)} lines taken as the checkpoint keeps them"
             say(f"{path}: {lost}; {mended}.")
         text = "".join(line + "\n" for line in self.lines)
         write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
