@@ -30,6 +30,7 @@ from localgrad.app.comparison import Settings
 from localgrad.app.recipe import DOWNLOAD, OPTIONS, Recipe, overlay, parse_assignments, read_toml
 from localgrad.app.recipe import preset as preset_values
 from localgrad.errors import BudgetError, LocalgradError, PartitionError, RecipeError, RunWarning, arg, naming
+from localgrad.memory.allocator_rules import EXPANDABLE, VARIABLES
 from localgrad.options import DATA, EXECUTION, RUN, Option, Values, declared, read_modules, read_whole, values_of
 from localgrad.units import PLAINLY, parse_bytes
 
@@ -55,6 +56,7 @@ def main(verbs: typer.Typer = app) -> None:
             stream.reconfigure(errors=PLAINLY)
     _say_warnings_in_lines()
     _let_waiting_threads_sleep()
+    _let_segments_expand()
     if os.environ.get("RANK", "0") != "0":  # one of several processes: the first one speaks for all
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8", errors="replace")  # noqa: SIM115, PTH123  # for the rest of the process
     try:
@@ -82,6 +84,15 @@ def _let_waiting_threads_sleep() -> None:
     """
     if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
+def _let_segments_expand() -> None:
+    """Have PyTorch's allocator keep one segment that grows, in which less is lost between blocks.
+
+    It is read at the first use of CUDA. What the user has set stays; other systems than Linux don't have it.
+    """
+    if sys.platform == "linux" and not any(os.environ.get(name) for name in VARIABLES):
+        os.environ[VARIABLES[-1]] = EXPANDABLE
 
 
 def _say_warnings_in_lines() -> None:
@@ -213,6 +224,18 @@ SetOption = Annotated[
 NoCacheOption = Annotated[
     bool, typer.Option("--no-cache", help="Measure costs for a plan anew, and keep none of them.", rich_help_panel=RUN)
 ]
+CardOption = Annotated[
+    str | None,
+    typer.Option(help="Plan for this card, such as T4 or RTX 4090; auto is the one here.", rich_help_panel=EXECUTION),
+]
+NoConfirmOption = Annotated[
+    bool,
+    typer.Option(
+        "--no-confirm",
+        help="On CUDA: don't replay the run's allocations; quicker, with a larger margin.",
+        rich_help_panel=RUN,
+    ),
+]
 RunFolderArgument = Annotated[Path, typer.Argument(help="A folder that `localgrad train` made.")]
 
 _IN_TRAIN = {**OPTIONS, DOWNLOAD.key: DOWNLOAD}
@@ -238,6 +261,8 @@ def train(
         str | None,
         typer.Option(help="Memory, such as 6GiB: plan modules and recomputation to fit.", rich_help_panel=RUN),
     ] = None,
+    card: CardOption = None,
+    no_confirm: NoConfirmOption = False,
     no_cache: NoCacheOption = False,
     on_oom: Annotated[
         str, typer.Option(help="When memory runs out: stop, or replan and go on.", rich_help_panel=RUN)
@@ -287,6 +312,8 @@ def train(
                 budget=num_bytes,
                 on_oom=on_oom,
                 cache=not no_cache,
+                card=card or "auto",
+                confirm=not no_confirm,
             )
 
 
@@ -370,6 +397,8 @@ def plan(
     json_: Annotated[
         Path | None, typer.Option("--json", help="Write the plan, for train --plan.", rich_help_panel=RUN)
     ] = None,
+    card: CardOption = None,
+    no_confirm: NoConfirmOption = False,
     no_cache: NoCacheOption = False,
     **given: Any,
 ) -> None:
@@ -392,7 +421,7 @@ def plan(
         frontier=frontier,
         ranks=(parallel, balance),
         json=json_,
-        cache=not no_cache,
+        planner={"cache": not no_cache, "card": card or "auto", "replays": not no_confirm},
     )
 
 
@@ -407,7 +436,7 @@ def _print_plan(
     frontier: bool,
     ranks: tuple[int | None, str | None],
     json: Path | None,
-    cache: bool,
+    planner: Mapping[str, Any],
 ) -> None:
     """Plan a recipe, print what was found, and write it."""
     from rich.console import Console
@@ -429,9 +458,9 @@ def _print_plan(
         raise RecipeError(f"{arg('num_classes')}: a classifier needs at least 2 classes, got {num_classes}.")
     named = recipe.method.data.name if "name" in overlay(base, changes).get("data", {}) else ""
     classes, channels = recipes.CLASSES.get(named, (None, 3))
-    kind = recipes.kind_of(recipe.execution.device if device == "auto" else device)
+    kind = recipes.kind_of(recipe.execution.device if device == "auto" else device, card=planner["card"])
     num_classes = num_classes or classes
-    task = recipes.task_of(recipe, device=kind, num_classes=num_classes, num_channels=channels, cache=cache)
+    task = recipes.task_of(recipe, device=kind, num_classes=num_classes, num_channels=channels, **planner)
     console = Console()
     if largest_batch:
         assert budget is not None, "checked above"

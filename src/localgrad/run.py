@@ -5,6 +5,7 @@ The folder is made when all that the recipe names is built (``build.py``), so th
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import resource
@@ -41,6 +42,7 @@ from localgrad.errors import (
 )
 from localgrad.estimating import end_to_end, estimate_step
 from localgrad.formats import check_format
+from localgrad.memory.allocator_rules import fraction_of, rules_here
 from localgrad.memory.track import MemoryProfile
 from localgrad.parallel.memory import estimate_share
 from localgrad.parallel.parallel_learner import ParallelLearner
@@ -48,7 +50,7 @@ from localgrad.parallel.team import Team, was_restarted
 from localgrad.partition import Plan, forecast_of
 from localgrad.registry import load_plugins, name_of_function
 from localgrad.step.executor import out_of_memory
-from localgrad.training.data import DataInfo, load_images_for_prediction
+from localgrad.training.data import DataInfo, Splits, load_images_for_prediction
 from localgrad.training.events import (
     JsonlSink,
     Replanned,
@@ -109,6 +111,8 @@ def train(
     budget: int | str | None = None,
     on_oom: str = "stop",
     cache: bool = True,
+    card: str = "auto",
+    confirm: bool = True,
 ) -> Summary:
     """Train a recipe from the start, as ``localgrad train`` does, in a run folder of its own.
 
@@ -124,6 +128,8 @@ def train(
         budget: bytes, or such as ``"6GiB"``; the recipe's modules and how they run are planned to fit.
         on_oom: what to do when memory runs out: ``stop``, or ``replan`` and go on.
         cache: take costs that were measured before for a plan, and keep those that are measured.
+        card: with a budget on CUDA, the card that is planned for; by default the one that it is trained on.
+        confirm: likewise, whether the plan is confirmed by replaying the allocations of its run.
 
     Returns:
         The summary, as in ``summary.json``.
@@ -154,7 +160,7 @@ def train(
     decided = dict.fromkeys(("checkpoint", "accumulation"))  # a recipe always has them, and a plan lays others over it
     rules.check({**wanted.arguments(), **decided, **given})
     check_writable(place or Path("runs"))
-    planning = _Planning(plan, num_bytes, cache=cache)
+    planning = _Planning(plan, num_bytes, cache=cache, card=card, confirm=confirm)
     with team_of(wanted) as team:
         job = together(
             team,
@@ -174,9 +180,28 @@ def train(
                     folder.write_text("plan.json", planning.plan.to_json())
             if team is not None:
                 return _fit_together(job, team, folder, sinks)
-            return _fit(job, folder, sinks, health=health, replan=on_oom == "replan")
+            with _within_budget(job, planning):
+                return _fit(job, folder, sinks, health=health, replan=on_oom == "replan")
         finally:
             folder.release()
+
+
+@contextlib.contextmanager
+def _within_budget(job: Job, planning: _Planning) -> Iterator[None]:
+    """Hold this process to what its plan leaves PyTorch's allocator of a card, also where the card has more."""
+    plan, device = planning.plan, job.device
+    available = None if plan is None or plan.forecast is None else plan.forecast.available_bytes
+    if available is None or device.type != "cuda":
+        yield
+        return
+    torch.cuda.empty_cache()  # what planning and proofs left
+    total = torch.cuda.mem_get_info(device)[1]
+    number = torch.cuda.current_device() if device.index is None else device.index
+    torch.cuda.set_per_process_memory_fraction(fraction_of(available, total), number)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, number)
 
 
 def _check_on_oom(on_oom: str) -> None:
@@ -202,16 +227,22 @@ class _Planning:
         plan: made before, or ``None``.
         budget: bytes, or ``None``.
         cache: whether costs that were measured before may be taken.
+        card: that is planned for.
+        confirm: whether the plan is confirmed by a replay.
     """
 
-    def __init__(self, plan: Plan | None, budget: int | None, *, cache: bool) -> None:
-        self.plan, self.budget, self.cache = plan, budget, cache
+    def __init__(
+        self, plan: Plan | None, budget: int | None, *, cache: bool, card: str = "auto", confirm: bool = True
+    ) -> None:
+        self.plan, self.budget, self.cache, self.card, self.confirm = plan, budget, cache, card, confirm
 
-    def __call__(self, recipe: Recipe, backbone: Backbone) -> Recipe:
+    def __call__(self, recipe: Recipe, backbone: Backbone, data: Splits) -> Recipe:
         """The recipe with its modules and how they run."""
         if self.budget is not None:
             kind = resolve_device(recipe.execution.device).type
-            task = task_on(recipe, backbone, device=kind, cache=self.cache)
+            task = task_on(
+                recipe, backbone, device=kind, cache=self.cache, card=self.card, replays=self.confirm, data=data
+            )
             self.plan = plan_recipe(recipe, task, self.budget)
         assert self.plan is not None, "there is a plan or a budget"
         check_plan_fits(self.plan, backbone, recipe.method.data.name)
@@ -831,6 +862,7 @@ def _emit_start(job: Job, trainer: Trainer, peak: int, baseline: int) -> None:
         *info.notes,
         f"modules: {spans}",
         f"estimated peak {format_bytes(peak)}, end-to-end {format_bytes(baseline)}",
+        *([f"PyTorch's allocator: {rules_here()}"] if job.device.type == "cuda" else []),
         *([] if not isinstance(learner, ParallelLearner) else [_shared_out(learner)]),
         *trainer.details(),
         *(note for note in (warmup, _note_of_plan(job, trainer.folder)) if note is not None),

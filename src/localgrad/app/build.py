@@ -36,8 +36,7 @@ from localgrad.training.augmentation import Augment
 from localgrad.training.optim import OptimizerFactory, Schedule, check_schedule, optimizer_info
 from localgrad.training.transforms import NONE
 
-EVALUATION_BATCH = 256
-Planned = Callable[[Recipe, Backbone], Recipe]
+Planned = Callable[[Recipe, Backbone, "Splits"], Recipe]
 
 
 if TYPE_CHECKING:  # planning reads no data, and needs none of this
@@ -70,7 +69,7 @@ class Job:
             self.recipe,
             self.data,
             images,
-            batch_size=EVALUATION_BATCH,
+            batch_size=self.recipe.execution.evaluation_batch,
             size=size,
             device=self.device,
             team=self.team,
@@ -124,7 +123,7 @@ def build(
     model = model if waits else model.to(device)
     backbone = model if isinstance(model, Backbone) else split(model, size)
     if planned is not None:
-        recipe = planned(recipe, backbone)
+        recipe = planned(recipe, backbone, data)
         method, execution = recipe.method, recipe.execution
     plan = make_plan(backbone, method.local.modules, checkpoint=execution.checkpoint)
     settings_of_learner: Kwargs = {

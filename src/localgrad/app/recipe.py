@@ -38,7 +38,7 @@ from localgrad.options import (
     read_modules,
     read_numbers,
 )
-from localgrad.partition import Checkpointing
+from localgrad.partition import EVALUATION_BATCH, Checkpointing
 from localgrad.training.augmentation import Augment
 
 Count = Annotated[int, Limits(ge=0)]
@@ -211,6 +211,9 @@ class Execution:
     precision: Literal["fp32", "bf16", "fp16"] = option("fp32", "fp32, bf16 or fp16.", EXECUTION)
     accumulation: Positive = option(
         1, "Parts that each batch is cut into, to save memory; batch norms and contrastive see parts.", EXECUTION
+    )
+    evaluation_batch: Positive = option(
+        EVALUATION_BATCH, "Images of a batch in evaluation; results don't depend on it."
     )
     checkpoint: Annotated[str | list[str], Readable(_read_checkpoint)] = option(
         "none",

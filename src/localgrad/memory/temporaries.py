@@ -212,7 +212,13 @@ def _iterated(shape: Sequence[int], strides: Sequence[int], reduced: set[int]) -
 
 
 def staging_bytes(
-    shape: Sequence[int], strides: Sequence[int], reduced: set[int], card: Card, *, accumulated: int = 4, vector: int = 4
+    shape: Sequence[int],
+    strides: Sequence[int],
+    reduced: set[int],
+    card: Card,
+    *,
+    accumulated: int = 4,
+    vector: int = 4,
 ) -> tuple[int, int]:
     """The staging buffer and the semaphores of a reduction; zeros where one block of threads sums an output.
 
@@ -300,9 +306,7 @@ def _reduce(
     moves.passing(
         *filter(
             None,
-            staging_bytes(
-                tuple(tensor.shape), tensor.stride(), reduced, card, accumulated=accumulated, vector=vector
-            ),
+            staging_bytes(tuple(tensor.shape), tensor.stride(), reduced, card, accumulated=accumulated, vector=vector),
         )
     )
 
@@ -312,7 +316,7 @@ def _sum(args: Arguments, card: Card, moves: Moves) -> None:
 
 
 def _norm(args: Arguments, card: Card, moves: Moves) -> None:
-    _reduce(args[0], args[2] if len(args) > 2 else None, card, moves)  # noqa: PLR2004  # order, then axes
+    _reduce(args[0], args[2] if len(args) > 2 else None, card, moves)  # order, then axes
 
 
 def _all(args: Arguments, card: Card, moves: Moves) -> None:
@@ -322,7 +326,7 @@ def _all(args: Arguments, card: Card, moves: Moves) -> None:
 
 def _mean_of_errors(args: Arguments, card: Card, moves: Moves) -> None:
     """A mean over errors that lie in a buffer of their own, contiguous."""
-    reduction = args[2] if len(args) > 2 else 1  # noqa: PLR2004
+    reduction = args[2] if len(args) > 2 else 1
     moves.outputs()
     if reduction == 0:
         return
@@ -340,7 +344,7 @@ def _softmax_backward(args: Arguments, card: Card, moves: Moves) -> None:
 
 
 def _roll(args: Arguments, card: Card, moves: Moves) -> None:
-    axes = args[2] if len(args) > 2 else ()  # noqa: PLR2004
+    axes = args[2] if len(args) > 2 else ()
     copies = [moves.take(_nbytes(args[0])) for _ in range(max(0, len(axes) - 1))]
     moves.outputs()
     moves.give(*copies)
@@ -384,7 +388,7 @@ _MOST_PARTS = 32 * 1024
 
 def _index_put(args: Arguments, card: Card, moves: Moves) -> None:
     """An accumulating one sorts its indices, so that sums come out the same each time."""
-    if len(args) < 4 or not args[3]:  # noqa: PLR2004
+    if len(args) < 4 or not args[3]:
         return
     indices = [index for index in args[1] if index is not None]
     shape = torch.broadcast_shapes(*(index.shape for index in indices))  # type: ignore[no-untyped-call]
@@ -420,7 +424,7 @@ def _flash_backward(args: Arguments, card: Card, moves: Moves) -> None:
 def _flash_forward(args: Arguments, card: Card, moves: Moves) -> None:
     """Where heads are too few for the card, keys are split among blocks of threads, which leave partial outputs."""
     batch, heads, rows, width = args[0].shape
-    dropout = args[3] if len(args) > 3 else 0.0  # noqa: PLR2004
+    dropout = args[3] if len(args) > 3 else 0.0
     parts = 1 if dropout else _splits(batch * heads * -(-rows // 64), args[1].shape[2], width, card)
     if parts <= 1:
         return
@@ -439,7 +443,7 @@ def _splits(blocks: int, keys: int, width: int, card: Card) -> int:
 
     Source: ``num_splits_heuristic`` in ``flash_attn/flash_api.cpp``.
     """
-    per_block = 256 if width <= 64 else 128 if width <= 128 else 64  # noqa: PLR2004
+    per_block = 256 if width <= 64 else 128 if width <= 128 else 64
     key_blocks, places = -(-keys // per_block), 2 * card.multiprocessors
     if blocks >= 0.8 * places:
         return 1
@@ -462,7 +466,7 @@ def _efficient_backward(args: Arguments, card: Card, moves: Moves) -> None:
     """Row sums of gradient x output, and what blocks of threads add up of the queries' gradients."""
     gradient, query, _, value = args[:4]
     batch, heads, rows, width = query.shape
-    half = query.element_size() == 2  # noqa: PLR2004
+    half = query.element_size() == 2
     laid_out = gradient.transpose(1, 2)  # as the kernel has it: [B, N, heads, D]
     copies = [] if laid_out.is_contiguous() else [moves.take(_nbytes(gradient))]
     moves.outputs()
@@ -477,10 +481,10 @@ def _efficient_backward(args: Arguments, card: Card, moves: Moves) -> None:
             moves.give(total)
         moves.give(product)
     widest = max(width, value.shape[3])
-    tall = widest > 64 and (half or card.capability >= (8, 0))  # noqa: PLR2004
+    tall = widest > 64 and (half or card.capability >= (8, 0))
     block = 128 if tall else 64
     floats = -(-rows // block) * -(-width // 64) * (block * 64 + 4)
-    if half and widest > 128:  # noqa: PLR2004  # too wide for registers
+    if half and widest > 128:  # too wide for registers
         floats += 2 * 64 * _up(width, block)
     workspace = moves.take(4 * batch * heads * _up(floats, 4))
     moves.give(sums, workspace, *copies)
@@ -520,7 +524,9 @@ def _is_point(weight: Tensor, stride: Any, padding: Any) -> bool:
 def _convolution_backward(args: Arguments, card: Card, moves: Moves) -> None:
     gradient, inputs, weight, _, stride, padding, _, transposed, _, groups, wanted = args[:11]
     copies = _copies(args, moves, 0)
-    made = dict(zip([which for which in range(3) if wanted[which]], range(3), strict=False))  # outputs, by what they are
+    made = dict(
+        zip([which for which in range(3) if wanted[which]], range(3), strict=False)
+    )  # outputs, by what they are
     is_own = transposed or _is_depthwise(inputs, weight, groups)
     columns = 0 if is_own or _is_point(weight, stride, padding) else _columns(inputs, weight, gradient.shape[2:])
     taken = []
@@ -570,7 +576,9 @@ TABLE: dict[Any, Temporary] = {
     aten.any.default: Temporary(_REDUCE, "Reduce.cuh", _all),
     aten.mse_loss.default: Temporary(_REDUCE, "Reduce.cuh; aten/src/ATen/native/Loss.cpp", _mean_of_errors),
     aten.smooth_l1_loss.default: Temporary(_REDUCE, "Reduce.cuh; aten/src/ATen/native/Loss.cpp", _mean_of_errors),
-    aten._softmax_backward_data.default: Temporary("the product of gradient and output", "SoftMax.cu", _softmax_backward),
+    aten._softmax_backward_data.default: Temporary(
+        "the product of gradient and output", "SoftMax.cu", _softmax_backward
+    ),
     aten.roll.default: Temporary("the result of each axis but the last", "TensorTransformations.h", _roll),
     aten.native_layer_norm.default: Temporary(_CONTIGUOUS, "layer_norm_kernel.cu", _layer_norm),
     aten.native_layer_norm_backward.default: Temporary(
