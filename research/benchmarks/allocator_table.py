@@ -16,15 +16,8 @@ Results are committed as JSON under ``research/results/memory``, one file a conf
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import pickle
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +95,7 @@ STEPS = 4
 
 
 def build(row: Configuration, device: str) -> tuple[Any, Callable[[list[nn.Parameter]], torch.optim.Optimizer]]:
-    """The learner of a row, and its factory of optimizers; made on the processor, as on the simulated card are no values."""
+    """The learner of a row, and its factory of optimizers; made on the processor: a simulated card has no values."""
     import timm
 
     import localgrad
@@ -156,6 +149,7 @@ def run_really(row: Configuration) -> dict[str, Any]:
         return LocalBatch(images, torch.zeros(size, dtype=torch.long, device="cuda"))
 
     batch = result = None
+
     def step(is_global: bool) -> None:
         nonlocal batch, result
         batch = batch_of(row.batch)

@@ -31,7 +31,15 @@ from localgrad.backbones.fake import FakeTensorMode, by_shapes_alone, copies_wit
 from localgrad.backbones.halves import Branch, Piece, find_pieces, signature, whole_block
 from localgrad.backbones.namespaces import Kwargs
 from localgrad.memory.costs import WAYS, Costs, CostSettings, Head, PartCost
-from localgrad.memory.track import CUDA_ROUNDING, Observer, Tracker, autocast_of, choose_foreach, rounded, without_collector
+from localgrad.memory.track import (
+    CUDA_ROUNDING,
+    Observer,
+    Tracker,
+    autocast_of,
+    choose_foreach,
+    rounded,
+    without_collector,
+)
 from localgrad.objectives.base import ContextSupply, LocalObjective
 from localgrad.objectives.carried import CARRIED, Route, empty_batch
 from localgrad.objectives.methods import Objective

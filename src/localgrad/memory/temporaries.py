@@ -91,7 +91,7 @@ class Moves:
 
     Attributes:
         steps: ``("take", bytes)``, ``("give", number of the take)``, ``("output", number)``; outputs that aren't named
-            come at ``("outputs", 0)``, or at the end.
+            come at ``("outputs", 0)``, or at the end; ``("multiply", 0)`` is a matrix product (see `workspace_bytes`).
     """
 
     def __init__(self) -> None:
@@ -115,6 +115,10 @@ class Moves:
     def output(self, number: int) -> None:
         """Here the operator makes one of its outputs."""
         self.steps.append(("output", number))
+
+    def multiply(self) -> None:
+        """Here it multiplies matrices."""
+        self.steps.append(("multiply", 0))
 
     def outputs(self) -> None:
         """Here it makes all others."""
@@ -212,7 +216,13 @@ def _iterated(shape: Sequence[int], strides: Sequence[int], reduced: set[int]) -
 
 
 def staging_bytes(
-    shape: Sequence[int], strides: Sequence[int], reduced: set[int], card: Card, *, accumulated: int = 4, vector: int = 4
+    shape: Sequence[int],
+    strides: Sequence[int],
+    reduced: set[int],
+    card: Card,
+    *,
+    accumulated: int = 4,
+    vector: int = 4,
 ) -> tuple[int, int]:
     """The staging buffer and the semaphores of a reduction; zeros where one block of threads sums an output.
 
@@ -300,9 +310,7 @@ def _reduce(
     moves.passing(
         *filter(
             None,
-            staging_bytes(
-                tuple(tensor.shape), tensor.stride(), reduced, card, accumulated=accumulated, vector=vector
-            ),
+            staging_bytes(tuple(tensor.shape), tensor.stride(), reduced, card, accumulated=accumulated, vector=vector),
         )
     )
 
@@ -312,7 +320,7 @@ def _sum(args: Arguments, card: Card, moves: Moves) -> None:
 
 
 def _norm(args: Arguments, card: Card, moves: Moves) -> None:
-    _reduce(args[0], args[2] if len(args) > 2 else None, card, moves)  # noqa: PLR2004  # order, then axes
+    _reduce(args[0], args[2] if len(args) > 2 else None, card, moves)  # order, then axes
 
 
 def _all(args: Arguments, card: Card, moves: Moves) -> None:
@@ -322,7 +330,7 @@ def _all(args: Arguments, card: Card, moves: Moves) -> None:
 
 def _mean_of_errors(args: Arguments, card: Card, moves: Moves) -> None:
     """A mean over errors that lie in a buffer of their own, contiguous."""
-    reduction = args[2] if len(args) > 2 else 1  # noqa: PLR2004
+    reduction = args[2] if len(args) > 2 else 1
     moves.outputs()
     if reduction == 0:
         return
@@ -340,7 +348,7 @@ def _softmax_backward(args: Arguments, card: Card, moves: Moves) -> None:
 
 
 def _roll(args: Arguments, card: Card, moves: Moves) -> None:
-    axes = args[2] if len(args) > 2 else ()  # noqa: PLR2004
+    axes = args[2] if len(args) > 2 else ()
     copies = [moves.take(_nbytes(args[0])) for _ in range(max(0, len(axes) - 1))]
     moves.outputs()
     moves.give(*copies)
@@ -384,7 +392,7 @@ _MOST_PARTS = 32 * 1024
 
 def _index_put(args: Arguments, card: Card, moves: Moves) -> None:
     """An accumulating one sorts its indices, so that sums come out the same each time."""
-    if len(args) < 4 or not args[3]:  # noqa: PLR2004
+    if len(args) < 4 or not args[3]:
         return
     indices = [index for index in args[1] if index is not None]
     shape = torch.broadcast_shapes(*(index.shape for index in indices))  # type: ignore[no-untyped-call]
@@ -420,7 +428,7 @@ def _flash_backward(args: Arguments, card: Card, moves: Moves) -> None:
 def _flash_forward(args: Arguments, card: Card, moves: Moves) -> None:
     """Where heads are too few for the card, keys are split among blocks of threads, which leave partial outputs."""
     batch, heads, rows, width = args[0].shape
-    dropout = args[3] if len(args) > 3 else 0.0  # noqa: PLR2004
+    dropout = args[3] if len(args) > 3 else 0.0
     parts = 1 if dropout else _splits(batch * heads * -(-rows // 64), args[1].shape[2], width, card)
     if parts <= 1:
         return
@@ -439,7 +447,7 @@ def _splits(blocks: int, keys: int, width: int, card: Card) -> int:
 
     Source: ``num_splits_heuristic`` in ``flash_attn/flash_api.cpp``.
     """
-    per_block = 256 if width <= 64 else 128 if width <= 128 else 64  # noqa: PLR2004
+    per_block = 256 if width <= 64 else 128 if width <= 128 else 64
     key_blocks, places = -(-keys // per_block), 2 * card.multiprocessors
     if blocks >= 0.8 * places:
         return 1
@@ -462,7 +470,7 @@ def _efficient_backward(args: Arguments, card: Card, moves: Moves) -> None:
     """Row sums of gradient x output, and what blocks of threads add up of the queries' gradients."""
     gradient, query, _, value = args[:4]
     batch, heads, rows, width = query.shape
-    half = query.element_size() == 2  # noqa: PLR2004
+    half = query.element_size() == 2
     laid_out = gradient.transpose(1, 2)  # as the kernel has it: [B, N, heads, D]
     copies = [] if laid_out.is_contiguous() else [moves.take(_nbytes(gradient))]
     moves.outputs()
@@ -477,10 +485,10 @@ def _efficient_backward(args: Arguments, card: Card, moves: Moves) -> None:
             moves.give(total)
         moves.give(product)
     widest = max(width, value.shape[3])
-    tall = widest > 64 and (half or card.capability >= (8, 0))  # noqa: PLR2004
+    tall = widest > 64 and (half or card.capability >= (8, 0))
     block = 128 if tall else 64
     floats = -(-rows // block) * -(-width // 64) * (block * 64 + 4)
-    if half and widest > 128:  # noqa: PLR2004  # too wide for registers
+    if half and widest > 128:  # too wide for registers
         floats += 2 * 64 * _up(width, block)
     workspace = moves.take(4 * batch * heads * _up(floats, 4))
     moves.give(sums, workspace, *copies)
@@ -508,8 +516,12 @@ def _convolution(args: Arguments, card: Card, moves: Moves) -> None:
     inputs, weight, _, stride, padding, dilation, transposed, _, groups = args[:9]
     copies = _copies(args, moves, 0)
     moves.outputs()
-    if not transposed and not _is_depthwise(inputs, weight, groups) and not _is_point(weight, stride, padding):
-        moves.passing(_columns(inputs, weight, _out_size(inputs, weight, stride, padding, dilation)))
+    if not transposed and not _is_depthwise(inputs, weight, groups):
+        columns = []
+        if not _is_point(weight, stride, padding):
+            columns.append(moves.take(_columns(inputs, weight, _out_size(inputs, weight, stride, padding, dilation))))
+        moves.multiply()
+        moves.give(*columns)
     moves.give(*copies)
 
 
@@ -519,25 +531,44 @@ def _is_point(weight: Tensor, stride: Any, padding: Any) -> bool:
 
 def _convolution_backward(args: Arguments, card: Card, moves: Moves) -> None:
     gradient, inputs, weight, _, stride, padding, _, transposed, _, groups, wanted = args[:11]
+    made = dict(
+        zip([which for which in range(3) if wanted[which]], range(3), strict=False)
+    )  # outputs, by what they are
+    if transposed or _is_depthwise(inputs, weight, groups):
+        _depthwise_backward(args, made, card, moves)
+        return
     copies = _copies(args, moves, 0)
-    made = dict(zip([which for which in range(3) if wanted[which]], range(3), strict=False))  # outputs, by what they are
-    is_own = transposed or _is_depthwise(inputs, weight, groups)
-    columns = 0 if is_own or _is_point(weight, stride, padding) else _columns(inputs, weight, gradient.shape[2:])
+    columns = 0 if _is_point(weight, stride, padding) else _columns(inputs, weight, gradient.shape[2:])
     taken = []
-    if is_own:
-        order = [_OF_WEIGHT, _OF_INPUT, _OF_BIAS]
-    elif wanted[_OF_INPUT]:
+    if wanted[_OF_INPUT]:
         moves.output(made[_OF_INPUT])
+        copies += _copies(args, moves, 1)
         taken = [moves.take(columns)] if columns else []
-        order = [_OF_BIAS, _OF_WEIGHT]
-    else:
-        order = [_OF_BIAS, _OF_WEIGHT]
-    for which in order:
+        moves.multiply()
+    for which in (_OF_BIAS, _OF_WEIGHT):
         if which in made:
             moves.output(made[which])
     if not taken and columns:
         taken = [moves.take(columns)]
-    moves.give(*taken, *copies)
+    moves.multiply()
+    moves.give(*taken, *reversed(copies))
+
+
+def _depthwise_backward(args: Arguments, made: dict[int, int], card: Card, moves: Moves) -> None:
+    """Source: ``DepthwiseConv2d.cu``; the bias's gradient is a sum, made behind (``Convolution.cpp``)."""
+    copies = _copies(args, moves, 0)
+    if _OF_WEIGHT in made:
+        inputs = _copies(args, moves, 1)
+        moves.output(made[_OF_WEIGHT])
+        moves.give(*inputs)
+    if _OF_INPUT in made:
+        moves.output(made[_OF_INPUT])
+    moves.give(*copies)
+    if _OF_BIAS in made:
+        moves.output(made[_OF_BIAS])
+        gradient = args[0]
+        axes = {axis for axis in range(gradient.dim()) if axis != 1}
+        moves.passing(*filter(None, staging_bytes(tuple(gradient.shape), gradient.stride(), axes, card)))
 
 
 _OF_INPUT, _OF_WEIGHT, _OF_BIAS = range(3)
@@ -550,11 +581,9 @@ MULTIPLY = frozenset(
         aten.bmm.default,
         aten.baddbmm.default,
         aten._addmm_activation.default,
-        aten.convolution.default,
-        aten.convolution_backward.default,
     }
 )
-"""Operators that take a cuBLAS workspace (`workspace_bytes`) when their thread multiplies for the first time."""
+"""Operators that are a matrix product: they take a workspace (`workspace_bytes`) if their thread has none yet."""
 
 _REDUCE = "partial results of blocks of threads, and their semaphores"
 _CONTIGUOUS = "a contiguous copy of a permuted input"
@@ -570,7 +599,9 @@ TABLE: dict[Any, Temporary] = {
     aten.any.default: Temporary(_REDUCE, "Reduce.cuh", _all),
     aten.mse_loss.default: Temporary(_REDUCE, "Reduce.cuh; aten/src/ATen/native/Loss.cpp", _mean_of_errors),
     aten.smooth_l1_loss.default: Temporary(_REDUCE, "Reduce.cuh; aten/src/ATen/native/Loss.cpp", _mean_of_errors),
-    aten._softmax_backward_data.default: Temporary("the product of gradient and output", "SoftMax.cu", _softmax_backward),
+    aten._softmax_backward_data.default: Temporary(
+        "the product of gradient and output", "SoftMax.cu", _softmax_backward
+    ),
     aten.roll.default: Temporary("the result of each axis but the last", "TensorTransformations.h", _roll),
     aten.native_layer_norm.default: Temporary(_CONTIGUOUS, "layer_norm_kernel.cu", _layer_norm),
     aten.native_layer_norm_backward.default: Temporary(
