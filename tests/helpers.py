@@ -7,6 +7,7 @@ import json
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 
 from localgrad.learner import LocalLearner, StepResult
 from localgrad.objectives.base import LocalObjective
+from localgrad.training.data import Splits, load_data
 from localgrad.training.events import Event, Sink
+from localgrad.training.settings import DataSettings
 from localgrad.training.trainer import EpochSums
 
 if TYPE_CHECKING:
@@ -45,6 +48,19 @@ device = "cpu"
 num_threads = 1
 """
 """A recipe of a second."""
+MICRO: dict[str, Any] = {
+    "model": {
+        "name": "vit_tiny_patch16_224",
+        "img_size": 16,
+        "patch_size": 8,
+        "options": {"embed_dim": 8, "depth": 2, "num_heads": 2},
+    },
+    "data": {"name": "digits", "limit": 48},
+    "local": {"modules": 2},
+    "training": {"epochs": 3, "batch_size": 16, "lr": 2e-3, "warmup_epochs": 0},
+    "execution": {"device": "cpu", "num_threads": 1},
+}
+"""A recipe of half a second."""
 VIT: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
 SWIN: dict[str, Any] = {
     "img_size": 32,
@@ -268,3 +284,11 @@ def wait_for_epochs(process: Started, folder: Path, count: int, *, seconds_on: f
             return
         time.sleep(0.005)
     raise AssertionError(process.wait())
+
+
+def load_named(name: str, **options: Any) -> Splits:
+    """Load a data set by name, with single settings of a recipe's and of ``load_data``."""
+    own = {each.name for each in fields(DataSettings)}
+    settings = {key: value for key, value in options.items() if key in own}
+    others = {key: value for key, value in options.items() if key not in own}
+    return load_data(DataSettings(name=name, **settings), **others)

@@ -22,6 +22,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from localgrad import run
+from localgrad.app import fitting
 from localgrad.app.build import build
 from localgrad.app.recipe import Recipe, overlay
 from localgrad.backbones.base import Layout
@@ -241,14 +242,14 @@ def test_the_probe_is_ridge_regression(width: int) -> None:
         reference = Ridge(alpha=ridge * len(x)).fit(scaler.transform(x), np.eye(4)[labels])
         expected = (reference.predict(scaler.transform(y)).argmax(1) == val_labels).mean()
         tensors = map(torch.from_numpy, (x, labels, y, val_labels))
-        assert linear_probe(*tensors, 4, ridge=ridge) == pytest.approx(expected)
+        assert linear_probe(*tensors, ridge=ridge) == pytest.approx(expected)
     assert 0.4 < expected < 1, "else the comparison says little"
 
 
 def test_a_class_that_was_not_seen_is_never_right() -> None:
     x, labels = torch.eye(4), torch.tensor([0, 1, 0, 1])
-    assert linear_probe(x, labels, x, labels, 3) == 1
-    assert linear_probe(x, labels, x, torch.full((4,), 2), 3) == 0
+    assert linear_probe(x, labels, x, labels) == 1
+    assert linear_probe(x, labels, x, torch.full((4,), 2)) == 0
 
 
 # ------------------------------------------------------------------------------------- CKA
@@ -417,8 +418,8 @@ def test_a_line_of_json_that_resuming_drops_with_its_epoch(tmp_path: Path) -> No
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Estimating takes longer than a micro run."""
-    monkeypatch.setattr(run, "estimate_step", lambda *_, **__: SimpleNamespace(peak_bytes=2**20))
-    monkeypatch.setattr(run, "estimate_stages", lambda *_: [SimpleNamespace(peak_bytes=2**20)])
+    monkeypatch.setattr(fitting, "estimate_step", lambda *_, **__: SimpleNamespace(peak_bytes=2**20))
+    monkeypatch.setattr(fitting, "estimate_stages", lambda *_: [SimpleNamespace(peak_bytes=2**20)])
 
 
 def micro(changes: dict[str, Any] | None = None) -> Recipe:
@@ -435,7 +436,7 @@ def lines_of(folder: Path, *, health: bool) -> list[dict[str, Any]]:
 def end_to_end(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reference") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "estimate_step", lambda *_, **__: SimpleNamespace(peak_bytes=2**20))
+        patch.setattr(fitting, "estimate_step", lambda *_, **__: SimpleNamespace(peak_bytes=2**20))
         run.train(micro({"local.modules": 1, "training.epochs": 1}), out=folder)
     return folder
 
@@ -520,7 +521,7 @@ def test_an_interrupted_run_measures_the_same(tmp_path: Path, monkeypatch: pytes
 
 def test_the_test_set_is_not_read(tmp_path: Path) -> None:
     job = build(micro({"execution.health_every": 1}))
-    check = run._health_check(job)
+    check = fitting.health_check(job)
     assert check is not None
     pixels = job.data.test.images.flatten(1)
     for part in (check._train, check._val, check._probe):
@@ -581,4 +582,4 @@ def test_a_reference_with_other_classes_is_refused(tmp_path: Path, end_to_end: P
     save_weights(tmp_path / "checkpoints" / "best.safetensors", weights)
     job = build(micro({"execution.health_every": 1, "execution.health_reference": str(tmp_path)}))
     with pytest.raises(RecipeError, match=r"^health_reference=\S+: checkpoint: it is of another model: head"):
-        run._health_check(job)
+        fitting.health_check(job)

@@ -21,14 +21,14 @@ import torch
 from safetensors.torch import load_file
 
 import ranks as ranks_file
-from helpers import Cli, assert_same_run, metrics_of, wait_for_epochs
+from helpers import Cli, assert_same_run, load_named, metrics_of, wait_for_epochs
 from localgrad.app.recipe import Recipe, overlay
 from localgrad.errors import DataError
 from localgrad.parallel import launching
 from localgrad.parallel.watch import BROKEN_SECONDS, SILENT_SECONDS, TOLD_SECONDS
-from localgrad.training.augmentation import Augment
-from localgrad.training.data import Batches, load_data
+from localgrad.training.data import Batches
 from localgrad.training.folder import RunFolder
+from localgrad.training.settings import Augment
 from ranks import Ended, Ranks, free_port
 
 SLOW = 4.0
@@ -366,7 +366,7 @@ STILL = {
 
 
 def batches_of(shard: tuple[int, int], *, augment: Augment | None, limit: int = 100, batch_size: int = 12) -> Batches:
-    data = load_data("digits", root=None, download=False, val_fraction=0.1, limit=limit, on_corrupt="error", seed=0)
+    data = load_named("digits", limit=limit)
     return Batches(
         data.train, batch_size=batch_size, image_size=(8, 8), info=data.info, device="cpu", augment=augment, seed=5,
         drop_last=True, shard=shard,

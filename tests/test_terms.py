@@ -14,13 +14,12 @@ import timm
 import torch
 
 import localgrad
-from helpers import MICRO_TOML, Cli, assert_refused
+from helpers import MICRO_TOML, Cli, assert_refused, load_named
 from localgrad import errors, options, rules, run
 from localgrad.app.build import resolve_device
 from localgrad.app.recipe import OPTIONS, Execution, Method, Recipe, overlay, parse_toml, preset
 from localgrad.cli import option_of
-from localgrad.training.augmentation import Augment
-from localgrad.training.data import load_data
+from localgrad.training.settings import Augment
 
 SIZE = (1, 16, 16)
 
@@ -126,7 +125,7 @@ WRONG: list[tuple[Callable[[], object], str, str, str]] = [
     (lambda: resolve_device("gpu"), "train --device gpu", "device: 'gpu'", "--device: 'gpu'"),
     (lambda: preset("papr"), "train --preset papr", "preset: unknown", "--preset: unknown"),
     (lambda: Augment(mixup=-1.0), "train --mixup -1", "mixup is the alpha", "--mixup is the alpha"),
-    (lambda: load_data("digits", limit=1), "train --limit 1", "limit must leave", "--limit must leave"),
+    (lambda: load_named("digits", limit=1), "train --limit 1", "limit must leave", "--limit must leave"),
 ]  # fmt: skip
 
 

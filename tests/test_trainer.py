@@ -39,7 +39,7 @@ NUM_CLASSES = 3
 
 
 def batches_of(num_images: int, *, training: bool, batch_size: int = 8) -> Batches:
-    from localgrad.training.augmentation import Augment
+    from localgrad.training.settings import Augment
 
     generator = torch.Generator().manual_seed(num_images)
     labels = torch.arange(num_images) % NUM_CLASSES

@@ -22,10 +22,10 @@ import torch
 
 from localgrad import FeatureReconstruction, LocalLearner
 from localgrad.objectives.carried import LocalBatch
-from localgrad.training.augmentation import Augment
 from localgrad.training.data import Batches, DataInfo
 from localgrad.training.loading import InMemoryImages
 from localgrad.training.optim import OptimizerFactory
+from localgrad.training.settings import Augment
 from research.reproduce.profiles import CPU
 
 

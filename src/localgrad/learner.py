@@ -678,7 +678,7 @@ class LocalLearner(Learner):
         executor = self._begin(batch)
         steps = executor.steps
         with self._stepping(batch):
-            for attempt in executor.attempts(len(steps), steps):
+            for attempt in executor.attempts("an end-to-end step", steps):
                 with attempt:
                     if self._global_step is None:
                         self._global_step = GlobalStep(steps, self._recomputed_globally())

@@ -31,8 +31,6 @@ from localgrad.formats import Json, check_format
 Boundaries = tuple[int, ...]
 Request = int | str | Sequence[int]
 LEVELS = ("none", "blocks", "halves")
-EVALUATION_BATCH = 256
-"""Images of a batch in evaluation, where nothing says otherwise."""
 
 
 @dataclass(frozen=True, order=True)
@@ -238,7 +236,7 @@ class PlanDict(TypedDict, total=False):
     checkpoint: list[str]
     activation_bytes: list[int]
     accumulation: int
-    evaluation_batch: int
+    evaluation_batch: int | None
     global_checkpoint: str | None
     made_for: dict[str, Json]
     forecast: Json
@@ -255,7 +253,7 @@ class Plan:
         checkpoint: for each module, what is recomputed in its backward pass; empty for nothing in any.
         activation_bytes: for each module, the bytes that autograd keeps for one image if nothing is recomputed.
         accumulation: parts that each batch is cut into.
-        evaluation_batch: images of a batch in evaluation; results don't depend on it.
+        evaluation_batch: images that are evaluated together, at most; results don't depend on it.
         global_checkpoint: what end-to-end steps recompute, where the plan says; else it is as configured.
         made_for: what a plan to a budget was made for, by the keys of a recipe, with versions; empty otherwise. Its
             forecast holds for that alone; ``differences`` tells what is otherwise.
@@ -268,7 +266,7 @@ class Plan:
     checkpoint: tuple[Checkpointing, ...] = ()
     activation_bytes: tuple[int, ...] = ()
     accumulation: int = 1
-    evaluation_batch: int = EVALUATION_BATCH
+    evaluation_batch: int | None = None
     global_checkpoint: Checkpointing | None = None
     made_for: dict[str, Json] = field(default_factory=dict, compare=False)
     forecast: Forecast | None = field(default=None, compare=False)
@@ -350,6 +348,7 @@ class Plan:
                 raise PartitionError(f"plan: unknown key {unknown[0]!r}; a plan has {', '.join(sorted(known))}.")
             forecast = dict(values.get("forecast") or {})
             # Format 1 had what end-to-end steps recompute among the figures.
+            evaluated = values.get("evaluation_batch")
             globally = values.get("global_checkpoint", forecast.pop("global_checkpoint", None))
             return cls(
                 model=str(values["model"]),
@@ -358,7 +357,7 @@ class Plan:
                 checkpoint=tuple(Checkpointing.parse(c) for c in values.get("checkpoint", ())),
                 activation_bytes=tuple(map(_integer, values.get("activation_bytes", ()))),
                 accumulation=_integer(values.get("accumulation", 1)),
-                evaluation_batch=_integer(values.get("evaluation_batch", EVALUATION_BATCH)),
+                evaluation_batch=None if evaluated is None else _integer(evaluated),
                 global_checkpoint=None if globally is None else Checkpointing.parse(globally),
                 made_for=dict(values.get("made_for", {})),
                 forecast=_read_forecast(forecast) if forecast else None,

@@ -19,8 +19,8 @@ from localgrad.app.recipe import Recipe
 from localgrad.objectives.carried import LocalBatch
 from localgrad.planning.confirming import DataPath
 from localgrad.training.augment import crop_and_flip, draw_crops, erase, normalise
-from localgrad.training.augmentation import Augment
 from localgrad.training.image_sets import InMemoryImages
+from localgrad.training.settings import Augment
 from localgrad.training.transforms import NONE
 
 if TYPE_CHECKING:

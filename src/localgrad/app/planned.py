@@ -1,8 +1,7 @@
 """Recipes and plans: plan a recipe to a budget, lay a plan over a recipe, refuse a plan made for something else.
 
 A plan that was made for a recipe remembers it by the recipe's own keys (``Plan.made_for``), so that training from the
-plan alone is possible, and a difference can be named as people would type it. Nothing here reads data: the number of
-classes is given, or known for the data sets that have a name.
+plan alone is possible, and a difference can be named as people would type it. Nothing here reads data.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import json
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from localgrad import rules
@@ -19,8 +19,8 @@ from localgrad.app.data_path import data_path_of
 from localgrad.app.recipe import Recipe, overlay
 from localgrad.backbones.base import BACKBONES, Backbone, outline
 from localgrad.backbones.fake import without_initialization
-from localgrad.errors import BudgetError, RecipeError, arg
-from localgrad.formats import Json
+from localgrad.errors import BudgetError, PartitionError, RecipeError, arg
+from localgrad.formats import Json, read_input
 from localgrad.memory.cards import card_named, card_of
 from localgrad.partition import Plan
 from localgrad.partitioning import num_parameters
@@ -52,6 +52,7 @@ def task_of(
     device: str,
     num_classes: int | None = None,
     num_channels: int = 3,
+    measure: bool = False,
     cache: bool = True,
     card: str = "auto",
     replays: bool = True,
@@ -63,6 +64,7 @@ def task_of(
         device: ``cpu`` or ``cuda``; there need be none.
         num_classes: by default timm's own for the model.
         num_channels: of the images.
+        measure: whether parts are timed here, by the clock.
         cache: whether costs that were measured before may be taken.
         card: name of the card that is planned for; ``auto`` is the one here, or one that is assumed.
         replays: whether the plan is confirmed by replaying its run's allocations.
@@ -76,7 +78,8 @@ def task_of(
     size = input_size_of(model, settings, num_channels)
     check_patches(model, size[1:])
     backbone = model if isinstance(model, Backbone) else outline(model, size)
-    return task_on(recipe, backbone, device=device, cache=cache, card=card, replays=replays)
+    task = task_on(recipe, backbone, device=device, cache=cache, card=card, replays=replays)
+    return replace(task, measure=measure)
 
 
 def task_on(
@@ -143,14 +146,7 @@ def kind_of(device: str, card: str = "auto") -> str:
 
 
 def plan_recipe(recipe: Recipe, task: Task, budget: int | None, parallel: Parallel | None = None) -> Plan:
-    """The fastest plan of a recipe within a budget, which remembers what it was made for.
-
-    Args:
-        recipe: names the batch size.
-        task: of this recipe.
-        budget: bytes, or ``None`` for no limit.
-        parallel: ranks, a local module each; by default the plan is for one process.
-    """
+    """The fastest plan within a budget in bytes (none: no limit), for one process or ranks; remembers its recipe."""
     size = recipe.method.training.batch_size
     plan = plan_to_budget(task, size, budget) if parallel is None else plan_parallel(task, size, parallel, budget)
     return replace(plan, made_for=made_for(recipe, task.backbone, task.device))
@@ -218,9 +214,21 @@ def how_to_run(plan: Plan) -> dict[str, Json]:
         "local.modules": list(plan.boundaries) if plan.boundaries else 1,
         "execution.checkpoint": [str(how) for how in plan.checkpoint] or "none",
         "execution.accumulation": plan.accumulation,
-        "execution.evaluation_batch": plan.evaluation_batch,
         **({} if plan.global_checkpoint is None else {"execution.global_checkpoint": str(plan.global_checkpoint)}),
     }
+
+
+def read_plan(path: Path) -> Plan:
+    """A plan from its file.
+
+    Raises:
+        BudgetError: it can't be read, or holds no plan.
+    """
+    text = read_input("plan", path, f"make one with localgrad plan {arg('json', 'FILE')}", BudgetError)
+    try:
+        return Plan.from_json(text)
+    except PartitionError as error:
+        raise BudgetError(f"{arg('plan', path)}: {error}") from error
 
 
 def check_plan_is_for(plan: Plan, recipe: Recipe) -> None:
@@ -241,13 +249,7 @@ def check_plan_is_for(plan: Plan, recipe: Recipe) -> None:
 
 
 def note_of_plan(plan: Plan, recipe: Recipe, device: str) -> str | None:
-    """A line for a run whose plan was made for something else than what runs; ``None`` where it holds.
-
-    Args:
-        plan: that the run began with.
-        recipe: as it runs now.
-        device: the kind that it runs on.
-    """
+    """A line for a run, as it is now, whose plan was made for something else; ``None`` where it holds."""
     values = _by_dotted_key(recipe)
     here = {key: values[key] for key in REMEMBERED} | {"device": device, "versions": _versions()}
     different = plan.differences(here)
@@ -263,11 +265,6 @@ def note_of_plan(plan: Plan, recipe: Recipe, device: str) -> str | None:
 
 def check_plan_fits(plan: Plan, backbone: Backbone, data: str) -> None:
     """Refuse a plan whose model takes other images or has other classes than the one at hand.
-
-    Args:
-        plan: made before.
-        backbone: as it will be trained.
-        data: name of the data set.
 
     Raises:
         BudgetError: naming the difference.

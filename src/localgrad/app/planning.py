@@ -59,6 +59,7 @@ def plan(
     freeze_from: float | None = None,
     parallel: int | None = None,
     balance: str = "time",
+    measure: bool = False,
     cache: bool = True,
     card: str = "auto",
     confirm: bool = True,
@@ -84,6 +85,7 @@ def plan(
         freeze_from: as for ``LocalLearner``.
         parallel: so many ranks, a local module each; the budget is then of every rank.
         balance: with ``parallel``: ``time`` for the fastest slowest rank, ``memory`` for the smallest largest one.
+        measure: run the model's parts here and time them by the clock, in a minute; nominal rates by default.
         cache: take costs that were measured before, and keep those that are measured.
         card: with CUDA, the name of the card that is planned for, such as ``"RTX 4090"``; ``"auto"`` is the one here,
             or one that is assumed. The budget is of the card: its context and more is part of it.
@@ -120,6 +122,7 @@ def plan(
         overlap=overlap,
         global_share=global_share,
         freeze_from=freeze_from,
+        measure=measure,
         cache=cache,
         card=None if card == "auto" else card_named(card),
         replays=confirm,

@@ -1,11 +1,8 @@
 """The methods that ``localgrad compare`` runs: what anybody would write, its rivals, and local modules.
 
-A ``Contender`` is a small description. On a ``Stage`` (one split model, one optimizer factory, one batch size) it gives
-an estimate of its step's memory, and a ``Runner`` of the step itself. All of them train the same model's weights in
-turn: neither times nor bytes depend on values. Auxiliary nets and optimizer state are each runner's own.
-
-The plain loop knows nothing of localgrad. timm's activation checkpointing is a flag on the shared model, so it is set
-for the step and taken back.
+A ``Contender`` is a small description. On a ``Stage`` it gives an estimate of its step's memory, and a ``Runner`` of
+the step itself. All of them train the same model's weights in turn: neither times nor bytes depend on values. Auxiliary
+nets and optimizer state are each runner's own. The plain loop knows nothing of localgrad.
 """
 
 from __future__ import annotations

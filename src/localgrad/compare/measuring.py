@@ -129,10 +129,7 @@ def timed(run: Callable[[], object], device: torch.device, clock: Callable[[], f
 def peak_of(run: Callable[[], object], device: torch.device, held: Iterable[Held]) -> tuple[int, int | None]:
     """Measure the peak memory of one call.
 
-    Args:
-        run: the step.
-        device: where it runs.
-        held: what is alive before it (on a processor; on CUDA the allocator knows).
+    What is held before it counts on a processor; CUDA's allocator knows by itself.
 
     Returns:
         Bytes allocated at most, and bytes reserved at most (``None`` on a processor).

@@ -53,10 +53,6 @@ def plot_trade_off(comparison: Comparison, path: Path) -> None:
     """Draw peak memory against step time: every method a numbered point, the Pareto front as a step line.
 
     Whatever lies on the line or above it to the right can be had; nothing below it was found.
-
-    Args:
-        comparison: with measured times.
-        path: PNG or SVG.
     """
     figure, axes = _figure(comparison, "Peak memory against step time")
     _lay_out(figure, right=0.66)
@@ -81,12 +77,7 @@ def plot_trade_off(comparison: Comparison, path: Path) -> None:
 
 
 def plot_timeline(comparison: Comparison, path: Path) -> None:
-    """Draw bytes alive over one step: the end-to-end mountain against the local sawtooth.
-
-    Args:
-        comparison: with timelines, which are estimates.
-        path: PNG or SVG.
-    """
+    """Draw bytes alive over one step, as estimated: the end-to-end mountain against the local sawtooth."""
     figure, axes = _figure(comparison, "Memory over one training step (estimated)")
     _lay_out(figure, right=0.97)
     highest = max((nbytes for timeline in comparison.timelines.values() for _, nbytes in timeline), default=1)

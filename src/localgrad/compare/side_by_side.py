@@ -5,11 +5,10 @@ then come the timed repeats, in each of which every method has its turn, in an o
 A method's time ratio is the median over repeats of its time to the plain loop's *in the same repeat* (and precision),
 so that a slow minute of a shared machine weighs on both; the spread is the least and the greatest ratio.
 
-One model is trained by all of them in turn. While others run, a method's own tensors (optimizer state, auxiliary nets)
-are parked in host memory, and batches lie there too: so on CUDA the device holds in every turn what it would hold if
-that method were alone, and ``max_memory_allocated`` needs no correction. The step gets a batch that it may give away,
-as from the data path. On a processor nothing is parked, since only what the method itself holds and allocates is
-counted (``measuring.py``).
+One model is trained by all in turn. While others run, a method's own tensors are parked in host memory, and batches lie
+there too: so on CUDA the device holds in every turn what it would hold if that method were alone. The step gets a batch
+that it may give away, as from the data path. On a processor nothing is parked: only what the method itself holds and
+allocates is counted (``measuring.py``).
 
 A method that fails (out of memory, a compiler's error) leaves its row with the reason; the others go on.
 """
@@ -398,11 +397,7 @@ def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
 
 
 def envelope(timeline: Sequence[tuple[int, int]], bins: int) -> Timeline:
-    """Thin a timeline out: the greatest value in each of ``bins`` equal parts of the step.
-
-    Args:
-        timeline: (operators run so far, bytes alive), in order.
-        bins: parts.
+    """Thin a timeline of (operators run so far, bytes alive) out: the greatest value in each of so many equal parts.
 
     Returns:
         (share of the operators where the part begins, bytes), one a part; the peak is among them.

@@ -20,21 +20,23 @@ from torch import Tensor
 from localgrad import rules
 from localgrad.app.build import check_model_name, create_model, input_size_of, resolve_device
 from localgrad.app.comparison import Settings
-from localgrad.app.recipe import DataSettings, ModelSettings, validated
+from localgrad.app.fitting import device_name, versions
+from localgrad.app.planned import read_plan
+from localgrad.app.recipe import ModelSettings, validated
 from localgrad.backbones.base import Backbone, split
 from localgrad.compare.contenders import Contender, Local, Stage, default_methods
 from localgrad.compare.plots import check_path, plot_timeline, plot_trade_off
 from localgrad.compare.side_by_side import About, Comparison, Report, Row, compare
-from localgrad.errors import PartitionError, RecipeError, arg, did_you_mean
+from localgrad.errors import RecipeError, arg, did_you_mean
 from localgrad.formats import Json, check_output_file
 from localgrad.objectives.auxiliary import DECODERS
 from localgrad.objectives.methods import OBJECTIVES
-from localgrad.partition import Checkpointing, Plan
+from localgrad.partition import Checkpointing
 from localgrad.partitioning import num_parameters
-from localgrad.run import device_name, versions
 from localgrad.step.local_step import check_precision
 from localgrad.training.data import Batches, DataInfo, load_data
 from localgrad.training.optim import OptimizerFactory
+from localgrad.training.settings import DataSettings
 from localgrad.units import format_bytes, format_rate
 
 PRECISIONS = ("fp32", "bf16")
@@ -42,10 +44,6 @@ PRECISIONS = ("fp32", "bf16")
 
 def run(settings: Settings, report: Report) -> Comparison:
     """Compare methods, and write the files that were asked for.
-
-    Args:
-        settings: what was typed.
-        report: told what comes next and how many turns there are, once a turn.
 
     Raises:
         LocalgradError: something is wrong with an option; nothing was run.
@@ -154,7 +152,7 @@ def _methods(settings: Settings, precisions: Sequence[str]) -> list[Contender]:
         compile=settings.compile,
         budgets=[_memory_share(text) for text in _choices("memory_budget", settings.budget)],
         # Their rows have forecasts of their own; in what they were made for something else is told below the table.
-        plans=[(f"plan {path.stem}", replace(_read_plan(path), made_for={})) for path in settings.plans],
+        plans=[(f"plan {path.stem}", replace(read_plan(path), made_for={})) for path in settings.plans],
     )
 
 
@@ -164,7 +162,7 @@ def _notes_of_plans(
     """A line for each plan that was made for something else than what is compared."""
     notes = []
     for path in settings.plans:
-        plan = _read_plan(path)
+        plan = read_plan(path)
         planned = plan.made_for.get("execution.precision")
         here = {
             "training.batch_size": settings.batch_size,
@@ -218,18 +216,6 @@ def _memory_share(text: str) -> float:
     return share
 
 
-def _read_plan(path: Path) -> Plan:
-    try:
-        return Plan.from_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise RecipeError(
-            f"{arg('plan')}: {path} can't be read ({reason}); name a file that holds a plan as JSON."
-        ) from error
-    except PartitionError as error:
-        raise RecipeError(f"{arg('plan')}: {path}: {error}") from error
-
-
 def _data(settings: Settings) -> tuple[DataInfo, Callable[[tuple[int, int, int]], tuple[Tensor, Tensor]]]:
     """What the data set is like, and a function that gives one batch of it for an input size, in host memory."""
     if settings.data is not None:
@@ -257,17 +243,10 @@ def _data(settings: Settings) -> tuple[DataInfo, Callable[[tuple[int, int, int]]
 
 def _loader(settings: Settings, name: str) -> tuple[DataInfo, Callable[[tuple[int, int, int]], tuple[Tensor, Tensor]]]:
     side = settings.img_size
-    names = ("on_corrupt", "train_data", "val_data", "test_data", "image_range", "background", "fit")
+    names = ("root", "on_corrupt", "train_data", "val_data", "test_data", "image_range", "background", "fit")
     asked = {key: getattr(settings, key) for key in names if getattr(settings, key) is not None}
-    reading: DataSettings = validated(DataSettings, asked, "data.")
-    splits = load_data(
-        name,
-        root=None if settings.root is None else Path(settings.root),
-        download=settings.download,
-        val_fraction=0.0,
-        image_size=None if side is None else (side, side),
-        **{key: getattr(reading, key) for key in asked},
-    )
+    data: DataSettings = validated(DataSettings, {**asked, "name": name, "val_fraction": 0.0}, "data.")
+    splits = load_data(data, download=settings.download, image_size=None if side is None else (side, side))
 
     def first(size: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
         batches = Batches(
@@ -278,7 +257,6 @@ def _loader(settings: Settings, name: str) -> tuple[DataInfo, Callable[[tuple[in
             device="cpu",
             augment=None,
             seed=0,
-            drop_last=True,
         )
         batch = next(batches.epoch(0))
         if len(batch.images) < settings.batch_size:

@@ -209,16 +209,17 @@ class SequentialExecutor:
         features = batch.features if ends_the_model else None
         return StepResult(features, tuple(losses), tuple(terms), tuple(logits), batch.known_targets)
 
-    def attempts(self, index: int, steps: Sequence[LocalStep]) -> Iterator[Attempt]:
+    def attempts(self, place: int | str, steps: Sequence[LocalStep]) -> Iterator[Attempt]:
         """Regions to run something in: where memory runs out before an update, one more if someone can recover.
 
         Args:
-            index: of the module that it is; as many as there are for an end-to-end step.
+            place: the module that it is, by number; or what is done by all of them.
             steps: what it may change.
 
         Raises:
             MemoryExceeded: memory ran out, and nobody could help.
         """
+        index = place if isinstance(place, int) else self.first + len(self.steps)
         while True:
             before = None if self.recover is None else [step.snapshot() for step in steps]
             attempt = Attempt()
@@ -231,9 +232,15 @@ class SequentialExecutor:
                 step.optimizer.zero_grad(set_to_none=True)
             updating = any(step.updating for step in steps)
             if before is None or updating or self.recover is None or not self.recover(index):
-                raise MemoryExceeded(index, attempt.reason)
+                raise MemoryExceeded(place, attempt.reason)
             for step, state in zip(steps, before, strict=True):
                 step.go_back(state)
+
+
+def free_cache(device: torch.device) -> None:
+    """Give back what an allocator holds of a device without using it."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def out_of_memory(error: RuntimeError) -> str | None:

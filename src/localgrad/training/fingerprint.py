@@ -79,13 +79,9 @@ class DataDescription:
         return cls(DataInfo(**{key: _with_tuples(value) for key, value in values.items()}), fingerprint)
 
     def differences(self, found: DataDescription) -> list[str]:
-        """In what other data differ from these, wherever they lie.
+        """In what other data differ from these, wherever they lie, by key.
 
-        Args:
-            found: the data at hand.
-
-        Returns:
-            The keys. Without a fingerprint here, classes, counts, sizes, mean and standard deviation are compared.
+        Without a fingerprint here, classes, counts, sizes, mean and standard deviation are compared.
         """
         if self.fingerprint is not None:
             return [] if self.fingerprint == found.fingerprint else ["fingerprint"]

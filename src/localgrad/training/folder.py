@@ -169,12 +169,7 @@ class RunFolder:
         write_atomically(self.path / "checkpoints" / name, lambda path: torch.save(dict(state), path))
 
     def commit(self, state: Standing, parts: Sequence[str]) -> None:
-        """Make parts that lie there the checkpoint to resume from, and remove those of older ones.
-
-        Args:
-            state: all but the learner's, which is in the parts.
-            parts: their names, by rank; none where the state is whole.
-        """
+        """Make parts that lie there (by rank; none of a whole state) the checkpoint, and remove older ones."""
         named = {"parts": list(parts)} if parts else {}
 
         def write(path: Path) -> None:
@@ -383,10 +378,6 @@ def _digest(content: bytes) -> str:
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary file, flush it to disk, and give it its name in one step.
 
-    Args:
-        path: the file.
-        write: fills the file that it is given.
-
     Raises:
         RunFolderError: no permission, or the disk is full; what was there before is still there.
     """
@@ -413,11 +404,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def check_writable(path: Path, name: str = "out") -> None:
-    """Refuse a folder that can't be made, before anything is done for it; makes nothing.
-
-    Args:
-        path: the folder.
-        name: of the argument that it is.
+    """Refuse a folder, that an argument names, that can't be made, before anything is done for it; makes nothing.
 
     Raises:
         RunFolderError: below a file, or no permission.

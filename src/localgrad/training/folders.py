@@ -1,12 +1,11 @@
-"""Which folder is what: the splits and the classes of an image folder, by names and by content.
+"""Which folder is what: the splits (train, val, test) and the classes of an image folder, by names and by content.
 
-What it is: `read_folders` finds for each split (train, val, test) the folder of each class. Names alone don't decide,
-since a class may be called ``test``: what a folder holds does. A folder that holds images itself is a class, one that
-holds folders of images can be a split. Where two readings remain, both are named and nothing is chosen.
+Names alone don't decide, since a class may be called ``test``: what a folder holds does. A folder that holds images
+itself is a class, one that holds folders of images can be a split. Where two readings remain, both are named and
+nothing is chosen.
 
-How it differs from ``torchvision.datasets.ImageFolder``: hidden folders are no classes, splits are
-found, files are taken by content where their ending says nothing, and what is left out is counted.
-Images come in the same order.
+How it differs from ``torchvision.datasets.ImageFolder``: hidden folders are no classes, splits are found, files are
+taken by content where their ending says nothing, and what is left out is counted. Images come in the same order.
 """
 
 from __future__ import annotations
@@ -274,12 +273,7 @@ def _named(folders: Sequence[Path]) -> str:
 def images_under(folder: Path, skipped: Skipped) -> Iterator[str]:
     """The images in a folder and below it, in torchvision's order; links are followed, hidden names are not.
 
-    Args:
-        folder: where to look.
-        skipped: takes the number of what is no image, by reason.
-
-    Yields:
-        Paths.
+    What is no image is counted by reason in ``skipped``.
     """
     trails: dict[str, tuple[tuple[int, int], ...]] = {}  # the folders that each folder lies in
     listing = []

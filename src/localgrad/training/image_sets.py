@@ -2,12 +2,9 @@
 
 `InMemoryImages` holds every image decoded, as one uint8 tensor that lives on the device where it takes little of its
 memory: a batch is then one index operation. `FileImages` holds encoded files, which worker processes decode and
-resize batch by batch.
-
-How it differs from `torchvision.datasets` with a `DataLoader`: no Python per image in the step's
-way where the set is small, and nothing random here at all (`augment.py` draws by batch, on the
-device), so what workers do is a function of the index alone. Files are decoded by Pillow, whose
-calls release Python's lock, in a few threads where all of them are wanted at once.
+resize batch by batch. Nothing is random here (`augment.py` draws by batch, on the device), so what workers do is a
+function of the index alone. Where all files are wanted at once they are decoded in a few threads: Pillow's calls
+release Python's lock.
 
 What is left out of a part on the way stands in its `Skipped`: no image is missing without a name or a count.
 
@@ -27,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypedDict, cast, final
+from typing import Any, TypedDict, cast, final
 
 import torch
 from torch import Tensor
@@ -44,9 +41,8 @@ from localgrad.training.images import (
     probe,
     to_pixels,
 )
+from localgrad.training.settings import OnCorrupt
 from localgrad.training.transforms import Prepared
-
-OnCorrupt = Literal["skip", "error"]
 
 _COLUMNS = ("part", "image", "reason")
 _DEVICE_SHARE = 0.1  # of the free memory: the rest belongs to the model, which is why one uses localgrad
@@ -84,12 +80,7 @@ class Cell(TypedDict):
 
 
 def skipped_table(skipped: Mapping[str, Skipped], before: str = "") -> str:
-    """What was left out of each part, image by image, as CSV text.
-
-    Args:
-        skipped: by part.
-        before: such a table, whose rows are kept.
-    """
+    """What was left out of each part, image by image, as CSV text; rows of such a table from before are kept."""
     rows = {tuple(row): None for row in csv.reader(io.StringIO(before)) if len(row) == len(_COLUMNS)}
     rows = {_COLUMNS: None, **rows}
     rows |= {(part, name, reason): None for part, own in skipped.items() for name, reason in sorted(own.images.items())}
@@ -145,11 +136,7 @@ class ImageSet(ABC):
 
 @final
 class InMemoryImages(ImageSet):
-    """Decoded images in one tensor.
-
-    Args:
-        images: uint8 [N, C, H, W].
-        labels: int64 [N].
+    """Decoded images, uint8 [N, C, H, W], and labels, int64 [N].
 
     Raises:
         DataError: where the two do not belong together.
@@ -315,10 +302,7 @@ class FileImages(ImageSet):
         return seen
 
     def decode(self, image_size: tuple[int, int]) -> tuple[InMemoryImages, bool]:
-        """Decode every image, in threads.
-
-        Args:
-            image_size: (H, W) that each is brought to.
+        """Decode every image, in threads, and bring it to (H, W).
 
         Returns:
             The images that could be decoded (the others are in ``skipped``), and whether all of

@@ -132,9 +132,6 @@ def _of_bitsandbytes(info: Any) -> tuple[Callable[..., Optimizer], dict[str, int
 
     timm would make it as well, but only where there is a GPU; bitsandbytes itself needs none.
 
-    Args:
-        info: timm's ``OptimInfo``.
-
     Raises:
         RecipeError: bitsandbytes is missing.
     """
@@ -172,19 +169,10 @@ def check_rate(what: str, rate: float) -> None:
 def check_schedule(
     lr: float, *, name: str, epochs: int, warmup_epochs: float, warmup_lr: float, min_lr: float, who: str = ""
 ) -> None:
-    """Refuse learning rates and a warm-up that make no schedule.
-
-    Args:
-        lr: peak learning rate.
-        name: of the scheduler.
-        epochs: length of the run.
-        warmup_epochs: linear warm-up.
-        warmup_lr: learning rate at its start.
-        min_lr: learning rate at the end of the run; ``step``, ``multistep`` and ``none`` don't look at it.
-        who: whose learning rate it is, for messages.
+    """Refuse learning rates and a warm-up that make no schedule; see ``Schedule``.
 
     Raises:
-        RecipeError: an unknown scheduler, a number that is none, or one that lies on the wrong side of ``lr``.
+        RecipeError: an unknown scheduler, a number that is none, or one on the wrong side of the learning rate.
     """
     if name not in SCHEDULERS:
         raise RecipeError(
@@ -239,7 +227,7 @@ class Schedule:
         batches_per_epoch: updates an epoch.
         warmup_epochs: linear warm-up, at most a fifth of the run (see ``warmup_of``).
         warmup_lr: learning rate at its start.
-        min_lr: learning rate at the end of the run.
+        min_lr: learning rate at the end of the run; ``step``, ``multistep`` and ``none`` don't look at it.
         warmup_stagger: epochs by which each local module's warm-up is longer than that of the module before.
         first: which local module the first optimizer is of.
 

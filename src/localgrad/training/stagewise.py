@@ -11,12 +11,11 @@ sees few augmentations of each image, and features that no longer change.
 A module is trained for all epochs of the recipe, with a learning rate that starts anew. The first one reads images,
 augmented afresh in every epoch. When a module is finished, its best epoch's weights (by validation accuracy of its own
 classifier; its last epoch's where it has none) run once, in evaluation mode, over ``cached_epochs`` epochs of what it
-was trained on and over the validation images. Variant v is epoch v of the data path: the same order, augmentation and
-mixed labels, by (seed, v, index). The next module reads variant ``e mod cached_epochs`` in its epoch e. Where its
-objective looks at the images too, the data path makes those of variant v once more.
+was trained on and over the validation images. Variant v is epoch v of the data path. The next module reads variant
+``e mod cached_epochs`` in its epoch e; where its objective looks at images too, those of variant v are made once more.
 
-Features are stored as bfloat16. A cache tells the weights that it was made with, so that one of other weights is never
-used; one that is missing or torn is made again, from the images if need be. So a run can stop anywhere and go on.
+A cache tells the weights that it was made with; one of others, missing or torn is made again, from the images if need
+be. So a run can stop anywhere and go on.
 
 Epochs of all modules are counted through in events and checkpoints: epoch e of module k is epoch k * epochs + e.
 """
@@ -29,7 +28,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from typing import final
+from typing import Unpack, final
 
 import torch
 from torch import Tensor
@@ -47,13 +46,12 @@ from localgrad.step.offload import HOST
 from localgrad.step.states import StepState, check_optimizer_state, check_scaler_state
 from localgrad.training.augment import derive_seed
 from localgrad.training.data import Batches
-from localgrad.training.events import EpochEnded, FeaturesCached, Sink
+from localgrad.training.events import EpochEnded, FeaturesCached
 from localgrad.training.feature_cache import FeatureCache, Rows, open_cache, row_bytes, write_cache
-from localgrad.training.folder import RunFolder
 from localgrad.training.health import HealthCheck
 from localgrad.training.optim import Schedule
 from localgrad.training.saved import Selection, TrainerState
-from localgrad.training.trainer import Interrupted, TrainerOfAll, evaluate
+from localgrad.training.trainer import Common, Interrupted, TrainerOfAll, evaluate
 from localgrad.units import format_bytes
 
 VAL = "val"
@@ -67,12 +65,8 @@ class StagewiseTrainer(TrainerOfAll):
         learner: on the processor, without optimizers; while it is trained, one module is on the batches' device.
         optimizer: makes a module's optimizer when its turn comes.
         schedule_for: makes its learning rates.
-        train: training batches.
-        val: validation batches, or ``None``: then every module's last epoch is its best.
-        epochs: of each module.
         cached_epochs: differently augmented epochs of features that are kept.
-        folder: where checkpoints and features go.
-        sinks: take the events.
+        others: as for ``Trainer``; the epochs are those of each module, and features go to the folder, too.
     """
 
     def __init__(
@@ -81,30 +75,18 @@ class StagewiseTrainer(TrainerOfAll):
         learner: LocalLearner,
         optimizer: Factories,
         schedule_for: Callable[[Sequence[Optimizer]], Schedule],
-        train: Batches,
-        val: Batches | None,
-        epochs: int,
         cached_epochs: int,
-        folder: RunFolder,
-        sinks: Sequence[Sink],
+        **others: Unpack[Common],
     ) -> None:
-        self.epochs_per_module = epochs
-        self.num_variants = min(cached_epochs, epochs)
-        self.cache_folder = folder.path / "cache"
-        self._own_epochs = epochs
+        self._own_epochs = self.epochs_per_module = others["epochs"]
+        self.num_variants = min(cached_epochs, self._own_epochs)
+        self.cache_folder = others["folder"].path / "cache"
         self._optimizer = optimizer
         self._schedule_for = schedule_for
         self._local_step: LocalStep | None = None
         self._inputs: FeatureCache | None = None
-        super().__init__(
-            learner=learner,
-            schedule=None,
-            train=train,
-            val=val,
-            epochs=epochs * len(learner.modules),
-            folder=folder,
-            sinks=sinks,
-        )
+        others["epochs"] *= len(learner.modules)
+        super().__init__(learner=learner, schedule=None, **others)
 
     @property
     def index(self) -> int:
@@ -370,14 +352,7 @@ def gather(learner: LocalLearner, device: torch.device) -> None:
 
 
 def disk_needed(learner: LocalLearner, train: Batches, num_val: int, cached_epochs: int) -> int:
-    """The most bytes that cached features take at a time: a module's, and those that they are made from.
-
-    Args:
-        learner: its modules say where features are cached.
-        train: training batches.
-        num_val: validation images.
-        cached_epochs: variants that are kept.
-    """
+    """The most bytes that cached features take at a time: a module's, and those that they are made from."""
     soft = train.augment is not None and train.augment.gives_soft_labels
     sizes = [0]
     for span in learner.plan.spans[:-1]:
@@ -391,14 +366,7 @@ def disk_needed(learner: LocalLearner, train: Batches, num_val: int, cached_epoc
 def estimate_stages(
     learner: LocalLearner, batch_size: int, optimizer: Factories, device: torch.device
 ) -> list[MemoryProfile]:
-    """Predict the memory of each local module's step on its own, on fake tensors; the learner is not touched.
-
-    Args:
-        learner: as it will be trained.
-        batch_size: images a step.
-        optimizer: factory, as for ``StagewiseTrainer``.
-        device: that the modules will be trained on.
-    """
+    """Predict the memory of each local module's step on its own, on fake tensors; the learner is not touched."""
     return [_estimate_stage(learner, index, batch_size, optimizer, device) for index in range(len(learner.modules))]
 
 
