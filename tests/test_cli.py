@@ -25,7 +25,8 @@ from localgrad.app.build import build_recipe_objective
 from localgrad.app.recipe import Recipe, overlay, parse_toml, preset, preset_names
 from localgrad.options import read_modules
 from localgrad.training import data as data_module
-from localgrad.training.loading import Found, InMemoryImages
+from localgrad.training.image_sets import InMemoryImages
+from localgrad.training.loading import Found
 from ranks import Ranks
 
 

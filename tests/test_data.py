@@ -21,8 +21,8 @@ from PIL import Image
 from helpers import load_named
 from localgrad.errors import DataError
 from localgrad.training import data, image_sets, images
-from localgrad.training.data import Augment, Batches, load_images_for_prediction
-from localgrad.training.settings import DataSettings
+from localgrad.training.data import Batches, load_images_for_prediction
+from localgrad.training.settings import Augment, DataSettings
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -543,8 +543,16 @@ def test_images_and_labels_must_belong_together():
 
 
 def all_batches(splits, *, epoch=0, start=0, image_size=(8, 8), part="train", **changes):
-    arguments = {"augment": EVERYTHING, "seed": 0, "drop_last": False, "batch_size": 8, "device": "cpu"} | changes
-    return Batches(getattr(splits, part), image_size=image_size, info=splits.info, **arguments).epoch(epoch, start)
+    arguments = {
+        "augment": EVERYTHING,
+        "seed": 0,
+        "drop_last": False,
+        "batch_size": 8,
+        "device": torch.device("cpu"),
+    } | changes
+    return Batches(images=getattr(splits, part), image_size=image_size, info=splits.info, **arguments).epoch(
+        epoch, start
+    )
 
 
 def assert_equal_batches(first, second):

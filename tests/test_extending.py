@@ -257,10 +257,10 @@ def write_photos(folder: Path, size: tuple[int, int] = (48, 60), count: int = 16
 
 def batches_of(path: Path, transform: str | None, num_workers: int = 0, **settings: Any) -> Batches:
     data = load_named(str(path), transform=transform)
-    size: dict[str, Any] = {"image_size": (32, 32), "batch_size": 6, "device": "cpu", "drop_last": True}
+    size: dict[str, Any] = {"image_size": (32, 32), "batch_size": 6, "device": torch.device("cpu")}
     augment = build.Augment()
     made = {**size, "augment": augment, "seed": 3, "info": data.info, "transform": transform, **settings}
-    return Batches(data.train, num_workers=num_workers, **made)
+    return Batches(images=data.train, num_workers=num_workers, **made)
 
 
 @pytest.mark.parametrize("transform", ["imagenet", f"{__name__}:transform_of_mine"])
@@ -323,8 +323,8 @@ def test_a_transform_that_is_wrong_is_told_before_training(name: str, message: s
 
 def test_an_error_in_a_worker_is_one_line(tmp_path: Path) -> None:
     made = batches_of(write_photos(tmp_path / "photos"), f"{__name__}:transform_of_mine", num_workers=1)
-    assert made.prepared is not None
-    made.prepared.transform = lambda image: image.no_such_method()
+    assert made.wanted.prepared is not None
+    made.wanted.prepared.transform = lambda image: image.no_such_method()
     with pytest.raises(DataError, match=r"no_such_method.* The image: .*\.png\.$"):
         next(made.epoch(0))
 

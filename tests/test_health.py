@@ -30,10 +30,11 @@ from localgrad.errors import CheckpointError, RecipeError
 from localgrad.learner import LocalLearner
 from localgrad.objectives.carried import LocalBatch
 from localgrad.objectives.methods import OBJECTIVES
-from localgrad.training.data import Batches, DataInfo, InMemoryImages
+from localgrad.training.data import Batches, DataInfo
 from localgrad.training.events import ConsoleSink, EpochEnded, HealthMeasured, JsonlSink, TensorBoardSink
 from localgrad.training.folder import RunFolder, load_saved_weights, save_weights
 from localgrad.training.health import HealthCheck, gradient_cosine, linear_cka, linear_probe, pool, pooled_features
+from localgrad.training.image_sets import InMemoryImages
 from localgrad.training.trainer import EpochSums, Interrupted
 
 SIZE = (3, 16, 16)
@@ -97,11 +98,11 @@ def batches_of(num_images: int, batch_size: int = 8) -> Batches:
     images += (40 * labels).to(torch.uint8)[:, None, None, None]
     info = DataInfo("toy", tuple("abcde"), 3, SIZE[1:], (0.5,) * 3, (0.25,) * 3, 0, num_images, 0, 0, ())
     return Batches(
-        InMemoryImages(images, labels),
+        images=InMemoryImages(images, labels),
         batch_size=batch_size,
         image_size=SIZE[1:],
         info=info,
-        device="cpu",
+        device=torch.device("cpu"),
         augment=None,
         seed=0,
         drop_last=False,

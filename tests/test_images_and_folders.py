@@ -28,7 +28,7 @@ from localgrad.errors import DataError
 from localgrad.training import data, folders, images
 from localgrad.training.augment import ModelInput
 from localgrad.training.data import Splits, load_images_for_prediction
-from localgrad.training.image_sets import InMemoryImages
+from localgrad.training.image_sets import InMemoryImages, Wanted
 from localgrad.training.settings import DataSettings
 
 
@@ -108,7 +108,7 @@ def test_kinds_of_images(case: Kind, tmp_path: Path) -> None:
     assert case.pixels is not None
     size = case.pixels.shape[:2]
     for part in (splits.train, lazy.train):
-        [(read, _)] = part.read([torch.arange(2)], image_size=size, device=torch.device("cpu"), num_workers=0)
+        [(read, _)] = part.read([torch.arange(2)], Wanted(image_size=size, device=torch.device("cpu")))
         pixels = read[1].expand(3, -1, -1).permute(1, 2, 0).int().numpy()
         assert pixels.shape == case.pixels.shape
         assert np.abs(pixels - case.pixels).max() <= case.close
@@ -166,9 +166,9 @@ def test_one_deep_image_that_wasnt_sampled_is_refused_too(tmp_path: Path, monkey
         with pytest.raises(DataError, match=r"b/1\.tiff can't be read: .*give image_range"):
             splits = load_named(str(tmp_path / "set"), val_fraction=0, on_corrupt="skip", memory_limit_bytes=limit)
             everything = [torch.arange(len(splits.train)), torch.arange(0)]
-            list(splits.train.read(everything[:1], image_size=(2, 2), device=torch.device("cpu"), num_workers=0))
-            list(splits.test.read([torch.arange(len(splits.test))], image_size=(2, 2), device=torch.device("cpu"),
-                                  num_workers=0))  # fmt: skip
+            wanted = Wanted(image_size=(2, 2), device=torch.device("cpu"))
+            list(splits.train.read(everything[:1], wanted))
+            list(splits.test.read([torch.arange(len(splits.test))], wanted))
 
 
 def test_a_range_for_images_of_8_bits_is_refused(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_a_range_for_images_of_8_bits_is_refused(tmp_path: Path) -> None:
         ({"image_range": (0, float("nan"))}, "the first one smaller"),
         ({"mean": (0.5, 0.5), "std": (0.5, 0.5)}, "The images have 1 channels"),
         ({"mean": (0.5,), "std": (float("inf"),)}, "mean and std must be finite"),
-        ({"test_data": "x"}, "test_data: digits brings its own parts"),
+        ({"test_data": "x"}, "test_data='x' doesn't go with data='digits': it brings its own parts"),
     ],
 )
 def test_impossible_options_are_refused(option: dict[str, Any], message: str) -> None:
@@ -478,8 +478,8 @@ def test_files_and_memory_give_the_same_shape(tmp_path: Path, fit: Any) -> None:
     for limit in (0, 2**30):
         splits = load_named(str(tmp_path), fit=fit, memory_limit_bytes=limit, mean=(0.5,), std=(0.5,))
         batches = data.Batches(
-            splits.train, batch_size=2, image_size=(6, 6), info=splits.info, device="cpu", augment=None, seed=0,
-            drop_last=False,
+            images=splits.train, batch_size=2, image_size=(6, 6), info=splits.info, device=torch.device("cpu"),
+            augment=None, seed=0,
         )  # fmt: skip
         seen.append(next(batches.epoch(0)).images)
         said = data.note_on_fit(splits, (6, 6))

@@ -34,7 +34,8 @@ from localgrad.app.recipe import Recipe, overlay
 from localgrad.errors import CheckpointError, DataError, RecipeError, RunFolderError, RunWarning
 from localgrad.learner import LocalLearner
 from localgrad.training import data
-from localgrad.training.data import load_data, normalise
+from localgrad.training.augment import normalise
+from localgrad.training.data import load_data
 from localgrad.training.events import EpochEnded, Event, accuracies
 from localgrad.training.trainer import Interrupted
 from ranks import Ranks

@@ -244,10 +244,9 @@ def test_a_comparison_reads_images_as_a_refusal_says(here: Path, cli_: Cli) -> N
     assert refused.code == 2
     assert "type --image-range 0,4095; if" in refused.err
     settings = Settings(data="set", batch_size=4, image_range=[0, 4095], background="black", fit="pad")
-    info, batch_of = verb._loader(settings, "set")
-    assert (info.image_range, info.background, info.fit) == ((0, 4095), (0, 0, 0), "pad")
-    images, _ = batch_of((1, 8, 8))
+    images, _ = verb._images_of_data(settings, "set").batch((1, 8, 8))
     assert images.shape == (4, 1, 8, 8)
+    assert (images[:, :, 0] == images.min()).all(), "a black bar"
     assert "data.on_corrupt = 'maybe'" in cli_(*options, "--on-corrupt", "maybe").err
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -40,7 +39,8 @@ Planned = Callable[[Recipe, Backbone, "Splits"], tuple[Recipe, Plan]]
 
 
 if TYPE_CHECKING:  # planning reads no data, and needs none of this
-    from localgrad.training.data import Batches, DataInfo, ImageSet, Splits
+    from localgrad.training.data import Batches, DataInfo, Splits
+    from localgrad.training.image_sets import ImageSet
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,6 @@ def build(
         "accumulation": execution.accumulation,
         "clip_grad": training.clip_grad,
         "ema_decay": training.ema_decay,
-        "offload": execution.offload,
-        "overlap": method.local.overlap,
         "freeze_from": training.freeze_from,
         "auxiliary_from": "state",  # seeded right before; as it was when the published runs were made
     }
@@ -150,7 +148,9 @@ def build(
     if team is None:
         learner = LocalLearner(
             backbone,
+            offload=execution.offload,
             device=device if execution.offload else None,
+            overlap=method.local.overlap,
             global_checkpoint=execution.global_checkpoint,
             **settings_of_learner,
         )
@@ -170,7 +170,7 @@ def build(
     if not (augment.mixup or augment.cutmix):  # the losses smooth hard labels by themselves
         augment = replace(augment, label_smoothing=0.0)
     batches = Batches(
-        data.train,
+        images=data.train,
         batch_size=training.batch_size,
         image_size=size[1:],
         info=data.info,
@@ -181,17 +181,11 @@ def build(
         shard=(0, 1) if team is None else (team.replica, team.num_replicas),
         transform=data.transform,
     )
-    schedule_for = partial(
-        Schedule,
-        name=training.scheduler,
-        epochs=training.epochs,
-        batches_per_epoch=len(batches),
-        warmup_epochs=training.warmup_epochs,
-        warmup_lr=training.warmup_lr,
-        min_lr=training.min_lr,
-        warmup_stagger=training.warmup_stagger,
-        first=learner.own.start,
-    )
+
+    def schedule_for(optimizers: Sequence[Optimizer]) -> Schedule:
+        own: Kwargs = {"batches_per_epoch": len(batches), "first": learner.own.start}
+        return Schedule(optimizers, warmup_stagger=training.warmup_stagger, **own, **_schedule_of(training))
+
     # Made once to be checked, and dropped: nothing has been written yet.
     schedule_for([_optimizer_alone(learner, index, optimizer) for index in learner.own])
     return Job(recipe, data, learner, optimizer, schedule_for, batches, device, team, made_by)
@@ -264,19 +258,17 @@ def _check_training(recipe: Recipe) -> None:
     """Refuse optimizers and numbers that can't be, before data is read."""
     training, execution = recipe.method.training, recipe.execution
     optimizer_info(training.optimizer)
-    check_schedule(
-        training.lr * min(training.lr_depth),
-        name=training.scheduler,
-        epochs=training.epochs,
-        warmup_epochs=training.warmup_epochs,
-        warmup_lr=training.warmup_lr,
-        min_lr=training.min_lr,
-    )
+    check_schedule(training.lr * min(training.lr_depth), **_schedule_of(training))
     own = training.batch_size // execution.replicas
     if execution.accumulation > own:
         raise RecipeError(
             f"{arg('accumulation', execution.accumulation)}: so many parts can't be made of {own} images; take fewer."
         )
+
+
+def _schedule_of(training: TrainingSettings) -> Kwargs:
+    names = ("epochs", "warmup_epochs", "warmup_lr", "min_lr")
+    return {"name": training.scheduler, **{name: getattr(training, name) for name in names}}
 
 
 def _optimizer_alone(learner: Learner, index: int, optimizer: Factories) -> Optimizer:
@@ -351,10 +343,7 @@ def build_recipe_objective(recipe: Recipe) -> Objective:
 
 
 def create_model(settings: ModelSettings, *, num_classes: int | None, num_channels: int) -> nn.Module:
-    """Make the timm model of a recipe for a data set; with no number of classes, timm's own.
-
-    Returns:
-        The model; of a name that a plugin registered, its backbone.
+    """Make the model of a recipe for a data set: timm's, with no number of classes timm's own; or a plugin's backbone.
 
     Raises:
         BackboneError: unknown to timm, or timm can't make it with these settings.
@@ -377,11 +366,7 @@ def create_model(settings: ModelSettings, *, num_classes: int | None, num_channe
 
     def create() -> nn.Module:
         model: nn.Module = timm.create_model(
-            settings.name,
-            pretrained=settings.pretrained,
-            in_chans=num_channels,
-            **classes,
-            **options,
+            settings.name, pretrained=settings.pretrained, in_chans=num_channels, **classes, **options
         )
         return model
 

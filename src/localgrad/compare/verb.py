@@ -9,7 +9,7 @@ import datetime
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from localgrad.app.fitting import device_name, versions
 from localgrad.app.planned import read_plan
 from localgrad.app.recipe import ModelSettings, validated
 from localgrad.backbones.base import Backbone, split
-from localgrad.compare.contenders import Contender, Local, Stage, default_methods
+from localgrad.compare.contenders import HOST, Contender, Local, Stage, default_methods
 from localgrad.compare.plots import check_path, plot_timeline, plot_trade_off
 from localgrad.compare.side_by_side import About, Comparison, Report, Row, compare
 from localgrad.errors import RecipeError, arg, did_you_mean
@@ -34,7 +34,7 @@ from localgrad.objectives.methods import OBJECTIVES
 from localgrad.partition import Checkpointing
 from localgrad.partitioning import num_parameters
 from localgrad.step.local_step import check_precision
-from localgrad.training.data import Batches, DataInfo, load_data
+from localgrad.training.data import Batches, load_data
 from localgrad.training.optim import OptimizerFactory
 from localgrad.training.settings import DataSettings
 from localgrad.units import format_bytes, format_rate
@@ -57,12 +57,12 @@ def run(settings: Settings, report: Report) -> Comparison:
     check_model_name(settings.model)
     methods = _methods(settings, precisions)
     torch.manual_seed(0)
-    info, batches_of = _data(settings)
+    data = _images(settings)
     asked = ModelSettings(name=settings.model, img_size=settings.img_size)
-    model = create_model(asked, num_classes=info.num_classes, num_channels=info.num_channels)
-    size = input_size_of(model, asked, info.num_channels)
+    model = create_model(asked, num_classes=data.num_classes, num_channels=data.num_channels)
+    size = input_size_of(model, asked, data.num_channels)
     optimizer = OptimizerFactory(model, name=settings.optimizer, lr=1e-4, weight_decay=0.05)
-    images, labels = batches_of(size)
+    images, labels = data.batch(size)
     backbone = split(model.to(device), size)
     optimizer([next(backbone.parameters())])  # timm may not be able to make it here
     for method in methods:
@@ -71,9 +71,9 @@ def run(settings: Settings, report: Report) -> Comparison:
     about: About = {
         "model": settings.model,
         "input_size": list(size),
-        "num_classes": info.num_classes,
+        "num_classes": data.num_classes,
         "batch_size": settings.batch_size,
-        "data": info.name,
+        "data": data.name,
         "device": device_name(device),
         "device_type": device.type,
         "num_threads": torch.get_num_threads(),
@@ -216,45 +216,42 @@ def _memory_share(text: str) -> float:
     return share
 
 
-def _data(settings: Settings) -> tuple[DataInfo, Callable[[tuple[int, int, int]], tuple[Tensor, Tensor]]]:
-    """What the data set is like, and a function that gives one batch of it for an input size, in host memory."""
+@dataclass(frozen=True)
+class _Images:
+    """What the data set is like, and a function that gives one batch of it for (C, H, W), in host memory."""
+
+    name: str
+    num_classes: int
+    num_channels: int
+    batch: Callable[[tuple[int, int, int]], tuple[Tensor, Tensor]]
+
+
+def _images(settings: Settings) -> _Images:
     if settings.data is not None:
-        return _loader(settings, settings.data)
+        return _images_of_data(settings, settings.data)
     num_classes = 1000 if settings.num_classes is None else settings.num_classes
-    info = DataInfo(
-        name="random images",
-        class_names=tuple(map(str, range(num_classes))),
-        num_channels=3,
-        image_size=None,
-        mean=(0.0,) * 3,
-        std=(1.0,) * 3,
-        num_skipped=0,
-        num_train=settings.batch_size,
-        num_val=0,
-        num_test=0,
-        notes=(),
-    )
 
     def draw(size: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
         return torch.randn(settings.batch_size, *size), torch.randint(num_classes, (settings.batch_size,))
 
-    return info, draw
+    return _Images("random images", num_classes, 3, draw)
 
 
-def _loader(settings: Settings, name: str) -> tuple[DataInfo, Callable[[tuple[int, int, int]], tuple[Tensor, Tensor]]]:
+def _images_of_data(settings: Settings, name: str) -> _Images:
     side = settings.img_size
     names = ("root", "on_corrupt", "train_data", "val_data", "test_data", "image_range", "background", "fit")
     asked = {key: getattr(settings, key) for key in names if getattr(settings, key) is not None}
     data: DataSettings = validated(DataSettings, {**asked, "name": name, "val_fraction": 0.0}, "data.")
     splits = load_data(data, download=settings.download, image_size=None if side is None else (side, side))
+    info = splits.info
 
     def first(size: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
         batches = Batches(
-            splits.train,
+            images=splits.train,
             batch_size=settings.batch_size,
             image_size=size[1:],
-            info=splits.info,
-            device="cpu",
+            info=info,
+            device=HOST,
             augment=None,
             seed=0,
         )
@@ -265,7 +262,7 @@ def _loader(settings: Settings, name: str) -> tuple[DataInfo, Callable[[tuple[in
             )
         return batch.images, batch.targets
 
-    return splits.info, first
+    return _Images(name, info.num_classes, info.num_channels, first)
 
 
 # The table -------------------------------------------------------------------------------------------------------

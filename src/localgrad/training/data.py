@@ -29,34 +29,13 @@ from torch import Tensor
 
 from localgrad.errors import DataError, arg
 from localgrad.objectives.carried import LocalBatch
-from localgrad.training.augment import (
-    WHITE,
-    ModelInput,
-    augment_batch,
-    derive_seed,
-    generator_for,
-    normalise,
-    share_cut_off,
-)
+from localgrad.training.augment import WHITE, ModelInput, augment_batch, derive_seed, generator_for, share_cut_off
 from localgrad.training.folders import Split
-from localgrad.training.image_sets import FileImages, ImageSet, InMemoryImages, Skipped
+from localgrad.training.image_sets import FileImages, ImageSet, InMemoryImages, Skipped, Wanted
 from localgrad.training.images import Probed, Reading, check_range
 from localgrad.training.loading import Found, find, list_image_files, read_image_files
 from localgrad.training.settings import Augment, DataSettings, Fit
 from localgrad.training.transforms import NONE, Prepared
-
-__all__ = [
-    "Augment",
-    "Batches",
-    "DataInfo",
-    "FileImages",
-    "ImageSet",
-    "InMemoryImages",
-    "Splits",
-    "load_data",
-    "load_images_for_prediction",
-    "normalise",
-]
 
 MEMORY_LIMIT_BYTES = 2 * 1024**3
 TEST_FRACTION = 0.2
@@ -393,7 +372,7 @@ def _settle(
         _, num_channels, height, width = first.images.shape
         return _Settled(parts, num_channels, (height, width), sizes=((height, width),), transform=transform)
     files = {
-        part: images.with_settings(reading, settings.on_corrupt, skipped[part])
+        part: replace(images, reading=reading, on_corrupt=settings.on_corrupt, skipped=skipped[part])
         for part, images in parts.items()
         if isinstance(images, FileImages)
     }
@@ -434,7 +413,10 @@ def _decode_if_small(
     image_size: tuple[int, int] | None,
     limit_bytes: int,
 ) -> _Settled:
-    files = {part: images.with_channels(num_channels) for part, images in files.items()}
+    files = {
+        part: replace(images, reading=replace(images.reading, num_channels=num_channels))
+        for part, images in files.items()
+    }
     num_values = sum(len(images) for images in files.values()) * num_channels
     wanted = [each for each in (size, image_size) if each is not None]
     fitting = [each for each in wanted if num_values * each[0] * each[1] <= limit_bytes]
@@ -500,10 +482,11 @@ def _measured(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 @final
+@dataclass(eq=False, kw_only=True)
 class Batches:
     """Batches of an image set, ready for the step.
 
-    Args:
+    Attributes:
         images: one part of a data set.
         batch_size: images a batch.
         image_size: (H, W) that the model takes, in pixels.
@@ -522,66 +505,50 @@ class Batches:
             means no class (nor may one be ignored: accuracies count every image).
     """
 
-    def __init__(
-        self,
-        images: ImageSet,
-        *,
-        batch_size: int,
-        image_size: tuple[int, int],
-        info: DataInfo,
-        device: torch.device | str,
-        augment: Augment | None,
-        seed: int,
-        drop_last: bool = True,
-        num_workers: int = 0,
-        shard: tuple[int, int] = (0, 1),
-        transform: str | None = None,
-    ) -> None:
+    images: ImageSet
+    batch_size: int
+    image_size: tuple[int, int]
+    info: DataInfo
+    device: torch.device
+    augment: Augment | None
+    seed: int
+    drop_last: bool = True
+    num_workers: int = 0
+    shard: tuple[int, int] = (0, 1)
+    transform: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check what can't be, and what images go through."""
+        info, batch_size, replicas = self.info, self.batch_size, self.shard[1]
         if batch_size < 1:
             raise DataError(f"{arg('batch_size')} must be 1 or more, got {batch_size}.")
-        if num_workers < 0:
-            raise DataError(f"{arg('num_workers')} must be 0 or more, got {num_workers}.")
-        _check_range("set that batches are made of", images.labels, info.num_classes)
-        self.images = images
-        self.batch_size = batch_size
-        self.image_size = image_size
-        self.input = ModelInput(size=image_size, mean=info.mean, std=info.std, fit=info.fit, background=info.background)
-        self.info = info
-        self.device = torch.device(device)
-        self.augment = augment
-        self.seed = seed
-        self.drop_last = drop_last and augment is not None
-        self.num_workers = num_workers
-        self.shard = shard
-        self.transform = transform
-        training = augment is not None
-        self.prepared = None if transform is None else Prepared(transform, image_size, training=training)
-        if self.prepared is not None:
-            self.prepared.try_on(info.num_channels)
-        if augment is not None and batch_size % shard[1]:
+        if self.num_workers < 0:
+            raise DataError(f"{arg('num_workers')} must be 0 or more, got {self.num_workers}.")
+        _check_range("set that batches are made of", self.images.labels, info.num_classes)
+        self.input = ModelInput(
+            size=self.image_size, mean=info.mean, std=info.std, fit=info.fit, background=info.background
+        )
+        prepared, training = None, self.augment is not None
+        if self.transform is not None:
+            prepared = Prepared(self.transform, self.image_size, training=training)
+            prepared.try_on(info.num_channels)
+        self.wanted = Wanted(
+            image_size=self.image_size, device=self.device, num_workers=self.num_workers, prepared=prepared
+        )
+        if training and batch_size % replicas:
             raise DataError(
-                f"{arg('batch_size', batch_size)} can't be shared out among {shard[1]} replicas; take a multiple of "
-                f"{shard[1]}."
+                f"{arg('batch_size', batch_size)} can't be shared out among {replicas} replicas; take a multiple of "
+                f"{replicas}."
             )
         if self._num_batches == 0:
             raise DataError(
-                f"{arg('batch_size', batch_size)} leaves no full batch of {len(images)} images: choose a smaller one."
+                f"{arg('batch_size', batch_size)} leaves no full batch of {len(self.images)} images: choose a smaller "
+                "one."
             )
 
     def plain(self, images: ImageSet, batch_size: int) -> Batches:
         """Batches of other images of the set, in order and not augmented."""
-        return Batches(
-            images,
-            batch_size=batch_size,
-            image_size=self.image_size,
-            info=self.info,
-            device=self.device,
-            augment=None,
-            seed=self.seed,
-            num_workers=self.num_workers,
-            shard=self.shard,
-            transform=self.transform,
-        )
+        return replace(self, images=images, batch_size=batch_size, augment=None)
 
     def __len__(self) -> int:
         number, replicas = self.shard
@@ -591,7 +558,8 @@ class Batches:
     def _num_batches(self) -> int:
         """Batches of all replicas together."""
         full, rest = divmod(len(self.images), self.batch_size)
-        return full if self.drop_last or not rest else full + 1
+        drops = self.drop_last and self.augment is not None
+        return full if drops or not rest else full + 1
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[LocalBatch]:
         """Make the batches of one epoch, all of them on the device.
@@ -607,14 +575,7 @@ class Batches:
         number, replicas = self.shard
         own = () if replicas == 1 else (number,)
         seeds = [derive_seed(self.seed, "batch", epoch, index, *own) for index in range(start, start + len(indices))]
-        read = self.images.read(
-            indices,
-            image_size=self.image_size,
-            device=self.device,
-            num_workers=self.num_workers,
-            prepared=self.prepared,
-            seeds=seeds,
-        )
+        read = self.images.read(indices, self.wanted, seeds)
         for seed, (images, targets) in zip(seeds, read, strict=True):
             yield self._prepare(images, targets, seed)
 
@@ -644,12 +605,7 @@ class Batches:
 
 
 def load_images_for_prediction(
-    path: Path,
-    settings: DataSettings,
-    info: DataInfo,
-    *,
-    image_size: tuple[int, int],
-    skipped: Skipped | None = None,
+    path: Path, settings: DataSettings, info: DataInfo, *, image_size: tuple[int, int], skipped: Skipped | None = None
 ) -> Iterator[tuple[Path, Tensor]]:
     """Load images without labels, float32 [C, H, W], as a model is evaluated on them; with their paths.
 

@@ -389,15 +389,8 @@ class ConsoleSink(Sink):
         assert self._started is not None, "a run starts before it progresses"
         losses = " ".join(f"{loss:.3f}" for loss in event.losses)
         rate = format_rate(event.images_per_second)
-        if self._progress is not None and self._task is not None:
-            done = event.epoch * self._started.batches_per_epoch + event.batch
-            self._progress.update(
-                self._task,
-                completed=done,
-                epoch=self._started.name_of(event.epoch).strip(),
-                losses=losses,
-                rate=rate,
-            )
+        if self._progress is not None:
+            self._move(self._started, event.epoch, event.batch, losses=losses, rate=rate)
         elif time.monotonic() - self._last_line > 10:  # a log file wants fewer lines than a screen
             self._last_line = time.monotonic()
             of = self._started.batches_per_epoch
@@ -416,14 +409,14 @@ class ConsoleSink(Sink):
         parts.append(format_rate(event.images_per_second))
         parts.append(format_seconds(event.seconds) + (" *" if event.is_best else ""))
         self._print("  ".join(parts))
+        of = self._started.batches_per_epoch
+        self._move(self._started, event.epoch, of, losses=losses, rate=format_rate(event.images_per_second))
+
+    def _move(self, run: RunStarted, epoch: int, batch: int, **shown: Any) -> None:
+        """Move the live display, where there is one."""
         if self._progress is not None and self._task is not None:
-            self._progress.update(
-                self._task,
-                completed=(event.epoch + 1) * self._started.batches_per_epoch,
-                epoch=self._started.name_of(event.epoch).strip(),
-                losses=losses,
-                rate=format_rate(event.images_per_second),
-            )
+            done = epoch * run.batches_per_epoch + batch
+            self._progress.update(self._task, completed=done, epoch=run.name_of(epoch).strip(), **shown)
 
     def _print(self, line: str, style: str | None = None) -> None:
         """Print a line as it is: names and paths may hold what rich would take for markup."""

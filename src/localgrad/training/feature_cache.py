@@ -30,6 +30,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple, final
 
@@ -38,7 +39,7 @@ from torch import Tensor
 
 from localgrad.errors import RunFolderError, arg
 from localgrad.formats import Json
-from localgrad.training.fingerprint import raw_bytes
+from localgrad.training.folder import raw_bytes
 from localgrad.units import format_bytes
 
 FORMAT = 2
@@ -62,13 +63,13 @@ class Rows(NamedTuple):
 
 
 @final
+@dataclass(frozen=True)
 class FeatureCache:
     """An open cache: each part's arrays, the dtype of features when they were made (and of batches), bytes on disk."""
 
-    def __init__(self, arrays: Mapping[str, Rows], dtype: torch.dtype, num_bytes: int) -> None:
-        self.arrays = dict(arrays)
-        self.dtype = dtype
-        self.num_bytes = num_bytes
+    arrays: Mapping[str, Rows]
+    dtype: torch.dtype
+    num_bytes: int
 
     def batches(self, part: str, batch_size: int, device: torch.device, start: int = 0) -> Iterator[Rows]:
         """Read a part in order, from the batch of index ``start`` on; the last batch may be smaller.

@@ -45,20 +45,8 @@ _STUBS = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")  # formats that Pillow names an
 _GUESSES = ("IM", "IMT", "IPTC", "MCIDAS", "PCD", "SPIDER", "TGA", "XVTHUMB", "PCX", "DCX", "FLI", "MSP")
 """Formats without a signature worth the name: taken by extension, never by content."""
 _SIGNATURES = (
-    *(
-        b"\x89PNG",
-        b"\xff\xd8\xff",
-        b"GIF8",
-        b"BM",
-        b"II*\0",
-        b"MM\0*",
-        b"II+\0",
-        b"MM\0+",
-        b"\0\0\x01\0",
-        b"8BPS",
-        b"qoif",
-    ),
-    *(b"\0\0\0\x0cjP", b"P1\n", b"P2\n", b"P3\n", b"P4\n", b"P5\n", b"P6\n"),
+    *(b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"\0\0\x01\0", b"8BPS"),
+    *(b"qoif", b"\0\0\0\x0cjP", b"P1\n", b"P2\n", b"P3\n", b"P4\n", b"P5\n", b"P6\n"),
 )
 _DEEP_COLOUR = (b"\x89PNG", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # formats that may have 16 bits in several channels
 _ORIENTATION = 0x0112

@@ -7,18 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from localgrad.errors import RecipeError, arg
-from localgrad.options import (
-    DATA,
-    METHOD,
-    STRICT,
-    Factor,
-    Fraction,
-    Number,
-    Positive,
-    documented,
-    option,
-    read_numbers,
-)
+from localgrad.options import DATA, METHOD, STRICT, Factor, Fraction, Number, Positive, documented, option, read_numbers
 
 OnCorrupt = Literal["error", "skip"]
 Fit = Literal["crop", "pad", "squash"]
