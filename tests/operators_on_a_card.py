@@ -10,6 +10,7 @@ import math
 import random
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def foretold(prepare: Callable[[Make], Callable[[], Any]]) -> list[int]:
     """What we say that it would be asked for."""
     recorder = Recorder(CARD)
     with FakeTensorMode(), autocast_of("cuda", CARD), Tracker(1, recorder) as tracker:
-        run = prepare(lambda *shape, **how: torch.empty(*shape, **how))
+        run = prepare(torch.empty)
         events = recorder.trace.events
         start = len(events)
         result = run()
@@ -86,16 +87,15 @@ def attention(dtype: torch.dtype, queries: int, keys: int, width: int, heads: in
     return {name: forward, f"{name}, backward": backward}
 
 
+def make_plain(make: Make) -> Tensor:
+    return make(8, 96, 56, 56)
+
+
 def cases() -> dict[str, Callable[[Make], Callable[[], Any]]]:
     """What is tried: given how a tensor is made, a function that gives the call."""
     found: dict[str, Any] = {}
 
-    def case(name: str) -> Callable[[Any], Any]:
-        def taken(prepare: Any) -> Any:
-            found[name] = prepare
-            return prepare
-
-        return taken
+    case = partial(_into, found)
 
     @case("bias gradient")
     def _(make: Make) -> Any:
@@ -110,7 +110,7 @@ def cases() -> dict[str, Callable[[Make], Callable[[], Any]]]:
     @case("mean")
     def _(make: Make) -> Any:
         x = make(64, 197, 768)
-        return lambda: x.mean()
+        return x.mean
 
     @case("whether all are finite")
     def _(make: Make) -> Any:
@@ -174,22 +174,61 @@ def cases() -> dict[str, Callable[[Make], Callable[[], Any]]]:
             how = [96], [4, 4], [0, 0], [1, 1], False, [0, 0], 1, wanted
             return lambda: aten.convolution_backward(gradient, images, weight, *how)
 
-    @case("depthwise convolution")
-    def _(make: Make) -> Any:
-        images, weight, bias = make(8, 96, 56, 56), make(96, 1, 7, 7), make(96)
-        return lambda: aten.convolution(images, weight, bias, [1, 1], [3, 3], [1, 1], False, [0, 0], 96)
-
-    @case("depthwise convolution, backward")
-    def _(make: Make) -> Any:
-        images, weight, gradient = make(8, 96, 56, 56), make(96, 1, 7, 7), make(8, 96, 56, 56)
-        how = [96], [1, 1], [3, 3], [1, 1], False, [0, 0], 96, [True, True, True]
-        return lambda: aten.convolution_backward(gradient, images, weight, *how)
-
+    found |= convolutions()
     for dtype in (torch.float32, torch.float16, *([torch.bfloat16] if CARD.has_bfloat16 else [])):
         for queries, keys, width in ((197, 197, 64), (49, 49, 32), (3136, 49, 64), (197, 197, 128)):
             found |= attention(dtype, queries, keys, width)
         found |= attention(dtype, 1024, 1024, 64, heads=1)
     return found
+
+
+def convolutions() -> dict[str, Any]:
+    """Cases of convolutions within a model, whose features may lie in another order."""
+    found: dict[str, Any] = {}
+
+    for layout in ("contiguous", "permuted"):
+
+        def features(make: Make, layout: str = layout) -> Tensor:
+            return make(8, 96, 56, 56) if layout == "contiguous" else make(8, 56, 56, 96).permute(0, 3, 1, 2)
+
+        @_into(found, f"depthwise convolution, {layout}")
+        def _(make: Make, features: Any = features) -> Any:
+            images, weight, bias = features(make), make(96, 1, 7, 7), make(96)
+            return lambda: aten.convolution(images, weight, bias, [1, 1], [3, 3], [1, 1], False, [0, 0], 96)
+
+        for forms in ((features, make_plain), (make_plain, features), (features, features)):
+
+            @_into(found, f"depthwise convolution, backward, {layout}, {forms[0] is features} {forms[1] is features}")
+            def _(make: Make, forms: Any = forms) -> Any:
+                gradient, images, weight = forms[0](make), forms[1](make), make(96, 1, 7, 7)
+                how = [96], [1, 1], [3, 3], [1, 1], False, [0, 0], 96, [True, True, True]
+                return lambda: aten.convolution_backward(gradient, images, weight, *how)
+
+        @_into(found, f"strided convolution of {layout} features")
+        def _(make: Make, features: Any = features) -> Any:
+            images, weight, bias = features(make), make(192, 96, 2, 2), make(192)
+            return lambda: aten.convolution(images, weight, bias, [2, 2], [0, 0], [1, 1], False, [0, 0], 1)
+
+        for wanted in ("gradient", "images"):
+
+            @_into(found, f"strided convolution, backward, {layout} {wanted}")
+            def _(make: Make, features: Any = features, wanted: str = wanted, layout: str = layout) -> Any:
+                images = features(make) if wanted == "images" else make_plain(make)
+                permuted = wanted == "gradient" and layout == "permuted"
+                gradient = make(8, 28, 28, 192).permute(0, 3, 1, 2) if permuted else make(8, 192, 28, 28)
+                how = [192], [2, 2], [0, 0], [1, 1], False, [0, 0], 1, [True, True, True]
+                weight = make(192, 96, 2, 2)
+                return lambda: aten.convolution_backward(gradient, images, weight, *how)
+
+    return found
+
+
+def _into(found: dict[str, Any], name: str) -> Callable[[Any], Any]:
+    def taken(prepare: Any) -> Any:
+        found[name] = prepare
+        return prepare
+
+    return taken
 
 
 def reductions(number: int, seed: int) -> Iterator[tuple[str, list[int], list[int]]]:
@@ -222,7 +261,7 @@ def main() -> None:
     square = on_card(64, 64)
     answer: dict[str, Any] = {}
     multiplied = asked_for(lambda: square @ square)
-    answer["the first product"] = [multiplied, foretold(lambda make: _product(make))]
+    answer["the first product"] = [multiplied, foretold(_product)]
     on_card(8, 8).requires_grad_().mul(2).sum().backward()
     weight = on_card(64, 64).requires_grad_()
     (square @ weight).backward(square)  # autograd's own workspace
@@ -232,7 +271,7 @@ def main() -> None:
         answer[name] = [asked_for(prepare(on_card)), [nbytes for nbytes in expected if nbytes != workspace]]
     for name, asked, told in reductions(int(sys.argv[1]), 1):
         answer[name] = [asked, told]
-    print(json.dumps(answer))
+    sys.stdout.write(f"{json.dumps(answer)}\n")
 
 
 def _product(make: Make) -> Callable[[], Tensor]:

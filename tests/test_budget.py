@@ -27,6 +27,8 @@ from localgrad.app.planning import adamw
 from localgrad.backbones.base import outline
 from localgrad.errors import BackboneError, BudgetError, PartitionError, RecipeError
 from localgrad.estimating import estimate_step
+from localgrad.memory.allocator_rules import Rules
+from localgrad.memory.cards import CARDS
 from localgrad.memory.costs import WAYS, CostSettings
 from localgrad.memory.track import MemoryProfile, annotate
 from localgrad.partition import Checkpointing
@@ -42,6 +44,7 @@ from localgrad.planning.budget import (
     plan_to_budget,
     worth_having,
 )
+from localgrad.planning.confirming import Room
 from localgrad.planning.search import UNLIMITED
 from localgrad.units import parse_bytes
 
@@ -228,16 +231,16 @@ def test_a_budget_below_the_static_bytes_is_refused(task: Task, whole: Search) -
     assert "weights, optimizer state and margin alone" in message
     assert "optimizer='adafactorbv'" in message
     cuda = replace(task, device="cuda")
-    said = refusal(cuda, BATCH, 64 << 20)
-    assert re.search(r"margin alone, 1(28|29|30) MiB", said), "128 MiB of margin, and what the model needs"
+    assert "weights, optimizer state and margin alone" in refusal(cuda, BATCH, 64 << 20)
 
 
-@given(peak=st.integers(1, 1 << 45), device=st.sampled_from(["cpu", "cuda"]), compiled=st.booleans())
-def test_a_margin_taken_off_and_put_on_is_none(peak: int, device: str, compiled: bool) -> None:
-    margin = Margin.of(device, compiled=compiled)
+@given(peak=st.integers(1, 1 << 36), on_card=st.booleans(), compiled=st.booleans(), replayed=st.booleans())
+def test_a_margin_taken_off_and_put_on_is_none(peak: int, on_card: bool, compiled: bool, replayed: bool) -> None:
+    room = Room.of(CARDS["B200"], Rules(expandable=True), None, convolves=True) if on_card else None
+    margin = Margin.of(room, compiled=compiled, replayed=replayed)
     assert margin.usable(margin.needed(peak)) >= peak
     assert margin.usable(margin.needed(peak) - 1) < peak
-    assert len(margin.reasons) == (device == "cuda") + compiled
+    assert len(margin.reasons) == (on_card and not replayed) + compiled
 
 
 def test_margins_are_taken_off_and_told(task: Task) -> None:
@@ -248,9 +251,10 @@ def test_margins_are_taken_off_and_told(task: Task) -> None:
     assert plan_to_budget(replace(task, compiled=True), BATCH, needed).boundaries == plan.boundaries
     less = plan_to_budget(replace(task, compiled=True), BATCH, needed - 1)
     assert less.forecast.needed_bytes < needed
-    cuda = plan_to_budget(replace(task, device="cuda", modules=1), 4)
-    assert cuda.forecast.needed_bytes - 1.03 * cuda.forecast.peak_bytes == pytest.approx(128 << 20, abs=1)
-    assert "128 MiB" in cuda.forecast.notes[0]
+    on_card = replace(task, device="cuda", modules=1, card=CARDS["T4"], replays=False)
+    cuda = plan_to_budget(on_card, 4)
+    assert cuda.forecast.needed_bytes > cuda.forecast.peak_bytes + CARDS["T4"].context_bytes
+    assert "not confirmed" in cuda.forecast.notes[0]
 
 
 def shifted(task: Task, monkeypatch: pytest.MonkeyPatch, shift: Callable[[Plan], int]) -> list[Plan]:

@@ -29,6 +29,7 @@ from localgrad import rules
 from localgrad.app.comparison import Settings
 from localgrad.app.recipe import DOWNLOAD, OPTIONS, Recipe, overlay, parse_assignments, preset, read_toml
 from localgrad.errors import LocalgradError, RecipeError, RunWarning, arg, naming
+from localgrad.memory.allocator_rules import EXPANDABLE, VARIABLES
 from localgrad.options import DATA, EXECUTION, RUN, Option, Values, declared, read_modules, read_whole, values_of
 from localgrad.units import PLAINLY, format_counts, parse_bytes
 
@@ -54,6 +55,7 @@ def main(verbs: typer.Typer = app) -> None:
             stream.reconfigure(errors=PLAINLY)
     _say_warnings_in_lines()
     _let_waiting_threads_sleep()
+    _let_segments_expand()
     if os.environ.get("RANK", "0") != "0":  # one of several processes: the first one speaks for all
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8", errors="replace")  # noqa: SIM115, PTH123  # for the rest of the process
     try:
@@ -81,6 +83,15 @@ def _let_waiting_threads_sleep() -> None:
     """
     if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
+def _let_segments_expand() -> None:
+    """Have PyTorch's allocator keep one segment that grows, in which less is lost between blocks.
+
+    It is read at the first use of CUDA. What the user has set stays; other systems than Linux don't have it.
+    """
+    if sys.platform == "linux" and not any(os.environ.get(name) for name in VARIABLES):
+        os.environ[VARIABLES[-1]] = EXPANDABLE
 
 
 def _say_warnings_in_lines() -> None:
@@ -211,6 +222,13 @@ _OWN = {
         Option(name="plan", help="Train as a plan from `localgrad plan --json` says.", panel=RUN, kind=Path),
         Option(name="budget", help="Memory, such as 6GiB: plan modules and recomputation to fit.", panel=RUN),
         Option(name="no_cache", help="Measure costs for a plan anew, and keep none of them.", panel=RUN, kind=bool),
+        Option(name="card", help="Plan for this card, such as T4 or RTX 4090; auto is the one here.", panel=EXECUTION),
+        Option(
+            name="no_confirm",
+            help="On CUDA: don't replay the run's allocations; quicker, with a larger margin.",
+            panel=RUN,
+            kind=bool,
+        ),
         Option(name="on_oom", help="When memory runs out: stop (default), or replan and go on.", panel=RUN),
         Option(name="out", help="The run folder; by default a new one under runs/.", panel=RUN, kind=Path),
         Option(name="resume", help="Continue the run in this folder.", panel=RUN, kind=Path),
@@ -273,6 +291,8 @@ def train(**given: Any) -> None:
                 budget=num_bytes,
                 on_oom=on_oom,
                 cache=not given["no_cache"],
+                card=given["card"] or "auto",
+                confirm=not given["no_confirm"],
             )
 
 
@@ -326,7 +346,7 @@ _IN_PLAN = _RECIPE_IN_PLAN | {
     each.name: each
     for each in (
         replace(_OWN["budget"], help="Memory, such as 6GiB; no limit by default."),
-        *(_OWN[name] for name in ("preset", "recipe", "set", "no_cache")),
+        *(_OWN[name] for name in ("preset", "recipe", "set", "card", "no_confirm", "no_cache")),
         Option(name="num_classes", help="By default the data's, or timm's own.", panel=DATA, kind=int),
         Option(name="device", help="auto, cpu or cuda; there need be no GPU to plan for one.", panel=EXECUTION),
         Option(
@@ -390,7 +410,8 @@ def plan(**given: Any) -> None:
         raise RecipeError(f"{arg('num_classes')}: a classifier needs at least 2 classes, got {num_classes}.")
     named = recipe.method.data.name if "name" in values.get("data", {}) else ""
     classes, channels = recipes.CLASSES.get(named, (None, 3))
-    kind = recipes.kind_of(recipe.execution.device if given["device"] in (None, "auto") else given["device"])
+    device, card = given["device"], given["card"] or "auto"
+    kind = recipes.kind_of(recipe.execution.device if device in (None, "auto") else device, card)
     num_classes, cache = num_classes or classes, not given["no_cache"]
     task = recipes.task_of(
         recipe,
@@ -399,6 +420,8 @@ def plan(**given: Any) -> None:
         num_channels=channels,
         measure=bool(given["measure"]),
         cache=cache,
+        card=card,
+        replays=not given["no_confirm"],
     )
     console = Console()
     if largest_batch:

@@ -167,7 +167,8 @@ def record_run(
         kept_bytes: of tensors that the data path keeps on the card from its first batch on.
 
     Returns:
-        The trace; its marks are ``weights``, ``step 1``, ..., ``last batch``, ``evaluation``, ``step after evaluation``.
+        The trace; its marks are ``weights``, ``step 1`` and so on, ``last batch``, ``evaluation``, ``step after
+        evaluation``.
     """
     kinds = [globally] * steps if isinstance(globally, bool) else list(globally)[:steps]
     if any(kinds):

@@ -192,6 +192,15 @@ class Forecast:
         rivals: what end-to-end training would cost.
         notes: for people.
         parallel: in a plan for ranks, what they are expected to cost.
+        allocated_bytes: on a card, at most allocated in a whole run, as ``torch.cuda.max_memory_allocated`` counts.
+        reserved_bytes: likewise reserved, as ``torch.cuda.max_memory_reserved`` counts.
+        available_bytes: of the budget, what a process's allocator may reserve.
+        card: that was planned for, in words.
+        card_is_assumed: nobody named it, and there was none.
+        allocator_rules: of PyTorch's allocator, in words.
+        is_confirmed: the run's own allocations were replayed under exactly what is left of the budget, and fit.
+        budget_parts: what the budget includes, and how many bytes of each.
+        attention: kernels of fused attention that were assumed, and why.
     """
 
     peak_bytes: int
@@ -206,6 +215,15 @@ class Forecast:
     rivals: tuple[Rival, ...]
     notes: tuple[str, ...] = ()
     parallel: RanksForecast | None = None
+    allocated_bytes: int | None = None
+    reserved_bytes: int | None = None
+    available_bytes: int | None = None
+    card: str | None = None
+    card_is_assumed: bool = False
+    allocator_rules: str | None = None
+    is_confirmed: bool = False
+    budget_parts: dict[str, int] = field(default_factory=dict)
+    attention: dict[str, str] = field(default_factory=dict)
 
 
 class PlanDict(TypedDict, total=False):
@@ -218,6 +236,7 @@ class PlanDict(TypedDict, total=False):
     checkpoint: list[str]
     activation_bytes: list[int]
     accumulation: int
+    evaluation_batch: int | None
     global_checkpoint: str | None
     made_for: dict[str, Json]
     forecast: Json
@@ -234,6 +253,7 @@ class Plan:
         checkpoint: for each module, what is recomputed in its backward pass; empty for nothing in any.
         activation_bytes: for each module, the bytes that autograd keeps for one image if nothing is recomputed.
         accumulation: parts that each batch is cut into.
+        evaluation_batch: images that are evaluated together, at most; results don't depend on it.
         global_checkpoint: what end-to-end steps recompute, where the plan says; else it is as configured.
         made_for: what a plan to a budget was made for, by the keys of a recipe, with versions; empty otherwise. Its
             forecast holds for that alone; ``differences`` tells what is otherwise.
@@ -246,6 +266,7 @@ class Plan:
     checkpoint: tuple[Checkpointing, ...] = ()
     activation_bytes: tuple[int, ...] = ()
     accumulation: int = 1
+    evaluation_batch: int | None = None
     global_checkpoint: Checkpointing | None = None
     made_for: dict[str, Json] = field(default_factory=dict, compare=False)
     forecast: Forecast | None = field(default=None, compare=False)
@@ -301,6 +322,7 @@ class Plan:
             "checkpoint": [str(how) for how in self.checkpoint],
             "activation_bytes": list(self.activation_bytes),
             "accumulation": self.accumulation,
+            "evaluation_batch": self.evaluation_batch,
             "global_checkpoint": None if globally is None else str(globally),
             "made_for": self.made_for,
             "forecast": None if self.forecast is None else json.loads(json.dumps(asdict(self.forecast))),
@@ -326,6 +348,7 @@ class Plan:
                 raise PartitionError(f"plan: unknown key {unknown[0]!r}; a plan has {', '.join(sorted(known))}.")
             forecast = dict(values.get("forecast") or {})
             # Format 1 had what end-to-end steps recompute among the figures.
+            evaluated = values.get("evaluation_batch")
             globally = values.get("global_checkpoint", forecast.pop("global_checkpoint", None))
             return cls(
                 model=str(values["model"]),
@@ -334,6 +357,7 @@ class Plan:
                 checkpoint=tuple(Checkpointing.parse(c) for c in values.get("checkpoint", ())),
                 activation_bytes=tuple(map(_integer, values.get("activation_bytes", ()))),
                 accumulation=_integer(values.get("accumulation", 1)),
+                evaluation_batch=None if evaluated is None else _integer(evaluated),
                 global_checkpoint=None if globally is None else Checkpointing.parse(globally),
                 made_for=dict(values.get("made_for", {})),
                 forecast=_read_forecast(forecast) if forecast else None,

@@ -35,6 +35,7 @@ from localgrad.errors import RecipeError, RunFolderError, arg
 from localgrad.parallel.team import Team, was_restarted
 from localgrad.partition import Plan
 from localgrad.registry import load_plugins, name_of_function
+from localgrad.training.data import Splits
 from localgrad.training.events import RunEnded, Sink, check_sinks, make_sinks
 from localgrad.training.feature_cache import check_space
 from localgrad.training.folder import RunFolder, check_writable, holds_run, new_folder
@@ -56,6 +57,8 @@ def train(
     budget: int | str | None = None,
     on_oom: str = "stop",
     cache: bool = True,
+    card: str = "auto",
+    confirm: bool = True,
 ) -> Summary:
     """Train a recipe from the start, as ``localgrad train`` does, in a run folder of its own.
 
@@ -71,6 +74,8 @@ def train(
         budget: bytes, or such as ``"6GiB"``; the recipe's modules and how they run are planned to fit.
         on_oom: what to do when memory runs out: ``stop``, or ``replan`` and go on.
         cache: take costs that were measured before for a plan, and keep those that are measured.
+        card: with a budget on CUDA, the card that is planned for; by default the one that it is trained on.
+        confirm: likewise, whether the plan is confirmed by replaying the allocations of its run.
 
     Returns:
         The summary, as in ``summary.json``.
@@ -100,7 +105,11 @@ def train(
     decided = dict.fromkeys(("checkpoint", "accumulation"))  # a recipe always has them, and a plan lays others over it
     rules.check({**wanted.arguments(), **decided, **given})
     check_writable(place or Path("runs"))
-    planned = None if plan is None and num_bytes is None else partial(_planned, plan, num_bytes, cache=cache)
+    planned = (
+        None
+        if plan is None and num_bytes is None
+        else partial(_planned, plan, num_bytes, cache=cache, card=card, replays=confirm)
+    )
     with team_of(wanted) as team:
         job = together(team, lambda: build(wanted, download=download, is_new=True, planned=planned, team=team))
         path = place or new_folder(wanted.method.data.name, wanted.method.local.objective)
@@ -208,12 +217,12 @@ def _normalised_as(begun: Recipe, recipe: Recipe) -> Recipe:
 
 
 def _planned(
-    plan: Plan | None, budget: int | None, recipe: Recipe, backbone: Backbone, *, cache: bool
+    plan: Plan | None, budget: int | None, recipe: Recipe, backbone: Backbone, data: Splits, **how: Any
 ) -> tuple[Recipe, Plan]:
     """A recipe planned to a budget once its model is there, or laid over with a plan that fits that model."""
     if budget is not None:
         kind = resolve_device(recipe.execution.device).type
-        plan = plan_recipe(recipe, task_on(recipe, backbone, device=kind, cache=cache), budget)
+        plan = plan_recipe(recipe, task_on(recipe, backbone, device=kind, data=data, **how), budget)
     assert plan is not None, "there is a plan or a budget"
     check_plan_fits(plan, backbone, recipe.method.data.name)
     return laid_over(plan, recipe), plan

@@ -35,7 +35,7 @@ from localgrad.step.local_step import check_precision
 from localgrad.training.optim import OptimizerFactory, Schedule, check_schedule, optimizer_info
 from localgrad.training.transforms import NONE
 
-Planned = Callable[[Recipe, Backbone], tuple[Recipe, Plan]]
+Planned = Callable[[Recipe, Backbone, "Splits"], tuple[Recipe, Plan]]
 
 
 if TYPE_CHECKING:  # planning reads no data, and needs none of this
@@ -121,7 +121,7 @@ def build(
     backbone = model if isinstance(model, Backbone) else split(model, size)
     made_by = None
     if planned is not None:
-        recipe, made_by = planned(recipe, backbone)
+        recipe, made_by = planned(recipe, backbone, data)
         method, execution = recipe.method, recipe.execution
     plan = make_plan(backbone, method.local.modules, checkpoint=execution.checkpoint)
     settings_of_learner: Kwargs = {

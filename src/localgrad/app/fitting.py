@@ -33,6 +33,7 @@ from localgrad.errors import (
 )
 from localgrad.estimating import end_to_end, estimate_step
 from localgrad.evaluating import evaluation_batch
+from localgrad.memory.allocator_rules import fraction_of, rules_here
 from localgrad.memory.track import MemoryProfile
 from localgrad.parallel.memory import estimate_share
 from localgrad.parallel.parallel_learner import ParallelLearner
@@ -98,6 +99,8 @@ def fit(
     if job.team is None and job.device.type == "cuda":
         room = profile.peak_bytes - profile.static_bytes
         trainer.evaluation_batch = evaluation_batch(job.local, room, job.device)
+        if job.plan is not None and job.plan.evaluation_batch is not None:
+            trainer.evaluation_batch = min(trainer.evaluation_batch, job.plan.evaluation_batch)
     if replan:
         trainer.with_less = partial(_go_on_with_less, trainer)
         if not isinstance(trainer, StagewiseTrainer):
@@ -125,7 +128,25 @@ def fit(
         torch.cuda.reset_peak_memory_stats(job.device)
     if isinstance(trainer, ParallelTrainer):
         run = partial(trainer.watched, run)
-    return _told(trainer, (*job.recipe.execution.sinks, *sinks), run) if job.speaks else run()
+    with _within_budget(job):
+        return _told(trainer, (*job.recipe.execution.sinks, *sinks), run) if job.speaks else run()
+
+
+@contextmanager
+def _within_budget(job: Job) -> Iterator[None]:
+    """Hold this process to what its plan leaves PyTorch's allocator of a card, also where the card has more."""
+    available = None if job.plan is None or job.plan.forecast is None else job.plan.forecast.available_bytes
+    if available is None or job.device.type != "cuda":
+        yield
+        return
+    torch.cuda.empty_cache()  # what planning left
+    number = torch.cuda.current_device() if job.device.index is None else job.device.index
+    fraction = fraction_of(available, torch.cuda.mem_get_info(number)[1])
+    torch.cuda.set_per_process_memory_fraction(fraction, number)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, number)
 
 
 def _own_batch_size(job: Job) -> int:
@@ -291,6 +312,7 @@ def _emit_start(job: Job, trainer: Trainer, peaks: Peaks) -> None:
         *info.notes,
         f"modules: {spans}",
         f"estimated peak {peak}, end-to-end {baseline}",
+        *([f"PyTorch's allocator: {rules_here()}"] if job.device.type == "cuda" else []),
         *([_shared_out(learner)] if isinstance(learner, ParallelLearner) else []),
         *trainer.details(),
         *(note for note in (warmup, _note_of_plan(job, trainer.folder)) if note is not None),

@@ -11,14 +11,17 @@ from contextlib import nullcontext
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from localgrad import rules
 from localgrad.app.build import build_recipe_objective, check_model_name, check_patches, create_model, input_size_of
+from localgrad.app.data_path import data_path_of
 from localgrad.app.recipe import Recipe, overlay
 from localgrad.backbones.base import BACKBONES, Backbone, outline
 from localgrad.backbones.fake import without_initialization
 from localgrad.errors import BudgetError, PartitionError, RecipeError, arg
 from localgrad.formats import Json, read_input
+from localgrad.memory.cards import card_named, card_of
 from localgrad.partition import Plan
 from localgrad.partitioning import num_parameters
 from localgrad.planning.budget import Task, plan_to_budget
@@ -26,6 +29,9 @@ from localgrad.planning.rank_plans import Parallel, plan_parallel
 from localgrad.registry import load_plugins
 from localgrad.step.states import kind_of_optimizer
 from localgrad.training.optim import OptimizerFactory
+
+if TYPE_CHECKING:
+    from localgrad.training.data import Splits
 
 CLASSES = {"digits": (10, 1), "cifar10": (10, 3), "cifar100": (100, 3), "stl10": (10, 3), "svhn": (10, 3)}
 """(classes, channels) of data sets that are known by name."""
@@ -49,6 +55,8 @@ def task_of(
     num_channels: int = 3,
     measure: bool = False,
     cache: bool = True,
+    card: str = "auto",
+    replays: bool = True,
 ) -> Task:
     """What a recipe is to train, on an outline of its model: no data, no weights.
 
@@ -59,6 +67,8 @@ def task_of(
         num_channels: of the images.
         measure: whether parts are timed here, by the clock.
         cache: whether costs that were measured before may be taken.
+        card: name of the card that is planned for; ``auto`` is the one here, or one that is assumed.
+        replays: whether the plan is confirmed by replaying its run's allocations.
     """
     load_plugins(recipe.execution.plugins)
     settings = replace(recipe.method.model, pretrained=False)
@@ -69,11 +79,21 @@ def task_of(
     size = input_size_of(model, settings, num_channels)
     check_patches(model, size[1:])
     backbone = model if isinstance(model, Backbone) else outline(model, size)
-    return replace(task_on(recipe, backbone, device=device, cache=cache), measure=measure)
+    task = task_on(recipe, backbone, device=device, cache=cache, card=card, replays=replays)
+    return replace(task, measure=measure)
 
 
-def task_on(recipe: Recipe, backbone: Backbone, *, device: str, cache: bool = True) -> Task:
-    """What a recipe is to train, on a backbone that is there already."""
+def task_on(
+    recipe: Recipe,
+    backbone: Backbone,
+    *,
+    device: str,
+    cache: bool = True,
+    card: str = "auto",
+    replays: bool = True,
+    data: Splits | None = None,
+) -> Task:
+    """What a recipe is to train, on a backbone that is there already, and with data that was read, if it was."""
     model = backbone.model
     training, local, execution = recipe.method.training, recipe.method.local, recipe.execution
     rules.check({**recipe.arguments(), "checkpoint": None, "plan": True})  # a plan says itself what is recomputed
@@ -95,15 +115,27 @@ def task_on(recipe: Recipe, backbone: Backbone, *, device: str, cache: bool = Tr
         freeze_from=training.freeze_from,
         soft_labels=recipe.method.augment.mixup > 0 or recipe.method.augment.cutmix > 0,
         cache=cache,
+        card=card_of(card) if device == "cuda" else None,
+        data=data_path_of(recipe, backbone.input_size, backbone.num_classes, data),
+        replays=replays,
     )
 
 
-def kind_of(device: str) -> str:
+def kind_of(device: str, card: str = "auto") -> str:
     """The kind of a device that is planned for; there need be none.
 
+    Args:
+        device: ``auto``, ``cpu`` or ``cuda``.
+        card: one that is named is planned for with CUDA, where nothing else is said.
+
     Raises:
-        RecipeError: neither auto, cpu nor cuda.
+        RecipeError: neither auto, cpu nor cuda; or a card for processors.
     """
+    if device == "cpu" and card != "auto":
+        raise RecipeError(f"{arg('card', card)}: with {arg('device', 'cpu')} no card is planned for; leave one out.")
+    if device == "auto" and card != "auto":
+        card_named(card)
+        return "cuda"
     if device == "auto":
         import torch
 

@@ -17,6 +17,7 @@ from localgrad.backbones.timm_models import default_input_size
 from localgrad.errors import RecipeError, arg
 from localgrad.estimating import estimate_step
 from localgrad.learner import LocalLearner, OptimizerFactory
+from localgrad.memory.cards import card_named
 from localgrad.memory.track import MemoryProfile, simulate
 from localgrad.objectives.methods import FeatureReconstruction, Objective
 from localgrad.partition import Plan, Request
@@ -60,6 +61,8 @@ def plan(
     balance: str = "time",
     measure: bool = False,
     cache: bool = True,
+    card: str = "auto",
+    confirm: bool = True,
 ) -> Plan:
     """Find the fastest way to train a model locally within a memory budget; nothing is run, no memory is used.
 
@@ -84,6 +87,9 @@ def plan(
         balance: with ``parallel``: ``time`` for the fastest slowest rank, ``memory`` for the smallest largest one.
         measure: run the model's parts here and time them by the clock, in a minute; nominal rates by default.
         cache: take costs that were measured before, and keep those that are measured.
+        card: with CUDA, the name of the card that is planned for, such as ``"RTX 4090"``; ``"auto"`` is the one here,
+            or one that is assumed. The budget is of the card: its context and more is part of it.
+        confirm: with CUDA, whether the plan is confirmed by replaying the allocations of its run.
 
     Returns:
         A plan with its forecast; train with ``LocalLearner(model, modules=plan)``. What it was made for is in it, and a
@@ -108,7 +114,7 @@ def plan(
         objective=objective or FeatureReconstruction(),
         optimizer=optimizer,
         precision=precision,
-        device=_kind(model) if device is None else kind_of(device),
+        device=_kind(model) if device is None and card == "auto" else kind_of(device or "auto", card),
         compiled=compile,
         ema_decay=ema_decay,
         clip_grad=clip_grad,
@@ -118,6 +124,8 @@ def plan(
         freeze_from=freeze_from,
         measure=measure,
         cache=cache,
+        card=None if card == "auto" else card_named(card),
+        replays=confirm,
     )
     check_precision(precision, torch.device("cpu"), task.backbone.dtype)
     num_bytes = None if budget is None else parse_bytes(budget)

@@ -44,7 +44,7 @@ class Replanner:
         local = replace(self.recipe.method.local, modules=boundaries or 1)
         recipe = replace(self.recipe, method=replace(self.recipe.method, local=local))
         try:
-            task = task_on(recipe, self.job.learner.backbone, device=self.job.device.type)
+            task = task_on(recipe, self.job.learner.backbone, device=self.job.device.type, replays=False)
             if looks_at_whole_batches(task):  # a run's results stay as they are: so do the parts that are seen together
                 task = replace(task, accumulation=recipe.execution.accumulation)
             budget = task.margin.needed(int(self.profile.peak_bytes * LESS))

@@ -15,7 +15,7 @@ right after, the sum takes that one's block instead. Source: ``torch/csrc/autogr
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -79,7 +79,8 @@ class Recorder(Observer):
         self.trace = Trace(card)
         self._numbers: dict[int, int] = {}  # by address of the storage
         self._num_blocks = 0
-        self._on_host: set[int] = set()
+        self._on_host: set[int] = set()  # likewise
+        self._empty: set[int] = set()  # numbers
         self._made: list[tuple[int, int]] | None = None  # of the operator that runs: numbers and bytes
         self._gone: list[int] = []
         self._moves: list[tuple[str, int]] | None = None
@@ -131,7 +132,7 @@ class Recorder(Observer):
         made, moves = self._made or [], self._moves
         self._made = None
         if moves is None:
-            self.trace.events += [self._taking(number, nbytes) for number, nbytes in made]
+            self._write(made)
         else:
             self._lay_out(made, moves)
         if func in MULTIPLY:
@@ -139,18 +140,18 @@ class Recorder(Observer):
         for number in self._gone:
             self._give(number)
         if func is _ADD and made:
-            self._sum = self._maybe_in_place(args, result, made[0][0])
+            self._sum = self._maybe_in_place(args, result)
 
     def took(self, storage: torch.UntypedStorage, *, was_there: bool, in_optimizer: bool) -> None:
         """A storage is there."""
         nbytes = storage.nbytes()
         if storage._cdata in self._on_host:
             return
-        if nbytes == 0 or (in_optimizer and nbytes <= COUNTER_BYTES):
+        if in_optimizer and nbytes <= COUNTER_BYTES:
             return
         number = self._numbers[storage._cdata] = self._next()
         if self._made is None or was_there:
-            self.trace.events.append(self._taking(number, nbytes))
+            self._write([(number, nbytes)])
         else:
             self._made.append((number, nbytes))
 
@@ -176,35 +177,44 @@ class Recorder(Observer):
         self._num_blocks += 1
         return self._num_blocks - 1
 
-    def _taking(self, number: int, nbytes: int) -> Event:
-        return (number, nbytes, self._stream) if self._stream else (number, nbytes)
+    def _write(self, blocks: Iterable[tuple[int, int]]) -> None:
+        """Write that blocks are taken; of nothing the allocator takes nothing."""
+        for number, nbytes in blocks:
+            if nbytes:
+                self.trace.events.append((number, nbytes, self._stream) if self._stream else (number, nbytes))
+            else:
+                self._empty.add(number)
 
     def _take(self, nbytes: int) -> int:
         number = self._next()
-        self.trace.events.append(self._taking(number, nbytes))
+        self._write([(number, nbytes)])
         return number
 
     def _give(self, number: int) -> None:
         self._sum = None
-        self.trace.events.append((number, GIVEN_BACK))
+        if number in self._empty:
+            self._empty.discard(number)
+        else:
+            self.trace.events.append((number, GIVEN_BACK))
 
     def _lay_out(self, made: list[tuple[int, int]], moves: list[tuple[str, int]]) -> None:
         """Write an operator's outputs among what it takes besides."""
         named = {value for kind, value in moves if kind == "output"}
         rest = [block for at, block in enumerate(made) if at not in named]
         taken: list[int] = []
-        events = self.trace.events
         for kind, value in moves:
             if kind == "take":
                 taken.append(self._take(value))
             elif kind == "give":
-                events.append((taken[value], GIVEN_BACK))
+                self._give(taken[value])
             elif kind == "output":
-                events += [self._taking(*block) for block in made[value : value + 1]]
+                self._write(made[value : value + 1])
+            elif kind == "multiply":
+                self._multiply()
             else:
-                events += [self._taking(*block) for block in rest]
+                self._write(rest)
                 rest = []
-        events += [self._taking(*block) for block in rest]
+        self._write(rest)
 
     def _multiply(self) -> None:
         """Where a thread multiplies for the first time, its workspace is taken, and stays."""
@@ -213,7 +223,7 @@ class Recorder(Observer):
             self._has_workspace[in_backward] = True
             self._take(workspace_bytes(self.trace.card))
 
-    def _maybe_in_place(self, args: tuple[Any, ...], result: Tensor, number: int) -> _Sum | None:
+    def _maybe_in_place(self, args: tuple[Any, ...], result: Tensor) -> _Sum | None:
         """A sum that autograd would have made in place, if its first term dies right now."""
         first, second = args[:2]
         is_autograds = torch._C._current_graph_task_id() != NO_TASK and not torch.is_grad_enabled()

@@ -515,14 +515,14 @@ class CudaAutocast(TorchFunctionMode):
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
 
-    def _attend(
+    def _attend(  # noqa: PLR0917  # torch's signature
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         attn_mask: Tensor | None = None,
         dropout_p: float = 0.0,
-        is_causal: bool = False,  # noqa: FBT001, FBT002  # torch's signature
+        is_causal: bool = False,  # noqa: FBT001, FBT002
         scale: float | None = None,
         enable_gqa: bool = False,  # noqa: FBT001, FBT002
     ) -> Tensor:
@@ -549,9 +549,8 @@ class CudaAutocast(TorchFunctionMode):
                 width = q.shape[-1]
                 q, k, v = (F.pad(x, (0, -width % 8)) if width % 8 else x for x in (q, k, v))
                 scale = width**-0.5 if scale is None else scale
-                found = torch.ops.aten._scaled_dot_product_flash_attention(
-                    q, k, v, dropout_p, is_causal, False, scale=scale
-                )
+                flash = torch.ops.aten._scaled_dot_product_flash_attention
+                found = flash(q, k, v, dropout_p, is_causal, return_debug_mask=False, scale=scale)
                 output: Tensor = found[0][..., :width] if width % 8 else found[0]
                 return output
             needs_sums = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, mask))

@@ -1,12 +1,13 @@
 """Whether a plan fits a card: what its run asks of PyTorch's allocator, replayed at exactly what is left of a budget.
 
 A run of a plan is recorded on fake tensors, in the order in which it allocates (``estimating.record_run``): weights,
-images that stay on the card, whole steps, evaluation; one more step follows it. What comes out is replayed through a model of the allocator (``memory/allocator.py``). Fitting isn't monotone in the cap, so a plan is confirmed
-under the very cap that its run will have, and under the same less what is named but not recorded (`Room.spare_bytes`).
+images that stay on the card, whole steps, evaluation; one more step follows it. What comes out is replayed through a
+model of the allocator (``memory/allocator.py``). Fitting isn't monotone in the cap, so a plan is confirmed under the
+very cap that its run will have, and under the same less what is named but not recorded (`Room.spare_bytes`).
 
 Near its limit an allocator with expandable segments wears down over steps. Steps become the same from the second on; so
-that one is replayed `REPEATS` more times. Of three models at their limit the least cap grew by 3.8 % at most from the second step to the
-25th, and by 0.0 to 1.9 % from the tenth on (PyTorch's allocator, simulated runtime, no GPU).
+that one is replayed `REPEATS` more times. Of three models at their limit the least cap grew by 3.8 % at most from the
+second step to the 25th, and by 0.0 to 1.9 % from the tenth on (PyTorch's allocator, simulated runtime, no GPU).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field, replace
 
 from localgrad.memory.allocator import CachingAllocator, Event, Replay, replay
 from localgrad.memory.allocator_rules import MIB, Rules
-from localgrad.memory.cards import Card, available_bytes
+from localgrad.memory.cards import CONTEXT_BYTES, Card, available_bytes
 from localgrad.memory.recording import Trace
 from localgrad.objectives.carried import LocalBatch
 
@@ -68,6 +69,15 @@ class Room:
         """What a budget leaves."""
         cudnn = CUDNN_BYTES if convolves else 0
         return cls(card=card, rules=rules, cap_bytes=available_bytes(card, budget), cudnn_bytes=cudnn)
+
+    def less(self, *, percent: int) -> Room:
+        """The same with some per cent left free."""
+        return replace(self, cap_bytes=self.cap_bytes * 100 // (100 + percent))
+
+    @property
+    def context_bytes(self) -> int:
+        """What of a budget the card's context takes."""
+        return min(self.card.context_bytes, CONTEXT_BYTES)
 
     @property
     def spare_bytes(self) -> int:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from localgrad.partition import ModuleForecast, Plan, RanksForecast, Rival, forecast_of
+from localgrad.partition import Forecast, ModuleForecast, Plan, RanksForecast, Rival, forecast_of
 from localgrad.planning.budget import Candidate, LargestBatch
 from localgrad.units import format_bytes
 
@@ -36,6 +36,8 @@ def print_plan(plan: Plan, console: Console) -> None:
         f"{made_for['training.optimizer']}, {made_for['device']}"
     )
     console.print(_head(plan))
+    for line in _on_card(forecast):
+        console.print(line, highlight=False, markup=False)
     if forecast.global_peak_bytes is not None:
         console.print(
             f"end-to-end steps recompute {plan.global_checkpoint}, and need {format_bytes(forecast.global_peak_bytes)}"
@@ -47,9 +49,39 @@ def print_plan(plan: Plan, console: Console) -> None:
     else:
         console.print(_modules(plan, forecast.peak_bytes))
         console.print(_categories(forecast.modules))
+    if forecast.budget_parts:
+        console.print(_budget_parts(forecast))
     console.print(_table_of_rivals(plan, scale))
     for note in forecast.notes:
         console.print(f"[dim]{note}[/]")
+
+
+def _budget_parts(forecast: Forecast) -> Table:
+    """What a budget includes on a card, each named."""
+    table = _table("what the budget includes", "bytes", "")
+    most = max(forecast.budget_parts.values())
+    for name, nbytes in forecast.budget_parts.items():
+        bar = Text("█" * round(WIDTH * nbytes / most), style="dim")
+        table.add_row(name, format_bytes(nbytes), bar)
+    return table
+
+
+def _on_card(forecast: Forecast) -> list[str]:
+    """Lines about the card, its allocator, and whether the plan was confirmed."""
+    if forecast.card is None:
+        return []
+    assumed = ": assumed, as there is none here and --card names none" if forecast.card_is_assumed else ""
+    lines = [f"card: {forecast.card}{assumed}; PyTorch's allocator: {forecast.allocator_rules}"]
+    if forecast.is_confirmed and forecast.reserved_bytes is not None and forecast.allocated_bytes is not None:
+        available = format_bytes(forecast.available_bytes or 0)
+        lines.append(
+            f"confirmed by a replay of the run's allocations: {format_bytes(forecast.reserved_bytes)} reserved, "
+            f"{format_bytes(forecast.allocated_bytes)} allocated, of {available} that the allocator may have"
+        )
+    else:
+        lines.append("not confirmed by a replay of the run's allocations")
+    lines += [f"attention: {kernel} ({why})" for kernel, why in forecast.attention.items()]
+    return lines
 
 
 def _head(plan: Plan) -> str:
@@ -199,7 +231,18 @@ def _table(*names: str) -> Table:
 
 
 WRAPPED = ("recomputes", "boundaries")
-LEFT = (*WRAPPED, "module", "rank", "blocks", "from", "at its peak", "what it would need", "method", "modules")
+LEFT = (
+    *WRAPPED,
+    "module",
+    "rank",
+    "blocks",
+    "from",
+    "at its peak",
+    "what it would need",
+    "what the budget includes",
+    "method",
+    "modules",
+)
 
 
 def _bar(figures: dict[str, int], scale: int, colours: dict[str, str]) -> Text:

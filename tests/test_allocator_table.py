@@ -1,0 +1,65 @@
+"""The table of research/docs/allocator.md: predictions beside PyTorch's own allocator, on a simulated card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from localgrad.memory.cards import card_named
+from research.benchmarks import allocator_table as table
+
+if TYPE_CHECKING:
+    from simulated import SimulatedCard
+
+TESTS = Path(__file__).parent
+
+
+def test_two_small_models_reserve_what_is_predicted(simulated: SimulatedCard) -> None:
+    printed = simulated.run(
+        TESTS / "compared_on_a_card.py",
+        card=card_named("H200"),
+        total_bytes=table.TOTAL,
+        more={"PYTHONPATH": f"{TESTS.parent / 'src'}:{TESTS.parent}:{TESTS}"},
+    )
+    for kind, result in json.loads(printed.splitlines()[-1]).items():
+        assert abs(table.off(result, "allocated")) <= 0.005, kind
+        assert abs(table.off(result, "reserved")) <= 0.02, kind
+        assert table.num_same(result) >= 19, kind
+        assert not all(result["fits"]), "caps lie on both sides of the limit"
+        assert any(result["fits"])
+
+
+def test_the_results_are_as_good_as_the_page_says() -> None:
+    results = table.results()
+    if not results:
+        pytest.skip("no results yet")
+    plain = [each for each in results if not table.Configuration(**each["configuration"]).convolves_inside]
+    near = [abs(table.off(each, "reserved")) <= 0.005 for each in plain]
+    assert sum(near) >= 0.9 * len(near)
+    assert all(abs(table.off(each, "reserved")) <= 0.02 for each in plain)
+    assert all(abs(table.off(each, "reserved")) <= 0.05 for each in results)
+    assert sum(map(table.num_same, results)) >= 0.95 * sum(len(each["caps"]) for each in results)
+
+
+def test_the_page_is_the_one_of_the_results() -> None:
+    assert table.PAGE.read_text() == table.page(table.results())
+
+
+def test_names_of_rows_differ() -> None:
+    names = [row.name for row in table.ROWS]
+    assert len(set(names)) == len(names) >= 40
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("row", table.ROWS, ids=lambda row: row.name)
+def test_a_configuration_reserves_what_is_predicted(row: table.Configuration, simulated: SimulatedCard) -> None:
+    script = TESTS.parent / "research" / "benchmarks" / "allocator_table.py"
+    printed = simulated.run(
+        script, "--group", "--json", row.name, card=card_named(row.card), total_bytes=table.TOTAL, timeout=1200
+    )
+    result = json.loads(printed.splitlines()[-1])
+    limit = 0.05 if row.convolves_inside else 0.02
+    assert abs(table.off(result, "reserved")) <= limit
