@@ -317,6 +317,7 @@ def compare(row: Configuration, backbone: Backbone) -> dict[str, Any]:
         evaluation_batch=row.evaluation or None,
         last_evaluation_batch=row.evaluation // 3 or None,
         globally=row.kinds,
+        cudnn=False,
     )
     predicted, seconds = replay(trace.events, CachingAllocator()), time.perf_counter() - start
     events = train_really(learner, row, optimizer)
@@ -458,7 +459,12 @@ def main() -> None:
     key: Callable[[Configuration], tuple[str, str]] = lambda row: (row.card, row.model)  # noqa: E731
     for (card, _), rows in groupby(sorted(wanted, key=key), key):
         ran = simulated_card.run(
-            Path(__file__), "--group", *(row.name for row in rows), card=card_named(card), total_bytes=TOTAL, timeout=7200
+            Path(__file__),
+            "--group",
+            *(row.name for row in rows),
+            card=card_named(card),
+            total_bytes=TOTAL,
+            timeout=7200,
         )
         print(ran.out, end="", flush=True)
         if ran.code:
