@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from localgrad.backbones.base import Backbone, split
 from localgrad.estimating import record_run
@@ -362,7 +361,7 @@ def run_group(names: Sequence[str], *, as_json: bool) -> None:
     for row in rows:
         try:
             result = compare(row, backbone)
-        except Exception as error:  # noqa: BLE001  # the others go on
+        except Exception as error:  # one that fails may leave something behind; the others have their own process
             print(f"{row.name}: {type(error).__name__}: {error}", flush=True)
             return
         if as_json:
@@ -388,10 +387,10 @@ def num_same(result: dict[str, Any]) -> int:
 def line_of(result: dict[str, Any]) -> str:
     """A row of the table."""
     row = Configuration(**result["configuration"])
-    how = ", ".join(row.told)
+    who = [row.model, row.card, str(row.batch), str(row.modules), row.precision, ", ".join(row.told)]
     figures = [f"{result[kind] / MIB:,.0f} | {off(result, kind):+.2%}" for kind in ("allocated", "reserved")]
     same = f"{num_same(result)} of {len(result['caps'])}"
-    return f"| {row.model} | {row.card} | {row.batch} | {row.modules} | {row.precision} | {how} | {' | '.join(figures)} | {same} |"
+    return f"| {' | '.join([*who, *figures, same])} |"
 
 
 def results() -> list[dict[str, Any]]:
@@ -415,25 +414,26 @@ def page(found: Sequence[dict[str, Any]]) -> str:
     lines = [
         "# Predicted memory against PyTorch's own allocator",
         "",
-        "PyTorch's allocator, simulated runtime, no GPU. Made by `research/benchmarks/allocator_table.py`; results in",
-        "`research/results/memory/`. cuDNN is off.",
+        "PyTorch's allocator, simulated runtime, no GPU. Made by `research/benchmarks/allocator_table.py`;",
+        "results in `research/results/memory/`. cuDNN is off.",
         "",
-        f"torch {', '.join(versions)}; {'; '.join(rules)}. {len(found)} configurations of 224 x 224 pixels, 100 classes;",
-        "three steps from an empty allocator, and what *more* names. Swin's attention is written out in timm; ViT's,",
-        "DeiT's and PVT's is fused, and its kernel follows card and precision.",
+        f"torch {', '.join(versions)}; {'; '.join(rules)}.",
+        f"{len(found)} of {len(ROWS)} configurations of 224 x 224 pixels, 100 classes; three steps from an empty",
+        "allocator, and what *more* names. Swin's attention is written out in timm; ViT's, DeiT's and PVT's",
+        "is fused, and its kernel follows card and precision.",
         "",
-        f"* Reserved within 0.5 % in {near} of {len(plain)} without convolutions inside blocks; worst {worst:.2%}.",
-        f"  With them: worst {worst_of_all:.2%}.",
-        f"* Verdicts (fits, or runs out) the same at {same} of {caps} caps, {same / caps:.1%}: from 0.97 x allocated to",
-        "  24 MiB above reserved. Real verdicts: recorded events replayed through PyTorch's own allocator under",
-        "  `set_per_process_memory_fraction`.",
+        f"* Reserved within 0.5 % in {near} of {len(plain)} without convolutions inside blocks; worst {worst:.2%},",
+        f"  with them {worst_of_all:.2%}.",
+        f"* Verdicts (fits, or runs out) the same at {same} of {caps} caps, {same / caps:.1%}: from 0.97 x",
+        "  allocated to 24 MiB above reserved. Real verdicts: recorded events replayed through PyTorch's own",
+        "  allocator under `set_per_process_memory_fraction`.",
         "",
         head,
         *map(line_of, found),
         "",
-        "What isn't shown: any figure of a real GPU; cuDNN's workspaces, which are the card's own choice; compiled code.",
-        "The simulated card has the shared memory of an H100 whatever its name, by which memory-efficient attention",
-        "chooses a kernel for wide heads in float32.",
+        "What isn't shown: any figure of a real GPU; cuDNN's workspaces, which are the card's own choice;",
+        "compiled code. The simulated card has the shared memory of an H100 whatever its name, by which",
+        "memory-efficient attention chooses a kernel for wide heads in float32.",
     ]
     return "\n".join(lines) + "\n"
 
