@@ -144,6 +144,7 @@ def record_run(
     globally: bool | Sequence[bool] = False,
     make_batch: Callable[[int], LocalBatch] | None = None,
     kept_bytes: Sequence[int] = (),
+    cudnn: bool = True,
 ) -> Trace:
     """Write down what a run takes from a CUDA card's allocator, from the move of the weights on; no GPU.
 
@@ -165,6 +166,7 @@ def record_run(
         make_batch: makes a batch of so many images, as the data path does, on fake tensors; by default images of the
             model's size and labels come as they are.
         kept_bytes: of tensors that the data path keeps on the card from its first batch on.
+        cudnn: whether it convolves, which keeps channels last where they are; its workspaces aren't known.
 
     Returns:
         The trace; its marks are ``weights``, ``step 1`` and so on, ``last batch``, ``evaluation``, ``step after
@@ -176,6 +178,7 @@ def record_run(
     recorder = Recorder(card)
     with by_shapes_alone():
         fake_mode, fake, _ = fake_copy_with_memo(_bare(learner))
+        fake_mode.channels_first = not cudnn
         make = make_batch or partial(_plain_batch, size=learner.backbone.input_size, dtype=learner.backbone.dtype)
         with fake_mode, autocast_of("cuda", card) as like_cuda, foreach_of("cuda"), Tracker(1, recorder) as tracker:
             recorder.mark("weights")

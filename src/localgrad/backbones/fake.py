@@ -92,6 +92,7 @@ class FakeTensorMode(fake_tensor.FakeTensorMode):  # type: ignore[no-untyped-cal
         with torch._C._DisableTorchDispatch():  # another mode may be on
             like = FakeTensor(self, torch.empty(0, device="meta"), _CPU)
         self._attributes = {name: value for name, value in vars(like).items() if name != "fake_mode"}
+        self.channels_first = False  # whether convolutions put channels first, as PyTorch's own on CUDA; cuDNN's keep
         self._hooks_put_away: list[list[tuple[dict[int, Any], dict[int, Any]]]] = []
 
     def __enter__(self) -> FakeTensorMode:
@@ -115,6 +116,8 @@ class FakeTensorMode(fake_tensor.FakeTensorMode):  # type: ignore[no-untyped-cal
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Give the fake tensors that an operator gives."""
         kwargs = kwargs or {}
+        if self.channels_first and func in _CONVOLUTIONS:
+            return self._contiguous(_dispatch(self, func, types, args, kwargs))
         key = self._key_of(func, args, kwargs)
         if key is None:
             return _dispatch(self, func, types, args, kwargs)
@@ -155,6 +158,15 @@ class FakeTensorMode(fake_tensor.FakeTensorMode):  # type: ignore[no-untyped-cal
         vars(tensor).update(self._attributes, fake_mode=self)
         return tensor
 
+    def _contiguous(self, made: Any) -> Any:
+        """The same tensors, contiguous; those that operators just made."""
+        if isinstance(made, (list, tuple)):
+            return [self._contiguous(each) for each in made]
+        if not isinstance(made, FakeTensor) or made.is_contiguous():
+            return made
+        strides = [math.prod(made.shape[axis + 1 :]) for axis in range(made.ndim)]
+        return self.make(made.shape, strides, made.dtype)
+
     def _key_of(self, func: Any, args: tuple[Any, ...], kwargs: Kwargs) -> tuple[object, ...] | None:
         key = [func, torch.get_default_dtype(), *kwargs]
         is_plain = type(func) is OpOverload and self._describe(args, key) and self._describe(kwargs.values(), key)
@@ -188,6 +200,7 @@ _WITH_KERNELS = {
     torch.ops.aten._softmax_backward_data.default,
 }
 """The slowest of those that PyTorch decomposes in Python (up to thirty operators) though it needs not."""
+_CONVOLUTIONS = {torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default}
 _NAMESPACES = ("aten", "prims")
 _CPU = torch.device("cpu")
 _Recipe = Callable[[FakeTensorMode, tuple[Any, ...]], Any]

@@ -597,6 +597,8 @@ TABLE: dict[Any, Temporary] = {
     aten.linalg_vector_norm.default: Temporary(_REDUCE, "Reduce.cuh", _norm),
     aten.all.default: Temporary(_REDUCE, "Reduce.cuh", _all),
     aten.any.default: Temporary(_REDUCE, "Reduce.cuh", _all),
+    aten.all.dim: Temporary(_REDUCE, "Reduce.cuh", _all),
+    aten.any.dim: Temporary(_REDUCE, "Reduce.cuh", _all),
     aten.mse_loss.default: Temporary(_REDUCE, "Reduce.cuh; aten/src/ATen/native/Loss.cpp", _mean_of_errors),
     aten.smooth_l1_loss.default: Temporary(_REDUCE, "Reduce.cuh; aten/src/ATen/native/Loss.cpp", _mean_of_errors),
     aten._softmax_backward_data.default: Temporary(
