@@ -620,7 +620,7 @@ def test_bad_input_ends_in_one_line_that_says_what_to_type(
 
 def test_a_plan_that_is_none_or_of_another_model(compare_: Cli, tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text("{")
-    assert "localgrad: --plan: bad.json: plan: this is not the JSON of a plan" in compare_("--plan", "bad.json").err
+    assert "localgrad: --plan bad.json: plan: this is not the JSON of a plan" in compare_("--plan", "bad.json").err
     (tmp_path / "other.json").write_text(Plan(model="other", num_blocks=6, boundaries=(2,)).to_json())
     said = compare_(*TINY, "--plan", "other.json")
     assert said.code == 2

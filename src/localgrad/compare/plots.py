@@ -77,7 +77,7 @@ def plot_trade_off(comparison: Comparison, path: Path) -> None:
 
 def plot_timeline(comparison: Comparison, path: Path) -> None:
     """Draw bytes alive over one step, as estimated: the end-to-end mountain against the local sawtooth."""
-    figure, axes = _figure(comparison, "Memory over one training step (estimated)", right=0.97)
+    figure, axes = _figure(comparison, "Memory over one training step (estimated)")
     highest = max((nbytes for timeline in comparison.timelines.values() for _, nbytes in timeline), default=1)
     unit, size = _unit(highest)
     for index, (name, timeline) in enumerate(comparison.timelines.items()):
@@ -101,7 +101,7 @@ def _unit(nbytes: int) -> tuple[str, int]:
     return next(((name, size) for name, size in UNITS if nbytes >= size), UNITS[-1])
 
 
-def _figure(comparison: Comparison, what: str, *, right: float) -> tuple[Figure, Axes]:
+def _figure(comparison: Comparison, what: str, *, right: float = 0.97) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
     about = comparison.about
