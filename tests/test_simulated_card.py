@@ -194,7 +194,7 @@ def test_train_evaluate_resume_plan_and_train_again(simulated: SimulatedCard, tm
     # That is before the test: its batches are such that it needs no more.
     assert 0 < summary["measured_peak_bytes"] <= summary["measured_reserved_bytes"]
     assert calls[0].peaks[0] == summary["measured_peak_bytes"]
-    assert summary_of(tmp_path / "planned")["plan"]["made_for"]["device"] == "cuda"
+    assert json.loads((tmp_path / "plan.json").read_text())["made_for"]["device"] == "cuda"
 
 
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(simulated: SimulatedCard, tmp_path: Path) -> None:
