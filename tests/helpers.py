@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import signal
@@ -16,6 +17,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from localgrad.backbones.base import Backbone, split
 from localgrad.learner import LocalLearner, StepResult
 from localgrad.objectives.base import LocalObjective
 from localgrad.training.data import Splits, load_data
@@ -88,6 +90,24 @@ def make(kind: str = "vit", **more: Any) -> nn.Module:
     return timm.create_model(**(MODELS[kind] | {"num_classes": 5} | more))
 
 
+def make_backbone(kind: str = "vit", **more: Any) -> Backbone:
+    """The same, split: a copy of one that is split once, as that takes longer than a step of it.
+
+    The random state is what it is after making the model.
+    """
+    key = repr(MODELS[kind] | more)
+    if key not in _split:
+        model = make(kind, **more)
+        random_state = torch.get_rng_state()
+        _split[key] = split(model, SIZE), random_state
+    backbone, random_state = _split[key]
+    torch.set_rng_state(random_state)
+    return copy.deepcopy(backbone)
+
+
+_split: dict[str, tuple[Backbone, Tensor]] = {}
+
+
 def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05)
 
@@ -99,7 +119,7 @@ def quick_adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
 def make_learner(model: nn.Module | None = None, modules: Any = 3, optimizer: Any = adamw, **more: Any) -> LocalLearner:
     """A learner with optimizers, of a small ViT by default; the same weights each time."""
     torch.manual_seed(1)
-    learner = LocalLearner(make() if model is None else model, modules=modules, input_size=SIZE, **more)
+    learner = LocalLearner(make_backbone() if model is None else model, modules=modules, input_size=SIZE, **more)
     learner.configure_optimizers(optimizer)
     return learner
 

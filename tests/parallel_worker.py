@@ -6,12 +6,11 @@ groups, and rank 0 writes ``OUT/SCENARIO.pt``: the whole model's weights and wha
 
 from __future__ import annotations
 
-import copy
-import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
-from helpers import SIZE, make
+from helpers import SIZE, make, make_backbone
 from localgrad import (
     Carried,
     Contrastive,
@@ -33,7 +32,6 @@ from localgrad import (
     Team,
     register_carried,
 )
-from localgrad.backbones.base import Backbone, split
 from localgrad.compare.measuring import Held, peak_of
 from localgrad.objectives.base import Term, TermValue
 from localgrad.objectives.methods import Objective
@@ -185,16 +183,10 @@ def data(*, mixes: bool) -> list[tuple[Tensor, Tensor]]:
     return found
 
 
-@cache
-def split_once(kind: str, more: str) -> Backbone:
-    """A model, split; a process that trains many of a kind would take longer to split them than to train them."""
-    return split(make(kind, **json.loads(more)), SIZE)
-
-
 def learner_of(scenario: Scenario, team: Team | None) -> LocalLearner | ParallelLearner:
     more = {**scenario.model, **({"drop_path_rate": scenario.drop_path} if scenario.drop_path else {})}
     if team is not None and not scenario.unread:
-        model = copy.deepcopy(split_once(scenario.kind, json.dumps(more)))
+        model: nn.Module = make_backbone(scenario.kind, **more)
     else:
         model = make(scenario.kind, **more)
     if scenario.unread:
@@ -240,6 +232,14 @@ def train(scenario: Scenario, team: Team | None = None) -> tuple[Any, list[Any]]
     if isinstance(learner, ParallelLearner):
         learner.links.finish()
     return learner, losses
+
+
+def start_program() -> None:
+    """Be the command line, which starts another program where it would start Python."""
+    from localgrad import cli
+
+    sys.executable = os.environ["PROGRAM"]
+    cli.main()
 
 
 def measured_peak(learner: ParallelLearner, team: Team) -> int:

@@ -190,7 +190,7 @@ def test_a_range_for_images_of_8_bits_is_refused(tmp_path: Path) -> None:
         ({"image_range": (0, float("nan"))}, "the first one smaller"),
         ({"mean": (0.5, 0.5), "std": (0.5, 0.5)}, "The images have 1 channels"),
         ({"mean": (0.5,), "std": (float("inf"),)}, "mean and std must be finite"),
-        ({"test_data": "x"}, "test_data: digits brings its own parts"),
+        ({"test_data": "x"}, "test_data='x' doesn't go with data='digits': it brings its own parts"),
     ],
 )
 def test_impossible_options_are_refused(option: dict[str, Any], message: str) -> None:

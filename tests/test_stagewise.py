@@ -589,14 +589,21 @@ def test_real_processes_stopped_in_every_way_go_on_bit_for_bit(ranks: Ranks, tmp
     assert_same_run(folder, tmp_path / "whole")
 
 
-@pytest.mark.parametrize("value", ["gone", None, {"optimizer": {}, "scaler": {}}])
-def test_a_checkpoint_whose_optimizer_does_not_fit_is_refused(
-    value: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was stopped in its second module's first epoch."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        quick_estimates(patch)
         interrupt_at_step(patch, 24)
         with pytest.raises(Interrupted):
-            run.train(micro(), out=tmp_path / "run")
+            run.train(micro(), out=folder)
+    return folder
+
+
+@pytest.mark.parametrize("value", ["gone", None, {"optimizer": {}, "scaler": {}}])
+def test_a_checkpoint_whose_optimizer_does_not_fit_is_refused(value: Any, stopped: Path, tmp_path: Path) -> None:
+    shutil.copytree(stopped, tmp_path / "run")
     last = tmp_path / "run" / "checkpoints" / "last.pt"
     state = torch.load(last, weights_only=True)
     assert len(state["local_step"]["optimizer"]["state"]) > 0

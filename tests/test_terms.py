@@ -19,6 +19,7 @@ from localgrad import errors, options, rules, run
 from localgrad.app.build import resolve_device
 from localgrad.app.recipe import OPTIONS, Execution, Method, Recipe, overlay, parse_toml, preset
 from localgrad.cli import option_of
+from localgrad.objectives.auxiliary import NextClassifier
 from localgrad.training.settings import Augment
 
 SIZE = (1, 16, 16)
@@ -230,6 +231,8 @@ def test_options_read_what_is_typed() -> None:
 
 def value_for(condition: rules.Given) -> object:
     """A value for which a condition holds."""
+    if isinstance(condition, rules.OneOf):
+        return condition.values[0]
     return None if isinstance(condition, rules.Absent) else 3 if condition.value is None else condition.value
 
 
@@ -258,4 +261,5 @@ def test_the_rules_name_arguments_that_there_are() -> None:
     for verb in (cli.train, cli.plan, cli.compare):
         known |= {name.rstrip("_") for name in inspect.signature(verb).parameters}
     known |= {each.name for kind in (GREEDY, FEATURE) for each in fields(kind)}
+    known |= set(inspect.signature(NextClassifier).parameters)
     assert {given.key for rule in rules.RULES for given in (rule.first, rule.second)} <= known

@@ -115,9 +115,7 @@ def _leave(status: int) -> None:
 
 
 @app.callback(invoke_without_command=True)
-def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
-) -> None:
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     if version:
         import localgrad
 
@@ -494,8 +492,7 @@ def compare(**given: Any) -> None:
         task = progress.add_task("building the model", total=None)
         turn = itertools.count()
         comparison = bench.run(
-            settings,
-            lambda text, turns: progress.update(task, description=text, completed=next(turn), total=turns),
+            settings, lambda text, turns: progress.update(task, description=text, completed=next(turn), total=turns)
         )
     console = Console()
     table = bench.comparison_table(comparison)

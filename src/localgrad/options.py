@@ -101,11 +101,7 @@ def _typed(hint: Any) -> type:
 
 
 def values_of(options: Mapping[str, Option], given: Mapping[str, Any]) -> Values:
-    """What was typed as values by dotted key; what wasn't is left out.
-
-    Args:
-        options: by dotted key.
-        given: by the options' names; ``None`` where an option wasn't given.
+    """What was typed (by the options' names, ``None`` where it wasn't) as values by dotted key.
 
     Raises:
         RecipeError: a text that can't be read.

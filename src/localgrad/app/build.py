@@ -141,8 +141,6 @@ def build(
         "accumulation": execution.accumulation,
         "clip_grad": training.clip_grad,
         "ema_decay": training.ema_decay,
-        "offload": execution.offload,
-        "overlap": method.local.overlap,
         "freeze_from": training.freeze_from,
         "auxiliary_from": "state",  # seeded right before; as it was when the published runs were made
     }
@@ -150,7 +148,9 @@ def build(
     if team is None:
         learner = LocalLearner(
             backbone,
+            offload=execution.offload,
             device=device if execution.offload else None,
+            overlap=method.local.overlap,
             global_checkpoint=execution.global_checkpoint,
             **settings_of_learner,
         )
@@ -343,10 +343,7 @@ def build_recipe_objective(recipe: Recipe) -> Objective:
 
 
 def create_model(settings: ModelSettings, *, num_classes: int | None, num_channels: int) -> nn.Module:
-    """Make the timm model of a recipe for a data set; with no number of classes, timm's own.
-
-    Returns:
-        The model; of a name that a plugin registered, its backbone.
+    """Make the model of a recipe for a data set: timm's, with no number of classes timm's own; or a plugin's backbone.
 
     Raises:
         BackboneError: unknown to timm, or timm can't make it with these settings.
@@ -369,11 +366,7 @@ def create_model(settings: ModelSettings, *, num_classes: int | None, num_channe
 
     def create() -> nn.Module:
         model: nn.Module = timm.create_model(
-            settings.name,
-            pretrained=settings.pretrained,
-            in_chans=num_channels,
-            **classes,
-            **options,
+            settings.name, pretrained=settings.pretrained, in_chans=num_channels, **classes, **options
         )
         return model
 

@@ -75,7 +75,7 @@ def task_on(recipe: Recipe, backbone: Backbone, *, device: str, cache: bool = Tr
     """What a recipe is to train, on a backbone that is there already."""
     model = backbone.model
     training, local, execution = recipe.method.training, recipe.method.local, recipe.execution
-    rules.check({**recipe.arguments(), "plan": True})
+    rules.check({**recipe.arguments(), "checkpoint": None, "plan": True})  # a plan says itself what is recomputed
     return Task(
         backbone=backbone,
         # Pixels' mean and deviation need the data, which isn't read here; memory and time don't depend on them.
@@ -239,11 +239,6 @@ def check_plan_fits(plan: Plan, backbone: Backbone, data: str) -> None:
     Raises:
         BudgetError: naming the difference.
     """
-    here: dict[str, tuple[Json, str]] = {
-        "channels": (backbone.input_size[0], arg("data", data)),
-        "image size": (list(backbone.input_size[1:]), arg("img_size", backbone.input_size[-1])),
-        "num_classes": (backbone.num_classes, arg("num_classes", backbone.num_classes)),
-    }
     if plan.num_blocks != len(backbone.blocks):
         raise BudgetError(
             f"{arg('plan')}: it was made for {plan.num_blocks} blocks, but this model has {len(backbone.blocks)}; make "
@@ -251,13 +246,13 @@ def check_plan_fits(plan: Plan, backbone: Backbone, data: str) -> None:
         )
     said = plan.made_for.get("input_size")
     size: list[Json] = said if isinstance(said, list) and said else [*backbone.input_size]
-    made_for: dict[str, Json] = {
-        "channels": size[0],
-        "image size": size[1:],
-        "num_classes": plan.made_for.get("num_classes"),
-    }
-    for key, (value, option) in here.items():
-        planned = made_for[key]
+    channels, *sides = backbone.input_size
+    num_classes = backbone.num_classes
+    for key, planned, value, option in (
+        ("channels", size[0], channels, arg("data", data)),
+        ("image size", size[1:], sides, arg("img_size", sides[-1])),
+        ("num_classes", plan.made_for.get("num_classes"), num_classes, arg("num_classes", num_classes)),
+    ):
         if planned not in (value, None):
             raise BudgetError(
                 f"{arg('plan')}: it was made for {key} {planned}, here {value}; plan again with {option}."

@@ -4,9 +4,9 @@ A recipe has two halves. ``Method`` changes results: model, data, augmentation, 
 ``Execution`` must not: device, precision, checkpointing, compilation, workers. (Lower precision and other kernels
 round differently; nothing else may change.) So a run may be resumed with another execution, never with another method.
 
-A recipe is read from a preset or a TOML file, then single values are laid over it by dotted key
-(``training.epochs=20``); the command line's options are such values. Unknown keys and impossible values are refused
-with the key's name; settings of timm's own (optimizers, schedulers, model options) are checked by timm.
+Single values are laid over a preset or a TOML file by dotted key (``training.epochs=20``); the command line's options
+are such values. Unknown keys and impossible values are refused with the key's name; settings of timm's own are checked
+by timm.
 """
 
 from __future__ import annotations
@@ -222,8 +222,12 @@ class Recipe:
         return cast(Values, _without_none({**asdict(self.method), "execution": asdict(self.execution)}))
 
     def arguments(self) -> Values:
-        """What local modules are trained by, as arguments by their own names; for ``rules.check``."""
+        """What local modules are trained by, as arguments by their own names; for ``rules.check``.
+
+        But for the device: a run moves its model there, while a learner's ``device`` is for offloading alone.
+        """
         local, training, execution = asdict(self.method.local), asdict(self.method.training), asdict(self.execution)
+        del execution["device"]
         return {**training, **execution, **local.pop("options"), **local}
 
     def to_toml(self) -> str:

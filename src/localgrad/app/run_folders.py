@@ -143,10 +143,7 @@ def describe_data(job: Job) -> DataDescription:
 
 
 def check_data(path: Path, job: Job, *, is_moved: bool) -> DataDescription:
-    """Compare the data with what a run was trained on.
-
-    Returns:
-        What ``data.json`` would hold of it.
+    """Compare the data with what a run was trained on; gives what ``data.json`` would hold of it.
 
     Raises:
         DataError: it is other data, in another place.

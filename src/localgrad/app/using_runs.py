@@ -81,12 +81,7 @@ def _say_less(place: str, less: str) -> bool:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The classes that a model finds in one image.
-
-    Attributes:
-        path: the image.
-        classes: (name, probability), the likeliest first.
-    """
+    """The classes that a model finds in one image, as (name, probability), the likeliest first."""
 
     path: Path
     classes: tuple[tuple[str, float], ...]

@@ -109,7 +109,7 @@ def measure(
     # Asked when the optimizers have made their state.
     held: Iterable[Held] = holds or ()
     if isinstance(step, Learner):
-        held = [*step.modules, *step.optimizers, *([step.averaged_model] if step.averaged_model is not None else [])]
+        held = [*step.modules, *step.optimizers, *([] if step._ema is None else [step._ema.module])]
     allocated, reserved = peak_of(once, device, [*held, images, labels])
     seconds = tuple(timed(once, device) for _ in range(repeats))
     return Measurement(

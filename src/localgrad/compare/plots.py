@@ -33,7 +33,7 @@ UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
 def check_path(name: str, path: Path) -> None:
-    """Refuse a file that a plot couldn't be written to, before there is anything to lose.
+    """Refuse a picture that couldn't be written, before there is anything to lose.
 
     Raises:
         RecipeError: not PNG or SVG, or no such folder, or it can't be written; or matplotlib isn't installed.

@@ -171,7 +171,7 @@ class Workshop:
         mark = _mark_of(piece)
 
         def measured(size: int) -> Measured:
-            run, like = partial(checkpointed, piece.branch, state=piece.state), ((size, *rest), dtype)
+            run, like = partial(checkpointed, piece.branch, effects=piece.effects), ((size, *rest), dtype)
             key = "chunk", mark, like
             measure = partial(self.measure, run, like, _weights_of(piece), present=True, accumulates=False)
             found: Measured = self.once(key, measure)

@@ -605,12 +605,7 @@ class Batches:
 
 
 def load_images_for_prediction(
-    path: Path,
-    settings: DataSettings,
-    info: DataInfo,
-    *,
-    image_size: tuple[int, int],
-    skipped: Skipped | None = None,
+    path: Path, settings: DataSettings, info: DataInfo, *, image_size: tuple[int, int], skipped: Skipped | None = None
 ) -> Iterator[tuple[Path, Tensor]]:
     """Load images without labels, float32 [C, H, W], as a model is evaluated on them; with their paths.
 

@@ -3,11 +3,10 @@
 ::
 
     recipe.toml                what was asked for, whole
-    data.json                  the data set in words and figures: classes, parts, normalisation, what was left out
+    data.json                  the data set in words and figures, and a fingerprint of it
     skipped.csv                the images that were left out: part, image, reason
     metrics.jsonl              one line an epoch, and one a health check
     tensorboard/               the same for TensorBoard
-    data.json                  what is known of the images, and a fingerprint of them
     checkpoints/last.pt        everything that resuming needs; of a parallel run, what names its parts
     checkpoints/before.pt      the checkpoint before that one, until the run is complete
     checkpoints/part-*.pt      a parallel run's: the state of each rank's modules
@@ -17,13 +16,12 @@
     summary.json               the figures, at the end
 
 Files are written under another name, flushed to disk and renamed, so each is whole or absent. One process at a time
-may use a folder: it holds a lock that the system releases when the process ends, however it ends.
+holds the folder, by a lock that the system releases when the process ends, however it ends.
 
-Disks and people damage files later, so what is read is verified. Checkpoints are zip files with a CRC-32 of each
-record, weights have the SHA-256 of their tensors in their metadata, text files have theirs in ``checksums.json``. Of a
-damaged checkpoint the one before is taken; every checkpoint keeps recipe, ``data.json`` and ``metrics.jsonl`` as they
-were, so that those can be restored. What was done, and what can't be verified (an older version wrote it), is said as a
-``RunWarning``.
+Disks and people damage files later, so what is read is verified: checkpoints by the CRC-32 of each record, weights by
+the SHA-256 of their tensors in their metadata, text files by ``checksums.json``. Of a damaged checkpoint the one before
+is taken; every checkpoint keeps recipe, ``data.json`` and ``metrics.jsonl`` as they were, so that those can be
+restored. What was done, and what can't be verified (an older version wrote it), is said as a ``RunWarning``.
 """
 
 from __future__ import annotations
@@ -196,10 +194,7 @@ class RunFolder:
     def load_last(self, agree: Agree = lambda state: None) -> Checkpoint:
         """Read the checkpoint to resume from, on the CPU; of a parallel run, with its ``parts``, a list of states.
 
-        Where the last one is missing, damaged or another run's, that is the one before.
-
-        Args:
-            agree: says of a checkpoint why it is none of this run, or ``None``.
+        Where the last one is missing, damaged or none of this run, as ``agree`` says, that is the one before.
 
         Raises:
             CheckpointError: missing, damaged, another run's, or of another version.

@@ -324,15 +324,10 @@ def _holds_images(folder: Path, above: tuple[str, ...] = ()) -> bool:
     return _has_images(folder) or any(_holds_images(each, (*above, own)) for each in visible_folders(folder))
 
 
-def _images_in(folder: Path) -> Iterator[str]:
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if not is_hidden(entry.name) and not _is_folder(entry) and is_image(entry.path, _suffix(entry.name)):
-                yield entry.path
-
-
 def _has_images(folder: Path) -> bool:
-    return next(_images_in(folder), None) is not None
+    with os.scandir(folder) as entries:
+        files = (entry for entry in entries if not is_hidden(entry.name) and not _is_folder(entry))
+        return any(is_image(file.path, _suffix(file.name)) for file in files)
 
 
 def _strays(root: Path) -> Counter[str]:
@@ -346,5 +341,4 @@ def _strays(root: Path) -> Counter[str]:
                 suffix = _suffix(entry.name)
                 is_stray = is_image(entry.path, suffix)
                 strays["image outside class folders" if is_stray else why_left_out(entry.path, suffix)] += 1
-    strays += Counter()
     return strays

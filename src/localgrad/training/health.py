@@ -8,9 +8,9 @@
 ``cka``                   how like its features are to those of an end-to-end run at the same depth, from 0 to 1
 ========================= ======================================================================================
 
-What can't be measured (no validation images, no decoder, no reference) is left out. Probes read training and
-validation images, as they are and not augmented, never the test set. Everything is in float32, in evaluation mode, of
-the weights as they are trained (not their average), and leaves the learner and the random state as they were.
+What can't be measured is left out. Probes read training and validation images, not augmented, never the test set.
+Everything is in float32, in evaluation mode, of the weights as they are trained (not their average), and leaves the
+learner and the random state as they were.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from localgrad.backbones.base import Backbone, Layout
-from localgrad.backbones.fake import copy_without_hooks
+from localgrad.backbones.hooks import copy_without_hooks
 from localgrad.backbones.state import left_as_it_was
 from localgrad.learner import LocalLearner
 from localgrad.objectives.carried import LocalBatch
@@ -147,11 +147,8 @@ def gradient_cosine(learner: LocalLearner, batch: LocalBatch, *, chunk: int = 8)
 
     The gradient of the module's local objective, and that of the task loss through all modules (the last module's
     objective on the model's logits), over those trainable parameters of the model that the module owns: its auxiliary
-    nets, which the task loss doesn't know, are left out. In float32 and in evaluation mode (no dropout, running
-    statistics of batch norms). Gradients, buffers, modes and random state are as before.
-
-    The end-to-end part is a full backward pass through the model, over a few images at a time, and its whole gradient
-    is kept while the modules run theirs, one after another. An offloaded model is measured on the processor.
+    nets, which the task loss doesn't know, are left out. The end-to-end part goes over a few images at a time, and its
+    whole gradient is kept while the modules run theirs. An offloaded model is measured on the processor.
 
     Args:
         learner: with or without optimizers.
@@ -279,7 +276,7 @@ def _at_rest(learner: LocalLearner) -> Iterator[torch.device]:
     learner.eval()  # which brings the modules of an offloading learner home
     device = next(learner.model.parameters()).device
     try:
-        with left_as_it_was(*nets, device=device), torch.autocast(device.type, enabled=False):
+        with left_as_it_was(*nets), torch.autocast(device.type, enabled=False):
             yield device
     finally:
         for module, mode in modes:

@@ -1,6 +1,6 @@
 """From the name of a data set to labelled images: who reads what.
 
-A name is tried as one of the known ones (`KNOWN_NAMES`), then as an existing path, then as a Hugging Face hub name
+A name is tried as one of the known ones (`rules.NAMED_DATA`), then as an existing path, then as a Hugging Face hub name
 (OWNER/NAME, or OWNER/NAME:CONFIG). Which folder is what is found by `folders.py`, tables are read by `tables.py`, and
 the formats of known names by the libraries that define them: scikit-learn (digits), torchvision (CIFAR, SVHN, STL-10).
 
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from localgrad import rules
 from localgrad.errors import DataError, arg, did_you_mean, reason_of
 from localgrad.training.folders import SPLITS, Folders, Split, images_under, read_classes, read_folders
 from localgrad.training.image_sets import (
@@ -35,7 +36,6 @@ from localgrad.training.images import Reading, Unreadable, image_suffixes, open_
 from localgrad.training.settings import OnCorrupt
 from localgrad.training.tables import Part, Parts, find_tables, holds_tables, matched
 
-KNOWN_NAMES = ("digits", "cifar10", "cifar100", "stl10", "svhn")
 DEFAULT_ROOT = Path("data")
 
 
@@ -75,12 +75,8 @@ def find(name: str, *, root: Path | None, download: bool, given: Mapping[Split, 
             be read in two ways.
     """
     given = dict(given or {})
+    rules.check({"data": name, **{f"{split}_data": where for split, where in given.items()}}, DataError)
     if name in _READERS:
-        if given:
-            option = arg(f"{next(iter(given))}_data")
-            raise DataError(
-                f"{option}: {name} brings its own parts; name a folder or a table with {arg('data')}, or leave it out."
-            )
         return _READERS[name](root or DEFAULT_ROOT, download)
     return _together(name, _found_parts(name, root, given))
 
@@ -118,8 +114,8 @@ def _from_hub(name: str) -> Parts:
             raise DataError(f"There is no file or folder {name}, though there is {Path(name).parent}.")
         return find_tables(name, config=config or None)
     raise DataError(
-        f"No data set or path is called {name!r}: give one of {', '.join(KNOWN_NAMES)}, an existing folder, "
-        f"or OWNER/NAME on the Hugging Face hub.{did_you_mean(name.lower(), KNOWN_NAMES)}"
+        f"No data set or path is called {name!r}: give one of {', '.join(rules.NAMED_DATA)}, an existing folder, "
+        f"or OWNER/NAME on the Hugging Face hub.{did_you_mean(name.lower(), rules.NAMED_DATA)}"
     )
 
 
@@ -188,7 +184,7 @@ def _images_of(part: Any) -> InMemoryImages:
 
 _READERS: dict[str, Callable[[Path, bool], Found]] = {
     "digits": _find_digits,
-    **{name: partial(_find_in_torchvision, name=name) for name in ("cifar10", "cifar100", "stl10", "svhn")},
+    **{name: partial(_find_in_torchvision, name=name) for name in rules.NAMED_DATA if name != "digits"},
 }
 
 
@@ -250,7 +246,7 @@ def _parts_of_folders(folders: Folders) -> Parts:
     return Parts(parts, tuple(notes), skipped)
 
 
-def list_image_files(path: Path, skipped: Skipped | None = None) -> list[Path]:
+def list_image_files(path: Path, skipped: Skipped) -> list[Path]:
     """List a file itself, or all image files below a folder, sorted; at least one. What is no image is counted.
 
     Raises:
@@ -260,7 +256,7 @@ def list_image_files(path: Path, skipped: Skipped | None = None) -> list[Path]:
         return [path]
     if not path.exists():
         raise DataError(f"There is no file or folder {path}: name an image or a folder of images.")
-    found = sorted(Path(name) for name in images_under(path, Skipped() if skipped is None else skipped))
+    found = sorted(map(Path, images_under(path, skipped)))
     if not found:
         raise DataError(
             f"There is no image in {path}: looked below it for what Pillow opens, such as "

@@ -2,9 +2,8 @@
 
 Weight decay is left off biases, norms and whatever the model itself names (position embeddings, tokens), as timm
 does for a whole model; timm decides on the plain model, and the decision is carried over parameter by parameter.
-Auxiliary nets have the same groups: their positions, and their copies of what the model names, say so themselves
-(``auxiliary.exempt_from_decay``). Schedulers count batches, never optimizer steps or calls, so that all modules stand
-at the same place in time.
+Auxiliary nets say so themselves (``auxiliary.exempt_from_decay``). Schedulers count batches, never optimizer steps or
+calls, so that all modules stand at the same place in time.
 """
 
 from __future__ import annotations
@@ -92,10 +91,7 @@ class OptimizerFactory:
             return kind(groups, lr=self.lr, weight_decay=self.weight_decay, **options)
         try:
             optimizer: Optimizer = create_optimizer_v2(
-                groups,
-                opt=self.name,
-                lr=self.lr,
-                weight_decay=self.weight_decay,
+                groups, opt=self.name, lr=self.lr, weight_decay=self.weight_decay
             )
         except (AssertionError, ImportError, TypeError, ValueError) as error:  # a library or a device that is missing
             raise RecipeError(

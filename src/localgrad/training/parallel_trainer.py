@@ -24,7 +24,7 @@ from localgrad.training.data import Batches
 from localgrad.training.folder import load_saved_weights, save_weights
 from localgrad.training.optim import Schedule
 from localgrad.training.saved import Checkpoint, SumsState, TrainerState
-from localgrad.training.trainer import Common, Interrupted, Trainer, below
+from localgrad.training.trainer import Common, Counts, Interrupted, Trainer, accuracies_of, below, whole_of
 
 
 @final
@@ -258,25 +258,13 @@ def evaluate_together(learner: ParallelLearner, batches: Batches) -> tuple[float
     learner.eval()
     most = max(learner.team.everyone(len(batches)))
     learner.begin(len(batches))
-    counts = {index: torch.zeros(2, dtype=torch.int64, device=learner.device) for index in learner.own}
-    classified: set[int] = set()
+    counts = Counts()
     fed = iter(batches.epoch(0)) if learner.team.place.rank == 0 else None
     for _ in range(len(batches)):
         batch = None if fed is None else next(fed)
         logits, targets = learner.infer(*((None, None) if batch is None else (batch.images, batch.targets)))
         for index, values in logits.items():
-            correct = (values.float().argmax(dim=1) == targets).sum()
-            counts[index] += torch.stack([correct, torch.full_like(correct, len(targets))])
-            classified.add(index)
+            counts.add(index, values, targets)
     learner.links.finish()
     learner.attend(most - len(batches))
-    said = learner.team.everyone({index: counts[index].tolist() for index in classified})
-    found: list[float | None] = [None] * len(learner.modules)
-    for index in range(len(found)):
-        parts = torch.tensor([part[index] for part in said if index in part])
-        if len(parts):
-            correct, total = parts.sum(dim=0).float()  # float32, as torchmetrics divides
-            found[index] = float(correct / total)
-    accuracy = found[-1]
-    assert accuracy is not None, "the last module ends in the model's own classifier"
-    return accuracy, found
+    return whole_of(accuracies_of(learner.team.everyone(counts.read()), len(learner.modules)))

@@ -34,7 +34,6 @@ from typing import Unpack, final
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torchmetrics.classification import MulticlassAccuracy
 
 from localgrad.errors import CheckpointError
 from localgrad.formats import Json
@@ -53,7 +52,7 @@ from localgrad.training.folder import raw_bytes
 from localgrad.training.health import HealthCheck
 from localgrad.training.optim import Schedule
 from localgrad.training.saved import Selection, TrainerState
-from localgrad.training.trainer import Common, Interrupted, TrainerOfAll, evaluate
+from localgrad.training.trainer import Common, Counts, Interrupted, TrainerOfAll, accuracies_of, evaluate
 from localgrad.units import format_bytes
 
 VAL = "val"
@@ -216,21 +215,17 @@ class StagewiseTrainer(TrainerOfAll):
     @torch.no_grad()
     def _validate(self) -> tuple[float | None, list[float | None]]:
         """Accuracy of the trained module's own classifier, on what the finished modules make of the images."""
-        by_module: list[float | None] = [None] * len(self.learner.modules)
-        if self.val is None:
-            return None, by_module
-        self.learner.eval()
-        module, count = self.learner.modules[self.index], None
-        for rows in self._read(self.index, VAL):
+        counts, module = Counts(), self.learner.modules[self.index]
+        if self.val is not None:
+            self.learner.eval()
+        for rows in self._read(self.index, VAL) if self.val is not None else ():
             with autocast(self.train.device.type, self.learner.precision):
                 logits = module.objective.classify(module.features(rows.features))
             if logits is None:
                 break
-            if count is None:
-                count = MulticlassAccuracy(self.val.info.num_classes, average="micro").to(logits.device)
-            count.update(logits.float(), rows.targets)
-        accuracy = by_module[self.index] = None if count is None else float(count.compute())
-        return accuracy, by_module
+            counts.add(self.index, logits, rows.targets)
+        by_module = accuracies_of([counts.read()], len(self.learner.modules))
+        return by_module[self.index], by_module
 
     def _close_epoch(self, losses: list[dict[str, float]]) -> None:
         """Move on; after a module's last epoch its best weights are put into it, before anything is saved."""
@@ -391,8 +386,5 @@ def _estimate_stage(
         return copied(torch.empty(inputs, dtype=dtype), LocalBatch(compared, labels))
 
     return simulate(
-        step,
-        run,
-        inputs={"labels": ((batch_size,), torch.int64)},
-        device="cuda" if device.type == "cuda" else "cpu",
+        step, run, inputs={"labels": ((batch_size,), torch.int64)}, device="cuda" if device.type == "cuda" else "cpu"
     )

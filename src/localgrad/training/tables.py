@@ -44,9 +44,7 @@ UNLABELLED = -1
 class Part:
     """One part of a data set: its images and its own class names.
 
-    Attributes:
-        images: their labels are indices into ``class_names``; -1 where there is none.
-        class_names: in the order of the labels.
+    Their labels are indices into ``class_names``; -1 where there is none.
     """
 
     images: FileImages
@@ -69,12 +67,7 @@ class Parts:
 
 
 def find_tables(name: str, path: Path | None = None, *, config: str | None = None) -> Parts:
-    """Load a table.
-
-    Args:
-        name: as the user gave it: a path, or a name on the Hugging Face hub.
-        path: the file or folder, where it is one.
-        config: which configuration, on the hub.
+    """Load a table: a file or folder, or a name on the Hugging Face hub, in one of its configurations.
 
     Raises:
         DataError: nothing that the library can load, or no columns of images and labels in it.

@@ -1,11 +1,9 @@
 """The training loop: epochs over batches, validation, selection, checkpoints, and nothing about how a step is done.
 
-Selection is honest: a validation part of the training set chooses the best epoch, and the trainer never sees the
-test set. All that a run needs to go on bit for bit is in one state: the learner's, the position in the data, the
-sums of the epoch under way, the best epoch, and the random state.
-
-Losses stay on the device. Once a second (and before every checkpoint) they are read, and a loss that is no longer
-finite stops the run. To name the first one, the device itself keeps the number of the first bad batch of each term.
+Selection is honest: a validation part of the training set chooses the best epoch, and the trainer never sees the test
+set. All that a run needs to go on bit for bit is in one state. Losses stay on the device. Once a second (and before
+every checkpoint) they are read, and a loss that is no longer finite stops the run; to name the first one, the device
+itself keeps the number of the first bad batch of each term.
 """
 
 from __future__ import annotations
@@ -26,7 +24,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics.classification import MulticlassAccuracy
 
 from localgrad.errors import CheckpointError, DivergenceError, MemoryExceeded, arg
 from localgrad.learner import Learner, LocalLearner
@@ -621,20 +618,50 @@ def evaluate(learner: LocalLearner, batches: Batches) -> tuple[float, list[float
     before the last belong to the weights as they are trained. The learner is in evaluation mode afterwards.
     """
     learner.eval()
-    counts = [MulticlassAccuracy(batches.info.num_classes, average="micro").to(learner.device) for _ in learner.modules]
-    seen = [False] * len(counts)
+    counts = Counts()
     for batch in batches.epoch(0):
         logits = list(learner.logits(batch.images))
         if learner.averaged_model is not None:
             logits[-1] = learner.averaged_logits(batch.images)
         for index, values in enumerate(logits):
-            if values is not None:
-                counts[index].update(values.float(), batch.targets)
-                seen[index] = True
-    found = [float(count.compute()) if was_seen else None for count, was_seen in zip(counts, seen, strict=True)]
-    accuracy = found[-1]
-    assert accuracy is not None, "the last module ends in the model's own classifier"
-    return accuracy, found
+            counts.add(index, values, batch.targets)
+    return whole_of(accuracies_of([counts.read()], len(learner.modules)))
+
+
+@final
+class Counts:
+    """How many images each local module's own classifier saw, and had right; counted on the device."""
+
+    def __init__(self) -> None:
+        self._counts: dict[int, Tensor] = {}
+
+    def add(self, index: int, logits: Tensor | None, targets: Tensor) -> None:
+        """Count a module's logits [B, K], where it has any, against class indices [B]."""
+        if logits is not None:
+            right = (logits.float().argmax(dim=1) == targets).sum()
+            found = torch.stack([right, torch.full_like(right, len(targets))])
+            self._counts[index] = self._counts[index] + found if index in self._counts else found
+
+    def read(self) -> dict[int, list[int]]:
+        """(right, all) of each module that has a classifier."""
+        return {index: found.tolist() for index, found in self._counts.items()}
+
+
+def accuracies_of(counts: Sequence[dict[int, list[int]]], num_modules: int) -> list[float | None]:
+    """Each module's accuracy, of what one process counted or several."""
+    found: list[float | None] = [None] * num_modules
+    for index in range(num_modules):
+        parts = torch.tensor([own[index] for own in counts if index in own])
+        if len(parts):
+            right, total = parts.sum(dim=0).float()
+            found[index] = float(right / total)
+    return found
+
+
+def whole_of(found: list[float | None]) -> tuple[float, list[float | None]]:
+    """The whole model's accuracy, which is the last module's, beside all of them."""
+    assert found[-1] is not None, "the last module ends in the model's own classifier"
+    return found[-1], found
 
 
 def best_weights(learner: LocalLearner) -> dict[str, Tensor]:
