@@ -157,6 +157,12 @@ def test_a_command_is_one(words: list[str], tmp_path: Path, monkeypatch: pytest.
             check_localgrad(rest)
         case ["python", "-m", "research.reproduce", *rest]:
             parse(reproduce.app, rest)
+        case ["python", "-m", "research.simulated_card", *rest]:
+            from research.simulated_card.__main__ import parser
+
+            given = parser().parse_args(rest)
+            assert given.arguments
+            assert not given.script or (ROOT / given.arguments[0]).exists()
         case ["python", script, *rest]:
             text = (ROOT / script).read_text(encoding="utf-8")
             assert all(f'"{word}"' in text for word in rest if word.startswith("--"))

@@ -194,7 +194,7 @@ def test_train_evaluate_resume_plan_and_train_again(simulated: SimulatedCard, tm
     # That is before the test: its batches are such that it needs no more.
     assert 0 < summary["measured_peak_bytes"] <= summary["measured_reserved_bytes"]
     assert calls[0].peaks[0] == summary["measured_peak_bytes"]
-    assert summary_of(tmp_path / "planned")["plan"]["made_for"]["device"] == "cuda"
+    assert json.loads((tmp_path / "plan.json").read_text())["made_for"]["device"] == "cuda"
 
 
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(simulated: SimulatedCard, tmp_path: Path) -> None:
@@ -224,7 +224,10 @@ def test_comparing_measures_allocated_and_reserved_bytes(simulated: SimulatedCar
     line = "compare --model vit_tiny_patch16_224 --img-size 32 --batch-size 2 --modules 2 --repeats 1 --warmup 0"
     call(simulated, tmp_path, f"{line} --json compare.json", values=True)
     found = json.loads((tmp_path / "compare.json").read_text())
-    assert found["rows"][0]["reserved_bytes"] >= found["rows"][0]["peak_bytes"]
+    assert len(found["rows"]) > 1
+    assert all(
+        row["reserved_peak_bytes"] >= row["measured_peak_bytes"] > 0 for row in found["rows"] if not row["error"]
+    )
 
 
 CROWDED = RECIPE.replace('"swin_tiny_patch4_window7_224"', '"vit_tiny_patch16_224"')
