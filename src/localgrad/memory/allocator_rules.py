@@ -10,7 +10,6 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 
 MIB = 1 << 20
 LARGE_SEGMENT = 20 * MIB
@@ -95,6 +94,8 @@ def rules_of(torch_version: str, settings: str = "") -> Rules:
 
 def rules_here(environment: Mapping[str, str] = os.environ) -> Rules:
     """The rules of the PyTorch that is installed, under the settings of this process."""
+    from importlib.metadata import version  # which would hold up --help
+
     settings = next((environment[name] for name in VARIABLES if environment.get(name)), "")
     return rules_of(version("torch"), settings)
 
