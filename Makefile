@@ -12,10 +12,12 @@ help:  ## these lines
 demo: $(VENV)/installed  ## train on handwritten digits: four local modules, two minutes
 	$(BIN)/localgrad train
 
-test: check docs  ## lint, strict types, the site and the quick tests
+test: $(VENV)/installed-dev  ## lint, strict types, the site and the quick tests
+	$(MAKE) --no-print-directory -j2 check docs
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
 
-test-all: check docs  ## the same with the heavy tests
+test-all: $(VENV)/installed-dev  ## the same with the heavy tests
+	$(MAKE) --no-print-directory -j2 check docs
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m "heavy or not heavy"
 
 test-release: $(VENV)/python  ## build the wheel, use it in clean environments: each extra, newest and oldest

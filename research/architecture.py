@@ -48,10 +48,21 @@ VERBS = ("_check", "_refuse", "_run", "_search", "_split")
 """First words of private functions that may be: each is read in its own file, and says what it does."""
 
 APART_FROM_OTHERS = re.compile(
-    r"leave (it|them|one of them|--[a-z-]+) out|(goes|go) (together )?with --|(doesn't|don't) go with|"
-    r"(needs?|it needs|they need) --"
+    r"leave (?!it |out)(one of them|[\w-]*) *out|(goes?|(does|do)n't go) (together )?with|needs? --"
 )
-"""How error texts say that two options exclude each other, or that one needs the other."""
+"""How error texts say that two options exclude each other, or that one needs the other; values in them are blanks."""
+
+TABLE = "rules.py"
+"""Where it is to be said, and isn't counted."""
+
+SAID_BY_HAND = {
+    "learner.py: Learner.check_state_dict": "the checkpoint decides",
+    "learner.py: LocalLearner.global_step_on": "a method that is called decides",
+    "parallel/parallel_learner.py: ParallelLearner.__init__": "layers of the model decide",
+    "planning/rank_plans.py: _with_modules": "two numbers decide",
+    "step/checks.py: check_values": "labels decide",
+}
+"""Functions that may say it all the same, and what decides: nothing that an argument's value tells."""
 
 _COUNT_FRAMES = """
 import sys, torch
@@ -128,8 +139,8 @@ class Architecture:
 
     @property
     def places_of_exclusions(self) -> list[str]:
-        """Functions that refuse options for others: ``file: function``."""
-        found = [each for each in self.functions if APART_FROM_OTHERS.search(each.text)]
+        """Functions beside the table that refuse options for others: ``file: function``."""
+        found = [each for each in self.functions if each.path != TABLE and APART_FROM_OTHERS.search(each.text)]
         return [f"{each.path}: {each.name}" for each in found]
 
     def figures(self) -> dict[str, str]:
@@ -207,15 +218,18 @@ def _functions(tree: ast.AST, path: str, prefix: str = "") -> Iterator[Function]
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             arguments = node.args
+            docstring = node.body[0].value if ast.get_docstring(node) and isinstance(node.body[0], ast.Expr) else None
             literals = [
-                each.value for each in ast.walk(node) if isinstance(each, ast.Constant) and isinstance(each.value, str)
+                each.value
+                for each in ast.walk(node)
+                if isinstance(each, ast.Constant) and isinstance(each.value, str) and each is not docstring
             ]
             yield Function(
                 name=prefix + node.name,
                 path=path,
                 lines=(node.end_lineno or node.lineno) - node.lineno + 1,
                 num_parameters=len(arguments.posonlyargs) + len(arguments.args) + len(arguments.kwonlyargs),
-                text=" ".join(literals[1:] if ast.get_docstring(node) else literals),
+                text=" ".join(literals),
             )
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
             yield from _functions(node, path, f"{prefix}{node.name}.")

@@ -54,12 +54,12 @@ def _no_collector() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def cost_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Nobody's own cache of costs; one for all tests of a file."""
-    from localgrad.planning import budget
+    from localgrad.planning import cache
 
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-        monkeypatch.setattr(budget, "_recent", {})
+        monkeypatch.setattr(cache, "_recent", {})
         yield folder / "localgrad" / "costs"
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,9 +17,12 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from localgrad.backbones.base import Backbone, split
 from localgrad.learner import LocalLearner, StepResult
 from localgrad.objectives.base import LocalObjective
+from localgrad.training.data import Splits, load_data
 from localgrad.training.events import Event, Sink
+from localgrad.training.settings import DataSettings
 from localgrad.training.trainer import EpochSums
 
 if TYPE_CHECKING:
@@ -45,6 +50,19 @@ device = "cpu"
 num_threads = 1
 """
 """A recipe of a second."""
+MICRO: dict[str, Any] = {
+    "model": {
+        "name": "vit_tiny_patch16_224",
+        "img_size": 16,
+        "patch_size": 8,
+        "options": {"embed_dim": 8, "depth": 2, "num_heads": 2},
+    },
+    "data": {"name": "digits", "limit": 48},
+    "local": {"modules": 2},
+    "training": {"epochs": 3, "batch_size": 16, "lr": 2e-3, "warmup_epochs": 0},
+    "execution": {"device": "cpu", "num_threads": 1},
+}
+"""A recipe of half a second."""
 VIT: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
 SWIN: dict[str, Any] = {
     "img_size": 32,
@@ -72,6 +90,24 @@ def make(kind: str = "vit", **more: Any) -> nn.Module:
     return timm.create_model(**(MODELS[kind] | {"num_classes": 5} | more))
 
 
+def make_backbone(kind: str = "vit", **more: Any) -> Backbone:
+    """The same, split: a copy of one that is split once, as that takes longer than a step of it.
+
+    The random state is what it is after making the model.
+    """
+    key = repr(MODELS[kind] | more)
+    if key not in _split:
+        model = make(kind, **more)
+        random_state = torch.get_rng_state()
+        _split[key] = split(model, SIZE), random_state
+    backbone, random_state = _split[key]
+    torch.set_rng_state(random_state)
+    return copy.deepcopy(backbone)
+
+
+_split: dict[str, tuple[Backbone, Tensor]] = {}
+
+
 def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05)
 
@@ -83,7 +119,7 @@ def quick_adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
 def make_learner(model: nn.Module | None = None, modules: Any = 3, optimizer: Any = adamw, **more: Any) -> LocalLearner:
     """A learner with optimizers, of a small ViT by default; the same weights each time."""
     torch.manual_seed(1)
-    learner = LocalLearner(make() if model is None else model, modules=modules, input_size=SIZE, **more)
+    learner = LocalLearner(make_backbone() if model is None else model, modules=modules, input_size=SIZE, **more)
     learner.configure_optimizers(optimizer)
     return learner
 
@@ -268,3 +304,11 @@ def wait_for_epochs(process: Started, folder: Path, count: int, *, seconds_on: f
             return
         time.sleep(0.005)
     raise AssertionError(process.wait())
+
+
+def load_named(name: str, **options: Any) -> Splits:
+    """Load a data set by name, with single settings of a recipe's and of ``load_data``."""
+    own = {each.name for each in fields(DataSettings)}
+    settings = {key: value for key, value in options.items() if key in own}
+    others = {key: value for key, value in options.items() if key not in own}
+    return load_data(DataSettings(name=name, **settings), **others)

@@ -27,7 +27,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-EXTRAS = [extra for extra in PROJECT["optional-dependencies"] if extra != "dev"]
+FOR_CONTRIBUTORS = ("dev", "docs")
+EXTRAS = [extra for extra in PROJECT["optional-dependencies"] if extra not in FOR_CONTRIBUTORS]
 SMALL = ("--model", "vit_tiny_patch16_224", "--img-size", "32", "--batch-size", "8")
 PICTURE = ("compare", "--estimate-only", *SMALL, "--modules", "2", "--objective", "feature", "--timeline", "line.png")
 
@@ -58,7 +59,9 @@ class Environment:
         self.work.mkdir()
         constraints = place / "constraints.txt"
         constraints.write_text("\n".join(oldest()) + "\n" if name == "oldest" else "", encoding="utf-8")
-        install = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--constraint", str(constraints))
+        quiet = ("--quiet", "--disable-pip-version-check")
+        # Without bytecode, which would be most of the work: what is imported is compiled then.
+        install = ("-m", "pip", "install", *quiet, "--no-compile", "--constraint", str(constraints))
         again = () if is_new else ("--force-reinstall", "--no-deps")
         if not is_new:
             self.timed("update", self.python, *install, str(wheel))
@@ -109,7 +112,7 @@ class Environment:
         assert f"{summary['test_accuracy']:.2%}" in self.localgrad("evaluate", "run")
         self.localgrad("plan", *SMALL, "--num-classes", "10", "--device", "cpu", "--json", "plan.json")
         assert json.loads((self.work / "plan.json").read_text(encoding="utf-8"))["format"] == 2
-        BY_EXTRA.get(self.name.partition("-")[2], without_extras)(self)
+        BY_EXTRA[self.name.partition("-")[2]](self)
 
 
 def without_extras(environment: Environment) -> None:
@@ -130,7 +133,7 @@ def with_8bit(environment: Environment) -> None:
     environment.localgrad("train", "--epochs", "1", "--device", "cpu", "--optimizer", "bnbadamw8bit", "--out", "small")
 
 
-BY_EXTRA: dict[str, Callable[[Environment], None]] = {"plots": with_plots, "8bit": with_8bit}
+BY_EXTRA: dict[str, Callable[[Environment], None]] = {"": without_extras, "plots": with_plots, "8bit": with_8bit}
 
 
 def main() -> None:

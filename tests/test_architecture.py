@@ -22,14 +22,18 @@ def test_no_two_files_have_the_same_name(now: architecture.Architecture) -> None
     assert now.files_named_twice == {}
 
 
+def test_what_goes_with_what_is_said_in_one_table(now: architecture.Architecture) -> None:
+    assert set(now.places_of_exclusions) == set(architecture.SAID_BY_HAND)
+
+
 def test_data_has_a_type(now: architecture.Architecture) -> None:
     assert now.loose < 30
 
 
 ONE = '''
 def one(x, *, y):
-    """Doc: leave it out."""
-    raise ValueError("--y: leave it out.")
+    """Doc: leave one of them out."""
+    raise ValueError(f"{x} doesn't go with {y}; leave {y} out.")
 
 
 class Twice:

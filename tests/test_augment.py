@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from localgrad.errors import RecipeError
 from localgrad.training import augment as aug
-from localgrad.training.augmentation import Augment
+from localgrad.training.settings import Augment
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
 
@@ -26,9 +26,9 @@ def random_images(num_images: int = 6, channels: int = 3, height: int = 8, width
 
 
 def run(images: torch.Tensor, augment: Augment, seed: int = 0, **changes: object) -> tuple[torch.Tensor, torch.Tensor]:
-    arguments = {"num_classes": 5, "image_size": (8, 8), "mean": MEAN, "std": STD} | changes
+    to = aug.ModelInput(**({"size": (8, 8), "mean": MEAN, "std": STD} | changes))
     targets = torch.arange(len(images)) % 5
-    return aug.augment_batch(images, targets, augment=augment, seed=seed, **arguments)
+    return aug.augment_batch(images, targets, to, augment=augment, num_classes=5, seed=seed)
 
 
 @pytest.mark.parametrize(("padding", "height", "width"), [(0, 5, 7), (2, 7, 5), (4, 4, 4)])
@@ -150,8 +150,8 @@ def test_label_smoothing_alone_gives_soft_labels():
 
 def test_no_augmentation_is_preparation_alone():
     images = random_images()
-    augmented, labels = run(images, Augment(), image_size=(16, 16))
-    assert torch.equal(augmented, aug.prepare_batch(images, image_size=(16, 16), mean=MEAN, std=STD))
+    augmented, labels = run(images, Augment(), size=(16, 16))
+    assert torch.equal(augmented, aug.ModelInput(size=(16, 16), mean=MEAN, std=STD).of(images))
     assert torch.equal(labels, torch.arange(6) % 5)
 
 

@@ -31,6 +31,7 @@ from localgrad.memory.costs import WAYS, CostSettings
 from localgrad.memory.track import MemoryProfile, annotate
 from localgrad.partition import Checkpointing
 from localgrad.planning import budget as budgets
+from localgrad.planning import cache
 from localgrad.planning.budget import (
     RIVALS,
     Margin,
@@ -317,7 +318,7 @@ def test_the_least_is_found_even_if_all_others_need_more(
     ids=["bf16", "ema", "clip", "image", "greedy", "contrastive", "sgd", "cuda"],
 )
 def test_every_kind_of_task_fits_its_budget(more: dict[str, Any]) -> None:
-    found = task_of(swin(), **more)
+    found = task_of(swin(depths=(1, 1), num_heads=(1, 2)), **more)
     search = Search(found, found.costs(8))
     low, high = search.peak(search.smallest()), search.peak(search.end_to_end())
     budget = found.margin.needed((low + high) // 2)
@@ -420,7 +421,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
         return measure(*arguments)
 
     monkeypatch.setattr(budgets, "measure_costs", counted)
-    monkeypatch.setattr(budgets, "_recent", {})
+    monkeypatch.setattr(cache, "_recent", {})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return calls
 
@@ -432,7 +433,7 @@ def tiny(**more: Any) -> Task:
 
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     """As another process would start."""
-    monkeypatch.setattr(budgets, "_recent", {})
+    monkeypatch.setattr(cache, "_recent", {})
 
 
 def test_costs_are_measured_once(measured: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -486,10 +487,10 @@ def test_anything_else_is_measured_again(
 
 def test_other_versions_are_measured_again(measured: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     tiny().costs(4)
-    monkeypatch.setattr(budgets.metadata, "version", lambda name: f"99 of {name}")
+    monkeypatch.setattr(cache.metadata, "version", lambda name: f"99 of {name}")
     tiny().costs(4)
     assert len(measured) == 2
-    monkeypatch.setattr(budgets, "_own_version", lambda: "another")
+    monkeypatch.setattr(cache, "_own_version", lambda: "another")
     tiny().costs(4)
     assert len(measured) == 3
 
@@ -497,7 +498,7 @@ def test_other_versions_are_measured_again(measured: list[Any], monkeypatch: pyt
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null", '{"parts": 5}', "\x00\xff"])
 def test_a_damaged_cache_is_measured_again(text: str, measured: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     first = tiny().costs(4)
-    (path,) = budgets._cache_folder().iterdir()
+    (path,) = cache.cache_folder().iterdir()
     whole = path.read_text()
     path.write_bytes(text.encode("latin-1"))
     forget(monkeypatch)
@@ -527,7 +528,7 @@ def test_an_optimizer_without_a_name_is_measured_once_a_task(measured: list[Any]
     nameless = tiny(optimizer=torch.optim.AdamW)
     plan_to_budget(nameless, 4)
     assert len(measured) == 1
-    assert not budgets._cache_folder().exists()
+    assert not cache.cache_folder().exists()
 
 
 class Edited(GreedySupervised):
@@ -570,13 +571,13 @@ def test_what_the_user_may_edit_is_measured_anew_by_every_process(
     forget(monkeypatch)
     make_task().costs(4)
     assert len(measured) == 2
-    assert not budgets._cache_folder().exists()
+    assert not cache.cache_folder().exists()
 
 
 def test_values_that_text_does_not_tell_are_not_cached() -> None:
     settings = CostSettings(batch_size=4, precision="fp32", accumulation=1, device="cpu", overlap=0)
-    assert budgets._cache_key(tiny(), settings) is not None
-    assert budgets._cache_key(of_strange_value(), settings) is None
+    for task, known in ((tiny(), True), (of_strange_value(), False)):
+        assert (cache.key_of(task.backbone, task.objective, task.optimizer, settings) is not None) == known
 
 
 def test_costs_of_an_edited_objective_are_its_own(tmp_path: Path, measured: list[Any], monkeypatch: Any) -> None:
@@ -608,7 +609,7 @@ class Mine(GreedySupervised):
 
 def test_without_a_cache_none_is_read_or_written(measured: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     tiny(cache=False).costs(4)
-    assert not budgets._cache_folder().exists()
+    assert not cache.cache_folder().exists()
     tiny().costs(4)
     tiny(cache=False).costs(4)
     assert len(measured) == 3
@@ -616,9 +617,9 @@ def test_without_a_cache_none_is_read_or_written(measured: list[Any], monkeypatc
 
 def test_the_cache_keeps_what_was_used_last(measured: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     tiny().costs(4)
-    folder = budgets._cache_folder()
+    folder = cache.cache_folder()
     (first,) = folder.iterdir()
-    monkeypatch.setattr(budgets, "CACHE_BYTES", int(2.5 * first.stat().st_size))
+    monkeypatch.setattr(cache, "CACHE_BYTES", int(2.5 * first.stat().st_size))
     (folder / "left.1.tmp").write_text("unfinished")
     for age, path in enumerate((first, folder / "left.1.tmp"), 1):
         os.utime(path, (time.time() - 7200 * age,) * 2)
@@ -636,7 +637,7 @@ def test_the_cache_keeps_what_was_used_last(measured: list[Any], monkeypatch: py
 
 def test_a_cache_with_one_wrong_digit_is_measured_again(measured: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     first = tiny().costs(4)
-    (path,) = budgets._cache_folder().iterdir()
+    (path,) = cache.cache_folder().iterdir()
     text = path.read_text()
     place = text.index('"static": [') + len('"static": [')
     path.write_text(text[:place] + str(9 - int(text[place])) + text[place + 1 :])
@@ -853,5 +854,5 @@ def test_a_plan_that_is_used_for_something_else_says_so() -> None:
     learner.step(torch.randn(2, *SIZE), torch.arange(2))  # a smaller one fits
     with pytest.warns(UserWarning, match="training.batch_size 4, here 6"):
         learner.step(torch.randn(6, *SIZE), torch.arange(6) % 5)
-    with pytest.raises(PartitionError, match="checkpoint: 'halves', but a plan says itself what is recomputed"):
+    with pytest.raises(PartitionError, match="checkpoint='halves' doesn't go with plan: a plan says what"):
         LocalLearner(model, modules=own, input_size=SIZE, checkpoint="halves")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import localgrad
-from helpers import SIZE, adamw, batches, make
+from helpers import SIZE, adamw, batches, make, make_backbone
 from localgrad import Carried, LocalBatch, LocalLearner, RecipeError, check_isolation, register_carried
 from localgrad.estimating import estimate_step
 from localgrad.memory.costs import CostSettings
@@ -23,7 +23,7 @@ from parallel_worker import Moments, moments
 
 def make_learner(**more: Any) -> LocalLearner:
     torch.manual_seed(0)
-    learner = LocalLearner(make("vit"), modules=4, objective=Moments(), input_size=SIZE, **more)
+    learner = LocalLearner(make_backbone(), modules=4, objective=Moments(), **more)
     learner.configure_optimizers(adamw)
     return learner
 

@@ -19,12 +19,14 @@ import torch
 from PIL import Image
 
 from helpers import MICRO_TOML, Cli, assert_refused
-from localgrad import cli, run
+from localgrad import cli
+from localgrad.app import fitting, using_runs
 from localgrad.app.build import build_recipe_objective
 from localgrad.app.recipe import Recipe, overlay, parse_toml, preset, preset_names
 from localgrad.options import read_modules
 from localgrad.training import data as data_module
-from localgrad.training.loading import Found, InMemoryImages
+from localgrad.training.image_sets import InMemoryImages
+from localgrad.training.loading import Found
 from ranks import Ranks
 
 
@@ -36,7 +38,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("COLUMNS", "200")
     estimate = SimpleNamespace(peak_bytes=2**20)  # test_memory.py's matter
-    monkeypatch.setattr(run, "estimate_step", lambda *_, **__: estimate)
+    monkeypatch.setattr(fitting, "estimate_step", lambda *_, **__: estimate)
     return tmp_path / "here"
 
 
@@ -472,8 +474,9 @@ def test_a_pipe_that_lacks_characters_ends_no_command(name: str, here: Path) -> 
     script = """
 import sys
 from types import SimpleNamespace
-from localgrad import cli, run
-run.estimate_step = lambda *_, **__: SimpleNamespace(peak_bytes=2**20)
+from localgrad import cli
+from localgrad.app import fitting
+fitting.estimate_step = lambda *_, **__: SimpleNamespace(peak_bytes=2**20)
 for words in (
     ["train", "--recipe", "../micro.toml", "--out", "run", "--epochs", "1"], ["evaluate", "run"],
     ["predict", "run", "."], ["train", "--resume", "run"], ["train", "--help"], ["train", "--model", "n\\u00efx"],
@@ -519,9 +522,9 @@ def test_a_terminal_that_lacks_characters_ends_no_run(here: Path) -> None:
 
 
 def test_costs_may_be_measured_anew(cli_: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from localgrad.planning import budget
+    from localgrad.planning import cache
 
-    monkeypatch.setattr(budget, "_recent", {})
+    monkeypatch.setattr(cache, "_recent", {})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (tmp_path / "micro.toml").write_text(MICRO_TOML)
     for more, cached in ((["--no-cache"], 0), ([], 1)):
@@ -556,7 +559,7 @@ def test_what_is_not_as_it_should_be_is_said_once(here: Path, cli_: Cli, monkeyp
             warnings.warn(text, RunWarning, stacklevel=1)
         return {"accuracy": 1.0, "num_images": 1, "module_accuracy": [1.0], "skipped": {}}
 
-    monkeypatch.setattr(run, "evaluate_run", noisy)
+    monkeypatch.setattr(using_runs, "evaluate_run", noisy)
     said = cli_("evaluate", "run")
     assert (said.code, said.err) == (0, "localgrad: one\nlocalgrad: two\n")
 

@@ -19,8 +19,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from helpers import Cli, assert_refused, assert_same_run, interrupt_at_step, metrics_of
+from helpers import MICRO, Cli, assert_refused, assert_same_run, interrupt_at_step, load_named, metrics_of
 from localgrad import run
+from localgrad.app import fitting, run_folders, using_runs
 from localgrad.app.recipe import Recipe, overlay
 from localgrad.errors import CheckpointError, DataError, LocalgradError, RunFolderError, RunWarning
 from localgrad.training import folder as folder_module
@@ -28,19 +29,6 @@ from localgrad.training.events import JsonlSink, read_metrics
 from localgrad.training.feature_cache import Rows, open_cache, write_cache
 from localgrad.training.folder import RunFolder, is_sound, load_saved_weights, read_text, save_weights
 from localgrad.training.trainer import Interrupted
-
-MICRO: dict[str, Any] = {
-    "model": {
-        "name": "vit_tiny_patch16_224",
-        "img_size": 16,
-        "patch_size": 8,
-        "options": {"embed_dim": 8, "depth": 2, "num_heads": 2},
-    },
-    "data": {"name": "digits", "limit": 48},
-    "local": {"modules": 2},
-    "training": {"epochs": 3, "batch_size": 16, "lr": 2e-3, "warmup_epochs": 0},
-    "execution": {"device": "cpu", "num_threads": 1},
-}
 
 
 def micro(changes: dict[str, Any] | None = None) -> Recipe:
@@ -50,12 +38,12 @@ def micro(changes: dict[str, Any] | None = None) -> Recipe:
 @pytest.fixture(autouse=True)
 def _quick_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Estimating takes longer than a micro run; test_memory.py is about it."""
-    monkeypatch.setattr(run, "estimate_step", lambda *_, **__: SimpleNamespace(peak_bytes=2**20))
+    monkeypatch.setattr(fitting, "estimate_step", lambda *_, **__: SimpleNamespace(peak_bytes=2**20))
 
 
 def quickly(work: Callable[[], object]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "estimate_step", lambda *_, **__: SimpleNamespace(peak_bytes=2**20))
+        patch.setattr(fitting, "estimate_step", lambda *_, **__: SimpleNamespace(peak_bytes=2**20))
         work()
 
 
@@ -267,7 +255,7 @@ def test_one_flipped_bit_in_the_best_weights_is_found(finished: Path, copy: Path
     for path in (folder, copy):
         flip(path / "checkpoints" / "best.safetensors", -1)
     Image.new("L", (8, 8)).save(tmp_path / "image.png")
-    for use in (run.evaluate_run, lambda path: list(run.predict(path, tmp_path / "image.png"))):
+    for use in (using_runs.evaluate_run, lambda path: list(using_runs.predict(path, tmp_path / "image.png"))):
         with pytest.raises(CheckpointError, match=r"damaged .*checksum is wrong.*restore them from a copy"):
             use(folder)
     position = torch.load(copy / "checkpoints" / "last.pt", weights_only=True)["position"]
@@ -280,7 +268,7 @@ def test_best_weights_that_the_checkpoint_has_are_written_again(tmp_path: Path) 
     recipe = micro({"data.val_fraction": 0.0, "training.ema_decay": 0.5})  # the last epoch is the best
     run.train(recipe, out=tmp_path / "whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(fitting, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run.train(recipe, out=tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / "best.safetensors").write_bytes(b"gone")
@@ -331,7 +319,7 @@ def test_any_recipe_that_is_not_the_runs_is_restored(damage: str, copy: Path) ->
         content = {"empty": b"", "zeros": bytes(len(text)), "no text": b"\xff\xfe", "edited": edited}
         path.write_bytes(content[damage])
     with pytest.warns(RunWarning, match=r"recipe\.toml: .*; taken as the checkpoint keeps it"):
-        assert run.read_recipe(copy) == micro()
+        assert run_folders.read_recipe(copy) == micro()
 
 
 def test_a_damaged_recipe_without_a_checkpoint_is_refused(copy: Path) -> None:
@@ -351,11 +339,11 @@ def test_what_resume_lays_over_becomes_the_recipe(copy: Path) -> None:
         interrupt_at_step(patch, 1)
         with pytest.raises(Interrupted):
             run.resume(copy, changed)
-    assert run.read_recipe(copy) == changed
+    assert run_folders.read_recipe(copy) == changed
     assert is_sound(copy, "recipe.toml")
     (copy / "recipe.toml").write_text("")
     with pytest.warns(RunWarning, match="taken as the checkpoint keeps it"):
-        assert run.read_recipe(copy) == changed
+        assert run_folders.read_recipe(copy) == changed
 
 
 def test_a_recipe_and_a_checkpoint_of_two_runs_are_refused(copy: Path) -> None:
@@ -374,7 +362,7 @@ def test_a_plan_that_was_found_on_the_way_fits_the_checkpoint_before_it(copy: Pa
     folder.release()
     run.resume(copy)
     assert (copy / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
-    assert run.read_recipe(copy).execution.checkpoint == "blocks"
+    assert run_folders.read_recipe(copy).execution.checkpoint == "blocks"
 
 
 def test_a_recipe_is_known_at_every_moment_of_its_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,9 +394,9 @@ def test_a_damaged_data_file_is_restored(copy: Path, tmp_path: Path) -> None:
     path.write_text(json.dumps({**values, "mean": [0.9]}))  # predictions would be of other numbers
     Image.new("L", (8, 8)).save(tmp_path / "image.png")
     with pytest.warns(RunWarning, match=r"data\.json: damaged or changed"):
-        changed = list(run.predict(copy, tmp_path / "image.png"))
+        changed = list(using_runs.predict(copy, tmp_path / "image.png"))
     path.write_text(text)
-    assert list(run.predict(copy, tmp_path / "image.png")) == changed
+    assert list(using_runs.predict(copy, tmp_path / "image.png")) == changed
 
 
 def test_a_damaged_summary_is_made_again(finished: Path, tmp_path: Path) -> None:
@@ -536,7 +524,7 @@ def moved(of_folder: Path, tmp_path: Path) -> Iterator[Path]:
 
 
 def with_data(folder: Path, place: Path) -> Recipe:
-    return Recipe.from_dict(overlay(run.read_recipe(folder).to_dict(), {"data.name": str(place)}))
+    return Recipe.from_dict(overlay(run_folders.read_recipe(folder).to_dict(), {"data.name": str(place)}))
 
 
 def test_moved_data_is_known_by_its_content(moved: Path) -> None:
@@ -544,13 +532,13 @@ def test_moved_data_is_known_by_its_content(moved: Path) -> None:
     with pytest.raises(DataError, match=r"If it was moved, say where it is now: data"):
         run.resume(folder)
     with pytest.raises(DataError, match=r"say where it is now: data"):
-        run.evaluate_run(folder)
-    accuracy = run.evaluate_run(folder, data=str(place))["accuracy"]
+        using_runs.evaluate_run(folder)
+    accuracy = using_runs.evaluate_run(folder, data=str(place))["accuracy"]
     run.resume(folder, with_data(folder, place))
-    assert run.read_recipe(folder).method.data.name == str(place)
+    assert run_folders.read_recipe(folder).method.data.name == str(place)
     assert is_sound(folder, "recipe.toml")
     assert is_sound(folder, "data.json")
-    assert run.evaluate_run(folder)["num_images"] == 8
+    assert using_runs.evaluate_run(folder)["num_images"] == 8
     assert 0 <= accuracy <= 1
 
 
@@ -566,7 +554,7 @@ def test_other_data_is_refused(change: str, moved: Path) -> None:
         (place / "cat" / "3.png").rename(place / "dog" / "33.png")
     for use in (
         lambda: run.resume(folder, with_data(folder, place)),
-        lambda: run.evaluate_run(folder, data=str(place)),
+        lambda: using_runs.evaluate_run(folder, data=str(place)),
     ):
         with pytest.raises(DataError, match=r"data=.*elsewhere.: this is not what the run .* was trained on"):
             use()
@@ -579,7 +567,7 @@ def test_data_that_changed_in_its_place_is_said(of_folder: Path, tmp_path: Path)
     Image.new("RGB", (16, 16)).save(path)
     try:
         with pytest.warns(RunWarning, match="it was changed"):
-            run.evaluate_run(folder)
+            using_runs.evaluate_run(folder)
     finally:
         path.write_bytes(content)
 
@@ -588,29 +576,27 @@ def test_moved_data_of_an_older_run_is_compared_as_far_as_it_is_known(moved: Pat
     folder, place = as_older_versions_wrote(moved / "run"), moved / "elsewhere"
     with warnings.catch_warnings(record=True):
         warnings.simplefilter("always")
-        run.evaluate_run(folder, data=str(place))
+        using_runs.evaluate_run(folder, data=str(place))
         (place / "cat" / "3.png").unlink()
         with pytest.raises(DataError, match="num_train"):
-            run.evaluate_run(folder, data=str(place))
+            using_runs.evaluate_run(folder, data=str(place))
 
 
 def test_images_that_are_decoded_while_training_have_a_fingerprint() -> None:
-    from localgrad.training.data import load_data
     from localgrad.training.fingerprint import fingerprint_of
 
-    found = {fingerprint_of(load_data("digits", limit=100, seed=seed)) for seed in (0, 0, 1)}
+    found = {fingerprint_of(load_named("digits", limit=100, seed=seed)) for seed in (0, 0, 1)}
     assert len(found) == 2
 
 
 def test_fingerprints_of_files(tmp_path: Path) -> None:
-    from localgrad.training.data import load_data
     from localgrad.training.fingerprint import fingerprint_of
 
     one, other = write_images(tmp_path / "one"), write_images(tmp_path / "other")
-    of = {path: fingerprint_of(load_data(str(path), memory_limit_bytes=0)) for path in (one, other)}
+    of = {path: fingerprint_of(load_named(str(path), memory_limit_bytes=0)) for path in (one, other)}
     assert of[one] == of[other]
     Image.new("RGB", (16, 16)).save(other / "dog" / "7.png")
-    assert fingerprint_of(load_data(str(other), memory_limit_bytes=0)) != of[one]
+    assert fingerprint_of(load_named(str(other), memory_limit_bytes=0)) != of[one]
 
 
 def test_the_command_line_takes_moved_data_and_says_damage_in_a_line(moved: Path, cli_: Cli) -> None:
@@ -652,7 +638,7 @@ def what_is_read(folder: Path, name: str) -> dict[str, Any]:
         case "checkpoints/best.safetensors":
             return load_saved_weights(held.best)
         case "checkpoints/last.pt" | "checkpoints/before.pt":
-            state = run._load_last(held, micro())
+            state = run_folders.load_last(held, micro())
             assert state is not None
             return {**state["learner"]["model"], **state["position"], **held.kept, "sums": state["sums"]}
         case "metrics.jsonl":
@@ -661,7 +647,7 @@ def what_is_read(folder: Path, name: str) -> dict[str, Any]:
             sink.close()
             assert read_metrics(folder / "metrics.jsonl") == (sink.lines, [])
             return {"lines": sink.lines}
-    return {"recipe": run.read_recipe(folder), "data": run._read_data(folder)}
+    return {"recipe": run_folders.read_recipe(folder), "data": run_folders.read_description(folder)}
 
 
 def same(ours: Any, theirs: Any) -> bool:

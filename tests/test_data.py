@@ -18,9 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from helpers import load_named
 from localgrad.errors import DataError
 from localgrad.training import data, image_sets, images
-from localgrad.training.data import Augment, Batches, load_data, load_images_for_prediction
+from localgrad.training.data import Batches, load_images_for_prediction
+from localgrad.training.settings import Augment, DataSettings
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -115,7 +117,7 @@ def test_shares_stay_under_their_ceilings_and_add_up(counts, total):
 
 
 def test_the_seed_changes_the_validation_part_and_never_the_test_part():
-    first, second = load_data("digits", seed=0), load_data("digits", seed=1)
+    first, second = load_named("digits", seed=0), load_named("digits", seed=1)
     assert torch.equal(first.test.images, second.test.images)
     assert not torch.equal(first.val.images, second.val.images)
 
@@ -126,7 +128,7 @@ def test_the_seed_changes_the_validation_part_and_never_the_test_part():
 def test_digits_are_the_real_ones():
     from sklearn.datasets import load_digits
 
-    splits = load_data("digits", val_fraction=0.25)
+    splits = load_named("digits", val_fraction=0.25)
     info = splits.info
     assert (info.num_train, info.num_val, info.num_test) == (1078, 360, 359)
     assert (info.num_channels, info.image_size, info.num_classes) == (1, (8, 8), 10)
@@ -140,13 +142,13 @@ def test_digits_are_the_real_ones():
 
 
 def test_no_validation_part_where_none_is_wanted():
-    splits = load_data("digits", val_fraction=0)
+    splits = load_named("digits", val_fraction=0)
     assert splits.val is None
     assert splits.info.num_val == 0
 
 
 def test_limit_takes_training_images_alone():
-    everything, few = load_data("digits"), load_data("digits", limit=100)
+    everything, few = load_named("digits"), load_named("digits", limit=100)
     assert few.info.num_train == len(few.train) == 100
     assert torch.equal(few.val.images, everything.val.images)
     assert torch.bincount(few.train.labels).tolist() == [10] * 10
@@ -176,7 +178,7 @@ def test_cifar_from_its_pickles(tmp_path, monkeypatch, name, num_train, num_clas
     write_cifar(tmp_path, name)
     # The files are ours, so their checksums can't be those of the published ones: only that check is off.
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
-    splits = load_data(name, root=tmp_path, val_fraction=0)
+    splits = load_named(name, root=tmp_path, val_fraction=0)
     assert (splits.info.num_train, splits.info.num_test, splits.info.num_classes) == (num_train, 20, num_classes)
     assert splits.info.class_names[1] == "thing 1"
     first = next((tmp_path).rglob("data_batch_1" if name == "cifar10" else "train"))
@@ -194,7 +196,7 @@ def test_svhn_from_its_matrices(tmp_path, monkeypatch):
     for part in ("train", "test"):
         scipy.io.savemat(tmp_path / f"{part}_32x32.mat", {"X": images, "y": labels})
     monkeypatch.setattr("torchvision.datasets.SVHN._check_integrity", lambda _: True)
-    splits = load_data("svhn", root=tmp_path, val_fraction=0)
+    splits = load_named("svhn", root=tmp_path, val_fraction=0)
     assert splits.info.class_names == tuple("0123456789")
     assert splits.test.labels[8:11].tolist() == [9, 0, 1]
     assert np.array_equal(splits.test.images[3].numpy(), images[..., 3].transpose(2, 0, 1))
@@ -212,7 +214,7 @@ def test_stl10_from_its_binaries(tmp_path, monkeypatch):
         images.transpose(0, 1, 3, 2).tofile(base / f"{part}_X.bin")  # its own order: columns first
         np.array([1 + i % 10 for i in range(12)], dtype=np.uint8).tofile(base / f"{part}_y.bin")
     monkeypatch.setattr("torchvision.datasets.STL10._check_integrity", lambda _: True)
-    splits = load_data("stl10", root=tmp_path, val_fraction=0)
+    splits = load_named("stl10", root=tmp_path, val_fraction=0)
     assert splits.info.class_names == tuple(names)
     assert splits.info.image_size == (96, 96)
     assert splits.train.labels.tolist() == [*range(10), 0, 1]
@@ -222,7 +224,7 @@ def test_stl10_from_its_binaries(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10", "svhn"])
 def test_missing_files_name_the_root_and_the_way_to_get_them(tmp_path, name):
     with pytest.raises(DataError, match="download=True") as error:
-        load_data(name, root=tmp_path)
+        load_named(name, root=tmp_path)
     assert str(tmp_path) in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -234,7 +236,7 @@ def test_missing_files_name_the_root_and_the_way_to_get_them(tmp_path, name):
 def test_image_folder_with_parts(tmp_path, test_part):
     write_folder(tmp_path / "train", {"cat": 10, "dog": 10, "eel": 10})
     write_folder(tmp_path / test_part, {"cat": 2, "eel": 3})
-    splits = load_data(str(tmp_path), val_fraction=0.1)
+    splits = load_named(str(tmp_path), val_fraction=0.1)
     info = splits.info
     assert (info.num_train, info.num_val, info.num_test) == (27, 3, 5)
     assert info.class_names == ("cat", "dog", "eel")
@@ -246,16 +248,16 @@ def test_image_folder_with_parts(tmp_path, test_part):
 
 def test_image_folder_without_parts_gets_a_test_part(tmp_path):
     write_folder(tmp_path, {"cat": 10, "dog": 20}, mode="L")
-    splits = load_data(str(tmp_path), val_fraction=0)
+    splits = load_named(str(tmp_path), val_fraction=0)
     assert torch.bincount(splits.test.labels).tolist() == [2, 4]
     assert splits.info.num_channels == 1
     assert "6 of 30 images are held out" in splits.info.notes[0]
-    assert torch.equal(load_data(str(tmp_path), seed=9).test.images, splits.test.images)
+    assert torch.equal(load_named(str(tmp_path), seed=9).test.images, splits.test.images)
 
 
 def test_a_folder_is_found_below_the_root(tmp_path):
     write_folder(tmp_path / "pets", {"cat": 10, "dog": 10})
-    assert load_data("pets", root=tmp_path).info.num_classes == 2
+    assert load_named("pets", root=tmp_path).info.num_classes == 2
 
 
 def test_sizes_are_unified_at_the_models(tmp_path):
@@ -265,11 +267,11 @@ def test_sizes_are_unified_at_the_models(tmp_path):
         next(tmp_path.rglob(name)).rename(tmp_path / name)
     (tmp_path / "a").rmdir()
     (tmp_path / "b").rmdir()
-    splits = load_data(str(tmp_path), image_size=(8, 8))
+    splits = load_named(str(tmp_path), image_size=(8, 8))
     assert splits.info.image_size is None
     assert splits.train.images.shape[1:] == (3, 8, 8)
     assert "stored at 8x8" in splits.info.notes[-1]
-    lazy = load_data(str(tmp_path))
+    lazy = load_named(str(tmp_path))
     assert isinstance(lazy.train, data.FileImages)
     assert next(iter(all_batches(lazy, augment=None))).images.shape[1:] == (3, 8, 8)
 
@@ -278,7 +280,7 @@ def test_one_odd_image_among_many_is_noticed_though_it_was_not_probed(tmp_path, 
     monkeypatch.setattr(image_sets, "_PROBED", 2)
     write_folder(tmp_path, {"cat": 10, "dog": 10}, mode="L")
     picture(0, (6, 9)).save(tmp_path / "cat" / "5.png")
-    splits = load_data(str(tmp_path), image_size=(6, 6))
+    splits = load_named(str(tmp_path), image_size=(6, 6))
     assert (splits.info.image_size, splits.info.num_channels) == (None, 3)
     assert len(splits.train) + len(splits.val) + len(splits.test) == 20
 
@@ -306,20 +308,20 @@ def test_folders_that_are_no_data_set(tmp_path, layout):
     if layout == "only train":
         (path / "train").mkdir()
     with pytest.raises(DataError, match=messages[layout]) as error:
-        load_data(str(path))
+        load_named(str(path))
     assert "\n" not in str(error.value)
 
 
 def test_one_class_is_too_few(tmp_path):
     with pytest.raises(DataError, match=r"two or more classes .* only 'cat'"):
-        load_data(str(write_folder(tmp_path, {"cat": 10})))
+        load_named(str(write_folder(tmp_path, {"cat": 10})))
 
 
 def test_a_test_part_may_not_have_classes_of_its_own(tmp_path):
     write_folder(tmp_path / "train", {"cat": 3, "dog": 3})
     write_folder(tmp_path / "test", {"cat": 3, "dogs": 3})
     with pytest.raises(DataError, match=r"'dogs', which .*train does not have\. Nearest: dog"):
-        load_data(str(tmp_path))
+        load_named(str(tmp_path))
 
 
 @pytest.mark.parametrize("damage", [60, 40, "flipped"])
@@ -333,7 +335,7 @@ def test_corrupt_images_are_named_or_counted(tmp_path, damage, limit_bytes):
     broken.write_bytes(flipped if damage == "flipped" else encoded[:damage])
 
     def whole_epoch(on_corrupt):
-        splits = load_data(
+        splits = load_named(
             str(tmp_path), on_corrupt=on_corrupt, val_fraction=0, memory_limit_bytes=limit_bytes, image_size=(6, 6)
         )
         return splits.info, list(all_batches(splits, augment=EVERYTHING, image_size=(6, 6)))
@@ -358,7 +360,7 @@ def test_files_that_are_no_images_are_left_out_and_counted(tmp_path, content, li
         strange.symlink_to(tmp_path / "gone.png")
     else:
         strange.write_bytes(content)
-    splits = load_data(str(tmp_path), val_fraction=0, memory_limit_bytes=limit_bytes, image_size=(6, 6))
+    splits = load_named(str(tmp_path), val_fraction=0, memory_limit_bytes=limit_bytes, image_size=(6, 6))
     batches = list(all_batches(splits, augment=None, image_size=(6, 6)))
     assert sum(len(batch.images) for batch in batches) == splits.num_read("train") == 19
     reason = {None: "dangling link", b"": "empty"}.get(content, "no image by its content")
@@ -390,14 +392,14 @@ def test_images_come_upright_and_of_every_mode(tmp_path):
 def test_parquet_folder_with_parts(tmp_path, label):
     write_parquet(tmp_path / "set" / "train-00000-of-00001.parquet", [0, 1] * 10, names=["cat", "dog"], label=label)
     write_parquet(tmp_path / "set" / "test-00000-of-00001.parquet", [1, 0, 1], names=["cat", "dog"], label=label)
-    splits = load_data(str(tmp_path / "set"), val_fraction=0)
+    splits = load_named(str(tmp_path / "set"), val_fraction=0)
     assert (splits.info.class_names, splits.info.num_train) == (("cat", "dog"), 20)
     assert splits.test.labels.tolist() == [1, 0, 1]
     assert np.array_equal(splits.test.images[2].numpy(), np.asarray(picture(2)).transpose(2, 0, 1))
 
 
 def test_a_single_parquet_file_with_plain_numbers_as_labels(tmp_path):
-    splits = load_data(str(write_parquet(tmp_path / "all.parquet", [0, 1, 2] * 10, names=None)), val_fraction=0)
+    splits = load_named(str(write_parquet(tmp_path / "all.parquet", [0, 1, 2] * 10, names=None)), val_fraction=0)
     assert splits.info.class_names == ("0", "1", "2")
     assert splits.info.num_test == 6
 
@@ -408,13 +410,13 @@ def test_a_data_set_saved_to_disk(tmp_path):
     file = write_parquet(tmp_path / "all.parquet", [0, 1] * 10, names=["cat", "dog"])
     loaded = datasets.load_dataset("parquet", data_files=str(file))
     loaded.save_to_disk(tmp_path / "saved")
-    assert load_data(str(tmp_path / "saved")).info.class_names == ("cat", "dog")
+    assert load_named(str(tmp_path / "saved")).info.class_names == ("cat", "dog")
 
 
 def test_a_test_part_without_labels_is_left_out(tmp_path):
     for part, labels in {"train": [0, 1] * 5, "validation": [0, 1], "test": [-1, -1]}.items():
         write_parquet(tmp_path / "set" / f"{part}.parquet", labels, names=["cat", "dog"])
-    splits = load_data(str(tmp_path / "set"))
+    splits = load_named(str(tmp_path / "set"))
     assert splits.val.labels.tolist() == [0, 1]
     assert (splits.info.num_train, splits.info.num_test) == (8, 2)
     assert "The part 'test' is not used: its images have no labels." in splits.info.notes
@@ -436,38 +438,38 @@ def test_labels_outside_their_classes(tmp_path, label):
 
     pyarrow.parquet.write_table(schema, tmp_path / "b.parquet")
     with pytest.raises(DataError, match=rf"from 0 to 1 \(2 classes\), got {label} for image 3 of the part 'train'"):
-        load_data(str(tmp_path / "b.parquet"))
+        load_named(str(tmp_path / "b.parquet"))
 
 
 def test_tables_without_the_columns_wanted(tmp_path):
     (tmp_path / "a.csv").write_text("height,width\n1,2\n")
     with pytest.raises(DataError, match=r"no single column of type Image: its columns are height \(Value\), width"):
-        load_data(str(tmp_path / "a.csv"))
+        load_named(str(tmp_path / "a.csv"))
     write_parquet(tmp_path / "b.parquet", [0, 1], names=None, label="species")
     with pytest.raises(DataError, match=r"no single label column .* image \(Image\), species \(Value\)"):
-        load_data(str(tmp_path / "b.parquet"))
+        load_named(str(tmp_path / "b.parquet"))
 
 
 def test_a_table_without_rows(tmp_path):
     with pytest.raises(DataError, match="corresponds to no data"):
-        load_data(str(write_parquet(tmp_path / "a.parquet", [], names=["cat", "dog"])))
+        load_named(str(write_parquet(tmp_path / "a.parquet", [], names=["cat", "dog"])))
 
 
 def test_files_that_are_no_data_set(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(DataError, match=r"\.parquet"):
-        load_data(str(tmp_path / "notes.txt"))
+        load_named(str(tmp_path / "notes.txt"))
     (tmp_path / "broken.parquet").write_bytes(b"hello")
     with pytest.raises(DataError, match="Hugging Face library can't load it") as error:
-        load_data(str(tmp_path / "broken.parquet"))
+        load_named(str(tmp_path / "broken.parquet"))
     assert "\n" not in str(error.value)
 
 
 def test_unknown_names_come_with_the_nearest():
     with pytest.raises(DataError, match=r"'cifra10'.*Nearest: cifar10"):
-        load_data("cifra10")
+        load_named("cifra10")
     with pytest.raises(DataError, match=r"not one of digits, .* Hugging Face library can't load it") as error:
-        load_data("nobody/nothing")
+        load_named("nobody/nothing")
     assert "\n" not in str(error.value)
 
 
@@ -475,7 +477,7 @@ def test_a_missing_folder_beside_others_is_not_looked_for_on_the_hub(tmp_path, m
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
     with pytest.raises(DataError, match="no file or folder photos/cats"):
-        load_data("photos/cats")
+        load_named("photos/cats")
 
 
 @pytest.mark.heavy
@@ -483,7 +485,7 @@ def test_a_missing_folder_beside_others_is_not_looked_for_on_the_hub(tmp_path, m
 def test_the_real_images_beside_the_repository(name, num_classes):
     if not (SHARED_DATA / name).is_dir():
         pytest.skip(f"{SHARED_DATA / name} is not on this machine")
-    info = load_data(str(SHARED_DATA / name)).info
+    info = load_named(str(SHARED_DATA / name)).info
     assert (info.num_train, info.num_val, info.num_test) == (45_000, 5_000, 10_000)
     assert (info.num_classes, info.image_size, info.num_skipped) == (num_classes, (32, 32), 0)
 
@@ -492,7 +494,7 @@ def test_some_real_images_beside_the_repository():
     if not (SHARED_DATA / "cifar100").is_dir():
         pytest.skip(f"{SHARED_DATA / 'cifar100'} is not on this machine")
     test_file = SHARED_DATA / "cifar100" / "test-00000-of-00001.parquet"
-    info = load_data(str(test_file), limit=500, memory_limit_bytes=0).info
+    info = load_named(str(test_file), limit=500, memory_limit_bytes=0).info
     assert (info.num_classes, info.num_train, info.num_test) == (100, 500, 2_000)
 
 
@@ -502,10 +504,7 @@ def test_some_real_images_beside_the_repository():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"val_fraction": 1.0}, "val_fraction is a share"),
-        ({"val_fraction": -0.1}, "val_fraction is a share"),
         ({"limit": 1}, "limit must leave"),
-        ({"on_corrupt": "ignore"}, "on_corrupt must be one of skip, error"),
         ({"mean": (0.5,)}, "mean and std go together"),
         ({"mean": (0.5,) * 3, "std": (0.5,) * 3}, "The images have 1 channels"),
         ({"mean": (0.5,), "std": (0.0,)}, "std must be above 0"),
@@ -515,11 +514,11 @@ def test_some_real_images_beside_the_repository():
 )
 def test_impossible_settings_are_refused(setting, message):
     with pytest.raises(DataError, match=message):
-        load_data("digits", **setting)
+        load_named("digits", **setting)
 
 
 def test_mean_and_std_can_be_given():
-    info = load_data("digits", mean=(0.5,), std=(0.25,)).info
+    info = load_named("digits", mean=(0.5,), std=(0.25,)).info
     assert (info.mean, info.std) == ((0.5,), (0.25,))
 
 
@@ -544,8 +543,16 @@ def test_images_and_labels_must_belong_together():
 
 
 def all_batches(splits, *, epoch=0, start=0, image_size=(8, 8), part="train", **changes):
-    arguments = {"augment": EVERYTHING, "seed": 0, "drop_last": False, "batch_size": 8, "device": "cpu"} | changes
-    return Batches(getattr(splits, part), image_size=image_size, info=splits.info, **arguments).epoch(epoch, start)
+    arguments = {
+        "augment": EVERYTHING,
+        "seed": 0,
+        "drop_last": False,
+        "batch_size": 8,
+        "device": torch.device("cpu"),
+    } | changes
+    return Batches(images=getattr(splits, part), image_size=image_size, info=splits.info, **arguments).epoch(
+        epoch, start
+    )
 
 
 def assert_equal_batches(first, second):
@@ -557,7 +564,7 @@ def assert_equal_batches(first, second):
 
 @pytest.fixture
 def digits():
-    return load_data("digits", limit=60)
+    return load_named("digits", limit=60)
 
 
 def test_evaluation_takes_every_image_in_order(digits):
@@ -615,7 +622,7 @@ def test_files_give_the_same_batches_as_memory(tmp_path, num_workers):
     write_folder(tmp_path / "train", {"cat": 13, "dog": 14}, size=(8, 8))
     write_folder(tmp_path / "test", {"cat": 2, "dog": 2}, size=(8, 8))
     same = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
-    stored, lazy = load_data(str(tmp_path), **same), load_data(str(tmp_path), memory_limit_bytes=0, **same)
+    stored, lazy = load_named(str(tmp_path), **same), load_named(str(tmp_path), memory_limit_bytes=0, **same)
     assert isinstance(stored.train, data.InMemoryImages)
     assert isinstance(lazy.train, data.FileImages)
     state = torch.get_rng_state()
@@ -628,13 +635,13 @@ def test_files_give_the_same_batches_as_memory(tmp_path, num_workers):
 def test_a_batch_of_nothing_but_corrupt_images_ends_the_run(tmp_path):
     write_folder(tmp_path / "train", {"cat": 4, "dog": 4})
     write_folder(tmp_path / "test", {"cat": 1, "dog": 1})
-    splits = load_data(str(tmp_path), on_corrupt="skip", val_fraction=0, memory_limit_bytes=0)
+    splits = load_named(str(tmp_path), on_corrupt="skip", val_fraction=0, memory_limit_bytes=0)
     for file in (tmp_path / "train").rglob("*.png"):
         file.write_bytes(b"")
     with pytest.raises(DataError, match="Not one image of a batch of 8"):
         next(all_batches(splits))
     with pytest.raises(DataError, match="None of the 8 images tried"):
-        load_data(str(tmp_path), on_corrupt="skip", val_fraction=0)
+        load_named(str(tmp_path), on_corrupt="skip", val_fraction=0)
 
 
 @pytest.mark.parametrize(
@@ -661,26 +668,31 @@ def test_batches_of_labels_that_mean_no_class_are_refused(digits, label):
 # --------------------------------------------------------------------------------------------- prediction
 
 
-PREDICTION = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "num_channels": 3, "image_size": (8, 8)}
+MEAN, STD = (0.5,) * 3, (0.25,) * 3
+
+
+def prepared(path, skipped=None, **settings):
+    info = dataclasses.replace(load_named("digits").info, mean=MEAN, std=STD, num_channels=3)
+    return load_images_for_prediction(path, DataSettings(**settings), info, image_size=(8, 8), skipped=skipped)
 
 
 def test_prediction_walks_a_folder_and_prepares_as_evaluation_does(tmp_path):
     write_folder(tmp_path / "train", {"cat": 4, "dog": 4}, size=(10, 13))
     write_folder(tmp_path / "test", {"cat": 1, "dog": 2}, size=(10, 13))
-    splits = load_data(str(tmp_path), mean=PREDICTION["mean"], std=PREDICTION["std"])
-    found = dict(load_images_for_prediction(tmp_path / "test", **PREDICTION))
+    splits = load_named(str(tmp_path), mean=MEAN, std=STD)
+    found = dict(prepared(tmp_path / "test"))
     assert list(found) == sorted((tmp_path / "test").rglob("*.png"))
     evaluated = next(all_batches(splits, part="test", augment=None)).images
     assert torch.equal(torch.stack(list(found.values())), evaluated)
-    [(path, image)] = load_images_for_prediction(tmp_path / "test" / "cat" / "0.png", **PREDICTION)
+    [(path, image)] = prepared(tmp_path / "test" / "cat" / "0.png")
     assert torch.equal(image, found[path])
 
 
 def test_prediction_without_images(tmp_path):
     with pytest.raises(DataError, match="no file or folder"):
-        load_images_for_prediction(tmp_path / "nothing", **PREDICTION)
+        prepared(tmp_path / "nothing")
     with pytest.raises(DataError, match="no image in"):
-        load_images_for_prediction(tmp_path, **PREDICTION)
+        prepared(tmp_path)
 
 
 def test_prediction_of_a_corrupt_image(tmp_path):
@@ -688,8 +700,8 @@ def test_prediction_of_a_corrupt_image(tmp_path):
     broken = tmp_path / "cat" / "0.png"
     broken.write_bytes(broken.read_bytes()[:60])
     with pytest.raises(DataError, match=r"0\.png"):
-        list(load_images_for_prediction(tmp_path, **PREDICTION))
-    [(path, _)] = load_images_for_prediction(tmp_path, **PREDICTION, on_corrupt="skip")
+        list(prepared(tmp_path))
+    [(path, _)] = prepared(tmp_path, on_corrupt="skip")
     assert path.name == "1.png"
 
 
@@ -699,11 +711,11 @@ def test_prediction_passes_over_what_is_no_image_and_says_so(tmp_path):
     strange.write_bytes(b"hello")
     (tmp_path / "notes.txt").write_text("hello")
     left_out = image_sets.Skipped()
-    [(path, _)] = load_images_for_prediction(tmp_path, **PREDICTION, skipped=left_out)
+    [(path, _)] = prepared(tmp_path, skipped=left_out)
     assert path.name == "1.png"
     assert left_out.counts() == {"no image by its content": 1, ".txt": 1}
     with pytest.raises(DataError, match=r"0\.png can't be read \(no image by its content\)"):  # it was named
-        list(load_images_for_prediction(strange, **PREDICTION))
+        list(prepared(strange))
 
 
 # ---------------------------------------------------------------------------------- what an import brings along

@@ -16,16 +16,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 import localgrad
-from helpers import SIZE, Recorder, batches, make, make_learner
-from localgrad import run
-from localgrad.app import build
+from helpers import SIZE, Recorder, batches, load_named, make, make_learner
+from localgrad.app import build, run_folders, using_runs
 from localgrad.app.recipe import Recipe, as_recipe, overlay
 from localgrad.errors import DataError, RecipeError
 from localgrad.objectives.auxiliary import CLASSIFIERS, DECODERS, LinearDecoder, NextClassifier
 from localgrad.objectives.methods import OBJECTIVES
-from localgrad.planning import budget
+from localgrad.planning import cache
 from localgrad.registry import Registry, load_plugins
-from localgrad.training.data import Batches, load_data
+from localgrad.training.data import Batches
 from localgrad.training.transforms import Prepared
 
 VIT: dict[str, Any] = {"name": "vit_tiny_patch16_224", "img_size": 32, "patch_size": 8}
@@ -105,10 +104,10 @@ def test_entry_points_are_found_and_imported_when_asked_for(monkeypatch: pytest.
 
 
 def test_plans_that_depend_on_a_users_decoder_are_not_cached() -> None:
-    assert budget._is_told_by_text(localgrad.FeatureReconstruction())
+    assert cache.is_told_by_text(localgrad.FeatureReconstruction())
     localgrad.register_decoder("mine", Mine)
     objective = localgrad.FeatureReconstruction(decoder="mine")
-    assert not budget._is_told_by_text(objective)
+    assert not cache.is_told_by_text(objective)
     assert objective.looks_inside  # what it builds isn't known to depend on layouts alone
     assert not localgrad.FeatureReconstruction().looks_inside
 
@@ -257,11 +256,11 @@ def write_photos(folder: Path, size: tuple[int, int] = (48, 60), count: int = 16
 
 
 def batches_of(path: Path, transform: str | None, num_workers: int = 0, **settings: Any) -> Batches:
-    data = load_data(str(path), transform=transform)
-    size: dict[str, Any] = {"image_size": (32, 32), "batch_size": 6, "device": "cpu", "drop_last": True}
+    data = load_named(str(path), transform=transform)
+    size: dict[str, Any] = {"image_size": (32, 32), "batch_size": 6, "device": torch.device("cpu")}
     augment = build.Augment()
     made = {**size, "augment": augment, "seed": 3, "info": data.info, "transform": transform, **settings}
-    return Batches(data.train, num_workers=num_workers, **made)
+    return Batches(images=data.train, num_workers=num_workers, **made)
 
 
 @pytest.mark.parametrize("transform", ["imagenet", f"{__name__}:transform_of_mine"])
@@ -324,8 +323,8 @@ def test_a_transform_that_is_wrong_is_told_before_training(name: str, message: s
 
 def test_an_error_in_a_worker_is_one_line(tmp_path: Path) -> None:
     made = batches_of(write_photos(tmp_path / "photos"), f"{__name__}:transform_of_mine", num_workers=1)
-    assert made.prepared is not None
-    made.prepared.transform = lambda image: image.no_such_method()
+    assert made.wanted.prepared is not None
+    made.wanted.prepared.transform = lambda image: image.no_such_method()
     with pytest.raises(DataError, match=r"no_such_method.* The image: .*\.png\.$"):
         next(made.epoch(0))
 
@@ -335,9 +334,9 @@ def test_files_larger_than_the_model_get_the_standard_transform_and_the_run_keep
     listener = Recorder()
     localgrad.train(recipe, out=tmp_path / "run", sinks=[listener])
     assert any("through the transform imagenet" in line for line in listener.events[0].details)
-    assert run.read_recipe(tmp_path / "run").method.data.transform == "imagenet"
-    assert run.evaluate_run(tmp_path / "run")["num_images"] > 0
-    predictions = list(run.predict(tmp_path / "run", tmp_path / "photos" / "cat" / "0.png"))
+    assert run_folders.read_recipe(tmp_path / "run").method.data.transform == "imagenet"
+    assert using_runs.evaluate_run(tmp_path / "run")["num_images"] > 0
+    predictions = list(using_runs.predict(tmp_path / "run", tmp_path / "photos" / "cat" / "0.png"))
     assert predictions[0].classes[0][0] in ("cat", "dog")
 
 
@@ -360,7 +359,7 @@ def test_a_function_goes_by_its_name(tmp_path: Path) -> None:
     recipe = {**RECIPE, "data.name": "digits", "data.limit": 64, "training.epochs": 1}
     small = {"model.img_size": 8, "model.patch_size": 2}
     localgrad.train({**recipe, **small}, transform=transform_of_mine, out=tmp_path / "run")
-    assert run.read_recipe(tmp_path / "run").method.data.transform == f"{__name__}:transform_of_mine"
+    assert run_folders.read_recipe(tmp_path / "run").method.data.transform == f"{__name__}:transform_of_mine"
     assert localgrad.resume(tmp_path / "run")["epochs"] == 1
     with pytest.raises(RecipeError, match=r"transform: .* can't be found again by a name"):
         localgrad.train(recipe, transform=lambda image_size, training: None)

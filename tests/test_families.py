@@ -5,117 +5,19 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import sys
 import time
 
 import pytest
 import timm
 import torch
-from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
 from torch import nn
 
+from families import FAMILIES, SHARED, WIDER, build, images_for, parted, parted_copy
 from localgrad import GreedySupervised, LocalLearner
 from localgrad.backbones.base import SUPPORTED_FAMILIES, Backbone, Layout, outline, split
 from localgrad.backbones.fake import without_initialization
 from localgrad.backbones.timm_models import Step
 from localgrad.estimating import estimate_step
-
-SWIN = {
-    "embed_dim": 16,
-    "depths": (2, 1, 2),
-    "num_heads": (1, 2, 4),
-    "img_size": 32,
-    "patch_size": 2,
-    "window_size": 4,
-}
-VIT = {"embed_dim": 24, "depth": 3, "num_heads": 3, "img_size": 32, "patch_size": 8}
-
-# family -> (timm name, what makes it small, first blocks of stages after the first)
-FAMILIES: dict[str, tuple[str, dict, tuple[int, ...]]] = {
-    "swin": ("swin_tiny_patch4_window7_224", SWIN, (2, 4)),
-    "swinv2": ("swinv2_tiny_window8_256", SWIN, (2, 4)),
-    "swinv2_cr": ("swinv2_cr_tiny_224", SWIN, (2, 4)),
-    "swinv2_cr extra norm": ("swinv2_cr_tiny_ns_224", SWIN, (2, 4)),
-    "vit": ("vit_tiny_patch16_224", VIT, ()),
-    "vit registers": ("vit_medium_patch16_reg4_gap_256", VIT, ()),
-    "vit attention pool": ("vit_base_patch16_siglip_224", VIT, ()),
-    "vit dynamic size": ("vit_tiny_patch16_224", VIT | {"dynamic_img_size": True}, ()),
-    "deit": ("deit_tiny_patch16_224", VIT, ()),
-    "deit distilled": ("deit_tiny_distilled_patch16_224", VIT, ()),
-    "deit3": ("deit3_small_patch16_224", VIT, ()),
-    "dinov2": ("vit_small_patch14_dinov2", VIT, ()),
-    "dinov2 registers": ("vit_small_patch14_reg4_dinov2", VIT, ()),
-    "beit": ("beit_base_patch16_224", VIT, ()),
-    "beit shared bias": (
-        "beit_base_patch16_224",
-        VIT | {"use_shared_rel_pos_bias": True, "use_rel_pos_bias": False},
-        (),
-    ),
-    "beitv2": ("beitv2_base_patch16_224", VIT, ()),
-    "eva02": ("eva02_tiny_patch14_224", VIT | {"embed_dim": 32, "num_heads": 2}, ()),
-    "eva02 mixed rope": ("vit_small_patch16_rope_mixed_224", VIT | {"embed_dim": 32, "num_heads": 2}, ()),
-    "cait": ("cait_xxs24_224", VIT, ()),
-    "convit": ("convit_tiny", VIT | {"embed_dim": 8, "local_up_to_layer": 2}, ()),
-    "convit small": ("convit_small", VIT | {"embed_dim": 8, "local_up_to_layer": 2}, ()),
-    "xcit": ("xcit_nano_12_p16_224", VIT | {"embed_dim": 32, "num_heads": 2}, ()),
-    "davit": (
-        "davit_tiny",
-        {"embed_dims": (16, 32), "depths": (1, 2), "num_heads": (1, 2), "window_size": 4},
-        (1,),
-    ),
-    "maxvit": (
-        "maxvit_rmlp_pico_rw_256",
-        {"embed_dim": (32, 64), "depths": (1, 2), "num_heads": None, "stem_width": (16, 16), "img_size": 64},
-        (1,),
-    ),
-    "mvitv2": ("", {"img_size": 64}, (1,)),
-    "mvitv2 class token": ("", {"img_size": 64, "use_cls_token": True}, (1,)),
-    "pvt_v2": (
-        "pvt_v2_b0",
-        {"embed_dims": (16, 32, 32, 32), "depths": (1, 2, 1, 1), "num_heads": (1, 2, 2, 4)},
-        (1, 4, 6),
-    ),
-    "hiera": ("hiera_tiny_224", {"embed_dim": 16, "stages": (1, 2, 2, 1), "img_size": 64}, (1, 3, 5)),
-    "convnext": ("convnext_atto", {"dims": (16, 16, 32, 32), "depths": (1, 1, 2, 1)}, (1, 3, 6)),
-    "resnet": ("resnet18", {"channels": (8, 16, 16, 32)}, (2, 4, 6)),
-}
-
-
-SHARED = {"beit shared bias", "eva02 mixed rope"}
-"""Models that use one parameter in every block."""
-
-
-def build(family: str) -> tuple[nn.Module, tuple[int, int, int]]:
-    name, kwargs, _ = FAMILIES[family]
-    torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=5, drop_path_rate=0.3, **kwargs) if name else build_mvitv2(**kwargs)
-    size = kwargs.get("img_size", 64)
-    shake(model)
-    return model, (3, size, size)
-
-
-def build_mvitv2(img_size: int, *, use_cls_token: bool = False) -> nn.Module:
-    """timm builds these from a configuration object that ``create_model`` does not open."""
-    cfg = MultiScaleVitCfg(
-        embed_dim=(16, 32),
-        depths=(1, 2),
-        num_heads=(1, 2),
-        stride_q=((1, 1), (2, 2)),
-        use_cls_token=use_cls_token,
-        use_abs_pos=use_cls_token,
-    )
-    return MultiScaleVit(cfg, img_size=(img_size, img_size), num_classes=5, drop_path_rate=0.3)
-
-
-def shake(model: nn.Module) -> None:
-    """Small random weights everywhere: a layer scale of 1e-5 or a zero norm would hide what a block does."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-
-
-def images_for(size: tuple[int, int, int], count: int = 3) -> torch.Tensor:
-    return torch.randn(count, *size, generator=torch.Generator().manual_seed(1))
 
 
 def run(module: nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -129,9 +31,8 @@ def test_every_family_is_tested() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parts_equal_the_model_forward_and_backward(family: str) -> None:
-    model, size = build(family)
-    backbone = split(model, size)
-    images = images_for(size)
+    backbone = parted_copy(family)
+    model, images = backbone.model, images_for(backbone.input_size)
 
     model.eval()
     assert torch.equal(run(backbone, images), run(model, images))
@@ -156,21 +57,19 @@ def test_parts_equal_the_model_forward_and_backward(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_parameter_is_in_exactly_one_part(family: str) -> None:
-    model, size = build(family)
-    backbone = split(model, size)
+    backbone = parted(family)
     parts = [backbone.stem, *backbone.blocks, backbone.tail]
     owned = [id(p) for part in parts for p in part.parameters()]
     if family not in SHARED:
         assert len(owned) == len(set(owned))
         backbone.check_boundaries(range(1, len(backbone.blocks)))
-    assert set(owned) == {id(p) for p in model.parameters()} == {id(p) for p in backbone.parameters()}
+    assert set(owned) == {id(p) for p in backbone.model.parameters()} == {id(p) for p in backbone.parameters()}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parts_use_the_parameters_they_hold(family: str) -> None:
-    model, size = build(family)
-    backbone = split(model, size).eval()
-    features = images_for(size)
+    backbone = parted(family)
+    features = images_for(backbone.input_size)
     for part in [backbone.stem, *backbone.blocks, backbone.tail]:
         features = part(features.detach())
         parameters = {name: p for name, p in part.named_parameters() if not name.startswith("unused.")}
@@ -181,15 +80,14 @@ def test_parts_use_the_parameters_they_hold(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layouts_and_stages_describe_the_features(family: str) -> None:
-    model, size = build(family)
-    backbone = split(model, size).eval()
-    features = backbone.stem(images_for(size))
+    backbone = parted(family)
+    features = backbone.stem(images_for(backbone.input_size))
     assert len(backbone.layouts) == len(backbone.blocks) + 1 == len(backbone.block_names) + 1
     for block, layout in zip([*backbone.blocks, None], backbone.layouts, strict=True):
         check_layout(features, layout)
         features = block(features) if block is not None else features
     assert backbone.stage_boundaries == FAMILIES[family][2]
-    modules = dict(model.named_modules())
+    modules = dict(backbone.model.named_modules())
     assert all(name in modules for name in backbone.block_names)
 
 
@@ -209,12 +107,10 @@ INTERMEDIATES += ["hiera", "mvitv2", "mvitv2 class token", "pvt_v2", "davit", "m
 
 @pytest.mark.parametrize("family", INTERMEDIATES)
 def test_to_grid_equals_timms_intermediate_features(family: str) -> None:
-    model, size = build(family)
-    backbone = split(model, size)
-    model.eval()
-    images = images_for(size)
+    backbone = parted(family)
+    images = images_for(backbone.input_size)
     with torch.no_grad():
-        expected = model.forward_intermediates(images, intermediates_only=True)
+        expected = backbone.model.forward_intermediates(images, intermediates_only=True)
         grids, features = [], backbone.stem(images)
         for block, layout in zip(backbone.blocks, backbone.layouts[1:], strict=True):
             features = block(features)
@@ -231,8 +127,7 @@ def test_to_grid_equals_timms_intermediate_features(family: str) -> None:
 
 
 def test_hiera_tokens_come_back_in_raster_order() -> None:
-    model, size = build("hiera")
-    backbone = split(model, size)
+    backbone = parted("hiera")
     for block, layout in enumerate(backbone.layouts[:-1]):
         if layout.order is None:
             continue
@@ -245,9 +140,8 @@ def test_hiera_tokens_come_back_in_raster_order() -> None:
 
 @pytest.mark.parametrize("family", ["vit", "swin", "mvitv2", "xcit", "pvt_v2", "eva02"])
 def test_parts_compile_without_graph_breaks(family: str) -> None:
-    model, size = build(family)
-    backbone = split(model, size).eval()
-    images = images_for(size)
+    backbone = parted_copy(family)
+    images = images_for(backbone.input_size)
     torch.compiler.reset()
     with torch.no_grad():
         compiled = torch.compile(backbone, backend="eager", fullgraph=True)
@@ -257,14 +151,7 @@ def test_parts_compile_without_graph_breaks(family: str) -> None:
 # Outlines --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A family whose features are not as wide as their grid: shapes alone would leave open which axis is which."""
-    name, kwargs, stages = FAMILIES[request.param]
-    widths = {"embed_dim": 24} if "swinv2_cr" in request.param else {"embed_dims": (24, 32, 32, 32)}
-    if "swinv2_cr" in request.param or request.param == "pvt_v2":
-        monkeypatch.setitem(FAMILIES, request.param, (name, kwargs | widths, stages))
-    return request.param
+OUTLINED = [*(family for family in FAMILIES if f"{family}, wider" not in WIDER), *WIDER]
 
 
 def glue_of(module: nn.Module) -> object:
@@ -281,12 +168,13 @@ def glue_of(module: nn.Module) -> object:
     return [type(module.module), around, module.args, module.kwargs, recomputed, module.unpack, module.shape]
 
 
-@pytest.mark.parametrize("family", FAMILIES, indirect=True)
+@pytest.mark.parametrize("family", OUTLINED)
 def test_an_outline_is_the_split_without_its_proof(family: str) -> None:
-    model, size = build(family)
+    proved = parted_copy(family).train()
+    model, size = proved.model, proved.input_size
     random_state = torch.get_rng_state()
     parameters = {name: (id(p), p.detach().clone()) for name, p in model.named_parameters()}
-    drawn, proved = outline(model, size), split(model, size)
+    drawn = outline(model, size)
     assert torch.equal(torch.get_rng_state(), random_state)
     for name in ("block_names", "layouts", "stage_boundaries", "input_size", "num_classes"):
         assert getattr(drawn, name) == getattr(proved, name), name
@@ -322,14 +210,11 @@ def glue_of_tail(backbone: Backbone) -> object:
     return around, backbone.tail.before_head, len(backbone.tail.unused)
 
 
-@pytest.mark.parametrize("family", FAMILIES, indirect=True)
-def test_without_initialization_buffers_are_right_and_nothing_is_drawn(
-    family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("family", OUTLINED)
+def test_without_initialization_buffers_are_right_and_nothing_is_drawn(family: str) -> None:
     initialised, size = build(family)
-    monkeypatch.setattr(sys.modules[__name__], "shake", lambda model: None)
     with without_initialization():
-        bare, _ = build(family)
+        bare, _ = build(family, shaken=False)
     assert [(name, p.shape) for name, p in bare.named_parameters()] == [
         (name, p.shape) for name, p in initialised.named_parameters()
     ]
@@ -358,15 +243,13 @@ def test_models_are_made_quickly_without_initialization() -> None:
     [
         ("vit", "halves/2"),
         ("convnext", "none"),
-        *(pytest.param(f, "halves/2", marks=pytest.mark.heavy) for f in ("swin", "swinv2", "swinv2_cr", "pvt_v2")),
+        *(pytest.param(f, "halves/2", marks=pytest.mark.heavy) for f in ("swin", "swinv2", *WIDER)),
     ],
-    indirect=["family"],
 )
-def test_an_outline_is_estimated_as_the_split_is(family: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_outline_is_estimated_as_the_split_is(family: str, how: str) -> None:
     model, size = build(family)
-    monkeypatch.setattr(sys.modules[__name__], "shake", lambda model: None)
     with without_initialization():
-        bare, _ = build(family)
+        bare, _ = build(family, shaken=False)
     with torch.no_grad():
         for parameter in bare.parameters():
             parameter.fill_(float("nan"))  # whatever was in memory

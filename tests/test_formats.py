@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from localgrad import run
+from localgrad.app import using_runs
 from localgrad.app.recipe import RECIPE_FORMAT, Recipe
 from localgrad.errors import CheckpointError, LocalgradError, PartitionError, RecipeError
 from localgrad.formats import check_format
@@ -102,7 +103,7 @@ def numbered(path: Path, number: int) -> None:
 @pytest.mark.filterwarnings("ignore::localgrad.errors.RunWarning")
 def test_a_run_of_the_first_version_is_evaluated_resumed_and_told(old: Path) -> None:
     assert all("format" not in (old / name).read_text() for name in ("recipe.toml", "data.json"))
-    before = run.evaluate_run(old)
+    before = using_runs.evaluate_run(old)
     assert before["num_images"] == 359
     summary = run.resume(old)
     assert summary["format"] == RUN_FORMAT == json.loads((old / "summary.json").read_text())["format"]
@@ -129,7 +130,7 @@ def test_newer_run_folders_are_refused_in_one_line(old: Path) -> None:
     last = old / "checkpoints" / "last.pt"
     kept = last.read_bytes()
     last.unlink()  # which has a copy
-    for use in (run.evaluate_run, run.resume):
+    for use in (using_runs.evaluate_run, run.resume):
         with pytest.raises(LocalgradError, match=rf"data.json: {NEWER}") as raised:
             use(old)
         assert "\n" not in str(raised.value)

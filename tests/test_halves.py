@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from timm.layers import DropPath, set_fused_attn
 from torch import Tensor, nn
 
+from families import FAMILIES, images_for, parted, parted_copy, shake
 from localgrad import GreedySupervised, LocalLearner
 from localgrad.backbones.base import Backbone, split
 from localgrad.backbones.halves import Piece, _known_cuts, find_pieces
@@ -27,7 +28,6 @@ from localgrad.memory import track as memory
 from localgrad.partition import LEVELS, Checkpointing
 from localgrad.step.checkpointing import Recomputed
 from localgrad.step.local_module import LocalModule, recompute
-from test_families import FAMILIES, build, images_for, shake
 
 PIECES: dict[str, tuple[int, ...]] = {
     # Two halves a block; 1 where a merging of patches stands by itself. A timm update that loses halves shows here.
@@ -123,8 +123,7 @@ def assert_same_run(ours: Ran, theirs: Ran, *, tolerance: float = 0.0) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_pieces_of_every_family(family: str) -> None:
-    model, size = build(family)
-    backbone = split(model, size)
+    backbone = parted(family)
     pieces = [find_pieces(block, backbone.example(i)) for i, block in enumerate(backbone.blocks)]
     assert tuple(map(len, pieces)) == PIECES[family]
     for block, found in zip(backbone.blocks, pieces, strict=True):
@@ -146,17 +145,16 @@ FEWER_IMAGES_THAN_CHUNKS = [(family, 2) for family in ("vit", "swin", "swinv2_cr
 
 @pytest.mark.parametrize(("family", "count"), [*((family, BATCH) for family in FAMILIES), *FEWER_IMAGES_THAN_CHUNKS])
 def test_halves_give_the_plain_blocks_numbers(family: str, count: int) -> None:
-    model, size = build(family)
-    backbone = split(model, size)
+    backbone = parted_copy(family)
     with torch.no_grad():
-        inputs = backbone.eval().stem(images_for(size, count))
+        inputs = backbone.stem(images_for(backbone.input_size, count))
     backbone.train()
     plain = Ran(trunk(backbone, "none"), inputs)
     assert_same_run(Ran(trunk(backbone, "halves"), inputs), plain)
     # A kernel may round otherwise for another number of rows, so chunks are held to the sixth digit,
     assert_same_run(Ran(trunk(backbone, "halves/3"), inputs), plain, tolerance=2e-4)
     # and to what is left of a wrong formula in double precision.
-    backbone = split(model.double(), size)
+    backbone.double()
     plain = Ran(trunk(backbone, "none"), inputs.double())
     tolerance = 1e-6 if family == "eva02 mixed rope" else 1e-10  # which turns its angles in single precision
     for how in CHUNKED:
@@ -442,9 +440,8 @@ def trunk_of_learner(backbone: Backbone, how: str) -> LocalModule:
 
 @pytest.mark.parametrize("family", ["vit", "swin", "beit", "beit shared bias", "eva02", "cait", "pvt_v2"])
 def test_a_deep_copy_runs_its_own_weights(family: str) -> None:
-    model, size = build(family)
-    backbone = split(model, size)
-    inputs = backbone.stem(images_for(size)).detach()
+    backbone = parted_copy(family).train()
+    inputs = backbone.stem(images_for(backbone.input_size)).detach()
     original = trunk(backbone, "halves/2")
     made = copy.deepcopy(original)
     made.features(inputs).sum().backward()

@@ -22,6 +22,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from localgrad import run
+from localgrad.app import fitting
 from localgrad.app.build import build
 from localgrad.app.recipe import Recipe, overlay
 from localgrad.backbones.base import Layout
@@ -29,10 +30,11 @@ from localgrad.errors import CheckpointError, RecipeError
 from localgrad.learner import LocalLearner
 from localgrad.objectives.carried import LocalBatch
 from localgrad.objectives.methods import OBJECTIVES
-from localgrad.training.data import Batches, DataInfo, InMemoryImages
+from localgrad.training.data import Batches, DataInfo
 from localgrad.training.events import ConsoleSink, EpochEnded, HealthMeasured, JsonlSink, TensorBoardSink
 from localgrad.training.folder import RunFolder, load_saved_weights, save_weights
 from localgrad.training.health import HealthCheck, gradient_cosine, linear_cka, linear_probe, pool, pooled_features
+from localgrad.training.image_sets import InMemoryImages
 from localgrad.training.trainer import EpochSums, Interrupted
 
 SIZE = (3, 16, 16)
@@ -96,11 +98,11 @@ def batches_of(num_images: int, batch_size: int = 8) -> Batches:
     images += (40 * labels).to(torch.uint8)[:, None, None, None]
     info = DataInfo("toy", tuple("abcde"), 3, SIZE[1:], (0.5,) * 3, (0.25,) * 3, 0, num_images, 0, 0, ())
     return Batches(
-        InMemoryImages(images, labels),
+        images=InMemoryImages(images, labels),
         batch_size=batch_size,
         image_size=SIZE[1:],
         info=info,
-        device="cpu",
+        device=torch.device("cpu"),
         augment=None,
         seed=0,
         drop_last=False,
@@ -241,14 +243,14 @@ def test_the_probe_is_ridge_regression(width: int) -> None:
         reference = Ridge(alpha=ridge * len(x)).fit(scaler.transform(x), np.eye(4)[labels])
         expected = (reference.predict(scaler.transform(y)).argmax(1) == val_labels).mean()
         tensors = map(torch.from_numpy, (x, labels, y, val_labels))
-        assert linear_probe(*tensors, 4, ridge=ridge) == pytest.approx(expected)
+        assert linear_probe(*tensors, ridge=ridge) == pytest.approx(expected)
     assert 0.4 < expected < 1, "else the comparison says little"
 
 
 def test_a_class_that_was_not_seen_is_never_right() -> None:
     x, labels = torch.eye(4), torch.tensor([0, 1, 0, 1])
-    assert linear_probe(x, labels, x, labels, 3) == 1
-    assert linear_probe(x, labels, x, torch.full((4,), 2), 3) == 0
+    assert linear_probe(x, labels, x, labels) == 1
+    assert linear_probe(x, labels, x, torch.full((4,), 2)) == 0
 
 
 # ------------------------------------------------------------------------------------- CKA
@@ -417,8 +419,8 @@ def test_a_line_of_json_that_resuming_drops_with_its_epoch(tmp_path: Path) -> No
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Estimating takes longer than a micro run."""
-    monkeypatch.setattr(run, "estimate_step", lambda *_, **__: SimpleNamespace(peak_bytes=2**20))
-    monkeypatch.setattr(run, "estimate_stages", lambda *_: [SimpleNamespace(peak_bytes=2**20)])
+    monkeypatch.setattr(fitting, "estimate_step", lambda *_, **__: SimpleNamespace(peak_bytes=2**20))
+    monkeypatch.setattr(fitting, "estimate_stages", lambda *_: [SimpleNamespace(peak_bytes=2**20)])
 
 
 def micro(changes: dict[str, Any] | None = None) -> Recipe:
@@ -435,7 +437,7 @@ def lines_of(folder: Path, *, health: bool) -> list[dict[str, Any]]:
 def end_to_end(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reference") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "estimate_step", lambda *_, **__: SimpleNamespace(peak_bytes=2**20))
+        patch.setattr(fitting, "estimate_step", lambda *_, **__: SimpleNamespace(peak_bytes=2**20))
         run.train(micro({"local.modules": 1, "training.epochs": 1}), out=folder)
     return folder
 
@@ -520,7 +522,7 @@ def test_an_interrupted_run_measures_the_same(tmp_path: Path, monkeypatch: pytes
 
 def test_the_test_set_is_not_read(tmp_path: Path) -> None:
     job = build(micro({"execution.health_every": 1}))
-    check = run._health_check(job)
+    check = fitting.health_check(job)
     assert check is not None
     pixels = job.data.test.images.flatten(1)
     for part in (check._train, check._val, check._probe):
@@ -581,4 +583,4 @@ def test_a_reference_with_other_classes_is_refused(tmp_path: Path, end_to_end: P
     save_weights(tmp_path / "checkpoints" / "best.safetensors", weights)
     job = build(micro({"execution.health_every": 1, "execution.health_reference": str(tmp_path)}))
     with pytest.raises(RecipeError, match=r"^health_reference=\S+: checkpoint: it is of another model: head"):
-        run._health_check(job)
+        fitting.health_check(job)

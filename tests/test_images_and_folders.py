@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import io
 import random
@@ -22,10 +23,13 @@ from PIL import Image
 import data_cases
 import slow_reader
 from data_cases import COLOUR, KINDS, LABELS, LAYOUTS, Kind, Labels, Layout, array, picture, plant, saved
+from helpers import load_named
 from localgrad.errors import DataError
 from localgrad.training import data, folders, images
-from localgrad.training.data import Splits, load_data, load_images_for_prediction
-from localgrad.training.image_sets import InMemoryImages
+from localgrad.training.augment import ModelInput
+from localgrad.training.data import Splits, load_images_for_prediction
+from localgrad.training.image_sets import InMemoryImages, Wanted
+from localgrad.training.settings import DataSettings
 
 
 @pytest.fixture(autouse=True)
@@ -65,10 +69,10 @@ def test_layouts(case: Layout, tmp_path: Path) -> None:
     options: dict[str, Any] = {key: str(root / value) for key, value in case.options.items()}
     if case.refused:
         with pytest.raises(DataError, match=case.refused) as error:
-            load_data(str(root), **options)
+            load_named(str(root), **options)
         assert "\n" not in str(error.value)
         return
-    splits = load_data(str(root), val_fraction=0.25, **options)
+    splits = load_named(str(root), val_fraction=0.25, **options)
     wanted: dict[str, list[tuple[str, bytes]]] = {}
     for split, pattern in case.reads.items():
         level = pattern.split("/").index(next(part for part in pattern.split("/") if "*" in part))
@@ -97,26 +101,22 @@ def test_kinds_of_images(case: Kind, tmp_path: Path) -> None:
             (tmp_path / folder / f"{index}.tif").write_bytes(case.make())  # the ending says another format
     if case.refused:
         with pytest.raises(DataError, match=case.refused):
-            load_data(str(tmp_path), val_fraction=0, **case.options)
+            load_named(str(tmp_path), val_fraction=0, **case.options)
         return
-    splits = load_data(str(tmp_path), val_fraction=0, **case.options)
-    lazy = load_data(str(tmp_path), val_fraction=0, memory_limit_bytes=0, **case.options)
+    splits = load_named(str(tmp_path), val_fraction=0, **case.options)
+    lazy = load_named(str(tmp_path), val_fraction=0, memory_limit_bytes=0, **case.options)
     assert case.pixels is not None
     size = case.pixels.shape[:2]
     for part in (splits.train, lazy.train):
-        [(read, _)] = part.read([torch.arange(2)], image_size=size, device=torch.device("cpu"), num_workers=0)
+        [(read, _)] = part.read([torch.arange(2)], Wanted(image_size=size, device=torch.device("cpu")))
         pixels = read[1].expand(3, -1, -1).permute(1, 2, 0).int().numpy()
         assert pixels.shape == case.pixels.shape
         assert np.abs(pixels - case.pixels).max() <= case.close
     assert ("several frames" in " ".join(splits.info.notes)) == case.what.startswith("several frames")
     info = splits.info
-    [(_, image), *_] = load_images_for_prediction(
-        tmp_path, mean=(0.0,), std=(1 / 255,), num_channels=info.num_channels, image_size=size,
-        image_range=info.image_range, background=info.background,
-    ) if info.num_channels == 1 else load_images_for_prediction(
-        tmp_path, mean=(0.0,) * 3, std=(1 / 255,) * 3, num_channels=3, image_size=size,
-        image_range=info.image_range, background=info.background,
-    )  # fmt: skip
+    of_255 = dataclasses.replace(info, mean=(0.0,) * info.num_channels, std=(1 / 255,) * info.num_channels)
+    reading = DataSettings(**case.options)
+    [(_, image), *_] = load_images_for_prediction(tmp_path, reading, of_255, image_size=size)
     assert np.abs(image.expand(3, -1, -1).permute(1, 2, 0).numpy() - case.pixels).max() <= case.close + 1e-3
 
 
@@ -136,9 +136,9 @@ def test_labels_of_tables(case: Labels, tmp_path: Path) -> None:
     table(tmp_path / "set" / "test.parquet", list(case.values)[:2])
     if case.refused:
         with pytest.raises(DataError, match=case.refused):
-            load_data(str(tmp_path / "set"), val_fraction=0)
+            load_named(str(tmp_path / "set"), val_fraction=0)
         return
-    splits = load_data(str(tmp_path / "set"), val_fraction=0)
+    splits = load_named(str(tmp_path / "set"), val_fraction=0)
     assert splits.info.class_names == case.classes
     plain = [str(int(value) if isinstance(value, float) else value) for value in case.values]
     assert [splits.info.class_names[label] for label in splits.train.labels] == plain * 4
@@ -164,21 +164,21 @@ def test_one_deep_image_that_wasnt_sampled_is_refused_too(tmp_path: Path, monkey
     (tmp_path / "set" / "b" / "1.tiff").write_bytes(array(np.full((2, 2), 5.0, np.float32), "tiff"))
     for limit in (0, 2**30):
         with pytest.raises(DataError, match=r"b/1\.tiff can't be read: .*give image_range"):
-            splits = load_data(str(tmp_path / "set"), val_fraction=0, on_corrupt="skip", memory_limit_bytes=limit)
+            splits = load_named(str(tmp_path / "set"), val_fraction=0, on_corrupt="skip", memory_limit_bytes=limit)
             everything = [torch.arange(len(splits.train)), torch.arange(0)]
-            list(splits.train.read(everything[:1], image_size=(2, 2), device=torch.device("cpu"), num_workers=0))
-            list(splits.test.read([torch.arange(len(splits.test))], image_size=(2, 2), device=torch.device("cpu"),
-                                  num_workers=0))  # fmt: skip
+            wanted = Wanted(image_size=(2, 2), device=torch.device("cpu"))
+            list(splits.train.read(everything[:1], wanted))
+            list(splits.test.read([torch.arange(len(splits.test))], wanted))
 
 
 def test_a_range_for_images_of_8_bits_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"image_range: no sampled image has more than 8 bits"):
-        load_data(str(pairs(tmp_path, array(COLOUR, "png"))), image_range=(0, 4095))
+        load_named(str(pairs(tmp_path, array(COLOUR, "png"))), image_range=(0, 4095))
     with pytest.raises(DataError, match="image_range: no sampled image has more than 8 bits"):
-        load_data("digits", image_range=(0, 4095))
+        load_named("digits", image_range=(0, 4095))
     with pytest.raises(DataError, match=r"Pillow gives the upper 8 bits, .*image_range=\(0, 65535\)"):
         deep = data_cases.deep_png(COLOUR.astype(np.int64) * 257)
-        load_data(str(pairs(tmp_path / "deep", deep)), image_range=(0, 4095))
+        load_named(str(pairs(tmp_path / "deep", deep)), image_range=(0, 4095))
 
 
 @pytest.mark.parametrize(
@@ -188,15 +188,14 @@ def test_a_range_for_images_of_8_bits_is_refused(tmp_path: Path) -> None:
         ({"background": "1,2,999"}, "'1,2,999' is no colour"),
         ({"image_range": (5, 5)}, "the first one smaller"),
         ({"image_range": (0, float("nan"))}, "the first one smaller"),
-        ({"fit": "stretch"}, "fit must be one of crop, pad, squash, got 'stretch'"),
         ({"mean": (0.5, 0.5), "std": (0.5, 0.5)}, "The images have 1 channels"),
         ({"mean": (0.5,), "std": (float("inf"),)}, "mean and std must be finite"),
-        ({"test_data": "x"}, "test_data: digits brings its own parts"),
+        ({"test_data": "x"}, "test_data='x' doesn't go with data='digits': it brings its own parts"),
     ],
 )
 def test_impossible_options_are_refused(option: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        load_data("digits", **option)
+        load_named("digits", **option)
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's
@@ -224,8 +223,8 @@ def test_damaged_exif_data_leave_the_pixels() -> None:
 def test_grey_over_a_colour_is_colour(tmp_path: Path) -> None:
     see_through = array(np.zeros((2, 2, 2), np.uint8), "png")  # LA
     pairs(tmp_path, see_through)
-    assert load_data(str(tmp_path)).info.num_channels == 1
-    splits = load_data(str(tmp_path), background="#0000ff")
+    assert load_named(str(tmp_path)).info.num_channels == 1
+    splits = load_named(str(tmp_path), background="#0000ff")
     assert splits.info.num_channels == 3
     assert splits.train.images[0, :, 0, 0].tolist() == [0, 0, 255]  # type: ignore[attr-defined]
     assert "Transparent images are read over (0, 0, 255) (8 of 8 sampled)." in splits.info.notes
@@ -255,7 +254,7 @@ def test_links_are_followed_and_cycles_end(tmp_path: Path) -> None:
     (tmp_path / "far" / "one" / "other").symlink_to(tmp_path / "far" / "two")
     (tmp_path / "far" / "two" / "other").symlink_to(tmp_path / "far" / "one")
     (tmp_path / "set" / "eel").symlink_to(tmp_path / "far" / "one")
-    splits = load_data(str(tmp_path / "set"), val_fraction=0)
+    splits = load_named(str(tmp_path / "set"), val_fraction=0)
     assert splits.info.class_names == ("cat", "dog", "eel")
     assert splits.info.num_train + splits.info.num_test == 24
     assert splits.info.skipped["train"]["dangling link"] >= 1
@@ -263,13 +262,13 @@ def test_links_are_followed_and_cycles_end(tmp_path: Path) -> None:
 
 def test_a_validation_part_selects_and_is_not_cut(tmp_path: Path) -> None:
     plant(tmp_path, ("train/{cat,dog}/*", "val/{cat,dog}/*", "test/{cat,dog}/*"))
-    splits = load_data(str(tmp_path))
+    splits = load_named(str(tmp_path))
     assert (splits.info.num_train, splits.info.num_val, splits.info.num_test) == (12, 12, 12)
     assert "The data set's own validation part selects the best epoch." in splits.info.notes
-    without = load_data(str(tmp_path), val_fraction=0)
+    without = load_named(str(tmp_path), val_fraction=0)
     assert without.val is None
     assert "The part 'val' is not used: val_fraction is 0, which takes the last epoch." in without.info.notes
-    assert torch.equal(load_data(str(tmp_path), seed=5).val.images, splits.val.images)  # type: ignore[union-attr]
+    assert torch.equal(load_named(str(tmp_path), seed=5).val.images, splits.val.images)  # type: ignore[union-attr]
 
 
 def test_the_validation_part_of_a_table_is_for_validation(tmp_path: Path) -> None:
@@ -279,7 +278,7 @@ def test_the_validation_part_of_a_table_is_for_validation(tmp_path: Path) -> Non
     kind = datasets.ClassLabel(names=["cat", "dog"])
     table(tmp_path / "set" / "train.parquet", [0, 1] * 10, label=kind)
     table(tmp_path / "set" / "validation.parquet", [0, 1], label=kind)
-    info = load_data(str(tmp_path / "set")).info
+    info = load_named(str(tmp_path / "set")).info
     assert (info.num_train, info.num_val, info.num_test) == (16, 2, 4)
 
 
@@ -301,7 +300,7 @@ def test_class_names_in_another_order_are_matched_by_name(tmp_path: Path, form: 
             for part in names
         }
         datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
-    splits = load_data(str(tmp_path / ("saved" if form == "saved" else "set")), val_fraction=0)
+    splits = load_named(str(tmp_path / ("saved" if form == "saved" else "set")), val_fraction=0)
     assert [splits.info.class_names[label] for label in splits.test.labels] == ["eel", "cat", "dog"]
     assert [splits.info.class_names[label] for label in splits.train.labels] == ["cat", "dog", "eel"] * 4
 
@@ -313,7 +312,7 @@ def test_shards_with_class_names_of_their_own(tmp_path: Path) -> None:
     for shard, names in enumerate((["cat", "dog"], ["dog", "cat"])):
         path = tmp_path / "set" / f"train-0000{shard}-of-00002.parquet"
         table(path, [0, 1] * 5, label=datasets.ClassLabel(names=names))
-    splits = load_data(str(tmp_path / "set"), val_fraction=0)
+    splits = load_named(str(tmp_path / "set"), val_fraction=0)
     names = by_class(splits, "train", "test")
     pixel = {saved(picture(index), "png"): index for index in range(10)}
     assert len(pixel) == 10
@@ -325,21 +324,21 @@ def test_shards_with_class_names_of_their_own(tmp_path: Path) -> None:
 def test_names_that_look_like_patterns(tmp_path: Path) -> None:
     root = tmp_path / "my set [v2]"
     plant(root, ("{cat,dog}/*",))
-    assert load_data(str(root)).info.class_names == ("cat", "dog")
+    assert load_named(str(root)).info.class_names == ("cat", "dog")
     table(root / "all.parquet", ["cat", "dog"] * 5)
-    assert load_data(str(root / "all.parquet"), val_fraction=0).info.num_train == 8
+    assert load_named(str(root / "all.parquet"), val_fraction=0).info.num_train == 8
     with pytest.raises(DataError, match="for a pattern: rename the folder, or name single files with train_data"):
-        load_data(str(root))
+        load_named(str(root))
 
 
 def test_a_table_is_the_second_thing_that_is_tried(tmp_path: Path) -> None:
     plant(tmp_path, ("train/*", "test/*"))
     (tmp_path / "submission.csv").write_text("id,label\n1,0\n")
     with pytest.raises(DataError, match=r"without class folders.*As a table: .* no single column of type Image"):
-        load_data(str(tmp_path))
+        load_named(str(tmp_path))
     table(tmp_path / "all.parquet", [-1] * 4)
     with pytest.raises(DataError, match=r"The part 'train' of .* has no labels"):
-        load_data(str(tmp_path / "all.parquet"))
+        load_named(str(tmp_path / "all.parquet"))
 
 
 def test_a_class_of_a_table_that_isnt_trained_is_refused(tmp_path: Path) -> None:
@@ -347,7 +346,7 @@ def test_a_class_of_a_table_that_isnt_trained_is_refused(tmp_path: Path) -> None
     table(tmp_path / "set" / "train.parquet", ["cat", "dog"] * 4)
     table(tmp_path / "set" / "test.parquet", ["dog", "dogs"])
     with pytest.raises(DataError, match=r"the class 'dogs', which the part train does not have\. Nearest: dog"):
-        load_data(str(tmp_path / "set"))
+        load_named(str(tmp_path / "set"))
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the library leaves files open
@@ -375,7 +374,7 @@ def test_tables_that_name_or_hold_images(tmp_path: Path, form: str) -> None:
             (root / "test.csv").write_text("\n".join([lines[0], *lines[7:]]))
         else:
             (root / ("labels.csv" if form == "csv" else form)).write_text("\n".join(lines))
-    splits = load_data(str(root), val_fraction=0)
+    splits = load_named(str(root), val_fraction=0)
     assert splits.info.class_names == ("cat", "dog")
     wanted = sorted((label, picture(index).tobytes()) for index, label in enumerate(labels))
     assert by_class(splits, "train", "test") == wanted
@@ -403,7 +402,7 @@ def test_every_format_that_pillow_opens_and_writes(tmp_path: Path) -> None:
             (tmp_path / name).mkdir(exist_ok=True)
             (tmp_path / name / f"x{ending.upper()}").write_bytes(encoded)
     assert {".gif", ".jfif", ".webp", ".bmp", ".tiff", ".ppm", ".png", ".jpg"} <= set(tried)
-    splits = load_data(str(tmp_path), val_fraction=0, image_size=(32, 32))
+    splits = load_named(str(tmp_path), val_fraction=0, image_size=(32, 32))
     assert splits.info.num_train + splits.info.num_test == 2 * len(tried)
     assert (by_class(splits, "train")[0][1][0] - 200) in range(-8, 8)
 
@@ -412,7 +411,7 @@ def test_images_are_known_by_content(tmp_path: Path) -> None:
     plant(tmp_path, ("{cat,dog}/*",))
     for index in range(3):
         (tmp_path / "cat" / f"{index}.png").rename(tmp_path / "cat" / f"{index}{('', '.txt', '.0001')[index]}")
-    info = load_data(str(tmp_path), val_fraction=0).info
+    info = load_named(str(tmp_path), val_fraction=0).info
     assert info.num_train + info.num_test == 12
     assert not info.skipped
 
@@ -423,8 +422,8 @@ def test_a_corrupt_image_is_listed_with_its_part(tmp_path: Path) -> None:
     for file in broken:
         file.write_bytes(file.read_bytes()[:45])
     with pytest.raises(DataError, match=r"1\.png can't be read"):
-        load_data(str(tmp_path))
-    splits = load_data(str(tmp_path), val_fraction=0, on_corrupt="skip")
+        load_named(str(tmp_path))
+    splits = load_named(str(tmp_path), val_fraction=0, on_corrupt="skip")
     assert [list(splits.skipped[part].images) for part in ("train", "test")] == [[str(broken[0])], [str(broken[1])]]
     assert splits.info.skipped == {"train": {"corrupt": 1}, "test": {"corrupt": 1}}
 
@@ -433,7 +432,7 @@ def test_a_file_that_may_not_be_read_is_no_empty_one(tmp_path: Path) -> None:
     plant(tmp_path, ("{cat,dog}/*",))
     (tmp_path / "cat" / "0.png").unlink()
     (tmp_path / "cat" / "0.png").mkdir()  # for a test that may run as root: it can't be opened as a file either
-    splits = load_data(str(tmp_path), val_fraction=0)
+    splits = load_named(str(tmp_path), val_fraction=0)
     assert splits.info.num_train + splits.info.num_test == 11
     missing = images.Missing("corrupt", "Permission denied")
     with pytest.raises(images.Unreadable, match="Permission denied"):
@@ -445,7 +444,7 @@ def test_a_part_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:
     for file in (tmp_path / "test").rglob("*.png"):
         file.write_bytes(b"")
     with pytest.raises(DataError, match="None of the 12 images tried can be read"):
-        load_data(str(tmp_path))
+        load_named(str(tmp_path))
 
 
 # 6 and 7: normalisation and shape -----------------------------------------------------------------------------------
@@ -453,18 +452,21 @@ def test_a_part_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:
 
 def test_images_are_brought_to_the_models_shape() -> None:
     wide = torch.arange(2 * 6, dtype=torch.uint8).reshape(1, 2, 6).expand(3, -1, -1).contiguous() * 20
-    fit = data.prepare_batch
+
+    def fit(images: torch.Tensor, size: tuple[int, int], **others: Any) -> torch.Tensor:
+        return ModelInput(size=size, **others).of(images)
+
     options: dict[str, Any] = {"mean": (0.0,) * 3, "std": (1 / 255,) * 3}
-    assert torch.equal(fit(wide, image_size=(2, 2), **options), wide[..., 2:4].float())
-    squashed = fit(wide, image_size=(2, 3), fit="squash", **options)
+    assert torch.equal(fit(wide, (2, 2), **options), wide[..., 2:4].float())
+    squashed = fit(wide, (2, 3), fit="squash", **options)
     assert squashed.shape == (3, 2, 3)
     assert float(squashed[0, 0, 0]) < float(squashed[0, 0, 2])
-    padded = fit(wide, image_size=(6, 6), fit="pad", background=(9, 8, 7), **options)
+    padded = fit(wide, (6, 6), fit="pad", background=(9, 8, 7), **options)
     assert torch.equal(padded[:, 2:4], wide.float())
     for channel, value in enumerate((9, 8, 7)):
         assert (padded[channel, :2] == value).all()
         assert (padded[channel, 4:] == value).all()
-    grey = fit(wide[:1], image_size=(6, 6), fit="pad", background=(255, 0, 0), mean=(0.0,), std=(1 / 255,))
+    grey = fit(wide[:1], (6, 6), fit="pad", background=(255, 0, 0), mean=(0.0,), std=(1 / 255,))
     assert (grey[:, :2] == 76).all()
 
 
@@ -474,21 +476,21 @@ def test_files_and_memory_give_the_same_shape(tmp_path: Path, fit: Any) -> None:
     pairs(tmp_path, array(rng.integers(0, 256, (4, 9, 3), dtype=np.uint8), "png"))
     seen = []
     for limit in (0, 2**30):
-        splits = load_data(str(tmp_path), fit=fit, memory_limit_bytes=limit, mean=(0.5,), std=(0.5,))
+        splits = load_named(str(tmp_path), fit=fit, memory_limit_bytes=limit, mean=(0.5,), std=(0.5,))
         batches = data.Batches(
-            splits.train, batch_size=2, image_size=(6, 6), info=splits.info, device="cpu", augment=None, seed=0,
-            drop_last=False,
+            images=splits.train, batch_size=2, image_size=(6, 6), info=splits.info, device=torch.device("cpu"),
+            augment=None, seed=0,
         )  # fmt: skip
         seen.append(next(batches.epoch(0)).images)
         said = data.note_on_fit(splits, (6, 6))
         assert (said is not None) == (fit == "crop")
     assert torch.equal(seen[0], seen[1])
-    assert "56% of their pixels" in (data.note_on_fit(load_data(str(tmp_path)), (6, 6)) or "")
+    assert "56% of their pixels" in (data.note_on_fit(load_named(str(tmp_path)), (6, 6)) or "")
 
 
 def test_square_images_are_cut_without_a_word(tmp_path: Path) -> None:
     pairs(tmp_path, array(np.zeros((8, 8, 3), np.uint8), "png"))
-    assert data.note_on_fit(load_data(str(tmp_path)), (6, 6)) is None
+    assert data.note_on_fit(load_named(str(tmp_path)), (6, 6)) is None
 
 
 # Random folders, read twice -----------------------------------------------------------------------------------------
@@ -614,7 +616,7 @@ def check(tree: dict[str, bytes | str | None]) -> str:
             warnings.simplefilter("ignore")  # Pillow's, of damaged files
             ways = slow_reader.readings(root)
             try:
-                splits = load_data(str(root), on_corrupt="skip", val_fraction=0.3)
+                splits = load_named(str(root), on_corrupt="skip", val_fraction=0.3)
             except DataError as error:
                 assert "\n" not in str(error)
                 return refused(str(error), ways)

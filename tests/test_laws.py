@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import localgrad
-from helpers import MODELS, SIZE, adamw, assert_same, batches, make, train
+from helpers import MODELS, SIZE, adamw, assert_same, batches, make, make_backbone, train
 from localgrad import Contrastive, FeatureReconstruction, GreedySupervised, ImageReconstruction, LocalLearner
 from localgrad.estimating import estimate_step
 from localgrad.objectives.carried import LocalBatch
@@ -46,7 +46,7 @@ def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
 def make_learner(
     kind: str, modules: Any = 3, optimizer: Any = adamw, drop_path: float = 0.0, **more: Any
 ) -> LocalLearner:
-    learner = LocalLearner(make(kind, drop_path_rate=drop_path), modules=modules, input_size=SIZE, **more)
+    learner = LocalLearner(make_backbone(kind, drop_path_rate=drop_path), modules=modules, **more)
     learner.configure_optimizers(optimizer)
     return learner
 
@@ -513,7 +513,7 @@ LAYERS = (
     ("memory",),
     ("partitioning",),
     ("learner",),
-    ("estimating", "isolation"),
+    ("estimating", "evaluating", "isolation"),
     ("parallel",),
     ("planning",),
     ("training",),
@@ -581,6 +581,19 @@ def test_the_import_reader_sees_function_level_and_relative_imports() -> None:
     assert {"app.recipe", "run", "training.events"} <= imports_of(PACKAGE / "cli.py")
     assert {"backbones.timm_models", "errors"} <= imports_of(PACKAGE / "backbones" / "base.py")
     assert {"objectives.base", "objectives.supervised"} <= imports_of(PACKAGE / "objectives" / "methods.py")
+
+
+def test_no_test_module_imports_another() -> None:
+    """What several share stands in files of its own, so that each file of tests runs alone and any may go."""
+    for path in Path(__file__).parent.rglob("*.py"):
+        imported = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported |= {str(node.module), *(alias.name for alias in node.names)}
+        found = sorted(name for name in imported if name.rsplit(".", maxsplit=1)[-1].startswith("test_"))
+        assert not found, f"{path.name} imports {found}"
 
 
 PUBLIC = [
@@ -679,7 +692,7 @@ def test_cli_verbs_are_frozen() -> None:
 DETACHED = {
     # The one place where features leave without their graph, and figures for reports.
     "step.local_module": ["handed_on", "term", "value.logits"],
-    "step.global_step": ["term", "value.logits", "value.loss"],  # figures, once the backward pass is done
+    "step.global_step": ["logits", "term", "value.loss"],  # figures, once the backward pass is done
     "step.local_step": ["output.loss"],  # the figure, once its backward pass is done
     "objectives.reconstruction": ["state"],  # a target inside the module; what goes on keeps its graph
     "backbones.fake": ["tensor"],  # a copy of a weight on the host
@@ -687,11 +700,9 @@ DETACHED = {
     # The proof's images, its figures once the backward pass is done, and what a call had been given.
     "backbones.proof": ["images", "logits", "tensor", "tensor", "tensor"],
     "backbones.observe": ["args[0]"],  # what a part received, to be compared with what it left of it
-    "backbones.written": [
-        "twin(features.clone())",
-        "value",
-    ],  # of a copy that is tried; what a module shows of an earlier pass
-    "memory.parts": ["torch.ops.aten"],  # the operator's own name, in a list of those that take no time
+    "backbones.effects": ["twin(features.clone())"],  # of a copy that is tried
+    "backbones.hooks": ["value", "value"],  # what a module shows of an earlier pass
+    "memory.gauge": ["torch.ops.aten"],  # the operator's own name, in a list of those that take no time
     "memory.track": ["inputs", "outputs"],  # the seams of a chain of parts, on fake tensors
     "training.folder": ["tensor"],  # weights on their way to disk
 }

@@ -14,7 +14,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 import localgrad
-from helpers import SIZE, VIT, adamw, assert_same, batches, copied, flat, make, term_of, train
+from helpers import SIZE, VIT, adamw, assert_same, batches, copied, flat, make, make_backbone, term_of, train
 from localgrad import Contrastive, FeatureReconstruction, GreedySupervised, ImageReconstruction, LocalLearner, Plan
 from localgrad.errors import BackboneError, CheckpointError, DeviceError, PartitionError, RecipeError
 from localgrad.estimating import end_to_end
@@ -25,7 +25,7 @@ from localgrad.partitioning import make_plan
 
 def make_learner(model: nn.Module | None = None, modules: Any = 3, optimizer: Any = adamw, **more: Any) -> LocalLearner:
     learner = LocalLearner(
-        make("vit", drop_path_rate=0.2) if model is None else model, modules=modules, input_size=SIZE, **more
+        make_backbone(drop_path_rate=0.2) if model is None else model, modules=modules, input_size=SIZE, **more
     )
     learner.configure_optimizers(optimizer)
     return learner

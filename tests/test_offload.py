@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import helpers
 import localgrad
-from helpers import MODELS, SIZE, adamw, assert_same, batches, flat, train
+from helpers import MODELS, SIZE, adamw, assert_same, batches, flat, make_backbone, train
 from localgrad import LocalLearner
 from localgrad.errors import RecipeError
 from localgrad.estimating import end_to_end, estimate_step
@@ -28,15 +28,18 @@ from localgrad.objectives.carried import LocalBatch
 from localgrad.step.offload import Offloader
 
 
+def rate_of(kind: str) -> dict[str, float]:
+    return {} if kind == "resnet" else {"drop_path_rate": 0.3}
+
+
 def make(kind: str = "vit", **more: Any) -> nn.Module:
-    rate = {} if kind == "resnet" else {"drop_path_rate": 0.3}
-    return helpers.make(kind, **(rate | more))
+    return helpers.make(kind, **(rate_of(kind) | more))
 
 
 def make_learner(
     kind: str = "vit", modules: Any = 3, optimizer: Any = adamw, *, offload: bool = True, **more: Any
 ) -> LocalLearner:
-    learner = LocalLearner(make(kind), modules=modules, input_size=SIZE, offload=offload, **more)
+    learner = LocalLearner(make_backbone(kind, **rate_of(kind)), modules=modules, offload=offload, **more)
     if optimizer is not None:
         learner.configure_optimizers(optimizer)
     return learner
@@ -238,7 +241,7 @@ def test_logits_without_optimizers_and_in_training_mode() -> None:
 
 
 def test_a_device_needs_offloading() -> None:
-    with pytest.raises(RecipeError, match=r"device: cpu needs offload=True; .* model\.to\('cpu'\)"):
+    with pytest.raises(RecipeError, match=r"device='cpu' needs offload: .* add offload=True"):
         LocalLearner(make(), modules=2, device="cpu")
     learner = make_learner(device="cpu")
     assert learner.device == torch.device("cpu")

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from localgrad.parallel import schedule
-from localgrad.parallel.schedule import Action, actions, program, shares, timetable
+from localgrad.parallel.schedule import Action, actions, shares
 from parallel_worker import BY_ROWS, ESTIMATED, SCENARIOS, Scenario, train
 from ranks import Ranks
+from research.simulation.timetable import program, timetable
 
 # ------------------------------------------------------------------------------------------------ the schedule
 

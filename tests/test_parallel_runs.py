@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,14 +22,14 @@ import torch
 from safetensors.torch import load_file
 
 import ranks as ranks_file
-from helpers import Cli, assert_same_run, metrics_of, wait_for_epochs
+from helpers import Cli, assert_same_run, load_named, metrics_of, wait_for_epochs
 from localgrad.app.recipe import Recipe, overlay
 from localgrad.errors import DataError
 from localgrad.parallel import launching
 from localgrad.parallel.watch import BROKEN_SECONDS, SILENT_SECONDS, TOLD_SECONDS
-from localgrad.training.augmentation import Augment
-from localgrad.training.data import Batches, load_data
+from localgrad.training.data import Batches
 from localgrad.training.folder import RunFolder
+from localgrad.training.settings import Augment
 from ranks import Ended, Ranks, free_port
 
 SLOW = 4.0
@@ -42,13 +43,13 @@ MICRO: dict[str, Any] = {
         "drop_path": 0.2,
         "options": {"embed_dim": 16, "depth": 4, "num_heads": 2},
     },
-    "data": {"name": "digits", "limit": 128},
+    "data": {"name": "digits", "limit": 96},
     "local": {"modules": 4},
     "training": {"epochs": 2, "batch_size": 16, "lr": 2e-3, "ema_decay": 0.9, "clip_grad": 1.0, "warmup_epochs": 0.5},
     "augment": {"mixup": 0.4, "cutmix": 1.0, "label_smoothing": 0.1, "crop_padding": 1},
     "execution": {"device": "cpu", "num_threads": 1, "accumulation": 2},
 }
-NUM_BATCHES = 8
+NUM_BATCHES = 6
 PARALLEL = ("--parallel", "modules")
 
 
@@ -181,6 +182,42 @@ def test_a_finished_run_says_so_again(shared_out: Path, ranks: Ranks) -> None:
     assert ended.out[1] == ""
 
 
+PROGRAM = """#!/bin/sh
+echo "$RANK of $WORLD_SIZE: $*" > {folder}/part.$RANK
+mv {folder}/part.$RANK {folder}/said.$RANK
+{does}
+"""
+
+
+@pytest.mark.parametrize(
+    ("does", "status"),
+    [("exit 0", 0), ("test $RANK = 0 && exec sleep 60; exit 3", 3), ("exec sleep 60", 130)],
+    ids=["all end well", "one fails", "a signal"],
+)
+def test_num_processes_starts_the_same_command_and_ends_as_they_do(
+    does: str, status: int, ranks: Ranks, recipe: Path, tmp_path: Path
+) -> None:
+    """With shell scripts, which start at once, in Python's place; the heavy twin starts Python."""
+    program = tmp_path / "program"
+    program.write_text(PROGRAM.format(folder=tmp_path, does=does))
+    program.chmod(0o755)
+    command = ["train", "--recipe", recipe, "--num-processes", "2", *PARALLEL, "--out", tmp_path / "run"]
+    process = ranks.start(command, call="parallel_worker:start_program", environment={"PROGRAM": str(program)})
+    said = [tmp_path / "said.0", tmp_path / "said.1"]
+    if status == 130:
+        while not all(path.exists() for path in said):
+            assert process.is_running()
+            time.sleep(0.01)
+        ended = process.send(signal.SIGINT)
+    else:
+        ended = process.wait()
+    assert ended.codes == [status], ended
+    assert ended.err == [""], "whoever failed has said why"
+    words = " ".join(map(str, command))
+    assert [path.read_text() for path in said] == [f"{rank} of 2: -m localgrad {words}\n" for rank in (0, 1)]
+
+
+@pytest.mark.heavy
 def test_num_processes_starts_them_and_a_signal_stops_them(
     alone: Path, ranks: Ranks, recipe: Path, tmp_path: Path
 ) -> None:
@@ -300,7 +337,7 @@ WORDS = {
     "error": "RuntimeError: something else",
     "kill while saving": "it ended without a word: killed, or its machine is gone",
 }
-HANGS_AFTER = 5.0
+HANGS_AFTER = 3.0
 LASTS = {
     "kill": TOLD_SECONDS + BROKEN_SECONDS,
     "kill while saving": TOLD_SECONDS + BROKEN_SECONDS,
@@ -360,16 +397,15 @@ def test_a_fault_of_one_process_ends_all_and_the_run_goes_on_afterwards(
 
 STILL = {
     "model.drop_path": 0.0,
-    "training.ema_decay": None,
     "augment": {"flip": False, "crop_padding": 0, "mixup": 0.0, "cutmix": 0.0, "label_smoothing": 0.0},
 }
 
 
 def batches_of(shard: tuple[int, int], *, augment: Augment | None, limit: int = 100, batch_size: int = 12) -> Batches:
-    data = load_data("digits", root=None, download=False, val_fraction=0.1, limit=limit, on_corrupt="error", seed=0)
+    data = load_named("digits", limit=limit)
     return Batches(
-        data.train, batch_size=batch_size, image_size=(8, 8), info=data.info, device="cpu", augment=augment, seed=5,
-        drop_last=True, shard=shard,
+        images=data.train, batch_size=batch_size, image_size=(8, 8), info=data.info, device=torch.device("cpu"),
+        augment=augment, seed=5, shard=shard,
     )  # fmt: skip
 
 
@@ -403,9 +439,7 @@ def test_a_batch_that_replicas_cant_share_is_refused() -> None:
 def still(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Runs without draws: of one process, and of two replicas of two."""
     root = tmp_path_factory.mktemp("still")
-    plain = overlay(MICRO, STILL)
-    plain["training"] = {key: value for key, value in plain["training"].items() if value is not None}
-    (root / "recipe.toml").write_text(Recipe.from_dict(plain).to_toml())
+    (root / "recipe.toml").write_text(Recipe.from_dict(overlay(MICRO, STILL)).to_toml())
     done(ranks.run(["train", "--recipe", root / "recipe.toml", "--out", root / "one"]))
     command = ["train", "--recipe", root / "recipe.toml", "--out", root / "four", *PARALLEL, "--replicas", "2"]
     done(ranks.run(command, size=4))
@@ -428,23 +462,24 @@ def test_replicas_train_and_count_as_one_process_on_the_whole_batch(still: tuple
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.heavy)])
 def test_replicas_that_keep_rows_save_and_resume_whole_weights(
-    still: tuple[Path, Path], ranks: Ranks, tmp_path: Path
+    times: int, still: tuple[Path, Path], ranks: Ranks, tmp_path: Path
 ) -> None:
-    """Stopped as four processes, then again gone on with as two of one replica."""
+    """Stopped as four processes, once or again, then gone on with as two of one replica."""
     one, _ = still
     folder = tmp_path / "run"
-    recipe = ["--recipe", one.parent / "recipe.toml", "--set", "training.ema_decay=0.9"]
-    done(ranks.run(["train", *recipe, "--out", tmp_path / "one"]))
-    command = ["train", *recipe, "--out", folder, *PARALLEL, "--replicas", "2", "--shard"]
+    command = ["train", "--recipe", one.parent / "recipe.toml", "--out", folder]
+    command += [*PARALLEL, "--replicas", "2", "--shard"]
     stopped_by_sigterm(ranks.run(command, size=4, fault=(2, "term", 2 * NUM_BATCHES + 3)))
-    stopped_by_sigterm(ranks.run(["train", "--resume", folder], size=4, fault=(1, "term", 1)))
+    if times == 2:
+        stopped_by_sigterm(ranks.run(["train", "--resume", folder], size=4, fault=(1, "term", 1)))
     plain = ["--set", "execution.replicas=1", "--set", "execution.shard=false"]
     done(ranks.run(["train", "--resume", folder, *plain], size=2))
-    for ours, theirs in zip(metrics_of(folder), metrics_of(tmp_path / "one"), strict=True):
+    for ours, theirs in zip(metrics_of(folder), metrics_of(one), strict=True):
         for mine, other in zip(ours["losses"], theirs["losses"], strict=True):
             assert mine == pytest.approx(other, rel=1e-3)
-    weights, others = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "one"))
+    weights, others = (load_file(path / "model.safetensors") for path in (folder, one))
     for name, value in others.items():
         assert torch.allclose(weights[name], value, rtol=1e-2, atol=1e-4), name
 
@@ -453,6 +488,7 @@ def test_running_statistics_are_of_the_images_of_all_replicas(ranks: Ranks, tmp_
     """Means of equal parts have the whole's mean as theirs; the weights all but stand still."""
     changes = {
         **STILL,
+        "training.ema_decay": None,
         "model": {"name": "resnet18", "img_size": 16, "options": {"channels": [8, 8, 16, 16], "output_stride": 8}},
         "local.modules": 2,
         "training.lr": 1e-12,
@@ -582,7 +618,7 @@ def test_a_process_that_never_comes_is_said(ranks: Ranks, recipe: Path, tmp_path
     "changes",
     [
         ["--set", "execution.buffers=9", "--val-fraction", "0"],
-        ["--batch-size", "128", "--epochs", "3"],
+        ["--batch-size", "96", "--epochs", "3"],
     ],
     ids=["more room than batches, nothing to select on", "one batch an epoch"],
 )

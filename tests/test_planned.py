@@ -461,7 +461,7 @@ def test_an_update_that_ran_out_of_memory_is_not_run_again(monkeypatch: pytest.M
     learner.on_out_of_memory(lambda module: not asked.append(module))  # type: ignore[func-returns-value]
     with pytest.raises(MemoryExceeded) as caught:
         train(learner)
-    assert (caught.value.module, asked) == (1, []), "weights may have been changed in part"
+    assert (caught.value.place, asked) == (1, []), "weights may have been changed in part"
     assert all(parameter.grad is None for parameter in learner.parameters(1)), "whoever goes on starts from none"
     Shortage(monkeypatch, 1, "backward")
     learner.on_out_of_memory(lambda module: not asked.append(module))  # type: ignore[func-returns-value]
@@ -549,7 +549,7 @@ def test_memory_that_runs_out_elsewhere_is_told(here: Path, cli_: Cli, monkeypat
 def test_replanning_keeps_the_parts_that_contrastive_terms_see(accumulation: int) -> None:
     job = run.build(recipe_of(local__objective="contrastive", execution__accumulation=accumulation))
     profile = estimate_step(job.learner, 16, job.optimizer)
-    plan = Replanner(job, profile, lambda: (0, "")).next_plan()
+    plan = Replanner(job, profile, lambda: {"measured_peak_bytes": 0, "measured_peak_of": ""}).next_plan()
     assert plan is not None
     assert plan.accumulation == accumulation
 

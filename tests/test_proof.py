@@ -233,7 +233,7 @@ def test_state_against_a_deep_copy() -> None:
         kept = copy.deepcopy({n: b.clone() for n, b in model.named_buffers()})
         with left_as_it_was(model) as state:
             model(torch.randn(3, 8, 4, 4))
-            written = state.written_buffers()
+            written = state.written_buffers(model)
         assert written >= {"0.written", "0.replaced", "1.running_mean", "1.running_var", "1.num_batches_tracked"}
         assert kept.keys() == dict(model.named_buffers()).keys()
         assert all(torch.equal(value, dict(model.named_buffers())[name]) for name, value in kept.items())
@@ -276,7 +276,7 @@ def test_a_copy_on_the_host_keeps_ties_and_values() -> None:
     model = Toy().half()
     model.blocks[1].weight = model.blocks[0].weight
     model.blocks[0].weight.grad = torch.ones_like(model.blocks[0].weight)
-    copied, pairs = copy_on_host(model, widens=True)
+    copied, pairs = copy_on_host(model)
     assert copied.blocks[1].weight is copied.blocks[0].weight
     assert copied.blocks[0].weight.dtype == torch.float32
     assert torch.equal(copied.head.weight.half(), model.head.weight)

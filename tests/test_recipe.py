@@ -28,7 +28,7 @@ from localgrad.app.recipe import (
 from localgrad.errors import RecipeError
 from localgrad.objectives.methods import build_objective
 from localgrad.options import read_modules
-from localgrad.training.augmentation import Augment
+from localgrad.training.settings import Augment
 
 # Round trip ------------------------------------------------------------------------------------------------------
 
@@ -183,7 +183,9 @@ def test_keys_that_look_like_pydantics_own_words_are_refused_as_any(key: str) ->
         ("model.drop_path", float("nan")),
         ("model.options", 3),
         ("data.val_fraction", 1.0),
+        ("data.val_fraction", -0.1),
         ("data.on_corrupt", "ignore"),
+        ("data.fit", "stretch"),
         ("data.limit", 0),
         ("augment.crop_padding", -1),
         ("augment.label_smoothing", 1.5),

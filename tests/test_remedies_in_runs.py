@@ -25,6 +25,7 @@ from helpers import (
     metrics_of,
 )
 from localgrad import FeatureReconstruction, GreedySupervised, LocalLearner, run
+from localgrad.app import fitting
 from localgrad.app.build import build
 from localgrad.app.planned import laid_over, plan_recipe, task_of
 from localgrad.app.recipe import Recipe, overlay
@@ -60,7 +61,7 @@ def micro(**changes: Any) -> Recipe:
 
 @pytest.fixture
 def _quick_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "estimate_step", lambda *_, **__: SimpleNamespace(peak_bytes=2**20))
+    monkeypatch.setattr(fitting, "estimate_step", lambda *_, **__: SimpleNamespace(peak_bytes=2**20))
 
 
 @pytest.fixture
@@ -139,8 +140,8 @@ def test_the_peak_of_a_run_counts_its_global_steps(tmp_path: Path) -> None:
         estimate_step(job.learner, 32, job.optimizer, globally=kind).peak_bytes for kind in (False, True)
     )
     assert end_to_end > local
-    assert run.estimate_run(job).peak_bytes == end_to_end
-    assert run.estimate_run(build(micro(training__batch_size=32))).peak_bytes == local
+    assert fitting.estimate_run(job).peak_bytes == end_to_end
+    assert fitting.estimate_run(build(micro(training__batch_size=32))).peak_bytes == local
 
 
 @pytest.mark.usefixtures("_quick_estimates")

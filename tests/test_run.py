@@ -24,15 +24,18 @@ from helpers import (
     Recorder,
     assert_same_run,
     interrupt_at_step,
+    load_named,
     metrics_of,
     wait_for_epochs,
 )
 from localgrad import run
+from localgrad.app import fitting, run_folders, using_runs
 from localgrad.app.recipe import Recipe, overlay
 from localgrad.errors import CheckpointError, DataError, RecipeError, RunFolderError, RunWarning
 from localgrad.learner import LocalLearner
 from localgrad.training import data
-from localgrad.training.data import load_data, normalise
+from localgrad.training.augment import normalise
+from localgrad.training.data import load_data
 from localgrad.training.events import EpochEnded, Event, accuracies
 from localgrad.training.trainer import Interrupted
 from ranks import Ranks
@@ -74,7 +77,7 @@ def true_estimates() -> None:
 def _quick_estimates(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Estimating takes longer than a micro run; test_memory.py is about it."""
     if "true_estimates" not in request.fixturenames:
-        monkeypatch.setattr(run, "estimate_step", lambda *_, **__: SimpleNamespace(peak_bytes=2**20))
+        monkeypatch.setattr(fitting, "estimate_step", lambda *_, **__: SimpleNamespace(peak_bytes=2**20))
 
 
 @pytest.fixture(scope="module")
@@ -154,13 +157,13 @@ def test_the_weights_are_plain_timm_and_give_the_evaluated_logits(
         return found
 
     monkeypatch.setattr(LocalLearner, "logits", compared)
-    result = run.evaluate_run(folder)
+    result = using_runs.evaluate_run(folder)
     assert len(pairs) == 2
     assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
     assert result["accuracy"] == summary["test_accuracy"]
     assert result["module_accuracy"] == summary["test_module_accuracy"]
 
-    data = load_data("digits")  # and the accuracy is what anybody would compute
+    data = load_named("digits")  # and the accuracy is what anybody would compute
     predicted = torch.cat([theirs for _, theirs in pairs]).argmax(dim=1)
     assert float((predicted == data.test.labels).float().mean()) == pytest.approx(result["accuracy"], abs=1e-7)
 
@@ -203,8 +206,10 @@ def test_validation_selects_the_best_epoch(finished: Path) -> None:
     assert [line["is_best"] for line in lines] == [
         value > max(found[:index], default=-1.0) for index, value in enumerate(found)
     ]
-    assert run.evaluate_run(finished, part="val")["accuracy"] == found[best], "the saved weights are that epoch's"
-    assert 0 <= run.evaluate_run(finished, part="train")["accuracy"] <= 1
+    assert using_runs.evaluate_run(finished, part="val")["accuracy"] == found[best], (
+        "the saved weights are that epoch's"
+    )
+    assert 0 <= using_runs.evaluate_run(finished, part="train")["accuracy"] <= 1
 
 
 def test_without_validation_images_the_last_epoch_is_taken(tmp_path: Path) -> None:
@@ -216,7 +221,7 @@ def test_without_validation_images_the_last_epoch_is_taken(tmp_path: Path) -> No
     assert last.keys() == weights.keys()
     assert all(torch.equal(last[name], weights[name]) for name in weights)
     with pytest.raises(RecipeError, match="part='val': this run has no validation images"):
-        run.evaluate_run(folder, part="val")
+        using_runs.evaluate_run(folder, part="val")
 
 
 # ------------------------------------------------------------------------------------- every kind of run
@@ -245,13 +250,13 @@ def test_every_kind_of_run_ends_in_a_summary(changes: dict[str, Any], terms: lis
     assert all(np.isfinite(value) for found in summary["losses"] for value in found.values())
     if changes.get("local.objective") == "contrastive" or changes is EVERYTHING:  # no classifier, or none of an average
         assert summary["test_module_accuracy"][0] is None
-        assert run.evaluate_run(folder)["module_accuracy"] == summary["test_module_accuracy"]
+        assert using_runs.evaluate_run(folder)["module_accuracy"] == summary["test_module_accuracy"]
         assert accuracies(summary["test_module_accuracy"]).startswith("– ")  # noqa: RUF001
     else:
         assert None not in summary["test_module_accuracy"]
     if changes is EVERYTHING:
         assert metrics_of(folder)[0]["train_accuracy"] is None, "labels were soft"
-    assert run.evaluate_run(folder)["accuracy"] == summary["test_accuracy"]
+    assert using_runs.evaluate_run(folder)["accuracy"] == summary["test_accuracy"]
 
 
 def test_the_average_of_the_weights_is_what_is_kept(tmp_path: Path) -> None:
@@ -301,7 +306,7 @@ def test_an_image_folder_is_trained_on_and_predicted(tmp_path: Path) -> None:
     assert summary["num_test"] == 10
     assert summary["test_accuracy"] == 1.0
 
-    predictions = list(run.predict(tmp_path / "run", data))
+    predictions = list(using_runs.predict(tmp_path / "run", data))
     assert len(predictions) == 48
     for prediction in predictions:
         shares = [share for _, share in prediction.classes]
@@ -312,14 +317,14 @@ def test_an_image_folder_is_trained_on_and_predicted(tmp_path: Path) -> None:
     assert sum(right) >= 46
 
     shutil.rmtree(data / "day")  # the data set is not needed
-    [single] = run.predict(tmp_path / "run", data / "dark night" / "00.png", top=1)
+    [single] = using_runs.predict(tmp_path / "run", data / "dark night" / "00.png", top=1)
     assert [name for name, _ in single.classes] == ["dark night"]
 
 
 def test_predicting_gives_the_softmax_of_the_plain_model(tmp_path: Path, finished: Path) -> None:
     pixels = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
     Image.fromarray(pixels).save(tmp_path / "digit.png")
-    [prediction] = run.predict(finished, tmp_path / "digit.png", top=99)
+    [prediction] = using_runs.predict(finished, tmp_path / "digit.png", top=99)
     assert len(prediction.classes) == 10
     info = json.loads((finished / "data.json").read_text())
     plain = timm.create_model(
@@ -445,7 +450,7 @@ def test_a_finished_run_only_gives_its_summary(finished: Path, monkeypatch: pyte
     def build(*_: object, **__: object) -> None:
         raise AssertionError("nothing is to be built")
 
-    monkeypatch.setattr(run, "build", build)
+    monkeypatch.setattr(run_folders, "build", build)
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     sink = Recorder()
     assert run.resume(finished, sinks=[sink]) == json.loads((finished / "summary.json").read_text())
@@ -570,20 +575,23 @@ def test_damaged_weights_are_refused(finished: Path, stopped: Path, tmp_path: Pa
     folder = shutil.copytree(finished, tmp_path / "run")
     best = folder / "checkpoints" / "best.safetensors"
     best.write_bytes(best.read_bytes()[:1000])
-    for use in (run.evaluate_run, lambda path: list(run.predict(path, write_image_folder(tmp_path / "some", 1)))):
+    for use in (
+        using_runs.evaluate_run,
+        lambda path: list(using_runs.predict(path, write_image_folder(tmp_path / "some", 1))),
+    ):
         with pytest.raises(CheckpointError, match="truncated or no safetensors file"):
             use(folder)
     best.unlink()
     with pytest.raises(CheckpointError, match="there are none; train the run first"):
-        run.evaluate_run(folder)
+        using_runs.evaluate_run(folder)
     (folder / "data.json").write_text("{")
     (folder / "checkpoints" / "last.pt").unlink()
     with pytest.raises(CheckpointError, match=r"data\.json: missing or damaged"):
-        list(run.predict(folder, tmp_path))
+        list(using_runs.predict(folder, tmp_path))
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
-    for use in (run.resume, run.evaluate_run, lambda path: list(run.predict(path, path))):
+    for use in (run.resume, using_runs.evaluate_run, lambda path: list(using_runs.predict(path, path))):
         with pytest.raises(RunFolderError, match="no run there"):
             use(tmp_path)
     assert list(tmp_path.iterdir()) == []

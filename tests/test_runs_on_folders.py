@@ -16,13 +16,15 @@ from safetensors.torch import save_file
 from data_cases import array, plant
 from helpers import Cli, assert_refused
 from localgrad import run
-from localgrad.app import build
+from localgrad.app import build, fitting, run_folders, using_runs
 from localgrad.app.comparison import Settings
 from localgrad.app.recipe import Recipe, overlay
 from localgrad.compare import verb
 from localgrad.training import data
 from localgrad.training.events import Event, RunStarted, Sink
 from localgrad.training.image_sets import Skipped
+from localgrad.training.images import Reading
+from localgrad.training.settings import DataSettings
 
 VIT: dict[str, Any] = {
     "name": "vit_tiny_patch16_224",
@@ -44,7 +46,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working directory; memory is estimated elsewhere."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(run, "estimate_step", lambda *_, **__: SimpleNamespace(peak_bytes=2**20))
+    monkeypatch.setattr(fitting, "estimate_step", lambda *_, **__: SimpleNamespace(peak_bytes=2**20))
     return tmp_path
 
 
@@ -130,7 +132,7 @@ def test_images_that_are_decoded_while_training_are_listed_too(
     assert summary["num_test"] == 11
     rows = (here / "run" / "skipped.csv").read_text().splitlines()
     assert rows[1:] == ["train,set/train/cat/1.png,empty", "test,set/test/cat/2.png,no image by its content"]
-    assert run.evaluate_run(here / "run")["num_images"] == 11
+    assert using_runs.evaluate_run(here / "run")["num_images"] == 11
 
 
 @pytest.fixture
@@ -154,23 +156,23 @@ def test_pretrained_weights_bring_their_own_normalisation(here: Path, weights: P
     info = json.loads((here / "run" / "data.json").read_text())
     assert (info["mean"], info["std"]) == ([0.5] * 3, [0.25] * 3)
     assert any("as the pretrained weights were trained" in line for line in listener.lines)
-    kept = run.read_recipe(here / "run").method.data
+    kept = run_folders.read_recipe(here / "run").method.data
     assert (kept.mean, kept.std) == ((0.5,) * 3, (0.25,) * 3)
 
     seen = []
-    evaluate = run.evaluate
+    evaluate = using_runs.evaluate
 
     def watched(learner: Any, batches: Any) -> Any:
         seen.append((batches.info.mean, batches.info.std))
         return evaluate(learner, batches)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "evaluate", watched)
-        result = run.evaluate_run(here / "run")
+        patch.setattr(using_runs, "evaluate", watched)
+        result = using_runs.evaluate_run(here / "run")
     assert seen == [((0.5,) * 3, (0.25,) * 3)]
     (here / "run" / "summary.json").unlink()
     assert run.resume(here / "run")["test_accuracy"] == result["accuracy"]  # and so does a run that is resumed
-    found = {p.path: p.classes[0][0] for p in run.predict(here / "run", here / "set")}
+    found = {p.path: p.classes[0][0] for p in using_runs.predict(here / "run", here / "set")}
     assert len(found) == 16
 
 
@@ -213,24 +215,26 @@ def test_how_images_are_read_is_kept_with_the_run(here: Path, cli_: Cli) -> None
     assert (info["image_range"], info["background"], info["fit"]) == ([0, 4095], [16, 16, 16], "pad")
     assert (info["mean"], info["std"]) == ([0.5], [0.25])
 
-    asked = []
-    load = run.load_images_for_prediction
+    asked, corrupt = [], []
+    load = using_runs.load_images_for_prediction
 
-    def watched(*arguments: Any, **settings: Any) -> Any:
-        asked.append(settings)
-        return load(*arguments, **settings)
+    def watched(path: Path, reading: DataSettings, *arguments: Any, **settings: Any) -> Any:
+        asked.append(Reading.as_set(reading))
+        corrupt.append(reading.on_corrupt)
+        return load(path, reading, *arguments, **settings)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "load_images_for_prediction", watched)
-        assert len(list(run.predict(here / "run", here / "set"))) == 16
+        patch.setattr(using_runs, "load_images_for_prediction", watched)
+        assert len(list(using_runs.predict(here / "run", here / "set"))) == 16
         otherwise = ("--image-range", "0,1000", "--background", "white", "--fit", "squash", "--on-corrupt", "skip")
         assert cli_("predict", "run", "set", *otherwise).code == 0
-    kept, typed = ([each[key] for key in ("image_range", "background", "fit", "on_corrupt")] for each in asked)
-    assert kept == [(0, 4095), (16, 16, 16), "pad", "error"]
-    assert typed == [(0, 1000), (255, 255, 255), "squash", "skip"]
+    kept, typed = ([each.image_range, each.background, each.fit] for each in asked)
+    assert kept == [(0, 4095), (16, 16, 16), "pad"]
+    assert typed == [(0, 1000), (255, 255, 255), "squash"]
+    assert corrupt == ["error", "skip"]
     assert_refused(cli_("predict", "run", "set", "--fit", "bend"), "data.fit = 'bend'")
     assert_refused(cli_("predict", "run", "set", "--image-range", "a"), "--image-range: 'a'", "--image-range 0,4095")
-    assert run.evaluate_run(here / "run")["num_images"] == 3
+    assert using_runs.evaluate_run(here / "run")["num_images"] == 3
 
 
 def test_a_comparison_reads_images_as_a_refusal_says(here: Path, cli_: Cli) -> None:
@@ -240,10 +244,9 @@ def test_a_comparison_reads_images_as_a_refusal_says(here: Path, cli_: Cli) -> N
     assert refused.code == 2
     assert "type --image-range 0,4095; if" in refused.err
     settings = Settings(data="set", batch_size=4, image_range=[0, 4095], background="black", fit="pad")
-    info, batch_of = verb._loader(settings, "set")
-    assert (info.image_range, info.background, info.fit) == ((0, 4095), (0, 0, 0), "pad")
-    images, _ = batch_of((1, 8, 8))
+    images, _ = verb._images_of_data(settings, "set").batch((1, 8, 8))
     assert images.shape == (4, 1, 8, 8)
+    assert (images[:, :, 0] == images.min()).all(), "a black bar"
     assert "data.on_corrupt = 'maybe'" in cli_(*options, "--on-corrupt", "maybe").err
 
 
@@ -294,6 +297,6 @@ def test_what_each_replica_left_out_is_listed() -> None:
     ours, theirs = {"train": Skipped({"a.png": "empty"})}, {"train": Skipped({"b.png": "empty"})}
     said = [{part: own.images for part, own in each.items()} for each in (ours, theirs)]
     team = SimpleNamespace(everyone=lambda value: [value, said[1]])
-    run.add_skipped_of_all(team, ours)  # type: ignore[arg-type]
+    fitting.add_skipped_of_all(team, ours)  # type: ignore[arg-type]
     assert ours["train"].images == {"a.png": "empty", "b.png": "empty"}
     assert ours["train"].counts() == {"empty": 2}

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
+from helpers import MICRO_TOML, assert_same_run, metrics_of
 from localgrad.memory.cards import card_named
 
 if TYPE_CHECKING:
     from simulated import SimulatedCard
 
 MIB = 1 << 20
+RECIPE = (
+    MICRO_TOML.replace("limit = 120", "limit = 32\nval_fraction = 0.02").replace("batch_size = 16", "batch_size = 8")
+).replace('"cpu"', '"cuda"')
 
 FACTS = """
 import json, torch
@@ -42,9 +49,82 @@ print(json.dumps(facts))
 """
 
 
+VERBS = """
+import json, sys, torch
+from pathlib import Path
+from localgrad import cli
+
+torch.cuda.init()
+calls = []
+for arguments in json.loads(sys.argv[1]):
+    torch.cuda.empty_cache()
+    for device in range(torch.cuda.device_count()):
+        torch.cuda.reset_peak_memory_stats(device)
+    sys.argv, code = ["localgrad", *arguments], 0
+    try:
+        cli.main()
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    peaks = [torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count())]
+    calls.append({"code": code, "peaks": peaks})
+Path("calls.json").write_text(json.dumps(calls))
+"""
+"""Several command lines in one process: what takes longest is to start one."""
+
+
+STOPPED = """
+import signal
+from localgrad import run
+from localgrad.app.recipe import as_recipe, overlay
+from localgrad.training.trainer import EpochSums, Interrupted
+
+changes = {"model.drop_path": 0.2, "augment.mixup": 0.4, "training.clip_grad": 1.0, "execution.precision": "fp16"}
+recipe = as_recipe(overlay(as_recipe("recipe.toml").to_dict(), changes))
+run.train(recipe, out="whole")
+add, count = EpochSums.add, 0
+
+def stopping(self, *arguments):
+    global count
+    count += 1
+    if count == 6:
+        signal.raise_signal(signal.SIGTERM)
+    add(self, *arguments)
+
+EpochSums.add = stopping
+try:
+    run.train(recipe, out="stopped")
+except Interrupted:
+    run.resume("stopped")
+else:
+    raise SystemExit("it was not stopped")
+"""
+
+
+class Called(NamedTuple):
+    """What a command line left: its exit status, and the peak of each device."""
+
+    code: int
+    peaks: list[int]
+
+
 def facts_of(text: str) -> Any:
     """The last line that a script printed."""
     return json.loads(text.splitlines()[-1])
+
+
+def call(simulated: SimulatedCard, folder: Path, *lines: str, **card: Any) -> list[Called]:
+    """Run command lines, one after another, on simulated cards with values; each must end well."""
+    (folder / "recipe.toml").write_text(RECIPE)
+    arguments = json.dumps([line.split() for line in lines])
+    said = simulated.run(VERBS, arguments, folder=folder, **({"values": True} | card))
+    calls = [Called(**each) for each in json.loads((folder / "calls.json").read_text())]
+    assert [each.code for each in calls] == [0] * len(lines), said
+    return calls
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return found
 
 
 def test_the_simulated_card_is_what_it_says(simulated: SimulatedCard) -> None:
@@ -65,3 +145,80 @@ def test_the_simulated_card_is_what_it_says(simulated: SimulatedCard) -> None:
     assert facts["full"] == "OutOfMemoryError"
     assert facts["drawn"][0] == facts["drawn"][1]  # one seed for all devices, as CUDA has it
     assert facts["counts"]["launches"] == 1
+
+
+LOSSES = """
+import json, torch
+from localgrad import LocalLearner
+from tests.helpers import SIZE, adamw, batches, make
+
+losses = {}
+for kind, depths in ("vit", {}), ("swin", {"depths": (2, 1, 1), "drop_path_rate": 0.0}):
+    learners = {}
+    for device in "cpu", "cuda":
+        torch.manual_seed(1)
+        learners[device] = LocalLearner(make(kind, **depths).to(device), modules=4, input_size=SIZE)
+    for ours, theirs in zip(learners["cuda"].modules, learners["cpu"].modules, strict=True):
+        ours.load_state_dict(theirs.state_dict())
+    for device, learner in learners.items():
+        learner.configure_optimizers(adamw)
+        losses[f"{kind} {device}"] = [
+            [loss.item() for loss in learner.step(images.to(device), labels.to(device)).losses]
+            for images, labels in batches(10)
+        ]
+print(json.dumps(losses))
+"""
+
+
+def test_ten_steps_of_four_modules_have_the_losses_of_the_processor(simulated: SimulatedCard) -> None:
+    losses = facts_of(simulated.run(LOSSES, values=True))
+    for kind in ("vit", "swin"):
+        ours, theirs = (torch.tensor(losses[f"{kind} {device}"]) for device in ("cuda", "cpu"))
+        assert ours.shape == (10, 4)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        assert (theirs[0] != theirs[9]).all()
+
+
+def test_train_evaluate_resume_plan_and_train_again(simulated: SimulatedCard, tmp_path: Path) -> None:
+    calls = call(
+        simulated,
+        tmp_path,
+        "train --recipe recipe.toml --out run",
+        "evaluate run",
+        "plan --recipe recipe.toml --data digits --budget 140MiB --json plan.json --device cuda",
+        "train --recipe recipe.toml --plan plan.json --out planned --epochs 1",
+    )
+    summary = summary_of(tmp_path / "run")
+    assert summary["device"] == "Simulated card"
+    assert summary["measured_peak_bytes"] == calls[0].peaks[0] > 0
+    assert summary_of(tmp_path / "planned")["plan"]["made_for"]["device"] == "cuda"
+
+
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(simulated: SimulatedCard, tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    simulated.run(STOPPED, folder=tmp_path, values=True)
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_every_way_of_running_a_step(simulated: SimulatedCard, tmp_path: Path) -> None:
+    common = "train --recipe recipe.toml --epochs 1 --out"
+    calls = call(
+        simulated,
+        tmp_path,
+        f"{common} fp16 --precision fp16 --clip-grad 1",
+        f"{common} offload --offload --health 1",
+        f"{common} second --device cuda:1 --global-every 2 --ema-decay 0.9 --mixup 0.4 --precision bf16",
+        f"{common} sequential --schedule sequential --checkpoint halves/2 --accumulation 2",
+        devices=2,
+    )
+    lines = metrics_of(tmp_path / "offload")
+    assert {"gradient_cosine", "linear_probe_accuracy"} <= set(lines[-1]["modules"][-1])
+    assert [bool(peak) for peak in calls[2].peaks] == [False, True]  # all of it is on the device that was named
+    assert all(not each.peaks[1] for each in (calls[0], calls[1], calls[3]))
+
+
+def test_comparing_measures_allocated_and_reserved_bytes(simulated: SimulatedCard, tmp_path: Path) -> None:
+    line = "compare --model vit_tiny_patch16_224 --img-size 32 --batch-size 2 --modules 2 --repeats 1 --warmup 0"
+    call(simulated, tmp_path, f"{line} --json compare.json", values=True)
+    found = json.loads((tmp_path / "compare.json").read_text())
+    assert found["rows"][0]["reserved_bytes"] >= found["rows"][0]["peak_bytes"]

@@ -28,6 +28,7 @@ from helpers import (
     wait_for_epochs,
 )
 from localgrad import run
+from localgrad.app import fitting, using_runs
 from localgrad.app.build import build
 from localgrad.app.recipe import Recipe, overlay, preset
 from localgrad.errors import BackboneError, CheckpointError, DeviceError, RecipeError, RunFolderError
@@ -82,8 +83,8 @@ def true_estimates() -> None:
 
 def quick_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Estimating takes longer than a micro run."""
-    monkeypatch.setattr(run, "estimate_step", lambda *_, **__: SimpleNamespace(peak_bytes=2**20))
-    monkeypatch.setattr(run, "estimate_stages", lambda *_: [SimpleNamespace(peak_bytes=2**20)])
+    monkeypatch.setattr(fitting, "estimate_step", lambda *_, **__: SimpleNamespace(peak_bytes=2**20))
+    monkeypatch.setattr(fitting, "estimate_stages", lambda *_: [SimpleNamespace(peak_bytes=2**20)])
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +111,7 @@ def folder(tmp_path: Path) -> Iterator[RunFolder]:
 
 
 def make(folder: RunFolder, changes: dict[str, Any] | None = None) -> StagewiseTrainer:
-    trainer = run._trainer(build(micro(changes)), folder)
+    trainer = fitting.make_trainer(build(micro(changes)), folder)
     assert isinstance(trainer, StagewiseTrainer)
     return trainer
 
@@ -168,9 +169,9 @@ def test_what_a_run_leaves_is_used_like_any_other(finished: Path) -> None:
     for name in ("recipe.toml", "checkpoints/last.pt", "model.safetensors", "summary.json", "tensorboard"):
         assert (finished / name).exists(), name
     summary = json.loads((finished / "summary.json").read_text())
-    assert run.evaluate_run(finished)["accuracy"] == summary["test_accuracy"]
-    assert run.evaluate_run(finished)["module_accuracy"] == summary["test_module_accuracy"]
-    assert run.evaluate_run(finished, part="val")["accuracy"] == summary["val_accuracy"]
+    assert using_runs.evaluate_run(finished)["accuracy"] == summary["test_accuracy"]
+    assert using_runs.evaluate_run(finished)["module_accuracy"] == summary["test_module_accuracy"]
+    assert using_runs.evaluate_run(finished, part="val")["accuracy"] == summary["val_accuracy"]
     assert [set(terms) for terms in summary["losses"]] == [{"task", "reconstruction"}] * 2 + [{"task"}]
     assert summary["epochs"] == EPOCHS
     weights, best = load_file(finished / "model.safetensors"), load_file(finished / "checkpoints" / "best.safetensors")
@@ -244,7 +245,7 @@ def test_the_first_module_is_trained_as_it_is_together_with_others(tmp_path: Pat
 )
 def test_every_kind_of_run_ends_in_a_summary(changes: dict[str, Any], tmp_path: Path) -> None:
     summary = run.train(micro({"training.epochs": 2, **changes}), out=tmp_path / "run")
-    assert run.evaluate_run(tmp_path / "run")["accuracy"] == summary["test_accuracy"]
+    assert using_runs.evaluate_run(tmp_path / "run")["accuracy"] == summary["test_accuracy"]
     if changes.get("local.objective") == "contrastive":
         assert summary["best_epochs"][:-1] == [1, 1], "no classifier: the last epoch"
         assert summary["module_val_accuracy"][:-1] == [None, None]
@@ -588,14 +589,21 @@ def test_real_processes_stopped_in_every_way_go_on_bit_for_bit(ranks: Ranks, tmp
     assert_same_run(folder, tmp_path / "whole")
 
 
-@pytest.mark.parametrize("value", ["gone", None, {"optimizer": {}, "scaler": {}}])
-def test_a_checkpoint_whose_optimizer_does_not_fit_is_refused(
-    value: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was stopped in its second module's first epoch."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        quick_estimates(patch)
         interrupt_at_step(patch, 24)
         with pytest.raises(Interrupted):
-            run.train(micro(), out=tmp_path / "run")
+            run.train(micro(), out=folder)
+    return folder
+
+
+@pytest.mark.parametrize("value", ["gone", None, {"optimizer": {}, "scaler": {}}])
+def test_a_checkpoint_whose_optimizer_does_not_fit_is_refused(value: Any, stopped: Path, tmp_path: Path) -> None:
+    shutil.copytree(stopped, tmp_path / "run")
     last = tmp_path / "run" / "checkpoints" / "last.pt"
     state = torch.load(last, weights_only=True)
     assert len(state["local_step"]["optimizer"]["state"]) > 0

@@ -29,7 +29,8 @@ from localgrad.isolation import check_isolation
 from localgrad.memory.costs import CostSettings
 from localgrad.parallel.parallel_learner import ParallelLearner
 from localgrad.partition import Checkpointing
-from localgrad.planning.budget import Task, _cache_key, looks_at_whole_batches
+from localgrad.planning.budget import Task, looks_at_whole_batches
+from localgrad.planning.cache import key_of
 from localgrad.step.local_module import LocalModule, recompute
 
 WIDTH = 32
@@ -561,11 +562,10 @@ def test_costs_of_what_cannot_be_read_are_not_written_down() -> None:
 
     factory.cache_key = "adamw"  # type: ignore[attr-defined]
     backbone = localgrad.split(make(depth=2), SIZE)
-    task = Task(backbone=backbone, objective=GreedySupervised(), optimizer=factory)
     settings = CostSettings(batch_size=2)
-    assert _cache_key(task, settings) is not None
+    assert key_of(backbone, GreedySupervised(), factory, settings) is not None
     backbone.blocks[0].something = Opaque()  # type: ignore[assignment]
-    assert _cache_key(task, settings) is None
+    assert key_of(backbone, GreedySupervised(), factory, settings) is None
 
 
 def test_a_users_operator_is_asked_anew() -> None:

@@ -14,13 +14,13 @@ import timm
 import torch
 
 import localgrad
-from helpers import MICRO_TOML, Cli, assert_refused
+from helpers import MICRO_TOML, Cli, assert_refused, load_named
 from localgrad import errors, options, rules, run
 from localgrad.app.build import resolve_device
 from localgrad.app.recipe import OPTIONS, Execution, Method, Recipe, overlay, parse_toml, preset
 from localgrad.cli import option_of
-from localgrad.training.augmentation import Augment
-from localgrad.training.data import load_data
+from localgrad.objectives.auxiliary import NextClassifier
+from localgrad.training.settings import Augment
 
 SIZE = (1, 16, 16)
 
@@ -126,7 +126,7 @@ WRONG: list[tuple[Callable[[], object], str, str, str]] = [
     (lambda: resolve_device("gpu"), "train --device gpu", "device: 'gpu'", "--device: 'gpu'"),
     (lambda: preset("papr"), "train --preset papr", "preset: unknown", "--preset: unknown"),
     (lambda: Augment(mixup=-1.0), "train --mixup -1", "mixup is the alpha", "--mixup is the alpha"),
-    (lambda: load_data("digits", limit=1), "train --limit 1", "limit must leave", "--limit must leave"),
+    (lambda: load_named("digits", limit=1), "train --limit 1", "limit must leave", "--limit must leave"),
 ]  # fmt: skip
 
 
@@ -231,6 +231,8 @@ def test_options_read_what_is_typed() -> None:
 
 def value_for(condition: rules.Given) -> object:
     """A value for which a condition holds."""
+    if isinstance(condition, rules.OneOf):
+        return condition.values[0]
     return None if isinstance(condition, rules.Absent) else 3 if condition.value is None else condition.value
 
 
@@ -259,4 +261,5 @@ def test_the_rules_name_arguments_that_there_are() -> None:
     for verb in (cli.train, cli.plan, cli.compare):
         known |= {name.rstrip("_") for name in inspect.signature(verb).parameters}
     known |= {each.name for kind in (GREEDY, FEATURE) for each in fields(kind)}
+    known |= set(inspect.signature(NextClassifier).parameters)
     assert {given.key for rule in rules.RULES for given in (rule.first, rule.second)} <= known

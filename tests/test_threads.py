@@ -13,18 +13,17 @@ import timm
 import torch
 from torch import nn
 
-from helpers import SIZE, Cli, interrupt_at_step, make
+from helpers import MICRO, SIZE, Cli, interrupt_at_step, make
 from localgrad import run
-from localgrad.app import threads
+from localgrad.app import fitting, threads
 from localgrad.app.build import create_model
 from localgrad.app.recipe import Recipe, overlay, preset
 from localgrad.training.trainer import EpochSums, Interrupted
-from test_damage import MICRO
 
 
 @pytest.fixture(autouse=True)
 def _three_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(run, "estimate_step", lambda *_, **__: SimpleNamespace(peak_bytes=2**20))
+    monkeypatch.setattr(fitting, "estimate_step", lambda *_, **__: SimpleNamespace(peak_bytes=2**20))
     torch.set_num_threads(3)
     yield
     assert torch.get_num_threads() == 3, "a run leaves the process as it was"

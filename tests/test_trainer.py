@@ -20,9 +20,10 @@ from localgrad.errors import CheckpointError, DivergenceError
 from localgrad.learner import LocalLearner
 from localgrad.objectives.carried import LocalBatch
 from localgrad.step.executor import StepResult
-from localgrad.training.data import Batches, DataInfo, InMemoryImages
+from localgrad.training.data import Batches, DataInfo
 from localgrad.training.events import EpochEnded, Event, Progressed
 from localgrad.training.folder import RunFolder
+from localgrad.training.image_sets import InMemoryImages
 from localgrad.training.optim import OptimizerFactory, Schedule
 from localgrad.training.trainer import (
     EpochSums,
@@ -39,7 +40,7 @@ NUM_CLASSES = 3
 
 
 def batches_of(num_images: int, *, training: bool, batch_size: int = 8) -> Batches:
-    from localgrad.training.augmentation import Augment
+    from localgrad.training.settings import Augment
 
     generator = torch.Generator().manual_seed(num_images)
     labels = torch.arange(num_images) % NUM_CLASSES
@@ -47,11 +48,11 @@ def batches_of(num_images: int, *, training: bool, batch_size: int = 8) -> Batch
     images += (80 * labels).to(torch.uint8)[:, None, None, None]
     info = DataInfo("toy", ("a", "b", "c"), 1, (8, 8), (0.5,), (0.25,), 0, num_images, 0, 0, ())
     return Batches(
-        InMemoryImages(images, labels),
+        images=InMemoryImages(images, labels),
         batch_size=batch_size,
         image_size=(8, 8),
         info=info,
-        device="cpu",
+        device=torch.device("cpu"),
         augment=Augment() if training else None,
         seed=0,
         drop_last=True,

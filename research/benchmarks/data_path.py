@@ -22,10 +22,10 @@ import torch
 
 from localgrad import FeatureReconstruction, LocalLearner
 from localgrad.objectives.carried import LocalBatch
-from localgrad.training.augmentation import Augment
 from localgrad.training.data import Batches, DataInfo
-from localgrad.training.loading import InMemoryImages
+from localgrad.training.image_sets import InMemoryImages
 from localgrad.training.optim import OptimizerFactory
+from localgrad.training.settings import Augment
 from research.reproduce.profiles import CPU
 
 
@@ -112,7 +112,7 @@ def made_of(options: argparse.Namespace, device: torch.device) -> Batches:
     mixing = {"mixup": 0.8, "cutmix": 1.0, "erasing": 0.25} if options.mix else {}
     augment = Augment(crop_padding=4, flip=True, rand_augment=(2, 9) if options.rand_augment else None, **mixing)
     return Batches(
-        InMemoryImages(pixels, labels),
+        images=InMemoryImages(pixels, labels),
         batch_size=options.batch_size,
         image_size=(options.img_size, options.img_size),
         info=info,

@@ -18,10 +18,10 @@ import timm
 import torch
 
 from localgrad import FeatureReconstruction, LocalLearner, estimate, measure, split
+from localgrad.app.fitting import device_name
 from localgrad.app.planning import adamw
 from localgrad.memory.costs import CostSettings
 from localgrad.memory.parts import measure_costs
-from localgrad.run import device_name
 
 MODELS = ("swin_tiny_patch4_window7_224", "vit_small_patch16_224", "pvt_v2_b1")
 MODULES = (1, 2, 4)

@@ -21,11 +21,11 @@ from typing import Any
 
 from localgrad.app.build import build
 from localgrad.app.recipe import Recipe, overlay
-from localgrad.run import model_weights
 from localgrad.step.states import load_weights
 from localgrad.training.events import EpochEnded, read_metrics
 from localgrad.training.folder import load_saved_weights, read_text
 from localgrad.training.health import HealthCheck
+from localgrad.training.trainer import below
 from research.reproduce.methods import DEFAULT, END_TO_END
 from research.reproduce.profiles import PROFILES
 from research.reproduce.results import commit_of_code
@@ -111,7 +111,7 @@ def checks_of(folder: Path) -> dict[str, Any]:
 def probes_of(values: dict[str, Any], run: Path) -> list[dict[str, float]]:
     """Linear probes of a run's best weights at the boundaries of another number of modules."""
     job = build(Recipe.from_dict(values))
-    load_weights(job.learner.model, model_weights(load_saved_weights(run / "checkpoints" / "best.safetensors")))
+    load_weights(job.learner.model, below(load_saved_weights(run / "checkpoints" / "best.safetensors"), "model."))
     assert job.data.val is not None, "the profiles leave images out of training"
     check = HealthCheck(job.learner, job.batches, job.evaluation_batches(job.data.val), 1)
     none = (None,) * values["local"]["modules"]

@@ -79,9 +79,10 @@ def read(name: str) -> None:
     import torchvision.datasets  # noqa: F401  # both sides need some of it
 
     from localgrad.training.data import load_data
+    from localgrad.training.settings import DataSettings
 
     start = time.perf_counter()
-    splits = load_data(name)
+    splits = load_data(DataSettings(name=name))
     seconds = time.perf_counter() - start
     digest = hashlib.sha256(repr((splits.info.class_names, splits.info.mean, splits.info.std)).encode())
     for part in (splits.train, splits.val, splits.test):

@@ -13,7 +13,8 @@ from functools import cached_property
 from pathlib import Path
 
 from localgrad.errors import DataError
-from localgrad.training.loading import FileImages, find
+from localgrad.training.image_sets import FileImages
+from localgrad.training.loading import find
 from research.reproduce.tables import digest
 
 OFFICIAL = "official files, read by torchvision"

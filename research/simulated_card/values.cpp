@@ -132,10 +132,16 @@ void both(const c10::OperatorHandle& op, c10::DispatchKeySet ks, Stack* stack) {
     if (a.isGenerator()) gen = a.toGenerator();
   }
   for (auto& a : args) cpu.push_back(to_cpu(a));
-  if ((op.operator_name().name == "aten::_softmax" || op.operator_name().name == "aten::_log_softmax") &&
-      op.operator_name().overload_name == "" && cpu[2].toBool()) {
+  // CUDA's softmax takes half precision in and gives float32, and the other way round in its backward pass; that of
+  // processors doesn't. What comes out has the dtype that CUDA's kernel made.
+  auto& called = op.operator_name().name;
+  if ((called == "aten::_softmax" || called == "aten::_log_softmax") && op.operator_name().overload_name.empty() &&
+      cpu[2].toBool()) {
     cpu[0] = cpu[0].toTensor().to(at::kFloat);
     cpu[2] = false;
+  }
+  if (called == "aten::_softmax_backward_data" || called == "aten::_log_softmax_backward_data") {
+    cpu[3] = (int64_t)cpu[0].toTensor().scalar_type();
   }
   if (!valued) {
     inside++;

@@ -25,7 +25,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from localgrad.parallel.schedule import NUM_BUFFERS, program
+from localgrad.parallel.schedule import NUM_BUFFERS
 from research.simulation.simulator import (
     Module,
     Order,
@@ -36,6 +36,7 @@ from research.simulation.simulator import (
     outcome_of,
     period_of,
 )
+from research.simulation.timetable import program
 
 Name = tuple[str, int]
 """Of a task of a rank: what it is, and the number of the batch or microbatch."""

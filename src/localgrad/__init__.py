@@ -61,89 +61,30 @@ if TYPE_CHECKING:
     from localgrad.training.transforms import register_transform
 
 _HOMES = {
-    "localgrad.app.planning": (
-        "estimate",
-        "plan",
-    ),
-    "localgrad.app.recipe": ("Recipe",),
-    "localgrad.backbones.base": (
-        "Backbone",
-        "Layout",
-        "register_backbone",
-        "split",
-    ),
-    "localgrad.compare.measuring": (
-        "Measurement",
-        "measure",
-    ),
-    "localgrad.errors": (
-        "BackboneError",
-        "BudgetError",
-        "CheckpointError",
-        "DataError",
-        "DeviceError",
-        "DivergenceError",
-        "IsolationError",
-        "LocalgradError",
-        "ParallelError",
-        "PartitionError",
-        "RecipeError",
-        "RunFolderError",
-    ),
-    "localgrad.isolation": ("check_isolation",),
-    "localgrad.learner": ("LocalLearner",),
-    "localgrad.objectives.auxiliary": (
-        "Classifier",
-        "Decoder",
-        "register_classifier",
-        "register_decoder",
-    ),
-    "localgrad.objectives.base": (
-        "LocalObjective",
-        "Term",
-        "TermValue",
-    ),
-    "localgrad.objectives.carried": (
-        "Carried",
-        "Handed",
-        "LocalBatch",
-        "register_carried",
-    ),
-    "localgrad.objectives.methods": (
-        "Contrastive",
-        "FeatureReconstruction",
-        "GreedySupervised",
-        "ImageReconstruction",
-        "Objective",
-        "register_objective",
-    ),
-    "localgrad.objectives.site": ("Site",),
-    "localgrad.parallel.parallel_learner": ("ParallelLearner",),
-    "localgrad.parallel.team": ("Team",),
-    "localgrad.partition": (
-        "Checkpointing",
-        "Plan",
-        "balance",
-    ),
-    "localgrad.run": (
-        "resume",
-        "train",
-    ),
-    "localgrad.step.executor": ("StepResult",),
-    "localgrad.training.events": (
-        "EpochEnded",
-        "FeaturesCached",
-        "HealthMeasured",
-        "Progressed",
-        "Replanned",
-        "RunEnded",
-        "RunStarted",
-        "Sink",
-        "register_sink",
-    ),
-    "localgrad.training.transforms": ("register_transform",),
+    "localgrad.app.planning": "estimate plan",
+    "localgrad.app.recipe": "Recipe",
+    "localgrad.backbones.base": "Backbone Layout register_backbone split",
+    "localgrad.compare.measuring": "Measurement measure",
+    "localgrad.errors": "BackboneError BudgetError CheckpointError DataError DeviceError DivergenceError "
+    "IsolationError LocalgradError ParallelError PartitionError RecipeError RunFolderError",
+    "localgrad.isolation": "check_isolation",
+    "localgrad.learner": "LocalLearner",
+    "localgrad.objectives.auxiliary": "Classifier Decoder register_classifier register_decoder",
+    "localgrad.objectives.base": "LocalObjective Term TermValue",
+    "localgrad.objectives.carried": "Carried Handed LocalBatch register_carried",
+    "localgrad.objectives.methods": "Contrastive FeatureReconstruction GreedySupervised "
+    "ImageReconstruction Objective register_objective",
+    "localgrad.objectives.site": "Site",
+    "localgrad.parallel.parallel_learner": "ParallelLearner",
+    "localgrad.parallel.team": "Team",
+    "localgrad.partition": "Checkpointing Plan balance",
+    "localgrad.run": "resume train",
+    "localgrad.step.executor": "StepResult",
+    "localgrad.training.events": "EpochEnded FeaturesCached HealthMeasured Progressed "
+    "Replanned RunEnded RunStarted Sink register_sink",
+    "localgrad.training.transforms": "register_transform",
 }
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 
 __version__ = "0.1.0"
 __all__ = [

@@ -27,11 +27,10 @@ from typer.models import OptionInfo
 
 from localgrad import rules
 from localgrad.app.comparison import Settings
-from localgrad.app.recipe import DOWNLOAD, OPTIONS, Recipe, overlay, parse_assignments, read_toml
-from localgrad.app.recipe import preset as preset_values
-from localgrad.errors import BudgetError, LocalgradError, PartitionError, RecipeError, RunWarning, arg, naming
+from localgrad.app.recipe import DOWNLOAD, OPTIONS, Recipe, overlay, parse_assignments, preset, read_toml
+from localgrad.errors import LocalgradError, RecipeError, RunWarning, arg, naming
 from localgrad.options import DATA, EXECUTION, RUN, Option, Values, declared, read_modules, read_whole, values_of
-from localgrad.units import PLAINLY, parse_bytes
+from localgrad.units import PLAINLY, format_counts, parse_bytes
 
 Verb = TypeVar("Verb", bound=Callable[..., None])
 
@@ -116,9 +115,7 @@ def _leave(status: int) -> None:
 
 
 @app.callback(invoke_without_command=True)
-def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
-) -> None:
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     if version:
         import localgrad
 
@@ -199,79 +196,65 @@ def option_of(name: str, value: object) -> str:
 
 _BY_NAME = {key.rpartition(".")[2]: each for key, each in OPTIONS.items() if not key.endswith((".name", ".options"))}
 
-PresetOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Start from a preset: digits, paper, infopro, greedy, infopro-source, trgl-source.", rich_help_panel=RUN
-    ),
-]
-RecipeOption = Annotated[Path | None, typer.Option(help="Start from a recipe in TOML.", rich_help_panel=RUN)]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Any value of the recipe: --set training.min_lr=1e-5.", rich_help_panel=RUN),
-]
-NoCacheOption = Annotated[
-    bool, typer.Option("--no-cache", help="Measure costs for a plan anew, and keep none of them.", rich_help_panel=RUN)
-]
 RunFolderArgument = Annotated[Path, typer.Argument(help="A folder that `localgrad train` made.")]
 
-_IN_TRAIN = {**OPTIONS, DOWNLOAD.key: DOWNLOAD}
+_OWN = {
+    each.name: each
+    for each in (
+        Option(
+            name="preset",
+            help="Start from a preset: digits, paper, infopro, greedy, infopro-source, trgl-source.",
+            panel=RUN,
+        ),
+        Option(name="recipe", help="Start from a recipe in TOML.", panel=RUN, kind=Path),
+        Option(name="set", help="Any value of the recipe: --set training.min_lr=1e-5.", panel=RUN, repeated=str),
+        Option(name="plan", help="Train as a plan from `localgrad plan --json` says.", panel=RUN, kind=Path),
+        Option(name="budget", help="Memory, such as 6GiB: plan modules and recomputation to fit.", panel=RUN),
+        Option(name="no_cache", help="Measure costs for a plan anew, and keep none of them.", panel=RUN, kind=bool),
+        Option(name="on_oom", help="When memory runs out: stop (default), or replan and go on.", panel=RUN),
+        Option(name="out", help="The run folder; by default a new one under runs/.", panel=RUN, kind=Path),
+        Option(name="resume", help="Continue the run in this folder.", panel=RUN, kind=Path),
+        Option(name="dry_run", help="Print the recipe and stop.", panel=RUN, kind=bool),
+        Option(
+            name="num_processes",
+            help="With --parallel: start so many here; or use torchrun.",
+            panel=EXECUTION,
+            kind=int,
+        ),
+    )
+}
+"""What ``train`` takes beside a recipe's values, by name."""
+
+_IN_TRAIN = {**OPTIONS, DOWNLOAD.key: DOWNLOAD, **_OWN}
 _EVERYDAY = ("data", "model", "pretrained", "modules", "objective", "epochs", "batch_size", "lr", "budget", "resume")
 
 
 @app.command(epilog="All options: localgrad train --help-all")
 @takes(_IN_TRAIN, _EVERYDAY)
-def train(
-    *,
-    num_processes: Annotated[
-        int | None,
-        typer.Option(help="With --parallel: start so many here; or use torchrun.", rich_help_panel=EXECUTION),
-    ] = None,
-    preset: PresetOption = None,
-    recipe: RecipeOption = None,
-    set_: SetOption = None,
-    plan_: Annotated[
-        Path | None,
-        typer.Option("--plan", help="Train as a plan from `localgrad plan --json` says.", rich_help_panel=RUN),
-    ] = None,
-    budget: Annotated[
-        str | None,
-        typer.Option(help="Memory, such as 6GiB: plan modules and recomputation to fit.", rich_help_panel=RUN),
-    ] = None,
-    no_cache: NoCacheOption = False,
-    on_oom: Annotated[
-        str, typer.Option(help="When memory runs out: stop, or replan and go on.", rich_help_panel=RUN)
-    ] = "stop",
-    out: Annotated[
-        Path | None, typer.Option(help="The run folder; by default a new one under runs/.", rich_help_panel=RUN)
-    ] = None,
-    resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.", rich_help_panel=RUN)] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the recipe and stop.", rich_help_panel=RUN)] = False,
-    **given: Any,
-) -> None:
+def train(**given: Any) -> None:
     """Train a model. With no options: handwritten digits, four local modules, under two minutes on two cores."""
+    resume, plan_file, budget, on_oom = given["resume"], given["plan"], given["budget"], given["on_oom"] or "stop"
     if given["data"] is None and resume is None:
         given["data"] = given["train_data"]
-    changes = _changes(OPTIONS, given, set_)
-    typed: Values = {"budget": budget, "plan": plan_, "resume": resume}
-    typed |= {"out": out, "preset": preset, "recipe": recipe, "num_processes": num_processes}
-    decided = {key: changes.get(f"execution.{key}") for key in ("checkpoint", "accumulation")}
-    rules.check({**typed, **decided})
+    changes = _changes(OPTIONS, given)
+    rules.check({name: given[name] for name in _OWN} | _decided(changes))
     num_bytes = None if budget is None else parse_bytes(budget)
     if num_bytes is not None:
         changes.setdefault("local.modules", "auto")
     plan = None
     if resume is not None:
-        wanted = _resumed(resume, changes)
-    elif plan_ is not None:
-        plan, wanted = _planned(plan_, preset, recipe, changes)
+        from localgrad.app.run_folders import read_recipe
+
+        wanted = Recipe.from_dict(overlay(read_recipe(resume).to_dict(), changes))
+    elif plan_file is not None:
+        plan, wanted = _by_plan(plan_file, given, changes)
     else:
-        wanted = Recipe.from_dict(overlay(_base(preset, recipe, changes), changes))
-    if dry_run:
+        wanted = Recipe.from_dict(overlay(_base(given, changes), changes))
+    if given["dry_run"]:
         typer.echo(wanted.to_toml(), nl=False)
         return
-    if num_processes is not None:
-        _start_processes(num_processes, wanted, resume or out)
+    if given["num_processes"] is not None:
+        _start_processes(given["num_processes"], wanted, resume or given["out"])
     from localgrad import run
 
     with _saying_how_to_resume():
@@ -280,22 +263,27 @@ def train(
         else:
             run.train(
                 wanted,
-                out=out,
+                out=given["out"],
                 download=bool(given["download"]),
                 sinks=[_console_sink()],
                 plan=plan,
                 budget=num_bytes,
                 on_oom=on_oom,
-                cache=not no_cache,
+                cache=not given["no_cache"],
             )
 
 
-def _changes(options: Mapping[str, Option], given: Mapping[str, Any], assignments: list[str] | None) -> Values:
+def _changes(options: Mapping[str, Option], given: Mapping[str, Any]) -> Values:
     """Options as changes to a recipe, by dotted key."""
-    changes = values_of(options, given) | parse_assignments(assignments or [])
+    changes = values_of(options, given) | parse_assignments(given["set"] or [])
     if isinstance(changes.get("local.modules"), str):  # --set local.modules=2,5,9
         changes["local.modules"] = read_modules("modules", changes["local.modules"])
     return changes
+
+
+def _decided(changes: Values) -> Values:
+    """What a plan decides, as it was typed."""
+    return {key: changes.get(f"execution.{key}") for key in ("checkpoint", "accumulation")}
 
 
 def _start_processes(count: int, recipe: Recipe, folder: Path | None) -> None:
@@ -317,7 +305,7 @@ def _start_processes(count: int, recipe: Recipe, folder: Path | None) -> None:
     raise SystemExit(run_processes(count, arguments, folder))
 
 
-_IN_PLAN = {
+_RECIPE_IN_PLAN = {
     key: OPTIONS[key]
     for key in (
         *("model.name", "model.img_size", "model.patch_size", "local.modules", "local.objective", "local.overlap"),
@@ -331,85 +319,52 @@ _IN_PLAN = {
         OPTIONS["training.batch_size"], help="Images an update, or auto: the largest that fits.", kind=str
     ),
 }
+_IN_PLAN = _RECIPE_IN_PLAN | {
+    each.name: each
+    for each in (
+        replace(_OWN["budget"], help="Memory, such as 6GiB; no limit by default."),
+        *(_OWN[name] for name in ("preset", "recipe", "set", "no_cache")),
+        Option(name="num_classes", help="By default the data's, or timm's own.", panel=DATA, kind=int),
+        Option(name="device", help="auto, cpu or cuda; there need be no GPU to plan for one.", panel=EXECUTION),
+        Option(
+            name="parallel",
+            help="So many ranks, a local module each; --budget is then of every rank.",
+            panel=EXECUTION,
+            kind=int,
+        ),
+        Option(
+            name="balance",
+            help="With --parallel: time (default), or memory: the smallest largest rank.",
+            panel=EXECUTION,
+        ),
+        Option(name="frontier", help="Print all plans worth having.", panel=RUN, kind=bool),
+        Option(name="json", help="Write the plan, for train --plan.", panel=RUN, kind=Path),
+        Option(
+            name="measure", help="Time the model's parts here, in a minute, not by nominal rates.", panel=RUN, kind=bool
+        ),
+    )
+}
 
 
 @app.command(epilog="All options: localgrad plan --help-all")
 @takes(
     _IN_PLAN,
-    ("model", "img_size", "batch_size", "budget", "modules", "precision", "device", "parallel", "frontier", "json_"),
+    ("model", "img_size", "batch_size", "budget", "modules", "precision", "device", "parallel", "frontier", "json"),
 )
-def plan(
-    *,
-    budget: Annotated[
-        str | None, typer.Option(help="Memory, such as 6GiB; no limit by default.", rich_help_panel=RUN)
-    ] = None,
-    num_classes: Annotated[
-        int | None, typer.Option(help="By default the data's, or timm's own.", rich_help_panel=DATA)
-    ] = None,
-    device: Annotated[
-        str, typer.Option(help="auto, cpu or cuda; there need be no GPU to plan for one.", rich_help_panel=EXECUTION)
-    ] = "auto",
-    preset: PresetOption = None,
-    recipe: RecipeOption = None,
-    set_: SetOption = None,
-    parallel: Annotated[
-        int | None,
-        typer.Option(
-            help="So many ranks, a local module each; --budget is then of every rank.", rich_help_panel=EXECUTION
-        ),
-    ] = None,
-    balance: Annotated[
-        str | None,
-        typer.Option(
-            help="With --parallel: time (default), or memory: the smallest largest rank.", rich_help_panel=EXECUTION
-        ),
-    ] = None,
-    frontier: Annotated[
-        bool, typer.Option("--frontier", help="Print all plans worth having.", rich_help_panel=RUN)
-    ] = False,
-    json_: Annotated[
-        Path | None, typer.Option("--json", help="Write the plan, for train --plan.", rich_help_panel=RUN)
-    ] = None,
-    no_cache: NoCacheOption = False,
-    **given: Any,
-) -> None:
+def plan(**given: Any) -> None:
     """Find the fastest way to train a model within a memory budget; no GPU, no data and no weights are needed."""
-    size = given.pop("batch_size")
-    if size not in (None, "auto"):
+    size, json, num_classes = given.pop("batch_size"), given["json"], given["num_classes"]
+    frontier, largest_batch = bool(given["frontier"]), size == "auto"
+    if not (size is None or largest_batch):
         given["batch_size"] = read_whole("batch_size", size)
-    changes = _changes(_IN_PLAN, given, set_)
+    changes = _changes(_RECIPE_IN_PLAN, given)
     changes.setdefault("local.modules", "auto")
-    decided = {key: changes.get(f"execution.{key}") for key in ("checkpoint", "accumulation")}
-    rules.check({**decided, "budget": "any"})  # with none, a plan decides them as well
-    rules.check({"preset": preset, "recipe": recipe, "batch_size": size, "budget": budget})
-    _print_plan(
-        _base(preset, recipe, {"data.name": "", **changes}),
-        changes,
-        budget=None if budget is None else parse_bytes(budget),
-        device=device,
-        num_classes=num_classes,
-        largest_batch=size == "auto",
-        frontier=frontier,
-        ranks=(parallel, balance),
-        json=json_,
-        cache=not no_cache,
-    )
+    rules.check({**_decided(changes), "budget": "any"})  # with none, a plan decides them as well
+    rules.check({"batch_size": size} | {name: given[name] for name in ("preset", "recipe", "budget")})
+    budget = None if given["budget"] is None else parse_bytes(given["budget"])
+    values = overlay(_base(given, {"data.name": "", **changes}), changes)
+    recipe = Recipe.from_dict(values)
 
-
-def _print_plan(
-    base: Values,
-    changes: Values,
-    *,
-    budget: int | None,
-    device: str,
-    num_classes: int | None,
-    largest_batch: bool,
-    frontier: bool,
-    ranks: tuple[int | None, str | None],
-    json: Path | None,
-    cache: bool,
-) -> None:
-    """Plan a recipe, print what was found, and write it."""
     from rich.console import Console
     from rich.markup import escape
 
@@ -419,28 +374,37 @@ def _print_plan(
     from localgrad.planning import rank_plans as parallel
     from localgrad.planning import table
 
-    recipe = Recipe.from_dict(overlay(base, changes))
     in_parallel = parallel.asked_for(
-        *ranks, num_buffers=recipe.execution.buffers, frontier=frontier, largest_batch=largest_batch
+        given["parallel"],
+        given["balance"],
+        num_buffers=recipe.execution.buffers,
+        frontier=frontier,
+        largest_batch=largest_batch,
     )
     if json is not None:
         check_output_file("json", json)
     if num_classes is not None and num_classes < 2:
         raise RecipeError(f"{arg('num_classes')}: a classifier needs at least 2 classes, got {num_classes}.")
-    named = recipe.method.data.name if "name" in overlay(base, changes).get("data", {}) else ""
+    named = recipe.method.data.name if "name" in values.get("data", {}) else ""
     classes, channels = recipes.CLASSES.get(named, (None, 3))
-    kind = recipes.kind_of(recipe.execution.device if device == "auto" else device)
-    num_classes = num_classes or classes
-    task = recipes.task_of(recipe, device=kind, num_classes=num_classes, num_channels=channels, cache=cache)
+    kind = recipes.kind_of(recipe.execution.device if given["device"] in (None, "auto") else given["device"])
+    num_classes, cache = num_classes or classes, not given["no_cache"]
+    task = recipes.task_of(
+        recipe,
+        device=kind,
+        num_classes=num_classes,
+        num_channels=channels,
+        measure=bool(given["measure"]),
+        cache=cache,
+    )
     console = Console()
     if largest_batch:
         assert budget is not None, "checked above"
         rows = budgets.largest_batches(task, budget)
         table.print_batches(rows, console)
-        size = rows[-1].batch_size
-        if not size:
+        if not rows[-1].batch_size:
             raise RecipeError(f"{arg('batch_size', 'auto')}: not even two images fit this budget; take a larger one.")
-        training = replace(recipe.method.training, batch_size=size)
+        training = replace(recipe.method.training, batch_size=rows[-1].batch_size)
         recipe = replace(recipe, method=replace(recipe.method, training=training))
     if frontier:
         table.print_frontier(budgets.worth_having(task, recipe.method.training.batch_size), console)
@@ -465,11 +429,11 @@ def evaluate(
     **given: Any,
 ) -> None:
     """Accuracy of a run's best weights, of the whole model and of each module's own classifier."""
-    from localgrad import run
+    from localgrad.app.using_runs import evaluate_run
     from localgrad.training.events import accuracies
 
-    result = run.evaluate_run(run_folder, part=part, data=data, device=given["device"], root=given["root"])
-    left_out = "".join(f"; left out: {count:,} {reason}" for reason, count in result["skipped"].items())
+    result = evaluate_run(run_folder, part=part, data=data, device=given["device"], root=given["root"])
+    left_out = f"; left out: {format_counts(result['skipped'])}" if result["skipped"] else ""
     typer.echo(f"{part} accuracy  {result['accuracy']:.2%}  ({result['num_images']:,} images{left_out})")
     typer.echo(f"by module  {accuracies(result['module_accuracy'])}")
 
@@ -488,18 +452,18 @@ def predict(
     **given: Any,
 ) -> None:
     """Classify images with a run's best weights."""
-    from localgrad import run
+    from localgrad.app import using_runs
     from localgrad.training.image_sets import Skipped
 
     skipped = Skipped()
     reading = {key.rpartition(".")[2]: value for key, value in values_of(_IN_PREDICT, given).items()}
-    for prediction in run.predict(run_folder, images, top=top, skipped=skipped, **reading):
+    for prediction in using_runs.predict(run_folder, images, top=top, skipped=skipped, **reading):
         classes = "  ".join(f"{name} {share:.1%}" for name, share in prediction.classes)
         typer.echo(f"{prediction.path}  {classes}")
     for name, reason in skipped.images.items():
         typer.echo(f"left out: {name} ({reason})", err=True)
     if skipped.others:
-        counts = ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.others.items()))
+        counts = format_counts(dict(sorted(skipped.others.items())))
         typer.echo(f"left out, which are no images: {counts}", err=True)
 
 
@@ -528,8 +492,7 @@ def compare(**given: Any) -> None:
         task = progress.add_task("building the model", total=None)
         turn = itertools.count()
         comparison = bench.run(
-            settings,
-            lambda text, turns: progress.update(task, description=text, completed=next(turn), total=turns),
+            settings, lambda text, turns: progress.update(task, description=text, completed=next(turn), total=turns)
         )
     console = Console()
     table = bench.comparison_table(comparison)
@@ -544,46 +507,31 @@ def compare(**given: Any) -> None:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
 
 
-def _planned(path: Path, preset: str | None, recipe: Path | None, changes: Values) -> tuple[Any, Recipe]:
+def _by_plan(path: Path, given: Mapping[str, Any], changes: Values) -> tuple[Any, Recipe]:
     """A plan from its file, and the recipe to train by it; refused where options contradict the plan."""
-    from localgrad.app.planned import changes_of, check_plan_is_for
-    from localgrad.partition import Plan
+    from localgrad.app.planned import changes_of, check_plan_is_for, read_plan
 
-    try:
-        plan = Plan.from_json(path.read_text(encoding="utf-8"))
-    except PartitionError as error:
-        raise BudgetError(f"{arg('plan', path)}: {error}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise BudgetError(
-            f"{arg('plan')}: {path} can't be read ({reason}); make one with localgrad plan {arg('json', 'FILE')}."
-        ) from error
+    plan = read_plan(path)
     values = {**changes_of(plan), **changes}
-    wanted = Recipe.from_dict(overlay(_base(preset, recipe, values), values))
+    wanted = Recipe.from_dict(overlay(_base(given, values), values))
     check_plan_is_for(plan, wanted)
     return plan, wanted
 
 
-def _base(preset_name: str | None, recipe: Path | None, changes: Values) -> Values:
+def _base(given: Mapping[str, Any], changes: Values) -> Values:
     """What the options are laid over: a recipe file, a preset, or (where no other data is named) the digits."""
-    if recipe is not None:
-        return read_toml(recipe)
-    if preset_name is None and changes.get("data.name", "digits") != "digits":
+    if given["recipe"] is not None:
+        return read_toml(given["recipe"])
+    named = given["preset"]
+    if named is None and changes.get("data.name", "digits") != "digits":
         return {}
-    base = preset_values(preset_name or "digits")
-    if preset_name is None and "model.name" in changes:
+    base = preset(named or "digits")
+    if named is None and "model.name" in changes:
         base.pop("model", None)  # the preset's micro Swin has options that another model doesn't take
     local = base.get("local", {})
     if changes.get("local.objective", local.get("objective")) != local.get("objective"):
         local.pop("options", None)  # likewise those of its objective
     return base
-
-
-def _resumed(path: Path, changes: Values) -> Recipe:
-    """The recipe of the run to be resumed, with the options laid over it."""
-    from localgrad import run
-
-    return Recipe.from_dict(overlay(run.read_recipe(path).to_dict(), changes))
 
 
 def _console_sink() -> Any:

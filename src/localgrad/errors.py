@@ -88,16 +88,16 @@ class ParallelError(LocalgradError, RuntimeError):
 
 
 class MemoryExceeded(DeviceError):  # noqa: N818  # what happened, as torch's own name says
-    """Memory ran out in the step of one local module.
+    """Memory ran out, and what was changed by then is as it was before.
 
     Args:
-        module: which one.
+        place: the local module in whose step it was, by number; or what was done, such as ``validation``.
         reason: the allocator's first line.
     """
 
-    def __init__(self, module: int, reason: str) -> None:
-        super().__init__(f"memory ran out in local module {module}: {reason}")
-        self.module = module
+    def __init__(self, place: int | str, reason: str) -> None:
+        super().__init__(f"memory ran out in {f'local module {place}' if isinstance(place, int) else place}: {reason}")
+        self.place = place
         self.reason = reason
 
 

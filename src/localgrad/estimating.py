@@ -33,13 +33,14 @@ from localgrad.step.offload import HOST, Offloader
 def end_to_end(learner: Learner) -> LocalLearner:
     """The same backbone, precision and settings with one local module: the end-to-end baseline, sharing weights."""
     decay = None if learner._ema is None else learner._ema.decay
+    offload, device = (learner.offload, learner._device) if isinstance(learner, LocalLearner) else (False, None)
     return LocalLearner(
         learner.backbone,
         modules=1,
         objective=learner.objective,
         ema_decay=decay,
-        offload=learner.offload,
-        device=learner._device,
+        offload=offload,
+        device=device,
         **learner._settings,
     )
 

@@ -40,6 +40,22 @@ def check_format(what: str, found: object, newest: int, error: type[LocalgradErr
     return found
 
 
+def read_input(name: str, path: Path, advice: str, error: type[LocalgradError] = RecipeError) -> str:
+    """The text of a file that an argument names.
+
+    Args:
+        name: of the argument.
+        path: of the file.
+        advice: what to do where it can't be read.
+        error: what is raised then.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as found:
+        reason = found.strerror if isinstance(found, OSError) else "it is no text"
+        raise error(f"{arg(name)}: {path} can't be read ({reason}); {advice}.") from found
+
+
 def check_output_file(name: str, path: Path) -> None:
     """Refuse a file that can't be written.
 

@@ -21,8 +21,8 @@ from torch.optim import Optimizer
 
 from localgrad import rules
 from localgrad.backbones.base import Backbone, split
+from localgrad.backbones.hooks import has_hooks
 from localgrad.backbones.timm_models import default_input_size
-from localgrad.backbones.written import has_hooks
 from localgrad.errors import (
     BackboneError,
     CheckpointError,
@@ -79,7 +79,9 @@ NO_LABELS = torch.empty(0)
 class Learner(ABC):
     """What trains local modules: all of a model's in one process (``LocalLearner``), or a share (``ParallelLearner``).
 
-    Options are those of ``LocalLearner``.
+    Options are those of both, as in ``LocalLearner``. A learner that is made calls, in this order, ``__init__``, which
+    splits and plans; ``_build``, once the model is where its modules are to be made; and ``_remember``, once all is in
+    its place.
     """
 
     is_parallel = False
@@ -97,34 +99,17 @@ class Learner(ABC):
         compile: bool = False,
         clip_grad: float | None = None,
         accumulation: int | None = None,
-        ema_decay: float | None = None,
-        offload: bool = False,
-        device: torch.device | str | None = None,
-        overlap: int = 0,
         freeze_from: float | None = None,
-        global_checkpoint: str | Checkpointing = "blocks",
         auxiliary_from: str = "seed",
     ) -> None:
         _check_options(
-            overlap=overlap,
-            freeze_from=freeze_from,
-            accumulation=accumulation,
-            clip_grad=clip_grad,
-            device=device,
-            offload=offload,
-            auxiliary_from=auxiliary_from,
+            freeze_from=freeze_from, accumulation=accumulation, clip_grad=clip_grad, auxiliary_from=auxiliary_from
         )
         if isinstance(model, Backbone) and input_size not in (None, model.input_size):
             raise BackboneError(f"input_size: {input_size}, but the backbone was split for {model.input_size}.")
         self.backbone = model if isinstance(model, Backbone) else split(model, input_size or default_input_size(model))
         self.model = self.backbone.model
         check_model(self.backbone)
-        self.offload = offload
-        self._device: torch.device | None = None
-        if offload:
-            self._device = torch.device(device or self.device)
-            self.backbone.to(HOST)
-        check_precision(precision, self.device, self.backbone.dtype)
         if checkpoint is False and self.backbone.recomputes:  # timm's own flag is on
             checkpoint = "blocks"
         if objective is not None and not isinstance(objective, Objective):
@@ -134,28 +119,13 @@ class Learner(ABC):
             )
         self.objective = objective or FeatureReconstruction()
         self.plan = make_plan(self.backbone, modules, checkpoint=checkpoint)
-        self.overlap = overlap
         self.freeze_from = freeze_from
-        self.global_checkpoint = Checkpointing.parse(global_checkpoint, "global_checkpoint")
         self.seed = torch.initial_seed()  # with the batch's number, of what each of several modules draws
-        self.modules = build_local_modules(
-            self.backbone,
-            self.plan,
-            self.objective,
-            overlap=overlap,
-            drawing=lambda index: drawing_from(self.device, (self.seed, index) if auxiliary_from == "seed" else None),
-        )
-        self.route = Route(module.objective.uses for module in self.modules)
-        self._check_uses(ema_decay, compiled=compile)
+        self._auxiliary_from = auxiliary_from
         self._passed_by = self.backbone.modules_passed_by
         self._hooks_said: set[str] = set()
-        self._say_what_is_passed_by()
         self.precision = precision
-        self.averaged_model: nn.Module | None = None
-        self._offloader = None if self._device is None else Offloader(self.modules, self._device)
-        self._ema = make_ema(self.model, ema_decay, on_host=offload)
-        if self._ema is not None:
-            self.averaged_model = self._ema.module
+        self._ema: ModelEmaV3 | None = None
         self._settings: StepSettings = {
             "precision": precision,
             "clip_grad": clip_grad,
@@ -163,18 +133,29 @@ class Learner(ABC):
             "compile": compile,
         }
         self._planned_batch: int | None = None  # until a step has said that batches are of another size
-        if isinstance(modules, Plan):
-            self._say_what_differs(overlap)
         self._twins: ProcessGroup | None = None  # processes that train the same modules on other images
         self._executor: SequentialExecutor | None = None
-        self._global_step: GlobalStep | None = None
-        self._global_recomputed: list[dict[int, Recomputed]] | None = None
         self.optimizer_factory: Factories | None = None
         self.num_steps = 0
         self._progress = 0.0
         self._values_checked = False
         self._still: list[nn.Module] = []  # modules that were put in evaluation mode one by one
-        self._remember()
+
+    def _build(self, *, overlap: int = 0) -> None:
+        """Make the local modules, where the backbone is; their parts are the model's own."""
+        check_precision(self.precision, self.device, self.backbone.dtype)
+        draws_by_seed = self._auxiliary_from == "seed"
+        self.modules = build_local_modules(
+            self.backbone,
+            self.plan,
+            self.objective,
+            overlap=overlap,
+            drawing=lambda index: drawing_from(self.device, (self.seed, index) if draws_by_seed else None),
+        )
+        self.route = Route(module.objective.uses for module in self.modules)
+        compiled = self._settings["compile"]
+        rules.check({"reconcile": self.uses("gradient"), "compile": compiled, "overlap": overlap})
+        self._say_what_is_passed_by(stacklevel=4)
 
     def _remember(self) -> None:
         """Note what the learner is made of, for ``check_ready``; once all is in its place."""
@@ -207,11 +188,7 @@ class Learner(ABC):
         """Whether a local objective looks at something beside its module's features; see ``Term.uses``."""
         return any(what in module.objective.uses for module in self.modules)
 
-    def _check_uses(self, ema_decay: float | None, *, compiled: bool) -> None:
-        used = {"teacher_share": self.uses("teacher"), "reconcile": self.uses("gradient")}
-        rules.check({**used, "ema_decay": ema_decay, "compile": compiled, "overlap": self.overlap})
-
-    def _say_what_is_passed_by(self, stacklevel: int = 3) -> None:
+    def _say_what_is_passed_by(self, stacklevel: int) -> None:
         """What users set on the model itself or on a stage isn't met where blocks are called one by one."""
         hooked = [name for name, module in self._passed_by if name not in self._hooks_said and has_hooks(module)]
         if hooked:
@@ -222,7 +199,7 @@ class Learner(ABC):
                 stacklevel=stacklevel,
             )
 
-    def _say_what_differs(self, overlap: int) -> None:
+    def _say_what_differs(self, *, overlap: int = 0, offload: bool = False) -> None:
         """Warn where a plan was made for something else: it trains all the same, but its forecast isn't of this."""
         plan, settings = self.plan, self._settings
         here: dict[str, Json] = {
@@ -243,7 +220,7 @@ class Learner(ABC):
             planned = plan.made_for.get(f"training.{name}")
             if plan.made_for and (planned is None) != (value is None):
                 different.append(f"{'no ' if planned is None else ''}{name}, here {'none' if value is None else 'one'}")
-        if self.offload and plan.made_for:
+        if offload and plan.made_for:
             different.append("no offload, here it is on")
         if plan.is_for_ranks and not self.is_parallel:
             different.append("several processes, here one")
@@ -268,6 +245,10 @@ class Learner(ABC):
     @abstractmethod
     def step(self, images: Tensor, labels: Tensor) -> StepResult:
         """Train the own modules on one batch."""
+
+    def _device_of(self, parameters: Sequence[nn.Parameter]) -> torch.device:
+        """Where a local module trains; where it is."""
+        return parameters[0].device
 
     @abstractmethod
     def _take_weights(self, weights: dict[str, Tensor], averages: dict[str, Tensor] | None) -> None:
@@ -337,7 +318,7 @@ class Learner(ABC):
                 f"local module {index}: its weights are on {' and '.join(map(str, places))}; move the model first, "
                 "then make the learner: LocalLearner(model.to(device), ...)."
             )
-        device = self._device or parameters[0].device
+        device = self._device_of(parameters)
         optimizer = make(parameters)
         check_optimizer(optimizer, parameters, index, self._names)
         return LocalStep(self.modules[index], parameters, optimizer, device=device, twins=self._twins, **self._settings)
@@ -349,7 +330,7 @@ class Learner(ABC):
             named += module.objective.named_parameters(prefix=f"modules.{index}.objective")
         return {id(weight): name for name, weight in named}
 
-    def check_ready(self, steps: Sequence[LocalStep]) -> None:
+    def check_ready(self, steps: Sequence[LocalStep]) -> bool:
         """Refuse to train a model that was changed since the learner or its optimizers were made.
 
         It compares objects, with no operator and without waiting for the device. Hooks that were set since and won't
@@ -358,6 +339,9 @@ class Learner(ABC):
         Args:
             steps: those that are to be run.
 
+        Returns:
+            Whether weights were frozen or unfrozen since the last one.
+
         Raises:
             RecipeError: weights are in no optimizer, or schedulers are attached to some optimizers.
             BackboneError: a module or parameter was replaced, or has another dtype.
@@ -365,10 +349,9 @@ class Learner(ABC):
         """
         self._made_of.check()
         self._say_what_is_passed_by(stacklevel=6)
-        for step in steps:
-            if step.follow_model():
-                self._global_step = None
+        changed = [step.follow_model() for step in steps]
         check_schedulers([step.optimizer for step in steps])
+        return any(changed)
 
     def _check_batch(self, batch: LocalBatch) -> None:
         images, size = batch.images, self.backbone.input_size
@@ -445,8 +428,6 @@ class Learner(ABC):
         Modules that were put in evaluation mode one by one, while the model was in training mode, stay there:
         ``model.train()`` puts those back, too.
         """
-        if self._offloader is not None and not mode:
-            self._offloader.rest()
         if self.model.training:
             self._note_still()
         for module in self.modules:
@@ -469,8 +450,6 @@ class Learner(ABC):
         """
         steps = self._executor.steps if self._executor else ()
         self.check_state_dict(state)
-        if self._offloader is not None:
-            self._offloader.rest()
         with or_as_before([step.optimizer for step in steps]):
             for index, step in zip(self.own, steps, strict=False):  # there may be none
                 put_optimizer(step.optimizer, copy.deepcopy(state["optimizers"][index]))
@@ -566,13 +545,68 @@ class LocalLearner(Learner):
     Raises:
         BackboneError: the model can't be split, a parameter is shared across a boundary, or there is one class only.
         PartitionError: the modules asked for can't be made.
-        RecipeError: an option has an impossible value.
+        RecipeError: an option has an impossible value, or doesn't go with another.
     """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        modules: Request | Plan = 4,
+        objective: Objective | None = None,
+        input_size: tuple[int, int, int] | None = None,
+        precision: str = "fp32",
+        checkpoint: CheckpointRequest = False,
+        compile: bool = False,
+        clip_grad: float | None = None,
+        accumulation: int | None = None,
+        ema_decay: float | None = None,
+        offload: bool = False,
+        device: torch.device | str | None = None,
+        overlap: int = 0,
+        freeze_from: float | None = None,
+        global_checkpoint: str | Checkpointing = "blocks",
+        auxiliary_from: str = "seed",
+    ) -> None:
+        _check_overlap(overlap)
+        rules.check({"overlap": overlap, "freeze_from": freeze_from, "offload": offload, "device": device})
+        super().__init__(
+            model,
+            modules=modules,
+            objective=objective,
+            input_size=input_size,
+            precision=precision,
+            checkpoint=checkpoint,
+            compile=compile,
+            clip_grad=clip_grad,
+            accumulation=accumulation,
+            freeze_from=freeze_from,
+            auxiliary_from=auxiliary_from,
+        )
+        self.overlap = overlap
+        self.offload = offload
+        self.global_checkpoint = Checkpointing.parse(global_checkpoint, "global_checkpoint")
+        self._global_step: GlobalStep | None = None
+        self._global_recomputed: list[dict[int, Recomputed]] | None = None
+        self._device: torch.device | None = None
+        if offload:
+            self._device = torch.device(device or self.device)
+            self.backbone.to(HOST)
+        self._build(overlap=overlap)
+        rules.check({"teacher_share": self.uses("teacher"), "ema_decay": ema_decay})
+        self._offloader = None if self._device is None else Offloader(self.modules, self._device)
+        self._ema = make_ema(self.model, ema_decay, on_host=offload)
+        self.averaged_model: nn.Module | None = None if self._ema is None else self._ema.module
+        self._say_what_differs(overlap=overlap, offload=offload)
+        self._remember()
 
     @property
     def device(self) -> torch.device:
         """Where the model trains; without offloading, where it is."""
         return self._device or next(self.model.parameters()).device
+
+    def _device_of(self, parameters: Sequence[nn.Parameter]) -> torch.device:
+        return self._device or super()._device_of(parameters)
 
     @property
     def own(self) -> range:
@@ -599,6 +633,18 @@ class LocalLearner(Learner):
             self._offloader.attach([step.optimizer for step in steps])
         around = None if self._offloader is None else self._offloader.training
         self._take_executor(SequentialExecutor(steps, around, route=self.route))
+
+    def train(self, mode: bool = True) -> Self:  # noqa: FBT001, FBT002  # torch's own signature
+        """As of any learner; with offloading, evaluation mode brings the model together in host memory."""
+        if self._offloader is not None and not mode:
+            self._offloader.rest()
+        return super().train(mode)
+
+    def load_state_dict(self, state: LearnerState) -> None:
+        """As of any learner; with offloading, the model is then in host memory."""
+        if self._offloader is not None:
+            self._offloader.rest()
+        super().load_state_dict(state)
 
     def step(self, images: Tensor, labels: Tensor) -> StepResult:
         """Train every local module on one batch: K forwards, K losses, K backwards, K updates.
@@ -645,7 +691,8 @@ class LocalLearner(Learner):
         """Refuse a step that would train something else than it seems, before anything is changed."""
         if self._executor is None:
             raise no_optimizers()
-        self.check_ready(self._executor.steps)
+        if self.check_ready(self._executor.steps):
+            self._global_step = None  # it holds the weights of before
         self._check_batch(batch)
         return self._executor
 
@@ -678,7 +725,7 @@ class LocalLearner(Learner):
         executor = self._begin(batch)
         steps = executor.steps
         with self._stepping(batch):
-            for attempt in executor.attempts(len(steps), steps):
+            for attempt in executor.attempts("an end-to-end step", steps):
                 with attempt:
                     if self._global_step is None:
                         self._global_step = GlobalStep(steps, self._recomputed_globally())
@@ -847,20 +894,15 @@ class LocalLearner(Learner):
             load_weights(self.averaged_model, averages)
 
 
-def _check_options(
-    *,
-    overlap: int,
-    freeze_from: float | None,
-    accumulation: int | None,
-    clip_grad: float | None,
-    device: torch.device | str | None,
-    offload: bool,
-    auxiliary_from: str,
-) -> None:
-    """Refuse values of a learner's options that are impossible, or don't go together."""
+def _check_overlap(overlap: int) -> None:
     if isinstance(overlap, bool) or not isinstance(overlap, int) or overlap < 0:
         raise RecipeError(f"{arg('overlap')} must be a number of blocks, 0 for none, got {overlap!r}.")
-    rules.check({"overlap": overlap, "freeze_from": freeze_from, "offload": offload})
+
+
+def _check_options(
+    *, freeze_from: float | None, accumulation: int | None, clip_grad: float | None, auxiliary_from: str
+) -> None:
+    """Refuse values of a learner's options that are impossible."""
     if freeze_from is not None and not (is_number(freeze_from) and 0 <= freeze_from <= 1):
         raise RecipeError(f"{arg('freeze_from')} must be a share of the training, from 0 to 1, got {freeze_from!r}.")
     if accumulation is not None and not (isinstance(accumulation, int) and accumulation >= 1):
@@ -871,8 +913,6 @@ def _check_options(
         )
     if auxiliary_from not in ("seed", "state"):
         raise RecipeError(f"auxiliary_from: unknown {auxiliary_from!r}; take seed or state.")
-    if device is not None and not offload:
-        raise RecipeError(f"device: {device} needs offload=True; without it, move the model: model.to({device!r}).")
 
 
 @contextlib.contextmanager

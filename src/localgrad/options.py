@@ -10,7 +10,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from localgrad.errors import RecipeError, arg
 
@@ -101,11 +101,7 @@ def _typed(hint: Any) -> type:
 
 
 def values_of(options: Mapping[str, Option], given: Mapping[str, Any]) -> Values:
-    """What was typed as values by dotted key; what wasn't is left out.
-
-    Args:
-        options: by dotted key.
-        given: by the options' names; ``None`` where an option wasn't given.
+    """What was typed (by the options' names, ``None`` where it wasn't) as values by dotted key.
 
     Raises:
         RecipeError: a text that can't be read.
@@ -176,6 +172,17 @@ class Limits:
         """How pydantic checks it."""
         limits = {name: limit for name, limit in asdict(self).items() if limit is not None}
         return {**handler(source), "strict": True, **limits}
+
+
+Count = Annotated[int, Limits(ge=0)]
+Positive = Annotated[int, Limits(ge=1)]
+Fraction = Annotated[float, Limits(ge=0, lt=1)]
+Amount = Annotated[float, Limits(ge=0)]
+Factor = Annotated[float, Limits(gt=0)]
+Number = Annotated[float, Limits()]
+
+STRICT = {"extra": "forbid", "allow_inf_nan": False}
+"""How pydantic takes each part of a recipe."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from localgrad import rules
 from localgrad.backbones.base import Backbone
 from localgrad.errors import (
     BackboneError,
@@ -37,11 +38,7 @@ def make_plan(backbone: Backbone, modules: Request | Plan, *, checkpoint: Checkp
     if isinstance(modules, Plan):
         if (modules.model, modules.num_blocks) != (name, len(backbone.blocks)):
             raise _other_model(modules, name, len(backbone.blocks))
-        if checkpoint not in (False, "none"):
-            raise PartitionError(
-                f"{arg('checkpoint')}: {checkpoint!r}, but a plan says itself what is recomputed; leave it out, or "
-                "make another plan: dataclasses.replace(plan, checkpoint=...)."
-            )
+        rules.check({"checkpoint": checkpoint, "plan": True}, PartitionError)
         return modules
     try:
         costs = activation_bytes(backbone)

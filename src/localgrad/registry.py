@@ -107,11 +107,7 @@ def load_plugins(names: Iterable[str]) -> None:
 
 
 def function_named(option: str, text: str) -> Callable[..., Any]:
-    """Import what ``module:function`` names.
-
-    Args:
-        option: that it stands in, for messages.
-        text: the name.
+    """Import what ``module:function`` names; the option that it stands in is for messages.
 
     Raises:
         RecipeError: there is no such module or function.

@@ -41,6 +41,11 @@ class Given:
         value = tuple(value) if isinstance(value, list) else value
         return bool(value == self.value if self.value is not None else value not in self.off)
 
+    @property
+    def shown(self) -> str:
+        """How the docs write it."""
+        return f"`{self.said()}`"
+
     def said(self, value: object = None) -> str:
         """The argument as it is typed, with its value where that is a number or a word."""
         tells = isinstance(value, (int, float, str, PurePath)) and not isinstance(value, bool)
@@ -54,6 +59,27 @@ class Absent(Given):
     def holds(self, values: Mapping[str, Any]) -> bool:
         """Whether it isn't."""
         return values[self.key] in self.off
+
+    @property
+    def shown(self) -> str:
+        """How the docs write it."""
+        return f"no `{arg(self.name)}`"
+
+
+@dataclass(frozen=True)
+class OneOf(Given):
+    """The condition that an argument has one of some values."""
+
+    values: tuple[object, ...] = ()
+
+    def holds(self, values: Mapping[str, Any]) -> bool:
+        """Whether it has."""
+        return values[self.key] in self.values
+
+    @property
+    def shown(self) -> str:
+        """How the docs write it."""
+        return f"{super().shown} of {', '.join(f'`{value}`' for value in self.values)}"
 
 
 @dataclass(frozen=True)
@@ -72,17 +98,22 @@ class Rule:
 
     def said(self, values: Mapping[str, Any]) -> str:
         """The rule as a sentence about what was given, which says what to type instead."""
-        first, second = self.first.said(values.get(self.first.key)), self.second.said()
+        first, beside = self.first.said(values.get(self.first.key)), values.get(self.second.key)
+        second = self.second.said(beside if isinstance(self.second, OneOf) else None)
         if isinstance(self.second, Absent):
             name = arg(self.first.name)
             return f"{first} needs {arg(self.second.name)}: {self.reason}; add {second}, or leave {name} out."
         return f"{first} doesn't go with {second}: {self.reason}; leave one of them out."
 
 
+NAMED_DATA = ("digits", "cifar10", "cifar100", "stl10", "svhn")
+"""Data sets that are known by name; each has a training and a test part."""
+
 PARALLEL = Given("parallel")
 SEQUENTIAL = Given("schedule", "sequential")
 OVERLAP = Given("overlap")
 OFFLOAD = Given("offload")
+DEVICE = Given("device")
 COMPILE = Given("compile")
 EMA_DECAY = Given("ema_decay")
 BUDGET = Given("budget")
@@ -107,6 +138,9 @@ def _rules() -> Iterator[Rule]:
     for given in (SEQUENTIAL, *GLOBAL, OFFLOAD, Given("health_every"), TEACHER):
         yield Rule(given, PARALLEL, whole)
     yield Rule(OVERLAP, PARALLEL, "two processes would train the same blocks")
+    yield Rule(DEVICE, PARALLEL, "a learner has its team's, which in a run is the run's device")
+    averaged = Given("local.options.classifier_options.weights", "ema")
+    yield Rule(averaged, PARALLEL, "an average of the blocks that follow needs them in one process")
     yield Rule(REPLICAS, Absent("parallel", "modules"), "only processes that share modules out have replicas")
     yield Rule(Given("shard"), Absent("parallel", "modules"), "weights are shared out among replicas")
     yield Rule(Given("shard"), Absent("replicas", 2, off=(None, 1)), "weights are shared out among replicas")
@@ -125,6 +159,8 @@ def _rules() -> Iterator[Rule]:
     yield Rule(TEACHER, Absent("ema_decay", 0.999), "the averaged model teaches, and none is kept")
     yield Rule(RECONCILE, COMPILE, "it runs a module three times, at inputs of its own")
     yield Rule(RECONCILE, OVERLAP, "modules that share blocks don't meet at one place")
+    yield Rule(RECONCILE, Given("local.options.reconstruct", "blocks"), "it moves what that compares with")
+    yield Rule(DEVICE, Absent("offload", value=True), "a learner trains where its model is, and a run moves the model")
 
     decided = "a plan to a budget decides it"
     yield Rule(Given("checkpoint", off=(None,)), BUDGET, decided)
@@ -132,6 +168,7 @@ def _rules() -> Iterator[Rule]:
     yield Rule(OFFLOAD, BUDGET, "planners don't count on it")
     yield Rule(OFFLOAD, Given("plan"), "planners don't count on it")
     yield Rule(BUDGET, Given("plan"), "a plan has its budget already")
+    yield Rule(Given("checkpoint", off=(None, False, "none")), Given("plan"), "a plan says what is recomputed")
     yield Rule(Given("modules", "auto"), Absent("budget", "6GiB"), "how many is found within a budget")
     yield Rule(Given("batch_size", "auto"), Absent("budget", "6GiB"), "it is the largest that fits")
 
@@ -141,6 +178,8 @@ def _rules() -> Iterator[Rule]:
         yield Rule(Given(name), Given("resume"), "the run has its recipe and folder")
 
     yield Rule(Given("num_classes"), Given("data"), "it has its own classes")
+    for name in ("train_data", "val_data", "test_data"):
+        yield Rule(Given(name), OneOf("data", values=NAMED_DATA), "it brings its own parts")
     yield Rule(Given("plot"), Given("estimate_only"), "it needs step times; take a timeline instead")
 
 
@@ -148,14 +187,10 @@ RULES = tuple(_rules())
 
 
 def check(values: Mapping[str, Any], error: type[LocalgradError] = RecipeError) -> None:
-    """Refuse what doesn't go together.
-
-    Args:
-        values: arguments' values by name; all rules on two of them are checked.
-        error: what to raise.
+    """Refuse what doesn't go together: all rules on two of the arguments whose values are given, by name.
 
     Raises:
-        LocalgradError: of that class, for the first rule that is broken.
+        LocalgradError: of the class that is given, for the first rule that is broken.
     """
     for rule in RULES:
         is_known = rule.first.key in values and rule.second.key in values
@@ -167,5 +202,4 @@ def as_markdown() -> Iterator[str]:
     """The table for the docs, line by line, with arguments as Python names them."""
     yield from ("| given | doesn't go with | because |", "|---|---|---|")
     for rule in RULES:
-        second = f"no `{arg(rule.second.name)}`" if isinstance(rule.second, Absent) else f"`{rule.second.said()}`"
-        yield f"| `{rule.first.said()}` | {second} | {rule.reason} |"
+        yield f"| {rule.first.shown} | {rule.second.shown} | {rule.reason} |"

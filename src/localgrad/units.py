@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import codecs
 import re
+from collections.abc import Mapping
 
 from localgrad.errors import RecipeError, arg
 
@@ -72,6 +73,11 @@ def format_bytes(num_bytes: float) -> str:
             return f"{value:.0f} B" if unit == "B" else f"{value:.{_decimals(value)}f} {unit}"
         value /= 1024
     return f"{value:.{_decimals(value)}f} TiB"
+
+
+def format_counts(counts: Mapping[str, int]) -> str:
+    """Print what was counted by reason: ``1,234 corrupt, 3 .txt``."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
 
 
 def format_seconds(seconds: float) -> str:

@@ -47,11 +47,7 @@ def team_of(recipe: Recipe) -> Iterator[Team | None]:
 
 
 def _agree(store: Any, recipe: Recipe, size: int) -> torch.device:
-    """Check that all processes want the same and have what it takes; before there are groups, which could hang.
-
-    Returns:
-        This process's device.
-    """
+    """Check, before there are groups, which could hang, that all want the same; gives this process's device."""
     execution = recipe.execution
     device, error = torch.device("cpu"), None
     try:
@@ -73,10 +69,6 @@ def _agree(store: Any, recipe: Recipe, size: int) -> torch.device:
 
 def together(team: Team | None, make: Callable[[], T]) -> T:
     """Make something in every process; if one of them can't, none goes on.
-
-    Args:
-        team: the processes.
-        make: what each does.
 
     Raises:
         LocalgradError: what was found by the first process that couldn't.

@@ -9,8 +9,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,23 +23,24 @@ from localgrad.backbones.base import BACKBONES, Backbone, split
 from localgrad.backbones.namespaces import Kwargs
 from localgrad.backbones.timm_models import default_input_size
 from localgrad.errors import BackboneError, DeviceError, LocalgradError, RecipeError, arg, did_you_mean, reason_of
+from localgrad.evaluating import LARGEST_EVALUATION_BATCH
 from localgrad.learner import Factories, Learner, LocalLearner
 from localgrad.objectives.methods import Objective, build_objective
 from localgrad.parallel.parallel_learner import ParallelLearner
 from localgrad.parallel.team import Team
+from localgrad.partition import Plan
 from localgrad.partitioning import make_plan
 from localgrad.registry import load_plugins
 from localgrad.step.local_step import check_precision
-from localgrad.training.augmentation import Augment
 from localgrad.training.optim import OptimizerFactory, Schedule, check_schedule, optimizer_info
 from localgrad.training.transforms import NONE
 
-EVALUATION_BATCH = 256
-Planned = Callable[[Recipe, Backbone], Recipe]
+Planned = Callable[[Recipe, Backbone], tuple[Recipe, Plan]]
 
 
 if TYPE_CHECKING:  # planning reads no data, and needs none of this
-    from localgrad.training.data import Batches, DataInfo, ImageSet, Splits
+    from localgrad.training.data import Batches, DataInfo, Splits
+    from localgrad.training.image_sets import ImageSet
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,12 @@ class Job:
     batches: Batches
     device: torch.device
     team: Team | None = None
+    plan: Plan | None = None
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this process writes and speaks for all."""
+        return self.team is None or self.team.is_speaker
 
     @property
     def local(self) -> LocalLearner:
@@ -65,16 +70,7 @@ class Job:
 
     def evaluation_batches(self, images: ImageSet) -> Batches:
         """Batches of one part of the data, in order and not augmented."""
-        size = self.learner.backbone.input_size
-        return _batches(
-            self.recipe,
-            self.data,
-            images,
-            batch_size=EVALUATION_BATCH,
-            size=size,
-            device=self.device,
-            team=self.team,
-        )
+        return self.batches.plain(images, LARGEST_EVALUATION_BATCH)
 
 
 def build(
@@ -93,9 +89,11 @@ def build(
         download: let torchvision fetch a data set that is missing.
         has_weights: weights will be loaded, so pretrained ones aren't needed.
         is_new: a run begins: the job's recipe says how pretrained weights want images normalised, where it was open.
-        planned: gives the recipe with its modules and how they run, once the model is there.
+        planned: gives the recipe with its modules and how they run, and the plan that says so, once the model is there.
         team: the processes that train it together.
     """
+    from localgrad.training.data import Batches, load_data
+
     rules.check(recipe.arguments() | ({"budget": None} if planned is None else {}))
     method, execution = recipe.method, recipe.execution
     load_plugins(execution.plugins)
@@ -113,7 +111,14 @@ def build(
         )
     if execution.num_threads is not None:
         torch.set_num_threads(execution.num_threads)
-    data = _load(recipe, download=download, is_new=is_new)
+    side = method.model.img_size
+    data = load_data(
+        method.data,
+        seed=method.seed,
+        download=download,
+        image_size=None if side is None else (side, side),
+        default_transform=_default_transform(recipe) if is_new else None,
+    )
     settings_of_model = replace(method.model, pretrained=False) if has_weights else method.model
     model, size, threads = _make_model(recipe, settings_of_model, data.info, chooses=is_new and device.type == "cpu")
     execution = replace(execution, num_threads=threads)
@@ -123,8 +128,9 @@ def build(
     waits = is_sequential or execution.offload or team is not None  # on the processor, until its modules are made
     model = model if waits else model.to(device)
     backbone = model if isinstance(model, Backbone) else split(model, size)
+    made_by = None
     if planned is not None:
-        recipe = planned(recipe, backbone)
+        recipe, made_by = planned(recipe, backbone)
         method, execution = recipe.method, recipe.execution
     plan = make_plan(backbone, method.local.modules, checkpoint=execution.checkpoint)
     settings_of_learner: Kwargs = {
@@ -135,8 +141,6 @@ def build(
         "accumulation": execution.accumulation,
         "clip_grad": training.clip_grad,
         "ema_decay": training.ema_decay,
-        "offload": execution.offload,
-        "overlap": method.local.overlap,
         "freeze_from": training.freeze_from,
         "auxiliary_from": "state",  # seeded right before; as it was when the published runs were made
     }
@@ -144,7 +148,9 @@ def build(
     if team is None:
         learner = LocalLearner(
             backbone,
+            offload=execution.offload,
             device=device if execution.offload else None,
+            overlap=method.local.overlap,
             global_checkpoint=execution.global_checkpoint,
             **settings_of_learner,
         )
@@ -163,59 +169,26 @@ def build(
     augment = method.augment
     if not (augment.mixup or augment.cutmix):  # the losses smooth hard labels by themselves
         augment = replace(augment, label_smoothing=0.0)
-    batches = _batches(
-        recipe,
-        data,
-        data.train,
+    batches = Batches(
+        images=data.train,
         batch_size=training.batch_size,
-        size=size,
+        image_size=size[1:],
+        info=data.info,
         device=device,
         augment=augment,
-        team=team,
+        seed=method.seed,
+        num_workers=execution.num_workers,
+        shard=(0, 1) if team is None else (team.replica, team.num_replicas),
+        transform=data.transform,
     )
-    schedule_for = partial(
-        Schedule,
-        name=training.scheduler,
-        epochs=training.epochs,
-        batches_per_epoch=len(batches),
-        warmup_epochs=training.warmup_epochs,
-        warmup_lr=training.warmup_lr,
-        min_lr=training.min_lr,
-        warmup_stagger=training.warmup_stagger,
-        first=learner.own.start,
-    )
+
+    def schedule_for(optimizers: Sequence[Optimizer]) -> Schedule:
+        own: Kwargs = {"batches_per_epoch": len(batches), "first": learner.own.start}
+        return Schedule(optimizers, warmup_stagger=training.warmup_stagger, **own, **_schedule_of(training))
+
     # Made once to be checked, and dropped: nothing has been written yet.
     schedule_for([_optimizer_alone(learner, index, optimizer) for index in learner.own])
-    return Job(recipe, data, learner, optimizer, schedule_for, batches, device, team)
-
-
-def _load(recipe: Recipe, *, download: bool, is_new: bool) -> Splits:
-    """The data of a recipe. A new run may be given a transform, which its recipe has from then on."""
-    side = recipe.method.model.img_size
-    settings = recipe.method.data
-    from localgrad.training.data import load_data
-
-    wanted = None if settings.transform == NONE else settings.transform
-    return load_data(
-        settings.name,
-        root=None if settings.root is None else Path(settings.root),
-        download=download,
-        val_fraction=settings.val_fraction,
-        limit=settings.limit,
-        on_corrupt=settings.on_corrupt,
-        seed=recipe.method.seed,
-        image_size=None if side is None else (side, side),
-        mean=settings.mean,
-        std=settings.std,
-        train_data=settings.train_data,
-        val_data=settings.val_data,
-        test_data=settings.test_data,
-        image_range=settings.image_range,
-        background=settings.background,
-        fit=settings.fit or "crop",
-        transform=wanted,
-        default_transform=_default_transform(recipe) if is_new else None,
-    )
+    return Job(recipe, data, learner, optimizer, schedule_for, batches, device, team, made_by)
 
 
 def _make_model(
@@ -285,19 +258,17 @@ def _check_training(recipe: Recipe) -> None:
     """Refuse optimizers and numbers that can't be, before data is read."""
     training, execution = recipe.method.training, recipe.execution
     optimizer_info(training.optimizer)
-    check_schedule(
-        training.lr * min(training.lr_depth),
-        name=training.scheduler,
-        epochs=training.epochs,
-        warmup_epochs=training.warmup_epochs,
-        warmup_lr=training.warmup_lr,
-        min_lr=training.min_lr,
-    )
+    check_schedule(training.lr * min(training.lr_depth), **_schedule_of(training))
     own = training.batch_size // execution.replicas
     if execution.accumulation > own:
         raise RecipeError(
             f"{arg('accumulation', execution.accumulation)}: so many parts can't be made of {own} images; take fewer."
         )
+
+
+def _schedule_of(training: TrainingSettings) -> Kwargs:
+    names = ("epochs", "warmup_epochs", "warmup_lr", "min_lr")
+    return {"name": training.scheduler, **{name: getattr(training, name) for name in names}}
 
 
 def _optimizer_alone(learner: Learner, index: int, optimizer: Factories) -> Optimizer:
@@ -372,10 +343,7 @@ def build_recipe_objective(recipe: Recipe) -> Objective:
 
 
 def create_model(settings: ModelSettings, *, num_classes: int | None, num_channels: int) -> nn.Module:
-    """Make the timm model of a recipe for a data set; with no number of classes, timm's own.
-
-    Returns:
-        The model; of a name that a plugin registered, its backbone.
+    """Make the model of a recipe for a data set: timm's, with no number of classes timm's own; or a plugin's backbone.
 
     Raises:
         BackboneError: unknown to timm, or timm can't make it with these settings.
@@ -398,11 +366,7 @@ def create_model(settings: ModelSettings, *, num_classes: int | None, num_channe
 
     def create() -> nn.Module:
         model: nn.Module = timm.create_model(
-            settings.name,
-            pretrained=settings.pretrained,
-            in_chans=num_channels,
-            **classes,
-            **options,
+            settings.name, pretrained=settings.pretrained, in_chans=num_channels, **classes, **options
         )
         return model
 
@@ -460,34 +424,6 @@ def check_patches(model: nn.Module, image_size: tuple[int, int]) -> None:
                 f"{arg('img_size')}: {side} pixels aren't a whole number of patches of {length}; take {near}, or "
                 f"another {arg('patch_size')}."
             )
-
-
-def _batches(
-    recipe: Recipe,
-    data: Splits,
-    images: ImageSet,
-    *,
-    batch_size: int,
-    size: tuple[int, int, int],
-    device: torch.device,
-    augment: Augment | None = None,
-    team: Team | None = None,
-) -> Batches:
-    from localgrad.training.data import Batches
-
-    return Batches(
-        images,
-        batch_size=batch_size,
-        image_size=size[1:],
-        info=data.info,
-        device=device,
-        augment=augment,
-        seed=recipe.method.seed,
-        drop_last=True,
-        num_workers=recipe.execution.num_workers,
-        shard=(0, 1) if team is None else (team.replica, team.num_replicas),
-        transform=data.transform,
-    )
 
 
 def _seed_everything(seed: int) -> None:

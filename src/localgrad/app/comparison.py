@@ -39,10 +39,7 @@ class Settings:
     optimizer: str = _as_in_recipe("training.optimizer", "adamw")
     precision: str = _as_in_recipe("execution.precision", "fp32", help="fp32, bf16, or both: fp32,bf16.")
     modules: tuple[str, ...] = option(
-        ("2,4",),
-        "Choices: 2,4,stages. Given repeatedly, each as for train: first 4, then 2,5,9.",
-        METHOD,
-        repeated=str,
+        ("2,4",), "Choices: 2,4,stages. Given repeatedly, each as for train: first 4, then 2,5,9.", METHOD, repeated=str
     )
     objective: str | None = option(
         None, "feature,image,greedy,contrastive; by default feature, and image and greedy once each.", METHOD

@@ -1,8 +1,7 @@
 """Recipes and plans: plan a recipe to a budget, lay a plan over a recipe, refuse a plan made for something else.
 
 A plan that was made for a recipe remembers it by the recipe's own keys (``Plan.made_for``), so that training from the
-plan alone is possible, and a difference can be named as people would type it. Nothing here reads data: the number of
-classes is given, or known for the data sets that have a name.
+plan alone is possible, and a difference can be named as people would type it. Nothing here reads data.
 """
 
 from __future__ import annotations
@@ -11,14 +10,15 @@ import json
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from importlib import metadata
+from pathlib import Path
 
 from localgrad import rules
 from localgrad.app.build import build_recipe_objective, check_model_name, check_patches, create_model, input_size_of
 from localgrad.app.recipe import Recipe, overlay
 from localgrad.backbones.base import BACKBONES, Backbone, outline
 from localgrad.backbones.fake import without_initialization
-from localgrad.errors import BudgetError, RecipeError, arg
-from localgrad.formats import Json
+from localgrad.errors import BudgetError, PartitionError, RecipeError, arg
+from localgrad.formats import Json, read_input
 from localgrad.partition import Plan
 from localgrad.partitioning import num_parameters
 from localgrad.planning.budget import Task, plan_to_budget
@@ -41,7 +41,13 @@ VERSIONS = ("localgrad", "torch", "timm")
 
 
 def task_of(
-    recipe: Recipe, *, device: str, num_classes: int | None = None, num_channels: int = 3, cache: bool = True
+    recipe: Recipe,
+    *,
+    device: str,
+    num_classes: int | None = None,
+    num_channels: int = 3,
+    measure: bool = False,
+    cache: bool = True,
 ) -> Task:
     """What a recipe is to train, on an outline of its model: no data, no weights.
 
@@ -50,6 +56,7 @@ def task_of(
         device: ``cpu`` or ``cuda``; there need be none.
         num_classes: by default timm's own for the model.
         num_channels: of the images.
+        measure: whether parts are timed here, by the clock.
         cache: whether costs that were measured before may be taken.
     """
     load_plugins(recipe.execution.plugins)
@@ -61,14 +68,14 @@ def task_of(
     size = input_size_of(model, settings, num_channels)
     check_patches(model, size[1:])
     backbone = model if isinstance(model, Backbone) else outline(model, size)
-    return task_on(recipe, backbone, device=device, cache=cache)
+    return replace(task_on(recipe, backbone, device=device, cache=cache), measure=measure)
 
 
 def task_on(recipe: Recipe, backbone: Backbone, *, device: str, cache: bool = True) -> Task:
     """What a recipe is to train, on a backbone that is there already."""
     model = backbone.model
     training, local, execution = recipe.method.training, recipe.method.local, recipe.execution
-    rules.check({**recipe.arguments(), "plan": True})
+    rules.check({**recipe.arguments(), "checkpoint": None, "plan": True})  # a plan says itself what is recomputed
     return Task(
         backbone=backbone,
         # Pixels' mean and deviation need the data, which isn't read here; memory and time don't depend on them.
@@ -107,14 +114,7 @@ def kind_of(device: str) -> str:
 
 
 def plan_recipe(recipe: Recipe, task: Task, budget: int | None, parallel: Parallel | None = None) -> Plan:
-    """The fastest plan of a recipe within a budget, which remembers what it was made for.
-
-    Args:
-        recipe: names the batch size.
-        task: of this recipe.
-        budget: bytes, or ``None`` for no limit.
-        parallel: ranks, a local module each; by default the plan is for one process.
-    """
+    """The fastest plan within a budget in bytes (none: no limit), for one process or ranks; remembers its recipe."""
     size = recipe.method.training.batch_size
     plan = plan_to_budget(task, size, budget) if parallel is None else plan_parallel(task, size, parallel, budget)
     return replace(plan, made_for=made_for(recipe, task.backbone, task.device))
@@ -131,10 +131,16 @@ def made_for_task(task: Task, batch_size: int) -> dict[str, Json]:
         "execution.precision": task.precision,
         "execution.compile": task.compiled,
         "objective": task.objective.described,
-        "device": task.device,
-        "input_size": list(task.backbone.input_size),
-        "num_classes": task.backbone.num_classes,
-        "num_parameters": num_parameters(task.backbone),
+        **_of_model(task.backbone, task.device),
+    }
+
+
+def _of_model(backbone: Backbone, device: str) -> dict[str, Json]:
+    return {
+        "device": device,
+        "input_size": list(backbone.input_size),
+        "num_classes": backbone.num_classes,
+        "num_parameters": num_parameters(backbone),
         "versions": _versions(),
     }
 
@@ -149,11 +155,7 @@ def made_for(recipe: Recipe, backbone: Backbone, device: str) -> dict[str, Json]
     return {
         **{key: values[key] for key in REMEMBERED},
         **({"execution.plugins": list[Json](recipe.execution.plugins)} if recipe.execution.plugins else {}),
-        "device": device,
-        "input_size": list(backbone.input_size),
-        "num_classes": backbone.num_classes,
-        "num_parameters": num_parameters(backbone),
-        "versions": _versions(),
+        **_of_model(backbone, device),
     }
 
 
@@ -186,6 +188,19 @@ def how_to_run(plan: Plan) -> dict[str, Json]:
     }
 
 
+def read_plan(path: Path) -> Plan:
+    """A plan from its file.
+
+    Raises:
+        BudgetError: it can't be read, or holds no plan.
+    """
+    text = read_input("plan", path, f"make one with localgrad plan {arg('json', 'FILE')}", BudgetError)
+    try:
+        return Plan.from_json(text)
+    except PartitionError as error:
+        raise BudgetError(f"{arg('plan', path)}: {error}") from error
+
+
 def check_plan_is_for(plan: Plan, recipe: Recipe) -> None:
     """Refuse a plan that was made for another recipe or by other versions.
 
@@ -204,13 +219,7 @@ def check_plan_is_for(plan: Plan, recipe: Recipe) -> None:
 
 
 def note_of_plan(plan: Plan, recipe: Recipe, device: str) -> str | None:
-    """A line for a run whose plan was made for something else than what runs; ``None`` where it holds.
-
-    Args:
-        plan: that the run began with.
-        recipe: as it runs now.
-        device: the kind that it runs on.
-    """
+    """A line for a run, as it is now, whose plan was made for something else; ``None`` where it holds."""
     values = _by_dotted_key(recipe)
     here = {key: values[key] for key in REMEMBERED} | {"device": device, "versions": _versions()}
     different = plan.differences(here)
@@ -227,19 +236,9 @@ def note_of_plan(plan: Plan, recipe: Recipe, device: str) -> str | None:
 def check_plan_fits(plan: Plan, backbone: Backbone, data: str) -> None:
     """Refuse a plan whose model takes other images or has other classes than the one at hand.
 
-    Args:
-        plan: made before.
-        backbone: as it will be trained.
-        data: name of the data set.
-
     Raises:
         BudgetError: naming the difference.
     """
-    here: dict[str, tuple[Json, str]] = {
-        "channels": (backbone.input_size[0], arg("data", data)),
-        "image size": (list(backbone.input_size[1:]), arg("img_size", backbone.input_size[-1])),
-        "num_classes": (backbone.num_classes, arg("num_classes", backbone.num_classes)),
-    }
     if plan.num_blocks != len(backbone.blocks):
         raise BudgetError(
             f"{arg('plan')}: it was made for {plan.num_blocks} blocks, but this model has {len(backbone.blocks)}; make "
@@ -247,13 +246,13 @@ def check_plan_fits(plan: Plan, backbone: Backbone, data: str) -> None:
         )
     said = plan.made_for.get("input_size")
     size: list[Json] = said if isinstance(said, list) and said else [*backbone.input_size]
-    made_for: dict[str, Json] = {
-        "channels": size[0],
-        "image size": size[1:],
-        "num_classes": plan.made_for.get("num_classes"),
-    }
-    for key, (value, option) in here.items():
-        planned = made_for[key]
+    channels, *sides = backbone.input_size
+    num_classes = backbone.num_classes
+    for key, planned, value, option in (
+        ("channels", size[0], channels, arg("data", data)),
+        ("image size", size[1:], sides, arg("img_size", sides[-1])),
+        ("num_classes", plan.made_for.get("num_classes"), num_classes, arg("num_classes", num_classes)),
+    ):
         if planned not in (value, None):
             raise BudgetError(
                 f"{arg('plan')}: it was made for {key} {planned}, here {value}; plan again with {option}."

@@ -58,6 +58,7 @@ def plan(
     freeze_from: float | None = None,
     parallel: int | None = None,
     balance: str = "time",
+    measure: bool = False,
     cache: bool = True,
 ) -> Plan:
     """Find the fastest way to train a model locally within a memory budget; nothing is run, no memory is used.
@@ -81,6 +82,7 @@ def plan(
         freeze_from: as for ``LocalLearner``.
         parallel: so many ranks, a local module each; the budget is then of every rank.
         balance: with ``parallel``: ``time`` for the fastest slowest rank, ``memory`` for the smallest largest one.
+        measure: run the model's parts here and time them by the clock, in a minute; nominal rates by default.
         cache: take costs that were measured before, and keep those that are measured.
 
     Returns:
@@ -114,6 +116,7 @@ def plan(
         overlap=overlap,
         global_share=global_share,
         freeze_from=freeze_from,
+        measure=measure,
         cache=cache,
     )
     check_precision(precision, torch.device("cpu"), task.backbone.dtype)

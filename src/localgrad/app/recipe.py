@@ -4,9 +4,9 @@ A recipe has two halves. ``Method`` changes results: model, data, augmentation, 
 ``Execution`` must not: device, precision, checkpointing, compilation, workers. (Lower precision and other kernels
 round differently; nothing else may change.) So a run may be resumed with another execution, never with another method.
 
-A recipe is read from a preset or a TOML file, then single values are laid over it by dotted key
-(``training.epochs=20``); the command line's options are such values. Unknown keys and impossible values are refused
-with the key's name; settings of timm's own (optimizers, schedulers, model options) are checked by timm.
+Single values are laid over a preset or a TOML file by dotted key (``training.epochs=20``); the command line's options
+are such values. Unknown keys and impossible values are refused with the key's name; settings of timm's own are checked
+by timm.
 """
 
 from __future__ import annotations
@@ -21,13 +21,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_type_hints
 
 from localgrad.errors import RecipeError, arg, did_you_mean
-from localgrad.formats import check_format
+from localgrad.formats import check_format, read_input
 from localgrad.options import (
     DATA,
     EXECUTION,
     METHOD,
+    STRICT,
+    Amount,
+    Count,
+    Factor,
+    Fraction,
     Limits,
     Option,
+    Positive,
     Readable,
     Values,
     declared,
@@ -36,26 +42,14 @@ from localgrad.options import (
     option,
     read_list,
     read_modules,
-    read_numbers,
 )
 from localgrad.partition import Checkpointing
-from localgrad.training.augmentation import Augment
-
-Count = Annotated[int, Limits(ge=0)]
-Positive = Annotated[int, Limits(ge=1)]
-Fraction = Annotated[float, Limits(ge=0, lt=1)]
-Amount = Annotated[float, Limits(ge=0)]
-Factor = Annotated[float, Limits(gt=0)]
-Number = Annotated[float, Limits()]
+from localgrad.training.settings import Augment, DataSettings
 
 
 def _read_checkpoint(value: str | list[str]) -> None:
     for text in [value] if isinstance(value, str) else value:
         Checkpointing.parse(text)
-
-
-STRICT = {"extra": "forbid", "allow_inf_nan": False}
-"""How pydantic takes each part of a recipe."""
 
 
 @documented
@@ -70,49 +64,6 @@ class ModelSettings:
     drop_path: Fraction | None = option(None, "Stochastic depth rate; by default the model's own.", METHOD)
     pretrained: bool = option(default=False, help="Start from timm's weights.", panel=METHOD)
     options: Values = option(dict, "Further keyword arguments of timm.create_model, such as depths.")
-
-
-@documented
-@dataclass(frozen=True, kw_only=True)
-class DataSettings:
-    """Which images."""
-
-    __pydantic_config__ = STRICT
-    name: str = option(
-        "digits", "digits, cifar10, cifar100, stl10, svhn, a folder, or a Hugging Face data set.", DATA, name="data"
-    )
-    root: str | None = option(None, "Where torchvision's data sets lie; by default data.", DATA)
-    val_fraction: Fraction = option(
-        0.1, "Share of the training images that selects the best epoch; 0 takes the last epoch.", DATA
-    )
-    limit: Positive | None = option(None, "Use only this many training images.", DATA)
-    on_corrupt: Literal["error", "skip"] = option("error", "A corrupt image: error, or skip (and count).", DATA)
-    train_data: str | None = option(None, "Class folders or a table to train on, whatever the data set holds.", DATA)
-    val_data: str | None = option(None, "Likewise, of the images that select the best epoch.", DATA)
-    test_data: str | None = option(None, "Likewise, of the test images.", DATA)
-    image_range: tuple[Number, Number] | None = option(
-        None, "BLACK,WHITE of images of more than 8 bits: 0,4095.", DATA, read=read_numbers(0, 4095)
-    )
-    background: str | None = option(
-        None, "Colour behind transparent images: a name, #rrggbb or 255,255,255; white by default.", DATA
-    )
-    mean: tuple[Number, ...] | None = option(
-        None,
-        "To normalise by, of values in 0..1: 0.5 or 0.5,0.5,0.5; by default the training images', or what pretrained "
-        "weights were trained with.",
-        DATA,
-        read=read_numbers(0.5, 0.5, 0.5),
-    )
-    std: tuple[Factor, ...] | None = option(None, "Likewise.", DATA, read=read_numbers(0.5, 0.5, 0.5))
-    fit: Literal["crop", "pad", "squash"] | None = option(
-        None, "Images of another shape: crop (cut; by default), pad (bars) or squash.", DATA
-    )
-    transform: str | None = option(
-        None,
-        "What images of files go through: imagenet, none, module:function, or a plugin's; by default imagenet where "
-        "they are larger than the model's and nothing is said of augmenting.",
-        DATA,
-    )
 
 
 @documented
@@ -271,8 +222,12 @@ class Recipe:
         return cast(Values, _without_none({**asdict(self.method), "execution": asdict(self.execution)}))
 
     def arguments(self) -> Values:
-        """What local modules are trained by, as arguments by their own names; for ``rules.check``."""
+        """What local modules are trained by, as arguments by their own names; for ``rules.check``.
+
+        But for the device: a run moves its model there, while a learner's ``device`` is for offloading alone.
+        """
         local, training, execution = asdict(self.method.local), asdict(self.method.training), asdict(self.execution)
+        del execution["device"]
         return {**training, **execution, **local.pop("options"), **local}
 
     def to_toml(self) -> str:
@@ -366,19 +321,11 @@ def read_toml(path: Path) -> Values:
     Raises:
         RecipeError: it can't be read, or is no TOML.
     """
-    try:
-        return parse_toml(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise RecipeError(f"{arg('recipe')}: {path} can't be read ({reason}); name a recipe in TOML.") from error
+    return parse_toml(read_input("recipe", path, "name a recipe in TOML"), str(path))
 
 
 def overlay(values: Mapping[str, Any], changes: Mapping[str, Any]) -> Values:
-    """Lay single values over nested ones.
-
-    Args:
-        values: nested plain values; not changed.
-        changes: dotted key to value.
+    """Lay single values, by dotted key, over nested ones, which aren't changed.
 
     Raises:
         RecipeError: a key goes through something that is not a table.
@@ -425,10 +372,7 @@ def difference(old: Recipe, new: Recipe) -> list[str]:
 def validated(kind: type[Any], values: Any, prefix: str) -> Any:
     """Make a dataclass of plain values, checked and converted (lists become tuples) by its annotations.
 
-    Args:
-        kind: the dataclass.
-        values: what it is to be made of.
-        prefix: dotted key of ``values`` in a recipe, with a dot at its end; for messages.
+    The prefix is the dotted key of the values in a recipe, with a dot at its end; for messages.
 
     Raises:
         RecipeError: an unknown key or an impossible value, named by its dotted key.

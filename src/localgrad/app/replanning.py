@@ -21,6 +21,7 @@ from localgrad.errors import BudgetError, DeviceError, MemoryExceeded, RecipeErr
 from localgrad.memory.track import MemoryProfile
 from localgrad.partition import Plan, forecast_of
 from localgrad.planning.budget import looks_at_whole_batches, plan_to_budget
+from localgrad.training.saved import Peak
 from localgrad.units import format_bytes
 
 LESS = 0.9
@@ -29,15 +30,9 @@ LESS = 0.9
 
 @final
 class Replanner:
-    """Finds the next plan of a run that needs less memory.
+    """Finds the next plan of a run that needs less than its profile, and says what was measured."""
 
-    Args:
-        job: the run's objects.
-        profile: the estimate of a step as it runs now.
-        measured: gives the bytes that were observed, and what they are of.
-    """
-
-    def __init__(self, job: Job, profile: MemoryProfile, measured: Callable[[], tuple[int, str]]) -> None:
+    def __init__(self, job: Job, profile: MemoryProfile, measured: Callable[[], Peak]) -> None:
         self.job = job
         self.recipe = job.recipe
         self.profile = profile
@@ -70,30 +65,47 @@ class Replanner:
         return self.recipe
 
     def explain(self, error: MemoryExceeded, folder: Path) -> DeviceError:
-        """An error that names the module, the plan's figure, the observed one, what they are of, and the command."""
-        learner = self.job.learner
-        where = "an end-to-end step"
-        if error.module < learner.plan.num_modules:
-            span, names = learner.plan.spans[error.module], learner.backbone.block_names
-            where = f"local module {error.module} ({names[span.start]} … {names[span.stop - 1]})"
-        planned = self.profile.peak_by_label.get(f"module {error.module}", self.profile.peak_bytes)
-        observed, what = self.measured()
+        """An error that names where memory ran out, the plan's figure, the observed ones, and the command."""
+        learner, place = self.job.learner, error.place
+        where, label = str(place), ""
+        if isinstance(place, int):
+            span, names = learner.plan.spans[place], learner.backbone.block_names
+            label = f"module {place}"
+            where = f"local {label} ({names[span.start]} … {names[span.stop - 1]})"
+        is_step = isinstance(place, int) or place == "an end-to-end step"
+        advice = self._other_step(folder) if is_step else self._smaller_batches(folder)
+        return DeviceError(f"{self.job.device}: memory ran out in {where}: {self.figures(label)}; {advice}.")
+
+    def figures(self, label: str = "") -> str:
+        """What was planned and what was observed: different things, each told by what it is.
+
+        Args:
+            label: of the part of a step that is meant; all of it by default.
+        """
+        planned = self.profile.peak_by_label.get(label, self.profile.peak_bytes)
+        observed = self.measured()
+        seen = f"{format_bytes(observed['measured_peak_bytes'])} at most in the run so far"
+        what = observed["measured_peak_of"]
+        if "measured_reserved_bytes" in observed:
+            what += f"; reserved by the allocator: {format_bytes(observed['measured_reserved_bytes'])}"
+        return (
+            f"planned {format_bytes(planned)} (all tensors alive in {'that' if label else 'a'} step, as estimated), "
+            f"observed {seen} ({what})"
+        )
+
+    def _other_step(self, folder: Path) -> str:
         plan = self.next_plan()
         if plan is None:
-            advice = (
+            return (
                 f"nothing with these boundaries needs less: take more {arg('modules')} or a smaller {arg('batch_size')}"
             )
-        else:
-            how = arg("checkpoint", [str(how) for how in plan.checkpoint])
-            if plan.global_checkpoint is not None:
-                how += f" {arg('global_checkpoint', plan.global_checkpoint)}"
-            advice = (
-                f"the next plan that fits needs {format_bytes(forecast_of(plan).peak_bytes)}: go on with "
-                f"{arg('resume', folder)} {how} {arg('accumulation', plan.accumulation)} "
-                f"(or {arg('on_oom', 'replan')})"
-            )
-        # Two different things, each told by what it is: they are no measure of one another.
-        return DeviceError(
-            f"{self.job.device}: memory ran out in {where}: planned {format_bytes(planned)} (all tensors alive in that "
-            f"step, as estimated), observed {format_bytes(observed)} at most in the run so far ({what}); {advice}."
+        how = arg("checkpoint", [str(how) for how in plan.checkpoint])
+        if plan.global_checkpoint is not None:
+            how += f" {arg('global_checkpoint', plan.global_checkpoint)}"
+        return (
+            f"the next plan that fits needs {format_bytes(forecast_of(plan).peak_bytes)}: go on with "
+            f"{arg('resume', folder)} {how} {arg('accumulation', plan.accumulation)} (or {arg('on_oom', 'replan')})"
         )
+
+    def _smaller_batches(self, folder: Path) -> str:
+        return f"what was trained is saved: go on with {arg('resume', folder)} {arg('on_oom', 'replan')}"

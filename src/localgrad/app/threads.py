@@ -21,13 +21,7 @@ more threads gain little alone, and lose much beside another busy process."""
 
 
 def choose_threads(model: nn.Module, input_size: Sequence[int], batch_size: int) -> int:
-    """Processor threads for training a model: one for a small one, else as many as torch takes by itself.
-
-    Args:
-        model: on the processor.
-        input_size: (C, H, W).
-        batch_size: images a step.
-    """
+    """Processor threads for a model of (C, H, W): one for a small one, else as many as torch takes by itself."""
     weight = next(model.parameters(), None)
     if weight is None or sum(parameter.numel() for parameter in model.parameters()) > SMALL_PARAMETERS:
         return torch.get_num_threads()

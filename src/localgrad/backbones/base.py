@@ -1,12 +1,8 @@
 """Turn a timm model into a stem, a list of blocks and a tail that give the very same logits.
 
-What. ``split(model, input_size)`` returns a ``Backbone`` whose parts, run in sequence, equal ``model(images)`` bit
-for bit, in eval mode and in train mode (drop path, dropout, batch statistics). A boundary between local modules
-may fall between any two blocks, and what crosses it is always one tensor.
-
-How. There is no branch per architecture. ``split`` runs the model once and watches: which modules of the trunk
-were called, in which order, what each received and returned, and which of the model's own attributes were read
-before the first block and after the last. From this follow
+There is no branch per architecture. ``split`` runs the model once and watches (``observe``): which modules of the trunk
+were called, in which order, what each received and returned, and which of the model's own attributes were read before
+the first block and after the last. From this follow
 
 * the *stem*: a shallow copy of the model that holds only what was read before the first block, its trunk emptied;
   its own ``forward_features`` then is the embedding, with every option that the model has;
@@ -14,16 +10,14 @@ before the first block and after the last. From this follow
   comparing bits. Plain arguments are frozen, tensor arguments (rope) are computed again at each call;
 * the *tail*: the children called after the last block, then a shallow copy's own ``forward_head``.
 
-Then it proves the result (``_proof``): the parts must give the model's logits and every gradient bit for bit, or
-``BackboneError`` is raised. No model is split wrongly in silence, and the model is left as it was (``_state``). A part
-never writes into what it receives: where the proof sees one do so, it is given a copy from then on. A model on a GPU,
-or with weights of 16 bits, is split by a copy in host memory, in float32; the parts found hold its own tensors.
+Then it is proved (``proof``): the parts must give the model's logits and every gradient bit for bit. The model is left
+as it was (``state``). A part never writes into what it receives: where the proof sees one do so, it is given a copy. A
+model on a GPU, or with weights of 16 bits, is split by a copy in host memory, in float32.
 
-How it differs. timm's ``forward_intermediates`` reads features out but can't cut the graph into modules that are
-trained, moved and compiled on their own; ``torch.fx`` graphs lose the modules; forward hooks that detach work in
-one process only. Parameters are shared with the model, never copied: training the parts trains the model. Settings
-changed on the model afterwards (``reset_classifier``, ``set_input_size``) are not seen: split again. timm's
-``grad_checkpointing`` flag has no effect on the parts, since blocks are called directly; ``LocalLearner`` follows it.
+Parameters are shared with the model, never copied: training the parts trains the model. Settings changed on the model
+afterwards (``reset_classifier``, ``set_input_size``) are not seen: split again. timm's ``grad_checkpointing`` has no
+effect on the parts, since blocks are called directly; ``LocalLearner`` follows it. timm's ``forward_intermediates``
+reads features out, but can't cut the graph into modules that are trained, moved and compiled on their own.
 
 Sources: timm 1.0.31 (``forward_features``/``forward_head`` and the ``blocks``/``stages``/``layers`` convention);
 hiera's unrolled token order: arXiv 2306.00989, Section 3.
@@ -44,7 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from localgrad.backbones.by_hand import Chain, PartsSeen, check_parts, default_size_of_parts, listed, names_of_blocks
-from localgrad.backbones.fake import FakeTensor, by_shapes_alone, copy_on_host, fake_copy_with_memo, random_state_kept
+from localgrad.backbones.fake import FakeTensor, by_shapes_alone, copy_on_host, fake_copy_with_memo
 from localgrad.backbones.layouts import Layout, LayoutFinder, change_features, change_image
 from localgrad.backbones.observe import Call, Seen, find_stations, observe, trunks_of, watch_inputs
 from localgrad.backbones.proof import prove
@@ -70,39 +64,42 @@ from localgrad.registry import Registry
 __all__ = ["BACKBONES", "SUPPORTED_FAMILIES", "Backbone", "Layout", "outline", "register_backbone", "split"]
 
 
-class Stem(nn.Module):
-    """Images to the first block's features.
+class CopyingPart(nn.Module):
+    """Stem or tail: what does it, given a copy where it writes into what it receives (blocks: ``InputKept``)."""
 
-    Args:
-        part: does it.
-    """
-
-    def __init__(self, part: nn.Module) -> None:
+    def __init__(self, part: nn.Module, *, copies_input: bool = False) -> None:
         super().__init__()
         self.part = part
-        self.copies_input = True  # until it is known whether the part writes into it
+        self.copies_input = copies_input
 
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] -> features."""
-        return self.run(images.clone() if self.copies_input else images)
+    def forward(self, given: Tensor) -> Tensor:
+        """Images or features [B, ...] to features or logits."""
+        return self.run(given.clone() if self.copies_input else given)
 
-    def run(self, images: Tensor) -> Tensor:
+    def run(self, given: Tensor) -> Tensor:
         """What the part does."""
-        features: Tensor = self.part(images)
-        return features
+        result: Tensor = self.part(given)
+        return result
+
+
+class Stem(CopyingPart):
+    """Images [B, C, H, W] to the first block's features."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__(part, copies_input=True)  # until it is known whether it has to be
 
 
 class TimmStem(Stem):
     """A shallow copy of a timm model that holds the stem's children only, its trunk emptied."""
 
-    def run(self, images: Tensor) -> Tensor:
+    def run(self, given: Tensor) -> Tensor:
         """The model's own embedding."""
-        features: Tensor = self.part.forward_features(images)  # type: ignore[operator]
+        features: Tensor = self.part.forward_features(given)  # type: ignore[operator]
         return features
 
 
-class Tail(nn.Module):
-    """The last block's features to logits.
+class Tail(CopyingPart):
+    """The last block's features to logits [B, num_classes].
 
     Args:
         part: does it.
@@ -110,19 +107,8 @@ class Tail(nn.Module):
     """
 
     def __init__(self, part: nn.Module, *, unused: Iterable[nn.Parameter] = ()) -> None:
-        super().__init__()
-        self.part = part
+        super().__init__(part)
         self.unused = nn.ParameterList(unused)
-        self.copies_input = False  # whether what follows writes into it
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Features -> [B, num_classes]."""
-        return self.run(features.clone() if self.copies_input else features)
-
-    def run(self, features: Tensor) -> Tensor:
-        """What the part does."""
-        logits: Tensor = self.part(features)
-        return logits
 
 
 class TimmTail(Tail):
@@ -147,9 +133,9 @@ class TimmTail(Tail):
         self.glue = glue
         self.before_head = tuple(before_head)
 
-    def run(self, features: Tensor) -> Tensor:
+    def run(self, given: Tensor) -> Tensor:
         """The model's own end."""
-        features = self.glue(features)
+        features = self.glue(given)
         for name in self.before_head:
             features = self.part.get_submodule(name)(features)
         logits: Tensor = self.part.forward_head(features)  # type: ignore[operator]
@@ -308,8 +294,7 @@ class Backbone(nn.Module):
         """This backbone, or a copy on which arithmetic can be repeated to the bit."""
         if _is_proved_in_place(self.model):
             return self
-        with random_state_kept():
-            return copy_on_host(self, widens=len({weight.dtype for weight in self.model.parameters()}) == 1)[0]
+        return copy_on_host(self)[0]
 
     def _prove_here(self) -> None:
         in_model = set(self.model.modules())
@@ -321,7 +306,7 @@ class Backbone(nn.Module):
             images = self._images()
             try:
                 self.model(images.clone())
-                moving = state.changed_modules()
+                moving = state.changed()
                 state.restore()
                 with self._keeping_inputs():
                     shown = prove(self.model, self, parts, blocks, images, moving=moving)
@@ -351,7 +336,7 @@ class Backbone(nn.Module):
         with torch.inference_mode(mode=False), left_as_it_was(self.model, *inner) as state, torch.no_grad():
             with self._in_the_same_mode(), self._keeping_inputs():
                 self.train()(self._images())
-            self._written_buffers = frozenset(state.written_buffers())
+            self._written_buffers = frozenset(state.written_buffers(self.model))
 
     def _images(self) -> Tensor:
         images = torch.randn(2, *self.input_size, generator=torch.Generator().manual_seed(0), device="cpu")
@@ -371,14 +356,7 @@ class Backbone(nn.Module):
         return [self.stem, *self.blocks, self.tail]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Run stem, blocks and tail in sequence.
-
-        Args:
-            images: [B, C, H, W].
-
-        Returns:
-            [B, num_classes], the bits that ``model(images)`` gives.
-        """
+        """Images [B, C, H, W] to logits [B, num_classes], the bits that ``model(images)`` gives."""
         features = self.stem(images)
         for block in self.blocks:
             features = block(features)
@@ -419,8 +397,7 @@ class Backbone(nn.Module):
     @property
     def recomputes(self) -> bool:
         """Whether timm's ``grad_checkpointing`` is on where blocks that are called directly pass by it."""
-        called = set(self.modules())
-        return any(recomputes(module) for module in self.model.modules() if module not in called)
+        return any(recomputes(module) for _, module in self.modules_passed_by)
 
     @property
     def modules_passed_by(self) -> list[tuple[str, nn.Module]]:
@@ -496,12 +473,8 @@ def split(model: nn.Module, input_size: tuple[int, int, int]) -> Backbone:
     if _is_proved_in_place(model):
         return _split(model, size)
     # Elsewhere: there some backward passes differ from themselves, and there memory is what users lack.
-    with random_state_kept():
-        copied, copies = copy_on_host(model, widens=len({weight.dtype for weight in model.parameters()}) == 1)
-    backbone = _split(copied, size)
-    made: Backbone = copy.deepcopy(backbone, {id(twin): original for original, twin in copies})
-    for module in set(made.modules()) - set(model.modules()):
-        module.training = model.training
+    copied, copies = copy_on_host(model)
+    made: Backbone = copy.deepcopy(_split(copied, size), {id(twin): original for original, twin in copies})
     return made
 
 
@@ -518,7 +491,7 @@ def _split(model: nn.Module, size: tuple[int, int, int]) -> Backbone:
         images = images.to(next(model.parameters()))
         model.eval()
         seen = observe(model, stations, images)
-        moving = state.changed_modules()
+        moving = state.changed()
         state.restore()
         model.eval()
         try:
@@ -546,10 +519,6 @@ def outline(model: nn.Module, input_size: tuple[int, int, int]) -> Backbone:
 
     The parts hold the model's own parameters, whatever their values (see ``without_initialization``). Where features
     are as wide as their grid is high and long, shapes leave open which axis is which, and the first reading is taken.
-
-    Args:
-        model: as for ``split``.
-        input_size: (C, H, W) of the images.
 
     Returns:
         A backbone on a copy of the model's modules.
@@ -871,11 +840,7 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _shared_slots(model: nn.Module, parts: nn.Module) -> list[tuple[nn.Module, str, str, nn.Module, str, str]]:
-    """Where modules of the model that are in no part hold the very tensors of a part.
-
-    Returns:
-        Of each such place the module, the name of its table and the name there; and the part's in the same way.
-    """
+    """Where modules of the model that are in no part hold the very tensors of a part: (module, table, name) of both."""
     places: dict[int, tuple[nn.Module, str, str]] = {}
     for part in parts.modules():
         for table, name, tensor in _slots(part):

@@ -1,8 +1,7 @@
 """A backbone from parts that somebody wrote down: what its features are like, and the checks that nothing is lost.
 
-``split`` watches a timm model run and finds the parts. Here they are given: a stem, blocks and a tail, each a module
-from one tensor to one tensor. What is left to find is the layout of the features between them; what is left to show is
-that the parts are the model (``proof.py``), or, where there is no model beside them, that each of them is used.
+What ``split`` finds is given here: a stem, blocks and a tail, each from one tensor to one tensor. Left to find is the
+layout of the features between them; left to show, that the parts are the model, or (without one) that all are used.
 
 Shapes: B batch, C channels, H W image, K classes.
 """
@@ -26,13 +25,7 @@ MOST_NAMED = 4
 
 
 class Chain(nn.Module):
-    """Stem, blocks and tail in a row: the model of a backbone that was made without one.
-
-    Args:
-        stem: images to features.
-        blocks: features to features.
-        tail: features to logits.
-    """
+    """Stem, blocks and tail in a row: the model of a backbone that was made without one."""
 
     def __init__(self, stem: nn.Module, blocks: Iterable[nn.Module], tail: nn.Module) -> None:
         super().__init__()
@@ -48,10 +41,7 @@ class Chain(nn.Module):
 
 
 def check_parts(stem: object, blocks: object, tail: object, model: object) -> list[nn.Module]:
-    """Refuse what are no parts, or not those of a model.
-
-    Returns:
-        The blocks.
+    """Refuse what are no parts, or not those of a model; gives the blocks.
 
     Raises:
         BackboneError: naming the argument.

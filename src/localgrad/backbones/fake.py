@@ -1,11 +1,5 @@
 """Copies of models, optimizers and learners whose tensors have shapes but no memory.
 
-``fake_copy`` is ``copy.deepcopy`` with every tensor on the way replaced by a fake one, so it reaches whatever a deep
-copy reaches: parameters, buffers, optimizer state, plain attributes, items of containers. It carries no hooks of
-users: what they would read (is there a NaN?) isn't there. torch's own, which some of its layers are made of, stay.
-``without_initialization``
-builds a model without filling its weights, for those who want to know its shapes only.
-
 The private names of PyTorch that the package needs (``TorchDispatchMode``, ``FakeTensorMode``) are imported in this
 file and nowhere else; ``tests/test_memory.py`` pins what we rely on.
 
@@ -19,14 +13,10 @@ import copy
 import copyreg
 import inspect
 import math
-import random
-import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, TypeVar, cast, final
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
@@ -38,11 +28,12 @@ from torch._subclasses.fake_tensor import (
 )
 from torch._subclasses.fake_tensor import unset_fake_temporarily as real_tensors
 from torch.autograd.graph import _engine_run_backward
-from torch.nn.modules import module as torchs_modules
 from torch.overrides import TorchFunctionMode
 from torch.utils import _python_dispatch
 
+from localgrad.backbones.hooks import HOOKS_ON_ALL_MODULES, copy_without_hooks
 from localgrad.backbones.namespaces import Kwargs
+from localgrad.backbones.random_numbers import random_state_kept
 from localgrad.errors import BackboneError, reason_of
 
 __all__ = [
@@ -56,7 +47,6 @@ __all__ = [
     "by_shapes_alone",
     "copies_within",
     "copy_on_host",
-    "copy_without_hooks",
     "fake_copy",
     "fake_copy_with_memo",
     "looks_at_values",
@@ -66,6 +56,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+M = TypeVar("M", bound=nn.Module)
 
 NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 """What is raised where code asks fake tensors for values: by a condition, or as a shape."""
@@ -106,7 +97,7 @@ class FakeTensorMode(fake_tensor.FakeTensorMode):  # type: ignore[no-untyped-cal
 
     def __enter__(self) -> FakeTensorMode:
         """Make tensors fake, and put away the hooks that users set on all modules at once."""
-        self._hooks_put_away.append([(hooks, dict(hooks)) for hooks in _HOOKS_ON_ALL_MODULES if hooks])
+        self._hooks_put_away.append([(hooks, dict(hooks)) for hooks in HOOKS_ON_ALL_MODULES if hooks])
         for hooks, _ in self._hooks_put_away[-1]:
             hooks.clear()
         super().__enter__()
@@ -200,9 +191,6 @@ class FakeTensorMode(fake_tensor.FakeTensorMode):  # type: ignore[no-untyped-cal
         return True
 
 
-_HOOKS_ON_ALL_MODULES: list[dict[int, Any]] = [
-    hooks for name, hooks in vars(torchs_modules).items() if name.startswith("_global_") and isinstance(hooks, dict)
-]
 _dispatch = inspect.unwrap(fake_tensor.FakeTensorMode.__torch_dispatch__)
 _PLAIN = {type(None), bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format}
 _WITH_KERNELS = {
@@ -290,60 +278,64 @@ def _recipe_for_one(part: Any, args: tuple[Any, ...], owners: dict[int, int | No
 
 
 @final
-class _FakeCopier(TorchFunctionMode):
-    """While active, ``copy.deepcopy`` of a tensor gives a fake one. Use `fake_copy`.
+class _Copier(TorchFunctionMode):
+    """While active, ``copy.deepcopy`` copies tensors by a function, whatever holds them.
 
-    A function mode sees ``Tensor.__deepcopy__`` whatever holds the tensor: a module, an optimizer's
-    state, a list, a plain attribute. ``Parameter.__deepcopy__`` isn't seen, but the ``clone`` that it
-    is made of is; the same holds for PyTorch's own ``FakeCopyMode``, which would keep CUDA devices,
-    break ties between parameters that share a storage, and forget the value of step counters.
+    A function mode sees ``Tensor.__deepcopy__``; ``Parameter.__deepcopy__`` it doesn't, but the ``clone`` in it.
     """
 
-    def __init__(self, fake_mode: FakeTensorMode) -> None:
+    def __init__(self, convert: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self._fake_mode = fake_mode
-        self._storages: dict[int, tuple[torch.UntypedStorage, Tensor]] = {}  # original's address: both
+        self._convert = convert
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Kwargs | None = None
     ) -> Any:
-        """Copy a tensor as a fake one; leave everything else alone."""
+        """Copy a tensor; leave everything else alone."""
         if func is Tensor.__deepcopy__:
             tensor, memo = args
             if id(tensor) not in memo:
-                memo[id(tensor)] = self._converted(tensor)
+                memo[id(tensor)] = self.copied(tensor).requires_grad_(tensor.requires_grad)
             return memo[id(tensor)]
-        if func is Tensor.clone:
-            return self.fake(args[0])
-        return func(*args, **(kwargs or {}))
+        return self.copied(args[0]) if func is Tensor.clone else func(*args, **(kwargs or {}))
 
-    def _converted(self, tensor: Tensor) -> Tensor:
-        fake = self.fake(tensor)
-        if isinstance(tensor, nn.Parameter):
-            return nn.Parameter(fake, tensor.requires_grad)
-        return fake.requires_grad_(tensor.requires_grad)
-
-    def fake(self, tensor: Tensor) -> Tensor:
-        """A fake CPU tensor like ``tensor``, on the fake of its storage."""
+    def copied(self, tensor: Tensor) -> Tensor:
+        """The copy of a tensor, without a graph."""
         with torch._C.DisableTorchFunction(), torch.no_grad():
-            storage = tensor.untyped_storage()
-            known = self._storages.get(storage._cdata)
-            value = tensor.item() if known is None and _has_a_value_to_keep(tensor) else None
-            with self._fake_mode:
-                if value is not None:
-                    scalar = torch.tensor(value, dtype=tensor.dtype).reshape(tensor.shape)
-                    self._storages[storage._cdata] = storage, scalar
-                    return scalar
-                if known is None:
-                    known = storage, torch.empty(storage.nbytes(), dtype=torch.uint8)
-                    self._storages[storage._cdata] = known
-            memory, offset = known[1].untyped_storage(), int(tensor.storage_offset())
-            return self._fake_mode.make(tensor.shape, tensor.stride(), tensor.dtype, memory=memory, offset=offset)
+            return self._convert(tensor)
+
+
+@final
+class _Fakes:
+    """Fake CPU tensors like real ones, on fakes of their storages.
+
+    PyTorch's own ``FakeCopyMode`` would keep CUDA devices, break ties between parameters that share a storage, and
+    forget the value of step counters.
+    """
+
+    def __init__(self, fake_mode: FakeTensorMode) -> None:
+        self._fake_mode = fake_mode
+        self._storages: dict[int, tuple[torch.UntypedStorage, Tensor]] = {}  # original's address: both
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        known = self._storages.get(storage._cdata)
+        value = tensor.item() if known is None and _has_a_value_to_keep(tensor) else None
+        with self._fake_mode:
+            if value is not None:
+                scalar = torch.tensor(value, dtype=tensor.dtype).reshape(tensor.shape)
+                self._storages[storage._cdata] = storage, scalar
+                return scalar
+            if known is None:
+                known = storage, torch.empty(storage.nbytes(), dtype=torch.uint8)
+                self._storages[storage._cdata] = known
+        memory, offset = known[1].untyped_storage(), int(tensor.storage_offset())
+        return self._fake_mode.make(tensor.shape, tensor.stride(), tensor.dtype, memory=memory, offset=offset)
 
 
 def copies_within(fake_mode: FakeTensorMode) -> contextlib.AbstractContextManager[Any]:
     """While active, deep copies of fake tensors stay in their mode; a plain deep copy would copy the mode as well."""
-    return _FakeCopier(fake_mode)
+    return _Copier(_Fakes(fake_mode))
 
 
 def _has_a_value_to_keep(tensor: Tensor) -> bool:
@@ -387,19 +379,13 @@ def quick_view(tensor: FakeTensor, shape: Sequence[int]) -> Tensor:
 
 
 def fake_copy(obj: T) -> tuple[FakeTensorMode, T]:
-    """Copy any object so that its tensors have shapes but no memory.
+    """Copy any object (a module, an optimizer, a learner) so that its tensors have shapes but no memory.
 
-    The copy is ``copy.deepcopy``, with every tensor that it reaches (parameters, buffers, optimizer
-    state, gradients, plain attributes, items of containers) replaced by a fake CPU tensor of the same
-    shape, stride, dtype and ``requires_grad``. What shared a storage still does. CUDA and meta tensors become
-    CPU ones, since autograd's backward on fake CUDA tensors needs a GPU. A tensor that a closure
-    captured isn't reached, and is refused by the fake mode when it is used.
-
-    Hooks that users set on modules or tensors aren't copied; they read values, of which there are none. Those whose
-    code is torch's own are (spectral and weight norm, pruning, FSDP): without them the layer would be another one.
-
-    Args:
-        obj: a module, an optimizer, a learner that holds both, a tuple of such things.
+    The copy is ``copy.deepcopy``, with every tensor that it reaches (parameters, buffers, optimizer state, gradients,
+    plain attributes, items of containers) replaced by a fake CPU tensor of the same shape, stride, dtype and
+    ``requires_grad``. What shared a storage still does. CUDA and meta tensors become CPU ones, since autograd's
+    backward on fake CUDA tensors needs a GPU. A tensor that a closure captured isn't reached, and the fake mode refuses
+    it. Hooks of users aren't copied (``copy_without_hooks``): they read values, of which there are none.
 
     Returns:
         The mode inside which the copy has to be used, and the copy.
@@ -415,130 +401,39 @@ def fake_copy_with_memo(obj: T) -> tuple[FakeTensorMode, T, list[tuple[Any, Any]
     """As `fake_copy`, with (original, copy) of everything that was reached as well."""
     fake_mode = FakeTensorMode()
     memo: dict[int, Any] = {}
-    with _FakeCopier(fake_mode) as copier, _generators_made_anew():
+    with _Copier(_Fakes(fake_mode)) as copier, _generators_made_anew():
         try:
             copied = copy_without_hooks(obj, memo)
         except TypeError as error:
             error.add_note(f"fake_copy: {type(obj).__name__} holds something that copy.deepcopy can't copy")
             raise
-    # deepcopy keeps the originals alive in a list of their own, in the memo.
-    originals = [original for original in memo.get(id(memo), []) if id(original) in memo]
-    for original in originals:
+    pairs = _copied_in(memo)
+    for original, twin in pairs:
         if isinstance(original, nn.Parameter) and original.grad is not None:
-            memo[id(original)].grad = copier.fake(original.grad)
-    return fake_mode, copied, [(original, memo[id(original)]) for original in originals]
+            twin.grad = copier.copied(original.grad)
+    return fake_mode, copied, pairs
 
 
-@final
-class _HostCopier(TorchFunctionMode):
-    """While active, ``copy.deepcopy`` of a tensor gives one on the processor. Use `copy_on_host`."""
-
-    def __init__(self, *, widens: bool) -> None:
-        super().__init__()
-        self.widens = widens
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Kwargs | None = None
-    ) -> Any:
-        """Copy a tensor to the processor; leave everything else alone."""
-        if func is Tensor.__deepcopy__:
-            tensor, memo = args
-            if id(tensor) not in memo:
-                memo[id(tensor)] = self._copied(tensor).requires_grad_(tensor.requires_grad)
-            return memo[id(tensor)]
-        if func is Tensor.clone:  # what the copy of a parameter is made of
-            return self._copied(args[0])
-        return func(*args, **(kwargs or {}))
-
-    def _copied(self, tensor: Tensor) -> Tensor:
-        with torch._C.DisableTorchFunction(), torch.no_grad():
-            small = self.widens and tensor.is_floating_point() and tensor.element_size() == 2
-            return tensor.detach().to("cpu", torch.float32 if small else tensor.dtype, copy=True)
+def _copied_in(memo: dict[int, Any]) -> list[tuple[Any, Any]]:
+    """(original, copy) of what a deep copy has reached: its memo keeps the originals alive, in a list of their own."""
+    return [(original, memo[id(original)]) for original in memo.get(id(memo), []) if id(original) in memo]
 
 
-def copy_on_host(obj: T, *, widens: bool) -> tuple[T, list[tuple[Any, Any]]]:
-    """Copy any object so that its tensors are on the processor.
+def copy_on_host(module: M) -> tuple[M, list[tuple[Any, Any]]]:
+    """Copy a module so that its tensors are on the processor; gives (original, copy) of everything reached as well.
 
-    Args:
-        obj: as for `fake_copy`.
-        widens: make float32 of floats of 16 bits, for which a processor lacks some operators.
-
-    Returns:
-        The copy, and (original, copy) of everything that was reached.
+    Where its weights are of one type, floats of 16 bits become float32: a processor lacks some operators for them.
     """
+    widens = len({weight.dtype for weight in module.parameters()}) == 1
+
+    def on_host(tensor: Tensor) -> Tensor:
+        small = widens and tensor.is_floating_point() and tensor.element_size() == 2
+        return tensor.detach().to("cpu", torch.float32 if small else tensor.dtype, copy=True)
+
     memo: dict[int, Any] = {}
-    with _HostCopier(widens=widens):
-        copied = copy.deepcopy(obj, memo)
-    originals = [original for original in memo.get(id(memo), []) if id(original) in memo]
-    return copied, [(original, memo[id(original)]) for original in originals]
-
-
-def copy_without_hooks(obj: T, memo: dict[int, Any] | None = None) -> T:
-    """``copy.deepcopy``, but that hooks of users stay with the original; torch's own are copied.
-
-    Args:
-        obj: as for `fake_copy`.
-        memo: as for ``copy.deepcopy``.
-    """
-    memo = {} if memo is None else memo
-    # What stands in the memo already isn't copied: not the hooks, and nothing that only they hold (locks, files).
-    tables = [table for module in _modules_reached(obj) for table in _hooks_of(module)]
-    memo.update({id(table): type(table)() for table in tables})
-    copied = copy.deepcopy(obj, memo)
-    for table in tables:
-        memo[id(table)].update({key: copy.deepcopy(hook, memo) for key, hook in table.items() if _is_torchs(hook)})
-    return copied
-
-
-def _modules_reached(obj: object) -> Iterator[nn.Module]:
-    """The modules that a deep copy of ``obj`` copies."""
-    seen: set[int] = set()
-    waiting = [obj]
-    while waiting:
-        item = waiting.pop()
-        if id(item) in seen or isinstance(item, _HOLD_NO_MODULES):
-            continue
-        seen.add(id(item))
-        if isinstance(item, nn.Module):
-            yield item
-            waiting += [value for name, value in vars(item).items() if not name.endswith("_hooks")]
-        elif isinstance(item, dict):
-            waiting += item.values()
-        elif isinstance(item, (list, tuple, set, frozenset)):
-            waiting += item
-        elif isinstance(item, types.MethodType):
-            waiting.append(item.__self__)
-        elif isinstance(item, partial):
-            waiting += [item.func, item.args, item.keywords]
-        else:
-            waiting += getattr(item, "__dict__", {}).values()
-
-
-_HOLD_NO_MODULES = (
-    Tensor,
-    str,
-    bytes,
-    int,
-    float,
-    type,
-    types.FunctionType,
-    types.BuiltinFunctionType,
-    types.ModuleType,
-)
-
-
-def _hooks_of(module: nn.Module) -> list[dict[int, Any]]:
-    """The tables of hooks that a module has."""
-    return [table for name, table in vars(module).items() if name.endswith("_hooks") and isinstance(table, dict)]
-
-
-def _is_torchs(hook: Any) -> bool:
-    """Whether the code of a hook is torch's own: part of a layer (its old spectral and weight norms), not a user's."""
-    while isinstance(hook, partial) or type(hook).__name__ == "_WrappedHook":  # torch wraps those of loading
-        hook = hook.func if isinstance(hook, partial) else hook.hook
-    if not isinstance(hook, (types.FunctionType, types.MethodType)):
-        hook = type(hook).forward if isinstance(hook, nn.Module) else type(hook).__call__
-    return f"{getattr(hook, '__module__', '')}.".startswith("torch.")
+    with random_state_kept(), _Copier(on_host):
+        copied = copy.deepcopy(module, memo)
+    return copied, _copied_in(memo)
 
 
 @contextlib.contextmanager
@@ -556,20 +451,6 @@ def _generators_made_anew() -> Iterator[None]:
 
 def _seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-@contextlib.contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Put every random state of the process back: Python's, NumPy's, PyTorch's on CPU and CUDA."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    devices = range(torch.cuda.device_count()) if in_use else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
 
 
 @contextlib.contextmanager
@@ -619,10 +500,7 @@ class without_initialization(TorchFunctionMode):  # noqa: N801  # used as a cont
         """Skip what would fill a parameter in place."""
         kwargs = kwargs or {}
         filled = args[0] if args else kwargs.get("tensor")
-        if isinstance(filled, nn.Parameter) and (func in self.SKIPPED or _is_initializer(func)):
+        is_initializer = getattr(func, "__module__", None) == "torch.nn.init"
+        if isinstance(filled, nn.Parameter) and (func in self.SKIPPED or is_initializer):
             return filled
         return func(*args, **kwargs)
-
-
-def _is_initializer(func: Any) -> bool:
-    return getattr(func, "__module__", None) == "torch.nn.init"

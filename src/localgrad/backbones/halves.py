@@ -1,17 +1,16 @@
 """The halves of a timm block: its attention and its MLP, each as ``x + drop_path(branch(x))``.
 
-What. ``find_pieces(block, example)`` returns the pieces that, run in sequence, give what the block gives, bit for bit.
-A branch treats every image by itself (``per_image``), so it may run over a part of the batch at a time; the drop path
-stands outside of it and draws for the whole batch, in the order in which the block itself draws.
+``find_pieces`` gives the pieces that, run in sequence, give what the block gives, bit for bit. A branch treats every
+image by itself (``per_image``), so it may run over a part of the batch at a time; the drop path stands outside of it
+and draws for the whole batch, in the order in which the block itself draws.
 
-How. There is no table of architectures but one of *written forms*: where timm puts norm, attention, layer scale and
-MLP under which names. Each form is tried in training mode on a copy of the block with random weights, and taken only
-if it gives the copy's own bits. Drop path may hide a branch of every image; then it is tried in evaluation mode, too. A
-block that no form fits is one piece of its own, the whole block: still right, only coarser.
+There is no table of architectures but one of *written forms*: where timm puts norm, attention, layer scale and MLP
+under which names. Each form is tried in training mode on a copy of the block with random weights, and taken only if it
+gives the copy's own bits; where drop path hides a branch of every image, in evaluation mode, too. A block that no form
+fits is one piece of its own: still right, only coarser.
 
-Source: timm 1.0.31 (``x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))`` and its variants). The idea of cutting
-a block at its residual additions is common to reversible networks (RevNet, arXiv 1707.04585) and to mega-batching of
-feed-forward chunks (Reformer, arXiv 2001.04451, Section 3: "chunking").
+Source: timm 1.0.31 (``x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))`` and its variants). Cutting a block at
+its residual additions: RevNet, arXiv 1707.04585; chunks of feed-forward layers: Reformer, arXiv 2001.04451, Section 3.
 
 Shapes: B batch first in every tensor; what follows is the block's own layout.
 """
@@ -26,21 +25,14 @@ from typing import Any, NamedTuple, TypeVar, final
 import torch
 from torch import Tensor, nn
 
-from localgrad.backbones.fake import TorchDispatchMode, random_state_kept
+from localgrad.backbones.effects import NO_EFFECTS, Effects, Observed, observe_effects
+from localgrad.backbones.fake import TorchDispatchMode
+from localgrad.backbones.hooks import copy_without_hooks, has_hooks
 from localgrad.backbones.likeness import is_foreign, likeness, signature
 from localgrad.backbones.namespaces import Kwargs
+from localgrad.backbones.random_numbers import RandomState, random_state_kept
 from localgrad.backbones.state import OF_EVERY_MODULE
 from localgrad.backbones.timm_models import Step, attribute, identity
-from localgrad.backbones.written import (
-    NO_STATE,
-    Observed,
-    State,
-    has_hooks,
-    observe_effects,
-    random_state,
-    set_random_state,
-    twin_of,
-)
 
 ATTENTION_NAMES = ("_attn", "_shifted_window_attn", "_partition_attn", "attn", "token_mixer")
 """Where a block keeps its attention, the first that exists: Swin's methods roll and cut windows around ``attn``."""
@@ -88,8 +80,6 @@ class AsCut:
     """A module as it was when it was cut: its branches give what it gives for as long as it is so.
 
     Attributes:
-        module: the module.
-        kind: its class.
         functions: the methods that its forward pass runs, with the code that they had, by name.
         own: what the instance has in place of them, by name; ``None`` for nothing.
         children: modules that the branches call, by name.
@@ -150,7 +140,7 @@ class Piece:
             may run over parts of the batch.
         draws: of each tensor of random numbers that it draws in training mode, the axes in their order in memory, for
             more than one image (for a single one, a convolution may choose another order).
-        state: what running it changes, to be taken back when it is recomputed.
+        effects: what running it changes, to be taken back when it is recomputed.
         cut: of a residual branch, the module that it is a part of.
     """
 
@@ -158,7 +148,7 @@ class Piece:
     drop_path: Callable[[Tensor], Tensor] | None
     per_image: bool = True
     draws: tuple[tuple[int, ...], ...] = ()
-    state: State = NO_STATE
+    effects: Effects = NO_EFFECTS
     cut: AsCut | None = None
 
     def __call__(self, features: Tensor) -> Tensor:
@@ -169,33 +159,23 @@ class Piece:
 
 
 def whole_block(block: nn.Module, example: Tensor) -> Piece:
-    """A block as one piece, for the whole batch at once.
-
-    Args:
-        block: one block of a backbone.
-        example: features that enter it, [2 or more, ...].
-    """
-    return Piece(block, None, per_image=False, state=observed(block, example).state_of(block))
+    """A block as one piece, for the whole batch at once; ``example`` enters it, [2 or more, ...]."""
+    return Piece(block, None, per_image=False, effects=observed(block, example).effects_on(block))
 
 
 def observed(module: nn.Module, example: Tensor) -> Observed:
-    """What a module's forward pass changes in training mode; the module and all random states are as before.
-
-    Args:
-        module: a block, a stem, a tail.
-        example: what enters it, [2 or more, ...].
-    """
+    """What a module's forward pass changes in training mode, on an example [2 or more, ...]; nothing stays changed."""
 
     def run() -> Observed:
         with torch.no_grad(), random_state_kept(), _one_thread():
-            twin = _with_random_weights(twin_of(module)).train()
+            twin = _with_random_weights(copy_without_hooks(module)).train()
             return observe_effects(module, twin, example, foreign=is_foreign(module))
 
     return _remembered(_known_states, module, example, run)
 
 
 def find_pieces(block: nn.Module, example: Tensor, *, halves: bool = True) -> list[Piece]:
-    """Cut a block at its residual additions.
+    """Cut a block at its residual additions; the block and the random state are as before.
 
     Args:
         block: one block of a backbone.
@@ -203,13 +183,12 @@ def find_pieces(block: nn.Module, example: Tensor, *, halves: bool = True) -> li
         halves: look for attention and MLP; otherwise only for how the block draws, so that it may run over chunks.
 
     Returns:
-        Two or more pieces where the block's written form is known, else one: the whole block. So is a block that writes
-        state (running statistics, a counter), which is one before it and one behind, and a block with hooks. The block
-        and the random state are as before.
+        Two or more pieces where the block's written form is known, else one: the whole block. That is also what a block
+        is that has state (its effects are taken back as a whole) or hooks.
     """
     seen = observed(block, example)
     if seen.parts or seen.draws or any(map(has_hooks, block.modules())):
-        return [Piece(block, None, per_image=False, state=seen.state_of(block))]
+        return [Piece(block, None, per_image=False, effects=seen.effects_on(block))]
 
     def run() -> dict[bool, _Cuts]:
         with torch.no_grad(), random_state_kept(), _one_thread():
@@ -256,11 +235,11 @@ def _find_cuts(block: nn.Module, example: Tensor) -> dict[bool, _Cuts]:
     """How a block can be cut: with its halves looked for (key true), and only as a whole."""
     # Weights as they come would prove nothing: a norm or a layer scale that starts at zero hides its whole branch. So
     # does a buffer that is one in this block, and something else in another.
-    twin = _with_random_weights(twin_of(block), buffers=True)
+    twin = _with_random_weights(copy_without_hooks(block), buffers=True)
     cuts: dict[bool, _Cuts] = {True: [], False: []}
     for step in _steps(twin):
         *candidates, whole = _candidates(step)
-        state = random_state(example.device)
+        state = RandomState()
         step.train()
         outputs, noted, _ = _run_noting(whole, example)
         number, noted_of_halves = len(candidates), noted
@@ -359,20 +338,13 @@ class _Chain:
 
 
 def _noted_if_same(
-    step: nn.Module, pieces: Sequence[Piece], example: Tensor, given: tuple[Tensor, Tensor]
+    step: nn.Module, pieces: Sequence[Piece], example: Tensor, given: tuple[RandomState, Tensor]
 ) -> list[_Noted] | None:
-    """What `_run_noting` notes, if pieces give a step's bits; ``None`` if they don't.
-
-    Args:
-        step: the step.
-        pieces: a way to cut it.
-        example: features that enter it.
-        given: the random state before the step ran in training mode, and what it gave.
-    """
+    """What `_run_noting` notes, if pieces give a step's bits: what it gave from a random state in training mode."""
     state, outputs = given
     try:
         step.train()
-        set_random_state(example.device, state)
+        state.restore()
         found, noted, shown = _run_noting(pieces, example)
         if not torch.equal(found, outputs):
             return None
@@ -420,9 +392,9 @@ class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **(kwargs or {}))
         like = next((value for value in args if isinstance(value, Tensor)), torch.empty(0))
-        before = random_state(like.device)
+        before = RandomState()
         result = func(*args, **(kwargs or {}))
-        if not torch.equal(before, random_state(like.device)):  # fused attention has the tag, and mostly no dropout
+        if not before.same_torch(RandomState()):  # fused attention has the tag, and mostly no dropout
             self.seen.append((func, tuple(like.shape)))
             self.layouts.append(tuple(sorted(range(like.ndim), key=like.stride, reverse=True)))
         return result

@@ -1,9 +1,8 @@
 """How features stand in memory between blocks: which axes are positions, and which one is channels.
 
-``Layout`` says it; ``LayoutFinder`` finds it for a timm model. Mostly the shape tells, given the model and the image.
-Where features are as wide as their grid is high and long it doesn't; then one position of what went in is changed, and
-that place is looked for in what came out: a change stays near its place (in a transformer through its residual path),
-and spreads over all channels.
+Mostly the shape tells, given the model and the image. Where features are as wide as their grid is high and long it
+doesn't; then one position of what went in is changed, and that place is looked for in what came out: a change stays
+near its place (in a transformer through its residual path), and spreads over all channels.
 
 Shapes: B batch, N tokens, P prefix tokens, D width, H W grid.
 """
@@ -15,7 +14,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypedDict, final
+from typing import final
 
 import torch
 import torch.nn.functional as F
@@ -50,14 +49,7 @@ class Layout:
         return (*self.grid, self.width) if self.kind == "NHWC" else (self.width, *self.grid)
 
     def to_grid(self, features: Tensor) -> Tensor:
-        """Spatial features without prefix tokens, as a view where memory allows it.
-
-        Args:
-            features: [B, H, W, D], [B, D, H, W] or [B, P + N, D], as ``kind`` says.
-
-        Returns:
-            [B, H, W, D].
-        """
+        """Spatial features without prefix tokens, [B, H, W, D]; as a view where memory allows it."""
         if self.kind == "NHWC":
             return features
         if self.kind == "NCHW":
@@ -68,26 +60,11 @@ class Layout:
         return tokens.reshape(tokens.shape[0], *self.grid, self.width)
 
     def prefix(self, features: Tensor) -> Tensor | None:
-        """Class and register tokens.
-
-        Args:
-            features: as for ``to_grid``.
-
-        Returns:
-            [B, P, D], a view, or None where there are none.
-        """
+        """Class and register tokens, [B, P, D], a view; None where there are none."""
         return features[:, : self.num_prefix_tokens] if self.num_prefix_tokens else None
 
     def add(self, features: Tensor, grid: Tensor) -> Tensor:
-        """Features with something added to their spatial part.
-
-        Args:
-            features: as for ``to_grid``.
-            grid: [B, H, W, D].
-
-        Returns:
-            Of the features' own shape.
-        """
+        """Features with a grid [B, H, W, D] added to their spatial part."""
         if self.kind == "NHWC":
             return features + grid
         if self.kind == "NCHW":
@@ -106,20 +83,16 @@ class Layout:
 
 @final
 class LayoutFinder:
-    """Finds the layouts of the features along a model's trunk, in order.
+    """Finds the layouts of the features along a model's trunk, in order, for images of a height and width.
 
-    Args:
-        model: the timm model.
-        height: of the images.
-        width: of the images.
-        more_prefix_tokens: how many there may be where the model doesn't say.
+    ``more_prefix_tokens`` is how many there may be where the model doesn't say.
     """
 
     def __init__(self, model: nn.Module, height: int, width: int, *, more_prefix_tokens: tuple[int, ...] = ()) -> None:
         self.model = model
         own = int(attribute(model, "num_prefix_tokens") or 0)
         self.prefix_tokens = tuple(dict.fromkeys((own, 0, *more_prefix_tokens)))
-        self.widths = {int(info["num_chs"]) for info in _widths(model)}
+        self.widths = {int(info["num_chs"]) for info in attribute(model, "feature_info") or []}
         embedded = attribute(child_of(model, "patch_embed") or model, "grid_size")
         self.grids: list[tuple[int, int]] = [tuple(embedded)] if embedded else []
         for stride in range(1, max(height, width) + 1):
@@ -129,13 +102,10 @@ class LayoutFinder:
         self.kind: Kind = attribute(model, "output_fmt") or "NCHW"
 
     def describe(self, features: Tensor, index: int, changed: Callable[[], Tensor]) -> Layout:
-        """The layout of the features that enter block ``index``.
+        """The layout of the features [B, ...] that enter block ``index``.
 
-        Args:
-            features: [B, ...].
-            index: of the block.
-            changed: gives those features after what they were made of was changed at one place (``change_image``,
-                ``change_features``).
+        ``changed`` gives those features after what they were made of was changed at one place (``change_image``,
+        ``change_features``).
         """
         layout = self._tokens(features, index) if features.ndim == 3 else self._map(features, changed)
         if index == 0 and not isinstance(features, FakeTensor):
@@ -202,12 +172,7 @@ def change_image(images: Tensor) -> Tensor:
 
 
 def change_features(features: Tensor, layout: Layout) -> Tensor:
-    """Features with one position changed, by as much as they are large.
-
-    Args:
-        features: [B, ...].
-        layout: of them.
-    """
+    """Features [B, ...] of a layout with one position changed, by as much as they are large."""
     grid = torch.zeros(len(features), *layout.grid, layout.width, dtype=features.dtype, device=features.device)
     values = torch.randn(layout.width, generator=torch.Generator().manual_seed(2), device="cpu")
     row, column = (_cells(length, share, 0) for length, share in zip(layout.grid, PLACE, strict=True))
@@ -228,13 +193,3 @@ def _cells(length: int, share: float, around: int) -> slice:
     """The place along an axis, and as many cells on both of its sides."""
     middle = int(share * length)
     return slice(max(0, middle - around), middle + around + 1)
-
-
-class _FeatureInfo(TypedDict):
-    """What timm says of a stage, as far as it is read here."""
-
-    num_chs: int
-
-
-def _widths(model: nn.Module) -> list[_FeatureInfo]:
-    return list(attribute(model, "feature_info") or [])

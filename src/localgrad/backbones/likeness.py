@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from localgrad.backbones.fake import FakeTensor
-from localgrad.backbones.written import HOOKS, OUR_PACKAGES, is_ours
+from localgrad.backbones.hooks import OUR_PACKAGES, is_ours
 
 RATES = ("p", "drop_prob")
 """Where torch's dropout and timm's drop path keep their rate, by which the blocks of a model differ.
@@ -30,14 +30,11 @@ Which rate it is changes neither form nor cost, whether there is one does. All o
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _LIBRARIES = OUR_PACKAGES | sys.stdlib_module_names | {"numpy", "einops", "torchvision"}
 _NOT_COMPARED = frozenset({"training", "name", "_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"})
+_HOOKS = ("_forward_", "_backward_", "_state_dict_", "_load_state_dict_")
 
 
 def signature(module: nn.Module) -> str | None:
-    """A text that is the same for modules that cost the same, also in another process; no values of weights.
-
-    Returns:
-        ``None`` where something isn't readable.
-    """
+    """The same text for modules that cost the same, also in another process; ``None`` where one isn't readable."""
     reader = _Reader()
     text = reader.read(module)
     return None if reader.is_opaque else text
@@ -53,13 +50,8 @@ def likeness(module: nn.Module) -> Hashable | None:
     text = reader.read(module)
     if reader.is_opaque or reader.has_tensors:
         return None
-    single = [
-        value.item()
-        for buffer in module.buffers()
-        if buffer.numel() == 1 and not buffer.is_floating_point() and not buffer.is_complex()
-        for value in [buffer]
-        if not (value.is_meta or isinstance(value, FakeTensor))
-    ]
+    integers = [b for b in module.buffers() if b.numel() == 1 and not (b.is_floating_point() or b.is_complex())]
+    single = [buffer.item() for buffer in integers if not (buffer.is_meta or isinstance(buffer, FakeTensor))]
     return text, tuple(reader.classes), tuple(single)
 
 
@@ -78,7 +70,6 @@ class _Reader:
         is_opaque: whether it has something that can't be read.
         has_tensors: whether it keeps tensors as plain attributes, whose values aren't read.
         is_foreign: whether some of its code isn't ours.
-        classes: of its parts, once each.
     """
 
     def __init__(self) -> None:
@@ -102,10 +93,8 @@ class _Reader:
     def _attributes(self, part: nn.Module) -> list[tuple[str, object]]:
         found = []
         for name, value in vars(part).items():
-            if name in _NOT_COMPARED or name.endswith("_hooks"):
+            if name in _NOT_COMPARED or name.startswith(_HOOKS):
                 continue
-            if name in HOOKS:
-                value = list(value)  # noqa: PLW2901  # of those with keyword arguments, their numbers
             is_rate = name in RATES and isinstance(value, float)
             found.append((name, value != 0 if is_rate else self._value(value)))
         for table in ("_forward_hooks", "_forward_pre_hooks"):  # they may change what is computed

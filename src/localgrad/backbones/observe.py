@@ -1,7 +1,6 @@
 """Watch a timm model run once: which blocks were called, in which order, with what; what was read before and after.
 
-This is the only file that puts hooks on a model, and it takes every one off again. What it sees is data (``Seen``);
-``base.py`` makes the parts from it.
+What it sees is data (``Seen``), of which ``base.py`` makes the parts. Every hook is taken off again.
 
 Shapes: B batch; images [B, C, H, W].
 """
@@ -11,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -139,12 +138,8 @@ def watch_inputs(
 ) -> Iterator[set[int]]:
     """While the model and its parts run, in whatever mode: which parts write into what they receive?
 
-    The images are given as copies to the model and the first part, so that both begin with the same.
-
-    Args:
-        model: the timm model.
-        parts: in order, the stem first.
-        shapes: of one image's features that enter each part, None for the stem.
+    The images are given as copies to the model and the first part, so that both begin with the same. ``shapes`` are
+    those of one image's features that enter each part, None for the stem.
 
     Yields:
         The numbers of those parts, complete once they have run.
@@ -280,12 +275,12 @@ def _one_stream(call: Call) -> Call:
     if pack is None:
         return call
     class_token = call.args[0]
-    return Call(
-        call.station,
-        pack(call.module),
-        torch.cat((class_token, call.received), dim=1),
-        (),
-        {},
-        torch.cat((call.returned, call.received), dim=1),
+    return replace(
+        call,
+        module=pack(call.module),
+        received=torch.cat((class_token, call.received), dim=1),
+        args=(),
+        kwargs={},
+        returned=torch.cat((call.returned, call.received), dim=1),
         unpack=False,
     )

@@ -1,23 +1,17 @@
 """Prove that a backbone's parts are its model: the same logits, the same gradient of every parameter, bit for bit.
 
-The model as its owner handed it over runs first, then the parts, from the same buffers and random state; in eval and in
-train mode. Held against each other are
+The model runs first, then the parts, from the same buffers and random state; in eval and in train mode. Held against
+each other are what every block is given, call by call; the logits; and the gradients of images and trainable
+parameters, of the logits and of the last block's output.
 
-* what every block is given, call by call;
-* the logits;
-* the gradients of images and trainable parameters, of the logits and of the last block's output.
-
-A head, a norm or a layer scale that starts at zero would hide everything before it. So parameters that are nothing but
+A head, a norm or a layer scale that starts at zero would hide everything before it: parameters that are nothing but
 zeros get random values for as long as the proof takes. Logits of the true weights are compared before (``split``).
-
 Parameters that several parts read (a rotary table of which every block makes its own) get the sum of several gradients,
 in another order of summation: these are held to rounding.
 
-Memory. Every block runs under a checkpoint, in the model and in the parts alike, so that one block's activations are
-alive, for one image; and the trainable parameters' gradients, once. Of those of the model only digests are kept. A
-training step needs more: its optimizer's state, and the activations of a whole local module.
-
-``autograd.grad`` is used, and not ``backward``: gradients that are there stay, and nobody's hooks on them are called.
+Every block runs under a checkpoint, so that one block's activations are alive, for one image; of the model's gradients
+only digests are kept. ``autograd.grad`` is used, and not ``backward``: gradients that are there stay, and nobody's
+hooks on them are called.
 """
 
 from __future__ import annotations
@@ -57,12 +51,7 @@ class Trace:
 
 
 class Shown(NamedTuple):
-    """What the proof saw of a model.
-
-    Attributes:
-        written: names of the buffers that a forward pass writes.
-        unread: names of the trainable parameters that nothing depends on.
-    """
+    """What the proof saw: names of buffers that a forward pass writes, and of weights that nothing depends on."""
 
     written: frozenset[str]
     unread: frozenset[str]
@@ -87,9 +76,6 @@ def prove(
         images: [B, C, H, W], B at least 2.
         moving: modules that a forward pass changes, beside those with buffers in training.
 
-    Returns:
-        What was seen on the way.
-
     Raises:
         BackboneError: something differs; the message says what.
     """
@@ -112,7 +98,7 @@ def prove(
                     _run(run, model, images[:count], trace, shared)
                 traces.append(trace)
                 if run is model:
-                    written |= state.written_buffers()
+                    written |= state.written_buffers(model)
                     _check_written(model, state)
             theirs, ours = traces
             _compare(model, theirs, ours, mode)
@@ -136,7 +122,7 @@ def _nothing_hidden(model: nn.Module) -> Iterator[None]:
 
 
 def _check_written(model: nn.Module, state: ModelState) -> None:
-    for name in state.written_parameters():
+    for name in state.written_parameters(model):
         raise unsupported(
             model, f"its forward pass writes into its parameter {name}; make a buffer of it, and build the model anew"
         )
@@ -218,8 +204,7 @@ class _Again:
     """
 
     def __init__(self, block: nn.Module | None, given: Sequence[Tensor]) -> None:
-        self.block = block
-        self.state = None if block is None else ModelState([block], torch.device("cpu"))
+        self.state = None if block is None else ModelState(block.modules())
         self.given = [(tensor, tensor._version, tensor.detach().clone()) for tensor in given]
         self.copies: dict[int, Tensor] = {}
         self.ends = ExitStack()
@@ -230,9 +215,8 @@ class _Again:
 
     def __enter__(self) -> None:
         """Begin, with what there was before."""
-        if self.block is not None and self.state is not None:
-            self.ends.enter_context(left_as_it_was(self.block))
-            self.state.restore(with_random=False)
+        if self.state is not None:
+            self.ends.enter_context(self.state.again())
         # Copies of copies: a leaf that needs a gradient can't be written into.
         self.copies = {
             id(tensor): value.requires_grad_(tensor.requires_grad).clone() for tensor, _, value in self.given

@@ -1,12 +1,9 @@
-"""What timm models do around their blocks, as small pieces that ``backbone.split`` chooses among.
+"""What timm models do around their blocks, as small pieces that ``split`` chooses among.
 
 A timm model is nearly a chain of modules, but not quite: its ``forward`` permutes and flattens features between
 two blocks, hands them a rotary embedding or a grid size, adds a class token half way, or keeps the class token in
-a stream of its own. Each such habit is one piece here. ``split`` never asks which architecture it has: it tries
-the pieces on what it observed in a real forward pass and keeps the one that gives the same bits.
-
-This file, ``observe.py`` and ``base.py`` are the only ones that know timm's private names (written against
-timm 1.0.31; the tests of the families pin the behaviour).
+a stream of its own. Each such habit is one piece here; ``split`` tries them on what it observed in a real forward pass
+and keeps the one that gives the same bits. Written against timm 1.0.31; the tests of the families pin the behaviour.
 
 Shapes: B batch, N tokens, P prefix tokens, D width, H W grid.
 """
@@ -29,32 +26,14 @@ from localgrad.errors import BackboneError
 Kind = Literal["NHWC", "NCHW", "tokens"]
 
 SUPPORTED_FAMILIES: tuple[str, ...] = (
-    *(
-        "swin",
-        "swinv2",
-        "swinv2_cr",
-        "vit",
-        "deit",
-        "deit3",
-        "dinov2",
-        "beit",
-        "beitv2",
-        "eva02",
-        "cait",
-        "convit",
-        "xcit",
-    ),
-    *("davit", "maxvit", "mvitv2", "pvt_v2", "hiera", "convnext", "resnet"),
+    *("swin", "swinv2", "swinv2_cr", "vit", "deit", "deit3", "dinov2", "beit", "beitv2", "eva02", "cait", "convit"),
+    *("xcit", "davit", "maxvit", "mvitv2", "pvt_v2", "hiera", "convnext", "resnet"),
 )
 """Families that the tests hold to the bit; others may work, and are proved or refused at the time of splitting."""
 
 TRUNK_NAMES = (
-    "blocks",
-    "layers",
-    "stages",
-    *("layer1", "layer2", "layer3", "layer4"),
-    "blocks_token_only",
-    "cls_attn_blocks",
+    *("blocks", "layers", "stages", "layer1", "layer2", "layer3", "layer4"),
+    *("blocks_token_only", "cls_attn_blocks"),
 )
 """Where timm models keep their blocks, or groups of blocks."""
 
@@ -90,9 +69,6 @@ def rearrange(features: Tensor, source: Kind, target: Kind, grid: tuple[int, int
         target: how they are wanted.
         grid: (H, W).
         dense: make the result contiguous, where timm does (the kernels that follow depend on it).
-
-    Returns:
-        The features in the ``target`` layout.
     """
     if source == "tokens":
         features = features.reshape(features.shape[0], *grid, features.shape[2])
@@ -167,17 +143,9 @@ TENSOR_ARGUMENTS = {
 def find_recomputed(
     model: nn.Module, keyword: str, value: Tensor, grid: tuple[int, int], block_index: int
 ) -> ComputedArgument | None:
-    """Find how ``model`` computes a tensor argument of a block.
+    """How a model computes a tensor argument of a block: a module that gives the same bits, or None.
 
-    Args:
-        model: the timm model.
-        keyword: the argument's name.
-        value: the tensor that was observed.
-        grid: (H, W) of the block's features.
-        block_index: which block it is (a depth-wise rope is indexed by it).
-
-    Returns:
-        A module that computes the same tensor, bit for bit, or None.
+    ``grid`` is (H, W) of the block's features; a depth-wise rope is indexed by the block.
     """
     known = TENSOR_ARGUMENTS.get(keyword)
     source = child_of(model, known.child) if known else None
@@ -198,15 +166,12 @@ def find_recomputed(
 
 
 def find_glue(given: Tensor, wanted: Tensor, class_token: nn.Parameter | None) -> Callable[..., Tensor] | None:
-    """Find what stands between the output of one module and the input of the next.
+    """What stands between the output of one module and the input of the next; ``identity`` where nothing does, or None.
 
     Args:
         given: what the first module returned.
         wanted: what the second one received.
         class_token: [1, 1, D], the token that the model may put in front, where it has one.
-
-    Returns:
-        A callable from the one to the other, ``identity`` where they are equal, None where nothing fits.
     """
     return next((glue for glue in _glues(given, wanted, class_token) if same(glue(given), wanted)), None)
 
@@ -254,9 +219,6 @@ class InputKept(nn.Module):
     """A block that writes into what it receives (an in-place activation first), made to write into a copy of it.
 
     Its input is also what an objective reconstructs, what is recomputed from, and what another module or process sees.
-
-    Args:
-        block: the block.
     """
 
     def __init__(self, block: nn.Module) -> None:
@@ -303,13 +265,7 @@ class Step(nn.Module):
         self.shape, self.name = shape, name
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features in, features out.
-
-        Args:
-            features: as they leave the part before.
-
-        Returns:
-            The features that the timm module gives.
+        """Features to features.
 
         Raises:
             BackboneError: the features have another grid than the one this backbone was split for.
@@ -368,15 +324,9 @@ def child_of(module: nn.Module, name: str) -> nn.Module | None:
 
 
 def token_order(model: nn.Module, block_index: int, num_tokens: int) -> tuple[int, ...] | None:
-    """Where each token stands on the grid, for a model that reorders its tokens (hiera).
+    """The raster position of token n at index n, for a model that reorders its tokens (hiera); None in raster order.
 
-    Args:
-        model: the timm model.
-        block_index: the block that the tokens have left (0 for those that enter it).
-        num_tokens: N.
-
-    Returns:
-        The raster position of token n at index n, or None where the tokens are in raster order.
+    ``block_index`` is the block that the N tokens have left, 0 for those that enter it.
     """
     reroll = child_of(model, "reroll")
     if reroll is None:
@@ -388,12 +338,7 @@ def token_order(model: nn.Module, block_index: int, num_tokens: int) -> tuple[in
 
 
 class Unsplittable(BackboneError):  # noqa: N818  # what it is, as its base is named
-    """A model whose parts aren't the model.
-
-    Args:
-        model: the model.
-        what: is wrong.
-    """
+    """A model whose parts aren't the model; says what is wrong, and what works."""
 
     def __init__(self, model: nn.Module, what: str) -> None:
         children = ", ".join(name for name, _ in model.named_children())

@@ -1,11 +1,8 @@
 """The methods that ``localgrad compare`` runs: what anybody would write, its rivals, and local modules.
 
-A ``Contender`` is a small description. On a ``Stage`` (one split model, one optimizer factory, one batch size) it gives
-an estimate of its step's memory, and a ``Runner`` of the step itself. All of them train the same model's weights in
-turn: neither times nor bytes depend on values. Auxiliary nets and optimizer state are each runner's own.
-
-The plain loop knows nothing of localgrad. timm's activation checkpointing is a flag on the shared model, so it is set
-for the step and taken back.
+A ``Contender`` is a small description. On a ``Stage`` it gives an estimate of its step's memory, and a ``Runner`` of
+the step itself. All of them train the same model's weights in turn: neither times nor bytes depend on values. Auxiliary
+nets and optimizer state are each runner's own. The plain loop knows nothing of localgrad.
 """
 
 from __future__ import annotations
@@ -174,7 +171,7 @@ class _Loop:
     def train_on(self, images: Tensor, labels: Tensor) -> None:
         self.model.train()
         dtype = PRECISIONS[self.method.precision]
-        with _timm_checkpointing(self.model, enable=self.method.checkpoint), _compiling_with_budget(self.method.budget):
+        with _as_it_recomputes(self.method, self.model):
             with torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not None):
                 loss = F.cross_entropy(self.forward(images), labels)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -183,24 +180,16 @@ class _Loop:
 
 
 @contextlib.contextmanager
-def _timm_checkpointing(model: Any, *, enable: bool) -> Iterator[None]:
-    if enable:
-        model.set_grad_checkpointing(enable=True)
-    try:
-        yield
-    finally:
-        if enable:
-            model.set_grad_checkpointing(enable=False)
+def _as_it_recomputes(method: PlainLoop, model: Any) -> Iterator[None]:
+    """Timm's checkpointing is a flag on the model that all share, torch's budget one that is read on compiling."""
+    with contextlib.ExitStack() as stack:
+        if method.budget is not None:
+            from torch._functorch import config
 
-
-@contextlib.contextmanager
-def _compiling_with_budget(share: float | None) -> Iterator[None]:
-    if share is None:
-        yield
-        return
-    from torch._functorch import config
-
-    with config.patch(activation_memory_budget=share):  # read when the step compiles
+            stack.enter_context(config.patch(activation_memory_budget=method.budget))
+        if method.checkpoint:
+            model.set_grad_checkpointing(enable=True)
+            stack.callback(model.set_grad_checkpointing, enable=False)
         yield
 
 

@@ -109,7 +109,7 @@ def measure(
     # Asked when the optimizers have made their state.
     held: Iterable[Held] = holds or ()
     if isinstance(step, Learner):
-        held = [*step.modules, *step.optimizers, *([step.averaged_model] if step.averaged_model is not None else [])]
+        held = [*step.modules, *step.optimizers, *([] if step._ema is None else [step._ema.module])]
     allocated, reserved = peak_of(once, device, [*held, images, labels])
     seconds = tuple(timed(once, device) for _ in range(repeats))
     return Measurement(
@@ -129,10 +129,7 @@ def timed(run: Callable[[], object], device: torch.device, clock: Callable[[], f
 def peak_of(run: Callable[[], object], device: torch.device, held: Iterable[Held]) -> tuple[int, int | None]:
     """Measure the peak memory of one call.
 
-    Args:
-        run: the step.
-        device: where it runs.
-        held: what is alive before it (on a processor; on CUDA the allocator knows).
+    What is held before it counts on a processor; CUDA's allocator knows by itself.
 
     Returns:
         Bytes allocated at most, and bytes reserved at most (``None`` on a processor).

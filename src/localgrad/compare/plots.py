@@ -33,7 +33,7 @@ UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
 def check_path(name: str, path: Path) -> None:
-    """Refuse a file that a plot couldn't be written to, before there is anything to lose.
+    """Refuse a picture that couldn't be written, before there is anything to lose.
 
     Raises:
         RecipeError: not PNG or SVG, or no such folder, or it can't be written; or matplotlib isn't installed.
@@ -53,13 +53,8 @@ def plot_trade_off(comparison: Comparison, path: Path) -> None:
     """Draw peak memory against step time: every method a numbered point, the Pareto front as a step line.
 
     Whatever lies on the line or above it to the right can be had; nothing below it was found.
-
-    Args:
-        comparison: with measured times.
-        path: PNG or SVG.
     """
-    figure, axes = _figure(comparison, "Peak memory against step time")
-    _lay_out(figure, right=0.66)
+    figure, axes = _figure(comparison, "Peak memory against step time", right=0.66)
     numbered = [(number, row) for number, row in enumerate(comparison.rows, 1) if _is_point(row)]
     unit, size = _unit(max((row.peak_bytes or 0 for _, row in numbered), default=0))
     for _, row in numbered:
@@ -81,14 +76,8 @@ def plot_trade_off(comparison: Comparison, path: Path) -> None:
 
 
 def plot_timeline(comparison: Comparison, path: Path) -> None:
-    """Draw bytes alive over one step: the end-to-end mountain against the local sawtooth.
-
-    Args:
-        comparison: with timelines, which are estimates.
-        path: PNG or SVG.
-    """
-    figure, axes = _figure(comparison, "Memory over one training step (estimated)")
-    _lay_out(figure, right=0.97)
+    """Draw bytes alive over one step, as estimated: the end-to-end mountain against the local sawtooth."""
+    figure, axes = _figure(comparison, "Memory over one training step (estimated)", right=0.97)
     highest = max((nbytes for timeline in comparison.timelines.values() for _, nbytes in timeline), default=1)
     unit, size = _unit(highest)
     for index, (name, timeline) in enumerate(comparison.timelines.items()):
@@ -112,7 +101,7 @@ def _unit(nbytes: int) -> tuple[str, int]:
     return next(((name, size) for name, size in UNITS if nbytes >= size), UNITS[-1])
 
 
-def _figure(comparison: Comparison, what: str) -> tuple[Figure, Axes]:
+def _figure(comparison: Comparison, what: str, *, right: float) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
     about = comparison.about
@@ -123,6 +112,7 @@ def _figure(comparison: Comparison, what: str) -> tuple[Figure, Axes]:
     figure.suptitle(f"{what}: {about.get('model', 'model')}", x=0.02, y=0.985, ha="left", fontsize=14)
     known = (f"batch {about.get('batch_size')}", about.get("device"), about.get("date"))
     figure.text(0.02, 0.915, ", ".join(str(item) for item in known if item), fontsize=9.5, color=GREY)
+    figure.subplots_adjust(left=0.08, right=right, top=0.84, bottom=0.19)
     return figure, axes
 
 
@@ -260,10 +250,6 @@ def _place_numbers(figure: Figure, axes: Axes, points: Sequence[tuple[str, float
             zorder=4,
             arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkA": 4} if is_far else None,
         )
-
-
-def _lay_out(figure: Figure, *, right: float) -> None:
-    figure.subplots_adjust(left=0.08, right=right, top=0.84, bottom=0.19)
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -5,11 +5,10 @@ then come the timed repeats, in each of which every method has its turn, in an o
 A method's time ratio is the median over repeats of its time to the plain loop's *in the same repeat* (and precision),
 so that a slow minute of a shared machine weighs on both; the spread is the least and the greatest ratio.
 
-One model is trained by all of them in turn. While others run, a method's own tensors (optimizer state, auxiliary nets)
-are parked in host memory, and batches lie there too: so on CUDA the device holds in every turn what it would hold if
-that method were alone, and ``max_memory_allocated`` needs no correction. The step gets a batch that it may give away,
-as from the data path. On a processor nothing is parked, since only what the method itself holds and allocates is
-counted (``measuring.py``).
+One model is trained by all in turn. While others run, a method's own tensors are parked in host memory, and batches lie
+there too: so on CUDA the device holds in every turn what it would hold if that method were alone. The step gets a batch
+that it may give away, as from the data path. On a processor nothing is parked: only what the method itself holds and
+allocates is counted (``measuring.py``).
 
 A method that fails (out of memory, a compiler's error) leaves its row with the reason; the others go on.
 """
@@ -20,10 +19,11 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict, final
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -197,7 +197,17 @@ def compare(
         clock: in seconds.
     """
     assert len(images) == stage.batch_size, "estimates are for the batch that is run"
-    rows = [_row(method) for method in methods]
+    rows = [
+        Row(
+            name=method.name,
+            family=method.family,
+            precision=method.precision,
+            compile=method.compile,
+            num_modules=method.num_modules if isinstance(method, Local) else None,
+            baseline=END_TO_END if method.precision == "fp32" else f"{END_TO_END}, {method.precision}",
+        )
+        for method in methods
+    ]
     profiles: dict[str, MemoryProfile] = {}
     turns = len(methods) * (1 if estimate_only else 2 + repeats)
 
@@ -206,7 +216,7 @@ def compare(
 
     for method, row in zip(methods, rows, strict=True):
         say(f"estimating {method.name}")
-        with _Failing(row, stage, "the estimate failed: "):
+        with _failing(row, stage, "the estimate failed: "):
             profile = method.estimate(stage)
             if profile is not None:
                 profiles[method.name] = profile
@@ -222,19 +232,6 @@ def compare(
     told = [name for name in _worth_drawing(rows) if name in profiles] if timelines else []
     drawn = {name: envelope(profiles[name].timeline, TIMELINE_BINS) for name in told}
     return Comparison(about={**(about or About()), "is_interrupted": is_interrupted}, rows=rows, timelines=drawn)
-
-
-def _row(method: Contender) -> Row:
-    baseline = END_TO_END if method.precision == "fp32" else f"{END_TO_END}, {method.precision}"
-    num_modules = method.num_modules if isinstance(method, Local) else None
-    return Row(
-        name=method.name,
-        family=method.family,
-        precision=method.precision,
-        compile=method.compile,
-        num_modules=num_modules,
-        baseline=baseline,
-    )
 
 
 def _run_contenders(
@@ -258,7 +255,7 @@ def _run_contenders(
     runners: dict[str, Runner] = {}
     for method, row in zip(methods, rows, strict=True):
         say(f"warming up {method.name}")
-        with _Failing(row, stage):
+        with _failing(row, stage):
             _check_room(row, device)
             runner = method.build(stage)
             with runner.on_stage(device):
@@ -276,7 +273,7 @@ def _run_contenders(
         for name in order:
             say(f"repeat {repeat + 1} of {repeats}: {name}")
             row = by_name[name]
-            with _Failing(row, stage):
+            with _failing(row, stage):
                 row.seconds[-1] = _turn(runners[name], fresh, device, clock)
             if row.seconds[-1] is None:
                 del runners[name]
@@ -300,32 +297,23 @@ def _turn(runner: Runner, fresh: Callable[[], LocalBatch], device: torch.device,
     return statistics.median(found)
 
 
-@final
-class _Failing:
-    """Turns what goes wrong inside into a row's ``error``, and frees what the step left."""
-
-    def __init__(self, row: Row, stage: Stage, prefix: str = "") -> None:
-        self.row, self.stage, self.prefix = row, stage, prefix
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> bool:
-        if not isinstance(error, Exception):
-            return False
+@contextmanager
+def _failing(row: Row, stage: Stage, prefix: str = "") -> Iterator[None]:
+    """Turn what goes wrong inside into a row's ``error``, and free what the step left."""
+    try:
+        yield
+    except Exception as error:
         said = reason_of(error, limit=200)
-        kind_name = type(error).__name__
         if isinstance(error, MemoryExceeded) or (isinstance(error, RuntimeError) and out_of_memory(error) is not None):
-            self.row.error = "out of memory"
+            row.error = "out of memory"
         else:
-            self.row.error = self.prefix + (said if isinstance(error, _NoRoomError) else f"{kind_name}: {said}")
+            row.error = prefix + (said if isinstance(error, _NoRoomError) else f"{type(error).__name__}: {said}")
         error.__traceback__ = None  # its frames hold the step's tensors
-        for weight in self.stage.backbone.model.parameters():
+        for weight in stage.backbone.model.parameters():
             weight.grad = None
         gc.collect()
-        if self.stage.device.type == "cuda":
+        if stage.device.type == "cuda":
             torch.cuda.empty_cache()
-        return True
 
 
 class _NoRoomError(Exception):
@@ -398,11 +386,7 @@ def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
 
 
 def envelope(timeline: Sequence[tuple[int, int]], bins: int) -> Timeline:
-    """Thin a timeline out: the greatest value in each of ``bins`` equal parts of the step.
-
-    Args:
-        timeline: (operators run so far, bytes alive), in order.
-        bins: parts.
+    """Thin a timeline of (operators run so far, bytes alive) out: the greatest value in each of so many equal parts.
 
     Returns:
         (share of the operators where the part begins, bytes), one a part; the peak is among them.

@@ -9,7 +9,7 @@ import datetime
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +20,23 @@ from torch import Tensor
 from localgrad import rules
 from localgrad.app.build import check_model_name, create_model, input_size_of, resolve_device
 from localgrad.app.comparison import Settings
-from localgrad.app.recipe import DataSettings, ModelSettings, validated
+from localgrad.app.fitting import device_name, versions
+from localgrad.app.planned import read_plan
+from localgrad.app.recipe import ModelSettings, validated
 from localgrad.backbones.base import Backbone, split
-from localgrad.compare.contenders import Contender, Local, Stage, default_methods
+from localgrad.compare.contenders import HOST, Contender, Local, Stage, default_methods
 from localgrad.compare.plots import check_path, plot_timeline, plot_trade_off
 from localgrad.compare.side_by_side import About, Comparison, Report, Row, compare
-from localgrad.errors import PartitionError, RecipeError, arg, did_you_mean
+from localgrad.errors import RecipeError, arg, did_you_mean
 from localgrad.formats import Json, check_output_file
 from localgrad.objectives.auxiliary import DECODERS
 from localgrad.objectives.methods import OBJECTIVES
-from localgrad.partition import Checkpointing, Plan
+from localgrad.partition import Checkpointing
 from localgrad.partitioning import num_parameters
-from localgrad.run import device_name, versions
 from localgrad.step.local_step import check_precision
-from localgrad.training.data import Batches, DataInfo, load_data
+from localgrad.training.data import Batches, load_data
 from localgrad.training.optim import OptimizerFactory
+from localgrad.training.settings import DataSettings
 from localgrad.units import format_bytes, format_rate
 
 PRECISIONS = ("fp32", "bf16")
@@ -42,10 +44,6 @@ PRECISIONS = ("fp32", "bf16")
 
 def run(settings: Settings, report: Report) -> Comparison:
     """Compare methods, and write the files that were asked for.
-
-    Args:
-        settings: what was typed.
-        report: told what comes next and how many turns there are, once a turn.
 
     Raises:
         LocalgradError: something is wrong with an option; nothing was run.
@@ -59,12 +57,12 @@ def run(settings: Settings, report: Report) -> Comparison:
     check_model_name(settings.model)
     methods = _methods(settings, precisions)
     torch.manual_seed(0)
-    info, batches_of = _data(settings)
+    data = _images(settings)
     asked = ModelSettings(name=settings.model, img_size=settings.img_size)
-    model = create_model(asked, num_classes=info.num_classes, num_channels=info.num_channels)
-    size = input_size_of(model, asked, info.num_channels)
+    model = create_model(asked, num_classes=data.num_classes, num_channels=data.num_channels)
+    size = input_size_of(model, asked, data.num_channels)
     optimizer = OptimizerFactory(model, name=settings.optimizer, lr=1e-4, weight_decay=0.05)
-    images, labels = batches_of(size)
+    images, labels = data.batch(size)
     backbone = split(model.to(device), size)
     optimizer([next(backbone.parameters())])  # timm may not be able to make it here
     for method in methods:
@@ -73,9 +71,9 @@ def run(settings: Settings, report: Report) -> Comparison:
     about: About = {
         "model": settings.model,
         "input_size": list(size),
-        "num_classes": info.num_classes,
+        "num_classes": data.num_classes,
         "batch_size": settings.batch_size,
-        "data": info.name,
+        "data": data.name,
         "device": device_name(device),
         "device_type": device.type,
         "num_threads": torch.get_num_threads(),
@@ -154,7 +152,7 @@ def _methods(settings: Settings, precisions: Sequence[str]) -> list[Contender]:
         compile=settings.compile,
         budgets=[_memory_share(text) for text in _choices("memory_budget", settings.budget)],
         # Their rows have forecasts of their own; in what they were made for something else is told below the table.
-        plans=[(f"plan {path.stem}", replace(_read_plan(path), made_for={})) for path in settings.plans],
+        plans=[(f"plan {path.stem}", replace(read_plan(path), made_for={})) for path in settings.plans],
     )
 
 
@@ -164,7 +162,7 @@ def _notes_of_plans(
     """A line for each plan that was made for something else than what is compared."""
     notes = []
     for path in settings.plans:
-        plan = _read_plan(path)
+        plan = read_plan(path)
         planned = plan.made_for.get("execution.precision")
         here = {
             "training.batch_size": settings.batch_size,
@@ -218,67 +216,44 @@ def _memory_share(text: str) -> float:
     return share
 
 
-def _read_plan(path: Path) -> Plan:
-    try:
-        return Plan.from_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise RecipeError(
-            f"{arg('plan')}: {path} can't be read ({reason}); name a file that holds a plan as JSON."
-        ) from error
-    except PartitionError as error:
-        raise RecipeError(f"{arg('plan')}: {path}: {error}") from error
+@dataclass(frozen=True)
+class _Images:
+    """What the data set is like, and a function that gives one batch of it for (C, H, W), in host memory."""
+
+    name: str
+    num_classes: int
+    num_channels: int
+    batch: Callable[[tuple[int, int, int]], tuple[Tensor, Tensor]]
 
 
-def _data(settings: Settings) -> tuple[DataInfo, Callable[[tuple[int, int, int]], tuple[Tensor, Tensor]]]:
-    """What the data set is like, and a function that gives one batch of it for an input size, in host memory."""
+def _images(settings: Settings) -> _Images:
     if settings.data is not None:
-        return _loader(settings, settings.data)
+        return _images_of_data(settings, settings.data)
     num_classes = 1000 if settings.num_classes is None else settings.num_classes
-    info = DataInfo(
-        name="random images",
-        class_names=tuple(map(str, range(num_classes))),
-        num_channels=3,
-        image_size=None,
-        mean=(0.0,) * 3,
-        std=(1.0,) * 3,
-        num_skipped=0,
-        num_train=settings.batch_size,
-        num_val=0,
-        num_test=0,
-        notes=(),
-    )
 
     def draw(size: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
         return torch.randn(settings.batch_size, *size), torch.randint(num_classes, (settings.batch_size,))
 
-    return info, draw
+    return _Images("random images", num_classes, 3, draw)
 
 
-def _loader(settings: Settings, name: str) -> tuple[DataInfo, Callable[[tuple[int, int, int]], tuple[Tensor, Tensor]]]:
+def _images_of_data(settings: Settings, name: str) -> _Images:
     side = settings.img_size
-    names = ("on_corrupt", "train_data", "val_data", "test_data", "image_range", "background", "fit")
+    names = ("root", "on_corrupt", "train_data", "val_data", "test_data", "image_range", "background", "fit")
     asked = {key: getattr(settings, key) for key in names if getattr(settings, key) is not None}
-    reading: DataSettings = validated(DataSettings, asked, "data.")
-    splits = load_data(
-        name,
-        root=None if settings.root is None else Path(settings.root),
-        download=settings.download,
-        val_fraction=0.0,
-        image_size=None if side is None else (side, side),
-        **{key: getattr(reading, key) for key in asked},
-    )
+    data: DataSettings = validated(DataSettings, {**asked, "name": name, "val_fraction": 0.0}, "data.")
+    splits = load_data(data, download=settings.download, image_size=None if side is None else (side, side))
+    info = splits.info
 
     def first(size: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
         batches = Batches(
-            splits.train,
+            images=splits.train,
             batch_size=settings.batch_size,
             image_size=size[1:],
-            info=splits.info,
-            device="cpu",
+            info=info,
+            device=HOST,
             augment=None,
             seed=0,
-            drop_last=True,
         )
         batch = next(batches.epoch(0))
         if len(batch.images) < settings.batch_size:
@@ -287,7 +262,7 @@ def _loader(settings: Settings, name: str) -> tuple[DataInfo, Callable[[tuple[in
             )
         return batch.images, batch.targets
 
-    return splits.info, first
+    return _Images(name, info.num_classes, info.num_channels, first)
 
 
 # The table -------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ class Choice(NamedTuple):
     """One way to run a local module.
 
     Attributes:
-        nanoseconds: nominal time of its step, the update left out.
+        nanoseconds: time of its step; nominal ones leave the update out.
         peak_bytes: the most bytes alive during its step, all static memory left out.
         how: its checkpointing.
     """
@@ -83,12 +83,13 @@ class CostSettings:
 
 
 class Head(NamedTuple):
-    """A module's objective: what it costs, its own static bytes and those of its update, and passes a step."""
+    """A module's objective: what it costs, its own static bytes, its update's bytes and time, and passes a step."""
 
     cost: PartCost
     static: int
     temporary: int
     passes: int = 1
+    update_ns: int = 0
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ class Costs:
         static: for each part, bytes of parameters, buffers and optimizer state.
         state: for each part, bytes of optimizer state alone.
         temporary: for each part, bytes of the optimizer's temporaries.
+        update_ns: for each part, the time of its update, where it is known.
         temporary_adds: whether those add up over parts (``foreach``), or the largest counts.
         inputs: for each block, bytes of what enters it for the whole batch, and of what enters the tail.
         images: bytes of the images of the whole batch.
@@ -122,6 +124,7 @@ class Costs:
     static: list[int]
     state: list[int]
     temporary: list[int]
+    update_ns: list[int]
     temporary_adds: bool
     inputs: list[int]
     images: int
@@ -232,6 +235,7 @@ class Costs:
         plain_kept = [0, *itertools.accumulate(part.kept for part in plain)]
         plain_in_autocast = [0, *itertools.accumulate(part.kept_in_autocast for part in plain)]
         time = sum(part.forward_ns + part.backward_ns for part in plain) + head.forward_ns + head.backward_ns
+        update_ns = sum(self.update_ns[units.start : units.stop]) + self.head(start, stop).update_ns
         num_blocks = stop - begin
         for count in range(-skipped, num_blocks + 1):
             done = count + skipped  # units that run in the other way (the stem among them)
@@ -257,7 +261,7 @@ class Costs:
                 update,
             )
             peaks.append(around + peak)
-            times.append(time * passes)
+            times.append(time * passes + update_ns)
         return peaks, times
 
     def _units(self, start: int, stop: int) -> range:
@@ -293,6 +297,37 @@ def _suffix_peaks(
         forward.append(max(forward[-1], in_autocast[number] + part.forward + before))
         backward.append(max(backward[-1], kept[number] + part.backward + later[number] + output))
     return forward[::-1], backward[::-1]
+
+
+def with_times(costs: Costs, timed: Costs) -> Costs:
+    """The bytes of some costs with the times of others, which were taken on parts of the batch of another size.
+
+    Recomputing adds work: where a noisy clock says less than without, it is taken to be as fast.
+    """
+    share = costs.settings.part_size / timed.settings.part_size
+
+    def part(of_bytes: PartCost, of_time: PartCost) -> PartCost:
+        forward, backward = round(of_time.forward_ns * share), round(of_time.backward_ns * share)
+        return of_bytes._replace(forward_ns=forward, backward_ns=backward)
+
+    def at_least(plain: PartCost, other: PartCost) -> PartCost:
+        least = plain.forward_ns + plain.backward_ns - other.forward_ns
+        return other._replace(backward_ns=max(other.backward_ns, least))
+
+    def table(bytes_of: list[list[PartCost]], times_of: list[list[PartCost]]) -> list[list[PartCost]]:
+        ways = [list(map(part, *rows)) for rows in zip(bytes_of, times_of, strict=True)]
+        return [list(map(at_least, ways[0], way)) for way in ways]
+
+    return replace(
+        costs,
+        parts=table(costs.parts, timed.parts),
+        leading=table(costs.leading, timed.leading),
+        heads=[
+            head._replace(cost=part(head.cost, other.cost), update_ns=other.update_ns)
+            for head, other in zip(costs.heads, timed.heads, strict=True)
+        ],
+        update_ns=timed.update_ns,
+    )
 
 
 def interpolated(small: Costs, large: Costs, batch_size: int) -> Costs:

@@ -1,13 +1,13 @@
 """The costs of a model's parts, each distinct one measured once, forward and backward, on tensors without memory.
 
-How. Each part runs by itself under the tracker of ``memory.py``, between a source that gives its input and a sink that
+How. Each part runs by itself under the tracker of ``track.py``, between a source that gives its input and a sink that
 gives its output's gradient; so what is measured is the code that trains. Blocks that are alike (same classes, plain
 attributes and shapes) are measured once. Chunks of a half are alike too: two sizes are measured, and the block is then
 measured with a stand-in that takes and frees the same bytes for each chunk. ``costs.py`` composes modules from that.
 
 Seconds are a roofline (Williams, Waterman, Patterson, CACM 2009): each operator takes the longest of its arithmetic,
 its traffic and its launch, at nominal rates of a kind of device. They serve to compare plans, as ratios; no clock is
-read.
+read. ``timing.py`` reads one, for the same parts.
 
 Shapes: B batch first.
 """
@@ -15,31 +15,30 @@ Shapes: B batch first.
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, cast, final
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.utils.flop_counter import flop_registry
 
 from localgrad.backbones.base import Backbone
-from localgrad.backbones.fake import FakeTensorMode, by_shapes_alone, copies_within, fake_copy
+from localgrad.backbones.fake import by_shapes_alone, fake_copy
 from localgrad.backbones.halves import Branch, Piece, find_pieces, signature, whole_block
-from localgrad.backbones.namespaces import Kwargs
 from localgrad.memory.costs import WAYS, Costs, CostSettings, Head, PartCost
-from localgrad.memory.track import (
-    CUDA_ROUNDING,
-    Observer,
-    Tracker,
-    autocast_of,
-    choose_foreach,
-    rounded,
-    without_collector,
+from localgrad.memory.gauge import (
+    ByShapes,
+    Gauge,
+    Like,
+    Measured,
+    OptimizerFactory,
+    Run,
+    UpdateCost,
+    nbytes_of,
+    rounding_of,
 )
+from localgrad.memory.track import rounded, without_collector
 from localgrad.objectives.base import ContextSupply, LocalObjective
 from localgrad.objectives.carried import CARRIED, Route, empty_batch
 from localgrad.objectives.methods import Objective
@@ -47,62 +46,7 @@ from localgrad.objectives.site import Site
 from localgrad.partition import Checkpointing
 from localgrad.step.checkpointing import Recomputed, checkpointed
 from localgrad.step.local_module import build_local_objective, site_of
-from localgrad.step.local_step import autocast, single_images_refused
-
-OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Nominal rates of a kind of device, for ratios between plans.
-
-    Attributes:
-        flops: arithmetic a second in float32.
-        half_flops: arithmetic a second in bfloat16 or float16.
-        bytes: memory traffic a second.
-        launch_seconds: least time of an operator.
-    """
-
-    flops: float
-    half_flops: float
-    bytes: float
-    launch_seconds: float
-
-
-RATES = {
-    "cpu": Rates(flops=100e9, half_flops=200e9, bytes=5e9, launch_seconds=5e-6),
-    "cuda": Rates(flops=20e12, half_flops=250e12, bytes=1.6e12, launch_seconds=5e-6),
-}
-"""A few processor cores, whose operators fault in the fresh pages that they write; a data-centre GPU of 2020 (float32
-without TF32)."""
-
-
-@final
-class _Source(torch.autograd.Function):
-    """Gives a tensor that needs a gradient and takes the gradient; nothing else holds on to either."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return torch.empty(tuple(shape), dtype=dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
-        return None, None, None
-
-
-@final
-class _Sink(torch.autograd.Function):
-    """Takes an output without holding on to it, and gives a gradient of its shape."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor) -> Tensor:
-        ctx.like = output.shape, output.dtype
-        return torch.empty(())
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        shape, dtype = ctx.like
-        return torch.empty(shape, dtype=dtype)
+from localgrad.step.local_step import single_images_refused
 
 
 @final
@@ -123,7 +67,7 @@ class _Chunk(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         features, weight = ctx.saved_tensors
         cost = ctx.known.cost
-        outside = cost.output + _nbytes(features) + cost.gradients  # views and results, alive besides
+        outside = cost.output + nbytes_of(features) + cost.gradients  # views and results, alive besides
         inner = torch.empty(max(0, cost.backward - outside), dtype=torch.uint8)
         found = torch.empty_like(features), torch.empty_like(weight)
         del inner
@@ -146,77 +90,26 @@ class _KnownChunk:
         return output
 
 
-@final
-class _Clock(Observer):
-    """Adds up the nominal seconds of operators."""
-
-    def __init__(self, rates: Rates) -> None:
-        self.rates = rates
-        self.seconds = 0.0
-
-    def after(self, func: Any, args: tuple[Any, ...], kwargs: Kwargs, result: Any) -> None:
-        """Add the time of an operator."""
-        if not func.is_view and func not in _FREE:
-            self.seconds += self._time(func, args, kwargs, result)
-
-    def _time(self, func: Any, args: tuple[Any, ...], kwargs: Kwargs, result: Any) -> float:
-        tensors = [item for value in (*args, result) for item in _tensors_of(value)]
-        rates, traffic = self.rates, sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        time = max(traffic / rates.bytes, rates.launch_seconds)
-        count = flop_registry.get(func._overloadpacket)
-        if count is not None:
-            flops = count(*args, **kwargs, out_val=result)
-            is_half = any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in tensors)
-            time = max(time, flops / (rates.half_flops if is_half else rates.flops))
-        return time
-
-
-_FREE = {
-    torch.ops.aten.empty.memory_format,
-    torch.ops.aten.empty_like.default,
-    torch.ops.aten.new_empty.default,
-    torch.ops.aten.detach.default,
-    torch.ops.aten._unsafe_view.default,
-}
-"""Operators that move nothing, though PyTorch doesn't call them views."""
-
-
-def _tensors_of(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors_of(item)
-
-
-def _nbytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-class _Measured(NamedTuple):
-    cost: PartCost
-    shape: tuple[int, ...]  # of the output, batch included
-    dtype: torch.dtype
-    keeps_input: bool
-
-
-Run = Callable[[Tensor], Tensor]
 Cuts = dict[str, list[Piece]]
 """The pieces of a block by level of checkpointing; ``whole``, it is one piece."""
-Like = tuple[tuple[int, ...], torch.dtype]
 
 
 @final
-class _Workshop:
-    """Measures parts of one fake backbone; remembers those that are alike."""
+class Workshop:
+    """Measures the parts of one backbone; remembers those that are alike.
 
-    def __init__(self, fake_mode: FakeTensorMode, settings: CostSettings) -> None:
-        self.fake_mode = fake_mode
+    Args:
+        gauge: how.
+        settings: batch size, precision and so on.
+    """
+
+    def __init__(self, gauge: Gauge, settings: CostSettings) -> None:
+        self.gauge = gauge
+        self.mode = gauge.mode
+        self.measure = gauge.measure
         self.settings = settings
-        self.rounding = CUDA_ROUNDING if settings.device == "cuda" else 1
+        self.rounding = rounding_of(settings)
         self.known: dict[Any, Any] = {}
-        with fake_mode:
-            self.anchor = torch.empty((), requires_grad=True)
 
     def once(self, key: Any, measure: Callable[[], Any]) -> Any:
         """``measure()``, or what it gave before for the same key."""
@@ -226,7 +119,7 @@ class _Workshop:
 
     def nbytes(self, *tensors: Tensor) -> int:
         """Bytes that the device's allocator gives for tensors."""
-        return sum(rounded(_nbytes(tensor), self.rounding) for tensor in tensors)
+        return sum(rounded(nbytes_of(tensor), self.rounding) for tensor in tensors)
 
     def nbytes_of(self, like: Like) -> int:
         """The same for a tensor that is told by its shape and type."""
@@ -235,76 +128,6 @@ class _Workshop:
     def static_bytes(self, module: nn.Module) -> int:
         """The same for a module's parameters and buffers."""
         return self.nbytes(*module.parameters(), *module.buffers())
-
-    def _input(self, shape: Sequence[int], dtype: torch.dtype, *, needs_gradient: bool) -> Tensor:
-        return self.source(shape, dtype) if needs_gradient else torch.empty(tuple(shape), dtype=dtype)
-
-    def source(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor that needs a gradient and drops it."""
-        source: Tensor = _Source.apply(self.anchor, shape, dtype)
-        return source
-
-    def measure(
-        self,
-        run: Run,
-        like: Like,
-        weights: Sequence[Tensor],
-        *,
-        present: bool = False,
-        needs_gradient: bool = True,
-        accumulates: bool | None = None,
-    ) -> _Measured:
-        """Run a part forward and backward.
-
-        Args:
-            run: the part.
-            like: shape and dtype of its input.
-            weights: parameters whose gradients it makes.
-            present: its input is there before and after, and isn't counted.
-            needs_gradient: whether its input does.
-            accumulates: its gradients are added to those of earlier parts of the batch, each as soon as it is there; by
-                default as the settings say.
-        """
-        shape, dtype = like
-        clock = _Clock(RATES[self.settings.device])
-        meter = Tracker(self.rounding, clock)
-        with self.fake_mode, meter, autocast_of(self.settings.device), torch.enable_grad():
-            held = self._input(shape, dtype, needs_gradient=needs_gradient) if present else None
-            if self.settings.accumulation > 1 if accumulates is None else accumulates:
-                for weight in weights:
-                    weight.grad = torch.empty_like(weight)
-            meter.begin()
-            clock.seconds = 0.0
-            inputs = held if held is not None else self._input(shape, dtype, needs_gradient=needs_gradient)
-            entered = weakref.ref(inputs.untyped_storage())
-            with autocast("cpu", self.settings.precision):
-                output = run(inputs)
-                del inputs
-                in_autocast = meter.alive_bytes
-            keeps_input = entered() is not None
-            kept, forward, forward_seconds = meter.alive_bytes, meter.take_peak(), clock.seconds
-            nbytes = self.nbytes(output)
-            measured_shape, measured_dtype = tuple(output.shape), output.dtype
-            end = _Sink.apply(output)
-            del output
-            meter.take_peak()
-            end.backward()
-            backward = meter.take_peak()
-            gradients = sum(self.nbytes(weight.grad) for weight in weights if weight.grad is not None)
-            for weight in weights:
-                weight.grad = None
-            del held
-        cost = PartCost(
-            kept=kept - nbytes,
-            kept_in_autocast=in_autocast - nbytes,
-            output=nbytes,
-            forward=forward,
-            backward=backward,
-            gradients=gradients,
-            forward_ns=round(forward_seconds * 1e9),
-            backward_ns=round((clock.seconds - forward_seconds) * 1e9),
-        )
-        return _Measured(cost, measured_shape, measured_dtype, keeps_input)
 
     def way(self, block: nn.Module, pieces: Cuts, like: Like, how: Checkpointing) -> PartCost:
         """Measure a block under a way of checkpointing, given its pieces by level."""
@@ -325,7 +148,7 @@ class _Workshop:
             size = math.ceil(shape[0] / chunks) if piece.per_image else shape[0]
             times = math.ceil(shape[0] / size)  # as Tensor.chunk cuts: 9 images in 8 chunks are 5
             chunk = self._chunk(piece, ((size, *shape[1:]), dtype), shape[0])
-            with self.fake_mode:
+            with self.mode:
                 weight = nn.Parameter(torch.empty(max(1, chunk.cost.gradients // 4)))
             branch = _KnownChunk(chunk.cost, chunk.shape[1:], chunk.dtype, weight)
             stand_ins.append(Piece(branch, piece.drop_path, piece.per_image))
@@ -342,16 +165,16 @@ class _Workshop:
             backward_ns=cost.backward_ns + backward_ns,
         )
 
-    def _chunk(self, piece: Piece, like: Like, whole: int) -> _Measured:
+    def _chunk(self, piece: Piece, like: Like, whole: int) -> Measured:
         """One chunk of a branch; measured at all and an eighth of the batch: every tensor grows evenly with it."""
         (size, *rest), dtype = like
         mark = _mark_of(piece)
 
-        def measured(size: int) -> _Measured:
-            run, like = partial(checkpointed, piece.branch, state=piece.state), ((size, *rest), dtype)
+        def measured(size: int) -> Measured:
+            run, like = partial(checkpointed, piece.branch, effects=piece.effects), ((size, *rest), dtype)
             key = "chunk", mark, like
             measure = partial(self.measure, run, like, _weights_of(piece), present=True, accumulates=False)
-            found: _Measured = self.once(key, measure)
+            found: Measured = self.once(key, measure)
             return found
 
         # Not by image: on the whole batch, always. A chunk of one image may run otherwise than one of many.
@@ -362,17 +185,18 @@ class _Workshop:
         small, large = measured(math.ceil(whole / 8)), measured(whole)
         share = (size - small.shape[0]) / (large.shape[0] - small.shape[0])
         between = (round(a + (b - a) * share) for a, b in zip(small.cost, large.cost, strict=True))
-        return _Measured(PartCost(*between), (size, *small.shape[1:]), small.dtype, small.keeps_input)
+        return Measured(PartCost(*between), (size, *small.shape[1:]), small.dtype, small.keeps_input)
 
     def update(self, weights: Sequence[nn.Parameter], factory: OptimizerFactory) -> UpdateCost:
         """Measure an optimizer over some weights, each shape once and by itself."""
         if not weights:
             return UpdateCost(0, 0)
+        nanoseconds = self.gauge.updating(weights, factory)
         ordered = [weight for group in factory(list(weights)).param_groups for weight in group["params"]]
         found = [self._updated([weight], factory) for weight in ordered]
         state, temporary = sum(cost.state for cost in found), [cost.temporary for cost in found]
         if self.temporaries_add(ordered, factory):
-            return UpdateCost(state, sum(temporary))
+            return UpdateCost(state, sum(temporary), nanoseconds)
         # A loop holds the last weight's results until it has the next one's. As blocks follow on blocks, the last
         # weight comes before the first. What is held is a part of the last one's temporaries: most need no measuring.
         most = max(temporary)
@@ -381,7 +205,7 @@ class _Workshop:
         ):
             if own + before > most:
                 most = max(most, own + self._left_over(weight, factory))
-        return UpdateCost(state, most)
+        return UpdateCost(state, most, nanoseconds)
 
     def temporaries_add(self, weights: Sequence[nn.Parameter], factory: OptimizerFactory) -> bool:
         """Whether the optimizer works on all weights at once (``foreach``), and not on one after another."""
@@ -402,26 +226,8 @@ class _Workshop:
 
     def _updated(self, weights: Sequence[nn.Parameter], factory: OptimizerFactory) -> UpdateCost:
         key = "update", len(weights), weights[0].shape, weights[0].dtype
-        cost: UpdateCost = self.once(key, partial(self.updated_together, weights, factory))
+        cost: UpdateCost = self.once(key, partial(self.gauge.update, weights, factory))
         return cost
-
-    def updated_together(self, weights: Sequence[nn.Parameter], factory: OptimizerFactory) -> UpdateCost:
-        """Measure an optimizer alone over some weights, in its second step."""
-        meter = Tracker(self.rounding)
-        with self.fake_mode, meter:
-            copies = [nn.Parameter(torch.empty_like(weight)) for weight in weights]
-            for weight in copies:
-                weight.grad = torch.empty_like(weight)
-            optimizer = factory(copies)
-            if self.settings.device == "cuda":
-                choose_foreach([optimizer])
-            optimizer.step()
-            meter.begin()
-            optimizer.step()
-            temporary = meter.take_peak() - meter.alive_bytes
-            values = [value for state in optimizer.state.values() for value in state.values()]
-            state = self.nbytes(*(value for value in values if isinstance(value, Tensor)))
-        return UpdateCost(state, temporary)
 
 
 def _leading(cost: PartCost, entered: int, kept: int) -> PartCost:
@@ -432,13 +238,6 @@ def _leading(cost: PartCost, entered: int, kept: int) -> PartCost:
         forward=cost.forward - entered,
         backward=cost.backward - kept,
     )
-
-
-class UpdateCost(NamedTuple):
-    """Bytes of an optimizer's state over some weights, and of its temporaries in a step."""
-
-    state: int
-    temporary: int
 
 
 def _mark_of(piece: Piece) -> object:
@@ -492,29 +291,36 @@ def measure_costs(
         optimizer: makes a module's optimizer.
         settings: batch size, precision, accumulation, device.
     """
-    pieces = []
-    for index, block in enumerate(backbone.blocks):
-        example = backbone.example(index)
-        found = {level: find_pieces(block, example, halves=level == "halves") for level in ("blocks", "halves")}
-        pieces.append({"whole": [whole_block(block, example)], **found})
     with by_shapes_alone():
-        fake_mode, (fake, fake_pieces) = fake_copy((backbone, pieces))
+        fake_mode, (fake, fake_pieces) = fake_copy((backbone, find_cuts(backbone)))
         fake.train()
         # The collector would look at every fake tensor again and again: a sixth of the time.
         with without_collector(), single_images_refused(settings.batch_size, settings.accumulation):
-            return _measure_all(_Workshop(fake_mode, settings), fake, fake_pieces, (objective, optimizer))
+            shop = Workshop(ByShapes(fake_mode, settings), settings)
+            return measure_all(shop, fake, fake_pieces, (objective, optimizer))
 
 
-def _measure_all(
-    shop: _Workshop, backbone: Backbone, pieces: list[Cuts], training: tuple[Objective, OptimizerFactory]
+def find_cuts(backbone: Backbone) -> list[Cuts]:
+    """The pieces of every block."""
+    cuts = []
+    for index, block in enumerate(backbone.blocks):
+        example = backbone.example(index)
+        found = {level: find_pieces(block, example, halves=level == "halves") for level in ("blocks", "halves")}
+        cuts.append({"whole": [whole_block(block, example)], **found})
+    return cuts
+
+
+def measure_all(
+    shop: Workshop, backbone: Backbone, pieces: list[Cuts], training: tuple[Objective, OptimizerFactory]
 ) -> Costs:
+    """Measure the parts of a backbone that is as the shop's gauge needs it; else as ``measure_costs``."""
     settings, (objective, optimizer) = shop.settings, training
     size = settings.part_size
     dtype = next(backbone.parameters()).dtype
     units = [backbone.stem, *backbone.blocks, backbone.tail]
     parts: list[list[PartCost]] = [[] for _ in WAYS]
     leading: list[list[PartCost]] = [[] for _ in WAYS]
-    static, states, temporary, likes = [], [], [], []
+    static, states, temporary, update_ns, likes = [], [], [], [], []
     like: Like = ((size, *backbone.input_size), dtype)
     for number, unit in enumerate(units):
         likes.append(like)
@@ -538,6 +344,7 @@ def _measure_all(
         static.append(shop.static_bytes(unit) + update.state)
         states.append(update.state)
         temporary.append(update.temporary)
+        update_ns.append(update.nanoseconds)
         like = plain.shape, plain.dtype
     heads, head_of, uses, last_uses = _measure_heads(shop, backbone, objective, optimizer, likes)
     inputs = [shop.nbytes_of(((settings.batch_size, *shape[1:]), dtype)) for shape, dtype in likes[1:]]
@@ -551,6 +358,7 @@ def _measure_all(
         static=static,
         state=states,
         temporary=temporary,
+        update_ns=update_ns,
         temporary_adds=shop.temporaries_add(trained, optimizer),
         inputs=inputs,
         images=shop.nbytes_of(((settings.batch_size, *backbone.input_size), dtype)),
@@ -566,7 +374,7 @@ def _measure_all(
 
 
 def _measure_heads(
-    shop: _Workshop, backbone: Backbone, objective: Objective, optimizer: OptimizerFactory, likes: Sequence[Like]
+    shop: Workshop, backbone: Backbone, objective: Objective, optimizer: OptimizerFactory, likes: Sequence[Like]
 ) -> tuple[list[Head], list[list[int]], set[str], set[str]]:
     """Measure the objectives of all modules that partitions can have: one for each pair of layouts."""
     num_blocks, overlap = len(backbone.blocks), shop.settings.overlap
@@ -586,7 +394,7 @@ def _measure_heads(
             if objective.looks_inside:
                 key = start, stop
             if key not in numbers:
-                with shop.fake_mode, copies_within(shop.fake_mode):
+                with shop.gauge.building():
                     built = build_local_objective(objective, site, backbone.dtype)
                 built.train()
                 if start:
@@ -605,7 +413,7 @@ def _measure_heads(
 
 
 def _measure_head(
-    shop: _Workshop,
+    shop: Workshop,
     objective: LocalObjective,
     optimizer: OptimizerFactory,
     site: Site,
@@ -615,12 +423,12 @@ def _measure_head(
 ) -> Head:
     """Measure an objective, given what images, its module's inputs, outputs and what enters its blocks are like."""
     images_like, inputs_like, outputs_like = likes
-    with shop.fake_mode:
+    with shop.mode:
         inputs = torch.empty(inputs_like[0], dtype=inputs_like[1])
         batch = empty_batch(site, Route([objective.uses]).into(0), images_like[0][0], images_like[1])
-        states = [shop.source(*like) for like in states_like] if "states" in objective.uses else []
+        states = [shop.gauge.source(*like) for like in states_like] if "states" in objective.uses else []
         if "branches" in objective.uses:  # two a block, mostly; the step that confirms a plan has just those there are
-            batch.branches = tuple(shop.source(*like) for like in states_like for _ in range(2))
+            batch.branches = tuple(shop.gauge.source(*like) for like in states_like for _ in range(2))
     terms = [weight for weight in objective.terms.parameters() if weight.requires_grad]
     cost = shop.measure(
         lambda outputs: objective(inputs, outputs, batch, states).loss, outputs_like, terms, present=True
@@ -629,13 +437,13 @@ def _measure_head(
         cost = _with_time(cost, _measure_context(shop, objective.context, site, inputs_like))
     update = shop.update([weight for weight in objective.parameters() if weight.requires_grad], optimizer)
     passes = 3 if objective.reconcile else 1
-    return Head(cost, shop.static_bytes(objective) + update.state, update.temporary, passes)
+    return Head(cost, shop.static_bytes(objective) + update.state, update.temporary, passes, update.nanoseconds)
 
 
-def _measure_context(shop: _Workshop, context: ContextSupply, site: Site, inputs_like: Like) -> PartCost:
+def _measure_context(shop: Workshop, context: ContextSupply, site: Site, inputs_like: Like) -> PartCost:
     """Measure how context of earlier modules is added to what a module receives."""
     (size, *_), dtype = inputs_like
-    with shop.fake_mode:
+    with shop.mode:
         pooled = cast(tuple[Tensor, ...], CARRIED["context"].empty(site, size, dtype))
     weights = list(context.parameters())
     measured = shop.measure(lambda inputs: context(inputs, pooled), inputs_like, weights, present=True)

@@ -5,11 +5,10 @@ An **auxiliary classifier** predicts the labels from them.
 
 What decides whether local learning saves memory at all is the resolution that a decoder works at. InfoPro's
 (arXiv 2101.10832, appendix) interpolates the features to image size before its convolutions; on Swin-Tiny that
-keeps more bytes than end-to-end training does. Every decoder here but that one (``BilinearDecoder``, for InfoPro's own
-form) stays at the module's own resolution and upsamples in its last layer only, by pixel shuffle (Shi et al., arXiv
-1609.05158, section 3.2): a position with ``r * r * D`` channels becomes an ``r x r`` patch with ``D`` channels. The
-seed paper (arXiv 2212.14215) compares three decoder structures without giving their layers in the copies that can be
-had, so the three here are ours.
+keeps more bytes than end-to-end training does. Every decoder here but that one (``BilinearDecoder``) stays at the
+module's own resolution and upsamples in its last layer only, by pixel shuffle (Shi et al., arXiv 1609.05158,
+section 3.2). The seed paper (arXiv 2212.14215) compares three decoder structures without giving their layers in the
+copies that can be had, so the three here are ours.
 
 Shapes: B batch · H W grid of the module's output · D its width · h w grid of the target · d its width.
 """
@@ -26,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localgrad.backbones.base import Layout
+from localgrad.backbones.hooks import copy_without_hooks
 from localgrad.backbones.timm_models import with_plain_attention
-from localgrad.backbones.written import twin_of
 from localgrad.errors import RecipeError, arg
 from localgrad.objectives.averaging import OtherBuffers, averaged_pairs
 from localgrad.registry import Registry
@@ -56,12 +55,7 @@ def is_exempt_from_decay(parameter: nn.Parameter) -> bool:
 
 
 def carry_exemptions(before: Iterable[nn.Parameter], after: Iterable[nn.Parameter]) -> None:
-    """Mark parameters as those were that they stand for: PyTorch's copies and shards carry no attributes.
-
-    Args:
-        before: the parameters that may be marked.
-        after: those in their place, in the same order.
-    """
+    """Mark parameters as those were that they stand for, in order: PyTorch's copies and shards carry no attributes."""
     for old, new in zip(before, after, strict=True):
         if is_exempt_from_decay(old):
             exempt_from_decay(new)
@@ -143,13 +137,7 @@ class LinearDecoder(Decoder):
 
 
 class ConvDecoder(Decoder):
-    """Norm, two 3x3 convolutions with a GELU between, pixel shuffle.
-
-    Args:
-        source: layout of the module's output features.
-        target: layout of what is predicted.
-        hidden_width: channels between the convolutions; by default the features' own, at most 64.
-    """
+    """Norm, two 3x3 convolutions with a GELU between (``hidden_width``, by default D but at most 64), pixel shuffle."""
 
     def __init__(self, source: Layout, target: Layout, *, hidden_width: int | None = None) -> None:
         super().__init__(source, target)
@@ -168,13 +156,9 @@ class ConvDecoder(Decoder):
 class BilinearDecoder(Decoder):
     """InfoPro's (arXiv 2101.10832, appendix, and its released code): upsampled first, then convolved at full size.
 
-    Bilinear interpolation to the target's grid, 3x3 convolution, batch norm, ReLU, 3x3 convolution. It costs more
-    memory than any other here: its features are as large as the image, with the module's width.
-
-    Args:
-        source: layout of the module's output features.
-        target: layout of what is predicted.
-        hidden_width: channels between the convolutions.
+    Bilinear interpolation to the target's grid, 3x3 convolution, batch norm, ReLU, 3x3 convolution (``hidden_width``
+    channels between, 12 by default). It costs more memory than any other here: its features are as large as the image,
+    with the module's width.
     """
 
     def __init__(self, source: Layout, target: Layout, *, hidden_width: int | None = None) -> None:
@@ -262,60 +246,36 @@ class Classifier(nn.Module, ABC):
 
 
 class Pool(nn.Module):
-    """Mean over the grid, beside the class and register tokens where there are any, then a norm.
+    """Mean over the grid, beside the class and register tokens, and a norm: after it, or (``norm_first``) before it."""
 
-    Args:
-        source: layout of the features that come in.
-    """
-
-    def __init__(self, source: Layout) -> None:
+    def __init__(self, source: Layout, *, norm_first: bool = False) -> None:
         super().__init__()
         self.source = source
+        self.norm_first = norm_first
         self.width = source.width * (1 + source.num_prefix_tokens)
-        self.norm = nn.LayerNorm(self.width)
+        self.norm = nn.LayerNorm(source.width if norm_first else self.width)
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features to one vector an image, [B, width]."""
-        mean = self.source.to_grid(features).mean(dim=(1, 2))
-        prefix = self.source.prefix(features)
+        grid, prefix = self.source.to_grid(features), self.source.prefix(features)
+        if self.norm_first:
+            grid, prefix = self.norm(grid), None if prefix is None else self.norm(prefix)
+        mean = grid.mean(dim=(1, 2))
         pooled = mean if prefix is None else torch.cat([mean, prefix.flatten(1)], dim=1)
-        return cast(Tensor, self.norm(pooled))
-
-
-class PoolOfNormed(nn.Module):
-    """Each position normed, then the mean over the grid, beside the class and register tokens.
-
-    Args:
-        source: layout of the features that come in.
-    """
-
-    def __init__(self, source: Layout) -> None:
-        super().__init__()
-        self.source = source
-        self.width = source.width * (1 + source.num_prefix_tokens)
-        self.norm = nn.LayerNorm(source.width)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Map features to one vector an image, [B, width]."""
-        mean = self.norm(self.source.to_grid(features)).mean(dim=(1, 2))
-        prefix = self.source.prefix(features)
-        return mean if prefix is None else torch.cat([mean, self.norm(prefix).flatten(1)], dim=1)
+        return pooled if self.norm_first else cast(Tensor, self.norm(pooled))
 
 
 class LinearClassifier(Classifier):
     """Average pool, norm, linear: the head of most of the field.
 
-    Args:
-        source: layout of the module's output features.
-        num_classes: classes to tell apart.
-        norm_first: norm, average pool, linear, in the order of TRGL's head (arXiv 2309.17357) and of Swin's own.
+    With ``norm_first`` norm, average pool, linear, in the order of TRGL's head (arXiv 2309.17357) and of Swin's own.
     """
 
     def __init__(self, source: Layout, num_classes: int, *, norm_first: bool = False) -> None:
         super().__init__(source, num_classes)
         if not isinstance(norm_first, bool):
             raise RecipeError(f"classifier_options: norm_first must be true or false, got {norm_first!r}.")
-        self.pool: Pool | PoolOfNormed = PoolOfNormed(source) if norm_first else Pool(source)
+        self.pool = Pool(source, norm_first=norm_first)
         self.head = nn.Linear(self.pool.width, num_classes)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -324,13 +284,7 @@ class LinearClassifier(Classifier):
 
 
 class MlpClassifier(Classifier):
-    """Average pool, norm, one hidden layer with GELU, linear.
-
-    Args:
-        source: layout of the module's output features.
-        num_classes: classes to tell apart.
-        hidden_width: units of the hidden layer; by default twice the features' width.
-    """
+    """Average pool, norm, one hidden layer with GELU (by default of twice the features' width), linear."""
 
     def __init__(self, source: Layout, num_classes: int, *, hidden_width: int | None = None) -> None:
         super().__init__(source, num_classes)
@@ -425,7 +379,7 @@ class NextClassifier(Classifier):
             )
         self.weights = weights
         self.decay = decay
-        self.blocks = nn.Sequential(*(twin_of(block) for block, _ in taken))
+        self.blocks = nn.Sequential(*(copy_without_hooks(block) for block, _ in taken))
         for mine, (block, _) in zip(self.blocks, taken, strict=True):
             for own, copied in zip(mine.parameters(), block.parameters(), strict=True):
                 if id(copied) in undecayed or is_exempt_from_decay(copied):
@@ -462,15 +416,10 @@ def _initialise(module: nn.Module) -> None:
 
 
 def transformer_blocks(width: int, depth: int, *, num_tokens: int) -> nn.Sequential:
-    """Plain pre-norm transformer blocks of timm: heads of 32 channels, an MLP of twice the width.
+    """Plain pre-norm transformer blocks of timm: heads of 32 channels, an MLP of twice the width (a multiple of 32).
 
     Over few tokens attention isn't fused. The scores are few there, and on processors the backward pass of fused
     attention in bfloat16 is slow: 10.5 ms against 0.7 for 128 images of 16 tokens, one head (one core, torch 2.14).
-
-    Args:
-        width: of a token, a multiple of 32.
-        depth: blocks.
-        num_tokens: that one attention spans.
     """
     from timm.models.vision_transformer import Block
 
@@ -524,13 +473,7 @@ Net = TypeVar("Net", bound=nn.Module)
 
 
 def build_decoder(name: str, source: Layout, target: Layout, options: Mapping[str, Any]) -> Decoder:
-    """Make a decoder by name.
-
-    Args:
-        name: ``linear``, ``conv``, ``transformer``, ``bilinear``, or one that was registered.
-        source: layout of the module's output features.
-        target: layout of what it predicts.
-        options: keyword arguments of that decoder's class.
+    """Make a decoder by name, for a module's output features and a target.
 
     Raises:
         RecipeError: unknown name, or options that this decoder doesn't take.
@@ -547,15 +490,9 @@ def build_classifier(
     *,
     undecayed: Collection[int] = (),
 ) -> Classifier:
-    """Make an auxiliary classifier by name.
+    """Make an auxiliary classifier by name, for a module's output features.
 
-    Args:
-        name: ``linear``, ``mlp``, ``transformer``, ``next``, or one that was registered.
-        source: layout of the module's output features.
-        num_classes: classes to tell apart.
-        options: keyword arguments of that classifier's class.
-        following: the model's blocks after the module, for classifiers that look ahead.
-        undecayed: as for ``NextClassifier``.
+    The model's blocks after the module, and the ids of ``undecayed`` parameters, go to classifiers that look ahead.
 
     Raises:
         RecipeError: unknown name, or options that this classifier doesn't take.

@@ -110,15 +110,7 @@ class ContextSupply(nn.Module):
         self.factor.fill_(max(0.0, 1 - progress / self.until))
 
     def forward(self, inputs: Tensor, context: Sequence[Tensor]) -> Tensor:
-        """Add the context to features.
-
-        Args:
-            inputs: in the layout of the module's input.
-            context: one for each earlier module, [B, rows, columns, D].
-
-        Returns:
-            Features of the same layout.
-        """
+        """The module's input with the context added: of each earlier module, [B, rows, columns, D]."""
         total: Tensor | None = None
         for linear, pooled in zip(self.enter, context, strict=True):
             grid = F.interpolate(linear(pooled).permute(0, 3, 1, 2), self.layout.grid, mode="nearest")

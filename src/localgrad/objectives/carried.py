@@ -1,7 +1,7 @@
 """What a batch carries from module to module beside features and labels: one table, which everyone reads.
 
-Who reads it: the executor (makes things on the way, and lets go of them), the batch (cuts them into parts), the wire
-between processes, the estimates of memory, and the planners. A new thing is a line here, or ``register_carried`` from
+The executor makes things on the way and lets go of them; the batch cuts them into parts; the wire between processes,
+the estimates of memory and the planners read their shapes. A new thing is a line here, or ``register_carried`` from
 outside; a term that looks at it names it in ``Term.uses``.
 
 Shapes: B batch first, left out in ``Carried.shape`` of what is split with the batch.
@@ -236,25 +236,14 @@ class Route:
                 )
 
     def pretend(self, batch: LocalBatch, site: Site, dtype: torch.dtype) -> None:
-        """As ``begin``, with zeros in place of what nobody has given: where a batch is made up.
-
-        Args:
-            batch: images and labels.
-            site: of the first module.
-            dtype: of features.
-        """
+        """As ``begin`` at the first site, with zeros in place of what nobody has given: for made-up batches."""
         for carried in self._into[0]:
             if carried.name not in batch.carried and (carried.begin is not None or carried.make is None):
                 value = carried.empty(site, len(batch.labels), dtype)
                 batch.carried[carried.name] = value.zero_() if isinstance(value, Tensor) else value
 
     def onward(self, index: int, handed: Handed) -> dict[str, Value]:
-        """What is carried on.
-
-        Args:
-            index: of the module that hands on.
-            handed: what.
-        """
+        """What is carried on by the module of that index, which hands on."""
         found: dict[str, Value] = {}
         for carried in self._into[index + 1]:
             value = handed.batch.carried.get(carried.name)
@@ -363,8 +352,8 @@ class LocalBatch:
                 known[id(tensor)] = tensor.to(device)
             return known[id(tensor)]
 
-        there = LocalBatch(None, moved(self.labels), features=moved(self.features), number=self.number)
-        there._targets = None if self._targets is None else moved(self._targets)
+        targets = None if self._targets is None else moved(self._targets)
+        there = LocalBatch(None, moved(self.labels), features=moved(self.features), targets=targets, number=self.number)
         there.carried = {
             name: moved(value) if isinstance(value, Tensor) else tuple(map(moved, value))
             for name, value in self.carried.items()
@@ -408,14 +397,7 @@ class LocalBatch:
 
 
 def empty_batch(site: Site, carried: Iterable[Carried], num_images: int, dtype: torch.dtype) -> LocalBatch:
-    """A batch as it enters a module, of uninitialised memory; labels are zeros.
-
-    Args:
-        site: where the module stands.
-        carried: what else is carried into it.
-        num_images: B.
-        dtype: of images and features.
-    """
+    """A batch as it enters the module at a site, of uninitialised memory; labels are zeros."""
     labels = torch.zeros(num_images, dtype=torch.int64)
     batch = LocalBatch(None, labels, features=torch.empty(num_images, *site.inputs.shape, dtype=dtype))
     for each in carried:

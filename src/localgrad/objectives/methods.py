@@ -26,6 +26,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from localgrad import rules
 from localgrad.backbones.base import Layout
 from localgrad.errors import RecipeError, arg, did_you_mean
 from localgrad.objectives.auxiliary import CLASSIFIERS, DECODERS, build_classifier, build_decoder
@@ -238,15 +239,63 @@ class GreedySupervised(Objective):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeatureReconstruction(GreedySupervised):
+class Reconstructing(Objective):
+    """What objectives with an auxiliary decoder share.
+
+    Attributes:
+        decoder: auxiliary decoder: ``linear``, ``conv``, ``transformer``, ``bilinear`` (InfoPro's own, which costs
+            more memory than it saves), or one that was registered.
+        decoder_options: keyword arguments of that decoder; pairs as for the classifier.
+        reconstruction_weight: weight of the reconstruction error; 0 leaves the decoder out.
+    """
+
+    decoder: str = "linear"
+    decoder_options: Options = field(default_factory=dict)
+    reconstruction_weight: Weight = 1.0
+
+    def reconstruction(
+        self,
+        site: Site,
+        target: Layout,
+        *,
+        of: str,
+        error: str = "mse",
+        mask: float = 0.0,
+        normalise: bool = False,
+        pixels: tuple[Sequence[float], Sequence[float]] | None = None,
+    ) -> Reconstruction:
+        """Make the reconstruction term of a target, with a decoder of its own. Arguments as for ``Reconstruction``.
+
+        Raises:
+            RecipeError: an unknown error, or one or a mask that doesn't go with the target or the decoder.
+        """
+        if error not in ERRORS:
+            raise RecipeError(
+                f"reconstruction_error: unknown {error!r}; take {', '.join(ERRORS)}.{did_you_mean(error, ERRORS)}"
+            )
+        if error == "bce" and pixels is None:
+            raise RecipeError(
+                "reconstruction_error: 'bce' is of pixels; take it with the objective 'image', or take mse."
+            )
+        if not (is_number(mask) and 0 <= mask < 1):
+            raise RecipeError(f"mask must be a share of the positions, from 0 to below 1, got {mask!r}.")
+        decoder = build_decoder(self.decoder, site.outputs, target, _for_depth(site, self.decoder_options))
+        if mask and not decoder.mixes_positions:
+            raise RecipeError(
+                f"mask: the decoder {self.decoder!r} sees one position at a time, so it can't find a hidden one; take "
+                "conv or transformer."
+            )
+        normalise = normalise and target != site.image
+        return Reconstruction(decoder, of=of, normalise=normalise, error=error, mask=mask, pixels=pixels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureReconstruction(Reconstructing, GreedySupervised):
     """The method of arXiv 2212.14215: task loss, and reconstruction of the features that the module received.
 
     The first module received the image, so it reconstructs its pixels.
 
     Attributes:
-        decoder: auxiliary decoder: ``linear``, ``conv``, ``transformer``, or one that was registered.
-        decoder_options: keyword arguments of that decoder; pairs as for the classifier.
-        reconstruction_weight: weight of the reconstruction error.
         normalise_targets: layer-normalise each position of feature targets (never of pixels).
         reconstruct: what is reconstructed: what the module received (``inputs``), what the module before received
             (``previous``), or what entered each of its blocks (``blocks``).
@@ -254,9 +303,6 @@ class FeatureReconstruction(GreedySupervised):
         mask: share of positions that is hidden from the decoder, and alone counts; for decoders that mix positions.
     """
 
-    decoder: str = "linear"
-    decoder_options: Options = field(default_factory=dict)
-    reconstruction_weight: Weight = 1.0
     normalise_targets: bool = True
     reconstruct: str = "inputs"
     reconstruction_error: str = "mse"
@@ -273,12 +319,8 @@ class FeatureReconstruction(GreedySupervised):
         return super().terms(site) | {"reconstruction": (self.reconstruction_weight, term)}
 
     def _reconstruction(self, site: Site) -> Term:
+        rules.check({"reconcile": self.reconcile, "reconstruct": self.reconstruct})
         if self.reconstruct == "blocks":
-            if _is_on(self.reconcile):
-                raise RecipeError(
-                    "reconcile: it moves what a module receives, and with it what reconstruct = 'blocks' compares "
-                    "with; take reconstruct = 'inputs', or leave reconcile out."
-                )
             # The first block of a module received what the module received; of the first module, the stem's output.
             return BlockReconstruction([self._of(site, layout, "inputs") for layout in site.states])
         if self.reconstruct == "previous":
@@ -288,21 +330,16 @@ class FeatureReconstruction(GreedySupervised):
         return self._of(site, site.inputs, "inputs")
 
     def _of(self, site: Site, target: Layout, of: str) -> Reconstruction:
-        normalise = self.normalise_targets
-        return _reconstruction(
-            self, site, target, of=of, error=self.reconstruction_error, mask=self.mask, normalise=normalise
+        return self.reconstruction(
+            site, target, of=of, error=self.reconstruction_error, mask=self.mask, normalise=self.normalise_targets
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageReconstruction(GreedySupervised):
+class ImageReconstruction(Reconstructing, GreedySupervised):
     """InfoPro on transformers: task loss, and reconstruction of the image by every module.
 
     Attributes:
-        decoder: auxiliary decoder: ``linear``, ``conv``, ``transformer``, or ``bilinear`` (InfoPro's own, which costs
-            more memory than it saves).
-        decoder_options: keyword arguments of that decoder.
-        reconstruction_weight: weight of the reconstruction error.
         reconstruction_error: ``mse``, ``smooth_l1`` or ``cosine`` of normalised pixels; or ``bce``, InfoPro's own:
             binary cross-entropy of pixels from 0 to 1.
         mask: share of positions that is hidden from the decoder, and alone counts; for decoders that mix positions.
@@ -311,9 +348,6 @@ class ImageReconstruction(GreedySupervised):
         pixel_std: likewise.
     """
 
-    decoder: str = "linear"
-    decoder_options: Options = field(default_factory=dict)
-    reconstruction_weight: Weight = 1.0
     reconstruction_error: str = "mse"
     mask: float = 0.0
     pixel_mean: tuple[float, ...] | None = None
@@ -327,15 +361,9 @@ class ImageReconstruction(GreedySupervised):
 
     def terms(self, site: Site) -> dict[str, tuple[Weight, Term]]:
         """Make the task term and the reconstruction term."""
-        term = _reconstruction(
-            self,
-            site,
-            site.image,
-            of="image",
-            error=self.reconstruction_error,
-            mask=self.mask,
-            normalise=False,
-            pixels=self._pixels(site) if self.reconstruction_error == "bce" else None,
+        pixels = self._pixels(site) if self.reconstruction_error == "bce" else None
+        term = self.reconstruction(
+            site, site.image, of="image", error=self.reconstruction_error, mask=self.mask, pixels=pixels
         )
         return super().terms(site) | {"reconstruction": (self.reconstruction_weight, term)}
 
@@ -356,56 +384,20 @@ class ImageReconstruction(GreedySupervised):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contrastive(Objective):
+class Contrastive(Reconstructing):
     """InfoPro's contrastive form: supervised contrastive loss, and reconstruction of the image.
 
     Its early modules have no classifier, so no accuracy of their own is reported.
 
     Attributes:
-        decoder: auxiliary decoder: ``linear``, ``conv`` or ``transformer``.
-        decoder_options: keyword arguments of that decoder.
-        reconstruction_weight: weight of the reconstruction error; 0 leaves the decoder out.
         contrastive_weight: weight of the contrastive loss.
     """
 
-    decoder: str = "linear"
-    decoder_options: Options = field(default_factory=dict)
-    reconstruction_weight: Weight = 1.0
     contrastive_weight: Weight = 1.0
 
     def terms(self, site: Site) -> dict[str, tuple[Weight, Term]]:
         """Make the reconstruction term; the contrastive one is any objective's."""
-        reconstruction = _reconstruction(self, site, site.image, of="image", error="mse", mask=0.0, normalise=False)
-        return {"reconstruction": (self.reconstruction_weight, reconstruction)}
-
-
-def _reconstruction(
-    objective: FeatureReconstruction | ImageReconstruction | Contrastive,
-    site: Site,
-    target: Layout,
-    *,
-    of: str,
-    error: str,
-    mask: float,
-    normalise: bool,
-    pixels: tuple[Sequence[float], Sequence[float]] | None = None,
-) -> Reconstruction:
-    if error not in ERRORS:
-        raise RecipeError(
-            f"reconstruction_error: unknown {error!r}; take {', '.join(ERRORS)}.{did_you_mean(error, ERRORS)}"
-        )
-    if error == "bce" and pixels is None:
-        raise RecipeError("reconstruction_error: 'bce' is of pixels; take it with the objective 'image', or take mse.")
-    if not (is_number(mask) and 0 <= mask < 1):
-        raise RecipeError(f"mask must be a share of the positions, from 0 to below 1, got {mask!r}.")
-    decoder = build_decoder(objective.decoder, site.outputs, target, _for_depth(site, objective.decoder_options))
-    if mask and not decoder.mixes_positions:
-        raise RecipeError(
-            f"mask: the decoder {objective.decoder!r} sees one position at a time, so it can't find a hidden one; take "
-            "conv or transformer."
-        )
-    normalise = normalise and target != site.image
-    return Reconstruction(decoder, of=of, normalise=normalise, error=error, mask=mask, pixels=pixels)
+        return {"reconstruction": (self.reconstruction_weight, self.reconstruction(site, site.image, of="image"))}
 
 
 OBJECTIVES: Registry[type[Objective]] = Registry("objective", Objective)
@@ -464,10 +456,6 @@ def _at(site: Site, name: str, weight: Weight) -> float:
 
 def build_objective(name: str, options: Options) -> Objective:
     """Make an objective by name, as recipes do.
-
-    Args:
-        name: ``feature``, ``image``, ``greedy``, ``contrastive``, or one that was registered.
-        options: keyword arguments of its class.
 
     Raises:
         RecipeError: unknown name, or options that this objective doesn't take.

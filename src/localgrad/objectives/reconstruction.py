@@ -1,16 +1,13 @@
 """Reconstruction: a decoder predicts, from a module's output, what the module was given, or the image.
 
 The seed paper (arXiv 2212.14215) reconstructs the module's *input features*; InfoPro (arXiv 2101.10832, section 3)
-the image. The loss is the mean squared error over all positions and channels. Features have no fixed scale (a
-residual stream grows with depth, and early in training it drifts), so by default each target position is
-layer-normalised without affine parameters, as masked autoencoders normalise their patches (arXiv 2111.06377,
-section 4.1); pixels come normalised from the data path and are taken as they are. The target reaches the term
-already detached: the module received it so.
+the image. Features have no fixed scale (a residual stream grows with depth, and drifts), so by default each target
+position is layer-normalised without affine parameters, as masked autoencoders normalise their patches (arXiv
+2111.06377, section 4.1); pixels come normalised from the data path. The target reaches the term already detached.
 
-Variants: other errors (``ERRORS``), targets from further back or from inside the module, and *masked*
-reconstruction, where a share of the positions is hidden from the decoder, which has to find them from the others
+*Masked* reconstruction hides a share of the positions from the decoder, which has to find them from the others
 (MAE, arXiv 2111.06377; SimMIM, arXiv 2111.09886). Those hide patches from the encoder; here the module sees all, since
-its output goes on to the next module, and what is hidden is hidden from its decoder only.
+its output goes on to the next module.
 """
 
 from __future__ import annotations
@@ -91,13 +88,7 @@ class Reconstruction(Term):
         return TermValue(self.compare(self.decoder(outputs, hidden, self.mask_token), source, hidden))
 
     def compare(self, prediction: Tensor, source: Tensor, hidden: Tensor | None) -> Tensor:
-        """The error of a prediction.
-
-        Args:
-            prediction: [B, h, w, d].
-            source: the target in its own layout.
-            hidden: [B, H, W], the output's positions that count; all by default.
-        """
+        """The error of a prediction [B, h, w, d], where ``hidden`` [B, H, W] if any; the source in its own layout."""
         target = self.decoder.target.to_grid(source)
         if self.has_pixels:
             target = (target.float() * self.pixel_std + self.pixel_mean).clamp(0, 1)  # but for rounding, they are
@@ -114,11 +105,7 @@ class Reconstruction(Term):
 
 
 class BlockReconstruction(Term):
-    """Reconstruction of what entered each block of the module, one decoder each; their mean.
-
-    Args:
-        parts: a reconstruction for each block, first to last.
-    """
+    """Reconstruction of what entered each block of the module, one decoder each, first to last; their mean."""
 
     uses = frozenset({"states"})
 

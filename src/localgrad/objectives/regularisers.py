@@ -17,13 +17,10 @@ from localgrad.objectives.carried import IGNORED, LocalBatch
 class Transport(Term):
     """The transport penalty of TRGL (arXiv 2309.17357, section 3): residual blocks should move features little.
 
-    ``sum over blocks of mean((what the block gives - what it received) ** 2) / (2 tau)``. A block is a residual map as
-    a whole, so what its branches add is the difference of its output and input; blocks that change the shape (where a
-    Swin stage begins) don't count, and neither does the tail. The paper's squared norm is a sum over positions and
-    channels; this is their mean, so that one tau serves every resolution.
-
-    Args:
-        tau: the larger, the freer.
+    ``sum over blocks of mean((what the block gives - what it received) ** 2) / (2 tau)``: the larger tau, the freer.
+    What branches add is the difference of a block's output and input; blocks that change the shape (where a Swin stage
+    begins) don't count, and neither does the tail. The paper's squared norm is a sum over positions and channels; this
+    is their mean, so that one tau serves every resolution.
     """
 
     uses = frozenset({"states"})
@@ -46,9 +43,6 @@ class BranchTransport(Term):
 
     ``sum over branches of mean(branch output ** 2) / (2 tau)``, attention and MLP apart, each after its layer scale and
     before its drop path. As in ``Transport`` a mean stands for the paper's squared norm.
-
-    Args:
-        tau: the larger, the freer.
     """
 
     uses = frozenset({"branches"})

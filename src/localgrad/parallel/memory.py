@@ -125,11 +125,6 @@ class _Sharded:
     What FSDP2 allocates: a buffer of all replicas' rows, until the forward pass is done, and the weights cut out of it;
     then a buffer of all gradients, and the own rows of them. Gloo lets go of a buffer when it comes to it, so that a
     measured peak may be higher, by the module's weights or (with accumulation) one and a half times as much.
-
-    Args:
-        module: with rows of its weights.
-        shapes: of the whole ones.
-        num_sharers: replicas.
     """
 
     def __init__(self, module: LocalModule, shapes: Sequence[torch.Size], num_sharers: int) -> None:

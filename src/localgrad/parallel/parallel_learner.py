@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from localgrad import rules
-from localgrad.backbones.fake import by_shapes_alone, copy_without_hooks, fake_copy
+from localgrad.backbones.fake import by_shapes_alone, fake_copy
+from localgrad.backbones.hooks import copy_without_hooks
 from localgrad.backbones.namespaces import Attributes
 from localgrad.errors import ParallelError, RecipeError, arg
 from localgrad.learner import NO_LABELS, Factories, Learner, make_ema, no_optimizers
@@ -32,7 +33,7 @@ from localgrad.parallel.wire import WIRES, Packet
 from localgrad.step.checks import check_labels
 from localgrad.step.executor import SequentialExecutor, StepResult, Visit, walk
 from localgrad.step.local_module import LocalModule, observed_parts, site_of
-from localgrad.step.local_step import LocalStep, autocast, check_precision
+from localgrad.step.local_step import LocalStep, autocast
 from localgrad.step.sharding import OwnRows, check_shardable, gathered, made_whole, put, release, shard, swap
 from localgrad.step.states import LearnerPart, LearnerState, describe
 
@@ -78,13 +79,11 @@ class ParallelLearner(Learner):
             raise RecipeError(f"wire: unknown {wire!r}; take {' or '.join(WIRES)}.")
         if num_buffers < 1:
             raise RecipeError(f"num_buffers must be at least 1, got {num_buffers}.")
-        if settings.get("device"):
-            raise ParallelError(f"{arg('device')}: a team has its own; leave it out.")
         given = {**settings, "ema_decay": ema_decay, "shard": shard, "parallel": True}
         rules.check(given, ParallelError)
         self.team = team or Team.join()
         super().__init__(model, **settings)
-        check_precision(self.precision, self.team.device)
+        self._build()
         self.shares = shares_of(self.plan.activation_bytes or [1] * self.plan.num_modules, self.team.num_ranks)
         self._refuse(compiled=bool(self._settings["compile"]))
         if self.team.num_replicas > 1:
@@ -92,7 +91,6 @@ class ParallelLearner(Learner):
         self._settle()
         self.skeleton: list[LocalModule] | None = None  # of the own modules: whole shapes, where they are sharded
         self._average_over_replicas(by_rows=shard)
-        self._remember()  # tensors were moved, and with replicas cut into rows
         self._own_parts = OwnRows([part for index in self.own for part in self.modules[index].parts])
         if shard and ema_decay is not None and has_spectral_norms(self._own_parts):
             raise ParallelError(
@@ -100,22 +98,20 @@ class ParallelLearner(Learner):
                 "norm needs whole weights, and each process has rows; leave one of them out."
             )
         self._ema = make_ema(self._own_parts, ema_decay, on_host=False)
+        self._say_what_differs()
+        self._remember()  # tensors were moved, and with replicas cut into rows
         self.links = Links(self.team.place, self.team.device, num_buffers=num_buffers, wire=wire)
 
     def _refuse(self, *, compiled: bool) -> None:
-        known = {"parallel": True, "teacher_share": self.uses("teacher"), "compile": compiled}
-        rules.check({**known, "replicas": self.team.num_replicas}, ParallelError)
+        nets = [net for own in self.modules for net in own.modules() if isinstance(net, NextClassifier)]
+        averaged = any(net.weights == "ema" for net in nets)
+        known = {"parallel": True, "teacher_share": self.uses("teacher"), "weights": "ema" if averaged else None}
+        rules.check({**known, "compile": compiled, "replicas": self.team.num_replicas}, ParallelError)
         for carried in self.route.into(0):
             if not carried.travels:
                 raise ParallelError(
                     f"{carried.name}: a term looks at it, and it can't go from process to process; train in one."
                 )
-        if any(
-            isinstance(net, NextClassifier) and net.weights == "ema" for own in self.modules for net in own.modules()
-        ):
-            raise ParallelError(
-                "classifier next: an average of the following blocks needs them in one process; take weights = copy."
-            )
 
     def _refuse_own_ways(self) -> None:
         """Refuse state that follows a replica's own images, and of which nobody knows how to average it."""
@@ -230,9 +226,6 @@ class ParallelLearner(Learner):
     def share(self, batch: LocalBatch | None = None) -> StepResult:
         """As ``step``, on a batch that gives its images away; only the first rank gives one.
 
-        Args:
-            batch: images, labels and targets.
-
         Raises:
             RecipeError: no optimizers yet.
         """
@@ -287,11 +280,8 @@ class ParallelLearner(Learner):
     def infer(self, images: Tensor | None, targets: Tensor | None) -> tuple[dict[int, Tensor], Tensor]:
         """Class logits of the own modules' classifiers for the next batch; call ``eval()`` first, and ``begin``.
 
-        Where an average is kept, the last module's logits are those of the averaged model.
-
-        Args:
-            images: [B, C, H, W], on the first rank.
-            targets: class indices int64 [B], on the first rank.
+        Images [B, C, H, W] and class indices int64 [B] are the first rank's. Where an average is kept, the last
+        module's logits are those of the averaged model.
 
         Returns:
             Logits [B, num_classes] by module, where it has a classifier, and the targets.
@@ -424,16 +414,7 @@ class ParallelLearner(Learner):
 
 
 def unread_parameters(module: LocalModule, site: Site, dtype: torch.dtype) -> list[str]:
-    """Trainable parameters of a local module that its loss doesn't depend on, found on tensors without memory.
-
-    Args:
-        module: of ``site``.
-        site: where it stands.
-        dtype: of its features.
-
-    Returns:
-        Their names in the module.
-    """
+    """Names of a module's trainable parameters that its loss doesn't depend on, found on tensors without memory."""
     with by_shapes_alone():
         fake_mode, fake = fake_copy(module)
         with fake_mode:
@@ -443,14 +424,7 @@ def unread_parameters(module: LocalModule, site: Site, dtype: torch.dtype) -> li
 
 
 def merged(parts: Sequence[LearnerPart]) -> LearnerState:
-    """The state of a whole learner, made of the parts of all ranks in order.
-
-    Args:
-        parts: from ``ParallelLearner.state_dict``.
-
-    Returns:
-        As from ``LocalLearner.state_dict``.
-    """
+    """The state of a whole learner, as from ``LocalLearner.state_dict``, made of the parts of all ranks in order."""
     first = parts[0]
     averages = [part["averaged_model"] for part in parts]
     whole: LearnerState = {
@@ -479,11 +453,7 @@ def _listed(parts: Iterable[Mapping[int, V]]) -> list[V]:
 
 
 def shares_of(costs: Sequence[int], num_ranks: int) -> tuple[range, ...]:
-    """Which local modules each rank has.
-
-    Args:
-        costs: of each module.
-        num_ranks: of a replica.
+    """Which local modules each rank of a replica has, by the modules' costs.
 
     Raises:
         ParallelError: more ranks than modules.

@@ -23,14 +23,7 @@ from localgrad.step.executor import SequentialExecutor, StepResult
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Where a rank stands in the row of ranks that share the local modules.
-
-    Attributes:
-        rank: from 0.
-        num_ranks: how many there are.
-        before: line from the rank before; ``None`` for the first.
-        behind: line to the next rank; ``None`` for the last.
-    """
+    """Where a rank stands in the row of ranks that share the local modules, and its lines to both sides."""
 
     rank: int
     num_ranks: int
@@ -63,12 +56,7 @@ class Links:
         self.begin(0)
 
     def begin(self, first: int, last: int | None = None) -> None:
-        """Begin a phase.
-
-        Args:
-            first: its first batch.
-            last: its last batch; if that isn't known, no batch is asked for ahead.
-        """
+        """Begin a phase with its first batch; if its last one isn't known, no batch is asked for ahead."""
         self.first = self.batch = first
         self._last = last
         if last is not None:
@@ -158,15 +146,7 @@ class Links:
 
 @final
 class PipelineExecutor:
-    """Trains one rank's modules.
-
-    Args:
-        executor: of this rank's modules.
-        links: to the ranks before and behind.
-
-    Attributes:
-        sent_bytes_per_step: of the last training step.
-    """
+    """Trains one rank's modules, between its links to the ranks before and behind."""
 
     def __init__(self, executor: SequentialExecutor, links: Links) -> None:
         self.executor = executor
@@ -174,11 +154,7 @@ class PipelineExecutor:
         self.sent_bytes_per_step = 0
 
     def receive(self, given: LocalBatch | None) -> tuple[LocalBatch, Tensor | None]:
-        """The next batch, and whether what came is unsound: features that aren't all finite numbers, bool.
-
-        Args:
-            given: on the first rank, which receives none.
-        """
+        """The next batch (on rank 0 the one given), and whether it is unsound: not all features finite, bool."""
         packet = self.links.receive()
         if not packet:
             assert given is not None, "the first rank has the images"
@@ -187,11 +163,9 @@ class PipelineExecutor:
 
     def step(self, batch: LocalBatch, unsound: Tensor | None) -> StepResult:
         """Train this rank's modules on a batch, and send it on. Arguments are what ``receive`` gave."""
-        result = self.executor.step(batch, None if self.links.sender is None else self._send)
+        send = None if self.links.sender is None else lambda onward: self.links.send(packed(onward))
+        result = self.executor.step(batch, send)
         self.links.done()
         if self.links.sender is not None:
             self.sent_bytes_per_step = self.links.sender.packet_bytes
         return replace(result, unsound=unsound)
-
-    def _send(self, batch: LocalBatch) -> None:
-        self.links.send(packed(batch))

@@ -115,7 +115,7 @@ class Team:
         num_ranks = size // num_replicas
         mesh = init_device_mesh(device.type, (num_replicas, num_ranks), mesh_dim_names=("replica", "rank"))
         replica, place = divmod(rank, num_ranks)
-        lines = _lines(num_replicas, num_ranks, on_gpu=on_gpu)
+        before, behind = _lines(rank, num_replicas, num_ranks, on_gpu=on_gpu)
         twins = mesh.get_group("replica") if num_replicas > 1 else None
         twins_control = twins
         if twins is not None and on_gpu:
@@ -125,12 +125,7 @@ class Team:
             size=size,
             replica=replica,
             num_replicas=num_replicas,
-            place=Neighbours(
-                rank=place,
-                num_ranks=num_ranks,
-                before=_line(lines, rank - 1, rank, peer=rank - 1) if place else None,
-                behind=_line(lines, rank, rank + 1, peer=rank + 1) if place < num_ranks - 1 else None,
-            ),
+            place=Neighbours(rank=place, num_ranks=num_ranks, before=before, behind=behind),
             device=device,
             store=store,
             control=_group(list(range(size)), "gloo"),
@@ -248,24 +243,18 @@ def exchange(store: Any, value: str) -> list[str]:
     return said
 
 
-Pair = tuple[int, int]
-
-
-def _lines(num_replicas: int, num_ranks: int, *, on_gpu: bool) -> dict[Pair, tuple[Any, Any]]:
-    """The two groups of every two neighbours; all processes make all groups, in one order."""
-    found = {}
+def _lines(rank: int, num_replicas: int, num_ranks: int, *, on_gpu: bool) -> tuple[Line | None, Line | None]:
+    """A rank's lines from the one before and to the one behind; all processes make all groups, in one order."""
+    before = behind = None
     for replica in range(num_replicas):
-        for place in range(num_ranks - 1):
-            pair = (replica * num_ranks + place, replica * num_ranks + place + 1)
-            control = _group(pair, "gloo")
-            data = _group(pair, "nccl") if on_gpu else control
-            found[pair] = data, control
-    return found
-
-
-def _line(lines: dict[Pair, tuple[Any, Any]], first: int, second: int, *, peer: int) -> Line:
-    data, control = lines[first, second]
-    return Line(peer, data, control)
+        for first in range(replica * num_ranks, (replica + 1) * num_ranks - 1):
+            control = _group((first, first + 1), "gloo")
+            data = _group((first, first + 1), "nccl") if on_gpu else control
+            if rank == first:
+                behind = Line(first + 1, data, control)
+            elif rank == first + 1:
+                before = Line(first, data, control)
+    return before, behind
 
 
 def _same_modules(num_replicas: int, num_ranks: int, own: int) -> Any:

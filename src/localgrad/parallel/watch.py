@@ -55,11 +55,9 @@ _BROKEN = (
 
 @dataclass(frozen=True)
 class Fault:
-    """What ended a run.
+    """What ended a run: the rank of the process that failed, and a sentence without it.
 
     Attributes:
-        rank: of the process that failed, among all.
-        cause: what happened, a sentence without its rank.
         is_alive: whether that process could still say so itself.
         status: exit status of the others.
     """

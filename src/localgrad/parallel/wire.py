@@ -29,13 +29,7 @@ WIRES = ("same", "bf16")
 
 @dataclass(frozen=True)
 class Line:
-    """One direction between two neighbours.
-
-    Attributes:
-        peer: global rank of the other one.
-        data: process group of the two, for tensors.
-        control: process group of the two, over gloo.
-    """
+    """One direction between two neighbours: the other's global rank, and groups of both, one of them over gloo."""
 
     peer: int
     data: dist.ProcessGroup
@@ -44,11 +38,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor of a packet: its name, the shape of a full batch, and its dtype before and on the wire.
-
-    Attributes:
-        by_image: whether its first side is that of the batch.
-    """
+    """One tensor of a packet: name, shape of a full batch, dtype before and on the wire, whether it is by image."""
 
     name: str
     shape: tuple[int, ...]
@@ -59,10 +49,7 @@ class Slot:
     @property
     def nbytes(self) -> int:
         """Bytes on the wire."""
-        count = 1
-        for side in self.shape:
-            count *= side
-        return count * self.wire_dtype.itemsize
+        return torch.Size(self.shape).numel() * self.wire_dtype.itemsize
 
 
 def packed(batch: LocalBatch) -> dict[str, Tensor]:
@@ -91,12 +78,7 @@ def _thing(key: str) -> Carried | None:
 
 @final
 class Sender:
-    """Sends packets to the next rank.
-
-    Args:
-        line: to it.
-        wire: ``same`` or ``bf16``.
-    """
+    """Sends packets to the next rank, as ``same`` or in ``bf16``."""
 
     def __init__(self, line: Line, *, wire: str = "same") -> None:
         self.line = line
@@ -106,13 +88,7 @@ class Sender:
         self._pending: dict[int, tuple[list[Any], list[Tensor]]] = {}
 
     def send(self, batch: int, packet: Packet, *, last: int) -> None:
-        """Start to send a packet.
-
-        Args:
-            batch: its number; they come in order.
-            packet: tensors by name; of those that the phase began with, some may be missing.
-            last: the last batch of the phase, as far as is known.
-        """
+        """Start to send a packet, in order; of the tensors that the phase began with, some may be missing."""
         num_images = len(packet["features"])
         if self._slots is None:
             self._slots = [self._slot(name, tensor) for name, tensor in packet.items()]
@@ -155,13 +131,7 @@ class Sender:
 
 @final
 class Receiver:
-    """Receives packets from the rank before.
-
-    Args:
-        line: to it.
-        device: where the tensors are wanted.
-        num_slots: packets that have room at a time.
-    """
+    """Receives packets from the rank before onto a device; ``num_slots`` have room at a time."""
 
     def __init__(self, line: Line, device: torch.device, num_slots: int) -> None:
         self.line = line

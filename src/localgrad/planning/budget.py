@@ -11,31 +11,23 @@ libraries, what a caching allocator loses between tensors, the other order of op
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import hashlib
-import inspect
 import itertools
-import json
 import math
-import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from functools import cached_property, lru_cache, partial
-from importlib import metadata
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from typing import final
 
 import torch
 
 from localgrad.backbones.base import Backbone
-from localgrad.backbones.halves import signature
-from localgrad.errors import BudgetError, arg
+from localgrad.errors import BudgetError, DeviceError, arg
 from localgrad.estimating import estimate_step
 from localgrad.learner import LocalLearner, OptimizerFactory
-from localgrad.memory.costs import WAYS, Choice, Costs, CostSettings, interpolated
+from localgrad.memory.costs import WAYS, Choice, Costs, CostSettings, interpolated, with_times
 from localgrad.memory.parts import measure_costs
+from localgrad.memory.timing import IMAGES, Calibration, machine_of, measure_times
 from localgrad.memory.track import MemoryProfile
 from localgrad.objectives.methods import Objective
 from localgrad.partition import (
@@ -50,6 +42,7 @@ from localgrad.partition import (
     resolve,
 )
 from localgrad.partitioning import frozen_from, model_name
+from localgrad.planning.cache import Figures, key_of, remembered
 from localgrad.planning.search import UNLIMITED, Solution, fastest, frontier, smallest
 from localgrad.step.local_module import observed_parts
 from localgrad.units import format_bytes, parse_bytes
@@ -112,6 +105,7 @@ class Task:
         freeze_from: share of the training after which modules are frozen, as for ``LocalLearner``.
         accumulation: into how many parts batches are cut; by default as few as fit.
         soft_labels: whether labels are probabilities of classes (mixup), not indices.
+        measure: whether parts are timed by the clock of this machine, not by nominal rates.
         cache: whether costs that were measured before may be taken, and those that are measured are kept for others.
     """
 
@@ -129,6 +123,7 @@ class Task:
     freeze_from: float | None = None
     accumulation: int | None = None
     soft_labels: bool = False
+    measure: bool = False
     cache: bool = True
     measured: dict[CostSettings, Costs] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -166,8 +161,36 @@ class Task:
             overlap=self.overlap,
         )
         if settings not in self.measured:  # what the cache doesn't know is measured once all the same
-            self.measured[settings] = _cached_costs(self, settings)
+            costs = self._costs(settings)
+            self.measured[settings] = with_times(costs, self.calibration.costs) if self.measure else costs
         return self.measured[settings]
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """The times of parts here, by the clock; one for all batch sizes.
+
+        Raises:
+            DeviceError: there is no such device here.
+        """
+        if self.device == "cuda" and not torch.cuda.is_available():
+            told = arg("measure", value=True)
+            raise DeviceError(f"{told}: there is no CUDA device here; take {arg('device', 'cpu')}, or leave it out.")
+        settings = CostSettings(batch_size=IMAGES[self.device], precision=self.precision, overlap=self.overlap)
+        device = torch.device(self.device)
+        key = key_of(self.backbone, self.objective, self.optimizer, settings) if self.cache else None
+
+        def found() -> Figures:
+            return measure_times(self.backbone, self.objective, self.optimizer, settings, device).to_dict()
+
+        key = None if key is None else hashlib.sha256(f"{key} {machine_of(device)}".encode()).hexdigest()
+        return Calibration.from_dict(remembered(key, found, folder="times"))
+
+    def _costs(self, settings: CostSettings) -> Costs:
+        def found() -> Figures:
+            return measure_costs(self.backbone, self.objective, self.optimizer, settings).to_dict()
+
+        key = key_of(self.backbone, self.objective, self.optimizer, settings) if self.cache else None
+        return Costs.from_dict(remembered(key, found))
 
     def confirm(self, plan: Plan, batch_size: int, globally: Checkpointing | None = None) -> MemoryProfile:
         """Simulate one whole step of a plan; an end-to-end one that recomputes in some way, where that is given."""
@@ -390,12 +413,13 @@ def _global_steps(task: Task, search: Search, plan: Plan, batch_size: int, usabl
 
 
 def _notes(task: Task, plan: Plan) -> list[str]:
+    notes = [task.calibration.note] if task.measure else []
     if plan.accumulation > 1 and looks_at_whole_batches(task):
-        return [
+        notes.append(
             "what looks at a whole batch (batch norms, contrastive terms) sees a part of it at a time: accumulation "
             "changes results here"
-        ]
-    return []
+        )
+    return notes
 
 
 def looks_at_whole_batches(task: Task) -> bool:
@@ -623,145 +647,3 @@ def at_least(num_bytes: int) -> str:
     """Bytes as text, rounded up: typed as a budget, they suffice."""
     text = format_bytes(num_bytes)
     return text if parse_bytes(text) >= num_bytes else format_bytes(num_bytes * 1.005)
-
-
-# The cache -------------------------------------------------------------------------------------------------------
-
-
-def _cached_costs(task: Task, settings: CostSettings) -> Costs:
-    """Costs by model, shape and version: from memory, from the user's cache folder, or measured."""
-    key = _cache_key(task, settings)
-    if key is None:
-        return measure_costs(task.backbone, task.objective, task.optimizer, settings)
-    if key not in _recent:
-        _recent[key] = _read(key) or _measure_and_write(task, settings, key)
-    return _recent[key]
-
-
-_recent: dict[str, Costs] = {}
-
-
-CACHE_BYTES = 64 * MIB
-"""The cache is kept below this size; what was used longest ago goes first."""
-PACKAGES = ("torch", "timm", "torchvision", "bitsandbytes")
-"""Packages whose code the costs may depend on, beside our own: their versions tell it."""
-
-
-def _cache_key(task: Task, settings: CostSettings) -> str | None:
-    """A digest of everything that the costs depend on; ``None`` where they depend on code that no version tells.
-
-    That is an optimizer without a ``cache_key``, and an objective or a part of the model whose class is the user's
-    own: it may be edited, and so may anything that it calls.
-    """
-    optimizer = getattr(task.optimizer, "cache_key", None)
-    if optimizer is None or not task.cache or not _is_told_by_text(task.objective):
-        return None
-    backbone = task.backbone
-    parts_of_model = (backbone.stem, *backbone.blocks, backbone.tail)
-    signatures = [signature(part) for part in parts_of_model]
-    if None in signatures or not all(_is_known(net) for part in parts_of_model for net in part.modules()):
-        return None
-    parts = (
-        signatures,
-        (backbone.input_size, backbone.num_classes, backbone.layouts),
-        (repr(task.objective), optimizer, dataclasses.astuple(settings)),
-        [_version_of(name) for name in PACKAGES],
-        _own_version(),
-    )
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-
-def _is_known(value: object) -> bool:
-    """Whether a value's class, and what that inherits from, is of a package whose version is in the key."""
-    held = [item.func if isinstance(item, partial) else item for item in vars(value).values()]
-    functions = [item for item in held if inspect.isroutine(item) or inspect.isclass(item)]  # methods put in its place
-    return all(map(_is_of_known_package, functions)) and _is_known_class(type(value))
-
-
-def _is_known_class(kind: type) -> bool:
-    return all(map(_is_of_known_package, kind.__mro__))
-
-
-def _is_of_known_package(item: object) -> bool:
-    package = (getattr(item, "__module__", None) or "builtins").split(".", maxsplit=1)[0]
-    return package in {"builtins", "abc", "typing", "collections", "functools", "math", "localgrad", *PACKAGES}
-
-
-def _is_told_by_text(objective: Objective) -> bool:
-    """Whether an objective is one of ours and has plain values only, so that its text tells it."""
-
-    def is_plain(value: object) -> bool:
-        if isinstance(value, Mapping):
-            return all(is_plain(item) for pair in value.items() for item in pair)
-        if isinstance(value, (tuple, list)):
-            return all(map(is_plain, value))
-        return value is None or isinstance(value, (str, int, float))
-
-    is_known = _is_known(objective) and all(map(_is_known_class, objective.nets))
-    return is_known and all(is_plain(getattr(objective, each.name)) for each in fields(objective))
-
-
-def _version_of(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:  # an optional one
-        return ""
-
-
-@lru_cache(maxsize=1)
-def _own_version() -> str:
-    """A digest of the package's own code: a figure of another version is never taken for this one's."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "localgrad" / "costs"
-
-
-def _read(key: str) -> Costs | None:
-    try:
-        path = _cache_folder() / f"{key}.json"
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if values["sha256"] != _digest_of_costs(values["costs"]):
-            return None
-        costs = Costs.from_dict(values["costs"])
-        os.utime(path)  # used now
-        return costs
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError):  # no home, none there, or damaged: measure
-        return None
-
-
-def _measure_and_write(task: Task, settings: CostSettings, key: str) -> Costs:
-    costs = measure_costs(task.backbone, task.objective, task.optimizer, settings)
-    try:
-        folder = _cache_folder()
-        folder.mkdir(parents=True, exist_ok=True)
-        unfinished = folder / f"{key}.{os.getpid()}.tmp"
-        values = costs.to_dict()
-        unfinished.write_text(json.dumps({"sha256": _digest_of_costs(values), "costs": values}), encoding="utf-8")
-        unfinished.replace(folder / f"{key}.json")
-        _limit(folder)
-    except (OSError, RuntimeError):  # a cache that can't be written costs time, nothing else
-        pass
-    return costs
-
-
-def _digest_of_costs(values: object) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def _limit(folder: Path) -> None:
-    """Keep the cache below its size: remove what was used longest ago, and what other processes left unfinished."""
-    files = []
-    for path in folder.iterdir():
-        with contextlib.suppress(FileNotFoundError):  # another process does the same
-            files.append((path.stat().st_mtime, path.stat().st_size, path))
-    total = sum(size for _, size, _ in files)
-    for used, size, path in sorted(files):
-        is_left = path.suffix == ".tmp" and time.time() - used > 3600
-        if is_left or total > CACHE_BYTES:
-            path.unlink(missing_ok=True)
-            total -= size

@@ -2,10 +2,8 @@
 
 Calling a timm model's blocks one by one passes by timm's own ``grad_checkpointing`` flag, so it is done here, with
 PyTorch's non-reentrant checkpoint. It restores the random state, so dropout and drop path draw the same numbers
-twice. What it does not undo is what a forward pass writes: running statistics, vectors of spectral norms, counters.
-A second one would start from other values, and move them a second time. So a block that has such state
-(``written.observe_effects``) is recomputed as a whole, from its state before the first pass, which afterwards is as the
-first pass left it: checkpointing changes nothing but time and memory.
+twice. A block that writes state (``observe_effects``) is recomputed as a whole, from its state before the first pass,
+which afterwards is as the first pass left it: checkpointing changes nothing but time and memory.
 
 A half of a block (``halves.Piece``) can run over chunks of the batch, each under its own checkpoint::
 
@@ -14,9 +12,8 @@ A half of a block (``halves.Piece``) can run over chunks of the batch, each unde
                └── chunk 2 ── branch ──┘                │
                └────────────────────────────────────────┘
 
-so in the backward pass only one chunk's inner activations are alive. Exact forward and backward: what a branch computes
-for an image does not depend on the others (but for the last bits, where a kernel rounds otherwise for fewer rows), and
-weight gradients are sums over images (in another order of summation).
+so in the backward pass only one chunk's inner activations are alive. Exact forward and backward, but for rounding: what
+a branch computes for an image does not depend on the others, and weight gradients are sums over images.
 The drop path draws once for the whole batch. Dropout inside a branch draws, on a processor, for the whole batch too and
 keeps the chunk's rows, so that the numbers are those of the plain block; on other devices each chunk draws its own. A
 branch that draws once for all images (dropout on a table of positions) is run on the whole batch.
@@ -28,16 +25,18 @@ another child). So hooks see what they see in the plain block, and once more in 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
+from localgrad.backbones.effects import NO_EFFECTS, Effects
 from localgrad.backbones.fake import TorchDispatchMode
 from localgrad.backbones.halves import DRAW_OF_ROWS, Piece
+from localgrad.backbones.hooks import has_hooks, hooks_on_all
 from localgrad.backbones.namespaces import Kwargs
-from localgrad.backbones.written import NO_STATE, State, has_hooks, hooks_on_all
 from localgrad.errors import RecipeError
 
 Part = Callable[[Tensor], Tensor]
@@ -66,14 +65,14 @@ class Recomputed:
             RecipeError: the block wrote a buffer that it didn't write when it was observed.
         """
         if self.block is None:
-            return _through(self.pieces, features, self.chunks)
+            return run_pieces(self.pieces, features, self.chunks)
         parts = list(self.block.modules())
         is_as_cut = not (hooks_on_all() or any(map(has_hooks, parts))) and all(cut.holds() for cut in self._cuts)
         pieces = self.pieces if is_as_cut else (self._whole(self.block),)
         if torch.compiler.is_compiling():
-            return _through(pieces, features, self.chunks)
+            return run_pieces(pieces, features, self.chunks)
         buffers = self._left_alone(parts)
-        features = _through(pieces, features, self.chunks)
+        features = run_pieces(pieces, features, self.chunks)
         for part, name, buffer, version in buffers:
             if buffer._version != version:
                 raise RecipeError(
@@ -85,11 +84,11 @@ class Recomputed:
 
     def _whole(self, block: nn.Module) -> Piece:
         first = self.pieces[0]
-        return Piece(block, None, per_image=False, state=first.state if first.branch is block else NO_STATE)
+        return Piece(block, None, per_image=False, effects=first.effects if first.branch is block else NO_EFFECTS)
 
     def _left_alone(self, parts: Sequence[nn.Module]) -> list[tuple[nn.Module, str, Tensor, int]]:
         """Buffers that a forward pass isn't known to write, and their versions."""
-        written = {id(part) for piece in self.pieces for part in (*piece.state.parts, *piece.state.norms)}
+        written = {id(part) for piece in self.pieces for part in (*piece.effects.parts, *piece.effects.norms)}
         return [
             (part, name, buffer, buffer._version)
             for part in parts
@@ -99,44 +98,29 @@ class Recomputed:
         ]
 
 
-def _through(pieces: Sequence[Piece], features: Tensor, chunks: int) -> Tensor:
-    for piece in pieces:
-        features = _run(piece, features, chunks)
-    return features
-
-
-def run_telling_branches(
-    pieces: Sequence[Piece], features: Tensor, recomputed: Recomputed | None, branches: list[Tensor]
+def run_pieces(
+    pieces: Sequence[Piece], features: Tensor, chunks: int | None, branches: list[Tensor] | None = None
 ) -> Tensor:
-    """Run a block's pieces, and tell what each residual branch gives, before its drop path.
+    """Run a block's pieces in order, features [B, ...] to features.
 
-    Args:
-        pieces: the block's.
-        features: what enters the first of them.
-        recomputed: how the block is recomputed, if it is.
-        branches: takes the outputs of residual branches, in order.
+    Each is recomputed over so many chunks of the batch; with ``None`` nothing is. ``branches`` takes what each residual
+    branch gives, before its drop path.
     """
     for piece in pieces:
-        output = piece.branch(features) if recomputed is None else _branch(piece, features, recomputed.chunks)
-        if piece.drop_path is None:
-            features = output
-        else:
-            branches.append(output)
-            features = features + piece.drop_path(output)  # not in place: the branch's output is looked at
+        output = piece.branch(features) if chunks is None else _branch(piece, features, chunks)
+        if piece.drop_path is not None:
+            if branches is not None:
+                branches.append(output)
+            output = piece.drop_path(output)
+            is_free = branches is None and _is_fresh(output, features)  # what a branch gave may be looked at
+            output = output.add_(features) if is_free else features + output
+        features = output
     return features
 
 
 def _branch(piece: Piece, features: Tensor, chunks: int) -> Tensor:
     chunks = min(chunks, len(features)) if piece.per_image else 1
-    return checkpointed(piece.branch, features, piece.state) if chunks == 1 else _over_chunks(piece, features, chunks)
-
-
-def _run(piece: Piece, features: Tensor, chunks: int) -> Tensor:
-    output = _branch(piece, features, chunks)
-    if piece.drop_path is None:
-        return output
-    output = piece.drop_path(output)
-    return output.add_(features) if _is_fresh(output, features) else features + output
+    return checkpointed(piece.branch, features, piece.effects) if chunks == 1 else _over_chunks(piece, features, chunks)
 
 
 def _is_fresh(output: Tensor, features: Tensor) -> bool:
@@ -152,21 +136,15 @@ def _over_chunks(piece: Piece, features: Tensor, chunks: int) -> Tensor:
     outputs, start = [], 0
     for part in parts:
         torch.set_rng_state(state)  # every chunk draws the whole batch's numbers, and keeps its rows
-        outputs.append(checkpointed(_WithRowsOf(piece, start, len(part), len(features)), part))
+        outputs.append(checkpointed(partial(_with_rows_of, piece, start, len(features)), part))
         start += len(part)
     return torch.cat(outputs)
 
 
-@final
-class _WithRowsOf:
+def _with_rows_of(piece: Piece, start: int, total: int, part: Tensor) -> Tensor:
     """A branch whose random draws are rows of those for a whole batch."""
-
-    def __init__(self, piece: Piece, start: int, length: int, total: int) -> None:
-        self.piece, self.rows = piece, (start, length, total)
-
-    def __call__(self, features: Tensor) -> Tensor:
-        with _RowsOfDraws(*self.rows, self.piece.draws):
-            return self.piece.branch(features)
+    with _RowsOfDraws(start, len(part), total, piece.draws):
+        return piece.branch(part)
 
 
 @final
@@ -194,19 +172,11 @@ class _RowsOfDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return mask.copy_(whole[self.start * repeats : (self.start + self.length) * repeats])
 
 
-def checkpointed(block: Part, inputs: Tensor, state: State = NO_STATE) -> Tensor:
-    """Run ``block(inputs)``, keeping only ``inputs`` for the backward pass, and the block's state, which is left alone.
-
-    Args:
-        block: what is run, and run again in the backward pass.
-        inputs: features that enter it.
-        state: what that changes.
-    """
+def checkpointed(block: Part, inputs: Tensor, effects: Effects = NO_EFFECTS) -> Tensor:
+    """Run ``block(inputs)``, keeping only ``inputs`` for the backward pass, and the state that its effects change."""
     if getattr(block, "keeps_inputs_only", False):  # by itself: a stand-in of ``planning.parts``
         result: Tensor = block(inputs)
         return result
-    if not state:
-        recomputed: Tensor = checkpoint(block, inputs, use_reentrant=False)
-        return recomputed
-    still: Tensor = checkpoint(block, inputs, use_reentrant=False, context_fn=state.contexts)
-    return still
+    contexts = effects.contexts if effects else noop_context_fn
+    recomputed: Tensor = checkpoint(block, inputs, use_reentrant=False, context_fn=contexts)
+    return recomputed

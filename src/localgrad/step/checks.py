@@ -1,7 +1,6 @@
 """What is refused before a step: a model changed behind the learner's back, optimizers of something else, bad batches.
 
-Nothing here waits for a device, but for ``check_values``, which a learner asks once. The rest is Python that compares
-objects with what was remembered of them, and no operator runs.
+Nothing here waits for a device, but for ``check_values``, which a learner asks once.
 
 Shapes: B batch, C channels, H W image.
 """
@@ -228,13 +227,9 @@ def check_tensors(batch: LocalBatch) -> None:
 
 
 def check_images(images: Tensor, dtypes: Sequence[torch.dtype], device: torch.device, *, autocasts: bool) -> None:
-    """Refuse images that the model can't take, their size apart. Nothing is read from the device.
+    """Refuse images [B, C, H, W] that the model can't take, their size apart. Nothing is read from the device.
 
-    Args:
-        images: [B, C, H, W].
-        dtypes: of the weights that images enter; none for any.
-        device: where the model trains.
-        autocasts: whether autocast converts other floating dtypes.
+    ``dtypes`` are those of the weights that images enter (none for any); autocast converts other floating ones.
 
     Raises:
         BackboneError: another dtype or device; a graph that ends in them.
@@ -264,12 +259,7 @@ def same_device(first: torch.device, second: torch.device) -> bool:
 
 
 def check_labels(labels: Tensor, images: Tensor, num_classes: int) -> None:
-    """Refuse labels that don't go with images or classes by dtype, shape or device. Nothing is read from the device.
-
-    Args:
-        labels: int64 [B], or soft targets [B, num_classes].
-        images: [B, C, H, W].
-        num_classes: of the model.
+    """Refuse labels, int64 [B] or soft [B, num_classes], that don't go with images or classes. No value is read.
 
     Raises:
         DataError: naming what to pass.
@@ -299,9 +289,7 @@ def check_labels(labels: Tensor, images: Tensor, num_classes: int) -> None:
 def check_values(batch: LocalBatch, num_classes: int) -> None:
     """Refuse images that aren't finite, and labels that mean no class. Waits for the device: for a first step.
 
-    Args:
-        batch: as for a step; fakes of tensors have no values and pass, once the same operators ran.
-        num_classes: of the model.
+    Fakes of tensors have no values and pass, once the same operators ran: they take memory.
 
     Raises:
         DataError: naming the first image at fault.

@@ -7,8 +7,7 @@
                               detached features
 
 F forward, L loss, B backward, U clip and update. At any time at most one module has activations and gradients.
-The images leave the batch as soon as no later module's objective looks at them: with feature reconstruction, after
-the first module. A caller that keeps no name of its own for them gets their memory back for the other modules.
+The images leave the batch as soon as no later module's objective looks at them.
 """
 
 from __future__ import annotations
@@ -68,17 +67,7 @@ W = TypeVar("W", bound=Walked)
 
 @dataclass
 class Visit(Generic[W]):
-    """A local module whose turn it is.
-
-    Attributes:
-        index: of the module.
-        module: it, or its step.
-        received: what it receives.
-        batch: as it enters the module.
-        route: what is carried where, if anything is.
-        is_last: whether it is the last of the walk.
-        gradient: of its loss by what it hands on, where that was told.
-    """
+    """A local module (or its step) whose turn it is: what it receives, and where it stands in the walk."""
 
     index: int
     module: W
@@ -133,11 +122,7 @@ def walk(modules: Sequence[W], batch: LocalBatch, route: Route | None = None, *,
 
 @final
 class Attempt:
-    """A region in which memory may run out: that ends it, and is told.
-
-    Attributes:
-        reason: the error's first line.
-    """
+    """A region in which memory may run out: that ends it, and ``reason`` is the error's first line."""
 
     reason: str | None = None
 
@@ -183,12 +168,10 @@ class SequentialExecutor:
             step.module.keeps_gradient = self.route.is_late(index + 1)
 
     def step(self, batch: LocalBatch, hand_on: HandOn | None = None) -> StepResult:
-        """Train every local module on one batch.
+        """Train every local module on one batch, out of which what it carries is taken on the way.
 
-        Args:
-            batch: as it enters the first of them; what it carries is taken out of it on the way.
-            hand_on: given the batch as the module behind the last one is to receive it: before the last one's backward
-                pass, if all of it is there by then.
+        ``hand_on`` is given the batch as the module behind the last one is to receive it: before the last one's
+        backward pass, if all of it is there by then.
         """
         losses, terms, logits = [], [], []
         for visit in walk(self.steps, batch, self.route, first=self.first):
@@ -209,16 +192,17 @@ class SequentialExecutor:
         features = batch.features if ends_the_model else None
         return StepResult(features, tuple(losses), tuple(terms), tuple(logits), batch.known_targets)
 
-    def attempts(self, index: int, steps: Sequence[LocalStep]) -> Iterator[Attempt]:
+    def attempts(self, place: int | str, steps: Sequence[LocalStep]) -> Iterator[Attempt]:
         """Regions to run something in: where memory runs out before an update, one more if someone can recover.
 
         Args:
-            index: of the module that it is; as many as there are for an end-to-end step.
+            place: the module that it is, by number; or what is done by all of them.
             steps: what it may change.
 
         Raises:
             MemoryExceeded: memory ran out, and nobody could help.
         """
+        index = place if isinstance(place, int) else self.first + len(self.steps)
         while True:
             before = None if self.recover is None else [step.snapshot() for step in steps]
             attempt = Attempt()
@@ -231,9 +215,15 @@ class SequentialExecutor:
                 step.optimizer.zero_grad(set_to_none=True)
             updating = any(step.updating for step in steps)
             if before is None or updating or self.recover is None or not self.recover(index):
-                raise MemoryExceeded(index, attempt.reason)
+                raise MemoryExceeded(place, attempt.reason)
             for step, state in zip(steps, before, strict=True):
                 step.go_back(state)
+
+
+def free_cache(device: torch.device) -> None:
+    """Give back what an allocator holds of a device without using it."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def out_of_memory(error: RuntimeError) -> str | None:

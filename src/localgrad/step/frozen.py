@@ -18,9 +18,6 @@ class Frozen:
     Batch (and instance) norms use their running statistics. What other modules write into their buffers (codebooks,
     counters, vectors of spectral norm) is undone; which buffers those are is seen in the first region. What is drawn at
     random goes on: later modules learn from features with dropout and drop path, as they did before.
-
-    Args:
-        module: the local module.
     """
 
     def __init__(self, module: nn.Module) -> None:

@@ -20,17 +20,20 @@ from localgrad.backbones.namespaces import Attributes
 from localgrad.objectives.carried import LocalBatch
 from localgrad.step.checkpointing import Recomputed
 from localgrad.step.executor import StepResult, walk
-from localgrad.step.local_step import LocalStep, autocast, check_surroundings, explained, single_images_refused
+from localgrad.step.local_module import LocalOutput
+from localgrad.step.local_step import (
+    LocalStep,
+    autocast,
+    check_surroundings,
+    explained,
+    joined,
+    single_images_refused,
+)
 
 
 @final
 class GlobalStep:
-    """Trains all modules on the last one's loss.
-
-    Args:
-        steps: the local steps of all modules, first to last.
-        recomputed: for each module, by number of a part, what stands in for it.
-    """
+    """Trains all modules on the last one's loss; of each, ``recomputed`` stands in for parts, by their number."""
 
     def __init__(self, steps: Sequence[LocalStep], recomputed: Sequence[Mapping[int, Recomputed]]) -> None:
         self.steps = tuple(steps)
@@ -39,14 +42,7 @@ class GlobalStep:
         self._together = _Together(list(owned.values()), self.steps)
 
     def __call__(self, batch: LocalBatch) -> StepResult:
-        """Train on one batch.
-
-        Args:
-            batch: images and labels.
-
-        Returns:
-            Figures of the last module; the others have no losses.
-        """
+        """Train on one batch; gives figures of the last module, the others have no losses."""
         last = self.steps[-1]
         for step in self.steps:
             step.begin()
@@ -61,24 +57,23 @@ class GlobalStep:
     def _train(self, batch: LocalBatch, last: LocalStep) -> StepResult:
         scaler = last.scaler
         parts = batch.parts(last.accumulation)
-        outputs, losses, terms = [], [], []
+        outputs, shares = [], []
         for part in parts:
             share = len(part.labels) / len(batch.labels)
             with autocast(last.device_type, last.precision):
                 logits = self._logits(part.features, part.labels)
                 value = last.module.objective(logits, logits, part)
             scaler.scale(value.loss * share).backward()
-            assert value.logits is not None, "the last module ends in the model's own classifier"
-            outputs.append(value.logits.detach())
-            losses.append(value.loss.detach() * share)
-            terms.append({name: term.detach() * share for name, term in value.terms.items()})
+            terms = {name: term.detach() for name, term in value.terms.items()}
+            outputs.append(LocalOutput(logits.detach(), value.loss.detach(), terms, None))
+            shares.append(share)
             del logits, value
         self._update(scaler)
-        nothing: tuple[dict[str, Tensor], ...] = tuple({} for _ in self.steps[:-1])
-        total = {name: torch.stack([found[name] for found in terms]).sum() for name in terms[0]}
-        logits = torch.cat(outputs)
-        total_loss, module_logits = torch.stack(losses).sum(), (*([None] * len(nothing)), logits)
-        return StepResult(logits, (total_loss,), (*nothing, total), module_logits, batch.known_targets)
+        found = joined(outputs, shares)
+        num_others = len(self.steps) - 1
+        terms_of_all = (*({} for _ in range(num_others)), found.terms)
+        module_logits = (*([None] * num_others), found.features)
+        return StepResult(found.features, (found.loss,), terms_of_all, module_logits, batch.known_targets)
 
     def _logits(self, images: Tensor, labels: Tensor) -> Tensor:
         batch = LocalBatch(None, labels, features=images)
@@ -106,12 +101,7 @@ class GlobalStep:
 
 @final
 class _Together(torch.optim.Optimizer):
-    """The optimizers of all modules as one, for the gradient scaler: what isn't finite anywhere holds back all.
-
-    Args:
-        parameters: of all modules, each once, also where two train it.
-        steps: the modules' own.
-    """
+    """The optimizers of all modules as one, for the gradient scaler: what isn't finite anywhere holds back all."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], steps: Sequence[LocalStep]) -> None:
         super().__init__(parameters, {})

@@ -15,16 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from localgrad.backbones.base import Backbone, Layout, Stem
+from localgrad.backbones.effects import Observed
 from localgrad.backbones.halves import AsCut, Piece, find_pieces, observed, whole_block
+from localgrad.backbones.hooks import has_hooks
 from localgrad.backbones.timm_models import undecayed
-from localgrad.backbones.written import Observed, has_hooks
 from localgrad.errors import BackboneError, RecipeError
 from localgrad.objectives.base import LocalObjective, ObjectiveValue
 from localgrad.objectives.carried import LocalBatch
 from localgrad.objectives.methods import Objective
 from localgrad.objectives.site import Site
 from localgrad.partition import Checkpointing, Plan
-from localgrad.step.checkpointing import Part, Recomputed, run_telling_branches
+from localgrad.step.checkpointing import Part, Recomputed, run_pieces
 
 
 class LocalOutput(NamedTuple):
@@ -101,13 +102,7 @@ class LocalModule(nn.Module):
         self.gradient: Tensor | None = None
 
     def run_parts(self, inputs: Tensor, *, with_states: bool = False, branches: list[Tensor] | None = None) -> Passed:
-        """Run the parts in order: image or features in, features (or the model's logits) out.
-
-        Args:
-            inputs: what the module before handed on; the images for the first module.
-            with_states: list what entered each block, and the tail.
-            branches: takes what each residual branch gives, before its drop path.
-        """
+        """Run the parts in order: image or features in, features (or logits), asked-for states and branches out."""
         states = []
         handed_on = None
         for number, part in enumerate(self.parts):
@@ -117,7 +112,8 @@ class LocalModule(nn.Module):
                 states.append(inputs)
             recomputed = self.recomputed.get(number) if self.training else None
             if branches is not None and number in self.pieces:
-                inputs = run_telling_branches(self.pieces[number], inputs, recomputed, branches)
+                chunks = None if recomputed is None else recomputed.chunks
+                inputs = run_pieces(self.pieces[number], inputs, chunks, branches)
             else:
                 run: Part = recomputed or part
                 inputs = run(inputs)
@@ -138,16 +134,11 @@ class LocalModule(nn.Module):
                 )
 
     def features(self, inputs: Tensor) -> Tensor:
-        """What the last part gives. Arguments as for ``run_parts``."""
+        """What the last part gives."""
         return self.run_parts(inputs).outputs
 
     def own(self, inputs: Tensor, recomputed: Mapping[int, Recomputed]) -> Tensor:
-        """Run the module's own parts only, recomputing as a caller says: a step of end-to-end training.
-
-        Args:
-            inputs: what enters the first of them.
-            recomputed: as for the class.
-        """
+        """Run the module's own parts only, recomputing as a caller says: a step of end-to-end training."""
         for number, part in enumerate(self.parts):
             if number >= self.shared:
                 run: Part = recomputed.get(number, part)
@@ -155,15 +146,12 @@ class LocalModule(nn.Module):
         return inputs
 
     def forward(self, inputs: Tensor, batch: LocalBatch, received: Tensor | None = None) -> LocalOutput:
-        """Compute features and loss.
+        """Compute detached features, the loss with its graph, and detached figures.
 
         Args:
             inputs: what the module before handed on; the images [B, C, H, W] for the first one.
             batch: images and labels.
             received: what the objective compares with in place of ``inputs``, where those were moved.
-
-        Returns:
-            Detached features, the loss with its graph, and detached figures.
         """
         entered = self.objective.enter(inputs, batch)
         branches: list[Tensor] = []
@@ -190,14 +178,7 @@ class LocalModule(nn.Module):
 
 
 def site_of(backbone: Backbone, boundaries: Sequence[int], index: int, *, overlap: int = 0) -> Site:
-    """Where in a model a local module stands.
-
-    Args:
-        backbone: a split model.
-        boundaries: the first block of every module but the first.
-        index: number of the module.
-        overlap: blocks of the module before that it trains as well.
-    """
+    """Where in a split model a local module stands, which trains ``overlap`` blocks of the module before as well."""
     num_blocks = len(backbone.blocks)
     edges = [0, *boundaries, num_blocks]
     image = Layout(kind="NCHW", width=backbone.input_size[0], grid=backbone.input_size[1:])
@@ -232,10 +213,8 @@ def build_local_objective(objective: Objective, site: Site, dtype: torch.dtype) 
 def shared_blocks(edges: Sequence[int], index: int, overlap: int) -> int:
     """Blocks of the module before that a module trains as well: at most all that this one has of its own.
 
-    Args:
-        edges: the first block of every module, and the number of blocks.
-        index: of the module; there are none for the first, and none beyond the last.
-        overlap: blocks asked for.
+    ``edges`` are the first block of every module, and the number of blocks. There are none for the first module, and
+    none beyond the last.
     """
     return min(overlap, edges[index] - edges[index - 1]) if 0 < index < len(edges) - 1 else 0
 
@@ -328,13 +307,7 @@ def recomputed_in(backbone: Backbone, plan: Plan, index: int, *, overlap: int = 
 
 
 def recompute(backbone: Backbone, index: int, how: Checkpointing) -> Recomputed:
-    """What stands in for a block in training under a level of checkpointing.
-
-    Args:
-        backbone: a split model.
-        index: number of the block.
-        how: ``blocks`` or ``halves``.
-    """
+    """What stands in for a block in training under a level of checkpointing: ``blocks`` or ``halves``."""
     block = backbone.blocks[index]
     example = backbone.example(index)
     if how.level == "blocks" and how.chunks == 1:

@@ -3,10 +3,8 @@
 Everything that a step may keep between batches is the module's own: its optimizer, its gradient scaler, its
 clipping norm. So modules can run in any order or place with the same result.
 
-Gradient accumulation happens here, inside the module's step: the batch is cut into equal parts, each runs forward
-and backward, then one update follows. The gradients are still freed before the next module runs; only the
-features of the whole batch are kept at the boundary. Peers that accumulate over calls keep the gradients of
-every module alive at once.
+With accumulation the batch is cut into parts, each runs forward and backward, then one update follows. The gradients
+are still freed before the next module runs; only the features of the whole batch are kept at the boundary.
 """
 
 from __future__ import annotations
@@ -24,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from localgrad.backbones.namespaces import Attributes, Kwargs
-from localgrad.backbones.written import Before, Undo, random_state, set_random_state
+from localgrad.backbones.random_numbers import RandomState
+from localgrad.backbones.state import Before, Undo
 from localgrad.errors import DeviceError, RecipeError, arg
 from localgrad.objectives.carried import LocalBatch
 from localgrad.step.checks import same_device
@@ -187,9 +186,7 @@ class LocalStep:
         self.updating = False
 
     def __call__(self, inputs: Tensor, batch: LocalBatch, hand_on: TakeFeatures | None = None) -> LocalOutput:
-        """Train on one batch, from cleared gradients on.
-
-        A frozen module only runs, and its state stays; see ``Frozen``.
+        """Train on one batch, from cleared gradients on; a frozen module only runs (``Frozen``).
 
         Args:
             inputs: what the module before gave, detached; the images for the first module.
@@ -256,10 +253,10 @@ class LocalStep:
         the parameters is that of g . u, with u the penalty's gradient by g, and so a derivative along u: a central
         difference of two more passes, in which what the objective compares with stays where it was.
         """
-        before = random_state(self.device)
+        before = RandomState()
         entered = inputs.view_as(inputs).requires_grad_()  # a leaf over the same numbers: they came without a graph
         output = self._once(entered, batch, share, hand_on, received=inputs)
-        after = random_state(self.device)
+        after = RandomState()
         assert entered.grad is not None, "the loss depends on the inputs"
         scale = self.scaler.scale(torch.full((), share, device=self.device))  # a tensor: nobody waits for its value
         along = cosine_direction(entered.grad.float() / scale, batch.gradient)
@@ -269,9 +266,9 @@ class LocalStep:
         weight = share * self.module.objective.reconcile / (2 * step)
         del entered
         for sign in (1.0, -1.0):
-            set_random_state(self.device, before)  # the same draws of dropout and drop path
+            before.restore()  # the same draws of dropout and drop path
             self._once(inputs + (sign * step * along).to(inputs.dtype), batch, sign * weight, received=inputs)
-        set_random_state(self.device, after)
+        after.restore()
         return output
 
     def _accumulate(self, run: Pass, inputs: Tensor, batch: LocalBatch, hand_on: TakeFeatures | None) -> LocalOutput:
@@ -290,21 +287,20 @@ class LocalStep:
             take = hand_on_all if is_last and hand_on is not None else None
             with contextlib.nullcontext() if is_last or self._replicated is None else self._replicated.no_sync():
                 outputs.append(run(chunk, part, shares[-1], take))
-        return _merge(outputs, shares)
+        return joined(outputs, shares)
 
-    def snapshot(self) -> tuple[Tensor, Before]:
+    def snapshot(self) -> Before:
         """What a step changes before its update: random states, and what forward passes write (running statistics)."""
-        return random_state(self.device), self._undo.remember()
+        return self._undo.remember()
 
-    def go_back(self, state: tuple[Tensor, Before]) -> None:
+    def go_back(self, state: Before) -> None:
         """Undo an unfinished step: gradients are dropped, all else is as in the snapshot.
 
         Raises:
             RuntimeError: the step wrote a buffer that no step before had written.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        set_random_state(self.device, state[0])
-        self._undo.undo(state[1])
+        self._undo.undo(state)
 
     def run_as(self, accumulation: int) -> None:
         """Cut batches into another number of parts from now on; a compiled module is compiled anew."""
@@ -350,36 +346,26 @@ def explained(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 @contextlib.contextmanager
 def drawing_from(device: torch.device, seed: tuple[int, ...] | None) -> Iterator[None]:
-    """A region in which random numbers are a function of a seed alone; the caller's own go on afterwards.
+    """A region in which a device's random numbers are a function of a seed alone; the caller's own go on afterwards.
 
-    So what a module draws depends neither on the modules before it nor on the process that it runs in.
-
-    Args:
-        device: whose numbers, beside the processor's.
-        seed: any whole numbers; with ``None`` the caller's numbers are drawn.
+    So what a module draws depends neither on the modules before it nor on the process that it runs in. With ``None``
+    the caller's numbers are drawn.
     """
     if seed is None:
         yield
         return
     number = int.from_bytes(hashlib.blake2b(repr(seed).encode(), digest_size=8).digest(), "big") >> 1
-    devices = dict.fromkeys((torch.device("cpu"), device))
-    before = [random_state(each) for each in devices]
-    try:
-        for each in devices:
-            _generator(each).manual_seed(number)
+    gpus = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=gpus):
+        torch.default_generator.manual_seed(number)
+        for gpu in gpus:
+            with torch.cuda.device(gpu):
+                torch.cuda.manual_seed(number)
         yield
-    finally:
-        for each, state in zip(devices, before, strict=True):
-            set_random_state(each, state)
 
 
 def check_surroundings(device_type: str, precision: str, *given: Tensor) -> None:
     """Refuse to train where PyTorch was told not to, or in another precision than the learner's.
-
-    Args:
-        device_type: of the device that trains.
-        precision: as for ``LocalStep``.
-        given: images and labels.
 
     Raises:
         RecipeError: naming what is on around the step.
@@ -406,10 +392,6 @@ def check_surroundings(device_type: str, precision: str, *given: Tensor) -> None
 @contextlib.contextmanager
 def single_images_refused(num_images: int, accumulation: int) -> Iterator[None]:
     """Say in words what PyTorch says of a batch norm that gets a single value for each channel.
-
-    Args:
-        num_images: of the batch.
-        accumulation: parts that it is cut into.
 
     Raises:
         RecipeError: inside, naming how many parts would do.
@@ -438,14 +420,6 @@ def _smallest_part(num_images: int, count: int) -> int:
     return (num_images - 1) % size + 1
 
 
-def _generator(device: torch.device) -> torch.Generator:
-    if device.type != "cuda":
-        return torch.default_generator
-    index = torch.cuda.current_device() if device.index is None else device.index
-    generator: torch.Generator = torch.cuda.default_generators[index]
-    return generator
-
-
 def compiled_alone(module: nn.Module) -> Callable[..., Any]:
     """A module's forward pass through ``torch.compile``, with a code object of its own.
 
@@ -462,7 +436,9 @@ def compiled_alone(module: nn.Module) -> Callable[..., Any]:
     return compiled
 
 
-def _merge(outputs: Sequence[LocalOutput], shares: Sequence[float]) -> LocalOutput:
+def joined(outputs: Sequence[LocalOutput], shares: Sequence[float]) -> LocalOutput:
+    """The output of a batch, made of those of its parts and their shares of the images."""
+
     def mean(values: Sequence[Tensor]) -> Tensor:
         return torch.stack([value * share for value, share in zip(values, shares, strict=True)]).sum()
 

@@ -11,18 +11,13 @@ import torch
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
-from localgrad.backbones.written import let_go, strip_hooks
+from localgrad.backbones.hooks import let_go, strip_hooks
 from localgrad.objectives.averaging import OtherBuffers, averaged_pairs, renew_spectral_norms
 from localgrad.step.sharding import rows_of
 
 
 class MovingAverage(ModelEmaV3):  # type: ignore[misc]  # timm has no types
-    """An average of a model, in ``module``: in evaluation mode, without its users' hooks.
-
-    Args:
-        model: on its device.
-        **settings: timm's.
-    """
+    """An average of a model, in ``module``: in evaluation mode, without its users' hooks; settings are timm's."""
 
     def __init__(self, model: nn.Module, **settings: Any) -> None:
         let_go(model)
@@ -32,12 +27,7 @@ class MovingAverage(ModelEmaV3):  # type: ignore[misc]  # timm has no types
 
     @torch.no_grad()
     def apply_update_(self, model: nn.Module, decay: float) -> None:
-        """Take a step towards a model.
-
-        Args:
-            model: of the same architecture.
-            decay: share of the average that stays.
-        """
+        """Take a step towards a model of the same architecture; ``decay`` is the share of the average that stays."""
         averages, values = [], []
         for own, value in averaged_pairs(self.module, model):
             averages.append(_real_rows(own))

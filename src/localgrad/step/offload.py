@@ -8,14 +8,11 @@
 
 Out means home to the host: what training changed (parameters, buffers, optimizer state), then its device memory is
 free. One side stream does all copies in order, so the memory that module k leaves is there before module k+2
-arrives: the device holds two modules' static tensors at most. On a processor the copies are plain ones, by the same
-code, and host and device are two places in the same memory.
+arrives: the device holds two modules' static tensors at most. On a processor the copies are plain ones.
 
 What moves are the same tensor objects: only their ``.data`` is exchanged. So optimizers find their state under their
-parameters, the model's own ``state_dict()`` is right between any two steps, and a module that waits is an ordinary
-module on the processor. After a step (and a wait for its last copy home) all but module 0 are.
-
-A tensor that several modules read (a rotary embedding's frequencies) is on the device as long as any of them is.
+parameters, and a module that waits is an ordinary module on the processor. After a step all but module 0 are. A tensor
+that several modules read is on the device as long as any of them is.
 """
 
 from __future__ import annotations
@@ -30,17 +27,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from localgrad.backbones.proof import tensors_in
+
 HOST = torch.device("cpu")
 
 
 class _Home(NamedTuple):
-    """Where a tensor on the device comes from and goes back to.
-
-    Attributes:
-        tensor: the object that everybody holds.
-        host: its place in host memory, with its value from before.
-        version: torch's count of its changes, when it came.
-    """
+    """Where a tensor on the device has its home in host memory, and torch's count of its changes when it came."""
 
     tensor: Tensor
     host: Tensor
@@ -98,11 +91,7 @@ class Offloader:
         _place(everything, HOST)
 
     def attach(self, optimizers: Sequence[Optimizer]) -> None:
-        """From now on, a module that trains brings its optimizer's state along.
-
-        Args:
-            optimizers: one for each module.
-        """
+        """From now on, a module that trains brings the state of its optimizer along."""
         self.rest()
         self._optimizers = list(optimizers)
 
@@ -184,7 +173,8 @@ class Offloader:
         with self._copying():
             for tensor in self._tensors(index, with_state=with_state):
                 host = self._home_of(tensor.data)
-                moved.append((tensor, host, self._copy_of(host)))
+                there = torch.empty_like(host, device=self.device)  # complete when the side stream has come here
+                moved.append((tensor, host, there.copy_(host, non_blocking=True)))
             ready = None if self._stream is None else self._stream.record_event()
         self._coming = _Coming(index, with_state, moved, ready)
 
@@ -227,20 +217,13 @@ class Offloader:
                     if _is_unchanged(home, trained=stay.with_state):
                         tensor.data = host
                         continue
-                self._write_home(host, there)
+                host.copy_(there, non_blocking=True)
+                if self._stream is not None:
+                    # Optimizer state of the first step is the compute stream's, which must not take this memory for
+                    # something else before the copy is done. What was fetched is the side stream's own: the next module
+                    # to come gets its memory, and comes after this copy.
+                    there.record_stream(self._stream)
                 tensor.data = host
-
-    def _write_home(self, host: Tensor, there: Tensor) -> None:
-        host.copy_(there, non_blocking=True)
-        if self._stream is not None:
-            # Optimizer state of the first step is the compute stream's, which must not take this memory for something
-            # else before the copy is done. What was fetched is the side stream's own: the next module to come gets its
-            # memory, and comes after this copy.
-            there.record_stream(self._stream)
-
-    def _copy_of(self, host: Tensor) -> Tensor:
-        """A copy on the device, complete when the side stream has come here."""
-        return torch.empty_like(host, device=self.device).copy_(host, non_blocking=True)
 
     def _home_of(self, tensor: Tensor) -> Tensor:
         """The host memory to which a tensor will come back: its own, if that will do."""
@@ -295,18 +278,7 @@ def _distinct(tensors: list[Tensor]) -> list[Tensor]:
 def _device_state(optimizer: Optimizer) -> list[Tensor]:
     """State tensors that belong on the device: all but step counters, which most optimizers keep on the processor."""
     counters_too = any(group.get("capturable") or group.get("fused") for group in optimizer.param_groups)
-    return [tensor for tensor in _inside(list(optimizer.state.values())) if tensor.ndim > 0 or counters_too]
-
-
-def _inside(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for inner in value.values():
-            yield from _inside(inner)
-    elif isinstance(value, (list, tuple)):
-        for inner in value:
-            yield from _inside(inner)
+    return [tensor for tensor in tensors_in(list(optimizer.state.values())) if tensor.ndim > 0 or counters_too]
 
 
 def _is_unchanged(home: _Home, *, trained: bool) -> bool:

@@ -29,33 +29,32 @@ class ObjectiveName(TypedDict):
     options: dict[str, Json]
 
 
-class LearnerState(TypedDict):
-    """Everything that a resumed run needs of a learner; the last two aren't in checkpoints of before they were kept."""
+class _State(TypedDict):
+    """What a learner and its part in one process have alike; an objective wasn't kept in the first checkpoints."""
 
     model: dict[str, Tensor]
+    averaged_model: dict[str, Tensor] | None
+    num_steps: int
+    seed: int
+    boundaries: list[int]
+    objective: NotRequired[ObjectiveName]
+
+
+class LearnerState(_State):
+    """Everything that a resumed run needs of a learner."""
+
     objectives: list[dict[str, Tensor]]
     optimizers: list[OptimizerState]
     scalers: list[dict[str, float]]
-    averaged_model: dict[str, Tensor] | None
-    num_steps: int
-    seed: int
-    boundaries: list[int]
-    objective: NotRequired[ObjectiveName]
     optimizer_classes: NotRequired[list[str]]
 
 
-class LearnerPart(TypedDict):
+class LearnerPart(_State):
     """One process's part of that, lists by the number of the local module."""
 
-    model: dict[str, Tensor]
     objectives: dict[int, dict[str, Tensor]]
     optimizers: dict[int, OptimizerState]
     scalers: dict[int, dict[str, float]]
-    averaged_model: dict[str, Tensor] | None
-    num_steps: int
-    seed: int
-    boundaries: list[int]
-    objective: NotRequired[ObjectiveName]
     optimizer_classes: NotRequired[dict[int, str]]
 
 
@@ -88,11 +87,7 @@ def _told_value(value: Any) -> Any:
 
 
 def check_objective(saved: Mapping[str, Any] | None, own: Objective) -> None:
-    """Refuse the state of another objective.
-
-    Args:
-        saved: from ``describe``; ``None`` in checkpoints of before it was kept.
-        own: the learner's.
+    """Refuse the state of another objective; checkpoints of before it was kept have none.
 
     Raises:
         CheckpointError: naming both.
@@ -110,13 +105,7 @@ def check_objective(saved: Mapping[str, Any] | None, own: Objective) -> None:
 
 
 def check_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any], saved_class: str | None, index: int) -> None:
-    """Refuse an optimizer's state that isn't of its class and its parameters.
-
-    Args:
-        optimizer: of a local module.
-        state: its part of a checkpoint.
-        saved_class: the name of the class that it is from; ``None`` in checkpoints of before that was kept.
-        index: of the local module.
+    """Refuse an optimizer's state that isn't of its class (unknown in old checkpoints) and its parameters.
 
     Raises:
         CheckpointError: naming the difference.

@@ -1,23 +1,18 @@
 """Augmentation of whole batches on the device, as functions of (images, settings, seed).
 
-What it is: everything that happens to images between storage (uint8, native size) and the model
-(float32, normalised, the model's size). The order is fixed::
+The order between storage and the model is fixed::
 
     uint8, native size:  crop with padding and flip -> RandAugment -> resize
     float32, model size: normalise -> random erasing -> mixup or cutmix
 
-What it is not: a per-image pipeline in worker processes. At 32x32 a step takes less time than the Python
-of 128 per-image transforms, so the batch is the unit: one gather crops and flips it, each image by its
-own draws. RandAugment has no batched per-image form in torchvision (v2 draws one operation for all it is
-given), so it is applied to groups of `RAND_AUGMENT_GROUP` images: operations vary between groups, not
-inside one. Batches are shuffled, so a group never holds the same images twice.
+The batch is the unit, since at 32x32 a step takes less time than the Python of 128 per-image transforms: one gather
+crops and flips it, each image by its own draws. torchvision's RandAugment draws one operation for all it is given, so
+it is applied to groups of `RAND_AUGMENT_GROUP` images (shuffled, so never the same ones twice).
 
-How it differs from the usual code: no draw touches a global random state. Each batch is given one seed,
-derived from (seed, epoch, batch index) by hashing, and every part of the augmentation derives its own from
-that. So batch 17 of epoch 3 is the same whether 16 batches went before it or the run was resumed at it, on
-any device: draws are made on the CPU and copied without waiting. (RandAugment alone waits for a GPU: torchvision's
-geometric operations put small tables there, a group of images at a time.) Library code that insists on a global
-state (RandAugment: torch's; timm's Mixup: numpy's) runs inside `private_rng`, which puts both back.
+No draw touches a global random state: each batch has one seed, hashed from (seed, epoch, batch index), and every part
+of the augmentation derives its own from that. So a batch is the same whatever ran before it, on any device: draws are
+made on the CPU and copied without waiting (RandAugment alone waits for a GPU). Library code that insists on a global
+state runs inside `private_rng`.
 
 Sources: RandAugment arXiv 1909.13719; random erasing arXiv 1708.04896; mixup arXiv 1710.09412; cutmix
 arXiv 1905.04899 (the last two through `timm.data.Mixup`).
@@ -32,18 +27,16 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from localgrad.training.augmentation import Augment
+from localgrad.training.settings import Augment, Fit
 
-Fit = Literal["crop", "pad", "squash"]
-"""How an image of another shape is brought to the model's: the central part, bars at its sides, or
-other proportions."""
+WHITE = (255, 255, 255)
 
 RAND_AUGMENT_GROUP = 8
 """Images that share RandAugment's operations: smaller costs more calls, larger varies less."""
@@ -53,14 +46,7 @@ ERASED_ASPECT = (0.3, 1 / 0.3)
 
 
 def derive_seed(*parts: int | str) -> int:
-    """Hash ``parts`` into one seed: the same parts give the same seed on every machine.
-
-    Args:
-        parts: what the seed is for, such as ``(seed, "batch", epoch, index)``.
-
-    Returns:
-        An integer from 0 to below 2**63.
-    """
+    """Hash ``parts`` into one seed, from 0 to below 2**63: the same on every machine."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -72,15 +58,9 @@ def generator_for(*parts: int | str) -> torch.Generator:
 
 @contextmanager
 def private_rng(seed: int) -> Iterator[None]:
-    """Run library code that draws from torch's CPU, numpy's or Python's global state, and put all back after it.
+    """Run library code that draws from torch's CPU, numpy's or Python's global state, seeded; put all back after it.
 
     Unlike ``torch.manual_seed`` it leaves the accelerators' generators alone, which dropout draws from.
-
-    Args:
-        seed: what these states are seeded with inside the block.
-
-    Yields:
-        Nothing.
     """
     torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
     try:
@@ -94,84 +74,62 @@ def private_rng(seed: int) -> Iterator[None]:
         random.setstate(python_state)
 
 
-def augment_batch(
-    images: Tensor,
-    targets: Tensor,
-    *,
-    augment: Augment,
-    num_classes: int,
-    image_size: tuple[int, int],
-    mean: Sequence[float],
-    std: Sequence[float],
-    seed: int,
-    fit: Fit = "crop",
-    background: Sequence[int] = (255, 255, 255),
-) -> tuple[Tensor, Tensor]:
-    """Turn stored images into what a training step is fed.
+@dataclass(frozen=True, kw_only=True)
+class ModelInput:
+    """What a model takes, and how stored images are brought to it.
 
-    Args:
-        images: uint8 [B, C, h, w], on the device that is to do the work.
-        targets: int64 class indices [B], there too.
-        augment: the settings.
-        num_classes: K, for soft labels.
-        image_size: (H, W) that the model takes, in pixels.
+    Attributes:
+        size: (H, W) in pixels.
         mean: per channel, of pixel values scaled to 0..1.
         std: likewise.
-        seed: all that the random draws depend on.
-        fit: how images of another shape are brought to the model's.
+        fit: how images of another shape are brought to that size.
         background: (R, G, B) from 0 to 255, of the bars that ``pad`` adds.
+    """
+
+    size: tuple[int, int]
+    mean: Sequence[float]
+    std: Sequence[float]
+    fit: Fit = "crop"
+    background: Sequence[int] = WHITE
+
+    def of(self, images: Tensor) -> Tensor:
+        """What a model is evaluated on, float32 [B, C, H, W]: resized and normalised, nothing random.
+
+        Args:
+            images: uint8 [B, C, h, w].
+        """
+        return normalise(resize_to_fit(images, self.size, self.fit, self.background), self.mean, self.std)
+
+
+def augment_batch(
+    images: Tensor, targets: Tensor, to: ModelInput, *, augment: Augment, num_classes: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Turn stored images, uint8 [B, C, h, w], and class indices, int64 [B], into what a training step is fed.
+
+    Args:
+        images: on the device that is to do the work.
+        targets: there too.
+        to: what the model takes.
+        augment: the settings.
+        num_classes: K, for soft labels.
+        seed: all that the random draws depend on.
 
     Returns:
-        Images float32 [B, C, H, W], and labels: float32 [B, K] where ``augment.gives_soft_labels``,
-        otherwise ``targets`` as they came.
+        Images float32 [B, C, H, W], and labels: float32 [B, K] where ``augment.gives_soft_labels``, else the targets.
     """
     images = crop_and_flip(images, *draw_crops(len(images), augment, seed))
     if augment.rand_augment is not None:
         images = rand_augment(images, *augment.rand_augment, seed=seed)
-    floats = normalise(resize_to_fit(images, image_size, fit, background), mean, std)
+    floats = to.of(images)
     if augment.erasing:
-        floats = erase(floats, draw_boxes(len(floats), image_size, augment.erasing, seed))
+        floats = erase(floats, draw_boxes(len(floats), to.size, augment.erasing, seed))
     if augment.gives_soft_labels:
         return mix(floats, targets, augment=augment, num_classes=num_classes, seed=seed)
     return floats, targets
 
 
-def prepare_batch(
-    images: Tensor,
-    *,
-    image_size: tuple[int, int],
-    mean: Sequence[float],
-    std: Sequence[float],
-    fit: Fit = "crop",
-    background: Sequence[int] = (255, 255, 255),
-) -> Tensor:
-    """Turn stored images into what a model is evaluated on: resized and normalised, nothing random.
-
-    Args:
-        images: uint8 [B, C, h, w].
-        image_size: (H, W) that the model takes, in pixels.
-        mean: per channel, of pixel values scaled to 0..1.
-        std: likewise.
-        fit: how images of another shape are brought to the model's.
-        background: (R, G, B) from 0 to 255, of the bars that ``pad`` adds.
-
-    Returns:
-        float32 [B, C, H, W].
-    """
-    return normalise(resize_to_fit(images, image_size, fit, background), mean, std)
-
-
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Compute ``(images / 255 - mean) / std`` per channel.
-
-    Args:
-        images: uint8 [..., C, H, W].
-        mean: C numbers, of pixel values scaled to 0..1.
-        std: C numbers, likewise.
-
-    Returns:
-        float32 of the same shape.
-    """
+    """Compute ``(images / 255 - mean) / std`` per channel: uint8 [..., C, H, W] to float32."""
     scale = torch.tensor([1 / (255 * s) for s in std], dtype=torch.float32)
     shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=torch.float32)
     scale, shift = (_to_device(t[:, None, None], images.device) for t in (scale, shift))
@@ -179,15 +137,7 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
 
 def resize_to_cover(images: Tensor, image_size: tuple[int, int]) -> Tensor:
-    """Cut the central part that has the wanted aspect, and resize it (bicubic, antialiased).
-
-    Args:
-        images: uint8 [..., C, h, w].
-        image_size: (H, W) wanted, in pixels.
-
-    Returns:
-        uint8 [..., C, H, W]; ``images`` themselves where they already have that size.
-    """
+    """Cut the central part that has the wanted aspect, and resize it; see `resize_to_fit`."""
     height, width = images.shape[-2:]
     if (height, width) == tuple(image_size):
         return images
@@ -199,7 +149,7 @@ def resize_to_cover(images: Tensor, image_size: tuple[int, int]) -> Tensor:
 
 
 def resize_to_fit(images: Tensor, image_size: tuple[int, int], fit: Fit, background: Sequence[int]) -> Tensor:
-    """Bring images to a size (bicubic, antialiased), cut, with bars, or in other proportions.
+    """Bring images to a size (bicubic, antialiased).
 
     Args:
         images: uint8 [..., C, h, w].
@@ -229,12 +179,7 @@ def resize_to_fit(images: Tensor, image_size: tuple[int, int], fit: Fit, backgro
 
 
 def share_cut_off(size: tuple[int, int], image_size: tuple[int, int]) -> float:
-    """The share of an image's pixels, from 0 to 1, that `resize_to_cover` cuts off.
-
-    Args:
-        size: (h, w) of the image.
-        image_size: (H, W) wanted.
-    """
+    """The share, from 0 to 1, that `resize_to_cover` cuts off of an image of (h, w) pixels for (H, W)."""
     scale = min(size[0] / image_size[0], size[1] / image_size[1])
     return 1 - scale * image_size[0] * scale * image_size[1] / (size[0] * size[1])
 
@@ -295,13 +240,10 @@ def rand_augment(images: Tensor, num_ops: int, magnitude: int, *, seed: int) -> 
     """Apply torchvision's RandAugment to groups of `RAND_AUGMENT_GROUP` images.
 
     Args:
-        images: uint8 [B, C, H, W], C being 1 or 3.
+        images: uint8 [B, C, H, W], C being 1 or 3; so is what is returned.
         num_ops: operations in a row for each group.
         magnitude: 0 to 30.
         seed: of the batch.
-
-    Returns:
-        uint8 [B, C, H, W].
     """
     from torchvision.transforms import v2  # type: ignore[import-untyped]
 
@@ -311,13 +253,7 @@ def rand_augment(images: Tensor, num_ops: int, magnitude: int, *, seed: int) -> 
 
 
 def draw_boxes(num_images: int, image_size: tuple[int, int], probability: float, seed: int) -> Tensor:
-    """Draw one rectangle an image, empty where the image is left alone.
-
-    Args:
-        num_images: B.
-        image_size: (H, W) in pixels.
-        probability: that an image gets a rectangle.
-        seed: of the batch.
+    """Draw one rectangle an image of (H, W) pixels, with a probability; else it is empty.
 
     Returns:
         int64 [B, 4] on the CPU: top, left, bottom, right (the last two exclusive).
@@ -335,15 +271,7 @@ def draw_boxes(num_images: int, image_size: tuple[int, int], probability: float,
 
 
 def erase(images: Tensor, boxes: Tensor) -> Tensor:
-    """Set each image's rectangle to 0, which is the mean colour after normalising.
-
-    Args:
-        images: float32 [B, C, H, W].
-        boxes: int64 [B, 4] of `draw_boxes`.
-
-    Returns:
-        float32 [B, C, H, W].
-    """
+    """Set each image's rectangle (`draw_boxes`) to 0, the mean colour of normalised float32 [B, C, H, W]."""
     top, left, bottom, right = _to_device(boxes, images.device).T[:, :, None]
     rows = torch.arange(images.shape[2], device=images.device)
     columns = torch.arange(images.shape[3], device=images.device)
@@ -354,8 +282,7 @@ def erase(images: Tensor, boxes: Tensor) -> Tensor:
 def mix(images: Tensor, targets: Tensor, *, augment: Augment, num_classes: int, seed: int) -> tuple[Tensor, Tensor]:
     """Mix pairs of images and their labels by timm's Mixup, or only smooth the labels.
 
-    timm mixes image i with image B-1-i and wants an even number: the last image of an odd batch stays as
-    it is.
+    timm mixes image i with image B-1-i and wants an even number: the last image of an odd batch stays as it is.
 
     Args:
         images: float32 [B, C, H, W]; overwritten, which spares a copy of the batch.
@@ -365,7 +292,7 @@ def mix(images: Tensor, targets: Tensor, *, augment: Augment, num_classes: int, 
         seed: of the batch.
 
     Returns:
-        Images float32 [B, C, H, W] and labels float32 [B, K], each row adding up to 1.
+        The images, and labels float32 [B, K], each row adding up to 1.
     """
     from timm.data.mixup import Mixup, mixup_target
 

@@ -1,21 +1,17 @@
 """The data path: a name becomes parts, parts become batches that are ready for the step.
 
-What it is: `load_data` finds a data set (`loading.py`), checks it, splits a validation part off the training
-part where it has none of its own, decodes it into memory where it is small, and says all that it
-did in a `DataInfo`. `Batches` turns one part into batches on the device, shuffled and augmented
-(`augment.py`) for training, in order and plain for evaluation. `load_images_for_prediction`
-prepares images without labels the same way.
+`load_data` finds a data set (`loading.py`), checks it, splits a validation part off the training part where it has none
+of its own, decodes it into memory where it is small, and says what it did in a `DataInfo`. `Batches` turns one part
+into batches on the device, shuffled and augmented (`augment.py`) for training, in order and plain for evaluation.
 
-Why not a `DataLoader` throughout: the sets that local learning is compared on are small (CIFAR, SVHN,
-STL-10), and the steps short. Indexing a uint8 tensor and augmenting the batch on the device costs
-milliseconds, with no worker process and, but for RandAugment, nothing that waits for the device. Larger sets
-are decoded by worker processes, and the same augmentation follows.
+Why not a `DataLoader` throughout: the sets that local learning is compared on are small, and the steps short. Indexing
+a uint8 tensor and augmenting the batch on the device costs milliseconds, with no worker process. Larger sets are
+decoded by worker processes, and the same augmentation follows.
 
 Two rules hold here. Selection is honest: validation images are those that the data set brings for it, or come from the
-training part, by class and by seed, and the test part is never touched by a setting. And a run can
-be resumed in the middle of an epoch, bit for bit: the order of an epoch depends on (seed, epoch),
-the draws of a batch on (seed, epoch, index), and on nothing that ran before; the global random
-states are neither read nor changed.
+training part, by class and by seed, and the test part is never touched by a setting. And a run can be resumed in the
+middle of an epoch, bit for bit: the order of an epoch depends on (seed, epoch), the draws of a batch on (seed, epoch,
+index), and on nothing that ran before; the global random states are neither read nor changed.
 
 Shapes: N images of a set, B batch, C channels, H W image, K classes.
 """
@@ -26,41 +22,20 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import final, get_args
+from typing import final
 
 import torch
 from torch import Tensor
 
 from localgrad.errors import DataError, arg
 from localgrad.objectives.carried import LocalBatch
-from localgrad.training.augment import (
-    Fit,
-    augment_batch,
-    derive_seed,
-    generator_for,
-    normalise,
-    prepare_batch,
-    share_cut_off,
-)
-from localgrad.training.augmentation import Augment
+from localgrad.training.augment import WHITE, ModelInput, augment_batch, derive_seed, generator_for, share_cut_off
 from localgrad.training.folders import Split
-from localgrad.training.image_sets import FileImages, ImageSet, InMemoryImages, OnCorrupt, Skipped
-from localgrad.training.images import WHITE, Probed, Reading, check_range, parse_colour
+from localgrad.training.image_sets import FileImages, ImageSet, InMemoryImages, Skipped, Wanted
+from localgrad.training.images import Probed, Reading, check_range
 from localgrad.training.loading import Found, find, list_image_files, read_image_files
-from localgrad.training.transforms import Prepared
-
-__all__ = [
-    "Augment",
-    "Batches",
-    "DataInfo",
-    "FileImages",
-    "ImageSet",
-    "InMemoryImages",
-    "Splits",
-    "load_data",
-    "load_images_for_prediction",
-    "normalise",
-]
+from localgrad.training.settings import Augment, DataSettings, Fit
+from localgrad.training.transforms import NONE, Prepared
 
 MEMORY_LIMIT_BYTES = 2 * 1024**3
 TEST_FRACTION = 0.2
@@ -130,9 +105,13 @@ class Splits:
     sizes: tuple[tuple[int, int], ...] = ()
     transform: str | None = None
 
+    def part(self, name: str) -> ImageSet | None:
+        """One of them."""
+        return {"train": self.train, "val": self.val, "test": self.test}[name]
+
     def num_read(self, part: str) -> int:
         """Images of a part without those that were left out, as far as they were read."""
-        images: ImageSet | None = {"train": self.train, "val": self.val, "test": self.test}[part]
+        images = self.part(part)
         left_out = len(self.skipped[part].images) if isinstance(images, FileImages) else 0
         return 0 if images is None else len(images) - left_out
 
@@ -155,77 +134,47 @@ class Splits:
 
 
 def load_data(
-    name: str,
+    settings: DataSettings,
     *,
-    root: Path | None = None,
-    download: bool = False,
-    val_fraction: float = 0.1,
-    limit: int | None = None,
-    on_corrupt: OnCorrupt = "error",
     seed: int = 0,
+    download: bool = False,
     image_size: tuple[int, int] | None = None,
     memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    train_data: str | None = None,
-    val_data: str | None = None,
-    test_data: str | None = None,
-    image_range: Sequence[float] | None = None,
-    background: str | None = None,
-    fit: Fit = "crop",
-    transform: str | None = None,
     default_transform: tuple[str, tuple[int, int]] | None = None,
 ) -> Splits:
     """Load a data set by name, checked and split.
 
     Args:
-        name: ``digits``, ``cifar10``, ``cifar100``, ``stl10``, ``svhn``, a folder or table of images, or
-            OWNER/NAME on the Hugging Face hub.
-        root: the folder that holds torchvision's data sets.
-        download: whether torchvision may fetch what is missing there.
-        val_fraction: share of the training part that becomes the validation part, from 0 to below 1. Where the data
-            set has a validation part, that is taken as it is, or with 0 left unused.
-        limit: use this many training images only (after the validation part is split off).
-        on_corrupt: leave corrupt images out and count them, or stop at the first.
-        seed: of the validation part and of ``limit``.
+        settings: which images, and how they are read. Where the data set has a validation part, that is taken as it
+            is, or with a fraction of 0 left unused; images are limited after the validation part is split off.
+        seed: of the validation part and of the limit.
+        download: whether torchvision may fetch what is missing.
         image_size: (H, W) that the model takes: images of different sizes are stored at it.
         memory_limit_bytes: decoded sets up to this size are kept in memory.
-        mean: per channel or one for all, of pixel values scaled to 0..1, instead of the training part's.
-        std: likewise.
-        train_data: a folder of class folders or a table, instead of the training part that ``name`` holds.
-        val_data: likewise, of the validation part.
-        test_data: likewise, of the test part.
-        image_range: (black, white) of images of more than 8 bits; by default the range of their type.
-        background: a colour behind transparent images; white by default.
-        fit: what happens to images of another shape than the model's: ``crop``, ``pad`` or ``squash``.
-        transform: what images go through; then those of files are decoded as they are read.
-        default_transform: the one for files whose images are mostly larger than a size, (H, W).
-
-    Returns:
-        The parts and their description.
+        default_transform: the one for files whose images are mostly larger than a size, (H, W), where none is set.
 
     Raises:
         DataError: for data that is missing, empty, corrupt, of one class, or labelled outside its classes.
     """
-    _check_settings(val_fraction=val_fraction, limit=limit, on_corrupt=on_corrupt, fit=fit)
-    given: dict[Split, str | None] = {"train": train_data, "val": val_data, "test": test_data}
+    name = settings.name
+    given: dict[Split, str | None] = {
+        "train": settings.train_data,
+        "val": settings.val_data,
+        "test": settings.test_data,
+    }
+    root = None if settings.root is None else Path(settings.root)
     found = find(name, root=root, download=download, given={k: v for k, v in given.items() if v})
     _check_labels(name, found)
-    parts, notes = _split(found, val_fraction=val_fraction, limit=limit, seed=seed)
+    parts, notes = _split(found, settings, seed)
     skipped = {part: found.skipped.get(part) or Skipped() for part in parts}
-    reading = Reading(
-        image_range=_checked_range(image_range),
-        background=WHITE if background is None else parse_colour(background),
-        fit=fit,
-    )
+    reading = Reading.as_set(settings)
     settled = _settle(
         parts,
         reading,
-        on_corrupt=on_corrupt,
+        settings,
         skipped=skipped,
         image_size=image_size,
         limit_bytes=memory_limit_bytes,
-        transform=transform,
         default_transform=default_transform,
     )
     train, val, test = (settled.parts.get(part) for part in ("train", "val", "test"))
@@ -233,14 +182,14 @@ def load_data(
     assert test is not None, "and a test part"
     _check_classes(name, found.class_names, train)
     _check_read(name, parts, settled.parts)
-    used_mean, used_std, measured = _statistics(train, settled.found_shape.num_channels, mean, std)
+    mean, std, measured = _statistics(train, settled.num_channels, settings.mean, settings.std)
     info = DataInfo(
         name=name,
         class_names=found.class_names,
-        num_channels=settled.found_shape.num_channels,
-        image_size=settled.found_shape.size,
-        mean=used_mean,
-        std=used_std,
+        num_channels=settled.num_channels,
+        image_size=settled.size,
+        mean=mean,
+        std=std,
         num_skipped=sum(len(own.images) for own in skipped.values()),
         num_train=len(train),
         num_val=0 if val is None else len(val),
@@ -248,19 +197,14 @@ def load_data(
         notes=(*found.notes, *notes, *settled.notes, *measured, *_without_images(found.class_names, train)),
         image_range=reading.image_range,
         background=reading.background,
-        fit=fit,
+        fit=reading.fit,
         skipped={part: own.counts() for part, own in skipped.items() if own.counts()},
     )
     return Splits(train, val, test, info, skipped, settled.sizes, settled.transform)
 
 
 def note_on_fit(splits: Splits, image_size: tuple[int, int]) -> str | None:
-    """How much of the images is cut off, as a sentence; None where that is next to nothing.
-
-    Args:
-        splits: loaded.
-        image_size: (H, W) that the model takes.
-    """
+    """How much of the images is cut off for (H, W), as a sentence; None where that is next to nothing."""
     cut = [share_cut_off(size, image_size) for size in splits.sizes]
     if splits.transform or splits.info.fit != "crop" or not cut or max(cut) < _WORTH_SAYING:
         return None
@@ -272,30 +216,6 @@ def note_on_fit(splits: Splits, image_size: tuple[int, int]) -> str | None:
 
 
 # ------------------------------------------------------------------------------------------------ checks
-
-
-def _check_settings(*, val_fraction: float, limit: int | None, on_corrupt: str, fit: str) -> None:
-    if not 0 <= val_fraction < 1:
-        raise DataError(
-            f"{arg('val_fraction')} is a share of the training part, from 0 to below 1, got {val_fraction}."
-        )
-    if limit is not None and limit < 2:
-        raise DataError(f"{arg('limit')} must leave at least 2 training images, got {limit}.")
-    if on_corrupt not in get_args(OnCorrupt):
-        raise DataError(f"on_corrupt must be one of {', '.join(get_args(OnCorrupt))}, got {on_corrupt!r}.")
-    if fit not in get_args(Fit):
-        raise DataError(f"fit must be one of {', '.join(get_args(Fit))}, got {fit!r}.")
-
-
-def _checked_range(image_range: Sequence[float] | None) -> tuple[float, float] | None:
-    if image_range is None:
-        return None
-    if len(image_range) != 2 or not -math.inf < image_range[0] < image_range[1] < math.inf:
-        raise DataError(
-            f"{arg('image_range')} is the values of black and of white, the first one smaller, got "
-            f"{tuple(image_range)}; take {arg('image_range', (0, 4095))}, for example."
-        )
-    return image_range[0], image_range[1]
 
 
 def _check_labels(name: str, found: Found) -> None:
@@ -346,13 +266,8 @@ def _without_images(class_names: Sequence[str], train: ImageSet) -> list[str]:
 def apportion(counts: Sequence[int], total: int, ceilings: Sequence[int]) -> list[int]:
     """Share ``total`` out in proportion to ``counts``, in whole numbers, by largest remainders.
 
-    Args:
-        counts: images of each class.
-        total: how many to take altogether.
-        ceilings: the most that may be taken of each class.
-
     Returns:
-        How many to take of each class; they add up to ``total``, or to what the ceilings allow.
+        How many to take of each; they add up to ``total``, or to what the ceilings (the most of each) allow.
     """
     everything = max(1, sum(counts))
     shares = [min(total * count // everything, top) for count, top in zip(counts, ceilings, strict=True)]
@@ -367,13 +282,7 @@ def apportion(counts: Sequence[int], total: int, ceilings: Sequence[int]) -> lis
 
 
 def stratified_choice(labels: Tensor, num_wanted: int, *, leave_one: bool, seed: int) -> tuple[Tensor, Tensor]:
-    """Choose images at random, of each class in proportion.
-
-    Args:
-        labels: int64 class indices [N].
-        num_wanted: how many to choose.
-        leave_one: choose no class's last image.
-        seed: of the choice.
+    """Choose images at random, of each class in proportion, and where asked no class's last one.
 
     Returns:
         Indices (int64, ascending) of the chosen and of the others.
@@ -388,9 +297,12 @@ def stratified_choice(labels: Tensor, num_wanted: int, *, leave_one: bool, seed:
     return is_chosen.nonzero().flatten(), (~is_chosen).nonzero().flatten()
 
 
-def _split(found: Found, *, val_fraction: float, limit: int | None, seed: int) -> tuple[dict[str, ImageSet], list[str]]:
+def _split(found: Found, settings: DataSettings, seed: int) -> tuple[dict[str, ImageSet], list[str]]:
     """Make parts out of what was found: train, validation (if there is to be one) and test."""
     train, test, val, notes = found.train, found.test, None, []
+    val_fraction, limit = settings.val_fraction, settings.limit
+    if limit is not None and limit < 2:
+        raise DataError(f"{arg('limit')} must leave at least 2 training images, got {limit}.")
     if test is None:
         test, train = _cut(train, round(TEST_FRACTION * len(train)), leave_one=True, seed=_TEST_SEED)
         notes.append(f"No test part: {len(test)} of {len(test) + len(train)} images are held out as one.")
@@ -422,19 +334,21 @@ def _cut(images: ImageSet, num_wanted: int, *, leave_one: bool, seed: int) -> tu
 
 
 @dataclass(frozen=True)
-class _Shape:
-    """What the images of a set have in common: channels, and (H, W) in pixels or None where it varies."""
-
-    num_channels: int
-    size: tuple[int, int] | None
-
-
-@dataclass(frozen=True)
 class _Settled:
-    """The parts where they will stay, what was seen on the way there, and the sizes of sampled images."""
+    """The parts where they will stay, and what was seen on the way there.
+
+    Attributes:
+        parts: by name.
+        num_channels: 1 or 3.
+        size: (H, W) of the images as they were found; None where it varies.
+        notes: what to say.
+        sizes: (H, W) of sampled images.
+        transform: what each image goes through.
+    """
 
     parts: Mapping[str, ImageSet]
-    found_shape: _Shape
+    num_channels: int
+    size: tuple[int, int] | None
     notes: tuple[str, ...] = ()
     sizes: tuple[tuple[int, int], ...] = ()
     transform: str | None = None
@@ -443,34 +357,34 @@ class _Settled:
 def _settle(
     parts: Mapping[str, ImageSet],
     reading: Reading,
+    settings: DataSettings,
     *,
-    on_corrupt: OnCorrupt,
     skipped: Mapping[str, Skipped],
     image_size: tuple[int, int] | None,
     limit_bytes: int,
-    transform: str | None,
     default_transform: tuple[str, tuple[int, int]] | None,
 ) -> _Settled:
     """Decode files where the result is small enough, and no transform is to see them as they are."""
+    transform = None if settings.transform == NONE else settings.transform
     first = parts["train"]
     if isinstance(first, InMemoryImages):
         check_range((), reading.image_range)
-        size = (first.images.shape[2], first.images.shape[3])
-        return _Settled(parts, _Shape(first.images.shape[1], size), sizes=(size,), transform=transform)
+        _, num_channels, height, width = first.images.shape
+        return _Settled(parts, num_channels, (height, width), sizes=((height, width),), transform=transform)
     files = {
-        part: images.with_settings(reading, on_corrupt, skipped[part])
+        part: replace(images, reading=reading, on_corrupt=settings.on_corrupt, skipped=skipped[part])
         for part, images in parts.items()
         if isinstance(images, FileImages)
     }
     probed = [image for images in files.values() for image in images.probe()]
     check_range(probed, reading.image_range)
     sizes = tuple(image.size for image in probed)
-    shape = _Shape(max(image.num_channels for image in probed), sizes[0] if len(set(sizes)) == 1 else None)
-    if transform is None and default_transform is not None:
+    if settings.transform is None and default_transform is not None:
         name, model_size = default_transform
         larger = [min(size) > max(model_size) for size in sizes]
         transform = name if 2 * sum(larger) > len(larger) else None
-    settled = _decode_if_small(files, shape, image_size, limit_bytes if transform is None else 0)
+    size, num_channels = sizes[0] if len(set(sizes)) == 1 else None, max(image.num_channels for image in probed)
+    settled = _decode_if_small(files, num_channels, size, image_size, limit_bytes if transform is None else 0)
     notes = (*_notes_on(probed, reading), *settled.notes)
     return replace(settled, notes=notes, sizes=sizes, transform=transform)
 
@@ -493,21 +407,28 @@ def _notes_on(probed: Sequence[Probed], reading: Reading) -> list[str]:
 
 
 def _decode_if_small(
-    files: Mapping[str, FileImages], shape: _Shape, image_size: tuple[int, int] | None, limit_bytes: int
+    files: Mapping[str, FileImages],
+    num_channels: int,
+    size: tuple[int, int] | None,
+    image_size: tuple[int, int] | None,
+    limit_bytes: int,
 ) -> _Settled:
-    files = {part: images.with_channels(shape.num_channels) for part, images in files.items()}
-    num_values = sum(len(images) for images in files.values()) * shape.num_channels
-    wanted = [size for size in (shape.size, image_size) if size is not None]
-    sizes = [size for size in wanted if num_values * size[0] * size[1] <= limit_bytes]
-    if not sizes:
-        return _Settled(files, shape, notes=("Images are decoded while training.",))
-    decoded = {part: images.decode(sizes[0]) for part, images in files.items()}
-    is_native = sizes[0] == shape.size
-    if is_native and not all(alike for _, alike in decoded.values()):
+    files = {
+        part: replace(images, reading=replace(images.reading, num_channels=num_channels))
+        for part, images in files.items()
+    }
+    num_values = sum(len(images) for images in files.values()) * num_channels
+    wanted = [each for each in (size, image_size) if each is not None]
+    fitting = [each for each in wanted if num_values * each[0] * each[1] <= limit_bytes]
+    if not fitting:
+        return _Settled(files, num_channels, size, notes=("Images are decoded while training.",))
+    stored = fitting[0]
+    decoded = {part: images.decode(stored) for part, images in files.items()}
+    if stored == size and not all(alike for _, alike in decoded.values()):
         # The few images probed were alike but others are not: take the set for mixed, and for colour.
-        return _decode_if_small(files, _Shape(3, None), image_size, limit_bytes)
-    notes = () if is_native else (f"Images are stored at {sizes[0][0]}x{sizes[0][1]} pixels.",)
-    return _Settled({part: images for part, (images, _) in decoded.items()}, shape, notes)
+        return _decode_if_small(files, 3, None, image_size, limit_bytes)
+    notes = () if stored == size else (f"Images are stored at {stored[0]}x{stored[1]} pixels.",)
+    return _Settled({part: images for part, (images, _) in decoded.items()}, num_channels, size, notes)
 
 
 def _statistics(
@@ -561,10 +482,11 @@ def _measured(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 @final
+@dataclass(eq=False, kw_only=True)
 class Batches:
     """Batches of an image set, ready for the step.
 
-    Args:
+    Attributes:
         images: one part of a data set.
         batch_size: images a batch.
         image_size: (H, W) that the model takes, in pixels.
@@ -572,7 +494,7 @@ class Batches:
         device: where the batches are made and wanted.
         augment: for training, or None for evaluation: every image, in order, resized and normalised only.
         seed: of order and augmentation.
-        drop_last: leave out a last batch that is not full, in training.
+        drop_last: leave out a last batch that is not full; in training only.
         num_workers: processes that decode images which are not in memory.
         shard: (number, of how many) replicas that share the images out without overlap: in training each takes a
             part of every batch, in evaluation every so many-th batch.
@@ -583,50 +505,50 @@ class Batches:
             means no class (nor may one be ignored: accuracies count every image).
     """
 
-    def __init__(
-        self,
-        images: ImageSet,
-        *,
-        batch_size: int,
-        image_size: tuple[int, int],
-        info: DataInfo,
-        device: torch.device | str,
-        augment: Augment | None,
-        seed: int,
-        drop_last: bool,
-        num_workers: int = 0,
-        shard: tuple[int, int] = (0, 1),
-        transform: str | None = None,
-    ) -> None:
+    images: ImageSet
+    batch_size: int
+    image_size: tuple[int, int]
+    info: DataInfo
+    device: torch.device
+    augment: Augment | None
+    seed: int
+    drop_last: bool = True
+    num_workers: int = 0
+    shard: tuple[int, int] = (0, 1)
+    transform: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check what can't be, and what images go through."""
+        info, batch_size, replicas = self.info, self.batch_size, self.shard[1]
         if batch_size < 1:
             raise DataError(f"{arg('batch_size')} must be 1 or more, got {batch_size}.")
-        if num_workers < 0:
-            raise DataError(f"{arg('num_workers')} must be 0 or more, got {num_workers}.")
-        _check_range("set that batches are made of", images.labels, info.num_classes)
-        self.images = images
-        self.batch_size = batch_size
-        self.image_size = image_size
-        self.info = info
-        self.device = torch.device(device)
-        self.augment = augment
-        self.seed = seed
-        self.drop_last = drop_last and augment is not None
-        self.num_workers = num_workers
-        self.shard = shard
-        self.transform = transform
-        training = augment is not None
-        self.prepared = None if transform is None else Prepared(transform, image_size, training=training)
-        if self.prepared is not None:
-            self.prepared.try_on(info.num_channels)
-        if augment is not None and batch_size % shard[1]:
+        if self.num_workers < 0:
+            raise DataError(f"{arg('num_workers')} must be 0 or more, got {self.num_workers}.")
+        _check_range("set that batches are made of", self.images.labels, info.num_classes)
+        self.input = ModelInput(
+            size=self.image_size, mean=info.mean, std=info.std, fit=info.fit, background=info.background
+        )
+        prepared, training = None, self.augment is not None
+        if self.transform is not None:
+            prepared = Prepared(self.transform, self.image_size, training=training)
+            prepared.try_on(info.num_channels)
+        self.wanted = Wanted(
+            image_size=self.image_size, device=self.device, num_workers=self.num_workers, prepared=prepared
+        )
+        if training and batch_size % replicas:
             raise DataError(
-                f"{arg('batch_size', batch_size)} can't be shared out among {shard[1]} replicas; take a multiple of "
-                f"{shard[1]}."
+                f"{arg('batch_size', batch_size)} can't be shared out among {replicas} replicas; take a multiple of "
+                f"{replicas}."
             )
         if self._num_batches == 0:
             raise DataError(
-                f"{arg('batch_size', batch_size)} leaves no full batch of {len(images)} images: choose a smaller one."
+                f"{arg('batch_size', batch_size)} leaves no full batch of {len(self.images)} images: choose a smaller "
+                "one."
             )
+
+    def plain(self, images: ImageSet, batch_size: int) -> Batches:
+        """Batches of other images of the set, in order and not augmented."""
+        return replace(self, images=images, batch_size=batch_size, augment=None)
 
     def __len__(self) -> int:
         number, replicas = self.shard
@@ -636,7 +558,8 @@ class Batches:
     def _num_batches(self) -> int:
         """Batches of all replicas together."""
         full, rest = divmod(len(self.images), self.batch_size)
-        return full if self.drop_last or not rest else full + 1
+        drops = self.drop_last and self.augment is not None
+        return full if drops or not rest else full + 1
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[LocalBatch]:
         """Make the batches of one epoch, all of them on the device.
@@ -646,23 +569,13 @@ class Batches:
 
         Args:
             epoch: counted from 0; each has its own order and draws.
-            start: index of the first batch wanted, for resuming inside the epoch.
-
-        Yields:
-            The batches from ``start`` on, the same as if those before had been made too.
+            start: index of the first batch wanted: those from it on are the same as if those before had been made too.
         """
         indices = self._batches(epoch)[start : len(self)]
         number, replicas = self.shard
         own = () if replicas == 1 else (number,)
         seeds = [derive_seed(self.seed, "batch", epoch, index, *own) for index in range(start, start + len(indices))]
-        read = self.images.read(
-            indices,
-            image_size=self.image_size,
-            device=self.device,
-            num_workers=self.num_workers,
-            prepared=self.prepared,
-            seeds=seeds,
-        )
+        read = self.images.read(indices, self.wanted, seeds)
         for seed, (images, targets) in zip(seeds, read, strict=True):
             yield self._prepare(images, targets, seed)
 
@@ -680,28 +593,10 @@ class Batches:
         return torch.randperm(len(self.images), generator=generator_for(self.seed, "order", epoch))
 
     def _prepare(self, images: Tensor, targets: Tensor, seed: int) -> LocalBatch:
-        info = self.info
         if self.augment is None:
-            floats = prepare_batch(
-                images,
-                image_size=self.image_size,
-                mean=info.mean,
-                std=info.std,
-                fit=info.fit,
-                background=info.background,
-            )
-            return LocalBatch(floats, targets, counts_all=True)
+            return LocalBatch(self.input.of(images), targets, counts_all=True)
         floats, labels = augment_batch(
-            images,
-            targets,
-            augment=self.augment,
-            num_classes=info.num_classes,
-            image_size=self.image_size,
-            mean=info.mean,
-            std=info.std,
-            seed=seed,
-            fit=info.fit,
-            background=info.background,
+            images, targets, self.input, augment=self.augment, num_classes=self.info.num_classes, seed=seed
         )
         return LocalBatch(floats, labels, targets=targets, counts_all=True)
 
@@ -710,53 +605,29 @@ class Batches:
 
 
 def load_images_for_prediction(
-    path: Path,
-    *,
-    mean: Sequence[float],
-    std: Sequence[float],
-    num_channels: int,
-    image_size: tuple[int, int],
-    on_corrupt: OnCorrupt = "error",
-    image_range: tuple[float, float] | None = None,
-    background: tuple[int, int, int] = WHITE,
-    fit: Fit = "crop",
-    transform: str | None = None,
-    skipped: Skipped | None = None,
+    path: Path, settings: DataSettings, info: DataInfo, *, image_size: tuple[int, int], skipped: Skipped | None = None
 ) -> Iterator[tuple[Path, Tensor]]:
-    """Load images without labels, as a model is evaluated on them.
+    """Load images without labels, float32 [C, H, W], as a model is evaluated on them; with their paths.
 
     Args:
         path: an image file, or a folder that is searched with all below it.
-        mean: per channel, that the model was trained with.
-        std: likewise.
-        num_channels: 1 or 3.
+        settings: how images are read, and what they go through.
+        info: of the data that the model was trained on: channels, mean and std.
         image_size: (H, W) that the model takes, in pixels.
-        on_corrupt: pass over corrupt images, or stop at the first.
-        image_range: (black, white) of images of more than 8 bits, that the model was trained with.
-        background: (R, G, B) from 0 to 255, likewise.
-        fit: likewise.
-        transform: likewise.
         skipped: takes what is passed over.
 
-    Returns:
-        An iterator of paths and images float32 [C, H, W]; it raises DataError at a corrupt image, unless
-        those are to be skipped.
-
     Raises:
-        DataError: at once, if there is no such path or no image in it.
+        DataError: at once, if there is no such path or no image in it; later, at a corrupt image that isn't skipped.
     """
-    _check_settings(val_fraction=0, limit=None, on_corrupt=on_corrupt, fit=fit)
     left_out = Skipped() if skipped is None else skipped
     paths = list_image_files(path, left_out)
-    reading = Reading(num_channels=num_channels, image_range=image_range, background=background, fit=fit)
-    prepared_by = None if transform is None else Prepared(transform, image_size, training=False)
+    reading = Reading.as_set(settings, info.num_channels)
+    name = settings.transform
+    transform = None if name in (None, NONE) else Prepared(str(name), image_size, training=False)
+    to = ModelInput(size=image_size, mean=info.mean, std=info.std, fit=reading.fit, background=reading.background)
 
     def prepared() -> Iterator[tuple[Path, Tensor]]:
-        for found, pixels in read_image_files(paths, reading, on_corrupt, left_out):
-            ready = pixels if prepared_by is None else prepared_by(pixels, 0)
-            yield (
-                found,
-                prepare_batch(ready, image_size=image_size, mean=mean, std=std, fit=fit, background=background),
-            )
+        for found, pixels in read_image_files(paths, reading, settings.on_corrupt, left_out):
+            yield found, to.of(pixels if transform is None else transform(pixels, 0))
 
     return prepared()

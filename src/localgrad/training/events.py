@@ -1,8 +1,7 @@
 """What happens during a run, as typed events, and where they go.
 
-The trainer emits; sinks print, write JSON lines or TensorBoard files, or do what a user registers. A sink never
-changes a run. All figures in
-an event are plain Python numbers: the trainer reads them from the device at most once a second.
+The trainer emits; sinks print, write JSON lines or TensorBoard files, or do what a user registers. A sink never changes
+a run. Figures are plain Python numbers: the trainer reads them from the device at most once a second.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, final, runtime_checkable
 from localgrad.errors import RecipeError, arg
 from localgrad.registry import Registry
 from localgrad.training.folder import say, write_atomically
-from localgrad.units import format_bytes, format_rate, format_seconds, printable
+from localgrad.units import format_bytes, format_counts, format_rate, format_seconds, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -118,17 +117,17 @@ class HealthMeasured:
 
 @dataclass(frozen=True, kw_only=True)
 class Replanned:
-    """Memory ran out, and the run goes on with a plan that needs less.
+    """Memory ran out, and the run goes on with what needs less.
 
     Attributes:
-        module: in whose step it ran out, from 0.
-        peak_bytes: estimated, of the new plan.
-        how: what the new plan recomputes, and its accumulation.
+        place: in what it ran out: ``local module 2``, ``an end-to-end step``, ``validation``, ``the health check``.
+        how: what the new plan recomputes, and its accumulation; or how many images are looked at together from now on.
+        peak_bytes: estimated, of the new plan; ``None`` where it is no step that has one.
     """
 
-    module: int
-    peak_bytes: int
+    place: str
     how: str
+    peak_bytes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,14 +248,7 @@ class JsonlSink(Sink):
 
 
 def read_metrics(path: Path) -> tuple[list[str], list[int]]:
-    """The lines of a ``metrics.jsonl``.
-
-    Args:
-        path: the file; needn't exist.
-
-    Returns:
-        Those that are sound, and the numbers, from 1, of those that are not.
-    """
+    """The sound lines of a ``metrics.jsonl``, which needn't exist; and the numbers, from 1, of those that are not."""
     sound, unsound = [], []
     content = path.read_bytes() if path.exists() else b""
     for number, encoded in enumerate(content.removesuffix(b"\n").split(b"\n") if content else (), 1):
@@ -277,9 +269,6 @@ class TensorBoardSink(Sink):
     """TensorBoard event files: losses by module and term, accuracies, learning rate, speed, health by module.
 
     On resuming, what was written of later epochs than the run starts with is hidden.
-
-    Args:
-        folder: where the event files go.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -332,11 +321,7 @@ class TensorBoardSink(Sink):
 
 @final
 class ConsoleSink(Sink):
-    """A live progress display, or plain lines where there is no terminal; then the summary.
-
-    Args:
-        console: where to print.
-    """
+    """A live progress display, or plain lines where there is no terminal; then the summary."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -357,8 +342,8 @@ class ConsoleSink(Sink):
             case HealthMeasured():
                 self._print(f"  health: {health(event.modules)}")
             case Replanned():
-                peak = format_bytes(event.peak_bytes)
-                self._print(f"memory ran out in local module {event.module}; going on with {event.how}: {peak}")
+                peak = "" if event.peak_bytes is None else f": {format_bytes(event.peak_bytes)}"
+                self._print(f"memory ran out in {event.place}; going on with {event.how}{peak}")
             case FeaturesCached():
                 size, seconds = format_bytes(event.num_bytes), format_seconds(event.seconds)
                 self._print(f"features of module {event.module + 1} cached: {size}, {seconds}")
@@ -404,15 +389,8 @@ class ConsoleSink(Sink):
         assert self._started is not None, "a run starts before it progresses"
         losses = " ".join(f"{loss:.3f}" for loss in event.losses)
         rate = format_rate(event.images_per_second)
-        if self._progress is not None and self._task is not None:
-            done = event.epoch * self._started.batches_per_epoch + event.batch
-            self._progress.update(
-                self._task,
-                completed=done,
-                epoch=self._started.name_of(event.epoch).strip(),
-                losses=losses,
-                rate=rate,
-            )
+        if self._progress is not None:
+            self._move(self._started, event.epoch, event.batch, losses=losses, rate=rate)
         elif time.monotonic() - self._last_line > 10:  # a log file wants fewer lines than a screen
             self._last_line = time.monotonic()
             of = self._started.batches_per_epoch
@@ -431,14 +409,14 @@ class ConsoleSink(Sink):
         parts.append(format_rate(event.images_per_second))
         parts.append(format_seconds(event.seconds) + (" *" if event.is_best else ""))
         self._print("  ".join(parts))
+        of = self._started.batches_per_epoch
+        self._move(self._started, event.epoch, of, losses=losses, rate=format_rate(event.images_per_second))
+
+    def _move(self, run: RunStarted, epoch: int, batch: int, **shown: Any) -> None:
+        """Move the live display, where there is one."""
         if self._progress is not None and self._task is not None:
-            self._progress.update(
-                self._task,
-                completed=(event.epoch + 1) * self._started.batches_per_epoch,
-                epoch=self._started.name_of(event.epoch).strip(),
-                losses=losses,
-                rate=format_rate(event.images_per_second),
-            )
+            done = epoch * run.batches_per_epoch + batch
+            self._progress.update(self._task, completed=done, epoch=run.name_of(epoch).strip(), **shown)
 
     def _print(self, line: str, style: str | None = None) -> None:
         """Print a line as it is: names and paths may hold what rich would take for markup."""
@@ -490,13 +468,16 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
 def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The lines of a printed summary, as (name, value)."""
     left_out = summary.get("skipped", {}).get("test", {})
-    without = "".join(f"; left out: {count:,} {reason}" for reason, count in left_out.items())
+    without = f"; left out: {format_counts(left_out)}" if left_out else ""
     peak, baseline = summary["estimated_peak_bytes"], summary["estimated_end_to_end_peak_bytes"]
     epochs, while_training = f"{summary['epochs']}, the best was {summary['best_epoch'] + 1}", "while training"
     if "best_epochs" in summary:  # modules were trained one after another
         best = ", ".join(str(epoch + 1) for epoch in summary["best_epochs"])
         epochs = f"{summary['epochs']} a module, one after another; the best were {best}"
         while_training = "through all modules, without the caching"
+    reserved = ""
+    if "measured_reserved_bytes" in summary:
+        reserved = f", {format_bytes(summary['measured_reserved_bytes'])} reserved"
     return [
         (
             "test accuracy",
@@ -507,7 +488,7 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
             "peak memory",
             f"{format_bytes(peak)} estimated, {peak / baseline:.2f} x end-to-end ({format_bytes(baseline)})",
         ),
-        ("measured", f"{format_bytes(summary['measured_peak_bytes'])} ({summary['measured_peak_of']})"),
+        ("measured", f"{format_bytes(summary['measured_peak_bytes'])} ({summary['measured_peak_of']}){reserved}"),
         ("speed", f"{format_rate(summary['images_per_second'])} {while_training}"),
         ("epochs", epochs),
         ("time", format_seconds(summary["seconds"])),

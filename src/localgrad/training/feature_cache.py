@@ -1,11 +1,9 @@
 """Features on disk: what a finished local module gives, stored once and read back as memory-mapped bfloat16.
 
-A cache is a folder of raw arrays and a manifest:
-
-::
+A cache is a folder of raw arrays and a manifest (shapes, dtypes, checksums, and the identity of what was stored)::
 
     after-module-0/
-        manifest.json       shapes, dtypes, checksums, and the identity of what was stored
+        manifest.json
         train-0.features    bfloat16, one row an image, in the order in which they were made
         train-0.labels      what the loss compares with: int64, or float32 where augmentation made them soft
         train-0.targets     int64
@@ -15,11 +13,10 @@ A cache is a folder of raw arrays and a manifest:
 A *part* (``train-0``) is one pass over the images. Labels are stored beside the features that belong to them, so
 mixed labels can't come apart from mixed features.
 
-The whole folder is written under another name, flushed to disk and renamed: it is there whole, or not at all. It is
-opened only where its manifest tells the identity that is asked for and every file has the size and, unless it was just
-written, the SHA-256 that the manifest tells; else it is made again.
-Files are written with plain writes (on a full disk a write fails, while a write through a map kills the process) and
-read through private maps: pages come and go as the system likes, and nothing can change a file.
+The folder is written under another name, flushed to disk and renamed: it is there whole, or not at all. It is opened
+only where its manifest tells the identity that is asked for and every file has the size and, unless it was just
+written, the SHA-256 that the manifest tells; else it is made again. Writes are plain (on a full disk a write fails,
+while a write through a map kills the process), reads go through private maps.
 
 Shapes: R rows of a part, B batch, ... one image's features.
 """
@@ -33,6 +30,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple, final
 
@@ -41,7 +39,7 @@ from torch import Tensor
 
 from localgrad.errors import RunFolderError, arg
 from localgrad.formats import Json
-from localgrad.training.fingerprint import raw_bytes
+from localgrad.training.folder import raw_bytes
 from localgrad.units import format_bytes
 
 FORMAT = 2
@@ -65,28 +63,16 @@ class Rows(NamedTuple):
 
 
 @final
+@dataclass(frozen=True)
 class FeatureCache:
-    """An open cache, read through maps.
+    """An open cache: each part's arrays, the dtype of features when they were made (and of batches), bytes on disk."""
 
-    Args:
-        arrays: each part's arrays, whole.
-        dtype: of the features when they were made; batches come back in it.
-        num_bytes: size on disk.
-    """
-
-    def __init__(self, arrays: Mapping[str, Rows], dtype: torch.dtype, num_bytes: int) -> None:
-        self.arrays = dict(arrays)
-        self.dtype = dtype
-        self.num_bytes = num_bytes
+    arrays: Mapping[str, Rows]
+    dtype: torch.dtype
+    num_bytes: int
 
     def batches(self, part: str, batch_size: int, device: torch.device, start: int = 0) -> Iterator[Rows]:
-        """Read a part in order.
-
-        Args:
-            part: its name.
-            batch_size: rows a batch; the last may be smaller.
-            device: where the batches are wanted.
-            start: index of the first batch wanted.
+        """Read a part in order, from the batch of index ``start`` on; the last batch may be smaller.
 
         Yields:
             Copies that are the caller's own: features in the dtype in which they were made.
@@ -106,7 +92,7 @@ def write_cache(folder: Path, parts: Iterable[tuple[str, Iterable[Rows]]], ident
     """Store parts, whole or not at all; what the folder held before is replaced.
 
     Args:
-        folder: the cache; the folder that it lies in is made.
+        folder: the cache.
         parts: name and batches of each; every one is asked for when it is written.
         identity: plain values that tell what is stored; asked for again by ``open_cache``.
 
@@ -138,15 +124,9 @@ def write_cache(folder: Path, parts: Iterable[tuple[str, Iterable[Rows]]], ident
 
 
 def open_cache(folder: Path, identity: Mapping[str, Any], *, verify: bool = True) -> FeatureCache | None:
-    """Open a cache for reading.
+    """Open a cache that is whole and holds just what an identity tells; ``None`` where there is none.
 
-    Args:
-        folder: the cache.
-        identity: what it must hold.
-        verify: read all of it once, and compare checksums.
-
-    Returns:
-        The cache, or ``None`` where there is none that is whole and holds just that.
+    Unless it was just written, all of it is read once, to verify checksums.
     """
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -181,11 +161,7 @@ def free_bytes(folder: Path) -> int:
 
 
 def check_space(folder: Path, needed_bytes: int) -> None:
-    """Refuse a cache that the disk has no room for, before anything is computed for it.
-
-    Args:
-        folder: where caches will lie; needn't exist.
-        needed_bytes: the most that they take at one time.
+    """Refuse a cache that the disk has no room for, before anything is computed for it; the folder needn't exist.
 
     Raises:
         RunFolderError: too little is free.
@@ -200,12 +176,7 @@ def check_space(folder: Path, needed_bytes: int) -> None:
 
 
 def row_bytes(num_values: int, num_label_classes: int | None) -> int:
-    """Bytes that one image takes in a cache.
-
-    Args:
-        num_values: numbers in its features.
-        num_label_classes: K where labels are soft, otherwise ``None``.
-    """
+    """Bytes that one image takes in a cache: its features' values, and its labels (K where those are soft)."""
     label = torch.int64.itemsize if num_label_classes is None else num_label_classes * torch.float32.itemsize
     return num_values * STORED.itemsize + label + torch.int64.itemsize
 

@@ -12,11 +12,12 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from localgrad.errors import DataError
 from localgrad.formats import Json, check_format
-from localgrad.training.data import DataInfo, FileImages, ImageSet, InMemoryImages, Splits
+from localgrad.training.data import DataInfo, Splits
+from localgrad.training.folder import raw_bytes
+from localgrad.training.image_sets import FileImages, ImageSet, InMemoryImages
 from localgrad.training.saved import RUN_FORMAT
 
 SAMPLE = 1024
@@ -43,11 +44,6 @@ def _add_pixels(digest: Any, images: ImageSet) -> None:
         spread = torch.linspace(0, len(images) - 1, min(SAMPLE, len(images))).long()
         for _, encoded in images.files.encoded(images.rows[spread].tolist()):
             digest.update(hashlib.sha256(encoded).digest())
-
-
-def raw_bytes(tensor: Tensor) -> Any:
-    """A tensor's values as a buffer of bytes, on the host."""
-    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 @dataclass(frozen=True)
@@ -79,13 +75,9 @@ class DataDescription:
         return cls(DataInfo(**{key: _with_tuples(value) for key, value in values.items()}), fingerprint)
 
     def differences(self, found: DataDescription) -> list[str]:
-        """In what other data differ from these, wherever they lie.
+        """In what other data differ from these, wherever they lie, by key.
 
-        Args:
-            found: the data at hand.
-
-        Returns:
-            The keys. Without a fingerprint here, classes, counts, sizes, mean and standard deviation are compared.
+        Without a fingerprint here, classes, counts, sizes, mean and standard deviation are compared.
         """
         if self.fingerprint is not None:
             return [] if self.fingerprint == found.fingerprint else ["fingerprint"]

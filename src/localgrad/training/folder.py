@@ -3,11 +3,10 @@
 ::
 
     recipe.toml                what was asked for, whole
-    data.json                  the data set in words and figures: classes, parts, normalisation, what was left out
+    data.json                  the data set in words and figures, and a fingerprint of it
     skipped.csv                the images that were left out: part, image, reason
     metrics.jsonl              one line an epoch, and one a health check
     tensorboard/               the same for TensorBoard
-    data.json                  what is known of the images, and a fingerprint of them
     checkpoints/last.pt        everything that resuming needs; of a parallel run, what names its parts
     checkpoints/before.pt      the checkpoint before that one, until the run is complete
     checkpoints/part-*.pt      a parallel run's: the state of each rank's modules
@@ -17,13 +16,12 @@
     summary.json               the figures, at the end
 
 Files are written under another name, flushed to disk and renamed, so each is whole or absent. One process at a time
-may use a folder: it holds a lock that the system releases when the process ends, however it ends.
+holds the folder, by a lock that the system releases when the process ends, however it ends.
 
-Disks and people damage files later, so what is read is verified. Checkpoints are zip files with a CRC-32 of each
-record, weights have the SHA-256 of their tensors in their metadata, text files have theirs in ``checksums.json``. Of a
-damaged checkpoint the one before is taken; every checkpoint keeps recipe, ``data.json`` and ``metrics.jsonl`` as they
-were, so that those can be restored. What was done, and what can't be verified (an older version wrote it), is said as a
-``RunWarning``.
+Disks and people damage files later, so what is read is verified: checkpoints by the CRC-32 of each record, weights by
+the SHA-256 of their tensors in their metadata, text files by ``checksums.json``. Of a damaged checkpoint the one before
+is taken; every checkpoint keeps recipe, ``data.json`` and ``metrics.jsonl`` as they were, so that those can be
+restored. What was done, and what can't be verified (an older version wrote it), is said as a ``RunWarning``.
 """
 
 from __future__ import annotations
@@ -66,6 +64,7 @@ _NO_ZIP = (zipfile.BadZipFile, NotImplementedError, struct.error, zlib.error, Ov
 
 KEPT = ("recipe.toml", "data.json")
 """Text files that every checkpoint keeps a copy of, beside the lines of ``metrics.jsonl``."""
+CHECKPOINTS = ("last.pt", "before.pt", "best.safetensors")
 _SUMS = "checkpoints/checksums.json"
 Agree = Callable[[Checkpoint], str | None]
 """Given a checkpoint: why it is none of this run, or ``None``."""
@@ -80,6 +79,9 @@ class RunFolder:
         is_guest: another process of the same run holds the folder; this one only adds parts of checkpoints.
 
     Attributes:
+        last: the checkpoint to resume from.
+        before: the one before that.
+        best: weights of the best epoch: the model's and the auxiliary nets'.
         kept: what every checkpoint keeps of other files: their text, or a list of lines.
 
     Raises:
@@ -88,6 +90,7 @@ class RunFolder:
 
     def __init__(self, path: Path, *, is_guest: bool = False) -> None:
         self.path = path
+        self.last, self.before, self.best = (path / "checkpoints" / name for name in CHECKPOINTS)
         self.kept: Kept = {}
         self._last_is_sound = False
         self._parts_of_last: tuple[str, ...] = ()
@@ -113,21 +116,6 @@ class RunFolder:
             ) from error
         self._lock = lock
         _remove_leftovers(path)
-
-    @property
-    def last(self) -> Path:
-        """The checkpoint to resume from."""
-        return self.path / "checkpoints" / "last.pt"
-
-    @property
-    def before(self) -> Path:
-        """The checkpoint before the last."""
-        return self.path / "checkpoints" / "before.pt"
-
-    @property
-    def best(self) -> Path:
-        """Weights of the best epoch: the model's and the auxiliary nets'."""
-        return self.path / "checkpoints" / "best.safetensors"
 
     @property
     def has_checkpoint(self) -> bool:
@@ -169,12 +157,7 @@ class RunFolder:
         write_atomically(self.path / "checkpoints" / name, lambda path: torch.save(dict(state), path))
 
     def commit(self, state: Standing, parts: Sequence[str]) -> None:
-        """Make parts that lie there the checkpoint to resume from, and remove those of older ones.
-
-        Args:
-            state: all but the learner's, which is in the parts.
-            parts: their names, by rank; none where the state is whole.
-        """
+        """Make parts that lie there (by rank; none of a whole state) the checkpoint, and remove older ones."""
         named = {"parts": list(parts)} if parts else {}
 
         def write(path: Path) -> None:
@@ -211,10 +194,7 @@ class RunFolder:
     def load_last(self, agree: Agree = lambda state: None) -> Checkpoint:
         """Read the checkpoint to resume from, on the CPU; of a parallel run, with its ``parts``, a list of states.
 
-        Where the last one is missing, damaged or another run's, that is the one before.
-
-        Args:
-            agree: says of a checkpoint why it is none of this run, or ``None``.
+        Where the last one is missing, damaged or none of this run, as ``agree`` says, that is the one before.
 
         Raises:
             CheckpointError: missing, damaged, another run's, or of another version.
@@ -383,10 +363,6 @@ def _digest(content: bytes) -> str:
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary file, flush it to disk, and give it its name in one step.
 
-    Args:
-        path: the file.
-        write: fills the file that it is given.
-
     Raises:
         RunFolderError: no permission, or the disk is full; what was there before is still there.
     """
@@ -413,11 +389,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def check_writable(path: Path, name: str = "out") -> None:
-    """Refuse a folder that can't be made, before anything is done for it; makes nothing.
-
-    Args:
-        path: the folder.
-        name: of the argument that it is.
+    """Refuse a folder, that an argument names, that can't be made, before anything is done for it; makes nothing.
 
     Raises:
         RunFolderError: below a file, or no permission.
@@ -490,5 +462,10 @@ def _digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}:{tensor.dtype}:{list(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(raw_bytes(tensor))
     return digest.hexdigest()
+
+
+def raw_bytes(tensor: Tensor) -> Any:
+    """A tensor's values as a buffer of bytes, on the host."""
+    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

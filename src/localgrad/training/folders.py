@@ -1,12 +1,11 @@
-"""Which folder is what: the splits and the classes of an image folder, by names and by content.
+"""Which folder is what: the splits (train, val, test) and the classes of an image folder, by names and by content.
 
-What it is: `read_folders` finds for each split (train, val, test) the folder of each class. Names alone don't decide,
-since a class may be called ``test``: what a folder holds does. A folder that holds images itself is a class, one that
-holds folders of images can be a split. Where two readings remain, both are named and nothing is chosen.
+Names alone don't decide, since a class may be called ``test``: what a folder holds does. A folder that holds images
+itself is a class, one that holds folders of images can be a split. Where two readings remain, both are named and
+nothing is chosen.
 
-How it differs from ``torchvision.datasets.ImageFolder``: hidden folders are no classes, splits are
-found, files are taken by content where their ending says nothing, and what is left out is counted.
-Images come in the same order.
+How it differs from ``torchvision.datasets.ImageFolder``: hidden folders are no classes, splits are found, files are
+taken by content where their ending says nothing, and what is left out is counted. Images come in the same order.
 """
 
 from __future__ import annotations
@@ -274,12 +273,7 @@ def _named(folders: Sequence[Path]) -> str:
 def images_under(folder: Path, skipped: Skipped) -> Iterator[str]:
     """The images in a folder and below it, in torchvision's order; links are followed, hidden names are not.
 
-    Args:
-        folder: where to look.
-        skipped: takes the number of what is no image, by reason.
-
-    Yields:
-        Paths.
+    What is no image is counted by reason in ``skipped``.
     """
     trails: dict[str, tuple[tuple[int, int], ...]] = {}  # the folders that each folder lies in
     listing = []
@@ -330,15 +324,10 @@ def _holds_images(folder: Path, above: tuple[str, ...] = ()) -> bool:
     return _has_images(folder) or any(_holds_images(each, (*above, own)) for each in visible_folders(folder))
 
 
-def _images_in(folder: Path) -> Iterator[str]:
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if not is_hidden(entry.name) and not _is_folder(entry) and is_image(entry.path, _suffix(entry.name)):
-                yield entry.path
-
-
 def _has_images(folder: Path) -> bool:
-    return next(_images_in(folder), None) is not None
+    with os.scandir(folder) as entries:
+        files = (entry for entry in entries if not is_hidden(entry.name) and not _is_folder(entry))
+        return any(is_image(file.path, _suffix(file.name)) for file in files)
 
 
 def _strays(root: Path) -> Counter[str]:
@@ -352,5 +341,4 @@ def _strays(root: Path) -> Counter[str]:
                 suffix = _suffix(entry.name)
                 is_stray = is_image(entry.path, suffix)
                 strays["image outside class folders" if is_stray else why_left_out(entry.path, suffix)] += 1
-    strays += Counter()
     return strays

@@ -8,9 +8,9 @@
 ``cka``                   how like its features are to those of an end-to-end run at the same depth, from 0 to 1
 ========================= ======================================================================================
 
-What can't be measured (no validation images, no decoder, no reference) is left out. Probes read training and
-validation images, as they are and not augmented, never the test set. Everything is in float32, in evaluation mode, of
-the weights as they are trained (not their average), and leaves the learner and the random state as they were.
+What can't be measured is left out. Probes read training and validation images, not augmented, never the test set.
+Everything is in float32, in evaluation mode, of the weights as they are trained (not their average), and leaves the
+learner and the random state as they were.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localgrad.backbones.base import Backbone, Layout
-from localgrad.backbones.fake import copy_without_hooks
+from localgrad.backbones.hooks import copy_without_hooks
+from localgrad.backbones.state import left_as_it_was
 from localgrad.learner import LocalLearner
 from localgrad.objectives.carried import LocalBatch
 from localgrad.step.executor import walk
@@ -79,21 +79,27 @@ class HealthCheck:
         if self._reference is not None:
             check_weights(learner.model, self._reference)
 
-    def is_due(self, epoch: int, num_epochs: int) -> bool:
-        """Whether to measure after an epoch.
+    def shrink(self) -> str | None:
+        """Have the next checks need about half as much, and say how; ``None`` where nothing needs less.
 
-        Args:
-            epoch: from 0.
-            num_epochs: after so many (in sequential mode: after so many of every module) training ends.
+        Features don't depend on how many images are looked at together. Gradients are compared on half as many images.
         """
+        if self._probe.batch_size == 1:
+            return None
+        for batches in (self._train, self._val, self._probe):
+            if batches is not None:
+                batches.batch_size = max(1, batches.batch_size // 2)
+        return f"{self._train.batch_size} images at a time, gradients of {self._probe.batch_size}"
+
+    def is_due(self, epoch: int, num_epochs: int) -> bool:
+        """Whether to measure after an epoch, from 0; in sequential mode, there are so many of every module."""
         return (epoch + 1) % self.every == 0 or (epoch + 1) % num_epochs == 0
 
     def __call__(self, ended: EpochEnded) -> HealthMeasured:
-        """Measure.
+        """Measure, after an epoch, whose own figures are taken over.
 
-        Args:
-            ended: the epoch; the figures that it has are taken over. Where one module is trained alone, those after
-                it are left out, and gradients are compared when the last one's turn has come.
+        Where one module is trained alone, those after it are left out, and gradients are compared when the last one's
+        turn has come.
         """
         num_modules = len(self.learner.modules) if ended.module is None else ended.module + 1
         figures: list[dict[str, float | None]] = [
@@ -129,9 +135,8 @@ class HealthCheck:
             found: list[dict[str, float]] = [{} for _ in ours]
             if self._val is not None:
                 theirs, val_labels = pooled_features(self.learner.backbone, stops, self._val)
-                num_classes = self._train.info.num_classes
                 for own, x, y in zip(found, ours, theirs, strict=True):
-                    own["linear_probe_accuracy"] = linear_probe(x, labels, y, val_labels, num_classes)
+                    own["linear_probe_accuracy"] = linear_probe(x, labels, y, val_labels)
         for own, x, y in zip(found, ours, self._reference_features or (), strict=False):
             own["cka"] = linear_cka(x, y)
         return found
@@ -142,11 +147,8 @@ def gradient_cosine(learner: LocalLearner, batch: LocalBatch, *, chunk: int = 8)
 
     The gradient of the module's local objective, and that of the task loss through all modules (the last module's
     objective on the model's logits), over those trainable parameters of the model that the module owns: its auxiliary
-    nets, which the task loss doesn't know, are left out. In float32 and in evaluation mode (no dropout, running
-    statistics of batch norms). Gradients, buffers, modes and random state are as before.
-
-    The end-to-end part is a full backward pass through the model, over a few images at a time, and its whole gradient
-    is kept while the modules run theirs, one after another. An offloaded model is measured on the processor.
+    nets, which the task loss doesn't know, are left out. The end-to-end part goes over a few images at a time, and its
+    whole gradient is kept while the modules run theirs. An offloaded model is measured on the processor.
 
     Args:
         learner: with or without optimizers.
@@ -201,12 +203,7 @@ def _cosine(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
 
 @torch.no_grad()
 def pooled_features(backbone: Backbone, stops: Sequence[int], batches: Batches) -> tuple[list[Tensor], Tensor]:
-    """A model's features at some depths, one vector an image.
-
-    Args:
-        backbone: in the mode in which it is to run.
-        stops: after so many blocks each, increasing.
-        batches: evaluation batches.
+    """A model's features after so many blocks each (increasing), one vector an image.
 
     Returns:
         [N, width] for each stop, and class indices [N], on the processor.
@@ -225,62 +222,38 @@ def pooled_features(backbone: Backbone, stops: Sequence[int], batches: Batches) 
 
 
 def pool(layout: Layout, features: Tensor) -> Tensor:
-    """Mean over the grid, beside the class and register tokens where there are any: [B, width].
-
-    Args:
-        layout: of the features.
-        features: as ``layout`` says.
-    """
+    """Mean over the grid, beside the class and register tokens where there are any: [B, width]."""
     mean = layout.to_grid(features).mean(dim=(1, 2))
     prefix = layout.prefix(features)
     return mean if prefix is None else torch.cat([mean, prefix.flatten(1)], dim=1)
 
 
 def linear_probe(
-    features: Tensor, labels: Tensor, val_features: Tensor, val_labels: Tensor, num_classes: int, *, ridge: float = 0.1
+    features: Tensor, labels: Tensor, val_features: Tensor, val_labels: Tensor, *, ridge: float = 0.1
 ) -> float:
-    """Accuracy of a linear classifier on features, in closed form: ridge regression to one-hot targets.
-
-    Features are standardised by the fitted images' mean and standard deviation, and the intercept is not penalised.
+    """Accuracy, from 0 to 1, of a linear classifier on standardised features: ridge regression to one-hot targets.
 
     Args:
         features: [N, width], to fit to.
         labels: class indices [N].
         val_features: [M, width], to read the accuracy on.
         val_labels: class indices [M].
-        num_classes: how many classes there are.
         ridge: penalty, as a share of the features' own (unit) variance.
-
-    Returns:
-        Accuracy from 0 to 1.
     """
-    x, y = features.double(), val_features.double()
-    mean, deviation = x.mean(dim=0), x.std(dim=0, correction=0)
-    scale = torch.where(deviation > 1e-6 * mean.abs(), deviation, torch.inf)  # what never changes says nothing
-    x, y = (x - mean) / scale, (y - mean) / scale
-    targets = F.one_hot(labels, num_classes).double()
-    intercept = targets.mean(dim=0)
-    penalty = ridge * len(x)
-    if x.shape[1] <= len(x):
-        weights = torch.linalg.solve(x.T @ x + penalty * torch.eye(x.shape[1]), x.T @ (targets - intercept))
-    else:  # the same, by a system of N equations
-        weights = x.T @ torch.linalg.solve(x @ x.T + penalty * torch.eye(len(x)), targets - intercept)
-    predicted = (y @ weights + intercept).argmax(dim=1)
-    return float((predicted == val_labels).double().mean())
+    from sklearn.linear_model import RidgeClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    probe = make_pipeline(StandardScaler(), RidgeClassifier(alpha=ridge * len(features)))
+    probe.fit(features.double().numpy(), labels.numpy())
+    return float(probe.score(val_features.double().numpy(), val_labels.numpy()))
 
 
 def linear_cka(x: Tensor, y: Tensor) -> float:
-    """Linear centred kernel alignment of two models' features of the same images.
+    """Linear centred kernel alignment, from 0 to 1, of two models' features of the same images: [N, width] each.
 
     Kornblith et al., arXiv 1905.00414, section 3: ``|Y'X|^2 / (|X'X| |Y'Y|)`` with Frobenius norms and centred columns;
-    it doesn't change with rotations and scales of either.
-
-    Args:
-        x: [N, width].
-        y: [N, another width].
-
-    Returns:
-        From 0 to 1; nan where one side's features are all alike.
+    it doesn't change with rotations and scales of either. nan where one side's features are all alike.
     """
     x, y = (side.double() - side.double().mean(dim=0) for side in (x, y))
     shared: Tensor = torch.linalg.matrix_norm(y.T @ x) ** 2
@@ -292,18 +265,7 @@ def _plain_batches(batches: Batches, num_images: int, batch_size: int) -> Batche
     chosen, _ = stratified_choice(
         batches.images.labels, min(num_images, len(batches.images)), leave_one=False, seed=batches.seed
     )
-    return Batches(
-        batches.images.subset(chosen),
-        batch_size=batch_size,
-        image_size=batches.image_size,
-        info=batches.info,
-        device=batches.device,
-        augment=None,
-        seed=batches.seed,
-        drop_last=False,
-        num_workers=batches.num_workers,
-        transform=batches.transform,
-    )
+    return batches.plain(batches.images.subset(chosen), batch_size)
 
 
 @contextlib.contextmanager
@@ -313,17 +275,9 @@ def _at_rest(learner: LocalLearner) -> Iterator[torch.device]:
     modes = [(module, module.training) for net in nets for module in net.modules()]
     learner.eval()  # which brings the modules of an offloading learner home
     device = next(learner.model.parameters()).device
-    buffers = [(buffer, buffer.clone()) for net in nets for buffer in net.buffers()]
     try:
-        with (
-            torch.random.fork_rng([device] if device.type == "cuda" else []),
-            torch.autocast(device.type, enabled=False),
-        ):
+        with left_as_it_was(*nets), torch.autocast(device.type, enabled=False):
             yield device
     finally:
-        with torch.no_grad():
-            for buffer, value in buffers:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
         for module, mode in modes:
             module.training = mode

@@ -2,12 +2,9 @@
 
 `InMemoryImages` holds every image decoded, as one uint8 tensor that lives on the device where it takes little of its
 memory: a batch is then one index operation. `FileImages` holds encoded files, which worker processes decode and
-resize batch by batch.
-
-How it differs from `torchvision.datasets` with a `DataLoader`: no Python per image in the step's
-way where the set is small, and nothing random here at all (`augment.py` draws by batch, on the
-device), so what workers do is a function of the index alone. Files are decoded by Pillow, whose
-calls release Python's lock, in a few threads where all of them are wanted at once.
+resize batch by batch. Nothing is random here (`augment.py` draws by batch, on the device), so what workers do is a
+function of the index alone. Where all files are wanted at once they are decoded in a few threads: Pillow's calls
+release Python's lock.
 
 What is left out of a part on the way stands in its `Skipped`: no image is missing without a name or a count.
 
@@ -27,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypedDict, cast, final
+from typing import Any, TypedDict, cast, final
 
 import torch
 from torch import Tensor
@@ -44,9 +41,8 @@ from localgrad.training.images import (
     probe,
     to_pixels,
 )
+from localgrad.training.settings import OnCorrupt
 from localgrad.training.transforms import Prepared
-
-OnCorrupt = Literal["skip", "error"]
 
 _COLUMNS = ("part", "image", "reason")
 _DEVICE_SHARE = 0.1  # of the free memory: the rest belongs to the model, which is why one uses localgrad
@@ -84,18 +80,30 @@ class Cell(TypedDict):
 
 
 def skipped_table(skipped: Mapping[str, Skipped], before: str = "") -> str:
-    """What was left out of each part, image by image, as CSV text.
-
-    Args:
-        skipped: by part.
-        before: such a table, whose rows are kept.
-    """
+    """What was left out of each part, image by image, as CSV text; rows of such a table from before are kept."""
     rows = {tuple(row): None for row in csv.reader(io.StringIO(before)) if len(row) == len(_COLUMNS)}
     rows = {_COLUMNS: None, **rows}
     rows |= {(part, name, reason): None for part, own in skipped.items() for name, reason in sorted(own.images.items())}
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """How batches are wanted.
+
+    Attributes:
+        image_size: (H, W) that the model takes; what is decoded on the fly comes at this size.
+        device: where.
+        num_workers: processes that decode ahead, where there is something to decode.
+        prepared: what each image goes through; then they come at its size.
+    """
+
+    image_size: tuple[int, int]
+    device: torch.device
+    num_workers: int = 0
+    prepared: Prepared | None = None
 
 
 class ImageSet(ABC):
@@ -116,23 +124,13 @@ class ImageSet(ABC):
 
     @abstractmethod
     def read(
-        self,
-        batches: Sequence[Tensor],
-        *,
-        image_size: tuple[int, int],
-        device: torch.device,
-        num_workers: int,
-        prepared: Prepared | None = None,
-        seeds: Sequence[int] = (),
+        self, batches: Sequence[Tensor], wanted: Wanted, seeds: Sequence[int] = ()
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Read batch after batch.
 
         Args:
             batches: int64 indices [B] of each batch.
-            image_size: (H, W) that the model takes; what is decoded on the fly comes at this size.
-            device: where the batches are wanted.
-            num_workers: processes that decode ahead, where there is something to decode.
-            prepared: what each image goes through; then they come at its size.
+            wanted: how.
             seeds: of each batch, what its images' draws depend on.
 
         Yields:
@@ -145,11 +143,7 @@ class ImageSet(ABC):
 
 @final
 class InMemoryImages(ImageSet):
-    """Decoded images in one tensor.
-
-    Args:
-        images: uint8 [N, C, H, W].
-        labels: int64 [N].
+    """Decoded images, uint8 [N, C, H, W], and labels, int64 [N].
 
     Raises:
         DataError: where the two do not belong together.
@@ -171,19 +165,13 @@ class InMemoryImages(ImageSet):
         return InMemoryImages(self.images[indices], self.labels[indices])
 
     def read(
-        self,
-        batches: Sequence[Tensor],
-        *,
-        image_size: tuple[int, int],  # unused: resized later, after cropping, on the device
-        device: torch.device,
-        num_workers: int,  # unused: nothing is left to decode
-        prepared: Prepared | None = None,
-        seeds: Sequence[int] = (),
+        self, batches: Sequence[Tensor], wanted: Wanted, seeds: Sequence[int] = ()
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Index batch after batch; see `ImageSet.read`."""
-        if prepared is not None:
+        """Index batch after batch; what no transform prepares is resized later, after cropping, on the device."""
+        device = wanted.device
+        if wanted.prepared is not None:
             for indices, seed in zip(batches, seeds, strict=True):
-                found = [prepared(image, seed, place) for place, image in enumerate(self.images[indices])]
+                found = [wanted.prepared(image, seed, place) for place, image in enumerate(self.images[indices])]
                 yield torch.stack(found).to(device), self.labels[indices].to(device)
             return
         images, labels = self._moved_near(device)
@@ -248,10 +236,11 @@ class FilesInTable(ImageFiles):
 
 
 @final
+@dataclass(eq=False)
 class FileImages(ImageSet):
     """Encoded images, decoded when they are read.
 
-    Args:
+    Attributes:
         files: where the bytes come from.
         labels: int64 [N].
         rows: int64 [N], the row of ``files`` that each image is; all of them where None.
@@ -260,42 +249,21 @@ class FileImages(ImageSet):
         skipped: takes what is left out.
     """
 
-    def __init__(
-        self,
-        files: ImageFiles,
-        labels: Tensor,
-        *,
-        rows: Tensor | None = None,
-        reading: Reading | None = None,
-        on_corrupt: OnCorrupt = "error",
-        skipped: Skipped | None = None,
-    ) -> None:
-        self.files = files
-        self.labels = labels
-        self.rows = torch.arange(len(labels)) if rows is None else rows
-        self.reading = reading or Reading()
-        self.on_corrupt = on_corrupt
-        self.skipped = skipped if skipped is not None else Skipped()
+    files: ImageFiles
+    labels: Tensor
+    rows: Tensor = None  # type: ignore[assignment]
+    reading: Reading = field(default_factory=Reading)
+    on_corrupt: OnCorrupt = "error"
+    skipped: Skipped = field(default_factory=Skipped)
+
+    def __post_init__(self) -> None:
+        """All rows, where none were given."""
+        if self.rows is None:
+            self.rows = torch.arange(len(self.labels))
 
     def subset(self, indices: Tensor) -> FileImages:
         """The images at ``indices`` (int64 [M]), in that order; nothing is read."""
-        return self._with(labels=self.labels[indices], rows=self.rows[indices])
-
-    def with_settings(self, reading: Reading, on_corrupt: OnCorrupt, skipped: Skipped) -> FileImages:
-        """The same images, to be read and checked otherwise."""
-        return self._with(reading=reading, on_corrupt=on_corrupt, skipped=skipped)
-
-    def with_channels(self, num_channels: int) -> FileImages:
-        """The same images, to be converted to grey (1) or colour (3)."""
-        return self._with(reading=replace(self.reading, num_channels=num_channels))
-
-    def with_labels(self, labels: Tensor) -> FileImages:
-        """The same images with other class indices."""
-        return self._with(labels=labels)
-
-    def _with(self, **changes: Any) -> FileImages:
-        own = {key: getattr(self, key) for key in ("files", "labels", "rows", "reading", "on_corrupt", "skipped")}
-        return FileImages(**{**own, **changes})
+        return replace(self, labels=self.labels[indices], rows=self.rows[indices])
 
     def probe(self) -> list[Probed]:
         """Open a few images, spread evenly, to learn what they are like.
@@ -315,10 +283,7 @@ class FileImages(ImageSet):
         return seen
 
     def decode(self, image_size: tuple[int, int]) -> tuple[InMemoryImages, bool]:
-        """Decode every image, in threads.
-
-        Args:
-            image_size: (H, W) that each is brought to.
+        """Decode every image, in threads, and bring it to (H, W).
 
         Returns:
             The images that could be decoded (the others are in ``skipped``), and whether all of
@@ -353,24 +318,18 @@ class FileImages(ImageSet):
         return alike
 
     def read(
-        self,
-        batches: Sequence[Tensor],
-        *,
-        image_size: tuple[int, int],
-        device: torch.device,
-        num_workers: int,
-        prepared: Prepared | None = None,
-        seeds: Sequence[int] = (),
+        self, batches: Sequence[Tensor], wanted: Wanted, seeds: Sequence[int] = ()
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Decode batch after batch in worker processes; see `ImageSet.read`.
 
         A skipped image makes its batch smaller, the same in every epoch and after every resume.
         """
+        device = wanted.device
         loader = torch.utils.data.DataLoader(
-            _DecodedBatches(self, image_size, prepared),
+            _DecodedBatches(self, wanted.image_size, wanted.prepared),
             batch_size=None,
             sampler=cast("Any", list(zip(batches, seeds or [0] * len(batches), strict=True))),
-            num_workers=num_workers,
+            num_workers=wanted.num_workers,
             pin_memory=device.type == "cuda",
             worker_init_fn=_ignore_signals,
             generator=torch.Generator(),  # else the loader draws its workers' seed from the global state

@@ -1,12 +1,12 @@
 """From the bytes of one image file to pixels: uint8, grey or colour, upright, opaque, at 8 bits.
 
-What it is: `open_image` lets Pillow decode the first frame and turns it upright, `to_pixels` makes uint8 [C, H, W] of
-any mode as a `Reading` says. What can't be read is raised as `Unreadable`, whose kind says what follows: a file that
-is no image by its content is left out and counted, a corrupt one ends the run or is left out (``on_corrupt``), and
-values outside the range that is known always end it.
+`open_image` lets Pillow decode the first frame and turns it upright, `to_pixels` makes uint8 [C, H, W] of any mode as a
+`Reading` says. What can't be read is raised as `Unreadable`, whose kind says what follows: a file that is no image by
+its content is left out and counted, a corrupt one ends the run or is left out (``on_corrupt``), and values outside the
+range that is known always end it.
 
-How it differs from ``Image.convert``: that keeps the lower 8 bits of 32-bit integers, cuts floats
-in 0..1 to black, and drops transparency, so that black on transparent becomes black on black.
+How it differs from ``Image.convert``: that keeps the lower 8 bits of 32-bit integers, cuts floats in 0..1 to black, and
+drops transparency, so that black on transparent becomes black on black.
 
 Shapes: C channels, H W image.
 """
@@ -14,6 +14,7 @@ Shapes: C channels, H W image.
 from __future__ import annotations
 
 import io
+import math
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -25,7 +26,8 @@ import torch
 from torch import Tensor
 
 from localgrad.errors import DataError, arg, reason_of
-from localgrad.training.augment import Fit, resize_to_fit
+from localgrad.training.augment import WHITE, resize_to_fit
+from localgrad.training.settings import DataSettings, Fit
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
 
 Kind = Literal["corrupt", "no image", "range"]
 
-WHITE = (255, 255, 255)
 DEEP_TYPES_MAX = 65535
 """Largest value of 16 bits: what is read as white where no range is given."""
 FULL_SHARE = 1 / 16
@@ -44,20 +45,8 @@ _STUBS = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")  # formats that Pillow names an
 _GUESSES = ("IM", "IMT", "IPTC", "MCIDAS", "PCD", "SPIDER", "TGA", "XVTHUMB", "PCX", "DCX", "FLI", "MSP")
 """Formats without a signature worth the name: taken by extension, never by content."""
 _SIGNATURES = (
-    *(
-        b"\x89PNG",
-        b"\xff\xd8\xff",
-        b"GIF8",
-        b"BM",
-        b"II*\0",
-        b"MM\0*",
-        b"II+\0",
-        b"MM\0+",
-        b"\0\0\x01\0",
-        b"8BPS",
-        b"qoif",
-    ),
-    *(b"\0\0\0\x0cjP", b"P1\n", b"P2\n", b"P3\n", b"P4\n", b"P5\n", b"P6\n"),
+    *(b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"\0\0\x01\0", b"8BPS"),
+    *(b"qoif", b"\0\0\0\x0cjP", b"P1\n", b"P2\n", b"P3\n", b"P4\n", b"P5\n", b"P6\n"),
 )
 _DEEP_COLOUR = (b"\x89PNG", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # formats that may have 16 bits in several channels
 _ORIENTATION = 0x0112
@@ -85,12 +74,7 @@ class Unreadable(Exception):  # noqa: N818  a message between functions; becomes
 
 @final
 class Missing(bytes):
-    """No bytes, and why.
-
-    Args:
-        kind: ``no image`` or ``corrupt``.
-        reason: a few words.
-    """
+    """No bytes, and why: a kind (``no image`` or ``corrupt``) and a few words."""
 
     kind: Kind
     reason: str
@@ -117,6 +101,22 @@ class Reading:
     image_range: tuple[float, float] | None = None
     background: tuple[int, int, int] = WHITE
     fit: Fit = "crop"
+
+    @classmethod
+    def as_set(cls, settings: DataSettings, num_channels: int = 3) -> Reading:
+        """As a recipe's data settings say.
+
+        Raises:
+            DataError: a colour or a range that is none.
+        """
+        known, colour = settings.image_range, settings.background
+        if known is not None and not -math.inf < known[0] < known[1] < math.inf:
+            raise DataError(
+                f"{arg('image_range')} is the values of black and of white, the first one smaller, got "
+                f"{tuple(known)}; take {arg('image_range', (0, 4095))}, for example."
+            )
+        background = WHITE if colour is None else parse_colour(colour)
+        return cls(num_channels=num_channels, image_range=known, background=background, fit=settings.fit or "crop")
 
     def to_size(self, pixels: Tensor, size: tuple[int, int]) -> Tensor:
         """Bring uint8 [C, h, w] to uint8 [C, H, W]."""
@@ -175,12 +175,7 @@ def _signed_formats() -> tuple[str, ...]:
 
 
 def is_image(path: str, suffix: str) -> bool:
-    """Whether a file is an image: by its ending, or, where that says nothing, by its content.
-
-    Args:
-        path: of the file.
-        suffix: the ending of its name in small letters, with the dot.
-    """
+    """Whether a file is an image: by its ending (small letters, with the dot), or else by its content."""
     if suffix in image_suffixes():
         return True
     from PIL import Image
@@ -203,16 +198,10 @@ def is_image(path: str, suffix: str) -> bool:
 
 
 def open_image(encoded: bytes) -> Image.Image:
-    """Decode the first frame of an image file, turned upright where its EXIF data say so.
-
-    Args:
-        encoded: the file's bytes.
-
-    Returns:
-        The image, its pixels loaded.
+    """Decode the first frame of an image file, its pixels loaded, turned upright where its EXIF data say so.
 
     Raises:
-        Unreadable: where Pillow makes no image of them.
+        Unreadable: where Pillow makes no image of the bytes.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -239,14 +228,7 @@ def open_image(encoded: bytes) -> Image.Image:
 
 
 def to_pixels(image: Image.Image, reading: Reading) -> Tensor:
-    """Convert to grey or colour, opaque, at 8 bits.
-
-    Args:
-        image: of any mode.
-        reading: how.
-
-    Returns:
-        uint8 [C, H, W].
+    """Convert an image of any mode to grey or colour, opaque, at 8 bits: uint8 [C, H, W].
 
     Raises:
         Unreadable: for values outside the range that is known.
@@ -382,11 +364,7 @@ def probe(encoded: bytes, reading: Reading) -> Probed:
 
 
 def check_range(seen: Sequence[Probed], image_range: tuple[float, float] | None) -> None:
-    """Refuse a range of values that is surely not the images'.
-
-    Args:
-        seen: what a sample is like.
-        image_range: as given; None is the range of their type.
+    """Refuse a range of values (None is the range of their type) that is surely not the sampled images'.
 
     Raises:
         DataError: with what to type.

@@ -1,10 +1,8 @@
 """From the name of a data set to labelled images: who reads what.
 
-What it is: `find` turns a name into `Found`, the parts of a data set as image sets. A name is tried as
-one of the known ones (`KNOWN_NAMES`), then as an existing path, then as a Hugging Face hub name
-(OWNER/NAME, or OWNER/NAME:CONFIG). Which folder is what is found by `folders.py`, tables are read
-by `tables.py`, and the formats of known names by the libraries that define them: scikit-learn
-(digits), torchvision (CIFAR, SVHN, STL-10).
+A name is tried as one of the known ones (`rules.NAMED_DATA`), then as an existing path, then as a Hugging Face hub name
+(OWNER/NAME, or OWNER/NAME:CONFIG). Which folder is what is found by `folders.py`, tables are read by `tables.py`, and
+the formats of known names by the libraries that define them: scikit-learn (digits), torchvision (CIFAR, SVHN, STL-10).
 
 Classes are matched by name: a part whose classes stand in another order gets the labels of the training part.
 """
@@ -13,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,31 +20,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from localgrad import rules
 from localgrad.errors import DataError, arg, did_you_mean, reason_of
-from localgrad.training.folders import (
-    SPLITS,
-    Folders,
-    Split,
-    images_under,
-    read_classes,
-    read_folders,
-)
+from localgrad.training.folders import SPLITS, Folders, Split, images_under, read_classes, read_folders
 from localgrad.training.image_sets import (
     FileImages,
     FilesOnDisk,
     ImageSet,
     InMemoryImages,
-    OnCorrupt,
     Skipped,
     bytes_of,
     raise_unless_skipped,
 )
 from localgrad.training.images import Reading, Unreadable, image_suffixes, open_image, to_pixels
-from localgrad.training.tables import Part, find_tables, holds_tables, matched
+from localgrad.training.settings import OnCorrupt
+from localgrad.training.tables import Part, Parts, find_tables, holds_tables, matched
 
-__all__ = ["DEFAULT_ROOT", "KNOWN_NAMES", "FileImages", "Found", "InMemoryImages", "find", "list_image_files"]
-
-KNOWN_NAMES = ("digits", "cifar10", "cifar100", "stl10", "svhn")
 DEFAULT_ROOT = Path("data")
 
 
@@ -72,7 +61,7 @@ class Found:
 
 
 def find(name: str, *, root: Path | None, download: bool, given: Mapping[Split, str] | None = None) -> Found:
-    """Resolve a name: known names first, then paths, then the Hugging Face hub.
+    """Resolve a name: known names first, then paths, then the Hugging Face hub. Labels aren't checked yet.
 
     Args:
         name: such as ``digits``, ``./photos`` or ``ylecun/mnist``.
@@ -81,54 +70,36 @@ def find(name: str, *, root: Path | None, download: bool, given: Mapping[Split, 
         download: whether torchvision may fetch what is missing.
         given: folders or tables of single parts, in place of those that are found.
 
-    Returns:
-        The parts, labels not checked yet.
-
     Raises:
-        DataError: for a name that is nothing of these, for files that are missing or unusable, and
-        for folders that can be
-            read in two ways.
+        DataError: for a name that is nothing of these, for files that are missing or unusable, and for folders that can
+            be read in two ways.
     """
     given = dict(given or {})
+    rules.check({"data": name, **{f"{split}_data": where for split, where in given.items()}}, DataError)
     if name in _READERS:
-        if given:
-            option = arg(f"{next(iter(given))}_data")
-            raise DataError(
-                f"{option}: {name} brings its own parts; name a folder or a table with {arg('data')}, or leave it out."
-            )
         return _READERS[name](root or DEFAULT_ROOT, download)
-    return _together(name, *_found_parts(name, root, given))
+    return _together(name, _found_parts(name, root, given))
 
 
-def _found_parts(
-    name: str, root: Path | None, given: Mapping[Split, str]
-) -> tuple[dict[Split, Part], list[str], dict[str, Skipped]]:
+def _found_parts(name: str, root: Path | None, given: Mapping[Split, str]) -> Parts:
     """The parts of a path or a hub name, with those that were given."""
-    parts: dict[Split, Part] = {}
-    notes: list[str] = []
-    skipped: dict[str, Skipped] = {}
-    path = _path_of(name, root)
-    train = given.get("train")
+    path, train, found = _path_of(name, root), given.get("train"), Parts()
     if path is not None and (train is None or _path_of(train, root) != path):
-        only_named = train is not None
-        if path.is_file() or holds_tables(path) == "only":
-            tables = find_tables(str(path), path)
-            parts, notes = dict(tables.parts), list(tables.notes)
-        else:
-            parts, notes, skipped = _folder_parts(path, train_is_given=only_named)
-    elif path is None and not (train is not None and name == train):
-        tables = _from_hub(name)
-        parts, notes = dict(tables.parts), list(tables.notes)
+        found = find_tables(str(path), path) if _is_table(path) else _parts_in(path, train_is_given=train is not None)
+    elif path is None and name != train:
+        found = _from_hub(name)
+    parts, skipped = dict(found.parts), dict(found.skipped)
     for split, where in given.items():
         own = _path_of(where, root)
         if own is None:
             raise DataError(f"--{split}-data: there is no file or folder {where}.")
-        if own.is_file() or holds_tables(own) == "only":
-            parts[split] = find_tables(str(own), own).parts["train"]
-        else:
-            read = _parts_of_folders(read_classes(own))
-            parts[split], skipped[split] = read[0]["train"], read[2]["train"]
-    return parts, notes, skipped
+        read = find_tables(str(own), own) if _is_table(own) else _parts_of_folders(read_classes(own))
+        parts[split], skipped[split] = read.parts["train"], read.skipped.get("train", Skipped())
+    return Parts(parts, found.notes, skipped)
+
+
+def _is_table(path: Path) -> bool:
+    return path.is_file() or holds_tables(path) == "only"
 
 
 def _path_of(name: str, root: Path | None) -> Path | None:
@@ -136,29 +107,29 @@ def _path_of(name: str, root: Path | None) -> Path | None:
     return next((path for path in candidates if path.exists()), None)
 
 
-def _from_hub(name: str) -> Any:
+def _from_hub(name: str) -> Parts:
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?", name):
         _, _, config = name.partition(":")
         if Path(name).parent.is_dir():
             raise DataError(f"There is no file or folder {name}, though there is {Path(name).parent}.")
         return find_tables(name, config=config or None)
     raise DataError(
-        f"No data set or path is called {name!r}: give one of {', '.join(KNOWN_NAMES)}, an existing folder, "
-        f"or OWNER/NAME on the Hugging Face hub.{did_you_mean(name.lower(), KNOWN_NAMES)}"
+        f"No data set or path is called {name!r}: give one of {', '.join(rules.NAMED_DATA)}, an existing folder, "
+        f"or OWNER/NAME on the Hugging Face hub.{did_you_mean(name.lower(), rules.NAMED_DATA)}"
     )
 
 
-def _together(name: str, parts: dict[Split, Part], notes: list[str], skipped: dict[str, Skipped]) -> Found:
+def _together(name: str, found: Parts) -> Found:
     """Parts with the training part's classes.
 
     Raises:
         DataError: a part has a class that isn't trained.
     """
-    if "train" not in parts:
+    if "train" not in found.parts:
         raise DataError(f"{name} has no training part: name one with {arg('train_data')}.")
-    class_names = parts["train"].class_names
+    class_names = found.parts["train"].class_names
     images: dict[Split, FileImages] = {}
-    for split, part in parts.items():
+    for split, part in found.parts.items():
         used = torch.bincount(part.images.labels[part.images.labels >= 0]).nonzero().flatten().tolist()
         own = [part.class_names[k] for k in used if 0 <= k < len(part.class_names)]
         strange = [each for each in own if each not in class_names] if split != "train" else []
@@ -168,8 +139,8 @@ def _together(name: str, parts: dict[Split, Part], notes: list[str], skipped: di
                 f"{did_you_mean(strange[0], class_names)}"
             )
         labels = part.images.labels if split == "train" else matched(part.images.labels, part.class_names, class_names)
-        images[split] = part.images.with_labels(labels)
-    return Found(class_names, images["train"], images.get("test"), tuple(notes), images.get("val"), skipped)
+        images[split] = replace(part.images, labels=labels)
+    return Found(class_names, images["train"], images.get("test"), found.notes, images.get("val"), found.skipped)
 
 
 def _find_digits(root: Path, download: bool) -> Found:  # noqa: FBT001  one signature for all readers
@@ -213,16 +184,15 @@ def _images_of(part: Any) -> InMemoryImages:
 
 _READERS: dict[str, Callable[[Path, bool], Found]] = {
     "digits": _find_digits,
-    **{name: partial(_find_in_torchvision, name=name) for name in ("cifar10", "cifar100", "stl10", "svhn")},
+    **{name: partial(_find_in_torchvision, name=name) for name in rules.NAMED_DATA if name != "digits"},
 }
 
 
 # ------------------------------------------------------------------------------------------------ folders
 
 
-def _folder_parts(
-    path: Path, *, train_is_given: bool = False
-) -> tuple[dict[Split, Part], list[str], dict[str, Skipped]]:
+def _parts_in(path: Path, *, train_is_given: bool) -> Parts:
+    """The parts of a folder: of folders by split and class, or else of a table beside images without classes."""
     if not any(path.iterdir()):
         raise DataError(f"The data folder {path} is empty: expected class folders of images, or parquet files.")
     has_tables = not train_is_given and holds_tables(path) == "beside"
@@ -235,14 +205,13 @@ def _folder_parts(
         why_not = str(error)
     if has_tables and len(folders.classes.get("train", ())) < 2:  # images without classes, and a table that names them
         try:
-            tables = find_tables(str(path), path)
+            return find_tables(str(path), path)
         except DataError as error:
             raise DataError(f"{why_not or f'There is one class at most in {path}.'} As a table: {error}") from error
-        return dict(tables.parts), list(tables.notes), {}
     return _parts_of_folders(folders)
 
 
-def _parts_of_folders(folders: Folders) -> tuple[dict[Split, Part], list[str], dict[str, Skipped]]:
+def _parts_of_folders(folders: Folders) -> Parts:
     """List the images of each split and class, and say which classes have none."""
     parts: dict[Split, Part] = {}
     skipped: dict[str, Skipped] = {}
@@ -265,7 +234,8 @@ def _parts_of_folders(folders: Folders) -> tuple[dict[Split, Part], list[str], d
         parts[split] = Part(
             FileImages(FilesOnDisk(tuple(paths)), torch.tensor(labels, dtype=torch.int64)), tuple(names)
         )
-    skipped["train" if "train" in skipped else next(iter(skipped), "train")].others.update(folders.others)
+    for own in list(skipped.values())[:1]:  # the training part's, where it is there
+        own.others.update(folders.others)
     notes = list(folders.notes)
     roots = {split: folders.roots[split] for split in SPLITS if split in folders.roots}
     if len(set(roots.values())) > 1:
@@ -273,18 +243,11 @@ def _parts_of_folders(folders: Folders) -> tuple[dict[Split, Part], list[str], d
     if empty:
         listed = ", ".join(f"{name} ({', '.join(splits)})" for name, splits in empty.items())
         notes.append(f"Class folders without an image: {listed}.")
-    return parts, notes, skipped
+    return Parts(parts, tuple(notes), skipped)
 
 
-def list_image_files(path: Path, skipped: Skipped | None = None) -> list[Path]:
-    """List a file itself, or all image files below a folder, sorted.
-
-    Args:
-        path: an image file or a folder.
-        skipped: takes the number of what is no image, by reason.
-
-    Returns:
-        At least one path.
+def list_image_files(path: Path, skipped: Skipped) -> list[Path]:
+    """List a file itself, or all image files below a folder, sorted; at least one. What is no image is counted.
 
     Raises:
         DataError: if there is no such path, or no image below it.
@@ -293,7 +256,7 @@ def list_image_files(path: Path, skipped: Skipped | None = None) -> list[Path]:
         return [path]
     if not path.exists():
         raise DataError(f"There is no file or folder {path}: name an image or a folder of images.")
-    found = sorted(Path(name) for name in images_under(path, Skipped() if skipped is None else skipped))
+    found = sorted(map(Path, images_under(path, skipped)))
     if not found:
         raise DataError(
             f"There is no image in {path}: looked below it for what Pillow opens, such as "
@@ -305,16 +268,7 @@ def list_image_files(path: Path, skipped: Skipped | None = None) -> list[Path]:
 def read_image_files(
     paths: list[Path], reading: Reading, on_corrupt: OnCorrupt, skipped: Skipped
 ) -> Iterator[tuple[Path, Tensor]]:
-    """Decode image files one after the other.
-
-    Args:
-        paths: the files.
-        reading: how.
-        on_corrupt: pass over corrupt images, or stop at the first.
-        skipped: takes what is passed over.
-
-    Yields:
-        Path and uint8 [C, h, w] of each.
+    """Decode image files one after the other: path and uint8 [C, h, w] of each.
 
     Raises:
         DataError: for a corrupt image that is not to be skipped, and for a single file that is no image.

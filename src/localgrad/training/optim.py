@@ -2,9 +2,8 @@
 
 Weight decay is left off biases, norms and whatever the model itself names (position embeddings, tokens), as timm
 does for a whole model; timm decides on the plain model, and the decision is carried over parameter by parameter.
-Auxiliary nets have the same groups: their positions, and their copies of what the model names, say so themselves
-(``auxiliary.exempt_from_decay``). Schedulers count batches, never optimizer steps or calls, so that all modules stand
-at the same place in time.
+Auxiliary nets say so themselves (``auxiliary.exempt_from_decay``). Schedulers count batches, never optimizer steps or
+calls, so that all modules stand at the same place in time.
 """
 
 from __future__ import annotations
@@ -92,10 +91,7 @@ class OptimizerFactory:
             return kind(groups, lr=self.lr, weight_decay=self.weight_decay, **options)
         try:
             optimizer: Optimizer = create_optimizer_v2(
-                groups,
-                opt=self.name,
-                lr=self.lr,
-                weight_decay=self.weight_decay,
+                groups, opt=self.name, lr=self.lr, weight_decay=self.weight_decay
             )
         except (AssertionError, ImportError, TypeError, ValueError) as error:  # a library or a device that is missing
             raise RecipeError(
@@ -131,9 +127,6 @@ def _of_bitsandbytes(info: Any) -> tuple[Callable[..., Optimizer], dict[str, int
     """The class and options of an optimizer that timm knows from bitsandbytes; ``None`` for any other one.
 
     timm would make it as well, but only where there is a GPU; bitsandbytes itself needs none.
-
-    Args:
-        info: timm's ``OptimInfo``.
 
     Raises:
         RecipeError: bitsandbytes is missing.
@@ -172,19 +165,10 @@ def check_rate(what: str, rate: float) -> None:
 def check_schedule(
     lr: float, *, name: str, epochs: int, warmup_epochs: float, warmup_lr: float, min_lr: float, who: str = ""
 ) -> None:
-    """Refuse learning rates and a warm-up that make no schedule.
-
-    Args:
-        lr: peak learning rate.
-        name: of the scheduler.
-        epochs: length of the run.
-        warmup_epochs: linear warm-up.
-        warmup_lr: learning rate at its start.
-        min_lr: learning rate at the end of the run; ``step``, ``multistep`` and ``none`` don't look at it.
-        who: whose learning rate it is, for messages.
+    """Refuse learning rates and a warm-up that make no schedule; see ``Schedule``.
 
     Raises:
-        RecipeError: an unknown scheduler, a number that is none, or one that lies on the wrong side of ``lr``.
+        RecipeError: an unknown scheduler, a number that is none, or one on the wrong side of the learning rate.
     """
     if name not in SCHEDULERS:
         raise RecipeError(
@@ -239,7 +223,7 @@ class Schedule:
         batches_per_epoch: updates an epoch.
         warmup_epochs: linear warm-up, at most a fifth of the run (see ``warmup_of``).
         warmup_lr: learning rate at its start.
-        min_lr: learning rate at the end of the run.
+        min_lr: learning rate at the end of the run; ``step``, ``multistep`` and ``none`` don't look at it.
         warmup_stagger: epochs by which each local module's warm-up is longer than that of the module before.
         first: which local module the first optimizer is of.
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
-from typing import Any, cast, final
+from typing import Any, Unpack, cast, final
 
 import torch
 from torch import Tensor
@@ -22,11 +21,10 @@ from localgrad.parallel.watch import GONE, Fault, Watch
 from localgrad.step.executor import StepResult
 from localgrad.step.states import load_weights
 from localgrad.training.data import Batches
-from localgrad.training.events import Sink
-from localgrad.training.folder import RunFolder, load_saved_weights, save_weights
+from localgrad.training.folder import load_saved_weights, save_weights
 from localgrad.training.optim import Schedule
-from localgrad.training.saved import Checkpoint, PositionState, SumsState, TrainerState
-from localgrad.training.trainer import Interrupted, Trainer, all_random_states, below
+from localgrad.training.saved import Checkpoint, SumsState, TrainerState
+from localgrad.training.trainer import Common, Counts, Interrupted, Trainer, accuracies_of, below, whole_of
 
 
 @final
@@ -36,29 +34,13 @@ class ParallelTrainer(Trainer):
     Args:
         learner: with its optimizers configured.
         schedule: of the learning rates of the own modules.
-        train: training batches; of the first rank they are used.
-        val: validation batches, or ``None``.
-        epochs: length of the run.
-        folder: where checkpoints go; all processes see it.
-        sinks: take the events, on rank 0.
+        others: as for ``Trainer``; the first rank's batches are used, rank 0's sinks, and all processes see the folder.
     """
 
     learner: ParallelLearner
 
-    def __init__(
-        self,
-        *,
-        learner: ParallelLearner,
-        schedule: Schedule,
-        train: Batches,
-        val: Batches | None,
-        epochs: int,
-        folder: RunFolder,
-        sinks: Sequence[Sink],
-    ) -> None:
-        super().__init__(
-            learner=learner, schedule=schedule, train=train, val=val, epochs=epochs, folder=folder, sinks=sinks
-        )
+    def __init__(self, *, learner: ParallelLearner, schedule: Schedule, **others: Unpack[Common]) -> None:
+        super().__init__(learner=learner, schedule=schedule, **others)
         self.team = learner.team
         self._unsound: Tensor | None = None
         self.watch: Watch = self.team.watch
@@ -226,8 +208,7 @@ class ParallelTrainer(Trainer):
         if self.team.is_speaker:
             names = [part for part, _ in said[: self.team.num_ranks]]
             sums = self._joined([part for _, part in said])
-            numbers = cast(PositionState, asdict(position))
-            self.folder.commit({"position": numbers, "sums": sums, "random": all_random_states()}, names)
+            self.folder.commit(self._standing(sums), names)
         self.team.everyone(None)  # nobody begins a further one before
 
     def _joined(self, sums: Sequence[SumsState]) -> SumsState:
@@ -273,36 +254,17 @@ def name_of(modules: range) -> str:
 
 @torch.no_grad()
 def evaluate_together(learner: ParallelLearner, batches: Batches) -> tuple[float, list[float | None]]:
-    """Accuracy of the whole model and of each local module's own classifier; all processes call this together.
-
-    As ``evaluate``: where an average is kept, the whole model is the averaged one.
-
-    Args:
-        learner: it is in evaluation mode afterwards.
-        batches: evaluation batches, shared out among replicas.
-    """
+    """``evaluate`` by all processes together; evaluation batches are shared out among replicas."""
     learner.eval()
     most = max(learner.team.everyone(len(batches)))
     learner.begin(len(batches))
-    counts = {index: torch.zeros(2, dtype=torch.int64, device=learner.device) for index in learner.own}
-    classified: set[int] = set()
+    counts = Counts()
     fed = iter(batches.epoch(0)) if learner.team.place.rank == 0 else None
     for _ in range(len(batches)):
         batch = None if fed is None else next(fed)
         logits, targets = learner.infer(*((None, None) if batch is None else (batch.images, batch.targets)))
         for index, values in logits.items():
-            correct = (values.float().argmax(dim=1) == targets).sum()
-            counts[index] += torch.stack([correct, torch.full_like(correct, len(targets))])
-            classified.add(index)
+            counts.add(index, values, targets)
     learner.links.finish()
     learner.attend(most - len(batches))
-    said = learner.team.everyone({index: counts[index].tolist() for index in classified})
-    found: list[float | None] = [None] * len(learner.modules)
-    for index in range(len(found)):
-        parts = torch.tensor([part[index] for part in said if index in part])
-        if len(parts):
-            correct, total = parts.sum(dim=0).float()  # float32, as torchmetrics divides
-            found[index] = float(correct / total)
-    accuracy = found[-1]
-    assert accuracy is not None, "the last module ends in the model's own classifier"
-    return accuracy, found
+    return whole_of(accuracies_of(learner.team.everyone(counts.read()), len(learner.modules)))

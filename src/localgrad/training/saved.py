@@ -84,6 +84,7 @@ class Peak(TypedDict):
 
     measured_peak_bytes: int
     measured_peak_of: str
+    measured_reserved_bytes: NotRequired[int]
 
 
 class RankFigures(Peak):
@@ -94,7 +95,7 @@ class RankFigures(Peak):
     modules: list[int]
     sent_bytes_per_step: int
     waited_seconds: float
-    estimated_peak_bytes: NotRequired[int]
+    estimated_peak_bytes: int
 
 
 class Selection(TypedDict):
@@ -114,10 +115,12 @@ class Peaks(TypedDict, total=False):
     estimated_peak_bytes: int
     estimated_end_to_end_peak_bytes: int
     measured_peak_bytes: int
+    measured_peak_of: str
+    measured_reserved_bytes: int
     ranks: list[RankFigures]
 
 
-class Summary(TypedDict, total=False):
+class Summary(Peaks, Selection, total=False):
     """``summary.json``: the figures of a finished run."""
 
     format: int
@@ -125,17 +128,6 @@ class Summary(TypedDict, total=False):
     test_module_accuracy: list[float | None]
     num_test: int
     losses: list[dict[str, float]]
-    measured_peak_bytes: int
-    measured_peak_of: str
-    estimated_peak_bytes: int
-    estimated_end_to_end_peak_bytes: int
-    ranks: list[RankFigures]
-    images_per_second: float
-    val_accuracy: float | None
-    best_epoch: int | None
-    epochs: int
-    best_epochs: list[int]
-    module_val_accuracy: list[float | None]
     seconds: float
     seed: int
     plan: PlanDict
@@ -151,6 +143,6 @@ class Evaluation(TypedDict):
 
     part: str
     accuracy: float
-    module_accuracy: list[float | None]
+    module_accuracy: list[float | None]  # None where a module has no classifier, or none for averaged weights
     num_images: int
-    skipped: dict[str, int]
+    skipped: dict[str, int]  # reason to number

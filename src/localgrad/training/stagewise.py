@@ -11,30 +11,29 @@ sees few augmentations of each image, and features that no longer change.
 A module is trained for all epochs of the recipe, with a learning rate that starts anew. The first one reads images,
 augmented afresh in every epoch. When a module is finished, its best epoch's weights (by validation accuracy of its own
 classifier; its last epoch's where it has none) run once, in evaluation mode, over ``cached_epochs`` epochs of what it
-was trained on and over the validation images. Variant v is epoch v of the data path: the same order, augmentation and
-mixed labels, by (seed, v, index). The next module reads variant ``e mod cached_epochs`` in its epoch e. Where its
-objective looks at the images too, the data path makes those of variant v once more.
+was trained on and over the validation images. Variant v is epoch v of the data path. The next module reads variant
+``e mod cached_epochs`` in its epoch e; where its objective looks at images too, those of variant v are made once more.
 
-Features are stored as bfloat16. A cache tells the weights that it was made with, so that one of other weights is never
-used; one that is missing or torn is made again, from the images if need be. So a run can stop anywhere and go on.
+A cache tells the weights that it was made with; one of others, missing or torn is made again, from the images if need
+be. So a run can stop anywhere and go on.
 
 Epochs of all modules are counted through in events and checkpoints: epoch e of module k is epoch k * epochs + e.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from typing import final
+from typing import Unpack, final
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torchmetrics.classification import MulticlassAccuracy
 
 from localgrad.errors import CheckpointError
 from localgrad.formats import Json
@@ -47,13 +46,13 @@ from localgrad.step.offload import HOST
 from localgrad.step.states import StepState, check_optimizer_state, check_scaler_state
 from localgrad.training.augment import derive_seed
 from localgrad.training.data import Batches
-from localgrad.training.events import EpochEnded, FeaturesCached, Sink
+from localgrad.training.events import EpochEnded, FeaturesCached
 from localgrad.training.feature_cache import FeatureCache, Rows, open_cache, row_bytes, write_cache
-from localgrad.training.folder import RunFolder
+from localgrad.training.folder import raw_bytes
 from localgrad.training.health import HealthCheck
 from localgrad.training.optim import Schedule
 from localgrad.training.saved import Selection, TrainerState
-from localgrad.training.trainer import Interrupted, TrainerOfAll, evaluate
+from localgrad.training.trainer import Common, Counts, Interrupted, TrainerOfAll, accuracies_of, evaluate
 from localgrad.units import format_bytes
 
 VAL = "val"
@@ -67,12 +66,8 @@ class StagewiseTrainer(TrainerOfAll):
         learner: on the processor, without optimizers; while it is trained, one module is on the batches' device.
         optimizer: makes a module's optimizer when its turn comes.
         schedule_for: makes its learning rates.
-        train: training batches.
-        val: validation batches, or ``None``: then every module's last epoch is its best.
-        epochs: of each module.
         cached_epochs: differently augmented epochs of features that are kept.
-        folder: where checkpoints and features go.
-        sinks: take the events.
+        others: as for ``Trainer``; the epochs are those of each module, and features go to the folder, too.
     """
 
     def __init__(
@@ -81,30 +76,18 @@ class StagewiseTrainer(TrainerOfAll):
         learner: LocalLearner,
         optimizer: Factories,
         schedule_for: Callable[[Sequence[Optimizer]], Schedule],
-        train: Batches,
-        val: Batches | None,
-        epochs: int,
         cached_epochs: int,
-        folder: RunFolder,
-        sinks: Sequence[Sink],
+        **others: Unpack[Common],
     ) -> None:
-        self.epochs_per_module = epochs
-        self.num_variants = min(cached_epochs, epochs)
-        self.cache_folder = folder.path / "cache"
-        self._own_epochs = epochs
+        self._own_epochs = self.epochs_per_module = others["epochs"]
+        self.num_variants = min(cached_epochs, self._own_epochs)
+        self.cache_folder = others["folder"].path / "cache"
         self._optimizer = optimizer
         self._schedule_for = schedule_for
         self._local_step: LocalStep | None = None
         self._inputs: FeatureCache | None = None
-        super().__init__(
-            learner=learner,
-            schedule=None,
-            train=train,
-            val=val,
-            epochs=epochs * len(learner.modules),
-            folder=folder,
-            sinks=sinks,
-        )
+        others["epochs"] *= len(learner.modules)
+        super().__init__(learner=learner, schedule=None, **others)
 
     @property
     def index(self) -> int:
@@ -232,21 +215,17 @@ class StagewiseTrainer(TrainerOfAll):
     @torch.no_grad()
     def _validate(self) -> tuple[float | None, list[float | None]]:
         """Accuracy of the trained module's own classifier, on what the finished modules make of the images."""
-        by_module: list[float | None] = [None] * len(self.learner.modules)
-        if self.val is None:
-            return None, by_module
-        self.learner.eval()
-        module, count = self.learner.modules[self.index], None
-        for rows in self._read(self.index, VAL):
+        counts, module = Counts(), self.learner.modules[self.index]
+        if self.val is not None:
+            self.learner.eval()
+        for rows in self._read(self.index, VAL) if self.val is not None else ():
             with autocast(self.train.device.type, self.learner.precision):
                 logits = module.objective.classify(module.features(rows.features))
             if logits is None:
                 break
-            if count is None:
-                count = MulticlassAccuracy(self.val.info.num_classes, average="micro").to(logits.device)
-            count.update(logits.float(), rows.targets)
-        accuracy = by_module[self.index] = None if count is None else float(count.compute())
-        return accuracy, by_module
+            counts.add(self.index, logits, rows.targets)
+        by_module = accuracies_of([counts.read()], len(self.learner.modules))
+        return by_module[self.index], by_module
 
     def _close_epoch(self, losses: list[dict[str, float]]) -> None:
         """Move on; after a module's last epoch its best weights are put into it, before anything is saved."""
@@ -335,7 +314,7 @@ class StagewiseTrainer(TrainerOfAll):
         for number, module in enumerate(self.learner.modules[: index + 1]):
             for name, value in module.parts.state_dict().items():
                 digest.update(f"{number}.{name}:{value.dtype}:{list(value.shape)}".encode())
-                digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                digest.update(raw_bytes(value))
         return {
             "weights": digest.hexdigest(),
             "seed": train.seed,
@@ -370,14 +349,7 @@ def gather(learner: LocalLearner, device: torch.device) -> None:
 
 
 def disk_needed(learner: LocalLearner, train: Batches, num_val: int, cached_epochs: int) -> int:
-    """The most bytes that cached features take at a time: a module's, and those that they are made from.
-
-    Args:
-        learner: its modules say where features are cached.
-        train: training batches.
-        num_val: validation images.
-        cached_epochs: variants that are kept.
-    """
+    """The most bytes that cached features take at a time: a module's, and those that they are made from."""
     soft = train.augment is not None and train.augment.gives_soft_labels
     sizes = [0]
     for span in learner.plan.spans[:-1]:
@@ -391,29 +363,16 @@ def disk_needed(learner: LocalLearner, train: Batches, num_val: int, cached_epoc
 def estimate_stages(
     learner: LocalLearner, batch_size: int, optimizer: Factories, device: torch.device
 ) -> list[MemoryProfile]:
-    """Predict the memory of each local module's step on its own, on fake tensors; the learner is not touched.
-
-    Args:
-        learner: as it will be trained.
-        batch_size: images a step.
-        optimizer: factory, as for ``StagewiseTrainer``.
-        device: that the modules will be trained on.
-    """
+    """Predict the memory of each local module's step on its own, on fake tensors; the learner is not touched."""
     return [_estimate_stage(learner, index, batch_size, optimizer, device) for index in range(len(learner.modules))]
 
 
 def _estimate_stage(
     learner: LocalLearner, index: int, batch_size: int, optimizer: Factories, device: torch.device
 ) -> MemoryProfile:
-    made = learner.local_step(index, optimizer)
-    step = LocalStep(  # the same without compiled code, which a fake copy can't hold
-        made.module,
-        made.parameters,
-        made.optimizer,
-        precision=made.precision,
-        clip_grad=made.clip_grad,
-        accumulation=made.accumulation,
-    )
+    bare = copy.copy(learner)  # without compiled code, which a fake copy can't hold
+    bare._settings = {**learner._settings, "compile": False}
+    step = bare.local_step(index, optimizer)
     images = (batch_size, *learner.backbone.input_size)
     span = learner.plan.spans[index]
     inputs = images if index == 0 else (batch_size, *learner.backbone.layouts[span.start].shape)
@@ -427,8 +386,5 @@ def _estimate_stage(
         return copied(torch.empty(inputs, dtype=dtype), LocalBatch(compared, labels))
 
     return simulate(
-        step,
-        run,
-        inputs={"labels": ((batch_size,), torch.int64)},
-        device="cuda" if device.type == "cuda" else "cpu",
+        step, run, inputs={"labels": ((batch_size,), torch.int64)}, device="cuda" if device.type == "cuda" else "cpu"
     )

@@ -1,8 +1,7 @@
 """Tables of images: parquet, Arrow, CSV and JSON files, folders of them, and the Hugging Face hub.
 
-What it is: the Hugging Face library loads a table; here its columns are found by their types, its
-parts by their names, and its labels turned into classes. Labels of any plain type become classes
-with their own names: whole numbers, texts, booleans.
+The Hugging Face library loads a table; here its columns are found by their types, its parts by their names, and its
+labels (whole numbers, texts, booleans) become classes with their own names.
 
 How it differs from taking the label column as it is: the library reads the files of all parts by the class names of the
 first one, so that a part written with its names in another order would be read with wrong labels, silently. Here every
@@ -13,9 +12,10 @@ from __future__ import annotations
 
 import glob
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from localgrad.errors import DataError, arg, did_you_mean, reason_of
 from localgrad.training.folders import SPLITS, Split, is_hidden, split_of, visible_folders
-from localgrad.training.image_sets import FileImages, FilesInTable
+from localgrad.training.image_sets import FileImages, FilesInTable, Skipped
 
 TABLE_LOADERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".jsonl": "json", ".json": "json"}
 IMAGE_COLUMNS = ("image", "img")
@@ -44,9 +44,7 @@ UNLABELLED = -1
 class Part:
     """One part of a data set: its images and its own class names.
 
-    Attributes:
-        images: their labels are indices into ``class_names``; -1 where there is none.
-        class_names: in the order of the labels.
+    Their labels are indices into ``class_names``; -1 where there is none.
     """
 
     images: FileImages
@@ -54,28 +52,33 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Tables:
-    """The parts of a table, and what a user should know about their choice."""
+class Parts:
+    """The parts of a table or a folder.
 
-    parts: Mapping[Split, Part]
+    Attributes:
+        parts: by split.
+        notes: what a user should know about their choice.
+        skipped: what was left out of each part while it was listed.
+    """
+
+    parts: Mapping[Split, Part] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    skipped: Mapping[str, Skipped] = field(default_factory=dict)
 
 
-def find_tables(name: str, path: Path | None = None, *, config: str | None = None) -> Tables:
-    """Load a table.
-
-    Args:
-        name: as the user gave it: a path, or a name on the Hugging Face hub.
-        path: the file or folder, where it is one.
-        config: which configuration, on the hub.
+def find_tables(name: str, path: Path | None = None, *, config: str | None = None) -> Parts:
+    """Load a table: a file or folder, or a name on the Hugging Face hub, in one of its configurations.
 
     Raises:
         DataError: nothing that the library can load, or no columns of images and labels in it.
     """
+    import datasets
+
     if path is None:
-        return _parts_of(name, _loaded(name, partial(_load_dataset, name.partition(":")[0], name=config)), "")
+        source = name.partition(":")[0]
+        return _parts_of(name, _loaded(name, lambda: datasets.load_dataset(source, name=config)), "")
     if path.is_dir() and any((path / own).exists() for own in ("dataset_dict.json", "state.json")):
-        return _parts_of(name, _loaded(name, partial(_load_from_disk, str(path))), str(path))
+        return _parts_of(name, _loaded(name, lambda: datasets.load_from_disk(str(path))), str(path))
     if path.is_file():
         if path.suffix.lower() not in TABLE_LOADERS:
             raise DataError(
@@ -96,15 +99,11 @@ def find_tables(name: str, path: Path | None = None, *, config: str | None = Non
         own_names = {_class_names_in(file) for paths in files.values() for file in paths} - {None}
         if len(own_names) > 1:
             return _parts_of(name, _by_files(name, files), str(path))
-    return _parts_of(name, _loaded(name, partial(_load_dataset, str(path))), str(path))
+    return _parts_of(name, _loaded(name, lambda: datasets.load_dataset(str(path))), str(path))
 
 
 def holds_tables(path: Path, kinds: tuple[str, ...] = tuple(TABLE_LOADERS)) -> str:
-    """What tables a folder, or one of its folders, holds.
-
-    Args:
-        path: the folder.
-        kinds: endings of tables.
+    """What tables of some endings a folder, or one of its folders, holds.
 
     Returns:
         ``only`` where they are what counts, ``beside`` where images may count more, or an empty text.
@@ -140,13 +139,13 @@ def _plain_tables(path: Path) -> dict[str, list[str]]:
 
 def _by_files(name: str, files: Mapping[str, Sequence[str]]) -> dict[str, list[Any]]:
     """Each file loaded by itself, so that its own class names are read: part to one or several sets of rows."""
-    parts: dict[str, list[Any]] = {}
-    for part, paths in files.items():
-        for path in paths:
-            kind = TABLE_LOADERS.get(Path(path).suffix.lower(), "parquet")
-            rows = _loaded(name, partial(_load_dataset, kind, data_files={"train": [glob.escape(path)]}))["train"]
-            parts.setdefault(part, []).append(rows)
-    return parts
+    import datasets
+
+    def rows_of(path: str) -> Any:
+        kind = TABLE_LOADERS.get(Path(path).suffix.lower(), "parquet")
+        return _loaded(name, lambda: datasets.load_dataset(kind, data_files={"train": [glob.escape(path)]}))["train"]
+
+    return {part: [rows_of(path) for path in paths] for part, paths in files.items()}
 
 
 def _loaded(name: str, load: Callable[[], Any]) -> Any:
@@ -163,18 +162,6 @@ def _loaded(name: str, load: Callable[[], Any]) -> Any:
     if isinstance(loaded, dict):
         return {str(part): rows for part, rows in loaded.items()}
     return {"train": loaded}
-
-
-def _load_dataset(source: str, **settings: Any) -> Any:
-    import datasets
-
-    return datasets.load_dataset(source, **settings)
-
-
-def _load_from_disk(source: str) -> Any:
-    import datasets
-
-    return datasets.load_from_disk(source)
 
 
 def _data_files(source: str) -> dict[str, list[str]]:
@@ -208,7 +195,7 @@ def _class_names_in(path: str) -> str | None:
 # ---------------------------------------------------------------------------------------------------- parts
 
 
-def _parts_of(name: str, loaded: Mapping[str, Any], folder: str) -> Tables:
+def _parts_of(name: str, loaded: Mapping[str, Any], folder: str) -> Parts:
     """The parts that a loaded table has, by the names of splits."""
     splits: dict[Split, str] = {}
     for part in loaded:
@@ -244,7 +231,7 @@ def _parts_of(name: str, loaded: Mapping[str, Any], folder: str) -> Tables:
             notes.append(f"The part {splits[split]!r} is not used: its images have no labels.")
             continue
         parts[split] = read
-    return Tables(parts, tuple(notes))
+    return Parts(parts, tuple(notes))
 
 
 def _has_columns(rows: Any) -> bool:
@@ -269,14 +256,9 @@ def _part(name: str, tables: Sequence[Any], folder: str) -> Part:
         labels.append(own)
         class_names.append(names)
     together = images[0] if len(images) == 1 else datasets.concatenate_datasets(images)
-    column = "image"
-    names = _union(class_names)
+    names = tuple(dict.fromkeys(name for names in class_names for name in names))
     own = torch.cat([matched(own, each, names) for own, each in zip(labels, class_names, strict=True)])
-    return Part(FileImages(FilesInTable(together.with_format("arrow"), column, name, folder), own), names)
-
-
-def _union(class_names: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name for names in class_names for name in names))
+    return Part(FileImages(FilesInTable(together.with_format("arrow"), "image", name, folder), own), names)
 
 
 def matched(labels: Tensor, names: Sequence[str], wanted: Sequence[str]) -> Tensor:
@@ -286,9 +268,6 @@ def matched(labels: Tensor, names: Sequence[str], wanted: Sequence[str]) -> Tens
         labels: int64 [N], indices into ``names``; others stay as they are.
         names: what they mean.
         wanted: what they are to mean; has all names that occur.
-
-    Returns:
-        int64 [N], indices into ``wanted``.
     """
     if tuple(names) == tuple(wanted[: len(names)]):
         return labels
@@ -339,8 +318,7 @@ def _labels(rows: Any, column: str) -> tuple[Tensor, tuple[str, ...]]:
     if isinstance(kind, ClassLabel):
         numbers = cells.fill_null(UNLABELLED).to_numpy()
         return torch.from_numpy(numbers.astype(np.int64)), tuple(kind.names)
-    values = cells.to_pylist()
-    return indexed(values, f"the column {column!r}")
+    return indexed(cells.to_pylist(), f"the column {column!r}")
 
 
 def indexed(values: Sequence[Any], what: str) -> tuple[Tensor, tuple[str, ...]]:
@@ -352,7 +330,7 @@ def indexed(values: Sequence[Any], what: str) -> tuple[Tensor, tuple[str, ...]]:
         what: where they are from, for messages.
 
     Returns:
-        Indices int64 [N] into the names, -1 where there is no label, and the names, in the order of the values.
+        Indices int64 [N], -1 where there is no label, into the names, which are in the order of the values.
 
     Raises:
         DataError: floats that are not whole.
@@ -368,11 +346,9 @@ def indexed(values: Sequence[Any], what: str) -> tuple[Tensor, tuple[str, ...]]:
 
 
 def _class_label(value: Any, what: str) -> int | str | bool | None:
-    if isinstance(value, float):
-        if value != value:  # noqa: PLR0124  # not a number
-            return None
-        if not value.is_integer():
-            raise DataError(f"Labels must be classes: whole numbers, texts or booleans; {what} has {value!r}.")
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    if isinstance(value, float) and value.is_integer():
         return int(value)
     if value is None or isinstance(value, int | str):
         return value

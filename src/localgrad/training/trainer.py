@@ -1,11 +1,9 @@
 """The training loop: epochs over batches, validation, selection, checkpoints, and nothing about how a step is done.
 
-Selection is honest: a validation part of the training set chooses the best epoch, and the trainer never sees the
-test set. All that a run needs to go on bit for bit is in one state: the learner's, the position in the data, the
-sums of the epoch under way, the best epoch, and the random state.
-
-Losses stay on the device. Once a second (and before every checkpoint) they are read, and a loss that is no longer
-finite stops the run. To name the first one, the device itself keeps the number of the first bad batch of each term.
+Selection is honest: a validation part of the training set chooses the best epoch, and the trainer never sees the test
+set. All that a run needs to go on bit for bit is in one state. Losses stay on the device. Once a second (and before
+every checkpoint) they are read, and a loss that is no longer finite stops the run; to name the first one, the device
+itself keeps the number of the first bad batch of each term.
 """
 
 from __future__ import annotations
@@ -18,19 +16,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TypedDict, Unpack, cast, final
+from typing import NotRequired, TypedDict, TypeVar, Unpack, cast, final
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics.classification import MulticlassAccuracy
 
-from localgrad.errors import CheckpointError, DivergenceError, arg
+from localgrad.errors import CheckpointError, DivergenceError, MemoryExceeded, arg
 from localgrad.learner import Learner, LocalLearner
 from localgrad.objectives.carried import LocalBatch
-from localgrad.step.executor import StepResult
+from localgrad.step.executor import Attempt, StepResult, free_cache, out_of_memory
 from localgrad.step.sharding import rows_of
 from localgrad.step.states import load_weights
 from localgrad.training.data import Batches
@@ -38,19 +36,15 @@ from localgrad.training.events import EpochEnded, Event, Progressed, Sink
 from localgrad.training.folder import RunFolder, load_saved_weights, save_weights
 from localgrad.training.health import HealthCheck
 from localgrad.training.optim import Schedule
-from localgrad.training.saved import PositionState, RandomStates, Selection, SumsState, TrainerState
+from localgrad.training.saved import PositionState, RandomStates, Selection, Standing, SumsState, TrainerState
 
 SECONDS_BETWEEN_READINGS = 1.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+T = TypeVar("T")
 
 
 class Interrupted(Exception):  # noqa: N818  # not an error: the run was saved and can go on
-    """Ctrl-C or SIGTERM arrived; the run was saved.
-
-    Args:
-        signal_number: which signal.
-        folder: the run folder, to be resumed.
-    """
+    """Ctrl-C or SIGTERM arrived; the run was saved in its folder, to be resumed."""
 
     def __init__(self, signal_number: int, folder: Path) -> None:
         super().__init__(f"stopped by {signal.Signals(signal_number).name}, and saved in {folder}")
@@ -87,12 +81,7 @@ class Position:
 
 @final
 class EpochSums:
-    """Sums over the batches of an epoch, kept on the device.
-
-    Args:
-        names: (module, term) of every loss, in order.
-        device: where the losses are.
-    """
+    """Sums over the batches of an epoch, kept on the device, of losses named by (module, term)."""
 
     def __init__(self, names: Sequence[tuple[int, str]], device: torch.device) -> None:
         self.names = list(names)
@@ -167,12 +156,11 @@ class EpochSums:
 class Common(TypedDict):
     """What every trainer is given; see ``Trainer``."""
 
-    schedule: Schedule | None
     train: Batches
     val: Batches | None
     epochs: int
     folder: RunFolder
-    sinks: Sequence[Sink]
+    sinks: NotRequired[Sequence[Sink]]
 
 
 class Trainer(ABC):
@@ -189,6 +177,9 @@ class Trainer(ABC):
 
     Attributes:
         health: what measures the modules' health after some epochs; nothing by default.
+        evaluation_batch: images that are evaluated together, at most; as many as the batches have, by default.
+        with_less: asked where memory ran out in something that changes no weights, with what it was and what would take
+            less; answers whether to do that. By default nobody is asked, and the run ends.
     """
 
     epochs_per_module: int | None = None
@@ -203,7 +194,7 @@ class Trainer(ABC):
         val: Batches | None,
         epochs: int,
         folder: RunFolder,
-        sinks: Sequence[Sink],
+        sinks: Sequence[Sink] = (),
     ) -> None:
         self.learner = learner
         self.schedule = schedule
@@ -213,6 +204,8 @@ class Trainer(ABC):
         self.folder = folder
         self.sinks = tuple(sinks)
         self.health: HealthCheck | None = None
+        self.evaluation_batch: int | None = None
+        self.with_less: Callable[[str, str], bool] = lambda place, less: False
         self.position = Position()
         self._sums = self._new_sums()
         self._signal: int | None = None
@@ -223,7 +216,9 @@ class Trainer(ABC):
         Raises:
             DivergenceError: a loss is no longer finite; the last checkpoint is from before.
             Interrupted: Ctrl-C or SIGTERM; the run was saved where it stood.
+            MemoryExceeded: memory ran out; an epoch that was trained by then is saved.
         """
+        self._limit(self.val)
         with self._catching_signals():
             while self.position.epoch < self.epochs:
                 self._prepare()
@@ -248,6 +243,8 @@ class Trainer(ABC):
             _restore_random_state(state["random"])
             self.learner.load_state_dict(state["learner"])  # last: it is all or nothing by itself
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            if isinstance(error, RuntimeError) and out_of_memory(error) is not None:
+                raise
             self.position, self._sums = before[:2]
             _restore_random_state(before[2])
             raise CheckpointError(
@@ -258,6 +255,11 @@ class Trainer(ABC):
     def _load_sums(self, state: SumsState) -> None:
         self._sums.load_state_dict(state)
 
+    def _standing(self, sums: SumsState) -> Standing:
+        """Where the run stands, but for its learner."""
+        position = cast(PositionState, asdict(self.position))
+        return {"position": position, "sums": sums, "random": all_random_states()}
+
     @abstractmethod
     def load_best(self) -> None:
         """Put the best epoch's weights into the learner (the averaged ones, where an average is kept)."""
@@ -265,6 +267,15 @@ class Trainer(ABC):
     @abstractmethod
     def evaluate(self, batches: Batches) -> tuple[float, list[float | None]]:
         """Accuracy of the whole model and of each local module's own classifier."""
+
+    def test(self, batches: Batches) -> tuple[float, list[float | None]]:
+        """Accuracies on the test set, as ``evaluate`` gives them.
+
+        Raises:
+            MemoryExceeded: memory ran out, and nothing less was wanted or would do.
+        """
+        self._limit(batches)
+        return self._unchanging("the test", lambda: self.evaluate(batches), partial(halve, batches))
 
     def details(self) -> tuple[str, ...]:
         """Lines about this way of training, for the start of a run."""
@@ -326,6 +337,9 @@ class Trainer(ABC):
     def _save(self) -> None:
         """Write the checkpoint to resume from."""
 
+    def _save_alone(self) -> None:  # noqa: B027  # one of several processes can't, while the others do something else
+        """Write the checkpoint to resume from, where this process can by itself."""
+
     def _stops_now(self) -> bool:
         """Whether to stop after the batch that was just done."""
         return self._signal is not None
@@ -337,10 +351,18 @@ class Trainer(ABC):
 
     def _measure_health(self, check: HealthCheck, event: EpochEnded) -> None:
         start = time.perf_counter()
-        self._emit(check(event))
+        self._emit(self._unchanging("the health check", lambda: check(event), check.shrink))
         self.position.seconds += time.perf_counter() - start
 
     # ------------------------------------------------------------------------------------------------ the loop
+
+    def _unchanging(self, place: str, run: Callable[[], T], shrink: Callable[[], str | None]) -> T:
+        return with_less(place, run, shrink, self.train.device, self.with_less)
+
+    def _limit(self, batches: Batches | None) -> None:
+        """Have evaluation batches no larger than there is room for."""
+        if batches is not None and self.evaluation_batch is not None:
+            batches.batch_size = min(batches.batch_size, self.evaluation_batch)
 
     def _train_epoch(self) -> None:
         position = self.position
@@ -369,10 +391,28 @@ class Trainer(ABC):
     def _finish_epoch(self, start: float, train_seconds: float) -> None:
         self._check_finite()
         self._check_weights()
+        position = self.position
+        position.train_seconds += train_seconds
+        best = position.best_epoch, position.best_accuracy
+        try:
+            losses = self._judge_epoch(start)
+        except MemoryExceeded:  # the epoch is trained: a run that goes on from here judges it again
+            position.best_epoch, position.best_accuracy = best
+            self._save_alone()
+            raise
+        self._close_epoch(losses)
+        self._sums = self._new_sums()
+        self._save()
+
+    def _judge_epoch(self, start: float) -> list[dict[str, float]]:
+        """Validate the epoch that was trained, keep it if it is the best, tell of it, and measure health if it is due.
+
+        Returns:
+            Each module's mean losses by name.
+        """
         position, trained = self.position, self._trained
         assert self.schedule is not None, "an epoch is prepared before it is trained"
-        position.train_seconds += train_seconds
-        accuracy, by_module = self._validate()
+        accuracy, by_module = self._unchanging("validation", self._validate, partial(halve, self.val))
         is_best = accuracy is None or position.best_accuracy is None or accuracy > position.best_accuracy
         if is_best:
             position.best_epoch, position.best_accuracy = position.epoch, accuracy
@@ -396,22 +436,13 @@ class Trainer(ABC):
         position.seconds += seconds
         if self.health is not None and self.health.is_due(event.epoch, self.epochs_per_module or self.epochs):
             self._measure_health(self.health, event)
-        self._close_epoch(losses)
-        self._sums = self._new_sums()
-        self._save()
+        return losses
 
     def _report(self, result: StepResult, images_per_second: float) -> None:
         self._check_finite()
-        losses = torch.stack(result.losses).tolist()
-        position = self.position
-        self._emit(
-            Progressed(
-                epoch=position.epoch,
-                batch=position.batch,
-                losses=tuple(losses),
-                images_per_second=images_per_second,
-            )
-        )
+        losses = tuple(torch.stack(result.losses).tolist())
+        epoch, batch = self.position.epoch, self.position.batch
+        self._emit(Progressed(epoch=epoch, batch=batch, losses=losses, images_per_second=images_per_second))
 
     def _check_finite(self) -> None:
         failure = self._sums.first_failure()
@@ -496,12 +527,8 @@ class TrainerOfAll(Trainer, ABC):
 
     def state_dict(self) -> TrainerState:
         """Everything needed to go on bit for bit (on the CPU)."""
-        return {
-            "learner": self.learner.state_dict(),
-            "position": cast(PositionState, asdict(self.position)),
-            "sums": self._sums.state_dict(),
-            "random": all_random_states(),
-        }
+        standing = self._standing(self._sums.state_dict())
+        return cast(TrainerState, {"learner": self.learner.state_dict(), **standing})
 
     def _save_best(self) -> None:
         save_weights(self.folder.best, best_weights(self.learner))
@@ -509,6 +536,10 @@ class TrainerOfAll(Trainer, ABC):
     def _save(self) -> None:
         """Write the checkpoint to resume from."""
         self.folder.save_last(self.state_dict())
+
+    def _save_alone(self) -> None:
+        """Write the checkpoint to resume from, where this process can by itself."""
+        self._save()
 
 
 @final
@@ -518,13 +549,19 @@ class LocalTrainer(TrainerOfAll):
     Args:
         is_global: whether a step is end-to-end, given its number from 0 and how many there are; by default none is.
         learner: with its optimizers configured.
+        schedule: of the learning rates.
         others: as for ``Trainer``.
     """
 
     def __init__(
-        self, *, learner: LocalLearner, is_global: Callable[[int, int], bool] | None = None, **others: Unpack[Common]
+        self,
+        *,
+        learner: LocalLearner,
+        schedule: Schedule,
+        is_global: Callable[[int, int], bool] | None = None,
+        **others: Unpack[Common],
     ) -> None:
-        super().__init__(learner=learner, **others)
+        super().__init__(learner=learner, schedule=schedule, **others)
         self.is_global = is_global or (lambda step, num_steps: False)
 
     def _step(self, batch: LocalBatch) -> StepResult:
@@ -535,35 +572,96 @@ class LocalTrainer(TrainerOfAll):
         return self.learner.step_on(batch)
 
 
-@torch.no_grad()
-def evaluate(learner: LocalLearner, batches: Batches) -> tuple[float, list[float | None]]:
-    """Accuracy of the whole model and of each local module's own classifier.
-
-    Where an average of the weights is kept, the whole model is the averaged one; the classifiers of the modules
-    before the last belong to the weights as they are trained.
+def with_less(
+    place: str,
+    run: Callable[[], T],
+    shrink: Callable[[], str | None],
+    device: torch.device,
+    goes_on: Callable[[str, str], bool],
+) -> T:
+    """Run something that changes no weights; where memory runs out, once more with less, if that is wanted.
 
     Args:
-        learner: any learner; it is in evaluation mode afterwards.
-        batches: evaluation batches.
+        place: what it is.
+        run: does it.
+        shrink: has it need less, and says what does; ``None`` where nothing would.
+        device: on which it runs.
+        goes_on: given both, answers whether to do it again.
 
-    Returns:
-        Accuracy from 0 to 1, and one for each module (``None`` where it has no classifier).
+    Raises:
+        MemoryExceeded: nothing less is wanted or would do.
+    """
+    while True:
+        attempt = Attempt()
+        with attempt:
+            return run()
+        free_cache(device)  # the exception is gone here, and with its frames what they held
+        assert attempt.reason is not None, "whatever else went wrong was raised"
+        less = shrink()
+        if less is None or not goes_on(place, less):
+            raise MemoryExceeded(place, attempt.reason)
+
+
+def halve(batches: Batches | None) -> str | None:
+    """Halve evaluation batches; accuracies don't depend on how many images are looked at together."""
+    if batches is None or batches.batch_size == 1:
+        return None
+    batches.batch_size //= 2
+    return f"{batches.batch_size} images at a time"
+
+
+@torch.no_grad()
+def evaluate(learner: LocalLearner, batches: Batches) -> tuple[float, list[float | None]]:
+    """Accuracy of the whole model, from 0 to 1, and of each local module's own classifier (``None`` where it has none).
+
+    Where an average of the weights is kept, the whole model is the averaged one; the classifiers of the modules
+    before the last belong to the weights as they are trained. The learner is in evaluation mode afterwards.
     """
     learner.eval()
-    counts = [MulticlassAccuracy(batches.info.num_classes, average="micro").to(learner.device) for _ in learner.modules]
-    seen = [False] * len(counts)
+    counts = Counts()
     for batch in batches.epoch(0):
         logits = list(learner.logits(batch.images))
         if learner.averaged_model is not None:
             logits[-1] = learner.averaged_logits(batch.images)
         for index, values in enumerate(logits):
-            if values is not None:
-                counts[index].update(values.float(), batch.targets)
-                seen[index] = True
-    found = [float(count.compute()) if was_seen else None for count, was_seen in zip(counts, seen, strict=True)]
-    accuracy = found[-1]
-    assert accuracy is not None, "the last module ends in the model's own classifier"
-    return accuracy, found
+            counts.add(index, values, batch.targets)
+    return whole_of(accuracies_of([counts.read()], len(learner.modules)))
+
+
+@final
+class Counts:
+    """How many images each local module's own classifier saw, and had right; counted on the device."""
+
+    def __init__(self) -> None:
+        self._counts: dict[int, Tensor] = {}
+
+    def add(self, index: int, logits: Tensor | None, targets: Tensor) -> None:
+        """Count a module's logits [B, K], where it has any, against class indices [B]."""
+        if logits is not None:
+            right = (logits.float().argmax(dim=1) == targets).sum()
+            found = torch.stack([right, torch.full_like(right, len(targets))])
+            self._counts[index] = self._counts[index] + found if index in self._counts else found
+
+    def read(self) -> dict[int, list[int]]:
+        """(right, all) of each module that has a classifier."""
+        return {index: found.tolist() for index, found in self._counts.items()}
+
+
+def accuracies_of(counts: Sequence[dict[int, list[int]]], num_modules: int) -> list[float | None]:
+    """Each module's accuracy, of what one process counted or several."""
+    found: list[float | None] = [None] * num_modules
+    for index in range(num_modules):
+        parts = torch.tensor([own[index] for own in counts if index in own])
+        if len(parts):
+            right, total = parts.sum(dim=0).float()
+            found[index] = float(right / total)
+    return found
+
+
+def whole_of(found: list[float | None]) -> tuple[float, list[float | None]]:
+    """The whole model's accuracy, which is the last module's, beside all of them."""
+    assert found[-1] is not None, "the last module ends in the model's own classifier"
+    return found[-1], found
 
 
 def best_weights(learner: LocalLearner) -> dict[str, Tensor]:

@@ -1,13 +1,10 @@
 """What makes an image of the model's size of one that is stored: transforms by name, image by image.
 
-What it is: a *transform* is made for a size and a use (``make(image_size=(224, 224), training=True)``), takes one
-image as uint8 [C, h, w] and gives uint8 [C, H, W]; normalising, mixup and cutmix follow on the device (``augment.py``).
-It may be anything that is written against torchvision's ``transforms.v2``. `imagenet` is the recipe that fine-tuning
-takes as a standard. Images of files go through it in the worker processes that decode them.
-
-How it differs from the usual data loader: each image is drawn for by a seed of its own, hashed from (seed, epoch,
-batch, place in the batch), in torch's, NumPy's and Python's random numbers. So a run draws the same with any number of
-workers, and after being resumed.
+A *transform* is made for a size and a use (``make(image_size=(224, 224), training=True)``), takes one image as uint8
+[C, h, w] and gives uint8 [C, H, W]; normalising, mixup and cutmix follow on the device (``augment.py``). It may be
+anything that is written against torchvision's ``transforms.v2``. Images of files go through it in the worker processes
+that decode them. Each image is drawn for by a seed of its own, hashed from (seed, epoch, batch, place in the batch), so
+a run draws the same with any number of workers, and after being resumed.
 
 Shapes: C channels, h w stored, H W wanted.
 """
@@ -50,11 +47,9 @@ def register_transform(name: str, transform: Callable[..., Transform]) -> None:
 
 
 def imagenet(image_size: tuple[int, int], *, training: bool) -> Transform:
-    """Random crops, flips, colours and RandAugment, parts erased; in evaluation the centre.
+    """The recipe that fine-tuning takes as a standard: random crops, flips, colours and RandAugment, parts erased.
 
-    Args:
-        image_size: (H, W) in pixels.
-        training: whether for training.
+    In evaluation it is the centre.
     """
     from torchvision.transforms import v2  # type: ignore[import-untyped]
 
@@ -101,11 +96,7 @@ class Prepared:
             )
 
     def __call__(self, image: Tensor, *seed: int) -> Tensor:
-        """Transform one image, uint8 [C, h, w] to uint8 [C, H, W].
-
-        Args:
-            image: as it is stored.
-            seed: what its draws depend on.
+        """Transform one image, uint8 [C, h, w] to uint8 [C, H, W], by draws that depend on the seed.
 
         Raises:
             DataError: the transform fails, or gives something else.

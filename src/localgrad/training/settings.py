@@ -4,9 +4,55 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from localgrad.errors import RecipeError, arg
-from localgrad.options import METHOD, documented, option
+from localgrad.options import DATA, METHOD, STRICT, Factor, Fraction, Number, Positive, documented, option, read_numbers
+
+OnCorrupt = Literal["error", "skip"]
+Fit = Literal["crop", "pad", "squash"]
+"""How an image of another shape is brought to the model's: its central part, bars at its sides, other proportions."""
+
+
+@documented
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Which images."""
+
+    __pydantic_config__ = STRICT
+    name: str = option(
+        "digits", "digits, cifar10, cifar100, stl10, svhn, a folder, or a Hugging Face data set.", DATA, name="data"
+    )
+    root: str | None = option(None, "Where torchvision's data sets lie; by default data.", DATA)
+    val_fraction: Fraction = option(
+        0.1, "Share of the training images that selects the best epoch; 0 takes the last epoch.", DATA
+    )
+    limit: Positive | None = option(None, "Use only this many training images.", DATA)
+    on_corrupt: OnCorrupt = option("error", "A corrupt image: error, or skip (and count).", DATA)
+    train_data: str | None = option(None, "Class folders or a table to train on, whatever the data set holds.", DATA)
+    val_data: str | None = option(None, "Likewise, of the images that select the best epoch.", DATA)
+    test_data: str | None = option(None, "Likewise, of the test images.", DATA)
+    image_range: tuple[Number, Number] | None = option(
+        None, "BLACK,WHITE of images of more than 8 bits: 0,4095.", DATA, read=read_numbers(0, 4095)
+    )
+    background: str | None = option(
+        None, "Colour behind transparent images: a name, #rrggbb or 255,255,255; white by default.", DATA
+    )
+    mean: tuple[Number, ...] | None = option(
+        None,
+        "To normalise by, of values in 0..1: 0.5 or 0.5,0.5,0.5; by default the training images', or what pretrained "
+        "weights were trained with.",
+        DATA,
+        read=read_numbers(0.5, 0.5, 0.5),
+    )
+    std: tuple[Factor, ...] | None = option(None, "Likewise.", DATA, read=read_numbers(0.5, 0.5, 0.5))
+    fit: Fit | None = option(None, "Images of another shape: crop (cut; by default), pad (bars) or squash.", DATA)
+    transform: str | None = option(
+        None,
+        "What images of files go through: imagenet, none, module:function, or a plugin's; by default imagenet where "
+        "they are larger than the model's and nothing is said of augmenting.",
+        DATA,
+    )
 
 
 @documented

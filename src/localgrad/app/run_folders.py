@@ -1,0 +1,177 @@
+"""What a run folder says of its run: recipe, data, summary, checkpoint; read, verified, held against what is wanted."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from localgrad.app.build import Job, build
+from localgrad.app.recipe import Recipe, difference
+from localgrad.errors import CheckpointError, DataError, RunFolderError, arg
+from localgrad.formats import check_format
+from localgrad.training.events import summary_rows
+from localgrad.training.fingerprint import DataDescription, fingerprint_of
+from localgrad.training.folder import RunFolder, is_sound, kept_of, load_saved_weights, read_text, say
+from localgrad.training.parallel_trainer import joined_checkpoint
+from localgrad.training.saved import RUN_FORMAT, Checkpoint, PositionState, Summary
+from localgrad.training.settings import DataSettings
+
+_PLACE = [each.name for each in fields(DataSettings) if each.name in ("name", "root") or each.name.endswith("_data")]
+"""Keys of a recipe that say where its data lies."""
+
+
+def place_of(recipe: Recipe) -> tuple[str | None, ...]:
+    """Where a recipe's data lies."""
+    return tuple(getattr(recipe.method.data, key) for key in _PLACE)
+
+
+def without_place(recipe: Recipe) -> Recipe:
+    """A recipe that doesn't say where its data lies."""
+    data = replace(recipe.method.data, **{key: getattr(DataSettings(), key) for key in _PLACE})
+    return replace(recipe, method=replace(recipe.method, data=data))
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read a run's recipe; a damaged one as its checkpoint keeps it.
+
+    Raises:
+        RunFolderError: no run there, or its recipe is damaged and no checkpoint keeps it.
+        RecipeError: its recipe can't be read.
+    """
+    try:
+        text = read_text(path, "recipe.toml")
+    except OSError as error:
+        raise RunFolderError(
+            f"{path}: no run there (no recipe.toml that can be read); name a folder that `localgrad train` made."
+        ) from error
+    return Recipe.from_toml(text, str(path / "recipe.toml"))
+
+
+def read_description(path: Path) -> DataDescription:
+    """Read what a run knows of its data; where it is damaged, as its checkpoint keeps it.
+
+    Raises:
+        CheckpointError: missing or damaged, and no checkpoint keeps it.
+        DataError: a newer version wrote it.
+    """
+    try:
+        return DataDescription.from_dict(json.loads(read_text(path, "data.json")))
+    except DataError:  # of a newer version
+        raise
+    except (OSError, ValueError, TypeError, AttributeError, RunFolderError) as error:
+        raise CheckpointError(
+            f"{path / 'data.json'}: missing or damaged ({error}); restore it from a copy, or train the run again."
+        ) from error
+
+
+def read_summary(path: Path) -> Summary | None:
+    """The summary of a finished run, the last thing that it writes; ``None`` also where that is damaged."""
+    file = path / "summary.json"
+    if not file.exists():
+        return None
+    try:
+        summary: Summary = json.loads(read_text(path, file.name))
+        summary["folder"] = str(path)
+        summary_rows(summary)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RunFolderError) as error:
+        if not (path / "checkpoints" / "last.pt").exists():
+            raise RunFolderError(f"{file}: damaged; restore it from a copy.") from error
+        say(f"{file}: damaged; made again from the last checkpoint.")
+        return None
+    check_format(str(file), summary.get("format", 1), RUN_FORMAT, RunFolderError)
+    return summary
+
+
+def load_last(folder: RunFolder, recipe: Recipe) -> Checkpoint | None:
+    """The state to resume from, and the weights of the best epoch are there; ``None`` before the first checkpoint."""
+    if not folder.has_checkpoint:
+        return None
+
+    def agree(state: Checkpoint) -> str | None:
+        missing = [name for name in ("position", "sums", "random") if not isinstance(state.get(name), dict)]
+        missing += [] if isinstance(state.get("learner"), dict) or state.get("parts") else ["learner"]
+        if missing:
+            return f"it has no {missing[0]!r}"
+        text = kept_of(state).get("recipe.toml")
+        if not isinstance(text, str):
+            return None
+        different = difference(without_place(Recipe.from_toml(text, "checkpoint")), without_place(recipe))
+        # A number of modules and its boundaries are the same (``on_oom``); the learner compares those.
+        different = [line for line in different if not line.startswith("local.modules:")]
+        return f"it has another recipe: {', '.join(different)}" if different else None
+
+    state = joined_checkpoint(folder.load_last(agree))
+    return {**state, "lost_best": _has_lost_best(folder, state["position"], recipe)}
+
+
+def _has_lost_best(folder: RunFolder, position: PositionState, recipe: Recipe) -> bool:
+    """Whether the best epoch's weights are damaged, and the checkpoint has them; read at the end, too late to find out.
+
+    Raises:
+        CheckpointError: they are damaged or missing, and can't be had back.
+    """
+    best = position.get("best_epoch")
+    if best is None:
+        return False
+    try:
+        load_saved_weights(folder.best)
+    except CheckpointError as error:
+        is_of_best = (best + 1, 0) == (position.get("epoch"), position.get("batch"))
+        if recipe.method.training.schedule == "sequential" or not is_of_best:
+            raise
+        say(f"{error.fact}; written again from the checkpoint, which is of the best epoch.")
+        return True
+    return False
+
+
+def build_again(recipe: Recipe, **settings: Any) -> Job:
+    """Build what a run's recipe names, which was there once."""
+    try:
+        return build(recipe, **settings)
+    except DataError as error:
+        name = recipe.method.data.root or recipe.method.data.name
+        if Path(name).expanduser().exists():
+            raise
+        raise DataError(f"{error} If it was moved, say where it is now: {arg('data')}, or {arg('root')}.") from error
+
+
+def describe_data(job: Job) -> DataDescription:
+    """What ``data.json`` holds of a job's data."""
+    return DataDescription(job.data.info, fingerprint_of(job.data))
+
+
+def check_data(path: Path, job: Job, *, is_moved: bool) -> DataDescription:
+    """Compare the data with what a run was trained on; gives what ``data.json`` would hold of it.
+
+    Raises:
+        DataError: it is other data, in another place.
+    """
+    found, name = describe_data(job), job.recipe.method.data.name
+    try:
+        known = read_description(path)
+    except CheckpointError as error:
+        if is_moved:
+            raise DataError(f"{arg('data', name)}: it can't be compared with the run's: {error}") from error
+        say(f"{path / 'data.json'}: missing or damaged; the data is taken as it is.")
+        return found
+    different = known.differences(found)
+    if different:
+        what = f"not what the run in {path} was trained on (another {', '.join(different)})"
+        if is_moved:
+            raise DataError(f"{arg('data', name)}: this is {what}; name where the same images and labels are.")
+        say(f"The data {name} is {what}: it was changed.")
+    return found
+
+
+def rewrite(folder: RunFolder, recipe: Recipe, described: DataDescription, *, is_moved: bool) -> None:
+    """Write down what a run goes on with: what was laid over its recipe, and what was damaged."""
+    text = recipe.to_toml()
+    if not (is_sound(folder.path, "recipe.toml") and read_text(folder.path, "recipe.toml") == text):
+        folder.write_text("recipe.toml", text)
+    folder.kept["recipe.toml"] = text
+    if is_moved or not is_sound(folder.path, "data.json"):
+        folder.write_json("data.json", described.to_dict())
+    else:
+        folder.kept["data.json"] = read_text(folder.path, "data.json")
