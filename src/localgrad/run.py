@@ -15,7 +15,7 @@ from typing import Any
 from localgrad import rules
 from localgrad.app.agreement import team_of, together
 from localgrad.app.build import Job, build, resolve_device
-from localgrad.app.fitting import fit, health_check
+from localgrad.app.fitting import fit, health_check, plan_of_run
 from localgrad.app.planned import check_plan_fits, laid_over, plan_recipe, task_on
 from localgrad.app.recipe import Recipe, as_recipe, difference, flat, overlay
 from localgrad.app.run_folders import (
@@ -172,6 +172,7 @@ def resume(
     with team_of(recipe) as team, _held(place, team) as folder:
         state = together(team, lambda: load_last(folder, recipe))
         job = together(team, lambda: build_again(recipe, has_weights=state is not None, team=team))
+        job = replace(job, plan=plan_of_run(folder, job.recipe, job.device))
         is_moved = place_of(own) != place_of(recipe)
         described = together(team, lambda: check_data(place, job, is_moved=is_moved) if job.speaks else None)
         _check_space(job, place)

@@ -354,6 +354,15 @@ def _note_of_plan(job: Job, folder: RunFolder) -> str | None:
     return note_of_plan(plan, job.recipe, job.device.type)
 
 
+def plan_of_run(folder: RunFolder, recipe: Recipe, device: torch.device) -> Plan | None:
+    """The plan that a resumed run began with, where it still runs by it; else a line of the run says why not."""
+    try:
+        plan = Plan.from_json((folder.path / "plan.json").read_text())
+    except (OSError, PartitionError):
+        return None
+    return plan if note_of_plan(plan, recipe, device.type) is None else None
+
+
 def _shared_out(learner: ParallelLearner) -> str:
     """Which process has which modules, as a line."""
     shares = "  |  ".join(f"rank {rank}: {name_of(modules)}" for rank, modules in enumerate(learner.shares))

@@ -91,7 +91,7 @@ class Moves:
 
     Attributes:
         steps: ``("take", bytes)``, ``("give", number of the take)``, ``("output", number)``; outputs that aren't named
-            come at ``("outputs", 0)``, or at the end.
+            come at ``("outputs", 0)``, or at the end; ``("multiply", 0)`` is a matrix product (see `workspace_bytes`).
     """
 
     def __init__(self) -> None:
@@ -115,6 +115,10 @@ class Moves:
     def output(self, number: int) -> None:
         """Here the operator makes one of its outputs."""
         self.steps.append(("output", number))
+
+    def multiply(self) -> None:
+        """Here it multiplies matrices."""
+        self.steps.append(("multiply", 0))
 
     def outputs(self) -> None:
         """Here it makes all others."""
@@ -512,8 +516,12 @@ def _convolution(args: Arguments, card: Card, moves: Moves) -> None:
     inputs, weight, _, stride, padding, dilation, transposed, _, groups = args[:9]
     copies = _copies(args, moves, 0)
     moves.outputs()
-    if not transposed and not _is_depthwise(inputs, weight, groups) and not _is_point(weight, stride, padding):
-        moves.passing(_columns(inputs, weight, _out_size(inputs, weight, stride, padding, dilation)))
+    if not transposed and not _is_depthwise(inputs, weight, groups):
+        columns = []
+        if not _is_point(weight, stride, padding):
+            columns.append(moves.take(_columns(inputs, weight, _out_size(inputs, weight, stride, padding, dilation))))
+        moves.multiply()
+        moves.give(*columns)
     moves.give(*copies)
 
 
@@ -523,31 +531,44 @@ def _is_point(weight: Tensor, stride: Any, padding: Any) -> bool:
 
 def _convolution_backward(args: Arguments, card: Card, moves: Moves) -> None:
     gradient, inputs, weight, _, stride, padding, _, transposed, _, groups, wanted = args[:11]
-    copies = _copies(args, moves, 0)
-<<<<<<< HEAD
-    columns = 0 if _is_point(weight, stride, padding) else _columns(inputs, weight, gradient.shape[2:])
-=======
     made = dict(
         zip([which for which in range(3) if wanted[which]], range(3), strict=False)
     )  # outputs, by what they are
-    is_own = transposed or _is_depthwise(inputs, weight, groups)
-    columns = 0 if is_own or _is_point(weight, stride, padding) else _columns(inputs, weight, gradient.shape[2:])
->>>>>>> h6
+    if transposed or _is_depthwise(inputs, weight, groups):
+        _depthwise_backward(args, made, card, moves)
+        return
+    copies = _copies(args, moves, 0)
+    columns = 0 if _is_point(weight, stride, padding) else _columns(inputs, weight, gradient.shape[2:])
     taken = []
-    if is_own:
-        order = [_OF_WEIGHT, _OF_INPUT, _OF_BIAS]
-    elif wanted[_OF_INPUT]:
+    if wanted[_OF_INPUT]:
         moves.output(made[_OF_INPUT])
+        copies += _copies(args, moves, 1)
         taken = [moves.take(columns)] if columns else []
-        order = [_OF_BIAS, _OF_WEIGHT]
-    else:
-        order = [_OF_BIAS, _OF_WEIGHT]
-    for which in order:
+        moves.multiply()
+    for which in (_OF_BIAS, _OF_WEIGHT):
         if which in made:
             moves.output(made[which])
     if not taken and columns:
         taken = [moves.take(columns)]
-    moves.give(*taken, *copies)
+    moves.multiply()
+    moves.give(*taken, *reversed(copies))
+
+
+def _depthwise_backward(args: Arguments, made: dict[int, int], card: Card, moves: Moves) -> None:
+    """Source: ``DepthwiseConv2d.cu``; the bias's gradient is a sum, made behind (``Convolution.cpp``)."""
+    copies = _copies(args, moves, 0)
+    if _OF_WEIGHT in made:
+        inputs = _copies(args, moves, 1)
+        moves.output(made[_OF_WEIGHT])
+        moves.give(*inputs)
+    if _OF_INPUT in made:
+        moves.output(made[_OF_INPUT])
+    moves.give(*copies)
+    if _OF_BIAS in made:
+        moves.output(made[_OF_BIAS])
+        gradient = args[0]
+        axes = {axis for axis in range(gradient.dim()) if axis != 1}
+        moves.passing(*filter(None, staging_bytes(tuple(gradient.shape), gradient.stride(), axes, card)))
 
 
 _OF_INPUT, _OF_WEIGHT, _OF_BIAS = range(3)
@@ -560,11 +581,9 @@ MULTIPLY = frozenset(
         aten.bmm.default,
         aten.baddbmm.default,
         aten._addmm_activation.default,
-        aten.convolution.default,
-        aten.convolution_backward.default,
     }
 )
-"""Operators that take a cuBLAS workspace (`workspace_bytes`) when their thread multiplies for the first time."""
+"""Operators that are a matrix product: they take a workspace (`workspace_bytes`) if their thread has none yet."""
 
 _REDUCE = "partial results of blocks of threads, and their semaphores"
 _CONTIGUOUS = "a contiguous copy of a permuted input"

@@ -30,9 +30,10 @@ from localgrad.estimating import estimate_step, record_run
 from localgrad.evaluating import LARGEST_EVALUATION_BATCH
 from localgrad.learner import LocalLearner, OptimizerFactory
 from localgrad.memory.allocator_rules import Rules, rules_here
-from localgrad.memory.cards import Card, card_of
+from localgrad.memory.cards import CARDS, Card, card_of
 from localgrad.memory.costs import WAYS, Choice, Costs, CostSettings, interpolated, with_times
 from localgrad.memory.parts import measure_costs
+from localgrad.memory.recording import Trace
 from localgrad.memory.temporaries import workspace_bytes
 from localgrad.memory.timing import IMAGES, Calibration, machine_of, measure_times
 from localgrad.memory.track import MemoryProfile
@@ -251,21 +252,31 @@ class Task:
 
     def replayed(self, plan: Plan, batch_size: int, room: Room) -> Confirmation:
         """Record a run of a plan, and replay it in what room there is."""
+        trace = self._recorded(plan, batch_size, self.planned_card)
+        return confirm(trace, room.less(percent=10) if self.compiled else room)
+
+    def most_on_other_cards(self, plan: Plan, batch_size: int) -> tuple[str, int]:
+        """The card of the table that runs the most threads at once, and what a run of a plan reserves there."""
+        worst = max(CARDS.values(), key=lambda card: card.multiprocessors * card.threads)
+        trace = self._recorded(plan, batch_size, worst)
+        room = Room.of(worst, rules_here(), None, convolves=False)
+        return worst.name, room.replayed(trace.events, 1 << 50).reserved_bytes
+
+    def _recorded(self, plan: Plan, batch_size: int, card: Card) -> Trace:
         mixed = self.global_share and plan.num_modules > 1
         largest = plan.evaluation_batch or batch_size
         sizes = [min(largest, count) for count in self.data.num_evaluated] or [largest]
-        trace = record_run(
+        return record_run(
             self._learner(plan, plan.global_checkpoint),
             batch_size,
             self.optimizer,
-            self.planned_card,
+            card,
             steps=4 if mixed else 2,
             globally=[False, True, False, False] if mixed else False,
             evaluation_batch=max(sizes),
             make_batch=self.data.make_batch,
             kept_bytes=self.data.kept_bytes,
         )
-        return confirm(trace, room.less(percent=10) if self.compiled else room)
 
     def _learner(self, plan: Plan, globally: Checkpointing | None) -> LocalLearner:
         return LocalLearner(
@@ -449,7 +460,13 @@ def _within_room(search: Search, batch_size: int, budget: int, room: Room) -> Pl
         return None
     plan = confirmed(task, search, best.solution, batch_size, budget)
     plan = replace(plan, evaluation_batch=best.plan.evaluation_batch)
-    return told_of_card(task, plan, best.confirmation, room)
+    plan = told_of_card(task, plan, best.confirmation, room)
+    if not room.card.assumed:
+        return plan
+    name, reserved = task.most_on_other_cards(plan, batch_size)
+    forecast = forecast_of(plan)
+    note = f"temporaries depend on the card: on {name}, most of the table's, this run reserves {format_bytes(reserved)}"
+    return replace(plan, forecast=replace(forecast, notes=(*forecast.notes, note)))
 
 
 def _tried(search: Search, solution: Solution, batch_size: int, budget: int, room: Room) -> _Tried:
@@ -598,6 +615,8 @@ def _global_steps(task: Task, search: Search, plan: Plan, batch_size: int, usabl
 
 def _notes(task: Task, plan: Plan) -> list[str]:
     notes = [task.calibration.note] if task.measure else []
+    if task.precision == "bf16" and task.card is not None and not task.card.has_bfloat16:
+        notes.append(f"{task.card.name} doesn't multiply bfloat16 in hardware; fp16 is faster there")
     if plan.accumulation > 1 and looks_at_whole_batches(task):
         notes.append(
             "what looks at a whole batch (batch norms, contrastive terms) sees a part of it at a time: accumulation "
@@ -807,10 +826,10 @@ def _cannot_fit(task: Task, whole: Search, batch_size: int, budget: int) -> Budg
     if 0 < size < batch_size:
         hints.append(arg("batch_size", size))
     if task.precision == "fp32":
-        bf16 = replace(task, precision="bf16")
-        needed = _least_bytes(Search(bf16, bf16.costs(batch_size, accumulation)), batch_size)
+        half = replace(task, precision="bf16" if task.card is None or task.card.has_bfloat16 else "fp16")
+        needed = _least_bytes(Search(half, half.costs(batch_size, accumulation)), batch_size)
         if needed < least:
-            hints.append(f"{arg('precision', 'bf16')} (least {at_least(needed)})")
+            hints.append(f"{arg('precision', half.precision)} (least {at_least(needed)})")
     if task.modules is not None:
         hints.append(f"no {arg('modules')}")
     hints.append(f"a smaller {arg('img_size')} or model")
