@@ -665,7 +665,7 @@ def test_files_with_flipped_bits_are_refused_or_restored(
     """200 places of each file, read as a run reads it: the same content, or that of the checkpoint before."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
     folder = Path(shutil.copytree(stopped, tmp_path / "run"))
-    for module, reader in ((folder_module, "_load_checkpoint"), (run, "load_saved_weights")):
+    for module, reader in ((folder_module, "_load_checkpoint"), (using_runs, "load_saved_weights")):
         read, again = getattr(module, reader), cache(getattr(module, reader))
         monkeypatch.setattr(
             module, reader, lambda path, read=read, again=again: (read if path == folder / name else again)(path)

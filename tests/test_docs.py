@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import re
 import shlex
 import tomllib
@@ -181,7 +182,8 @@ def check_localgrad(words: list[str]) -> None:
     parse(cli.app, list(words))
     needs_a_file = {"--resume", "--plan", "--recipe", "--budget"}
     if words[0] == "train" and not needs_a_file & set(words):
-        told = CliRunner().invoke(cli.app, [*words, "--dry-run"])
+        with contextlib.chdir(ROOT / "examples" if "--plugin" in words else "."):
+            told = CliRunner().invoke(cli.app, [*words, "--dry-run"])
         assert told.exit_code == 0, told.exception or told.output
         assert tomllib.loads(told.output)["model"]
 

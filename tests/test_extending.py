@@ -25,6 +25,7 @@ from localgrad.objectives.methods import OBJECTIVES
 from localgrad.planning import cache
 from localgrad.registry import Registry, load_plugins
 from localgrad.training.data import Batches
+from localgrad.training.settings import Augment
 from localgrad.training.transforms import Prepared
 
 VIT: dict[str, Any] = {"name": "vit_tiny_patch16_224", "img_size": 32, "patch_size": 8}
@@ -258,7 +259,7 @@ def write_photos(folder: Path, size: tuple[int, int] = (48, 60), count: int = 16
 def batches_of(path: Path, transform: str | None, num_workers: int = 0, **settings: Any) -> Batches:
     data = load_named(str(path), transform=transform)
     size: dict[str, Any] = {"image_size": (32, 32), "batch_size": 6, "device": torch.device("cpu")}
-    augment = build.Augment()
+    augment = Augment()
     made = {**size, "augment": augment, "seed": 3, "info": data.info, "transform": transform, **settings}
     return Batches(images=data.train, num_workers=num_workers, **made)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from localgrad.app import using_runs
 from localgrad.app.recipe import RECIPE_FORMAT, Recipe
 from localgrad.errors import CheckpointError, LocalgradError, PartitionError, RecipeError
 from localgrad.formats import check_format
-from localgrad.partition import PLAN_FORMAT, Checkpointing, Plan, forecast_of
+from localgrad.partition import PLAN_FORMAT, Checkpointing, Forecast, Plan, forecast_of
 from localgrad.training.saved import RUN_FORMAT
 
 FILES = Path(__file__).parent / "files"
@@ -52,7 +53,9 @@ def test_a_plan_of_the_first_version_is_read_figure_for_figure(name: str) -> Non
     assert again.pop("format") == PLAN_FORMAT == 2
     globally = values["forecast"].pop("global_checkpoint", None)
     assert again.pop("global_checkpoint") == globally
-    values["forecast"] = {"global_peak_bytes": None, "parallel": None, **values["forecast"]}
+    of_today = {each.name: each.default for each in fields(Forecast) if each.default is not MISSING}
+    of_today |= {"notes": [], "budget_parts": {}, "attention": {}}
+    values = {"evaluation_batch": None, **values, "forecast": {**of_today, **values["forecast"]}}
     assert again == values
     assert plan.is_for_ranks == ("ranks" in name)
     assert plan.global_checkpoint == (None if globally is None else Checkpointing.parse(globally))

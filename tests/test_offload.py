@@ -269,14 +269,14 @@ def _placed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let the offloader's device copies be known by their storages."""
     made: list[weakref.ref[torch.UntypedStorage]] = PLACED
     made.clear()
-    original = Offloader._copy_of
+    original = Offloader._prefetch
 
-    def noted(self: Offloader, host: Tensor) -> Tensor:
-        there = original(self, host)
-        made.append(weakref.ref(there.untyped_storage()))
-        return there
+    def noted(self: Offloader, index: int, *, with_state: bool) -> None:
+        original(self, index, with_state=with_state)
+        if self._coming is not None:
+            made.extend(weakref.ref(there.untyped_storage()) for _, _, there in self._coming.moved)
 
-    monkeypatch.setattr(Offloader, "_copy_of", noted)
+    monkeypatch.setattr(Offloader, "_prefetch", noted)
     yield
     made.clear()
 

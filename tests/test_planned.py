@@ -232,7 +232,7 @@ def test_impossible_plans_are_refused(options: tuple[str, ...], words: tuple[str
         (("--precision", "bf16"), ("execution.precision 'fp32', here 'bf16'",)),
         (("--objective", "greedy"), ("local.objective 'feature', here 'greedy'",)),
         (("--modules", "3"), ("local.modules [2], here 3",)),
-        (("--checkpoint", "halves"), ("execution.checkpoint ['blocks', 'none'], here 'halves'",)),
+        (("--checkpoint", "halves"), ("--checkpoint halves doesn't go with --plan",)),
         (("--accumulation", "1"), ("execution.accumulation 2, here 1",)),
         (("--ema-decay", "0.9"), ("training.ema_decay None, here 0.9",)),
         (("--budget", "6GiB"), ("--budget 6GiB doesn't go with --plan",)),
@@ -542,7 +542,7 @@ def test_memory_that_runs_out_elsewhere_is_told(here: Path, cli_: Cli, monkeypat
 
     monkeypatch.setattr("localgrad.training.trainer.Trainer._validate", validate)
     said = cli_("train", "--recipe", "../micro.toml", "--out", "run")
-    assert_refused(said, "out of memory", "--accumulation 2")
+    assert_refused(said, "memory ran out in validation", "--resume run --on-oom replan")
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

@@ -471,7 +471,7 @@ def test_an_overflow_in_the_wanted_gradient_leaves_statistics_finite() -> None:
 
 
 def test_reconciling_doesnt_go_with_moving_targets() -> None:
-    with pytest.raises(RecipeError, match=r"reconcile: .* 'blocks' compares"):
+    with pytest.raises(RecipeError, match=r"reconcile=0.1 doesn't go with reconstruct='blocks'"):
         learner_of(objective=FeatureReconstruction(reconcile=0.1, reconstruct="blocks"))
 
 

@@ -83,8 +83,8 @@ def true_estimates() -> None:
 
 def quick_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Estimating takes longer than a micro run."""
-    monkeypatch.setattr(fitting, "estimate_step", lambda *_, **__: SimpleNamespace(peak_bytes=2**20))
-    monkeypatch.setattr(fitting, "estimate_stages", lambda *_: [SimpleNamespace(peak_bytes=2**20)])
+    monkeypatch.setattr(fitting, "estimate_step", lambda *_, **__: SimpleNamespace(peak_bytes=2**20, peak_by_label={}))
+    monkeypatch.setattr(fitting, "estimate_stages", lambda *_: [SimpleNamespace(peak_bytes=2**20, peak_by_label={})])
 
 
 @pytest.fixture(autouse=True)

@@ -162,6 +162,8 @@ def _rules() -> Iterator[Rule]:
     yield Rule(RECONCILE, Given("local.options.reconstruct", "blocks"), "it moves what that compares with")
     yield Rule(DEVICE, Absent("offload", value=True), "a learner trains where its model is, and a run moves the model")
 
+    yield Rule(Given("card", off=(None, "auto")), Given("device", "cpu"), "processors have their machine's memory")
+
     decided = "a plan to a budget decides it"
     yield Rule(Given("checkpoint", off=(None,)), BUDGET, decided)
     yield Rule(Given("accumulation", off=(None,)), BUDGET, decided)

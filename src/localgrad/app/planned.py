@@ -131,8 +131,7 @@ def kind_of(device: str, card: str = "auto") -> str:
     Raises:
         RecipeError: neither auto, cpu nor cuda; or a card for processors.
     """
-    if device == "cpu" and card != "auto":
-        raise RecipeError(f"{arg('card', card)}: with {arg('device', 'cpu')} no card is planned for; leave one out.")
+    rules.check({"card": card, "device": device})
     if device == "auto" and card != "auto":
         card_named(card)
         return "cuda"

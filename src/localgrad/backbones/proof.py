@@ -36,7 +36,7 @@ FEATURES_SHARE = 0.01
 
 
 @dataclass
-class Trace:
+class Passes:
     """What one forward and backward pass showed."""
 
     calls: list[tuple[str, bytes]] = field(default_factory=list)
@@ -134,7 +134,7 @@ def _check_written(model: nn.Module, state: ModelState) -> None:
         )
 
 
-def _run(run: nn.Module, model: nn.Module, images: Tensor, trace: Trace, shared: Collection[int]) -> None:
+def _run(run: nn.Module, model: nn.Module, images: Tensor, trace: Passes, shared: Collection[int]) -> None:
     """One forward and one backward pass, noted in a trace."""
     entered = images.detach().clone().requires_grad_()
     starts = [("the images", entered), *((name, w) for name, w in model.named_parameters() if w.requires_grad)]
@@ -154,9 +154,9 @@ def _run(run: nn.Module, model: nn.Module, images: Tensor, trace: Trace, shared:
 
 
 @contextmanager
-def _noting_blocks(blocks: Sequence[tuple[str, nn.Module]], moving: Collection[nn.Module]) -> Iterator[Trace]:
+def _noting_blocks(blocks: Sequence[tuple[str, nn.Module]], moving: Collection[nn.Module]) -> Iterator[Passes]:
     """Let blocks note what they are given, and recompute what is inside them in the backward pass."""
-    trace = Trace()
+    trace = Passes()
     before = [(vars(block), dict(vars(block))) for _, block in blocks]
     for name, block in blocks:
         vars(block)["forward"] = _noting(name, block, trace, moving)
@@ -171,7 +171,7 @@ def _noting_blocks(blocks: Sequence[tuple[str, nn.Module]], moving: Collection[n
                     attributes[name] = were[name]
 
 
-def _noting(name: str, block: nn.Module, trace: Trace, moving: Collection[nn.Module]) -> Callable[..., Any]:
+def _noting(name: str, block: nn.Module, trace: Passes, moving: Collection[nn.Module]) -> Callable[..., Any]:
     forward = block.forward
     moves = any(module in moving or (module.training and module._buffers) for module in block.modules())
 
@@ -235,7 +235,7 @@ class _Again:
         return {key: self.replaced(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-def _compare(model: nn.Module, theirs: Trace, ours: Trace, mode: str) -> None:
+def _compare(model: nn.Module, theirs: Passes, ours: Passes, mode: str) -> None:
     if theirs.logits is None:
         raise unsupported(model, f"in {mode} mode it returns no tensor of logits")
     for expected, found in zip(theirs.calls, ours.calls, strict=False):

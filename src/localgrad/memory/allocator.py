@@ -30,6 +30,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import final
 
 from localgrad.memory.allocator_rules import LARGE_SEGMENT, MIB, RULES, Rules
 
@@ -49,6 +50,7 @@ class DoesNotFitError(MemoryError):
     """A request for which neither the cap nor the card has room, after all that was free was given back."""
 
 
+@final
 class _Block:
     """A range of a segment's addresses: taken, free, or free and without memory. A segment is a chain of blocks."""
 
@@ -77,6 +79,7 @@ class _Block:
             rest.after.before = self
 
 
+@final
 class _Pool:
     """The free blocks of one stream's small or large requests."""
 
@@ -112,6 +115,7 @@ class _Pool:
         return block
 
 
+@final
 class CachingAllocator:
     """The allocator of one process on one card.
 

@@ -164,7 +164,7 @@ def _nbytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _up(value: int, multiple: int) -> int:
+def _multiple(value: int, multiple: int) -> int:
     return value + -value % multiple
 
 
@@ -419,8 +419,8 @@ _SORT_BYTES = 3583  # of cub's radix sort, for a few thousand keys
 def _flash_backward(args: Arguments, card: Card, moves: Moves) -> None:
     """Gradients of queries are summed in float32, in whole blocks of rows; and each row's sum of gradient x output."""
     batch, heads, rows, width = args[1].shape
-    rows = _up(rows, 128)
-    width = _up(width, 32)
+    rows = _multiple(rows, 128)
+    width = _multiple(width, 32)
     moves.outputs()
     moves.passing(4 * batch * heads * rows, 4 * batch * heads * rows * width)
 
@@ -436,7 +436,7 @@ def _flash_forward(args: Arguments, card: Card, moves: Moves) -> None:
     moves.output(1)
     partial = [
         moves.take(4 * parts * batch * heads * rows),
-        moves.take(4 * parts * batch * heads * rows * _up(width, 32)),
+        moves.take(4 * parts * batch * heads * rows * _multiple(width, 32)),
     ]
     moves.outputs()
     moves.give(*partial)
@@ -489,8 +489,8 @@ def _efficient_backward(args: Arguments, card: Card, moves: Moves) -> None:
     block = 128 if tall else 64
     floats = -(-rows // block) * -(-width // 64) * (block * 64 + 4)
     if half and widest > 128:  # too wide for registers
-        floats += 2 * 64 * _up(width, block)
-    workspace = moves.take(4 * batch * heads * _up(floats, 4))
+        floats += 2 * 64 * _multiple(width, block)
+    workspace = moves.take(4 * batch * heads * _multiple(floats, 4))
     moves.give(sums, workspace, *copies)
 
 
@@ -501,7 +501,7 @@ def _is_depthwise(inputs: Tensor, weight: Tensor, groups: int) -> bool:
     return groups > 1 and inputs.shape[1] == groups and weight.shape[0] % inputs.shape[1] == 0
 
 
-def _columns(inputs: Tensor, weight: Tensor, out_size: Sequence[int]) -> int:
+def _unfolded(inputs: Tensor, weight: Tensor, out_size: Sequence[int]) -> int:
     """Bytes of one image's patches as columns."""
     area = math.prod(weight.shape[2:])
     return weight.shape[1] * area * math.prod(out_size) * inputs.element_size()
@@ -518,14 +518,14 @@ def _convolution(args: Arguments, card: Card, moves: Moves) -> None:
     moves.outputs()
     if not transposed and not _is_depthwise(inputs, weight, groups):
         columns = []
-        if not _is_point(weight, stride, padding):
-            columns.append(moves.take(_columns(inputs, weight, _out_size(inputs, weight, stride, padding, dilation))))
+        if not _is_pointwise(weight, stride, padding):
+            columns.append(moves.take(_unfolded(inputs, weight, _out_size(inputs, weight, stride, padding, dilation))))
         moves.multiply()
         moves.give(*columns)
     moves.give(*copies)
 
 
-def _is_point(weight: Tensor, stride: Any, padding: Any) -> bool:
+def _is_pointwise(weight: Tensor, stride: Any, padding: Any) -> bool:
     return math.prod(weight.shape[2:]) == 1 and set(stride) == {1} and set(padding) == {0}
 
 
@@ -538,7 +538,7 @@ def _convolution_backward(args: Arguments, card: Card, moves: Moves) -> None:
         _depthwise_backward(args, made, card, moves)
         return
     copies = _copies(args, moves, 0)
-    columns = 0 if _is_point(weight, stride, padding) else _columns(inputs, weight, gradient.shape[2:])
+    columns = 0 if _is_pointwise(weight, stride, padding) else _unfolded(inputs, weight, gradient.shape[2:])
     taken = []
     if wanted[_OF_INPUT]:
         moves.output(made[_OF_INPUT])

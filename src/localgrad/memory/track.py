@@ -42,6 +42,7 @@ import contextlib
 import gc
 import itertools
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -150,20 +151,32 @@ def rounded(nbytes: int, rounding: int) -> int:
     return nbytes + -nbytes % rounding
 
 
-class Observer:
-    """Told by a tracker of all that it sees, in order, for those who want to know more than its sums."""
+class Observer(ABC):
+    """Told by a tracker of all that it sees, in order, for those who want to know more than its sums.
 
-    def before(self, func: Any, args: tuple[Any, ...], kwargs: Kwargs) -> None:
+    Only ``after`` must be there; what else is told may be passed over.
+    """
+
+    def before(self, func: Any, args: tuple[Any, ...], kwargs: Kwargs) -> None:  # noqa: B027
         """An operator is about to run, with these arguments."""
 
+    @abstractmethod
     def after(self, func: Any, args: tuple[Any, ...], kwargs: Kwargs, result: Any) -> None:
         """It ran."""
 
-    def took(self, storage: torch.UntypedStorage, *, was_there: bool, in_optimizer: bool) -> None:
+    def took(self, storage: torch.UntypedStorage, *, was_there: bool, in_optimizer: bool) -> None:  # noqa: B027
         """A storage is there that wasn't known; one that ``was_there`` is only met late."""
 
-    def gave_back(self, address: int) -> None:
+    def gave_back(self, address: int) -> None:  # noqa: B027
         """The storage at an address (``storage._cdata``) is gone."""
+
+
+@final
+class _Nobody(Observer):
+    """Wants to know nothing more."""
+
+    def after(self, func: Any, args: tuple[Any, ...], kwargs: Kwargs, result: Any) -> None:
+        """It ran."""
 
 
 @final
@@ -178,7 +191,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, rounding: int, observer: Observer | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._rounding = rounding
-        self._observer = observer or Observer()
+        self._observer = observer or _Nobody()
         self._alive: dict[int, _Entry] = {}  # by address of the C++ storage
         self._entries: list[_Entry] = []
         self._in_optimizer = False

@@ -129,7 +129,7 @@ def _read(folder: str, key: str) -> Figures | None:
         path = cache_folder(folder) / f"{key}.json"
         values = json.loads(path.read_text(encoding="utf-8"))
         figures = values["figures"]
-        if values["sha256"] != _digest(figures):
+        if values["sha256"] != _digest_of_figures(figures):
             return None
         os.utime(path)  # used now
         return dict(figures)
@@ -142,7 +142,7 @@ def _write(name: str, key: str, figures: Figures) -> Figures:
         folder = cache_folder(name)
         folder.mkdir(parents=True, exist_ok=True)
         unfinished = folder / f"{key}.{os.getpid()}.tmp"
-        unfinished.write_text(json.dumps({"sha256": _digest(figures), "figures": figures}), encoding="utf-8")
+        unfinished.write_text(json.dumps({"sha256": _digest_of_figures(figures), "figures": figures}), encoding="utf-8")
         unfinished.replace(folder / f"{key}.json")
         _limit(folder)
     except (OSError, RuntimeError):  # a cache that can't be written costs time, nothing else
@@ -150,7 +150,7 @@ def _write(name: str, key: str, figures: Figures) -> Figures:
     return figures
 
 
-def _digest(values: object) -> str:
+def _digest_of_figures(values: object) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

@@ -132,14 +132,14 @@ def confirm(trace: Trace, room: Room) -> Confirmation:
         if not found.fits:
             assert found.failed_at is not None, "it says where"
             failed_in = run.label_at(found.failed_at)
-            least = _least_bytes(trace.events, room, found)
+            least = _least_cap(trace.events, room, found)
             return Confirmation(replay=found, failed_in=failed_in, least_bytes=least, attention=trace.attention)
     assert first is not None, "two caps were tried"
-    least = _least_bytes(trace.events, room, first)
+    least = _least_cap(trace.events, room, first)
     return Confirmation(replay=first, failed_in=None, least_bytes=least, attention=trace.attention)
 
 
-def _least_bytes(events: Sequence[Event], room: Room, found: Replay) -> int:
+def _least_cap(events: Sequence[Event], room: Room, found: Replay) -> int:
     """About the least cap under which events run, with what isn't recorded; by halving, to a per cent."""
     free = room.replayed(events, 1 << 50) if not found.fits else found
     low, high = free.allocated_bytes, max(free.reserved_bytes, found.reserved_bytes) + 64 * MIB

@@ -70,7 +70,7 @@ def _on_card(forecast: Forecast) -> list[str]:
     """Lines about the card, its allocator, and whether the plan was confirmed."""
     if forecast.card is None:
         return []
-    assumed = ": assumed, as there is none here and --card names none" if forecast.card_is_assumed else ""
+    assumed = ": assumed, as there is none here and none is named" if forecast.card_is_assumed else ""
     lines = [f"card: {forecast.card}{assumed}; PyTorch's allocator: {forecast.allocator_rules}"]
     if forecast.is_confirmed and forecast.reserved_bytes is not None and forecast.allocated_bytes is not None:
         available = format_bytes(forecast.available_bytes or 0)

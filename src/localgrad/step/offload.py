@@ -56,7 +56,7 @@ class _Coming(NamedTuple):
     ready: Any
 
 
-class Watch(Protocol):
+class CopyWatch(Protocol):
     """Sees what can't be seen where host and device are one memory: where fake tensors are."""
 
     def copying(self) -> contextlib.AbstractContextManager[None]:
@@ -78,7 +78,7 @@ class Offloader:
         watch: sees the copies.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], device: torch.device, watch: Watch | None = None) -> None:
+    def __init__(self, modules: Sequence[nn.Module], device: torch.device, watch: CopyWatch | None = None) -> None:
         self.modules = list(modules)
         self._watch = watch
         self.device = torch.empty(0, device=device).device  # "cuda" is the current GPU, by its number
