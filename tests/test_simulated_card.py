@@ -226,16 +226,17 @@ def test_every_way_of_running_a_step(simulated: SimulatedCard, tmp_path: Path) -
     calls = call(
         simulated,
         tmp_path,
+        f"{common} second --device cuda:1 --global-every 2 --ema-decay 0.9 --mixup 0.4 --precision bf16",
         f"{common} fp16 --precision fp16 --clip-grad 1",
         f"{common} offload --offload --health 1",
-        f"{common} second --device cuda:1 --global-every 2 --ema-decay 0.9 --mixup 0.4 --precision bf16",
         f"{common} sequential --schedule sequential --checkpoint halves/2 --accumulation 2",
         devices=2,
     )
     lines = metrics_of(tmp_path / "offload")
     assert {"gradient_cosine", "linear_probe_accuracy"} <= set(lines[-1]["health"][-1])
-    assert [bool(peak) for peak in calls[2].peaks] == [False, True]  # all of it is on the device that was named
-    assert all(not each.peaks[1] for each in (calls[0], calls[1], calls[3]))
+    # The first, as cuBLAS keeps its workspaces on a device that was used: all of it is on the one that was named.
+    assert [bool(peak) for peak in calls[0].peaks] == [False, True]
+    assert all(each.peaks[0] for each in calls[1:])
 
 
 @pytest.mark.heavy
