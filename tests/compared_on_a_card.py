@@ -1,4 +1,4 @@
-"""A process on a card: small models as ``research/benchmarks/allocator_table.py`` compares them; JSON on output."""
+"""A process on a card: small models that are named, compared as in ``allocator_table.py``; JSON on output."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ ROWS = {
 def main() -> None:
     torch.backends.cudnn.enabled = False
     torch.backends.cuda.enable_cudnn_sdp(False)
-    backbones = {kind: split(make(kind), SIZE) for kind in ROWS}
+    backbones = {kind: split(make(kind), SIZE) for kind in sys.argv[1:]}
     torch.cuda.init()
-    answer = {kind: compare(row, backbones[kind]) for kind, row in ROWS.items()}
+    answer = {kind: compare(ROWS[kind], backbone) for kind, backbone in backbones.items()}
     sys.stdout.write(f"{json.dumps(answer)}\n")
 
 

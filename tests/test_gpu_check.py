@@ -54,6 +54,7 @@ def test_every_row_but_the_compiled_one_runs_on_a_processor(on_processor: Callab
     assert f"verdict: all {len(NAMES)} rows are as expected" in on_processor("--leave-out", "compiled")
 
 
+@pytest.mark.heavy
 def test_it_runs_on_a_simulated_card(simulated: SimulatedCard) -> None:
     said = simulated.run(SCRIPT, "--small", "--leave-out", all_but("K=4"), values=True)
     line = next(line for line in said.splitlines() if line.startswith("K=4:"))

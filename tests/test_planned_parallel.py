@@ -176,7 +176,7 @@ def test_a_peak_above_the_composed_one_is_searched_again(
 
 
 def test_a_margin_is_taken_off(task: Task, free: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Margin, "of", classmethod(lambda cls, device, compiled: cls(50, 0, ("half as much again",))))
+    monkeypatch.setattr(Margin, "of", classmethod(lambda cls, *_, **__: cls(50, 0, ("half as much again",))))
     task = replace(task)
     plan = plan_parallel(task, BATCH, Parallel(num_ranks=3), int(1.5 * largest_rank(free)))
     assert plan.forecast.needed_bytes == pytest.approx(1.5 * largest_rank(plan), abs=1)

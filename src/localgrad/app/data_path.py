@@ -19,7 +19,6 @@ from localgrad.app.recipe import Recipe
 from localgrad.objectives.carried import LocalBatch
 from localgrad.planning.confirming import DataPath
 from localgrad.training.augment import crop_and_flip, draw_crops, erase, normalise
-from localgrad.training.image_sets import InMemoryImages
 from localgrad.training.settings import Augment
 from localgrad.training.transforms import NONE
 
@@ -90,6 +89,8 @@ def data_path_of(recipe: Recipe, size: tuple[int, int, int], num_classes: int, d
     if name in STORED and as_stored:
         stored = (channels, STORED[name], STORED[name])
     if data is not None:
+        from localgrad.training.image_sets import InMemoryImages  # only who has data needs it
+
         parts = [part for part in (data.train, data.val, data.test) if part is not None]
         evaluated = tuple(len(part) for part in parts[1:])
         tensors = [part for part in parts if isinstance(part, InMemoryImages)]

@@ -252,8 +252,25 @@ class Task:
 
     def replayed(self, plan: Plan, batch_size: int, room: Room) -> Confirmation:
         """Record a run of a plan, and replay it in what room there is."""
-        trace = self._recorded(plan, batch_size, self.planned_card)
+        return self._replayed(self._recorded(plan, batch_size, self.planned_card), room)
+
+    def _replayed(self, trace: Trace, room: Room) -> Confirmation:
         return confirm(trace, room.less(percent=10) if self.compiled else room)
+
+    def least_budget(self, plan: Plan, batch_size: int) -> int:
+        """About the least budget that a run of a plan fits as it is replayed; rounded up as text, it suffices."""
+        trace, room = self._recorded(plan, batch_size, self.planned_card), self.room(None)
+        assert room is not None, "runs are replayed for cards"
+        cap = self._replayed(trace, room).least_bytes
+        least = (cap * 110 // 100 if self.compiled else cap) + room.context_bytes
+        for _ in range(TRIES):  # fitting isn't monotone, and steps that are repeated need a little more
+            told = parse_bytes(at_least(least))
+            at_it = self.room(told)
+            assert at_it is not None, "there is a card"
+            if told > self.margin.most_bytes or self._replayed(trace, at_it).fits:
+                break
+            least = told + max((told - room.context_bytes) // 100, 2 * MIB)
+        return least
 
     def most_on_other_cards(self, plan: Plan, batch_size: int) -> tuple[str, int]:
         """The card of the table that runs the most threads at once, and what a run of a plan reserves there."""
@@ -371,8 +388,8 @@ def plan_to_budget(task: Task, batch_size: int, budget: int | None = None) -> Pl
     if budget is None:
         search = next(searches(task, whole, batch_size))
         return confirmed(task, search, search.fastest(UNLIMITED), batch_size, None)
-    _check_static(whole, task.margin.usable(budget), budget)
     room = task.room(budget) if task.replays else None
+    _check_static(whole, budget, room)
     for search in searches(task, whole, batch_size):
         plan = _within(search, batch_size, budget) if room is None else _within_room(search, batch_size, budget, room)
         if plan is not None:
@@ -480,7 +497,7 @@ def _tried(search: Search, solution: Solution, batch_size: int, budget: int, roo
     while True:
         plan = replace(plan, evaluation_batch=size)
         confirmation = task.replayed(plan, batch_size, room)
-        if confirmation.failed_in != "evaluation" or size == 1:
+        if confirmation.failed_in not in ("evaluation", "step after evaluation") or size == 1:
             return _Tried(solution, plan, confirmation)
         size = max(1, size // 4)
 
@@ -805,12 +822,15 @@ def budget_of(num_bytes: int) -> str:
     return arg("budget", format_bytes(num_bytes).replace(" ", ""))
 
 
-def _check_static(search: Search, usable: int, budget: int) -> None:
-    static = search.static_bytes
-    if usable <= static:
+def _check_static(search: Search, budget: int, room: Room | None) -> None:
+    """Refuse a budget that no plan can fit; a replay knows more exactly than the margin what does."""
+    static, margin = search.static_bytes, search.task.margin
+    if room is not None:
+        margin = replace(margin, percent=0, fixed_bytes=room.spare_bytes + room.context_bytes)
+    if margin.usable(budget) <= static:
         raise BudgetError(
             f"{budget_of(budget)}: this is less than the weights, optimizer state and margin alone, "
-            f"{at_least(search.task.margin.needed(static))}; take {arg('optimizer', 'adafactorbv')}, "
+            f"{at_least(margin.needed(static))}; take {arg('optimizer', 'adafactorbv')}, "
             f"{arg('offload', value=True)} with {arg('modules')}, a smaller model, or a larger budget."
         )
 
@@ -841,9 +861,13 @@ def _cannot_fit(task: Task, whole: Search, batch_size: int, budget: int) -> Budg
 
 
 def _least_bytes(search: Search, batch_size: int) -> int:
-    """The budget that the smallest plan of a search needs, confirmed."""
-    profile = search.task.confirm(search.as_plan(search.smallest()), batch_size)
-    return search.task.margin.needed(profile.peak_bytes)
+    """The budget that the smallest plan of a search needs, confirmed: where runs are replayed, by a replay."""
+    task, plan = search.task, search.as_plan(search.smallest())
+    if task.device != "cuda" or not task.replays:
+        return task.margin.needed(task.confirm(plan, batch_size).peak_bytes)
+    # Evaluated in batches that need no more than a step does; they are among those that are tried.
+    size = max(1, min(LARGEST_EVALUATION_BATCH, batch_size // plan.accumulation))
+    return task.least_budget(replace(plan, evaluation_batch=size), batch_size)
 
 
 def at_least(num_bytes: int) -> str:
