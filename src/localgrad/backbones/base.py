@@ -38,6 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from localgrad.backbones.by_hand import Chain, PartsSeen, check_parts, default_size_of_parts, listed, names_of_blocks
+from localgrad.backbones.example import Example
 from localgrad.backbones.fake import FakeTensor, by_shapes_alone, copy_on_host, fake_copy_with_memo
 from localgrad.backbones.layouts import Layout, LayoutFinder, change_features, change_image
 from localgrad.backbones.observe import Call, Seen, find_stations, observe, trunks_of, watch_inputs
@@ -51,6 +52,7 @@ from localgrad.backbones.timm_models import (
     Step,
     Unsplittable,
     attribute,
+    default_input_size,
     find_glue,
     find_recomputed,
     input_channels,
@@ -58,6 +60,7 @@ from localgrad.backbones.timm_models import (
     recomputes,
     unsupported,
 )
+from localgrad.backbones.watching import Parts, Trunk, take_apart
 from localgrad.errors import BackboneError, reason_of
 from localgrad.registry import Registry
 
@@ -183,10 +186,14 @@ class Backbone(nn.Module):
     """Layout of the features entering block i; the last one, of those entering the tail."""
     stage_boundaries: tuple[int, ...]
     """Index of the first block of every stage after the first; empty for a model without stages."""
-    input_size: tuple[int, int, int]
-    """(C, H, W) of the images."""
+    input_size: tuple[int, ...]
+    """Of one item of the main input: (C, H, W) of images, (N,) of token ids in the example."""
     num_classes: int
     """Width of the logits."""
+    given: Example
+    """What the model is called with, two items: images, or what it was split by."""
+    trunk: Trunk | None
+    """What the parts share where they were found by watching the model; else ``None``."""
 
     def __init__(
         self,
@@ -252,8 +259,10 @@ class Backbone(nn.Module):
         block_names: Sequence[str],
         layouts: Sequence[Layout],
         stage_boundaries: Sequence[int],
-        input_size: tuple[int, int, int],
+        input_size: tuple[int, ...],
         num_classes: int,
+        given: Example | None = None,
+        trunk: Trunk | None = None,
     ) -> None:
         # Past nn.Module's registry, so that state_dict() holds nothing twice; deepcopy copies it with the rest.
         object.__setattr__(self, "model", model)
@@ -261,6 +270,7 @@ class Backbone(nn.Module):
         self.block_names, self.layouts = tuple(block_names), tuple(layouts)
         self.stage_boundaries = tuple(stage_boundaries)
         self.input_size, self.num_classes = input_size, num_classes
+        self.given, self.trunk = given or Example.of(_random_images(input_size)), trunk
         self._written_buffers: frozenset[str] = frozenset()
         self._followed = _shared_slots(model, self)
 
@@ -290,6 +300,10 @@ class Backbone(nn.Module):
             for module in self.modules():
                 module.training = modes.get(module, self.model.training)
 
+    def _call(self, main: Tensor) -> Tensor:
+        """The model's own logits."""
+        return self.model(main) if self.trunk is None else self.trunk.inputs(main).call(self.model)  # type: ignore[no-any-return]
+
     def _provable(self) -> Backbone:
         """This backbone, or a copy on which arithmetic can be repeated to the bit."""
         if _is_proved_in_place(self.model):
@@ -303,13 +317,13 @@ class Backbone(nn.Module):
         inner = [self.stem.part, *self.blocks, self.tail.part]
         with torch.inference_mode(mode=False), left_as_it_was(self.model, *inner) as state, torch.no_grad():
             self.eval()
-            images = self._images()
+            images = self.inputs()
             try:
-                self.model(images.clone())
+                self._call(images.clone())
                 moving = state.changed()
                 state.restore()
                 with self._keeping_inputs():
-                    shown = prove(self.model, self, parts, blocks, images, moving=moving)
+                    shown = prove(self.model, self, parts, blocks, images, moving=moving, call=self._call)
             except Unsplittable as error:
                 raise BackboneError(f"Backbone: {error.what}.{self._lost()}") from None
             except torch.OutOfMemoryError:
@@ -335,12 +349,19 @@ class Backbone(nn.Module):
         inner = [self.stem.part, *self.blocks, self.tail.part]
         with torch.inference_mode(mode=False), left_as_it_was(self.model, *inner) as state, torch.no_grad():
             with self._in_the_same_mode(), self._keeping_inputs():
-                self.train()(self._images())
+                self.train()(self.inputs())
             self._written_buffers = frozenset(state.written_buffers(self.model))
 
-    def _images(self) -> Tensor:
-        images = torch.randn(2, *self.input_size, generator=torch.Generator().manual_seed(0), device="cpu")
-        return images.to(next(self.model.parameters()))
+    def inputs(self, num_items: int = 2) -> Tensor:
+        """The main input of a made-up batch, [num_items, ...]: random images, or the example's own items again."""
+        main = self.given.rows(num_items).tensor
+        like = next(self.model.parameters())
+        return main.to(like.device, like.dtype if main.is_floating_point() else main.dtype)
+
+    def like(self, num_items: int) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of the main input of a batch."""
+        main = self.given.tensor
+        return (num_items, *self.input_size), self.dtype if main.is_floating_point() else main.dtype
 
     def _learn_from(self, twin: Backbone) -> None:
         """Take what was found out on a copy."""
@@ -355,8 +376,16 @@ class Backbone(nn.Module):
         """Stem, blocks and tail."""
         return [self.stem, *self.blocks, self.tail]
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Images [B, C, H, W] to logits [B, num_classes], the bits that ``model(images)`` gives."""
+    def forward(self, images: Any) -> Tensor:
+        """Images [B, C, H, W] to logits [B, num_classes], the bits that ``model(images)`` gives.
+
+        A model that was split by an example takes what that is like: a tensor, or a tuple or dict of them.
+        """
+        if not isinstance(images, Tensor):
+            given = Example.of(images, "inputs")
+            if self.trunk is not None:
+                self.trunk.given = given
+            images = given.tensor
         features = self.stem(images)
         for block in self.blocks:
             features = block(features)
@@ -453,29 +482,154 @@ class Backbone(nn.Module):
         yield len(boundaries), ("the tail", self.tail)
 
 
-def split(model: nn.Module, input_size: tuple[int, int, int]) -> Backbone:
-    """Split a timm model into stem, blocks and tail, and prove that they give the same logits and gradients.
+def split(
+    model: nn.Module,
+    input_size: tuple[int, int, int] | None = None,
+    *,
+    example: Any = None,
+    blocks: str | None = None,
+) -> Backbone:
+    """Split a model into stem, blocks and tail, and prove that they give the same logits and gradients.
 
-    The model keeps its parameters (the parts share them) and is left as it was; the random state stays too.
+    The model keeps its parameters (the parts share them) and is left as it was; the random state stays too. Models of
+    timm are known; any other is watched while it runs (``watching``).
 
     Args:
-        model: a timm model with a classifier, on any device, as ``timm.create_model`` returns it.
-        input_size: (C, H, W) of the images that it will be trained on.
+        model: on any device: a timm model with a classifier, or any other that is given an example.
+        input_size: (C, H, W) of the images that it will be trained on; by default the model's own.
+        example: a batch as the model is called with, in place of ``input_size``: a tensor, a tuple of positional
+            arguments, or a dict of keywords, such as one of a data loader (labels are left out). Its tensors have one
+            row an item.
+        blocks: dotted name of the container whose children are to be the blocks; by default found.
 
     Returns:
         The backbone.
 
     Raises:
-        BackboneError: the model has no trunk that this file knows, no classifier, another image size, or parts
+        BackboneError: the model has no trunk that can be found, no classifier, another image size, or parts
             that don't give its logits and gradients bit for bit.
     """
-    size = _check_arguments(model, input_size)
+    given = None if example is None else Example.of(example)
+    if given is None:
+        size = _check_arguments(model, input_size)
+        given = Example.of(_random_images(size))
+    else:
+        _check_example(model, input_size, given)
     if _is_proved_in_place(model):
-        return _split(model, size)
+        return _found(model, given.rows(2), blocks)
     # Elsewhere: there some backward passes differ from themselves, and there memory is what users lack.
     copied, copies = copy_on_host(model)
-    made: Backbone = copy.deepcopy(_split(copied, size), {id(twin): original for original, twin in copies})
+    there = given.rows(2).to("cpu").map(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
+    made: Backbone = copy.deepcopy(_found(copied, there, blocks), {id(twin): original for original, twin in copies})
     return made
+
+
+def _found(model: nn.Module, given: Example, blocks: str | None) -> Backbone:
+    """The parts of a model on the processor: as timm's are known, or by watching it."""
+    is_image = given.tensor.ndim == 4 and given.tensor.is_floating_point() and len(given.args) == 1 and not given.kwargs
+    if blocks is None and is_image and _is_timms(model):
+        try:
+            return _split(model, given.tensor.to(next(model.parameters())))
+        except Unsplittable as error:
+            try:
+                return _watched(model, given, blocks)
+            except BackboneError:
+                raise error from None
+    return _watched(model, given, blocks)
+
+
+def _watched(model: nn.Module, given: Example, blocks: str | None) -> Backbone:
+    """Take a model apart by watching it run, and prove it."""
+    like = next(model.parameters())
+    given = given.map(lambda tensor: tensor.to(like) if tensor.is_floating_point() else tensor.to(like.device))
+    with torch.inference_mode(mode=False), left_as_it_was(model) as state, torch.no_grad():
+        model.eval()
+        try:
+            logits = given.call(model)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a model's code says
+            raise BackboneError(
+                f"example: {type(model).__name__} can't be called with {given.described()} "
+                f"({type(error).__name__}: {reason_of(error)}); give what its forward takes, by the same names."
+            ) from error
+        moving = state.changed()
+        state.restore()
+        model.eval()
+        parts = take_apart(model, given, blocks)
+        state.restore()
+        model.eval()
+        backbone = Backbone._of_parts(
+            model,
+            stem=Stem(parts.stem),
+            blocks=parts.blocks,
+            tail=Tail(parts.tail, unused=parts.unused),
+            block_names=[station.slot.name for station in parts.trunk.stations],
+            **_layouts_of_parts(model, given, parts),
+            input_size=tuple(given.tensor.shape[1:]),
+            num_classes=logits.shape[1 if logits.ndim == 4 else -1],
+            given=given,
+            trunk=parts.trunk,
+        )
+        stations = [(station.slot.name, station.slot.module) for station in parts.trunk.stations]
+        try:
+            state.restore()
+            model.eval()
+            if not torch.equal(backbone(given.tensor.clone()), logits):
+                raise unsupported(model, "in eval mode its parts give other logits than the model")
+            state.restore()
+            with backbone._keeping_inputs():
+                shown = prove(
+                    model, backbone, backbone.parts, stations, given.tensor, moving=moving, call=backbone._call
+                )
+        except torch.OutOfMemoryError:
+            raise
+        except Unsplittable as error:
+            containers = list(dict.fromkeys(name.rpartition(".")[0] for name in backbone.block_names))
+            raise BackboneError(
+                f"{type(model).__name__} can't be split: {error.what}. Blocks were seen in {listed(containers)}; give "
+                "blocks=, the dotted name of another container, or make a localgrad.Backbone of its parts by hand."
+            ) from None
+        except (AttributeError, TypeError, RuntimeError) as error:
+            raise unsupported(model, f"its parts don't run on their own ({reason_of(error)})") from error
+        backbone._written_buffers = shown.written
+    for module in set(backbone.modules()) - set(model.modules()):
+        module.training = model.training
+    return backbone
+
+
+def _layouts_of_parts(model: nn.Module, given: Example, parts: Parts) -> dict[str, Any]:
+    """Layouts between parts that were found by watching, and the first blocks of stages."""
+    main = given.tensor
+    layouts: list[Layout] = []
+    is_image = main.ndim == 4 and main.is_floating_point()
+    finder = LayoutFinder(model, *main.shape[2:], more_prefix_tokens=(1, 5, 2)) if is_image else None
+    before: Callable[[Tensor], Tensor] = parts.stem
+    features, entered = parts.stem(main.clone()), change_image(main) if is_image else main
+    for index, block in enumerate([*parts.blocks, None]):
+        layouts.append(_layout_at(finder, features, index, before, entered))
+        if block is not None:
+            entered = change_features(features, layouts[-1])
+            before, features = block, block(features.clone())
+    boundaries = [i for i, (one, other) in enumerate(pairwise(layouts[:-1]), 1) if one.grid != other.grid]
+    return {"layouts": layouts, "stage_boundaries": boundaries}
+
+
+def _layout_at(
+    finder: LayoutFinder | None, features: Tensor, index: int, before: Callable[[Tensor], Tensor], entered: Tensor
+) -> Layout:
+    """The layout of features; where nobody can tell what stands where, a sequence of positions."""
+    if finder is not None:
+        try:
+            return finder.describe(features, index, lambda: before(entered.clone()))
+        except BackboneError:
+            if features.ndim == 4:
+                raise
+    return Layout("sequence", features.shape[-1], (1, features.shape[1]))
+
+
+def _random_images(size: Sequence[int]) -> Tensor:
+    return torch.randn(2, *size, generator=torch.Generator().manual_seed(0), device="cpu")
 
 
 def _is_proved_in_place(model: nn.Module) -> bool:
@@ -484,11 +638,9 @@ def _is_proved_in_place(model: nn.Module) -> bool:
     return all(tensor.device.type == "cpu" and tensor.element_size() > 2 for tensor in floating)
 
 
-def _split(model: nn.Module, size: tuple[int, int, int]) -> Backbone:
+def _split(model: nn.Module, images: Tensor) -> Backbone:
     stations = find_stations(model)
     with torch.inference_mode(mode=False), left_as_it_was(model) as state, torch.no_grad():
-        images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0), device="cpu")
-        images = images.to(next(model.parameters()))
         model.eval()
         seen = observe(model, stations, images)
         moving = state.changed()
@@ -548,14 +700,36 @@ def outline(model: nn.Module, input_size: tuple[int, int, int]) -> Backbone:
 # Arguments and errors -------------------------------------------------------------------------------------------
 
 
-def _check_arguments(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[int, int, int]:
+def _check_example(model: object, input_size: object, given: Example) -> None:
+    if not isinstance(model, nn.Module):
+        raise BackboneError(f"split takes a model, got {model!r}: pass an nn.Module.")
+    if input_size is not None:
+        raise BackboneError("input_size: the example says it; give one of the two.")
+    if not given.num_items:
+        raise BackboneError("example: it has no item; give a batch of one item or more.")
+    _check_is_plain(model)
+    if next(model.parameters(), None) is None:
+        raise BackboneError(f"{type(model).__name__} has no parameters; there is nothing to train.")
+    _check_weights(model)
+    _check_is_real(model)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise BackboneError(
+            f"{type(model).__name__} is an encoder and a decoder, whose blocks look at the encoder's features: two "
+            "trunks can't be one; train its encoder alone (model.get_encoder()), or a decoder-only model."
+        )
+
+
+def _check_arguments(model: nn.Module, input_size: tuple[int, int, int] | None) -> tuple[int, int, int]:
     if not isinstance(model, nn.Module):
         raise BackboneError(f"split takes a timm model, got {model!r}: pass timm.create_model({model!r}).")
-    size = _checked_size(input_size)
+    size = _checked_size(default_input_size(model) if input_size is None else input_size)
     _check_is_plain(model)
     for method in ("forward_features", "forward_head"):
         if not callable(attribute(model, method)):
-            raise unsupported(model, f"a timm model has the method {method}, this one has not")
+            raise BackboneError(
+                f"{type(model).__name__} is no timm model (it has no {method}): give example=, a batch that it is "
+                "called with, such as example=torch.randn(2, 3, 224, 224) or a dict of a data loader."
+            )
     if attribute(model, "num_classes") == 0:
         raise BackboneError("the model has no classifier (num_classes=0): pass num_classes=N to timm.create_model.")
     channels = input_channels(model)

@@ -35,7 +35,7 @@ class Layout:
     width: int
     """D, the number of channels."""
     grid: tuple[int, int]
-    """(H, W) of the spatial tokens."""
+    """(H, W) of the spatial tokens; of a sequence (1, N), N being the example's length: batches may have another."""
     num_prefix_tokens: int = 0
     """P, class and register tokens that stand before the grid tokens (kind "tokens")."""
     order: tuple[int, ...] | None = None
@@ -44,6 +44,8 @@ class Layout:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of one image's features."""
+        if self.kind == "sequence":
+            return (self.grid[1], self.width)
         if self.kind == "tokens":
             return (self.num_prefix_tokens + self.grid[0] * self.grid[1], self.width)
         return (*self.grid, self.width) if self.kind == "NHWC" else (self.width, *self.grid)
@@ -54,6 +56,8 @@ class Layout:
             return features
         if self.kind == "NCHW":
             return features.permute(0, 2, 3, 1)
+        if self.kind == "sequence":
+            return features.unsqueeze(1)  # of whatever length this batch is
         tokens = features[:, self.num_prefix_tokens :]
         if self.order is not None:
             tokens = tokens[:, torch.tensor(self._token_at, device=features.device)]
@@ -69,6 +73,8 @@ class Layout:
             return features + grid
         if self.kind == "NCHW":
             return features + grid.permute(0, 3, 1, 2)
+        if self.kind == "sequence":
+            return features + grid.squeeze(1)
         tokens = grid.flatten(1, 2)
         if self.order is not None:
             tokens = tokens[:, torch.tensor(self.order, device=features.device)]

@@ -150,7 +150,7 @@ def watch_inputs(
     writing: set[int] = set()
 
     def copy_images(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0].clone(), *args[1:])
+        return (args[0].clone(), *args[1:]) if args else args
 
     def watch(number: int, part: nn.Module) -> Iterator[Any]:
         entered: list[tuple[Tensor, int, Tensor]] = []

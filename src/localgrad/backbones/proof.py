@@ -65,6 +65,7 @@ def prove(
     images: Tensor,
     *,
     moving: Collection[nn.Module] = (),
+    call: Callable[[Tensor], Any] | None = None,
 ) -> Shown:
     """Compare parts with their model; both are left as they are.
 
@@ -75,6 +76,7 @@ def prove(
         blocks: the modules of the trunk, by name, that both call.
         images: [B, C, H, W], B at least 2.
         moving: modules that a forward pass changes, beside those with buffers in training.
+        call: how the model is called with images, where it takes more than those, or gives more than logits.
 
     Raises:
         BackboneError: something differs; the message says what.
@@ -84,20 +86,20 @@ def prove(
     unread = {name for name, weight in model.named_parameters() if weight.requires_grad}
     counts = Counter(id(weight) for part in parts for weight in part.parameters())
     shared = {number for number, count in counts.items() if count > 1}
-    with left_as_it_was(model, chain) as state, torch.enable_grad(), _nothing_hidden(model):
+    with left_as_it_was(model, chain) as state, torch.enable_grad(), nothing_hidden(model):
         for mode in ("eval", "train"):
             # Only batch norms need a second image, and only in training; what else the number of images may
             # show, splitting has seen by its own two.
             count = 2 if mode == "train" and any(isinstance(m, _BatchNorm) for m in model.modules()) else 1
             traces = []
-            for run in (model, chain):
+            for run in (call or model, chain):
                 state.restore()
                 for each in (model, chain):
                     each.train(mode == "train")
                 with _noting_blocks(blocks, moving) as trace:
                     _run(run, model, images[:count], trace, shared)
                 traces.append(trace)
-                if run is model:
+                if run is not chain:
                     written |= state.written_buffers(model)
                     _check_written(model, state)
             theirs, ours = traces
@@ -107,7 +109,7 @@ def prove(
 
 
 @contextmanager
-def _nothing_hidden(model: nn.Module) -> Iterator[None]:
+def nothing_hidden(model: nn.Module) -> Iterator[None]:
     """Random values in place of parameters that are all zeros."""
     zeros = [weight.data for weight in model.parameters() if weight.is_floating_point() and not weight.data.any()]
     generator = torch.Generator().manual_seed(3)
@@ -134,10 +136,13 @@ def _check_written(model: nn.Module, state: ModelState) -> None:
         )
 
 
-def _run(run: nn.Module, model: nn.Module, images: Tensor, trace: Passes, shared: Collection[int]) -> None:
+def _run(
+    run: Callable[[Tensor], Any], model: nn.Module, images: Tensor, trace: Passes, shared: Collection[int]
+) -> None:
     """One forward and one backward pass, noted in a trace."""
-    entered = images.detach().clone().requires_grad_()
-    starts = [("the images", entered), *((name, w) for name, w in model.named_parameters() if w.requires_grad)]
+    entered = images.detach().clone().requires_grad_(images.is_floating_point())
+    starts = [("the images", entered)] if entered.requires_grad else []
+    starts += [*((name, w) for name, w in model.named_parameters() if w.requires_grad)]
     # A clone, since a leaf that needs a gradient could not be written into, as images can.
     logits = run(entered.clone())
     trace.is_forward = False

@@ -29,6 +29,11 @@ class RandomState:
         if self.gpus:
             torch.cuda.set_rng_state_all(self.gpus)
 
+    def holds(self) -> bool:
+        """Whether they still stand there."""
+        now = RandomState()
+        return self.same_torch(now) and self.same_others(now)
+
     def same_torch(self, other: RandomState) -> bool:
         """Whether PyTorch's numbers stand in the same place."""
         mine, theirs = (self.processor, *self.gpus), (other.processor, *other.gpus)

@@ -23,7 +23,7 @@ from localgrad.backbones.fake import FakeTensor, real_tensors
 from localgrad.backbones.namespaces import Kwargs
 from localgrad.errors import BackboneError
 
-Kind = Literal["NHWC", "NCHW", "tokens"]
+Kind = Literal["NHWC", "NCHW", "tokens", "sequence"]
 
 SUPPORTED_FAMILIES: tuple[str, ...] = (
     *("swin", "swinv2", "swinv2_cr", "vit", "deit", "deit3", "dinov2", "beit", "beitv2", "eva02", "cait", "convit"),

@@ -1,0 +1,972 @@
+"""Take any model apart by watching it run: blocks that are called in a chain, and what lies before, between, behind.
+
+No names are looked for. A *station* is a module in a container (``nn.ModuleList``, ``nn.Sequential``) that turns
+features into features. Where stations stand in a chain, all that the model does can be run piece by piece:
+
+* a **block** is a station, called with what the model itself gives it beside the features: masks, rotary angles, grid
+  sizes. That is the *context*, which the stem makes once a batch;
+* a **segment** is the model's own code between two stations: its forward is run with stand-ins in place of all other
+  modules, is given the features where one station would give them, and stops where the next one is called. The *stem*
+  is the segment before the first station, the *tail* the one behind the last; *glue* lies between two stations where
+  the model does something there (a downsampling, a norm), and belongs to the block behind it.
+
+That stations stand in a chain is found out by running the model with stand-ins that give noise, twice for every bit of
+their numbers: what a station is given may depend on nothing but what the one before gave. So skips, branches, caches
+and contexts that depend on features are found before anything is trained; the proof (``proof``) comes on top.
+
+Stand-ins replace a module in its parent for as long as a segment runs; neither its hooks nor its wrappers see that.
+
+Shapes: B batch, N tokens, D width, H W grid.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+
+from localgrad.backbones.example import Example, Path, leaves, mapped, replaced
+from localgrad.backbones.namespaces import Kwargs
+from localgrad.backbones.proof import digest, nothing_hidden
+from localgrad.backbones.random_numbers import RandomState
+from localgrad.errors import BackboneError, reason_of
+
+MOST_MOVES = 2
+"""How many times in a row more containers are tried to be taken apart: stages, groups in stages."""
+
+
+class Slot(NamedTuple):
+    """Where a module stands: its dotted name, its parent and its name there."""
+
+    name: str
+    parent: nn.Module
+    key: str
+    module: nn.Module
+
+
+@dataclass(frozen=True)
+class Shape:
+    """In place of a tensor in what a module gave: its shape, and whether its first side is the batch."""
+
+    sides: tuple[int, ...]
+    dtype: torch.dtype
+    is_split: bool
+
+    def zeros(self, num_items: int, like: Tensor) -> Tensor:
+        """A stand-in without memory of its own."""
+        sides = (num_items, *self.sides[1:]) if self.is_split else self.sides
+        dtype = like.dtype if self.dtype.is_floating_point and like.is_floating_point() else self.dtype
+        return torch.zeros((), dtype=dtype, device=like.device).expand(sides)
+
+
+@dataclass(frozen=True)
+class Station:
+    """A module that turns features into features.
+
+    Attributes:
+        slot: where it stands.
+        enters: path of the features in (args, kwargs).
+        leaves: path of the features in what it gives.
+        given: what it gives, with ``Shape`` in place of tensors.
+        entered: shape of what enters, [B, ...].
+        left: shape of what leaves, [B, ...].
+    """
+
+    slot: Slot
+    enters: Path
+    leaves: Path
+    given: Any
+    entered: tuple[int, ...]
+    left: tuple[int, ...]
+
+    def answer(self, features: Tensor, num_items: int) -> Any:
+        """What it gives when features are what it made."""
+        filled = _filled(self.given, num_items, features)
+        return replaced(filled, self.leaves, features) if self.leaves else features
+
+    def stand_in(self, received: Tensor, num_items: int) -> Any:
+        """What it gives when it does nothing."""
+        if self.entered == self.left:
+            return self.answer(torch.zeros((), dtype=received.dtype, device=received.device).expand_as(received), 0)
+        shape = Shape(self.left, received.dtype, is_split=True)
+        return self.answer(shape.zeros(num_items, received), num_items)
+
+
+def _filled(given: Any, num_items: int, like: Tensor) -> Any:
+    """What a module gives, with zeros in place of tensors."""
+    if isinstance(given, Shape):
+        return given.zeros(num_items, like)
+    if isinstance(given, tuple) and hasattr(given, "_fields"):
+        return type(given)(*(_filled(item, num_items, like) for item in given))
+    if isinstance(given, (tuple, list)):
+        return type(given)(_filled(item, num_items, like) for item in given)
+    if isinstance(given, dict):
+        found = given
+        for key, item in given.items():
+            found = replaced(found, (key,), _filled(item, num_items, like))
+        return found
+    return given
+
+
+def _outlined(value: Any, num_items: int) -> Any:
+    """What a module gave, with ``Shape`` in place of tensors."""
+    found = value
+    for path, leaf in leaves(value):
+        if isinstance(leaf, Tensor):
+            shape = Shape(tuple(leaf.shape), leaf.dtype, is_split=bool(leaf.ndim) and len(leaf) == num_items)
+            found = replaced(found, path, shape)
+    return found
+
+
+@final
+@dataclass
+class Context:
+    """What blocks and segments need beside features, for one batch.
+
+    Attributes:
+        calls: (args, kwargs) of every station, without features.
+        example: what the model was called with; its main tensor is a stand-in where nobody looks at it.
+        outputs: what modules outside of the trunk gave, by their number, with ``Shape`` in place of tensors.
+        num_items: B.
+    """
+
+    calls: list[tuple[tuple[Any, ...], Kwargs]]
+    example: Example
+    outputs: dict[int, Any]
+    num_items: int
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Context:
+        """With every tensor changed, each once."""
+        known: dict[int, Tensor] = {}
+        inputs = Example(
+            mapped(self.example.args, change, known), mapped(self.example.kwargs, change, known), self.example.main
+        )
+        return Context(mapped(self.calls, change, known), inputs, self.outputs, self.num_items)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor, once, in order."""
+        found: dict[int, Tensor] = {}
+        for _, leaf in leaves((self.calls, self.example.args, self.example.kwargs)):
+            if isinstance(leaf, Tensor):
+                found.setdefault(id(leaf), leaf)
+        return list(found.values())
+
+    def is_split(self, tensor: Tensor) -> bool:
+        """Whether a tensor of it has one row an item."""
+        return bool(tensor.ndim) and len(tensor) == self.num_items
+
+    def detach(self) -> Context:
+        """Without graphs."""
+        return self.map(Tensor.detach)
+
+    def to(self, device: torch.device) -> Context:
+        """On a device."""
+        return self.map(lambda tensor: tensor.to(device))
+
+    def rows(self, num_items: int) -> Context:
+        """For another number of items: the first ones, over and over if there are fewer."""
+        if num_items == self.num_items:
+            return self
+        times = -(-num_items // self.num_items)
+
+        def taken(tensor: Tensor) -> Tensor:
+            if not self.is_split(tensor):
+                return tensor
+            return tensor.repeat(times, *[1] * (tensor.ndim - 1))[:num_items] if times > 1 else tensor[:num_items]
+
+        found = self.map(taken)
+        found.num_items = num_items
+        return found
+
+    def chunk(self, count: int) -> list[Context]:
+        """In parts, as ``Tensor.chunk`` cuts a batch."""
+        sizes = [len(part) for part in torch.empty(self.num_items, 0).chunk(count)]
+        found, begin = [], 0
+        for size in sizes:
+            part = self.map(lambda tensor, b=begin, s=size: tensor[b : b + s] if self.is_split(tensor) else tensor)
+            part.num_items = size
+            found.append(part)
+            begin += size
+        return found
+
+    @classmethod
+    def join(cls, parts: Sequence[Context]) -> Context:
+        """Parts of a batch as one."""
+        first, *rest = parts
+        if not rest:
+            return first
+        rows = [iter(part.tensors) for part in parts]
+        joined = {}
+        for tensors in zip(*rows, strict=True):
+            is_split = first.is_split(tensors[0])
+            joined[id(tensors[0])] = torch.cat(tensors) if is_split else tensors[0]
+        found = first.map(lambda tensor: joined[id(tensor)])
+        found.num_items = sum(part.num_items for part in parts)
+        return found
+
+
+class _Stop(BaseException):
+    """Raised by a stand-in to leave the model's forward; carries what it was given."""
+
+    def __init__(self, features: Tensor) -> None:
+        super().__init__()
+        self.features = features
+
+
+class _StandIn(nn.Module):
+    """In a module's place: answers by a function, and looks like the module otherwise."""
+
+    def __init__(self, module: nn.Module, answer: Callable[[tuple[Any, ...], Kwargs], Any]) -> None:
+        super().__init__()
+        vars(self)["of"] = module
+        vars(self)["answer"] = answer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["of"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the function gives."""
+        return vars(self)["answer"](args, kwargs)
+
+
+@contextmanager
+def _standing_in(stand_ins: Sequence[tuple[Slot, _StandIn]]) -> Iterator[None]:
+    """A region in which modules are replaced in their parents."""
+    try:
+        for slot, stand_in in stand_ins:
+            slot.parent._modules[slot.key] = stand_in
+        yield
+    finally:
+        for slot, _ in stand_ins:
+            slot.parent._modules[slot.key] = slot.module
+
+
+@final
+class Trunk:
+    """A model, its stations, what stands around them, and the context of the batch that is under way.
+
+    Shared by all parts of a backbone.
+    """
+
+    def __init__(self, model: nn.Module, stations: Sequence[Station], example: Example) -> None:
+        self.model = model
+        self.stations = list(stations)
+        self.example = example
+        self.around: list[tuple[Slot, int]] = []
+        """Modules outside of the trunk that are called between two stations only, and between which: 0 is the stem."""
+        self.outputs: dict[int, Any] = {}
+        """What those give, by their number, for the example."""
+        self.reads_inputs = True
+        """Whether something behind the first block looks at the main tensor."""
+        self.given: Example | None = None
+        self.current: Context | None = None
+        self.known: Context | None = None
+        """The example's own context."""
+
+    def inputs(self, main: Tensor) -> Example:
+        """What the model is called with, of which one tensor is given: the others of this batch, or the example's."""
+        given = self.given
+        if given is None or given.num_items != len(main):
+            given = self.example.rows(len(main))
+            given = given.map(lambda tensor: tensor.to(main.device))
+        return given.with_main(main)
+
+    def context(self, features: Tensor) -> Context:
+        """The context of the batch under way, or the example's where something else is tried out; features [B, ...]."""
+        if self.current is not None and self.current.num_items == len(features):
+            return self.current
+        assert self.known is not None, "the stem has run once"
+        dtype, device = features.dtype, features.device
+        known = self.known.rows(len(features))
+        return known.map(lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Trunk:
+        """Without the batch under way, whose tensors have graphs."""
+        twin = object.__new__(Trunk)
+        memo[id(self)] = twin
+        kept = {**vars(self), "given": None, "current": None}
+        vars(twin).update(copy.deepcopy(kept, memo))
+        return twin
+
+    def run(
+        self, example: Example, answer: Callable[[int, tuple[Any, ...], Kwargs], Any], others: dict[int, Any]
+    ) -> Tensor:
+        """The model's logits, its stations answered by a function; modules of ``others`` (by number) by what is said.
+
+        Raises:
+            _Stop: an answer has ended it.
+        """
+        stand_ins = [
+            (station.slot, _StandIn(station.slot.module, lambda a, k, i=index: answer(i, a, k)))
+            for index, station in enumerate(self.stations)
+        ]
+        like = example.tensor
+        for number, (slot, _) in enumerate(self.around):
+            if number in others:
+                stand_ins.append((slot, _StandIn(slot.module, self._filling(others[number], example.num_items, like))))
+        with _standing_in(stand_ins):
+            return example.call(self.model)
+
+    def _filling(self, given: Any, num_items: int, like: Tensor) -> Callable[[tuple[Any, ...], Kwargs], Any]:
+        def fill(args: tuple[Any, ...], kwargs: Kwargs) -> Any:
+            received = next((leaf for _, leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)), like)
+            floating = received if received.is_floating_point() else next(self.model.parameters()).new_empty(0)
+            return _filled(given, num_items, floating.to(received.device))
+
+        return fill
+
+
+class Segment(nn.Module):
+    """The model's own code between two stations; features (or inputs) in, features (or logits) out.
+
+    Args:
+        trunk: the model and its stations.
+        start: number of the station whose output is given; -1 for the stem, which is given the main input.
+        stop: number of the station whose input is wanted; one behind the last for the tail.
+    """
+
+    def __init__(self, trunk: Trunk, start: int) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.start = start
+        self.draws: bool | None = None
+        """Whether random numbers are drawn on the way to where it begins; ``None`` until it was seen."""
+        self.weights = nn.ParameterList()
+        for number, (slot, place) in enumerate(trunk.around):
+            if place == start + 1:
+                self.add_module(f"of_{number}", slot.module)
+
+    @property
+    def stop(self) -> int:
+        """Number of the station whose input is wanted."""
+        return self.start + 1
+
+    def forward(self, given: Tensor) -> Tensor:
+        """[B, ...] to [B, ...]."""
+        return self._enter(given) if self.start < 0 else self._go_on(given)
+
+    def _enter(self, main: Tensor) -> Tensor:
+        """The stem: features for the first station, and the context of the batch."""
+        trunk = self.trunk
+        example = trunk.inputs(main)
+        calls: list[tuple[tuple[Any, ...], Kwargs]] = []
+        outputs: dict[int, Any] = {}
+        first: list[Tensor] = []
+        last = len(trunk.stations) - 1
+        ends = ExitStack()
+
+        def answer(index: int, args: tuple[Any, ...], kwargs: Kwargs) -> Any:
+            station = trunk.stations[index]
+            features, rest_args, rest_kwargs = taken_out(station, args, kwargs)
+            calls.append((rest_args, rest_kwargs))
+            if not index:
+                first.append(features)
+                ends.enter_context(torch.no_grad())  # what follows is gone through for its arguments alone
+            if index == last:
+                raise _Stop(features)
+            return station.stand_in(features, len(main))
+
+        others = {number: given for number, given in trunk.outputs.items() if trunk.around[number][1] > 0}
+        hooks = [
+            slot.module.register_forward_hook(_noting_output(outputs, number, len(main)))
+            for number, (slot, place) in enumerate(trunk.around)
+            if place == 0
+        ]
+        try:
+            with ends:
+                trunk.run(example, answer, others)
+        except _Stop:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not trunk.reads_inputs:
+            example = example.with_main(torch.zeros((), dtype=main.dtype, device=main.device).expand_as(main))
+        trunk.current = Context(calls, example, {**others, **outputs}, len(main))
+        return first[0]
+
+    def _go_on(self, features: Tensor) -> Tensor:
+        trunk = self.trunk
+        context = trunk.context(features)
+        learns = torch.is_grad_enabled()
+        looks = self.draws is None and trunk.model.training
+        before = RandomState() if self.draws or looks else None
+
+        def answer(index: int, args: tuple[Any, ...], kwargs: Kwargs) -> Any:
+            station = trunk.stations[index]
+            if index == self.stop:
+                raise _Stop(taken_out(station, args, kwargs)[0])
+            if index < self.start:
+                return station.stand_in(taken_out(station, args, kwargs)[0], len(features))
+            torch.set_grad_enabled(learns)
+            if before is not None:
+                self.draws = bool(self.draws) or not before.holds()
+                before.restore()  # what is drawn from here on is what the model itself draws here
+            return station.answer(features, len(features))
+
+        others = {number: given for number, given in context.outputs.items() if trunk.around[number][1] != self.stop}
+        example = context.example
+        try:
+            with torch.no_grad():  # until the station is reached, and what is given is the features
+                return trunk.run(example, answer, others)
+        except _Stop as stop:
+            return stop.features
+
+
+def _noting_output(outputs: dict[int, Any], number: int, num_items: int) -> Callable[..., None]:
+    def note(_module: nn.Module, _args: Any, output: Any) -> None:
+        outputs[number] = _outlined(output, num_items)
+
+    return note
+
+
+def taken_out(station: Station, args: tuple[Any, ...], kwargs: Kwargs) -> tuple[Tensor, tuple[Any, ...], Kwargs]:
+    """The features in a station's arguments, and the arguments without them."""
+    where, key, *rest = station.enters
+    value = (args if where == "args" else kwargs)[key]
+    for step in rest:
+        value = value[step]
+    features: Tensor = value
+    path = (key, *rest)
+    if where == "args":
+        return features, replaced(args, path, None), dict(kwargs)
+    return features, args, replaced(dict(kwargs), path, None)
+
+
+class Called(nn.Module):
+    """A station as a block: features to features, called with the context of the batch."""
+
+    def __init__(self, trunk: Trunk, index: int, glue: Segment | None) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.index = index
+        self.glue = glue
+        self.block = trunk.stations[index].slot.module
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, ...] to [B, ...]."""
+        trunk, station = self.trunk, self.trunk.stations[self.index]
+        args, kwargs = trunk.context(features).calls[self.index]
+        if self.glue is not None:
+            features = self.glue(features)
+        where, *path = station.enters
+        if where == "args":
+            output = self.block(*replaced(args, tuple(path), features), **kwargs)
+        else:
+            output = self.block(*args, **replaced(kwargs, tuple(path), features))
+        for step in station.leaves:
+            output = output[step]
+        found: Tensor = output
+        return found
+
+
+# Finding stations ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Call:
+    """One observed call of a candidate."""
+
+    slot: Slot
+    args: tuple[Any, ...]
+    kwargs: Kwargs
+    digests: dict[Path, bytes]
+    output: Any = None
+    left: dict[Path, bytes] = field(default_factory=dict)
+    inside: list[_Call] = field(default_factory=list)
+
+
+def find_stations(model: nn.Module, example: Example, blocks: str | None = None) -> tuple[list[Station], list[bool]]:
+    """The stations of a model, as fine as they stand in a chain, and whether there is glue before each.
+
+    Args:
+        model: in eval mode.
+        example: two items.
+        blocks: dotted name of the container whose children they are to be; by default found.
+
+    Raises:
+        BackboneError: nothing stands in a chain; the message says what was found, and where it broke.
+    """
+    calls = _watch(model, example)
+    tops = _of_container(calls, blocks) if blocks is not None else calls
+    if not tops:
+        raise _no_trunk(model, "no module of a container turns features into features", calls)
+    reasons: list[str] = []
+    chosen = _longest(model, tops, example, reasons)
+    if chosen is None:
+        raise _no_trunk(model, reasons[0] if reasons else "its blocks don't stand in a chain", calls)
+    refused: set[tuple[type, ...]] = set()
+    for _ in range(MOST_MOVES):
+        finer = _refined(model, chosen, example, refused)
+        if finer is None:
+            break
+        chosen = finer
+    stations = [_station(call, example) for call in chosen]
+    return stations, check_chain(model, stations, example)
+
+
+def _no_trunk(model: nn.Module, why: str, calls: Sequence[_Call]) -> BackboneError:
+    containers = dict.fromkeys(call.slot.name.rpartition(".")[0] for call in calls)
+    seen = f" Chains seen: {', '.join(list(containers)[:6])}." if containers else ""
+    return BackboneError(
+        f"{type(model).__name__} can't be split: {why}.{seen} Give blocks=, the dotted name of the container of its "
+        "blocks, or make a localgrad.Backbone of its parts by hand."
+    )
+
+
+def _candidates(model: nn.Module) -> list[Slot]:
+    """Modules with weights that stand in a container."""
+    found = []
+    for name, container in model.named_modules(remove_duplicate=False):
+        if isinstance(container, (nn.ModuleList, nn.Sequential)):
+            for key, child in container.named_children():
+                has_matrix = any(weight.ndim > 1 for weight in child.parameters())
+                if has_matrix and not isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+                    found.append(Slot(f"{name}.{key}" if name else key, container, key, child))
+    return found
+
+
+def _features(value: Any, num_items: int) -> list[Path]:
+    """Paths of what may be features in arguments or outputs."""
+    return [
+        path
+        for path, leaf in leaves(value)
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim in (3, 4) and len(leaf) == num_items
+    ]
+
+
+def _watch(model: nn.Module, example: Example) -> list[_Call]:
+    """The calls of candidates in one forward pass, outermost first, each with those inside of it."""
+    tops: list[_Call] = []
+    stack: list[_Call] = []
+    times: dict[int, int] = {}
+    num_items = example.num_items
+
+    def entering(slot: Slot) -> Callable[..., None]:
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> None:
+            times[id(module)] = times.get(id(module), 0) + 1
+            given = {"args": args, "kwargs": kwargs}
+            call = _Call(slot, args, kwargs, _digests(given, num_items))
+            (stack[-1].inside if stack else tops).append(call)
+            stack.append(call)
+
+        return enter
+
+    def leaving(_module: nn.Module, _args: Any, output: Any) -> None:
+        call = stack.pop()
+        call.output, call.left = _outlined(output, num_items), _digests(output, num_items)
+
+    handles = []
+    for slot in {id(slot.module): slot for slot in _candidates(model)}.values():
+        handles.append(slot.module.register_forward_pre_hook(entering(slot), with_kwargs=True))
+        handles.append(slot.module.register_forward_hook(leaving))
+    try:
+        with torch.no_grad():
+            example.call(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [call for call in tops for call in _usable(call, times)]
+
+
+def _usable(call: _Call, times: dict[int, int]) -> list[_Call]:
+    """A call that takes and gives features, with what is usable inside; or the usable ones inside."""
+    inside = [each for inner in call.inside for each in _usable(inner, times)]
+    if call.digests and call.left and times[id(call.slot.module)] == 1:
+        call.inside = inside
+        return [call]
+    return inside
+
+
+def _digests(value: Any, num_items: int) -> dict[Path, bytes]:
+    known = dict(leaves(value))
+    return {path: digest([known[path]]) for path in _features(value, num_items)}
+
+
+def _of_container(calls: Sequence[_Call], name: str) -> list[_Call]:
+    found = []
+    for call in calls:
+        if call.slot.name.rpartition(".")[0] == name:
+            found.append(call)
+        else:
+            found += _of_container(call.inside, name)
+    return found
+
+
+def _weight(calls: Sequence[_Call]) -> int:
+    return sum(weight.numel() for call in calls for weight in call.slot.module.parameters())
+
+
+def _longest(model: nn.Module, calls: Sequence[_Call], example: Example, reasons: list[str]) -> list[_Call] | None:
+    """The largest set of calls in a chain: all containers, or those that remain when the lightest are left out."""
+    groups: dict[str, list[_Call]] = {}
+    for call in calls:
+        groups.setdefault(call.slot.name.rpartition(".")[0], []).append(call)
+    ranked = sorted(groups, key=lambda name: _weight(groups[name]), reverse=True)
+    heaviest = _weight(groups[ranked[0]])
+    ranked = [name for name in ranked if _weight(groups[name]) >= 0.01 * heaviest]
+    for count in range(len(ranked), 0, -1):
+        kept = set(ranked[:count])
+        chosen = [call for call in calls if call.slot.name.rpartition(".")[0] in kept]
+        reason = _why_not(model, chosen, example)
+        if reason is None:
+            return chosen
+        reasons.append(reason)
+        if count == 1:
+            # Blocks inside of the heaviest may stand in a chain though it does not (several towers in a list).
+            inside = [inner for call in chosen for inner in call.inside]
+            if inside:
+                return _longest(model, inside, example, reasons)
+    return None
+
+
+def _why_not(model: nn.Module, calls: Sequence[_Call], example: Example) -> str | None:
+    try:
+        check_chain(model, [_station(call, example) for call in calls], example)
+    except _Broken as broken:
+        return str(broken)
+    return None
+
+
+def _refined(
+    model: nn.Module, chosen: list[_Call], example: Example, refused: set[tuple[type, ...]]
+) -> list[_Call] | None:
+    """The chain with calls replaced by the chains inside of them, where all of it stays a chain."""
+    changed = False
+    for call in list(chosen):
+        inside = _main_group(call)
+        kind = (type(call.slot.module), *(type(inner.slot.module) for inner in inside))
+        if not inside or kind in refused:
+            continue
+        index = chosen.index(call)
+        tried = [*chosen[:index], *inside, *chosen[index + 1 :]]
+        if _why_not(model, tried, example) is None:
+            chosen, changed = tried, True
+        else:
+            refused.add(kind)
+    return chosen if changed else None
+
+
+def _main_group(call: _Call) -> list[_Call]:
+    """The calls inside of a call that make up most of its weights."""
+    total = _weight([call])
+    inside = call.inside
+    return inside if inside and _weight(inside) >= 0.5 * total else []
+
+
+def _station(call: _Call, example: Example) -> Station:
+    enters = next(iter(call.digests))
+    for path, found in call.digests.items():
+        if found in call.left.values():
+            continue
+        enters = path
+        break
+    leaves_at = next(iter(call.left))
+    known = dict(leaves({"args": call.args, "kwargs": call.kwargs}))
+    shapes = dict(leaves(call.output))
+    return Station(
+        slot=call.slot,
+        enters=enters,
+        leaves=leaves_at,
+        given=call.output,
+        entered=tuple(known[enters].shape),
+        left=shapes[leaves_at].sides,
+    )
+
+
+class _Broken(Exception):  # noqa: N818  # what it is
+    """Stations that don't stand in a chain: where, and how."""
+
+
+def check_chain(model: nn.Module, stations: Sequence[Station], example: Example) -> list[bool]:
+    """Whether something is done to the features before each station; [stations + 1], the tail's last.
+
+    Raises:
+        _Broken: a station is given what depends on more than what the one before gave.
+    """
+    trunk = Trunk(model, stations, example)
+    noises = [_noise(station, example, seed) for seed, station in enumerate(stations)]
+    others = [_noise(station, example, seed + 1000) for seed, station in enumerate(stations)]
+    real = _run_real(trunk)
+    base = _run_noise(trunk, noises)
+    for index, station in enumerate(stations):
+        if base.rest[index] != real.rest[index]:
+            raise _Broken(f"what {station.slot.name} is called with beside its features depends on features")
+    count = len(stations)
+    runs = []
+    for bit in range(max(1, (count - 1).bit_length())):
+        for wanted in (0, 1):
+            changed = [((index >> bit) & 1) == wanted for index in range(count)]
+            mixed = [
+                other if is_changed else noise for noise, other, is_changed in zip(noises, others, changed, strict=True)
+            ]
+            runs.append((changed, _run_noise(trunk, mixed)))
+    for changed, seen in runs:
+        if len(seen.features) != count or len(seen.rest) != count:
+            raise _Broken("which of its blocks are called depends on features")
+        for index, station in enumerate(stations):
+            before = index > 0 and changed[index - 1]
+            if seen.rest[index] != base.rest[index]:
+                raise _Broken(f"what {station.slot.name} is called with beside its features depends on features")
+            if not before and seen.features[index] != base.features[index]:
+                raise _Broken(
+                    f"{station.slot.name} is given more than what the block before it gave (a skip, or a branch)"
+                )
+        if not changed[-1] and seen.logits != base.logits:
+            raise _Broken(f"its logits depend on more than what {stations[-1].slot.name} gave (a skip, or a branch)")
+    if all(seen.logits == base.logits for _, seen in runs):
+        raise _Broken(f"its logits don't depend on {stations[-1].slot.name}")
+    for index in range(1, count):
+        if all(seen.features[index] == base.features[index] for _, seen in runs):
+            raise _Broken(f"{stations[index].slot.name} isn't given what {stations[index - 1].slot.name} gave")
+    return [False, *(base.features[index] != digest([noises[index - 1]]) for index in range(1, count)), True]
+
+
+@dataclass
+class _Seen:
+    features: list[bytes] = field(default_factory=list)
+    rest: list[bytes] = field(default_factory=list)
+    logits: bytes = b""
+
+
+def _run_real(trunk: Trunk) -> _Seen:
+    seen = _Seen()
+
+    def noting(index: int) -> Callable[..., None]:
+        def note(_module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> None:
+            _note(seen, trunk.stations[index], args, kwargs)
+
+        return note
+
+    handles = [
+        station.slot.module.register_forward_pre_hook(noting(index), with_kwargs=True)
+        for index, station in enumerate(trunk.stations)
+    ]
+    try:
+        with torch.no_grad():
+            seen.logits = digest([trunk.example.call(trunk.model)])
+    finally:
+        for handle in handles:
+            handle.remove()
+    if len(seen.rest) != len(trunk.stations):
+        raise _Broken("a block is called more than once")
+    return seen
+
+
+def _run_noise(trunk: Trunk, noises: Sequence[Tensor]) -> _Seen:
+    seen = _Seen()
+
+    def answer(index: int, args: tuple[Any, ...], kwargs: Kwargs) -> Any:
+        station = trunk.stations[index]
+        if len(seen.rest) != index:
+            raise _Broken("its blocks are called in another order when features are others")
+        _note(seen, station, args, kwargs)
+        return station.answer(noises[index].clone(), len(noises[index]))
+
+    try:
+        with torch.no_grad():
+            seen.logits = digest([trunk.run(trunk.example, answer, {})])
+    except (_Broken, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a model's code says of values that it doesn't expect
+        raise _Broken(f"it doesn't run without its blocks ({reason_of(error, 160)})") from error
+    return seen
+
+
+def _note(seen: _Seen, station: Station, args: tuple[Any, ...], kwargs: Kwargs) -> None:
+    try:
+        features, rest_args, rest_kwargs = taken_out(station, args, kwargs)
+    except (KeyError, IndexError, TypeError) as error:
+        raise _Broken(f"{station.slot.name} is called in another way when features are others") from error
+    if not isinstance(features, Tensor):
+        raise _Broken(f"{station.slot.name} is called in another way when features are others")
+    seen.features.append(digest([features]))
+    rest = sorted(leaves((rest_args, rest_kwargs)), key=lambda leaf: repr(leaf[0]))
+    tensors = [leaf for _, leaf in rest if isinstance(leaf, Tensor)]
+    plain = repr([(path, leaf) for path, leaf in rest if isinstance(leaf, (bool, int, float, str))])
+    seen.rest.append(digest(tensors) + plain.encode())
+
+
+def _noise(station: Station, example: Example, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = dict(leaves(station.given))
+    shape = shapes[station.leaves]
+    return torch.randn(shape.sides, generator=generator, device="cpu").to(example.tensor.device, shape.dtype)
+
+
+# The parts ------------------------------------------------------------------------------------------------------------
+
+
+class Parts(NamedTuple):
+    """A model taken apart.
+
+    Attributes:
+        trunk: what they share.
+        stem: inputs to features.
+        blocks: features to features.
+        tail: features to logits.
+        unused: parameters that no part reads.
+    """
+
+    trunk: Trunk
+    stem: Segment
+    blocks: list[Called]
+    tail: Segment
+    unused: list[nn.Parameter]
+
+
+def take_apart(model: nn.Module, example: Example, blocks: str | None = None) -> Parts:
+    """Take a model apart. Nothing is proved; the model is to be in eval mode, in a region that leaves it as it was.
+
+    Args:
+        model: on the processor or a device, where the example is.
+        example: two items.
+        blocks: dotted name of the container of its blocks; by default found.
+
+    Raises:
+        BackboneError: no blocks in a chain.
+    """
+    with nothing_hidden(model):
+        stations, glued = find_stations(model, example, blocks)
+        return _made_of(model, stations, glued, example)
+
+
+def _made_of(model: nn.Module, stations: list[Station], glued: list[bool], example: Example) -> Parts:
+    trunk = Trunk(model, stations, example)
+    _find_around(trunk)
+    last = len(stations) - 1
+    stem, tail = Segment(trunk, -1), Segment(trunk, last)
+    called = [Called(trunk, index, Segment(trunk, index - 1) if glued[index] else None) for index in range(last + 1)]
+    with torch.no_grad():
+        stem(example.tensor)
+    trunk.known = trunk.current
+    segments = [stem, *(block.glue for block in called if block.glue is not None), tail]
+    _find_reading(trunk, segments[1:])
+    unused = _find_weights(trunk, segments)
+    return Parts(trunk, stem, called, tail, unused)
+
+
+def _slots(model: nn.Module) -> Iterator[Slot]:
+    """Every module below a model, where it stands."""
+    for name, parent in model.named_modules():
+        for key, child in parent.named_children():
+            yield Slot(f"{name}.{key}" if name else key, parent, key, child)
+
+
+def _find_around(trunk: Trunk) -> None:
+    """Find which modules are called in one place only, what they give, and in which place."""
+    model, example = trunk.model, trunk.example
+    stations = {id(station.slot.module) for station in trunk.stations}
+    inside = {id(module) for station in trunk.stations for module in station.slot.module.modules()}
+    spanning = {id(m) for m in model.modules() if any(id(inner) in stations for inner in m.modules())}
+    places: dict[int, set[int]] = {}
+    outputs: dict[int, Any] = {}
+    left = 0
+
+    def passed(_module: nn.Module, _args: Any, _output: Any) -> None:
+        nonlocal left
+        left += 1
+
+    def called(module: nn.Module, _args: Any) -> None:
+        places.setdefault(id(module), set()).add(left)
+
+    def gave(module: nn.Module, _args: Any, output: Any) -> None:
+        if id(module) in outputs and outputs[id(module)] != _outlined(output, example.num_items):
+            places[id(module)].add(-1)  # it gives now this, now that: no stand-in for it
+        outputs[id(module)] = _outlined(output, example.num_items)
+
+    counts: dict[int, int] = {}
+    slots = list(_slots(model))
+    for slot in slots:
+        counts[id(slot.module)] = counts.get(id(slot.module), 0) + 1
+    handles = [station.slot.module.register_forward_hook(passed) for station in trunk.stations]
+    for slot in slots:
+        if id(slot.module) not in inside and id(slot.module) not in spanning:
+            handles.append(slot.module.register_forward_pre_hook(called))
+            handles.append(slot.module.register_forward_hook(gave))
+    try:
+        with torch.no_grad():
+            example.call(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    taken: set[int] = set()
+    for slot in slots:
+        where = places.get(id(slot.module), set())
+        if id(slot.module) in taken or len(where) != 1 or counts[id(slot.module)] > 1:
+            continue
+        place = next(iter(where))
+        inner = [places.get(id(module), {place}) for module in slot.module.modules()]
+        if all(each == {place} for each in inner):
+            trunk.around.append((slot, place))
+            trunk.outputs[len(trunk.around) - 1] = outputs[id(slot.module)]
+            taken |= set(map(id, slot.module.modules()))
+
+
+def _find_reading(trunk: Trunk, segments: Sequence[Segment]) -> None:
+    """Find out whether what is behind the first block looks at the main input."""
+    context = trunk.known
+    assert context is not None, "the stem has run"
+    main = context.example.tensor
+    other = context.example.with_main(torch.zeros((), dtype=main.dtype, device=main.device).expand_as(main))
+
+    def seen() -> list[bytes]:
+        found = []
+        for segment in segments:
+            station = trunk.stations[segment.start]
+            with torch.no_grad():
+                found.append(digest([segment(_noise(station, trunk.example, 7))]))
+        return found
+
+    before = seen()
+    trunk.current = Context(context.calls, other, context.outputs, context.num_items)
+    try:
+        trunk.reads_inputs = seen() != before
+    except Exception:  # whatever a model says of an empty input
+        trunk.reads_inputs = True
+    if not trunk.reads_inputs:
+        trunk.known = trunk.current
+    trunk.current = trunk.known
+
+
+def _find_weights(trunk: Trunk, segments: Sequence[Segment]) -> list[nn.Parameter]:
+    """Give segments the weights that they read without a module of their own; what is left is read by none."""
+    model = trunk.model
+    held = {id(w) for segment in segments for w in segment.parameters()}
+    held |= {id(w) for station in trunk.stations for w in station.slot.module.parameters()}
+    rest = [weight for weight in model.parameters() if id(weight) not in held]
+    learning = [weight for weight in rest if weight.is_floating_point()]
+    found: set[int] = set()
+    frozen = [weight for weight in learning if not weight.requires_grad]
+    for weight in frozen:
+        weight.requires_grad_(True)
+    try:
+        for segment in segments:
+            if not learning:
+                break
+            with torch.enable_grad():
+                if segment.start < 0:
+                    ends = [segment(trunk.example.tensor)]
+                    context = trunk.current
+                    ends += [] if context is None else context.tensors
+                else:
+                    ends = [segment(_noise(trunk.stations[segment.start], trunk.example, 7))]
+            ends = [end for end in ends if end.requires_grad]
+            if not ends:
+                continue
+            gradients = torch.autograd.grad(ends, learning, [torch.ones_like(end) for end in ends], allow_unused=True)
+            for weight, gradient in zip(learning, gradients, strict=True):
+                if gradient is not None:
+                    segment.weights.append(weight)
+                    found.add(id(weight))
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
+        trunk.current = trunk.known
+    return [weight for weight in rest if id(weight) not in found]
