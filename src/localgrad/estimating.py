@@ -26,7 +26,7 @@ from localgrad.memory.track import (
     simulate,
     without_collector,
 )
-from localgrad.objectives.carried import LocalBatch
+from localgrad.objectives.carried import LocalBatch, made_up
 from localgrad.step.executor import StepResult
 from localgrad.step.offload import HOST, Offloader
 
@@ -67,8 +67,8 @@ def estimate_step(
         learner._recomputed_globally()  # made of real blocks; fake ones can't be taken apart
     return simulate(
         _bare(learner),
-        _EstimatedStep(optimizer, (batch_size, *learner.backbone.input_size), globally=globally),
-        inputs={"labels": ((batch_size,), torch.int64)},
+        _EstimatedStep(optimizer, globally=globally),
+        inputs={"labels": (learner.label_shape(batch_size), torch.int64)},
         device="cuda" if (device or learner.device).type == "cuda" else "cpu",
         host=LocalLearner.host_tensors,
     )
@@ -92,9 +92,8 @@ class _EstimatedStep:
     It makes its images as the data path does, and gives them away, so that they are counted for as long as they live.
     """
 
-    def __init__(self, factory: Factories, size: tuple[int, ...], *, globally: bool = False) -> None:
+    def __init__(self, factory: Factories, *, globally: bool = False) -> None:
         self.factory = factory
-        self.size = size
         self.globally = globally
         self.configured = False
 
@@ -111,7 +110,7 @@ class _EstimatedStep:
             labels = labels[: 2 * learner._settings["accumulation"]]
         # The first step makes all optimizer state, also that of auxiliary nets, which an end-to-end step leaves alone.
         step = learner.global_step_on if self.globally and not first else learner.step_on
-        return step(LocalBatch(torch.empty(len(labels), *self.size[1:], dtype=learner.backbone.dtype), labels))
+        return step(made_up(learner.backbone, labels))
 
 
 def _annotate_modules(learner: LocalLearner) -> None:
@@ -179,7 +178,7 @@ def record_run(
     with by_shapes_alone():
         fake_mode, fake, _ = fake_copy_with_memo(_bare(learner))
         fake_mode.channels_first = not cudnn
-        make = make_batch or partial(_plain_batch, size=learner.backbone.input_size, dtype=learner.backbone.dtype)
+        make = make_batch or partial(_plain_batch, learner)
         with fake_mode, autocast_of("cuda", card) as like_cuda, foreach_of("cuda"), Tracker(1, recorder) as tracker:
             recorder.mark("weights")
             if learner.offload:
@@ -234,9 +233,8 @@ class _RecordedRun:
         self.learner.train()
 
 
-def _plain_batch(num_images: int, *, size: tuple[int, ...], dtype: torch.dtype) -> LocalBatch:
-    images = torch.empty(num_images, *size, dtype=dtype)
-    return LocalBatch(images, torch.zeros(num_images, dtype=torch.int64))
+def _plain_batch(learner: LocalLearner, num_images: int) -> LocalBatch:
+    return made_up(learner.backbone, torch.zeros(learner.label_shape(num_images), dtype=torch.int64))
 
 
 def _move(learner: LocalLearner, tracker: Tracker) -> None:

@@ -12,6 +12,7 @@ import torch
 from localgrad.estimating import _bare
 from localgrad.learner import LocalLearner
 from localgrad.memory.track import simulate
+from localgrad.objectives.carried import empty_inputs
 
 LARGEST_EVALUATION_BATCH = 256
 
@@ -37,7 +38,7 @@ def _evaluate(learner: LocalLearner, batch_size: int) -> None:
     """What ``training.trainer.evaluate`` does with a batch."""
     learner.eval()
     with torch.no_grad():
-        images = torch.empty(batch_size, *learner.backbone.input_size, dtype=learner.backbone.dtype)
+        images = empty_inputs(learner.backbone, batch_size)
         logits = list(learner.logits(images))
         if learner.averaged_model is not None:
             logits[-1] = learner.averaged_logits(images)

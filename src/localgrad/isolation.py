@@ -46,7 +46,7 @@ def check_isolation(learner: LocalLearner, images: Tensor | None = None, labels:
         with left_as_it_was(learner.model, *learner.modules):
             dtype, num_classes = learner.backbone.dtype, learner.backbone.num_classes
             if images is None:
-                images = torch.randn(2, *learner.backbone.input_size, device=device).to(dtype)
+                images = learner.backbone.inputs().to(device)
             if labels is None:
                 labels = torch.arange(2, device=device) % num_classes
             batch = LocalBatch(images, labels)

@@ -22,7 +22,6 @@ from torch.optim import Optimizer
 from localgrad import rules
 from localgrad.backbones.base import Backbone, split
 from localgrad.backbones.hooks import has_hooks
-from localgrad.backbones.timm_models import default_input_size
 from localgrad.errors import (
     BackboneError,
     CheckpointError,
@@ -35,6 +34,7 @@ from localgrad.errors import (
 from localgrad.formats import Json
 from localgrad.objectives.auxiliary import carry_exemptions
 from localgrad.objectives.carried import LocalBatch, Route
+from localgrad.objectives.losses import Loss, loss_of
 from localgrad.objectives.methods import FeatureReconstruction, Objective, is_number
 from localgrad.partition import Checkpointing, Plan, Request
 from localgrad.partitioning import CheckpointRequest, frozen_from, make_plan, num_parameters
@@ -44,6 +44,7 @@ from localgrad.step.checks import (
     Remembered,
     ReplacedOptimizers,
     check_images,
+    check_inputs,
     check_labels,
     check_model,
     check_optimizer,
@@ -96,6 +97,9 @@ class Learner(ABC):
         modules: Request | Plan = 4,
         objective: Objective | None = None,
         input_size: tuple[int, int, int] | None = None,
+        example: Any = None,
+        blocks: str | None = None,
+        loss: str | Loss | None = None,
         precision: str = "fp32",
         checkpoint: CheckpointRequest = False,
         compile: bool = False,
@@ -109,9 +113,12 @@ class Learner(ABC):
         )
         if isinstance(model, Backbone) and input_size not in (None, model.input_size):
             raise BackboneError(f"input_size: {input_size}, but the backbone was split for {model.input_size}.")
-        self.backbone = model if isinstance(model, Backbone) else split(model, input_size or default_input_size(model))
+        self.backbone = (
+            model if isinstance(model, Backbone) else split(model, input_size, example=example, blocks=blocks)
+        )
         self.model = self.backbone.model
-        check_model(self.backbone)
+        self.loss = loss_of(loss, self.backbone)
+        check_model(self.backbone, self.loss)
         if checkpoint is False and self.backbone.recomputes:  # timm's own flag is on
             checkpoint = "blocks"
         if objective is not None and not isinstance(objective, Objective):
@@ -153,6 +160,7 @@ class Learner(ABC):
             self.plan,
             self.objective,
             overlap=overlap,
+            loss=self.loss,
             drawing=lambda index: drawing_from(self.device, (self.seed, index) if draws_by_seed else None),
         )
         self.route = Route(module.objective.uses for module in self.modules)
@@ -246,8 +254,12 @@ class Learner(ABC):
         """Make one optimizer for each own module, by one factory or by one each."""
 
     @abstractmethod
-    def step(self, images: Tensor, labels: Tensor) -> StepResult:
+    def step(self, images: Any, labels: Tensor | None = None) -> StepResult:
         """Train the own modules on one batch."""
+
+    def label_shape(self, num_items: int) -> tuple[int, ...]:
+        """Of the labels of a batch."""
+        return self.loss.label_shape(num_items, self.backbone)
 
     def _device_of(self, parameters: Sequence[nn.Parameter]) -> torch.device:
         """Where a local module trains; where it is."""
@@ -365,6 +377,9 @@ class Learner(ABC):
     def _check_batch(self, batch: LocalBatch) -> None:
         images, size = batch.images, self.backbone.input_size
         check_tensors(batch)
+        if self.backbone.trunk is not None and images is not None:
+            check_inputs(batch, self.backbone.given)
+            size = size if images.is_floating_point() else tuple(images.shape[1:])
         if images is None or tuple(images.shape[1:]) != size:
             got = None if images is None else list(images.shape)
             raise BackboneError(
@@ -372,10 +387,17 @@ class Learner(ABC):
                 f"[B, {', '.join(map(str, size))}]; pass input_size= for another size."
             )
         autocasts = self.precision != "fp32" or torch.is_autocast_enabled(self.device.type)
-        check_images(images, self._image_dtypes, self.device, autocasts=autocasts)
-        check_labels(batch.labels, images, self.backbone.num_classes)
+        check_images(
+            images,
+            self._image_dtypes,
+            self.device,
+            autocasts=autocasts,
+            is_image=self.backbone.given.tensor.is_floating_point(),
+        )
+        if self.loss.is_of_classes:
+            check_labels(batch.labels, images, self.backbone.num_classes)
         if not self._values_checked:
-            check_values(batch, self.backbone.num_classes)
+            check_values(batch, self.backbone.num_classes, of_classes=self.loss.is_of_classes)
             self._values_checked = True
 
     def _in_training(self) -> None:
@@ -527,6 +549,10 @@ class LocalLearner(Learner):
             other settings, another device or smaller batches trains, with a warning that its forecast isn't of this.
         objective: what every module but the last is trained on; by default ``FeatureReconstruction()``.
         input_size: (C, H, W) of the images; by default the model's own.
+        example: for a model that isn't timm's, a batch as it is called with, see ``split``.
+        blocks: dotted name of the container of its blocks, see ``split``.
+        loss: of every module's task, by name or a function of (logits, labels), see ``objectives/losses.py``; by
+            default cross-entropy, of the next token for causal language models of transformers.
         precision: ``fp32``, ``bf16`` or ``fp16`` autocast.
         checkpoint: what modules recompute in their backward pass: ``"blocks"`` (or ``True``), ``"halves"``,
             ``"halves/8"`` (over 8 chunks of the batch), ``"halves/8:3"`` (the first three blocks), ``"none"``; one for
@@ -567,6 +593,9 @@ class LocalLearner(Learner):
         modules: Request | Plan = 4,
         objective: Objective | None = None,
         input_size: tuple[int, int, int] | None = None,
+        example: Any = None,
+        blocks: str | None = None,
+        loss: str | Loss | None = None,
         precision: str = "fp32",
         checkpoint: CheckpointRequest = False,
         compile: bool = False,
@@ -587,6 +616,9 @@ class LocalLearner(Learner):
             modules=modules,
             objective=objective,
             input_size=input_size,
+            example=example,
+            blocks=blocks,
+            loss=loss,
             precision=precision,
             checkpoint=checkpoint,
             compile=compile,
@@ -670,7 +702,7 @@ class LocalLearner(Learner):
             self._offloader.rest()
         super().load_state_dict(state)
 
-    def step(self, images: Tensor, labels: Tensor) -> StepResult:
+    def step(self, images: Any, labels: Tensor | None = None) -> StepResult:
         """Train every local module on one batch: K forwards, K losses, K backwards, K updates.
 
         The model trains in training mode, but for modules of it that you put in evaluation mode one by one (norms that
@@ -680,7 +712,8 @@ class LocalLearner(Learner):
         processor labels beyond the classes are refused in any step.
 
         Args:
-            images: [B, C, H, W], normalised, of the model's dtype and on its device.
+            images: [B, C, H, W], normalised, of the model's dtype and on its device; or what else the model is called
+                with, as its example: a tensor, a tuple, or a dict, which may hold the labels.
             labels: class indices int64 [B], -100 for an image whose label doesn't count; or soft targets
                 [B, num_classes], probabilities.
 
@@ -694,7 +727,7 @@ class LocalLearner(Learner):
                 changed since the learner was made.
             DataError: an empty batch; labels that don't fit the images or the classes; images that aren't finite.
         """
-        return self.step_on(LocalBatch(images, labels))
+        return self.step_on(LocalBatch.of(images, labels))
 
     def step_on(self, batch: LocalBatch) -> StepResult:
         """As ``step``, on a batch that gives its images away: they are freed as soon as no module needs them.
@@ -718,9 +751,10 @@ class LocalLearner(Learner):
         if self.check_ready(self._executor.steps):
             self._global_step = None  # it holds the weights of before
         self._check_batch(batch)
+        batch.loss = self.loss
         return self._executor
 
-    def global_step(self, images: Tensor, labels: Tensor) -> StepResult:
+    def global_step(self, images: Any, labels: Tensor | None = None) -> StepResult:
         """Train all modules end to end on one batch, recomputing as ``global_checkpoint`` says.
 
         The task loss of the model's own logits reaches every module; auxiliary nets have no part in it. The
@@ -736,7 +770,7 @@ class LocalLearner(Learner):
         Raises:
             RecipeError: modules are offloaded; and what ``step`` raises.
         """
-        return self.global_step_on(LocalBatch(images, labels))
+        return self.global_step_on(LocalBatch.of(images, labels))
 
     def global_step_on(self, batch: LocalBatch) -> StepResult:
         """As ``global_step``, on a batch.
@@ -787,7 +821,7 @@ class LocalLearner(Learner):
         """What ended a step: of labels of no class, which processors find in any step, what the first step says."""
         if isinstance(error, IndexError):
             try:
-                check_values(batch, self.backbone.num_classes)
+                check_values(batch, self.backbone.num_classes, of_classes=self.loss.is_of_classes)
             except DataError as told:
                 return told
         return error
@@ -813,7 +847,7 @@ class LocalLearner(Learner):
             yield f"{begun} no weights were updated (running statistics may have moved). The next step begins anew."
 
     @torch.no_grad()
-    def logits(self, images: Tensor) -> tuple[Tensor | None, ...]:
+    def logits(self, images: Any) -> tuple[Tensor | None, ...]:
         """Class logits of each module's own classifier, the whole model's last; nothing is trained.
 
         Call ``eval()`` first, as with any model.
@@ -829,7 +863,10 @@ class LocalLearner(Learner):
         """
         self._made_of.check()
         found = []
-        for visit in walk(self.modules, LocalBatch(images, NO_LABELS)):
+        batch = LocalBatch.of(images, NO_LABELS)
+        if self.backbone.trunk is not None:
+            self.backbone.trunk.batch.given = batch.given
+        for visit in walk(self.modules, batch):
             with self._on_device(visit.index), autocast(self.device.type, self.precision):
                 passed = visit.module.run_parts(visit.received)
                 found.append(visit.module.objective.classify(passed.outputs))

@@ -62,7 +62,8 @@ def make_plan(backbone: Backbone, modules: Request | Plan, *, checkpoint: Checkp
 def activation_bytes(backbone: Backbone) -> list[int]:
     """Bytes that autograd keeps for one image in each block; the stem counts to the first, the tail to the last."""
     # Two images: batch norms refuse to train on one.
-    images = torch.empty(2, *backbone.input_size, dtype=backbone.dtype, device="meta")
+    shape, dtype = backbone.like(2)
+    images = torch.empty(shape, dtype=dtype, device="meta")
     stem, *blocks, tail = block_activation_bytes([backbone.stem, *backbone.blocks, backbone.tail], images)
     blocks[0] += stem
     blocks[-1] += tail

@@ -192,6 +192,8 @@ class Backbone(nn.Module):
     """Width of the logits."""
     given: Example
     """What the model is called with, two items: images, or what it was split by."""
+    names_tokens: bool
+    """Whether there are logits for each token [B, N, num_classes], and not for each item."""
     trunk: Trunk | None
     """What the parts share where they were found by watching the model; else ``None``."""
 
@@ -263,6 +265,7 @@ class Backbone(nn.Module):
         num_classes: int,
         given: Example | None = None,
         trunk: Trunk | None = None,
+        names_tokens: bool = False,
     ) -> None:
         # Past nn.Module's registry, so that state_dict() holds nothing twice; deepcopy copies it with the rest.
         object.__setattr__(self, "model", model)
@@ -270,6 +273,7 @@ class Backbone(nn.Module):
         self.block_names, self.layouts = tuple(block_names), tuple(layouts)
         self.stage_boundaries = tuple(stage_boundaries)
         self.input_size, self.num_classes = input_size, num_classes
+        self.names_tokens = names_tokens
         self.given, self.trunk = given or Example.of(_random_images(input_size)), trunk
         self._written_buffers: frozenset[str] = frozenset()
         self._followed = _shared_slots(model, self)
@@ -384,7 +388,7 @@ class Backbone(nn.Module):
         if not isinstance(images, Tensor):
             given = Example.of(images, "inputs")
             if self.trunk is not None:
-                self.trunk.given = given
+                self.trunk.batch.given = given
             images = given.tensor
         features = self.stem(images)
         for block in self.blocks:
@@ -526,7 +530,7 @@ def split(
 
 def _found(model: nn.Module, given: Example, blocks: str | None) -> Backbone:
     """The parts of a model on the processor: as timm's are known, or by watching it."""
-    is_image = given.tensor.ndim == 4 and given.tensor.is_floating_point() and len(given.args) == 1 and not given.kwargs
+    is_image = given.tensor.ndim == 4 and given.tensor.is_floating_point() and given.is_single
     if blocks is None and is_image and _is_timms(model):
         try:
             return _split(model, given.tensor.to(next(model.parameters())))
@@ -570,6 +574,7 @@ def _watched(model: nn.Module, given: Example, blocks: str | None) -> Backbone:
             num_classes=logits.shape[1 if logits.ndim == 4 else -1],
             given=given,
             trunk=parts.trunk,
+            names_tokens=logits.ndim == 3,
         )
         stations = [(station.slot.name, station.slot.module) for station in parts.trunk.stations]
         try:

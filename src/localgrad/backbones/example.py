@@ -82,10 +82,19 @@ class Example:
         """B."""
         return len(self.tensor)
 
+    @property
+    def is_single(self) -> bool:
+        """Whether it is a single tensor."""
+        return len(self.args) == 1 and not self.kwargs
+
     def map(self, change: Callable[[Tensor], Tensor]) -> Example:
         """With every tensor changed; one that stands twice is changed once."""
         known: dict[int, Tensor] = {}
         return Example(mapped(self.args, change, known), mapped(self.kwargs, change, known), self.main)
+
+    def leaves(self) -> list[tuple[Path, Any]]:
+        """Everything in it, with the path to each."""
+        return leaves((self.args, self.kwargs))
 
     def with_main(self, tensor: Tensor) -> Example:
         """With another main tensor."""
@@ -103,6 +112,17 @@ class Example:
             return tensor.repeat(-(-count // have), *[1] * (tensor.ndim - 1))[:count]
 
         return self.map(taken)
+
+    def chunk(self, count: int) -> list[Example]:
+        """In parts, as ``Tensor.chunk`` cuts a batch."""
+        have, found, begin = self.num_items, [], 0
+        for part in self.tensor.chunk(count):
+            rows = slice(begin, begin + len(part))
+            found.append(
+                self.map(lambda tensor, rows=rows: tensor[rows] if tensor.ndim and len(tensor) == have else tensor)
+            )
+            begin += len(part)
+        return found
 
     def to(self, device: torch.device | str) -> Example:
         """On a device."""

@@ -248,6 +248,34 @@ def _standing_in(stand_ins: Sequence[tuple[Slot, _StandIn]]) -> Iterator[None]:
 
 
 @final
+class UnderWay:
+    """What parts share about the batch that is under way; it knows no model, so that blocks can be copied alone."""
+
+    def __init__(self) -> None:
+        self.given: Example | None = None
+        """All that the model is called with, where that is more than its main tensor."""
+        self.current: Context | None = None
+        self.known: Context | None = None
+        """The context of the example."""
+
+    def context(self, features: Tensor) -> Context:
+        """The context of the batch under way, or the example's where something else is tried out; features [B, ...]."""
+        if self.current is not None and self.current.num_items == len(features):
+            return self.current
+        assert self.known is not None, "the stem has run once"
+        dtype, device = features.dtype, features.device
+        known = self.known.rows(len(features))
+        return known.map(lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> UnderWay:
+        """Without the batch under way, whose tensors have graphs."""
+        twin = UnderWay()
+        memo[id(self)] = twin
+        twin.known = copy.deepcopy(self.known, memo)
+        return twin
+
+
+@final
 class Trunk:
     """A model, its stations, what stands around them, and the context of the batch that is under way.
 
@@ -264,35 +292,17 @@ class Trunk:
         """What those give, by their number, for the example."""
         self.reads_inputs = True
         """Whether something behind the first block looks at the main tensor."""
-        self.given: Example | None = None
-        self.current: Context | None = None
-        self.known: Context | None = None
-        """The example's own context."""
+        self.draws: dict[int, bool] = {}
+        """By the start of a segment, whether random numbers are drawn on the way there, as far as it was seen."""
+        self.batch = UnderWay()
 
     def inputs(self, main: Tensor) -> Example:
         """What the model is called with, of which one tensor is given: the others of this batch, or the example's."""
-        given = self.given
+        given = self.batch.given
         if given is None or given.num_items != len(main):
             given = self.example.rows(len(main))
             given = given.map(lambda tensor: tensor.to(main.device))
         return given.with_main(main)
-
-    def context(self, features: Tensor) -> Context:
-        """The context of the batch under way, or the example's where something else is tried out; features [B, ...]."""
-        if self.current is not None and self.current.num_items == len(features):
-            return self.current
-        assert self.known is not None, "the stem has run once"
-        dtype, device = features.dtype, features.device
-        known = self.known.rows(len(features))
-        return known.map(lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Trunk:
-        """Without the batch under way, whose tensors have graphs."""
-        twin = object.__new__(Trunk)
-        memo[id(self)] = twin
-        kept = {**vars(self), "given": None, "current": None}
-        vars(twin).update(copy.deepcopy(kept, memo))
-        return twin
 
     def run(
         self, example: Example, answer: Callable[[int, tuple[Any, ...], Kwargs], Any], others: dict[int, Any]
@@ -335,8 +345,6 @@ class Segment(nn.Module):
         super().__init__()
         self.trunk = trunk
         self.start = start
-        self.draws: bool | None = None
-        """Whether random numbers are drawn on the way to where it begins; ``None`` until it was seen."""
         self.weights = nn.ParameterList()
         for number, (slot, place) in enumerate(trunk.around):
             if place == start + 1:
@@ -388,15 +396,15 @@ class Segment(nn.Module):
                 hook.remove()
         if not trunk.reads_inputs:
             example = example.with_main(torch.zeros((), dtype=main.dtype, device=main.device).expand_as(main))
-        trunk.current = Context(calls, example, {**others, **outputs}, len(main))
+        trunk.batch.current = Context(calls, example, {**others, **outputs}, len(main))
         return first[0]
 
     def _go_on(self, features: Tensor) -> Tensor:
         trunk = self.trunk
-        context = trunk.context(features)
+        context = trunk.batch.context(features)
         learns = torch.is_grad_enabled()
-        looks = self.draws is None and trunk.model.training
-        before = RandomState() if self.draws or looks else None
+        draws = trunk.draws.get(self.start)
+        before = RandomState() if draws or (draws is None and trunk.model.training) else None
 
         def answer(index: int, args: tuple[Any, ...], kwargs: Kwargs) -> Any:
             station = trunk.stations[index]
@@ -406,7 +414,7 @@ class Segment(nn.Module):
                 return station.stand_in(taken_out(station, args, kwargs)[0], len(features))
             torch.set_grad_enabled(learns)
             if before is not None:
-                self.draws = bool(self.draws) or not before.holds()
+                trunk.draws[self.start] = bool(draws) or not before.holds()
                 before.restore()  # what is drawn from here on is what the model itself draws here
             return station.answer(features, len(features))
 
@@ -444,23 +452,23 @@ class Called(nn.Module):
 
     def __init__(self, trunk: Trunk, index: int, glue: Segment | None) -> None:
         super().__init__()
-        self.trunk = trunk
-        self.index = index
+        station = trunk.stations[index]
+        self.batch = trunk.batch
+        self.index, self.enters, self.leaves = index, station.enters, station.leaves
         self.glue = glue
-        self.block = trunk.stations[index].slot.module
+        self.block = station.slot.module
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, ...] to [B, ...]."""
-        trunk, station = self.trunk, self.trunk.stations[self.index]
-        args, kwargs = trunk.context(features).calls[self.index]
+        args, kwargs = self.batch.context(features).calls[self.index]
         if self.glue is not None:
             features = self.glue(features)
-        where, *path = station.enters
+        where, *path = self.enters
         if where == "args":
             output = self.block(*replaced(args, tuple(path), features), **kwargs)
         else:
             output = self.block(*args, **replaced(kwargs, tuple(path), features))
-        for step in station.leaves:
+        for step in self.leaves:
             output = output[step]
         found: Tensor = output
         return found
@@ -845,7 +853,7 @@ def _made_of(model: nn.Module, stations: list[Station], glued: list[bool], examp
     called = [Called(trunk, index, Segment(trunk, index - 1) if glued[index] else None) for index in range(last + 1)]
     with torch.no_grad():
         stem(example.tensor)
-    trunk.known = trunk.current
+    trunk.batch.known = trunk.batch.current
     segments = [stem, *(block.glue for block in called if block.glue is not None), tail]
     _find_reading(trunk, segments[1:])
     unused = _find_weights(trunk, segments)
@@ -911,7 +919,7 @@ def _find_around(trunk: Trunk) -> None:
 
 def _find_reading(trunk: Trunk, segments: Sequence[Segment]) -> None:
     """Find out whether what is behind the first block looks at the main input."""
-    context = trunk.known
+    context = trunk.batch.known
     assert context is not None, "the stem has run"
     main = context.example.tensor
     other = context.example.with_main(torch.zeros((), dtype=main.dtype, device=main.device).expand_as(main))
@@ -925,14 +933,14 @@ def _find_reading(trunk: Trunk, segments: Sequence[Segment]) -> None:
         return found
 
     before = seen()
-    trunk.current = Context(context.calls, other, context.outputs, context.num_items)
+    trunk.batch.current = Context(context.calls, other, context.outputs, context.num_items)
     try:
         trunk.reads_inputs = seen() != before
     except Exception:  # whatever a model says of an empty input
         trunk.reads_inputs = True
     if not trunk.reads_inputs:
-        trunk.known = trunk.current
-    trunk.current = trunk.known
+        trunk.batch.known = trunk.batch.current
+    trunk.batch.current = trunk.batch.known
 
 
 def _find_weights(trunk: Trunk, segments: Sequence[Segment]) -> list[nn.Parameter]:
@@ -953,7 +961,7 @@ def _find_weights(trunk: Trunk, segments: Sequence[Segment]) -> list[nn.Paramete
             with torch.enable_grad():
                 if segment.start < 0:
                     ends = [segment(trunk.example.tensor)]
-                    context = trunk.current
+                    context = trunk.batch.current
                     ends += [] if context is None else context.tensors
                 else:
                     ends = [segment(_noise(trunk.stations[segment.start], trunk.example, 7))]
@@ -968,5 +976,5 @@ def _find_weights(trunk: Trunk, segments: Sequence[Segment]) -> list[nn.Paramete
     finally:
         for weight in frozen:
             weight.requires_grad_(False)
-        trunk.current = trunk.known
+        trunk.batch.current = trunk.batch.known
     return [weight for weight in rest if id(weight) not in found]

@@ -321,7 +321,7 @@ def measure_all(
     parts: list[list[PartCost]] = [[] for _ in WAYS]
     leading: list[list[PartCost]] = [[] for _ in WAYS]
     static, states, temporary, update_ns, likes = [], [], [], [], []
-    like: Like = ((size, *backbone.input_size), dtype)
+    like: Like = backbone.like(size)
     for number, unit in enumerate(units):
         likes.append(like)
         mark = signature(unit) or id(unit), like
@@ -361,7 +361,7 @@ def measure_all(
         update_ns=update_ns,
         temporary_adds=shop.temporaries_add(trained, optimizer),
         inputs=inputs,
-        images=shop.nbytes_of(((settings.batch_size, *backbone.input_size), dtype)),
+        images=shop.nbytes_of(backbone.like(settings.batch_size)),
         uses=sorted(uses),
         last_uses=sorted(last_uses),
         carried=sum(

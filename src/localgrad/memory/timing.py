@@ -197,7 +197,7 @@ def measure_times(
             real = _copied(backbone, device)
             gauge = ByClock(device, settings.precision)
             costs = measure_all(Workshop(gauge, settings), real, find_cuts(real), (objective, optimizer))
-            like = (settings.batch_size, *backbone.input_size), backbone.dtype
+            like = backbone.like(settings.batch_size)
             whole = gauge.measure(real, like, list(real.parameters()), needs_gradient=False).cost
     except torch.OutOfMemoryError as full:
         if settings.batch_size <= 2:

@@ -9,7 +9,7 @@ Shapes: B batch first, left out in ``Carried.shape`` of what is split with the b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, final
 
@@ -17,13 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from localgrad.backbones.base import Layout
-from localgrad.errors import RecipeError
+from localgrad.backbones.base import Backbone, Layout
+from localgrad.backbones.example import LABEL_NAMES, Example
+from localgrad.backbones.watching import Context
+from localgrad.errors import DataError, RecipeError
+from localgrad.objectives.losses import CROSS_ENTROPY, IGNORED, Loss
 from localgrad.objectives.site import Site
-
-IGNORED = -100
-"""The class index of images that no loss of the labels counts, as in ``torch.nn.functional.cross_entropy``."""
-
 
 CONTEXT_GRID = 4
 """Side of the grid that features are pooled to where they are later modules' context."""
@@ -132,7 +131,20 @@ def _previous(site: Site) -> Sequence[int]:
     return (site.previous or site.image).shape
 
 
-RESERVED = frozenset({"features", "labels", "targets", "number", "label_factor", "counts_all", "carried", "averaged"})
+RESERVED = frozenset(
+    {
+        "features",
+        "labels",
+        "targets",
+        "number",
+        "label_factor",
+        "counts_all",
+        "carried",
+        "averaged",
+        "given",
+        "called_with",
+    }
+)
 CARRIED = {
     each.name: each
     for each in (
@@ -273,6 +285,7 @@ class LocalBatch:
         label_factor: of one part of a batch, what makes a mean over its counted labels, times its share of the images,
             its share of the mean over all counted labels; a scalar, 1 where none is ignored.
         counts_all: whether no label is ignored, for certain: the data path has seen to it.
+        given: all that the model is called with, where that is more than the images; [B, ...] each.
         carried: what else, by name.
 
     Attributes:
@@ -289,6 +302,7 @@ class LocalBatch:
         number: int = 0,
         label_factor: Tensor | None = None,
         counts_all: bool = False,
+        given: Example | None = None,
         **carried: Value | None,
     ) -> None:
         unknown = carried.keys() - CARRIED.keys()
@@ -300,6 +314,11 @@ class LocalBatch:
         self.number = number
         self.label_factor = label_factor
         self.counts_all = counts_all
+        self.given = given
+        self.called_with: Context | None = None
+        """What blocks of a model that was split by watching need beside features; the stem makes it."""
+        self.loss: Loss = CROSS_ENTROPY
+        """Of the task: how many of the labels count."""
         self.branches: tuple[Tensor, ...] = ()
         self.carried: dict[str, Value] = {
             name: value for name, value in {"images": images, **carried}.items() if value is not None
@@ -332,6 +351,26 @@ class LocalBatch:
         assert self.known_targets is not None, "mixed labels come with targets"
         return self.known_targets
 
+    @classmethod
+    def of(cls, inputs: Any, labels: Tensor | None = None) -> LocalBatch:
+        """From what a model is called with: a tensor, a tuple or a dict; labels may be in the dict.
+
+        Raises:
+            DataError: there are no labels.
+        """
+        if isinstance(inputs, Tensor):
+            if labels is None:
+                raise DataError("labels: got None; pass class indices int64 [B], -100 for images that have none.")
+            return cls(inputs, labels)
+        if labels is None and isinstance(inputs, Mapping):
+            labels = next((inputs[name] for name in LABEL_NAMES if name in inputs), None)
+        if labels is None:
+            raise DataError(
+                f"labels: got none; pass step(inputs, labels), or put them in the batch as {LABEL_NAMES[0]!r}."
+            )
+        given = Example.of(inputs, "inputs")
+        return cls(given.tensor, labels, given=given)
+
     def keep(self, carried: Iterable[Carried]) -> None:
         """Let go of all that is carried but these."""
         names = {each.name for each in carried}
@@ -341,6 +380,7 @@ class LocalBatch:
         """The batch as another module receives it."""
         onward = LocalBatch(None, self.labels, features=features, targets=self._targets, number=self.number)
         onward.carried = carried
+        onward.called_with = self.called_with
         return onward
 
     def to(self, device: torch.device) -> LocalBatch:
@@ -354,6 +394,8 @@ class LocalBatch:
 
         targets = None if self._targets is None else moved(self._targets)
         there = LocalBatch(None, moved(self.labels), features=moved(self.features), targets=targets, number=self.number)
+        there.given = None if self.given is None else self.given.map(moved)
+        there.called_with = None if self.called_with is None else self.called_with.map(moved)
         there.carried = {
             name: moved(value) if isinstance(value, Tensor) else tuple(map(moved, value))
             for name, value in self.carried.items()
@@ -376,23 +418,33 @@ class LocalBatch:
         features = [None] * len(labels) if self._features is None else self._features.chunk(count)
         carried = {name: cut(name, value) for name, value in self.carried.items()}
         factors = self._label_factors(count, labels)
+        contexts = [None] * len(labels) if self.called_with is None else self.called_with.chunk(count)
+        given = [None] * len(labels) if self.given is None else self.given.chunk(count)
         found = []
         for index, own in enumerate(labels):
             part = LocalBatch(None, own, features=features[index], number=self.number, label_factor=factors[index])
+            part.given, part.called_with = given[index], contexts[index]
             part.carried = {name: values[index] for name, values in carried.items()}
             found.append(part)
         return found
 
+    def take_context(self, parts: Sequence[LocalBatch]) -> None:
+        """Take what the stem has made for the parts of this batch."""
+        contexts = [part.called_with for part in parts if part.called_with is not None]
+        self.called_with = Context.join(contexts) if contexts else None
+
     def _label_factors(self, count: int, labels: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """``label_factor`` of each part: computed once for all modules, and without waiting for the device."""
-        if len(labels) < 2 or self.counts_all or self.labels.is_floating_point():
+        found = [self.loss.counted(part) for part in labels] if len(labels) > 1 and not self.counts_all else [None]
+        if any(each is None for each in found):
             return [None] * len(labels)
         if count not in self._factors:
-            counted = torch.stack([part.sum() for part in (self.labels != IGNORED).chunk(count)])
+            counted = torch.stack([each for each in found if each is not None])
             # Whole numbers above and below, so that it is 1 to the last bit where all labels count.
             total, counted = counted.sum(), counted * len(self.labels)
-            found = [part / (total * len(own)) for part, own in zip(counted.unbind(), labels, strict=True)]
-            self._factors[count] = tuple(found)
+            self._factors[count] = tuple(
+                part / (total * len(own)) for part, own in zip(counted.unbind(), labels, strict=True)
+            )
         return self._factors[count]
 
 
@@ -406,3 +458,19 @@ def empty_batch(site: Site, carried: Iterable[Carried], num_images: int, dtype: 
         is_input = each.name == "images" and site.index == 0
         batch.carried[each.name] = batch.features if is_input else each.empty(site, num_images, dtype)
     return batch
+
+
+def empty_inputs(backbone: Backbone, num_items: int) -> Tensor:
+    """The main input of a batch, of uninitialised memory (token ids: zeros), on the current device."""
+    shape, dtype = backbone.like(num_items)
+    return torch.empty(shape, dtype=dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype)
+
+
+def made_up(backbone: Backbone, labels: Tensor) -> LocalBatch:
+    """A batch as long as its labels, on which nothing depends but shapes."""
+    main = empty_inputs(backbone, len(labels))
+    given = backbone.given
+    if given.is_single:
+        return LocalBatch(main, labels)
+    others = given.rows(len(labels)).map(lambda tensor: torch.zeros_like(tensor, device=main.device))
+    return LocalBatch(main, labels, given=others.with_main(main))

@@ -153,7 +153,7 @@ class Objective(ABC):
         )
 
     def _of_last(self, site: Site, context: ContextSupply | None, reconcile: float) -> LocalObjective:
-        terms: dict[str, Term] = {"task": TaskLoss(nn.Identity(), self.label_smoothing)}
+        terms: dict[str, Term] = {"task": TaskLoss(nn.Identity(), self.label_smoothing, loss=site.loss)}
         if site.index and self.transport_tau is not None:
             terms["transport"] = self._transport(site)
         over_time = {name: ends for name, ends in self.over_time.items() if name == "transport"}
@@ -241,7 +241,7 @@ class GreedySupervised(Objective):
         options = _for_depth(site, self.classifier_options)
         shapes = site.outputs, site.num_classes
         classifier = build_classifier(self.classifier, *shapes, options, site.following, undecayed=site.undecayed)
-        return {"task": (self.task_weight, TaskLoss(classifier, self.label_smoothing, share))}
+        return {"task": (self.task_weight, TaskLoss(classifier, self.label_smoothing, share, site.loss))}
 
 
 @dataclass(frozen=True, kw_only=True)

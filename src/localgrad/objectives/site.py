@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from localgrad.backbones.base import Layout
+from localgrad.objectives.losses import CROSS_ENTROPY, Loss
 
 Weight = float | tuple[float, float]
 """Weight of a term: one number, or (first, last) to interpolate linearly from the first local module to the
@@ -29,6 +30,7 @@ class Site:
         context: layouts of what each earlier module hands on.
         following: the blocks after it, each with the layout of what it gives.
         undecayed: ids of the model's parameters that it leaves weight decay off.
+        loss: of the task.
     """
 
     index: int
@@ -42,6 +44,7 @@ class Site:
     context: tuple[Layout, ...] = ()
     following: tuple[tuple[nn.Module, Layout], ...] = ()
     undecayed: frozenset[int] = frozenset()
+    loss: Loss = CROSS_ENTROPY
 
     @property
     def is_last(self) -> bool:

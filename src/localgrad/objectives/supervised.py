@@ -16,6 +16,7 @@ from localgrad.backbones.base import Layout
 from localgrad.objectives.auxiliary import Classifier, Pool
 from localgrad.objectives.base import Term, TermValue, in_float32, one_hot
 from localgrad.objectives.carried import IGNORED, LocalBatch
+from localgrad.objectives.losses import CROSS_ENTROPY, Loss
 
 
 class TaskLoss(Term):
@@ -28,10 +29,18 @@ class TaskLoss(Term):
         label_smoothing: from 0 to 1; soft targets come smoothed already and are taken as they are.
         teacher_share: share of the loss that is cross-entropy with the averaged model's own class probabilities
             (distillation, Hinton et al., arXiv 1503.02531, section 2, at temperature 1).
+        loss: of the task.
     """
 
-    def __init__(self, classifier: nn.Module, label_smoothing: float = 0.0, teacher_share: float = 0.0) -> None:
+    def __init__(
+        self,
+        classifier: nn.Module,
+        label_smoothing: float = 0.0,
+        teacher_share: float = 0.0,
+        loss: Loss = CROSS_ENTROPY,
+    ) -> None:
         super().__init__()
+        self.loss = loss
         self.classifier = classifier
         self.label_smoothing = label_smoothing
         self.teacher_share = teacher_share
@@ -40,8 +49,7 @@ class TaskLoss(Term):
     def forward(self, inputs: Tensor, outputs: Tensor, batch: LocalBatch, states: Sequence[Tensor] = ()) -> TermValue:
         """Compute the cross-entropy. Arguments as in ``Term.forward``."""
         logits = self.classifier(outputs)
-        smoothing = 0.0 if batch.labels.is_floating_point() else self.label_smoothing
-        loss = F.cross_entropy(in_float32(logits), batch.labels, label_smoothing=smoothing)
+        loss = self.loss(in_float32(logits), batch.labels, label_smoothing=self.label_smoothing)
         if batch.label_factor is not None:  # a part may hold no label that counts, and the mean over none is no number
             factor = batch.label_factor.to(loss.dtype)
             loss = (loss * factor).masked_fill(factor == 0, 0.0)

@@ -21,7 +21,6 @@ from typing import final
 from torch import Tensor
 
 from localgrad import rules
-from localgrad.backbones.base import Layout
 from localgrad.errors import BudgetError, PartitionError, RecipeError, arg
 from localgrad.memory.track import CUDA_ROUNDING, rounded
 from localgrad.objectives.methods import GreedySupervised
@@ -30,6 +29,7 @@ from localgrad.parallel.schedule import NUM_BUFFERS
 from localgrad.partition import Plan, RankForecast, RanksForecast, forecast_of
 from localgrad.planning.budget import Search, Task, at_least, budget_of, check_batch, confirmed, searches
 from localgrad.planning.search import UNLIMITED, Ranks, Solution, fastest_ranks, smallest_ranks
+from localgrad.step.local_module import image_of
 
 BALANCES = ("time", "memory")
 
@@ -138,7 +138,7 @@ class _RankSearch:
         self.packets = Packets(
             num_ranks=parallel.num_ranks,
             layouts=backbone.layouts,
-            image=Layout(kind="NCHW", width=backbone.input_size[0], grid=backbone.input_size[1:]),
+            image=image_of(backbone.input_size),
             num_classes=backbone.num_classes,
             num_images=self.batch_size,
             dtype=backbone.dtype,

@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from localgrad.backbones.base import Backbone
+from localgrad.backbones.example import Example
 from localgrad.backbones.fake import FakeTensor
 from localgrad.backbones.namespaces import Attributes
 from localgrad.errors import BackboneError, DataError, RecipeError
 from localgrad.objectives.carried import IGNORED, LocalBatch
+from localgrad.objectives.losses import Loss
 
 FACTORY = "configure_optimizers(lambda params: torch.optim.AdamW(params, lr=1e-3))"
 """A factory as it should be."""
@@ -94,7 +96,7 @@ class Remembered:
         return "the order of its modules was changed"
 
 
-def check_model(backbone: Backbone) -> None:
+def check_model(backbone: Backbone, loss: Loss) -> None:
     """Refuse a backbone that isn't its model any more, or a model that has nothing to learn.
 
     Raises:
@@ -107,7 +109,7 @@ def check_model(backbone: Backbone) -> None:
                 f"model: {name} was replaced or added after it was split, and would not be trained; split it again: "
                 "localgrad.split(model, input_size)."
             )
-    if backbone.num_classes < 2:
+    if backbone.num_classes < 2 and loss.needs_classes:
         raise BackboneError(
             "model: it has num_classes=1, and the cross-entropy of one class is always 0; make it with num_classes=2 "
             "(one logit for 'no', one for 'yes')."
@@ -267,7 +269,40 @@ def check_tensors(batch: LocalBatch) -> None:
             raise DataError(f"{name}: got a tensor that is {kind}; pass a dense one: torch.stack(...) or .to_dense().")
 
 
-def check_images(images: Tensor, dtypes: Sequence[torch.dtype], device: torch.device, *, autocasts: bool) -> None:
+def check_inputs(batch: LocalBatch, example: Example) -> None:
+    """Refuse inputs that are others than a model was split by: keywords, number of sides, kind of numbers.
+
+    Raises:
+        BackboneError: naming what differs.
+    """
+    given = batch.given
+    if given is None:
+        if not example.is_single:
+            raise BackboneError(
+                f"inputs: got a single tensor, but the model was split by {example.described()}; give the same keywords."
+            )
+        given = Example.of(batch.images)
+    told = {path: leaf for path, leaf in given.leaves() if isinstance(leaf, Tensor)}
+    known = {path: leaf for path, leaf in example.leaves() if isinstance(leaf, Tensor)}
+    for path in [*known, *told]:
+        name = str(path[-1])
+        if path not in told:
+            raise BackboneError(f"inputs: there is no {name}, with which the model was split; give it in every batch.")
+        if path not in known:
+            raise BackboneError(
+                f"inputs: there is a {name}, with which the model wasn't split; leave it out, or put it in the example."
+            )
+        mine, theirs = told[path], known[path]
+        if mine.ndim != theirs.ndim or mine.is_floating_point() != theirs.is_floating_point():
+            raise BackboneError(
+                f"inputs: {name} is {mine.dtype} {list(mine.shape)}, in the example {theirs.dtype} "
+                f"{list(theirs.shape)}; give what the model was split by."
+            )
+
+
+def check_images(
+    images: Tensor, dtypes: Sequence[torch.dtype], device: torch.device, *, autocasts: bool, is_image: bool = True
+) -> None:
     """Refuse images [B, C, H, W] that the model can't take, their size apart. Nothing is read from the device.
 
     ``dtypes`` are those of the weights that images enter (none for any); autocast converts other floating ones.
@@ -278,10 +313,11 @@ def check_images(images: Tensor, dtypes: Sequence[torch.dtype], device: torch.de
     """
     if not len(images):
         raise DataError("images: got an empty batch, and there is nothing to train on; leave empty batches out.")
-    if not images.is_floating_point():
+    if not images.is_floating_point() and is_image:
         raise BackboneError(
             f"images: got {images.dtype}; pass floats, normalised as for the model: (images / 255 - mean) / std."
         )
+    dtypes = dtypes if images.is_floating_point() else ()
     casts = autocasts and images.dtype in (torch.float32, torch.float16, torch.bfloat16)
     if dtypes and images.dtype not in dtypes and not casts:
         raise BackboneError(f"images: got {images.dtype}, the model is {dtypes[0]}; pass images.to({dtypes[0]}).")
@@ -327,7 +363,7 @@ def check_labels(labels: Tensor, images: Tensor, num_classes: int) -> None:
         raise DataError("labels: they require a gradient, and a step gives none back; pass labels.detach().")
 
 
-def check_values(batch: LocalBatch, num_classes: int) -> None:
+def check_values(batch: LocalBatch, num_classes: int, *, of_classes: bool = True) -> None:
     """Refuse images that aren't finite, and labels that mean no class. Waits for the device: for a first step.
 
     Args:
@@ -340,12 +376,14 @@ def check_values(batch: LocalBatch, num_classes: int) -> None:
     images, labels = batch.images, batch.labels
     if labels.is_meta:
         return
-    if images is not None:
+    if images is not None and images.is_floating_point():
         _refuse(
             ~torch.isfinite(images).flatten(1).all(dim=1),
             images,
             "images: number {row} has values that are NaN or infinite",
         )
+    if not of_classes:
+        return
     if labels.is_floating_point():
         sums = labels.float().sum(dim=1)
         wrong = ((sums - 1).abs() > SOFT_SUM_TOLERANCE.get(labels.dtype, 1e-3)) | ~torch.isfinite(sums)

@@ -19,9 +19,11 @@ from localgrad.backbones.effects import Observed
 from localgrad.backbones.halves import AsCut, Piece, find_pieces, observed, whole_block
 from localgrad.backbones.hooks import has_hooks
 from localgrad.backbones.timm_models import undecayed
+from localgrad.backbones.watching import UnderWay
 from localgrad.errors import BackboneError, RecipeError
 from localgrad.objectives.base import LocalObjective, ObjectiveValue
 from localgrad.objectives.carried import LocalBatch
+from localgrad.objectives.losses import CROSS_ENTROPY, Loss
 from localgrad.objectives.methods import Objective
 from localgrad.objectives.site import Site
 from localgrad.partition import Checkpointing, Plan
@@ -75,6 +77,7 @@ class LocalModule(nn.Module):
         shared: parts at the start that belong to the module before.
         given: parts at the end that the next module runs as well.
         pieces: by number of a part, its pieces, where the objective looks at residual branches.
+        under_way: what the parts share about the batch under way, of a model that was split by watching it.
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class LocalModule(nn.Module):
         shared: int = 0,
         given: int = 0,
         pieces: Mapping[int, Sequence[Piece]] | None = None,
+        under_way: UnderWay | None = None,
     ) -> None:
         super().__init__()
         self.parts = nn.ModuleList(parts)
@@ -97,6 +101,7 @@ class LocalModule(nn.Module):
         self.given = given
         self.pieces = dict(pieces or {})
         self._passed_by = [by for number, found in self.pieces.items() for by in _passed_by(self.parts[number], found)]
+        self.under_way = under_way
         self.keeps_gradient = False
         self.has_unread = False  # whether it has trainable parameters that no loss of its reads; known where it matters
         self.gradient: Tensor | None = None
@@ -153,16 +158,22 @@ class LocalModule(nn.Module):
             batch: images and labels.
             received: what the objective compares with in place of ``inputs``, where those were moved.
         """
+        if self.under_way is not None:
+            self.under_way.given, self.under_way.current = batch.given, batch.called_with
         entered = self.objective.enter(inputs, batch)
         branches: list[Tensor] = []
         outputs, handed_on, states = self.run_parts(
             entered,
-            with_states="states" in self.objective.uses,
+            with_states="states" in self.objective.uses or not inputs.is_floating_point(),
             branches=branches if "branches" in self.objective.uses else None,
         )
+        if self.under_way is not None and batch.called_with is None and self.under_way.current is not None:
+            batch.called_with = self.under_way.current.detach()
         if self.keeps_gradient and outputs.requires_grad:
             outputs.register_hook(self._keep)  # type: ignore[no-untyped-call]
         target = inputs if received is None else received
+        if not target.is_floating_point():  # token ids: what they were embedded as
+            target = states[0].detach()
         batch.branches = tuple(branches)
         value: ObjectiveValue = self.objective(target, outputs, batch, states)
         batch.branches = ()
@@ -177,15 +188,18 @@ class LocalModule(nn.Module):
         self.gradient = gradient
 
 
-def site_of(backbone: Backbone, boundaries: Sequence[int], index: int, *, overlap: int = 0) -> Site:
+def site_of(
+    backbone: Backbone, boundaries: Sequence[int], index: int, *, overlap: int = 0, loss: Loss = CROSS_ENTROPY
+) -> Site:
     """Where in a split model a local module stands, which trains ``overlap`` blocks of the module before as well."""
     num_blocks = len(backbone.blocks)
     edges = [0, *boundaries, num_blocks]
-    image = Layout(kind="NCHW", width=backbone.input_size[0], grid=backbone.input_size[1:])
     layouts = backbone.layouts
+    image = image_of(backbone.input_size)
     starts = [edge - shared_blocks(edges, number, overlap) for number, edge in enumerate(edges[:-1])]
     start, stop = starts[index], edges[index + 1]
-    received = [image, *(layouts[number] for number in starts[1:])]
+    is_embedded = not backbone.given.tensor.is_floating_point()
+    received = [layouts[0] if is_embedded else image, *(layouts[number] for number in starts[1:])]
     return Site(
         index=index,
         num_modules=len(edges) - 1,
@@ -198,7 +212,15 @@ def site_of(backbone: Backbone, boundaries: Sequence[int], index: int, *, overla
         context=tuple(received[1 : index + 1]),
         following=tuple((backbone.blocks[number], layouts[number + 1]) for number in range(stop, num_blocks)),
         undecayed=undecayed(backbone.model),
+        loss=loss,
     )
+
+
+def image_of(input_size: tuple[int, ...]) -> Layout:
+    """The layout of a model's main input: images, or a sequence of numbers or vectors."""
+    if len(input_size) == 3:
+        return Layout(kind="NCHW", width=input_size[0], grid=(input_size[1], input_size[2]))
+    return Layout(kind="sequence", width=input_size[1] if len(input_size) > 1 else 1, grid=(1, input_size[0]))
 
 
 def build_local_objective(objective: Objective, site: Site, dtype: torch.dtype) -> LocalObjective:
@@ -225,6 +247,7 @@ def build_local_modules(
     objective: Objective,
     *,
     overlap: int = 0,
+    loss: Loss = CROSS_ENTROPY,
     drawing: Callable[[int], AbstractContextManager[None]] = lambda _index: nullcontext(),
 ) -> list[LocalModule]:
     """Make the local modules of a plan from a backbone's parts; auxiliary nets join the backbone's device.
@@ -234,6 +257,7 @@ def build_local_modules(
         plan: boundaries, and which modules checkpoint inside.
         objective: what every module but the last is trained on.
         overlap: blocks of the module before that each module trains as well.
+        loss: of every module's task.
         drawing: given a module's number, the region in which its auxiliary nets are made; decides what they draw.
 
     Raises:
@@ -246,7 +270,7 @@ def build_local_modules(
     modules = []
     for index, span in enumerate(plan.spans):
         first, last = index == 0, index == plan.num_modules - 1
-        site = site_of(backbone, plan.boundaries, index, overlap=overlap)
+        site = site_of(backbone, plan.boundaries, index, overlap=overlap, loss=loss)
         stem, tail = [backbone.stem] * first, [backbone.tail] * last
         shared, given = (shared_blocks(edges, number, overlap) for number in (index, index + 1))
         blocks = [backbone.blocks[number] for number in range(span.start - shared, span.stop)]
@@ -262,6 +286,7 @@ def build_local_modules(
                 shared=shared,
                 given=given,
                 pieces=_branched(backbone, range(span.start - shared, span.stop), len(stem)) if looks else None,
+                under_way=None if backbone.trunk is None else backbone.trunk.batch,
             )
         )
     return modules
@@ -317,11 +342,7 @@ def recompute(backbone: Backbone, index: int, how: Checkpointing) -> Recomputed:
 
 def observed_parts(backbone: Backbone) -> Iterator[tuple[str, nn.Module, Observed]]:
     """The stem, each block and the tail: its name, itself, and what its forward pass changes in training mode."""
-    like = next(backbone.parameters())
-    images = torch.randn(2, *backbone.input_size, generator=torch.Generator().manual_seed(0)).to(
-        like.device, like.dtype
-    )
-    yield "the stem", backbone.stem, observed(backbone.stem, images)
+    yield "the stem", backbone.stem, observed(backbone.stem, backbone.inputs())
     for index, (name, block) in enumerate(zip(backbone.block_names, backbone.blocks, strict=True)):
         yield name, block, observed(block, backbone.example(index))
     yield "the tail", backbone.tail, observed(backbone.tail, backbone.example(len(backbone.blocks)))

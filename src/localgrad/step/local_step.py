@@ -280,13 +280,15 @@ class LocalStep:
             assert hand_on is not None, "asked for only where someone takes them"
             hand_on(torch.cat([*(output.features for output in outputs), features]))
 
-        chunks = inputs.chunk(self.accumulation)
-        for number, (chunk, part) in enumerate(zip(chunks, batch.parts(self.accumulation), strict=True), 1):
+        chunks, parts = inputs.chunk(self.accumulation), batch.parts(self.accumulation)
+        for number, (chunk, part) in enumerate(zip(chunks, parts, strict=True), 1):
             shares.append(len(chunk) / num_images)
             is_last = number == len(chunks)
             take = hand_on_all if is_last and hand_on is not None else None
             with contextlib.nullcontext() if is_last or self._replicated is None else self._replicated.no_sync():
                 outputs.append(run(chunk, part, shares[-1], take))
+        if batch.called_with is None:
+            batch.take_context(parts)
         return joined(outputs, shares)
 
     def snapshot(self) -> Before:
