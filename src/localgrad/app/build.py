@@ -422,7 +422,7 @@ def _made_by_plugin(name: str, options: Kwargs) -> Backbone:
 def input_size_of(model: nn.Module, settings: ModelSettings, num_channels: int) -> tuple[int, int, int]:
     """(C, H, W) that a model takes in a recipe."""
     if isinstance(model, Backbone):
-        return model.input_size
+        return model.image_size
     if settings.img_size is not None:
         return num_channels, settings.img_size, settings.img_size
     return num_channels, *default_input_size(model)[1:]

@@ -116,7 +116,7 @@ def task_on(
         soft_labels=recipe.method.augment.mixup > 0 or recipe.method.augment.cutmix > 0,
         cache=cache,
         card=card_of(card) if device == "cuda" else None,
-        data=data_path_of(recipe, backbone.input_size, backbone.num_classes, data),
+        data=data_path_of(recipe, backbone.image_size, backbone.num_classes, data),
         replays=replays,
     )
 

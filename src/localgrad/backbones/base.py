@@ -306,7 +306,8 @@ class Backbone(nn.Module):
 
     def _call(self, main: Tensor) -> Tensor:
         """The model's own logits."""
-        return self.model(main) if self.trunk is None else self.trunk.inputs(main).call(self.model)  # type: ignore[no-any-return]
+        logits: Tensor = self.model(main) if self.trunk is None else self.trunk.inputs(main).call(self.model)
+        return logits
 
     def _provable(self) -> Backbone:
         """This backbone, or a copy on which arithmetic can be repeated to the bit."""
@@ -421,6 +422,15 @@ class Backbone(nn.Module):
         generator = torch.Generator().manual_seed(index)
         shape = self.layouts[index].shape
         return torch.randn(2, *shape, generator=generator, device="cpu").to(like.device, like.dtype)
+
+    @property
+    def image_size(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images, where the main input is such.
+
+        Raises:
+            BackboneError: it is something else.
+        """
+        return _checked_size(self.input_size)
 
     @property
     def dtype(self) -> torch.dtype:

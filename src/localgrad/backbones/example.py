@@ -13,6 +13,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -74,7 +75,7 @@ class Example:
     @property
     def tensor(self) -> Tensor:
         """The main tensor, [B, ...]."""
-        found: Tensor = (self.args if self.main[0] == "args" else self.kwargs)[self.main[1]]  # type: ignore[index]
+        found: Tensor = (self.args if self.main[0] == "args" else self.kwargs)[self.main[1]]
         return found
 
     @property
@@ -117,10 +118,7 @@ class Example:
         """In parts, as ``Tensor.chunk`` cuts a batch."""
         have, found, begin = self.num_items, [], 0
         for part in self.tensor.chunk(count):
-            rows = slice(begin, begin + len(part))
-            found.append(
-                self.map(lambda tensor, rows=rows: tensor[rows] if tensor.ndim and len(tensor) == have else tensor)
-            )
+            found.append(self.map(partial(_rows_of, slice(begin, begin + len(part)), have)))
             begin += len(part)
         return found
 
@@ -139,15 +137,19 @@ class Example:
         return ", ".join(f"{key}{list(value.shape)}" for key, value in named if isinstance(value, Tensor))
 
 
+def _rows_of(rows: slice, have: int, tensor: Tensor) -> Tensor:
+    return tensor[rows] if tensor.ndim and len(tensor) == have else tensor
+
+
 def takes_cache(model: nn.Module) -> bool:
     """Whether a model would keep keys and values of one call for the next: of use in generation alone."""
     config = getattr(model, "config", None)
-    return bool(getattr(config, "use_cache", False)) or _has_cache(type(model))
+    return bool(getattr(config, "use_cache", False)) or _has_cache(type(model).forward)
 
 
 @functools.cache
-def _has_cache(kind: type[nn.Module]) -> bool:
-    return "use_cache" in inspect.signature(kind.forward).parameters
+def _has_cache(forward: Callable[..., Any]) -> bool:
+    return "use_cache" in inspect.signature(forward).parameters
 
 
 def logits_of(model: nn.Module, output: Any) -> Tensor:

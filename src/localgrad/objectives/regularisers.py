@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from localgrad.backbones.base import Layout
 from localgrad.objectives.base import Term, TermValue, in_float32, one_hot
-from localgrad.objectives.carried import IGNORED, LocalBatch
+from localgrad.objectives.carried import LocalBatch
+from localgrad.objectives.losses import IGNORED
 
 
 class Transport(Term):

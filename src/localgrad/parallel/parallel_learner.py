@@ -24,7 +24,8 @@ from localgrad.errors import ParallelError, RecipeError, arg
 from localgrad.learner import NO_LABELS, Factories, Learner, make_ema, no_optimizers
 from localgrad.objectives.auxiliary import NextClassifier
 from localgrad.objectives.averaging import has_spectral_norms
-from localgrad.objectives.carried import IGNORED, LocalBatch, Route, empty_batch
+from localgrad.objectives.carried import LocalBatch, Route, empty_batch
+from localgrad.objectives.losses import IGNORED
 from localgrad.objectives.site import Site
 from localgrad.parallel.pipeline import Links, PipelineExecutor
 from localgrad.parallel.schedule import NUM_BUFFERS, shares
@@ -83,6 +84,11 @@ class ParallelLearner(Learner):
         rules.check(given, ParallelError)
         self.team = team or Team.join()
         super().__init__(model, **settings)
+        if self.backbone.trunk is not None:
+            raise RecipeError(
+                f"model: {type(self.model).__name__} was split by watching it run, which trains in one process so far; "
+                "take LocalLearner."
+            )
         self._build()
         self.shares = shares_of(self.plan.activation_bytes or [1] * self.plan.num_modules, self.team.num_ranks)
         self._refuse(compiled=bool(self._settings["compile"]))
@@ -205,7 +211,7 @@ class ParallelLearner(Learner):
         self.links.finish()
         self.links.begin(start, num_batches - 1)
 
-    def step(self, images: Tensor, labels: Tensor) -> StepResult:
+    def step(self, images: Any, labels: Tensor | None = None) -> StepResult:
         """Train the own modules on the next batch.
 
         Args:
@@ -219,6 +225,9 @@ class ParallelLearner(Learner):
         Raises:
             LocalgradError: as ``LocalLearner.step``.
         """
+        batch = LocalBatch.of(images, labels)
+        assert batch.images is not None, "it has just begun"
+        images, labels = batch.images, batch.labels
         check_labels(labels, images, self.backbone.num_classes)
         targets = labels if labels.ndim == 1 else labels.argmax(dim=1)
         return self.share(LocalBatch(images, labels, targets=targets))

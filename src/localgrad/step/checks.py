@@ -24,8 +24,8 @@ from localgrad.backbones.example import Example
 from localgrad.backbones.fake import FakeTensor
 from localgrad.backbones.namespaces import Attributes
 from localgrad.errors import BackboneError, DataError, RecipeError
-from localgrad.objectives.carried import IGNORED, LocalBatch
-from localgrad.objectives.losses import Loss
+from localgrad.objectives.carried import LocalBatch
+from localgrad.objectives.losses import IGNORED, Loss
 
 FACTORY = "configure_optimizers(lambda params: torch.optim.AdamW(params, lr=1e-3))"
 """A factory as it should be."""
