@@ -25,6 +25,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple, final
 
 import torch
@@ -482,10 +483,18 @@ def find_stations(model: nn.Module, example: Example, blocks: str | None = None)
     for way in ways:
         stations = [_station(seen, call) for call in way]
         try:
-            return stations, check_chain(model, stations, example)
+            shown = check_chain(model, stations, example)
+            return stations, [one or other for one, other in zip(shown, _apart(way, stations), strict=True)]
         except _Broken as broken:
             reasons.append(str(broken))
     raise _no_trunk(model, seen, reasons[0])
+
+
+def _apart(calls: Sequence[Call], stations: Sequence[Station]) -> list[bool]:
+    """Whether an operator stands before each station: what multiplies by one leaves no trace in bits."""
+    pairs = list(zip(calls, stations, strict=True))
+    between = [one.left[a.leaves] != other.entered[b.enters] for (one, a), (other, b) in pairwise(pairs)]
+    return [False, *between, True]
 
 
 def _named(model: nn.Module, seen: Seen, name: str) -> list[Call]:
@@ -520,7 +529,7 @@ def _no_trunk(model: nn.Module, seen: Seen, why: str) -> BackboneError:
 def _check_is_trunk(model: nn.Module, seen: Seen, chosen: Sequence[Call]) -> None:
     """Refuse a chain that is only the beginning of what the model does, before its features go several ways."""
     mine, others = sum(call.weight for call in chosen), beside(seen, chosen)
-    if mine < LEAST_TRUNK * others:
+    if mine < LEAST_TRUNK * others or (len(chosen) == 1 and others):
         raise _no_trunk(
             model,
             seen,
@@ -703,8 +712,10 @@ def take_apart(model: nn.Module, example: Example, blocks: str | None = None) ->
 
 def _made_of(model: nn.Module, stations: list[Station], glued: list[bool], example: Example) -> Parts:
     trunk = Trunk(model, stations, example)
-    _find_around(trunk)
+    busy = _find_around(trunk)
     last = len(stations) - 1
+    glued = [is_glued or index in busy for index, is_glued in enumerate(glued)]
+    glued[0] = False
     stem, tail = Segment(trunk, -1), Segment(trunk, last)
     called = [Called(trunk, index, Segment(trunk, index - 1) if glued[index] else None) for index in range(last + 1)]
     with torch.no_grad():
@@ -716,8 +727,8 @@ def _made_of(model: nn.Module, stations: list[Station], glued: list[bool], examp
     return Parts(trunk, stem, called, tail, unused)
 
 
-def _find_around(trunk: Trunk) -> None:
-    """Find which modules are called in one place only, what they give, and in which place."""
+def _find_around(trunk: Trunk) -> set[int]:
+    """Find which modules are called in one place only, what they give, and in which place; gives the places of all."""
     model, example = trunk.model, trunk.example
     stations = {id(station.slot.module) for station in trunk.stations}
     inside = {id(module) for station in trunk.stations for module in station.slot.module.modules()}
@@ -764,6 +775,8 @@ def _find_around(trunk: Trunk) -> None:
             trunk.around.append((slot, place))
             trunk.outputs[len(trunk.around) - 1] = outputs[id(slot.module)]
             taken |= set(map(id, slot.module.modules()))
+    idle = {id(slot.module) for slot in found if isinstance(slot.module, nn.Identity)}
+    return {place for number, where in places.items() if number not in idle for place in where}
 
 
 def _find_reading(trunk: Trunk, segments: Sequence[Segment]) -> None:
