@@ -544,11 +544,8 @@ def _found(model: nn.Module, given: Example, blocks: str | None) -> Backbone:
     if blocks is None and is_image and _is_timms(model):
         try:
             return _split(model, given.tensor.to(next(model.parameters())))
-        except Unsplittable as error:
-            try:
-                return _watched(model, given, blocks)
-            except BackboneError:
-                raise error from None
+        except Unsplittable:
+            pass  # what watching finds is finer, and says more where it finds nothing
     return _watched(model, given, blocks)
 
 

@@ -25,28 +25,19 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 
+from localgrad.backbones.by_hand import listed
 from localgrad.backbones.example import Example, Path, leaves, mapped, replaced
+from localgrad.backbones.flow import LEAST_TRUNK, Call, Seen, Slot, beside, broken_at, choose, of_container, slots
 from localgrad.backbones.namespaces import Kwargs
 from localgrad.backbones.proof import digest, nothing_hidden
 from localgrad.backbones.random_numbers import RandomState
 from localgrad.errors import BackboneError, reason_of
-
-MOST_MOVES = 2
-"""How many times in a row more containers are tried to be taken apart: stages, groups in stages."""
-
-
-class Slot(NamedTuple):
-    """Where a module stands: its dotted name, its parent and its name there."""
-
-    name: str
-    parent: nn.Module
-    key: str
-    module: nn.Module
 
 
 @dataclass(frozen=True)
@@ -204,8 +195,13 @@ class Context:
         rows = [iter(part.tensors) for part in parts]
         joined = {}
         for tensors in zip(*rows, strict=True):
-            is_split = first.is_split(tensors[0])
-            joined[id(tensors[0])] = torch.cat(tensors) if is_split else tensors[0]
+            one = tensors[0]
+            if not first.is_split(one):
+                joined[id(one)] = one
+            elif any(one.stride()):
+                joined[id(one)] = torch.cat(tensors)
+            else:  # a stand-in without memory of its own
+                joined[id(one)] = one[:1].expand(sum(map(len, tensors)), *one.shape[1:])
         found = first.map(lambda tensor: joined[id(tensor)])
         found.num_items = sum(part.num_items for part in parts)
         return found
@@ -477,214 +473,95 @@ class Called(nn.Module):
 # Finding stations ---------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Call:
-    """One observed call of a candidate."""
-
-    slot: Slot
-    args: tuple[Any, ...]
-    kwargs: Kwargs
-    digests: dict[Path, bytes]
-    output: Any = None
-    left: dict[Path, bytes] = field(default_factory=dict)
-    inside: list[_Call] = field(default_factory=list)
-
-
 def find_stations(model: nn.Module, example: Example, blocks: str | None = None) -> tuple[list[Station], list[bool]]:
-    """The stations of a model, as fine as they stand in a chain, and whether there is glue before each.
+    """The stations of a model's trunk, and whether there is glue before each.
 
     Args:
         model: in eval mode.
         example: two items.
-        blocks: dotted name of the container whose children they are to be; by default found.
+        blocks: dotted name of the container whose children they are to be; by default found, as fine as can be.
 
     Raises:
         BackboneError: nothing stands in a chain; the message says what was found, and where it broke.
     """
-    calls = _watch(model, example)
-    tops = _of_container(calls, blocks) if blocks is not None else calls
-    if not tops:
-        raise _no_trunk(model, "no module of a container turns features into features", calls)
-    reasons: list[str] = []
-    chosen = _longest(model, tops, example, reasons)
-    if chosen is None:
-        raise _no_trunk(model, reasons[0] if reasons else "its blocks don't stand in a chain", calls)
-    refused: set[tuple[type, ...]] = set()
-    for _ in range(MOST_MOVES):
-        finer = _refined(model, chosen, example, refused)
-        if finer is None:
-            break
-        chosen = finer
-    stations = [_station(call, example) for call in chosen]
-    return stations, check_chain(model, stations, example)
+    seen = Seen(model, example, lambda output: _outlined(output, example.num_items))
+    if blocks is not None:
+        ways = [_named(model, seen, blocks)]
+    else:
+        ways = choose(seen)
+        if not ways:
+            raise _no_trunk(model, seen, broken_at(seen))
+        _check_is_trunk(model, seen, ways[0])
+    reasons = []
+    for way in ways:
+        stations = [_station(seen, call) for call in way]
+        try:
+            shown = check_chain(model, stations, example)
+            return stations, [one or other for one, other in zip(shown, _apart(way, stations), strict=True)]
+        except _Broken as broken:
+            reasons.append(str(broken))
+    raise _no_trunk(model, seen, reasons[0])
 
 
-def _no_trunk(model: nn.Module, why: str, calls: Sequence[_Call]) -> BackboneError:
-    containers = dict.fromkeys(call.slot.name.rpartition(".")[0] for call in calls)
-    seen = f" Chains seen: {', '.join(list(containers)[:6])}." if containers else ""
+def _apart(calls: Sequence[Call], stations: Sequence[Station]) -> list[bool]:
+    """Whether an operator stands before each station: what multiplies by one leaves no trace in bits."""
+    pairs = list(zip(calls, stations, strict=True))
+    between = [one.left[a.leaves] != other.entered[b.enters] for (one, a), (other, b) in pairwise(pairs)]
+    return [False, *between, True]
+
+
+def _named(model: nn.Module, seen: Seen, name: str) -> list[Call]:
+    calls = of_container(seen, name)
+    if not calls:
+        containers = dict.fromkeys(call.slot.container for call in seen.walk())
+        known = [each for each in containers if of_container(seen, each)]
+        raise BackboneError(
+            f"blocks={name!r}: {type(model).__name__} calls no module with weights in it; it does in {listed(known)}."
+        )
+    found = [call for call in calls if 0 not in call.entered.values()]  # what the input is given to is the stem's
+    for call in found:
+        if seen.ends(call) is None:
+            raise BackboneError(f"blocks={name!r}: they don't stand in a chain: {seen.why_not(call)}.")
+    if not found:
+        raise BackboneError(f"blocks={name!r}: it has no module behind the one that is given the input.")
+    return found
+
+
+def _no_trunk(model: nn.Module, seen: Seen, why: str) -> BackboneError:
+    chains: dict[str, int] = {}
+    for call in seen.walk():
+        if seen.ends(call) is not None:
+            chains[call.slot.container] = chains.get(call.slot.container, 0) + 1
+    found = ", ".join(f"{name or 'the model'} ({count})" for name, count in list(chains.items())[:6])
     return BackboneError(
-        f"{type(model).__name__} can't be split: {why}.{seen} Give blocks=, the dotted name of the container of its "
-        "blocks, or make a localgrad.Backbone of its parts by hand."
+        f"{type(model).__name__} can't be split: {why}. Chains seen: {found or 'none'}. Give blocks=, the dotted name "
+        "of the container of its blocks, or make a localgrad.Backbone of its parts by hand."
     )
 
 
-def _candidates(model: nn.Module) -> list[Slot]:
-    """Modules with weights that stand in a container."""
-    found = []
-    for name, container in model.named_modules(remove_duplicate=False):
-        if isinstance(container, (nn.ModuleList, nn.Sequential)):
-            for key, child in container.named_children():
-                has_matrix = any(weight.ndim > 1 for weight in child.parameters())
-                if has_matrix and not isinstance(child, (nn.ModuleList, nn.ModuleDict)):
-                    found.append(Slot(f"{name}.{key}" if name else key, container, key, child))
-    return found
+def _check_is_trunk(model: nn.Module, seen: Seen, chosen: Sequence[Call]) -> None:
+    """Refuse a chain that is only the beginning of what the model does, before its features go several ways."""
+    mine, others = sum(call.weight for call in chosen), beside(seen, chosen)
+    if mine < LEAST_TRUNK * others or (len(chosen) == 1 and others):
+        raise _no_trunk(
+            model,
+            seen,
+            f"{broken_at(seen)}; the chain {chosen[0].name} .. {chosen[-1].name} has but "
+            f"{100 * mine / (mine + others):.0f} % of its blocks' weights",
+        )
 
 
-def _features(value: Any, num_items: int) -> list[Path]:
-    """Paths of what may be features in arguments or outputs."""
-    return [
-        path
-        for path, leaf in leaves(value)
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim in (3, 4) and len(leaf) == num_items
-    ]
-
-
-def _watch(model: nn.Module, example: Example) -> list[_Call]:
-    """The calls of candidates in one forward pass, outermost first, each with those inside of it."""
-    tops: list[_Call] = []
-    stack: list[_Call] = []
-    times: dict[int, int] = {}
-    num_items = example.num_items
-
-    def entering(slot: Slot) -> Callable[..., None]:
-        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> None:
-            times[id(module)] = times.get(id(module), 0) + 1
-            given = {"args": args, "kwargs": kwargs}
-            call = _Call(slot, args, kwargs, _digests(given, num_items))
-            (stack[-1].inside if stack else tops).append(call)
-            stack.append(call)
-
-        return enter
-
-    def leaving(_module: nn.Module, _args: Any, output: Any) -> None:
-        call = stack.pop()
-        call.output, call.left = _outlined(output, num_items), _digests(output, num_items)
-
-    handles = []
-    for slot in {id(slot.module): slot for slot in _candidates(model)}.values():
-        handles.append(slot.module.register_forward_pre_hook(entering(slot), with_kwargs=True))
-        handles.append(slot.module.register_forward_hook(leaving))
-    try:
-        with torch.no_grad():
-            example.call(model)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [call for call in tops for call in _usable(call, times)]
-
-
-def _usable(call: _Call, times: dict[int, int]) -> list[_Call]:
-    """A call that takes and gives features, with what is usable inside; or the usable ones inside."""
-    inside = [each for inner in call.inside for each in _usable(inner, times)]
-    if call.digests and call.left and times[id(call.slot.module)] == 1:
-        call.inside = inside
-        return [call]
-    return inside
-
-
-def _digests(value: Any, num_items: int) -> dict[Path, bytes]:
-    known = dict(leaves(value))
-    return {path: digest([known[path]]) for path in _features(value, num_items)}
-
-
-def _of_container(calls: Sequence[_Call], name: str) -> list[_Call]:
-    found = []
-    for call in calls:
-        if call.slot.name.rpartition(".")[0] == name:
-            found.append(call)
-        else:
-            found += _of_container(call.inside, name)
-    return found
-
-
-def _weight(calls: Sequence[_Call]) -> int:
-    return sum(weight.numel() for call in calls for weight in call.slot.module.parameters())
-
-
-def _longest(model: nn.Module, calls: Sequence[_Call], example: Example, reasons: list[str]) -> list[_Call] | None:
-    """The largest set of calls in a chain: all containers, or those that remain when the lightest are left out."""
-    groups: dict[str, list[_Call]] = {}
-    for call in calls:
-        groups.setdefault(call.slot.name.rpartition(".")[0], []).append(call)
-    ranked = sorted(groups, key=lambda name: _weight(groups[name]), reverse=True)
-    heaviest = _weight(groups[ranked[0]])
-    ranked = [name for name in ranked if _weight(groups[name]) >= 0.01 * heaviest]
-    for count in range(len(ranked), 0, -1):
-        kept = set(ranked[:count])
-        chosen = [call for call in calls if call.slot.name.rpartition(".")[0] in kept]
-        reason = _why_not(model, chosen, example)
-        if reason is None:
-            return chosen
-        reasons.append(reason)
-        if count == 1:
-            # Blocks inside of the heaviest may stand in a chain though it does not (several towers in a list).
-            inside = [inner for call in chosen for inner in call.inside]
-            if inside:
-                return _longest(model, inside, example, reasons)
-    return None
-
-
-def _why_not(model: nn.Module, calls: Sequence[_Call], example: Example) -> str | None:
-    try:
-        check_chain(model, [_station(call, example) for call in calls], example)
-    except _Broken as broken:
-        return str(broken)
-    return None
-
-
-def _refined(
-    model: nn.Module, chosen: list[_Call], example: Example, refused: set[tuple[type, ...]]
-) -> list[_Call] | None:
-    """The chain with calls replaced by the chains inside of them, where all of it stays a chain."""
-    changed = False
-    for call in list(chosen):
-        inside = _main_group(call)
-        kind = (type(call.slot.module), *(type(inner.slot.module) for inner in inside))
-        if not inside or kind in refused:
-            continue
-        index = chosen.index(call)
-        tried = [*chosen[:index], *inside, *chosen[index + 1 :]]
-        if _why_not(model, tried, example) is None:
-            chosen, changed = tried, True
-        else:
-            refused.add(kind)
-    return chosen if changed else None
-
-
-def _main_group(call: _Call) -> list[_Call]:
-    """The calls inside of a call that make up most of its weights."""
-    total = _weight([call])
-    inside = call.inside
-    return inside if inside and _weight(inside) >= 0.5 * total else []
-
-
-def _station(call: _Call, example: Example) -> Station:
-    enters = next(iter(call.digests))
-    for path, found in call.digests.items():
-        if found in call.left.values():
-            continue
-        enters = path
-        break
-    leaves_at = next(iter(call.left))
-    known = dict(leaves({"args": call.args, "kwargs": call.kwargs}))
-    shapes = dict(leaves(call.output))
+def _station(seen: Seen, call: Call) -> Station:
+    ends = seen.ends(call)
+    assert ends is not None, "chosen ones are stations"
+    enters, leaves_at = ends
     return Station(
         slot=call.slot,
         enters=enters,
         leaves=leaves_at,
         given=call.output,
-        entered=tuple(known[enters].shape),
-        left=shapes[leaves_at].sides,
+        entered=call.shapes[0][enters],
+        left=call.shapes[1][leaves_at],
     )
 
 
@@ -714,41 +591,42 @@ def check_chain(model: nn.Module, stations: Sequence[Station], example: Example)
             mixed = [
                 other if is_changed else noise for noise, other, is_changed in zip(noises, others, changed, strict=True)
             ]
-            runs.append((changed, _run_noise(trunk, mixed)))
-    for changed, seen in runs:
-        if len(seen.features) != count or len(seen.rest) != count:
-            raise _Broken("which of its blocks are called depends on features")
-        for index, station in enumerate(stations):
-            before = index > 0 and changed[index - 1]
-            if seen.rest[index] != base.rest[index]:
-                raise _Broken(f"what {station.slot.name} is called with beside its features depends on features")
-            if not before and seen.features[index] != base.features[index]:
-                raise _Broken(
-                    f"{station.slot.name} is given more than what the block before it gave (a skip, or a branch)"
-                )
-        if not changed[-1] and seen.logits != base.logits:
-            raise _Broken(f"its logits depend on more than what {stations[-1].slot.name} gave (a skip, or a branch)")
-    if all(seen.logits == base.logits for _, seen in runs):
+            runs.append(_run_noise(trunk, mixed))
+            _compare(stations, base, runs[-1], changed)
+    if all(seen.logits == base.logits for seen in runs):
         raise _Broken(f"its logits don't depend on {stations[-1].slot.name}")
     for index in range(1, count):
-        if all(seen.features[index] == base.features[index] for _, seen in runs):
+        if all(seen.features[index] == base.features[index] for seen in runs):
             raise _Broken(f"{stations[index].slot.name} isn't given what {stations[index - 1].slot.name} gave")
     return [False, *(base.features[index] != digest([noises[index - 1]]) for index in range(1, count)), True]
 
 
+def _compare(stations: Sequence[Station], base: _Answers, seen: _Answers, changed: Sequence[bool]) -> None:
+    """Refuse what changed though nothing that it may depend on did; ``changed`` says what each station gave."""
+    if not len(seen.features) == len(seen.rest) == len(stations):
+        raise _Broken("which of its blocks are called depends on features")
+    for index, station in enumerate(stations):
+        if seen.rest[index] != base.rest[index]:
+            raise _Broken(f"what {station.slot.name} is called with beside its features depends on features")
+        if not (index > 0 and changed[index - 1]) and seen.features[index] != base.features[index]:
+            raise _Broken(f"{station.slot.name} is given more than what the block before it gave (a skip, or a branch)")
+    if not changed[-1] and seen.logits != base.logits:
+        raise _Broken(f"its logits depend on more than what {stations[-1].slot.name} gave (a skip, or a branch)")
+
+
 @dataclass
-class _Seen:
+class _Answers:
     features: list[bytes] = field(default_factory=list)
     rest: list[bytes] = field(default_factory=list)
     logits: bytes = b""
 
 
-def _run_real(trunk: Trunk) -> _Seen:
-    seen = _Seen()
+def _run_real(trunk: Trunk) -> _Answers:
+    seen = _Answers()
 
     def noting(index: int) -> Callable[..., None]:
         def note(_module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> None:
-            _note(seen, trunk.stations[index], args, kwargs)
+            _note(seen, trunk.stations[index], args, kwargs, looks=False)
 
         return note
 
@@ -758,7 +636,7 @@ def _run_real(trunk: Trunk) -> _Seen:
     ]
     try:
         with torch.no_grad():
-            seen.logits = digest([trunk.example.call(trunk.model)])
+            trunk.example.call(trunk.model)
     finally:
         for handle in handles:
             handle.remove()
@@ -767,8 +645,8 @@ def _run_real(trunk: Trunk) -> _Seen:
     return seen
 
 
-def _run_noise(trunk: Trunk, noises: Sequence[Tensor]) -> _Seen:
-    seen = _Seen()
+def _run_noise(trunk: Trunk, noises: Sequence[Tensor]) -> _Answers:
+    seen = _Answers()
 
     def answer(index: int, args: tuple[Any, ...], kwargs: Kwargs) -> Any:
         station = trunk.stations[index]
@@ -787,14 +665,14 @@ def _run_noise(trunk: Trunk, noises: Sequence[Tensor]) -> _Seen:
     return seen
 
 
-def _note(seen: _Seen, station: Station, args: tuple[Any, ...], kwargs: Kwargs) -> None:
+def _note(seen: _Answers, station: Station, args: tuple[Any, ...], kwargs: Kwargs, *, looks: bool = True) -> None:
     try:
         features, rest_args, rest_kwargs = taken_out(station, args, kwargs)
     except (KeyError, IndexError, TypeError) as error:
         raise _Broken(f"{station.slot.name} is called in another way when features are others") from error
     if not isinstance(features, Tensor):
         raise _Broken(f"{station.slot.name} is called in another way when features are others")
-    seen.features.append(digest([features]))
+    seen.features.append(digest([features]) if looks else b"")
     rest = sorted(leaves((rest_args, rest_kwargs)), key=lambda leaf: repr(leaf[0]))
     tensors = [leaf for _, leaf in rest if isinstance(leaf, Tensor)]
     plain = repr([(path, leaf) for path, leaf in rest if isinstance(leaf, (bool, int, float, str))])
@@ -847,8 +725,10 @@ def take_apart(model: nn.Module, example: Example, blocks: str | None = None) ->
 
 def _made_of(model: nn.Module, stations: list[Station], glued: list[bool], example: Example) -> Parts:
     trunk = Trunk(model, stations, example)
-    _find_around(trunk)
+    busy = _find_around(trunk)
     last = len(stations) - 1
+    glued = [is_glued or index in busy for index, is_glued in enumerate(glued)]
+    glued[0] = False
     stem, tail = Segment(trunk, -1), Segment(trunk, last)
     called = [Called(trunk, index, Segment(trunk, index - 1) if glued[index] else None) for index in range(last + 1)]
     with torch.no_grad():
@@ -860,15 +740,8 @@ def _made_of(model: nn.Module, stations: list[Station], glued: list[bool], examp
     return Parts(trunk, stem, called, tail, unused)
 
 
-def _slots(model: nn.Module) -> Iterator[Slot]:
-    """Every module below a model, where it stands."""
-    for name, parent in model.named_modules():
-        for key, child in parent.named_children():
-            yield Slot(f"{name}.{key}" if name else key, parent, key, child)
-
-
-def _find_around(trunk: Trunk) -> None:
-    """Find which modules are called in one place only, what they give, and in which place."""
+def _find_around(trunk: Trunk) -> set[int]:
+    """Find which modules are called in one place only, what they give, and in which place; gives the places of all."""
     model, example = trunk.model, trunk.example
     stations = {id(station.slot.module) for station in trunk.stations}
     inside = {id(module) for station in trunk.stations for module in station.slot.module.modules()}
@@ -890,11 +763,11 @@ def _find_around(trunk: Trunk) -> None:
         outputs[id(module)] = _outlined(output, example.num_items)
 
     counts: dict[int, int] = {}
-    slots = list(_slots(model))
-    for slot in slots:
+    found = list(slots(model))
+    for slot in found:
         counts[id(slot.module)] = counts.get(id(slot.module), 0) + 1
     handles = [station.slot.module.register_forward_hook(passed) for station in trunk.stations]
-    for slot in slots:
+    for slot in found:
         if id(slot.module) not in inside and id(slot.module) not in spanning:
             handles.append(slot.module.register_forward_pre_hook(called))
             handles.append(slot.module.register_forward_hook(gave))
@@ -905,7 +778,7 @@ def _find_around(trunk: Trunk) -> None:
         for handle in handles:
             handle.remove()
     taken: set[int] = set()
-    for slot in slots:
+    for slot in found:
         where = places.get(id(slot.module), set())
         if id(slot.module) in taken or len(where) != 1 or counts[id(slot.module)] > 1:
             continue
@@ -915,6 +788,8 @@ def _find_around(trunk: Trunk) -> None:
             trunk.around.append((slot, place))
             trunk.outputs[len(trunk.around) - 1] = outputs[id(slot.module)]
             taken |= set(map(id, slot.module.modules()))
+    idle = {id(slot.module) for slot in found if isinstance(slot.module, nn.Identity)}
+    return {place for number, where in places.items() if number not in idle for place in where}
 
 
 def _find_reading(trunk: Trunk, segments: Sequence[Segment]) -> None:
@@ -953,7 +828,7 @@ def _find_weights(trunk: Trunk, segments: Sequence[Segment]) -> list[nn.Paramete
     found: set[int] = set()
     frozen = [weight for weight in learning if not weight.requires_grad]
     for weight in frozen:
-        weight.requires_grad_(True)
+        weight.requires_grad = True
     try:
         for segment in segments:
             if not learning:
@@ -975,6 +850,6 @@ def _find_weights(trunk: Trunk, segments: Sequence[Segment]) -> list[nn.Paramete
                     found.add(id(weight))
     finally:
         for weight in frozen:
-            weight.requires_grad_(False)
+            weight.requires_grad = False
         trunk.batch.current = trunk.batch.known
     return [weight for weight in rest if id(weight) not in found]

@@ -1,0 +1,460 @@
+"""Models that nobody named, taken apart by watching them run: the laws of splitting, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import localgrad
+from helpers import copied
+from localgrad.backbones.base import Backbone
+from localgrad.backbones.example import Example
+from localgrad.backbones.flow import Flow, Seen, choose
+from localgrad.errors import BackboneError
+
+D = 8
+
+
+class Block(nn.Module):
+    """A residual block with dropout; scaled by what it is given beside its features."""
+
+    def __init__(self, width: int = D) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(width), nn.Linear(width, width)
+        self.drop = nn.Dropout(0.3)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        branch = self.drop(self.linear(self.norm(x)).tanh())
+        return x + (branch if scale is None else branch * scale)
+
+
+class Given(NamedTuple):
+    hidden: Tensor
+    weights: Tensor | None
+
+
+class Tokens(nn.Module):
+    """Ids to logits; ``calls`` says how a block is called with features and the mask, and gives features."""
+
+    def __init__(self, calls: Callable[[nn.Module, Tensor, Tensor], Tensor], block: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.embed, self.calls = nn.Embedding(11, D), calls
+        self.blocks = nn.ModuleList(block() for _ in range(3))
+        self.head = nn.Linear(D, 5)
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        seen = torch.ones_like(ids) if mask is None else mask
+        scale = seen[..., None].to(self.embed.weight.dtype)
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = self.calls(block, x, scale)
+        return self.head((x * scale).sum(1))
+
+
+class ByKeyword(Block):
+    """Features by keyword, a tuple with names out."""
+
+    def forward(self, *, hidden: Tensor, scale: Tensor) -> Given:  # type: ignore[override]
+        return Given(super().forward(hidden, scale), None)
+
+
+class ToDict(Block):
+    """A dict out, of which features are the second entry."""
+
+    def forward(self, pair: tuple[Tensor, Tensor]) -> dict[str, Tensor]:  # type: ignore[override]
+        x = super().forward(*pair)
+        return {"scores": x.detach().mean(-1), "x": x}
+
+
+class Stage(nn.Module):
+    """A stage that is no container, with code of its own before its blocks."""
+
+    def __init__(self, count: int, *, halves: bool) -> None:
+        super().__init__()
+        self.halves = halves
+        for index in range(count):
+            self.add_module(f"b{index}", Block())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = 0.5 * (x[:, ::2] + x[:, 1::2]) if self.halves else x
+        for block in self.children():
+            x = block(x)
+        return x
+
+
+class Stages(nn.Module):
+    """Features [B, N, D] through two stages, and a loose container behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Stage(1, halves=False), Stage(2, halves=True)
+        self.stem, self.after, self.table = (
+            nn.Linear(4, D),
+            nn.Sequential(Block(), Block()),
+            nn.Parameter(torch.ones(D)),
+        )
+        self.norm, self.head = nn.LayerNorm(D), nn.Linear(D, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.first(self.stem(x)))
+        return self.head(self.norm(self.after(x * self.table)).mean(1))
+
+
+class Written(nn.Module):
+    """A model whose way of going through its blocks is given."""
+
+    def __init__(self, way: Callable[[nn.ModuleList, Tensor], Tensor], count: int = 4) -> None:
+        super().__init__()
+        self.way, self.stem, self.head = way, nn.Linear(4, D), nn.Linear(D, 5)
+        self.blocks = nn.ModuleList(Block() for _ in range(count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.way(self.blocks, self.stem(x)).mean(1))
+
+
+def in_a_row(blocks: nn.ModuleList, x: Tensor) -> Tensor:
+    for block in blocks:
+        x = block(x)
+    return x
+
+
+def made(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return make()
+
+
+def features(count: int = 2) -> Tensor:
+    return torch.randn(count, 6, 4, generator=torch.Generator().manual_seed(1))
+
+
+def tokens(count: int = 2) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(count)
+    ids = torch.randint(0, 11, (count, 6), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, 4:] = 0
+    return {"ids": ids, "mask": mask}
+
+
+def logits_and_gradients(call: Callable[[], Tensor], model: nn.Module) -> list[Tensor]:
+    torch.manual_seed(5)
+    logits = call()
+    cotangent = torch.randn(logits.shape, generator=torch.Generator().manual_seed(6))
+    weights = list(model.parameters())
+    found = torch.autograd.grad(logits, weights, cotangent, allow_unused=True)
+    return [logits.detach(), *(torch.zeros(()) if gradient is None else gradient for gradient in found)]
+
+
+def assert_split(model: nn.Module, example: Any, names: list[str], **more: Any) -> Backbone:
+    """Split a model; its parts give its own logits and gradients on another batch, and it is as it was."""
+    untouched = copy.deepcopy(model)
+    before, random = copied(model), torch.get_rng_state()
+    modules = {name: dict(vars(module)) for name, module in model.named_modules()}
+    training = {name: module.training for name, module in model.named_modules()}
+    backbone = localgrad.split(model, example=example, **more)
+    assert torch.equal(random, torch.get_rng_state())
+    assert training == {name: module.training for name, module in model.named_modules()}
+    assert all(torch.equal(before[name], value) for name, value in copied(model).items())
+    for name, module in model.named_modules():
+        assert vars(module).keys() == modules[name].keys()
+        assert all(len(vars(module)[k]) == len(v) for k, v in modules[name].items() if k.endswith(("hooks", "modules")))
+    assert list(backbone.block_names) == names
+    for training_mode in (False, True):
+        backbone.train(training_mode)
+        untouched.train(training_mode)
+        for batch in (example, _other(example)):
+            given = Example.of(batch)
+            theirs = logits_and_gradients(lambda given=given: given.call(untouched), untouched)
+            ours = logits_and_gradients(lambda batch=batch: backbone(batch), model)
+            assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+    return backbone
+
+
+def _other(example: Any) -> Any:
+    """The example with its items in another order, and one more."""
+    return Example.of(example).map(lambda tensor: torch.cat([tensor.flip(0), tensor[:1]]))
+
+
+BLOCKS = ["blocks.0", "blocks.1", "blocks.2"]
+WAYS = {
+    "position": (lambda block, x, scale: block(x, scale), Block),
+    "keyword, a named tuple out": (lambda block, x, scale: block(hidden=x, scale=scale).hidden, ByKeyword),
+    "in a tuple, a dict out": (lambda block, x, scale: block((x, scale))["x"], ToDict),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_whatever_blocks_take_and_give(way: str) -> None:
+    batch = tokens()
+    model = made(lambda: Tokens(*WAYS[way]))
+    backbone = assert_split(model, {**batch, "labels": torch.zeros(2)}, BLOCKS)
+    assert backbone.trunk is not None
+    assert (backbone.layouts[0].kind, backbone.num_classes) == ("sequence", 5)
+
+
+def test_examples_are_a_tensor_a_tuple_or_a_dict() -> None:
+    batch = tokens()
+    for example in (batch["ids"], tuple(batch.values()), batch):
+        assert_split(made(lambda: Tokens(*WAYS["position"])), example, BLOCKS)
+
+
+def test_another_mask_is_another_context() -> None:
+    model = made(lambda: Tokens(*WAYS["position"])).eval()
+    backbone = localgrad.split(model, example=tokens())
+    for count in (3, 1):
+        batch = tokens(count)
+        assert torch.equal(backbone(batch), model(**batch))
+    assert not torch.equal(backbone(tokens(3)), model(tokens(3)["ids"]))
+
+
+def test_stages_at_any_depth_and_what_lies_between() -> None:
+    names = ["first.b0", "second.b0", "second.b1", "after.0", "after.1"]
+    backbone = assert_split(made(Stages), features(), names)
+    glued = [block.glue is not None for block in backbone.blocks]
+    assert glued == [False, True, False, True, False]
+    held = {name for name, weight in backbone.blocks.named_parameters() if weight is backbone.model.table}
+    assert held == {"3.glue.weights.0"}  # a weight of no module belongs to the glue that reads it
+
+
+def test_a_plain_chain_of_layers() -> None:
+    layers = [nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 6, 3, 2, 1), nn.ReLU(), nn.Conv2d(6, 6, 3)]
+    model = made(lambda: nn.Sequential(nn.Sequential(*layers), nn.Flatten(), nn.Linear(54, 5)))
+    images = torch.randn(2, 3, 10, 10, generator=torch.Generator().manual_seed(0))
+    assert_split(model, images, ["0.2", "0.4"])
+
+
+def test_a_block_is_not_taken_further_apart() -> None:
+    inner = Written(in_a_row)
+    seen = Seen(inner.eval(), Example.of(features()), lambda output: output)
+    finest = choose(seen)[0]
+    assert [call.name for call in finest] == ["blocks.0", "blocks.1", "blocks.2", "blocks.3"]
+    assert any(call.name == "blocks.1.linear" for call in seen.walk())
+
+
+# What is refused --------------------------------------------------------------------------------------------------
+
+
+def skip(blocks: nn.ModuleList, x: Tensor) -> Tensor:
+    first = blocks[0](x)
+    return blocks[3](blocks[2](blocks[1](first))) + first
+
+
+def streams(blocks: nn.ModuleList, x: Tensor) -> Tensor:
+    y = x.roll(1, 1)
+    for block in blocks:
+        x, y = block(x, y), x
+    return x + y
+
+
+def scale_of_features(blocks: nn.ModuleList, x: Tensor) -> Tensor:
+    for block in blocks:
+        x = block(x, (x > 0).all(1, keepdim=True))
+    return x
+
+
+def twice(blocks: nn.ModuleList, x: Tensor) -> Tensor:
+    return in_a_row(blocks, in_a_row(blocks, x))
+
+
+def all_at_once(blocks: nn.ModuleList, x: Tensor) -> Tensor:
+    return torch.stack([block(x) for block in blocks]).sum(0)
+
+
+REFUSED = {
+    "a skip": (skip, r"what blocks\.0 gave goes on to its own code \(a skip, or a second stream\)"),
+    "two streams": (streams, r"blocks\.\d is given several features \(args\.0, args\.1\)"),
+    "a context of features": (scale_of_features, r"what blocks\.\d is called with .* depends on features"),
+    "blocks that are called twice": (twice, r"blocks\.0 is called 2 times in one pass, with the same weights"),
+    "blocks side by side": (all_at_once, r"past blocks\.0, what .* gave goes on to"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_is_refused_in_a_line(case: str) -> None:
+    way, words = REFUSED[case]
+    model = made(lambda: Written(way))
+    before = copied(model)
+    with pytest.raises(BackboneError, match=words) as refused:
+        localgrad.split(model, example=features())
+    assert "Chains seen:" in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert all(torch.equal(before[name], value) for name, value in copied(model).items())
+
+
+def test_a_skip_over_little_leaves_what_stands_in_a_chain() -> None:
+    def way(blocks: nn.ModuleList, x: Tensor) -> Tensor:
+        return in_a_row(blocks[2:], blocks[1](blocks[0](x)) + x)
+
+    assert_split(made(lambda: Written(way)), features(), ["blocks.2", "blocks.3"])
+
+
+def test_an_encoder_with_a_decoder_is_refused() -> None:
+    model = made(lambda: Written(in_a_row))
+    model.config = type("Config", (), {"is_encoder_decoder": True})()  # type: ignore[assignment]
+    with pytest.raises(BackboneError, match=r"an encoder and a decoder.*get_encoder"):
+        localgrad.split(model, example=features())
+
+
+def test_an_example_that_the_model_cannot_take_is_named() -> None:
+    model = made(lambda: Tokens(*WAYS["position"]))
+    with pytest.raises(BackboneError, match=r"example: Tokens can't be called with input_ids \[2, 6\].*input_ids"):
+        localgrad.split(model, example={"input_ids": tokens()["ids"]})
+    with pytest.raises(BackboneError, match="example: got dict; give what the model is called with"):
+        localgrad.split(model, example={"ids": [1, 2]})
+    with pytest.raises(BackboneError, match="it has no item"):
+        localgrad.split(model, example=tokens()["ids"][:0])
+
+
+def test_logits_that_look_at_no_input() -> None:
+    model = made(lambda: Written(lambda blocks, x: in_a_row(blocks, torch.ones_like(x))))
+    with pytest.raises(BackboneError, match="its logits don't depend on its input"):
+        localgrad.split(model, example=features())
+
+
+# By choice --------------------------------------------------------------------------------------------------------
+
+
+class Nested(nn.Module):
+    """Blocks in stages in a container."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(4, D), nn.Linear(D, 5)
+        self.stages = nn.ModuleList(nn.Sequential(Block(), Block()) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(in_a_row(self.stages, self.stem(x)).mean(1))
+
+
+def test_blocks_may_be_named() -> None:
+    assert_split(made(Nested), features(), [f"stages.{stage}.{index}" for stage in (0, 1) for index in (0, 1)])
+    assert_split(made(Nested), features(), ["stages.0", "stages.1"], blocks="stages")
+    assert_split(made(Nested), features(), ["stages.1.0", "stages.1.1"], blocks="stages.1")
+
+
+def test_blocks_that_are_not_there_or_not_in_a_chain() -> None:
+    with pytest.raises(BackboneError, match=r"blocks='layers': .*it does in .*stages"):
+        localgrad.split(made(Nested), example=features(), blocks="layers")
+    with pytest.raises(BackboneError, match=r"blocks='blocks': they don't stand in a chain: past blocks\.1"):
+        localgrad.split(made(lambda: Written(skip)), example=features(), blocks="blocks")
+
+
+def test_a_copy_is_another_backbone() -> None:
+    backbone = localgrad.split(made(Stages), example=features()).eval()
+    twin = copy.deepcopy(backbone)
+    with torch.no_grad():
+        next(twin.blocks.parameters()).add_(1)
+    assert not torch.equal(backbone(features()), twin(features()))
+    assert torch.equal(backbone(features()), backbone.model(features()))
+    assert torch.equal(twin(features()), twin.model(features()))
+
+
+def test_a_model_of_16_bits_is_split_by_a_copy() -> None:
+    model = made(Stages).bfloat16().eval()
+    before = copied(model)
+    backbone = localgrad.split(model, example=features().bfloat16())
+    assert set(backbone.parameters()) == set(model.parameters())
+    assert all(torch.equal(before[name], value) for name, value in copied(model).items())
+    assert torch.equal(backbone(features().bfloat16()), model(features().bfloat16()))
+
+
+# Data flow --------------------------------------------------------------------------------------------------------
+
+
+def _waists(run: Callable[[Tensor], Tensor], given: Tensor) -> tuple[Flow, list[int]]:
+    with torch.no_grad(), Flow(given) as flow:
+        result = run(given)
+    end = flow.node(result)
+    return flow, [] if end is None else flow.waists(end)
+
+
+def test_waists_of_operators() -> None:
+    x, w = torch.randn(2, 3), torch.randn(3, 3)
+
+    def residual(x: Tensor) -> Tensor:
+        y = x.view(3, 2).view(2, 3) @ w  # node 1; views are none
+        y = y + (y.tanh() @ w)  # nodes 2, 3, 4
+        return y.relu_()  # node 5
+
+    assert _waists(residual, x)[1] == [0, 1, 4, 5]
+
+    def by_shape(x: Tensor) -> Tensor:
+        return (x @ w).exp() + torch.zeros_like(x) + x.new_ones(3)
+
+    assert _waists(by_shape, x)[1] == [0, 1, 2, 3, 4]
+
+    def into_a_buffer(x: Tensor) -> Tensor:
+        found = torch.zeros(2, 6)
+        found[:, :3] = x
+        found[:, 3:].copy_(x)
+        return found.sum(1)
+
+    assert _waists(into_a_buffer, x)[1] == [0, 2, 3]
+    assert _waists(lambda x: w * (x > 0).all(), x)[1] == []
+
+
+def test_ids_are_followed_to_what_they_look_up() -> None:
+    table, ids = torch.randn(9, 3), torch.tensor([[1, 2, 3]])
+
+    def run(ids: Tensor) -> Tensor:
+        mask = (ids > 1).float()[..., None]  # no features: of truth values
+        return (table[ids.clamp(max=4)] * mask).exp() * mask
+
+    assert _waists(run, ids)[1] == [0, 1, 2, 3, 4]
+
+
+def test_who_goes_past_is_named() -> None:
+    seen = Seen(made(lambda: Written(skip)).eval(), Example.of(features()), lambda output: output)
+    third = next(call for call in seen.walk() if call.name == "blocks.2")
+    assert seen.ends(third) is None
+    assert seen.why_not(third).startswith("past blocks.2, what blocks.0 gave goes on to its own code")
+
+
+# Libraries --------------------------------------------------------------------------------------------------------
+
+LANGUAGE = ("LlamaForCausalLM", "BertForSequenceClassification", "MixtralForCausalLM")
+VISION = ("SwinForImageClassification", "DINOv3ViTModel")
+
+
+def _of_transformers(name: str) -> tuple[nn.Module, Any]:
+    pytest.importorskip("transformers", reason="transformers is of the extra hf")
+    from research.census.models import entries
+
+    entry = next(entry for entry in entries() if entry.name == name)
+    model = made(entry.make)
+    return model, entry.batch(model)
+
+
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_language_with_a_padding_mask(name: str) -> None:
+    model, batch = _of_transformers(name)
+    path = "bert.encoder.layer" if name.startswith("Bert") else "model.layers"
+    backbone = assert_split(model, batch, [f"{path}.{index}" for index in range(4)])
+    assert backbone.layouts[0].kind == "sequence"
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_vision(name: str) -> None:
+    model, batch = _of_transformers(name)
+    swin = ["swin.encoder.layers.0.blocks.0", "swin.encoder.layers.0.blocks.1"]
+    swin += [each.replace("layers.0", "layers.1") for each in swin]
+    backbone = assert_split(model, batch, swin if name.startswith("Swin") else [f"model.layer.{i}" for i in range(4)])
+    assert {layout.kind for layout in backbone.layouts} == {"tokens"}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("AlbertForSequenceClassification", r"albert_layer_groups\.0 is called 4 times in one pass"),
+        ("T5ForConditionalGeneration", "an encoder and a decoder"),
+        ("SegformerForSemanticSegmentation", r"goes on to decode_head.*of its blocks' weights"),
+    ],
+)
+def test_transformers_that_are_refused(name: str, words: str) -> None:
+    model, batch = _of_transformers(name)
+    with pytest.raises(BackboneError, match=words):
+        localgrad.split(model, example=batch)
