@@ -25,6 +25,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple, final
 
@@ -180,11 +181,14 @@ class Context:
         sizes = [len(part) for part in torch.empty(self.num_items, 0).chunk(count)]
         found, begin = [], 0
         for size in sizes:
-            part = self.map(lambda tensor, b=begin, s=size: tensor[b : b + s] if self.is_split(tensor) else tensor)
+            part = self.map(partial(self._rows_of, slice(begin, begin + size)))
             part.num_items = size
             found.append(part)
             begin += size
         return found
+
+    def _rows_of(self, rows: slice, tensor: Tensor) -> Tensor:
+        return tensor[rows] if self.is_split(tensor) else tensor
 
     @classmethod
     def join(cls, parts: Sequence[Context]) -> Context:
@@ -309,7 +313,7 @@ class Trunk:
             _Stop: an answer has ended it.
         """
         stand_ins = [
-            (station.slot, _StandIn(station.slot.module, lambda a, k, i=index: answer(i, a, k)))
+            (station.slot, _StandIn(station.slot.module, partial(answer, index)))
             for index, station in enumerate(self.stations)
         ]
         like = example.tensor
