@@ -54,7 +54,7 @@ from localgrad.step.checks import (
 )
 from localgrad.step.executor import SequentialExecutor, StepResult, walk
 from localgrad.step.global_step import GlobalStep
-from localgrad.step.local_module import build_local_modules, recomputed_in
+from localgrad.step.local_module import SHARED, build_local_modules, recomputed_in
 from localgrad.step.local_step import LocalStep, StepSettings, autocast, check_precision, drawing_from
 from localgrad.step.offload import HOST, Offloader
 from localgrad.step.sharding import put_optimizer
@@ -107,7 +107,11 @@ class Learner(ABC):
         accumulation: int | None = None,
         freeze_from: float | None = None,
         auxiliary_from: str = "seed",
+        shared: str = "refuse",
     ) -> None:
+        if shared not in SHARED:
+            raise RecipeError(f"shared: unknown {shared!r}; take {' or '.join(SHARED)}.")
+        self.shared = shared
         _check_options(
             freeze_from=freeze_from, accumulation=accumulation, clip_grad=clip_grad, auxiliary_from=auxiliary_from
         )
@@ -160,6 +164,7 @@ class Learner(ABC):
             self.plan,
             self.objective,
             overlap=overlap,
+            shared=self.shared,
             loss=self.loss,
             drawing=lambda index: drawing_from(self.device, (self.seed, index) if draws_by_seed else None),
         )
@@ -280,7 +285,9 @@ class Learner(ABC):
         With one module this is ``list(model.parameters())``, so that clipping sums in the usual order.
         """
         rank = {id(parameter): number for number, parameter in enumerate(self.model.parameters())}
-        trainable = [parameter for parameter in self.modules[index].parameters() if parameter.requires_grad]
+        read = set(map(id, self.modules[index].reads))
+        weights = (weight for weight in self.modules[index].parameters() if id(weight) not in read)
+        trainable = [weight for weight in weights if weight.requires_grad]
         return sorted(trainable, key=lambda parameter: rank.get(id(parameter), len(rank)))
 
     def _make_steps(self, factory: Factories) -> list[LocalStep]:
@@ -576,6 +583,9 @@ class LocalLearner(Learner):
         auxiliary_from: what auxiliary nets are initialised from: the ``seed`` alone, that is what ``torch.manual_seed``
             was last given, whatever was drawn since; or torch's random ``state``, as any new layer is.
 
+        shared: of a parameter that modules on both sides of a boundary read (tied embeddings, a position bias of all
+            blocks): ``"refuse"``, or ``"last"``: the last of them trains it, the others read it.
+
     Two learners of equal models that are made after the same ``torch.manual_seed`` are the same, and draw the same in
     their steps, whether the seed was set before or after the model was made. (With one module, steps draw from torch's
     random state, as in any loop.) Making one leaves that state as it was.
@@ -608,6 +618,7 @@ class LocalLearner(Learner):
         freeze_from: float | None = None,
         global_checkpoint: str | Checkpointing = "blocks",
         auxiliary_from: str = "seed",
+        shared: str = "refuse",
     ) -> None:
         _check_overlap(overlap)
         rules.check({"overlap": overlap, "freeze_from": freeze_from, "offload": offload, "device": device})
@@ -626,6 +637,7 @@ class LocalLearner(Learner):
             accumulation=accumulation,
             freeze_from=freeze_from,
             auxiliary_from=auxiliary_from,
+            shared=shared,
         )
         self.overlap = overlap
         self.offload = offload

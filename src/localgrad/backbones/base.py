@@ -32,7 +32,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -474,6 +474,17 @@ class Backbone(nn.Module):
         Raises:
             BackboneError: something is shared; the message names it and its blocks.
         """
+        for shared in self.shared_across(boundaries):
+            way_out = (
+                " or give shared='last' (the last of them trains it, the others read it)," if shared.is_weight else ""
+            )
+            raise BackboneError(
+                f"{shared.name} is shared by {', '.join(shared.places)}, which boundaries={list(boundaries)} put in "
+                f"different local modules: keep these in one module,{way_out} or build the model without sharing."
+            )
+
+    def shared_across(self, boundaries: Sequence[int]) -> Iterator[Shared]:
+        """Weights, and buffers that are written, which several local modules of given boundaries have."""
         owners: dict[object, dict[int, list[str]]] = {}
         for module, (name, part) in self._parts_by_module(boundaries):
             for tensor in _tensors(part):
@@ -483,17 +494,27 @@ class Backbone(nn.Module):
         for name, tensor in named:
             modules = owners.get(_memory_of(tensor), {})
             if len(modules) > 1:
-                places = ", ".join(part for parts in modules.values() for part in parts)
-                raise BackboneError(
-                    f"{name} is shared by {places}, which boundaries={list(boundaries)} put in different local "
-                    "modules: keep these in one module, or build the model without sharing."
-                )
+                yield Shared(name, tensor, tuple(modules), [part for parts in modules.values() for part in parts])
 
     def _parts_by_module(self, boundaries: Sequence[int]) -> Iterator[tuple[int, tuple[str, nn.Module]]]:
         yield 0, ("the stem", self.stem)
         for index, (name, block) in enumerate(zip(self.block_names, self.blocks, strict=True)):
             yield sum(boundary <= index for boundary in boundaries), (name, block)
         yield len(boundaries), ("the tail", self.tail)
+
+
+class Shared(NamedTuple):
+    """A tensor that several local modules have: its name, their numbers, and their parts that read it."""
+
+    name: str
+    tensor: Tensor
+    modules: tuple[int, ...]
+    places: list[str]
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether it is a parameter, which one of them can train."""
+        return isinstance(self.tensor, nn.Parameter)
 
 
 def split(

@@ -21,7 +21,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, final
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

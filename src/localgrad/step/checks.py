@@ -279,7 +279,8 @@ def check_inputs(batch: LocalBatch, example: Example) -> None:
     if given is None:
         if not example.is_single:
             raise BackboneError(
-                f"inputs: got a single tensor, but the model was split by {example.described()}; give the same keywords."
+                f"inputs: got a single tensor, but the model was split by {example.described()}; give the same "
+                "keywords."
             )
         given = Example.of(batch.images)
     told = {path: leaf for path, leaf in given.leaves() if isinstance(leaf, Tensor)}
@@ -367,6 +368,7 @@ def check_values(batch: LocalBatch, num_classes: int, *, of_classes: bool = True
     """Refuse images that aren't finite, and labels that mean no class. Waits for the device: for a first step.
 
     Args:
+        of_classes: whether labels are classes.
         batch: as for a step; fakes of tensors have no values and pass, once the same operators ran.
         num_classes: of the model.
 

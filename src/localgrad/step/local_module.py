@@ -77,6 +77,7 @@ class LocalModule(nn.Module):
         shared: parts at the start that belong to the module before.
         given: parts at the end that the next module runs as well.
         pieces: by number of a part, its pieces, where the objective looks at residual branches.
+        reads: weights that it reads, and that another module trains.
         under_way: what the parts share about the batch under way, of a model that was split by watching it.
     """
 
@@ -90,6 +91,7 @@ class LocalModule(nn.Module):
         shared: int = 0,
         given: int = 0,
         pieces: Mapping[int, Sequence[Piece]] | None = None,
+        reads: Sequence[nn.Parameter] = (),
         under_way: UnderWay | None = None,
     ) -> None:
         super().__init__()
@@ -102,6 +104,8 @@ class LocalModule(nn.Module):
         self.pieces = dict(pieces or {})
         self._passed_by = [by for number, found in self.pieces.items() for by in _passed_by(self.parts[number], found)]
         self.under_way = under_way
+        self.reads: list[nn.Parameter]
+        vars(self)["reads"] = list(reads)  # past the registry: they are in its parts
         self.keeps_gradient = False
         self.has_unread = False  # whether it has trainable parameters that no loss of its reads; known where it matters
         self.gradient: Tensor | None = None
@@ -247,6 +251,7 @@ def build_local_modules(
     objective: Objective,
     *,
     overlap: int = 0,
+    shared: str = "refuse",
     loss: Loss = CROSS_ENTROPY,
     drawing: Callable[[int], AbstractContextManager[None]] = lambda _index: nullcontext(),
 ) -> list[LocalModule]:
@@ -257,6 +262,7 @@ def build_local_modules(
         plan: boundaries, and which modules checkpoint inside.
         objective: what every module but the last is trained on.
         overlap: blocks of the module before that each module trains as well.
+        shared: what becomes of a parameter that several modules read, see ``LocalLearner``.
         loss: of every module's task.
         drawing: given a module's number, the region in which its auxiliary nets are made; decides what they draw.
 
@@ -264,7 +270,7 @@ def build_local_modules(
         BackboneError: a parameter is shared across a boundary, or the objective looks at residual branches and a block
             can't be cut into them.
     """
-    backbone.check_boundaries(plan.boundaries)
+    reads = read_only(backbone, plan.boundaries, shared)
     device = next(backbone.parameters()).device
     edges = [0, *plan.boundaries, len(backbone.blocks)]
     modules = []
@@ -272,8 +278,8 @@ def build_local_modules(
         first, last = index == 0, index == plan.num_modules - 1
         site = site_of(backbone, plan.boundaries, index, overlap=overlap, loss=loss)
         stem, tail = [backbone.stem] * first, [backbone.tail] * last
-        shared, given = (shared_blocks(edges, number, overlap) for number in (index, index + 1))
-        blocks = [backbone.blocks[number] for number in range(span.start - shared, span.stop)]
+        begins, given = (shared_blocks(edges, number, overlap) for number in (index, index + 1))
+        blocks = [backbone.blocks[number] for number in range(span.start - begins, span.stop)]
         with drawing(index):
             built = build_local_objective(objective, site, backbone.dtype)
         looks = "branches" in built.uses
@@ -283,13 +289,36 @@ def build_local_modules(
                 built.to(device),
                 recomputed_in(backbone, plan, index, overlap=overlap),
                 layout=None if last else backbone.layouts[span.stop - given],
-                shared=shared,
+                shared=begins,
                 given=given,
-                pieces=_branched(backbone, range(span.start - shared, span.stop), len(stem)) if looks else None,
+                pieces=_branched(backbone, range(span.start - begins, span.stop), len(stem)) if looks else None,
+                reads=reads[index],
                 under_way=None if backbone.trunk is None else backbone.trunk.batch,
             )
         )
     return modules
+
+
+SHARED = ("refuse", "last")
+
+
+def read_only(backbone: Backbone, boundaries: Sequence[int], shared: str) -> list[list[nn.Parameter]]:
+    """Of each local module, the weights that it reads while a later one trains them.
+
+    Raises:
+        BackboneError: something is shared across a boundary, and may not be.
+    """
+    found: list[list[nn.Parameter]] = [[] for _ in range(len(boundaries) + 1)]
+    if shared == "refuse":
+        backbone.check_boundaries(boundaries)
+        return found
+    for each in backbone.shared_across(boundaries):
+        if not isinstance(each.tensor, nn.Parameter):
+            backbone.check_boundaries(boundaries)
+            continue
+        for module in each.modules[:-1]:
+            found[module].append(each.tensor)
+    return found
 
 
 def _branched(backbone: Backbone, blocks: range, before: int) -> dict[int, list[Piece]]:

@@ -102,7 +102,8 @@ class LocalStep:
         self.as_frozen = Frozen(module)
         # Of what is drawn at random in a step; by default the caller's own numbers are.
         self.seed: tuple[int, ...] | None = None
-        self._all = list(module.parameters())
+        read = set(map(id, module.reads))
+        self._all = [weight for weight in module.parameters() if id(weight) not in read]
         self._learning = [weight.requires_grad for weight in self._all]
         self._held = held_by(optimizer)
         self._stays = self._all[0].device == self.device  # offloaded modules come and go
@@ -157,8 +158,9 @@ class LocalStep:
                 "module's were added to it; add each to the optimizer of its own module, or call "
                 "learner.configure_optimizers(...) again."
             )
+        known = set(map(id, self._all))
         for name, weight in self.module.named_parameters():
-            if weight.requires_grad and id(weight) not in held:
+            if weight.requires_grad and id(weight) in known and id(weight) not in held:
                 raise RecipeError(
                     f"model: {name} of a local module was unfrozen, or taken out of its optimizer, and none holds it; "
                     "call learner.configure_optimizers(...) again after requires_grad_(True), or add it to the "
@@ -202,7 +204,11 @@ class LocalStep:
         seed = None if self.seed is None else (*self.seed, batch.number)
         is_drawn = batch.gradient is not None and self.module.objective.reconcile
         run: Pass = self._only_run if self.frozen else self._reconciled if is_drawn else self._once
-        with drawing_from(self.device, seed), single_images_refused(len(inputs), self.accumulation):
+        with (
+            drawing_from(self.device, seed),
+            _only_read(self.module.reads),
+            single_images_refused(len(inputs), self.accumulation),
+        ):
             if self.accumulation == 1:
                 output = run(inputs, batch, 1.0, hand_on)
             else:
@@ -322,6 +328,19 @@ class LocalStep:
         self.module.objective.follow()
         self.num_updates += 1
         self.updating = False
+
+
+@contextlib.contextmanager
+def _only_read(weights: Sequence[nn.Parameter]) -> Iterator[None]:
+    """A region in which weights get no gradient, also where they are read again in a backward pass."""
+    learning = [weight for weight in weights if weight.requires_grad]
+    for weight in learning:
+        weight.requires_grad = False
+    try:
+        yield
+    finally:
+        for weight in learning:
+            weight.requires_grad = True
 
 
 def held_by(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
