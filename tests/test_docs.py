@@ -159,6 +159,10 @@ def test_a_command_is_one(words: list[str], tmp_path: Path, monkeypatch: pytest.
             check_localgrad(rest)
         case ["python", "-m", "research.reproduce", *rest]:
             parse(reproduce.app, rest)
+        case ["python", "-m", "research.census", *rest]:
+            from research.census.__main__ import parser
+
+            parser().parse_args(rest)
         case ["python", "-m", "research.simulated_card", *rest]:
             from research.simulated_card.__main__ import parser
 

@@ -1,7 +1,7 @@
 """Take any model apart by watching it run: blocks that are called in a chain, and what lies before, between, behind.
 
-No names are looked for. A *station* is a module in a container (``nn.ModuleList``, ``nn.Sequential``) that turns
-features into features. Where stations stand in a chain, all that the model does can be run piece by piece:
+No names are looked for. A *station* is a call of a module that all features pass through (``flow`` finds them); between
+them all that the model does can be run piece by piece:
 
 * a **block** is a station, called with what the model itself gives it beside the features: masks, rotary angles, grid
   sizes. That is the *context*, which the stem makes once a batch;
@@ -10,9 +10,9 @@ features into features. Where stations stand in a chain, all that the model does
   is the segment before the first station, the *tail* the one behind the last; *glue* lies between two stations where
   the model does something there (a downsampling, a norm), and belongs to the block behind it.
 
-That stations stand in a chain is found out by running the model with stand-ins that give noise, twice for every bit of
-their numbers: what a station is given may depend on nothing but what the one before gave. So skips, branches, caches
-and contexts that depend on features are found before anything is trained; the proof (``proof``) comes on top.
+That this is so is found out by running the model with stand-ins that give noise, twice for every bit of their numbers:
+what a station is given may depend on nothing but what the one before gave. So branches on values, caches and contexts
+made of features are found before anything is trained; the proof (``proof``) comes on top.
 
 Stand-ins replace a module in its parent for as long as a segment runs; neither its hooks nor its wrappers see that.
 
