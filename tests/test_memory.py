@@ -654,12 +654,21 @@ def plain_and_odd_calls():
     yield aten.roll.default, (a, [1, 2], [0, 1]), {}
     yield aten.roll.default, (turned, [1], [0]), {}
     yield aten.roll.default, (a, [1]), {}
-    for statistic_of, given in ((a, a), (turned, turned), (half, half)):
-        weight = torch.empty(given.shape[-1], dtype=given.dtype)
-        yield aten.native_layer_norm.default, (given, [given.shape[-1]], weight, weight, 1e-5), {}
-        yield aten.native_layer_norm.default, (given, [given.shape[-1]], None, None, 1e-5), {}
-        statistic = torch.empty(*statistic_of.shape[:-1], 1, dtype=given.dtype)
-        arguments = (given, given, [given.shape[-1]], statistic, statistic, weight, weight, [True, True, False])
+    for given_to in (a, turned, half):
+        weight = torch.empty(given_to.shape[-1], dtype=given_to.dtype)
+        yield aten.native_layer_norm.default, (given_to, [given_to.shape[-1]], weight, weight, 1e-5), {}
+        yield aten.native_layer_norm.default, (given_to, [given_to.shape[-1]], None, None, 1e-5), {}
+        statistic = torch.empty(*given_to.shape[:-1], 1, dtype=given_to.dtype)
+        arguments = (
+            given_to,
+            given_to,
+            [given_to.shape[-1]],
+            statistic,
+            statistic,
+            weight,
+            weight,
+            [True, True, False],
+        )
         yield aten.native_layer_norm_backward.default, arguments, {}
     yield aten.native_layer_norm.default, (nothing, [4], row, row, 1e-5), {}
     yield aten.native_layer_norm.default, (half, [4], row, row, 1e-5), {}
