@@ -47,7 +47,11 @@ def given_by(func: Any, args: Sequence[Any], kwargs: Kwargs) -> Outputs:
 
 def _made(shape: tuple[int, ...], dtype: torch.dtype, kwargs: Kwargs) -> Outputs:
     """A new tensor, where it is a plain one of a processor."""
-    plain = {"layout": (torch.strided,), "device": (torch.device("cpu"),), "pin_memory": (False,)}
+    plain: dict[str, tuple[object, ...]] = {
+        "layout": (torch.strided,),
+        "device": (torch.device("cpu"),),
+        "pin_memory": (False,),
+    }
     plain["memory_format"] = (torch.contiguous_format, torch.preserve_format)
     if any(kwargs.get(name) not in (None, *values) for name, values in plain.items()) or min(shape, default=0) < 0:
         return None
