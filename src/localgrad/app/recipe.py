@@ -13,12 +13,10 @@ from __future__ import annotations
 
 import copy
 import math
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_type_hints
 
 from localgrad.errors import RecipeError, arg, did_you_mean
 from localgrad.formats import check_format, read_input
@@ -43,13 +41,17 @@ from localgrad.options import (
     read_list,
     read_modules,
 )
-from localgrad.partition import Checkpointing
 from localgrad.training.settings import Augment, DataSettings
 
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
 
-def _read_checkpoint(value: str | list[str]) -> None:
+
+def _read_checkpoint(value: str | list[str], name: str = "checkpoint") -> None:
+    from localgrad.partition import Checkpointing  # which would hold up --help, as would what reads TOML
+
     for text in [value] if isinstance(value, str) else value:
-        Checkpointing.parse(text)
+        Checkpointing.parse(text, name)
 
 
 @documented
@@ -170,7 +172,7 @@ class Execution:
         EXECUTION,
         read=read_list,
     )
-    global_checkpoint: Annotated[str, Readable(lambda text: Checkpointing.parse(text, "global_checkpoint"))] = option(
+    global_checkpoint: Annotated[str, Readable(lambda text: _read_checkpoint(text, "global_checkpoint"))] = option(
         "blocks", "What end-to-end steps recompute."
     )
     compile: bool = option(default=False, help="Compile each local module.", panel=EXECUTION)
@@ -271,6 +273,8 @@ DOWNLOAD = Option(
 
 def parse_toml(text: str, source: str) -> Values:
     """Parse TOML text, naming ``source`` in the error."""
+    import tomllib
+
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -279,7 +283,7 @@ def parse_toml(text: str, source: str) -> Values:
 
 def preset_names() -> list[str]:
     """Names of the presets that ship with the package; those of sources' own forms come last."""
-    files = [entry.name for entry in resources.files("localgrad.app.presets").iterdir()]
+    files = [entry.name for entry in _presets().iterdir()]
     names = [name.removesuffix(".toml") for name in files if name.endswith(".toml")]
     return sorted(names, key=lambda name: (name.endswith("-source"), name))
 
@@ -295,9 +299,13 @@ def preset(name: str) -> Values:
             f"{arg('preset')}: unknown {name!r}; there are {', '.join(preset_names())}."
             f"{did_you_mean(name, preset_names())}"
         )
-    return parse_toml(
-        resources.files("localgrad.app.presets").joinpath(f"{name}.toml").read_text(encoding="utf-8"), name
-    )
+    return parse_toml(_presets().joinpath(f"{name}.toml").read_text(encoding="utf-8"), name)
+
+
+def _presets() -> Traversable:
+    from importlib import resources
+
+    return resources.files("localgrad.app.presets")
 
 
 def as_recipe(given: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
@@ -348,6 +356,8 @@ def parse_assignments(assignments: Iterable[str]) -> Values:
     Raises:
         RecipeError: a text without ``=``.
     """
+    import tomllib
+
     changes: Values = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
