@@ -212,7 +212,7 @@ def test_parts_of_a_batch_hold_two_images() -> None:
 
 def test_what_would_fit_is_told_truly() -> None:
     """Another batch, another precision: those that are named fit."""
-    fixed = task_of(vit(depth=2), modules=1)
+    fixed = task_of(vit(depth=1), modules=1)
     small = Search(fixed, fixed.costs(2))
     budget = small.peak(small.smallest()) + 4096
     message = refusal(fixed, 3, budget)
