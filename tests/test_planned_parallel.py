@@ -28,8 +28,8 @@ BATCH = 48
 pytestmark = pytest.mark.usefixtures("cost_cache")
 
 
-def task_of(*, depth: int = 6, **more: Any) -> Task:
-    """Costs are measured of every run of blocks: of 21 for six of them."""
+def task_of(*, depth: int = 4, **more: Any) -> Task:
+    """Costs are measured of every run of blocks: of 10 for four of them."""
     backbone = outline(make("vit", embed_dim=16, depth=depth), SIZE)
     return Task(**({"backbone": backbone, "objective": FeatureReconstruction(), "optimizer": adamw} | more))
 
@@ -117,7 +117,7 @@ def test_a_plan_survives_json_and_trains(free: Plan) -> None:
     assert back == free
     assert back.forecast == free.forecast
     with pytest.warns(UserWarning, match="made for .*several processes, here one"):
-        learner = LocalLearner(make("vit", embed_dim=16, depth=6), modules=back, input_size=SIZE)
+        learner = LocalLearner(make("vit", embed_dim=16, depth=4), modules=back, input_size=SIZE)
     learner.configure_optimizers(adamw)
     assert len(learner.step(torch.randn(2, *SIZE), torch.tensor([0, 1])).losses) == 3
 

@@ -15,6 +15,7 @@ import copy
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_type_hints
 
@@ -45,6 +46,8 @@ from localgrad.training.settings import Augment, DataSettings
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
+
+    from pydantic import TypeAdapter
 
 
 def _read_checkpoint(value: str | list[str], name: str = "checkpoint") -> None:
@@ -387,13 +390,21 @@ def validated(kind: type[Any], values: Any, prefix: str) -> Any:
     Raises:
         RecipeError: an unknown key or an impossible value, named by its dotted key.
     """
-    from pydantic import TypeAdapter, ValidationError  # which would hold up --help
+    from pydantic import ValidationError  # which would hold up --help
 
     try:
-        return TypeAdapter(kind).validate_python(values)
+        return _adapter(kind).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
         raise RecipeError(_explain(kind, first, prefix)) from None
+
+
+@cache
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    """What takes a hundred times as long to make as to use."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
 
 
 def _explain(kind: type[Any], error: Any, prefix: str) -> str:
