@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, final
 
 import typer
 from typer.core import TyperGroup
@@ -37,6 +37,7 @@ from localgrad.units import PLAINLY, format_counts, parse_bytes
 Verb = TypeVar("Verb", bound=Callable[..., None])
 
 
+@final
 class _Verbs(TyperGroup):
     """Lists the verbs in plain lines: rich, which lays out the help of each, takes longer to load than all the rest."""
 

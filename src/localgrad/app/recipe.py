@@ -15,7 +15,6 @@ import copy
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_type_hints
 
@@ -390,21 +389,19 @@ def validated(kind: type[Any], values: Any, prefix: str) -> Any:
     Raises:
         RecipeError: an unknown key or an impossible value, named by its dotted key.
     """
-    from pydantic import ValidationError  # which would hold up --help
+    from pydantic import TypeAdapter, ValidationError  # which would hold up --help
 
+    if kind not in _adapters:
+        _adapters[kind] = TypeAdapter(kind)
     try:
-        return _adapter(kind).validate_python(values)
+        return _adapters[kind].validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
         raise RecipeError(_explain(kind, first, prefix)) from None
 
 
-@cache
-def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
-    """What takes a hundred times as long to make as to use."""
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(kind)
+_adapters: dict[type[Any], TypeAdapter[Any]] = {}
+"""Kept, as one takes a hundred times as long to make as to use."""
 
 
 def _explain(kind: type[Any], error: Any, prefix: str) -> str:
