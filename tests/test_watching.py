@@ -227,6 +227,39 @@ def test_a_plain_chain_of_layers() -> None:
     assert_split(model, images, ["0.2", "0.4"])
 
 
+class Around(nn.Module):
+    """Blocks behind a layer in a container, which holds less than they do; features out, or two views of them."""
+
+    def __init__(self, *, views: bool) -> None:
+        super().__init__()
+        self.views = views
+        self.before = nn.ModuleList([nn.Sequential(nn.Linear(D, D), nn.GELU())])
+        self.blocks = nn.Sequential(*(Block() for _ in range(4)))
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.blocks(self.before[0](x))
+        return (x[:, :1], x[:, 1:]) if self.views else x
+
+
+@pytest.mark.parametrize("views", [False, True])
+def test_inside_a_stage_what_is_light_is_glue(views: bool) -> None:
+    def way(blocks: nn.ModuleList, x: Tensor) -> Tensor:
+        for block in blocks:
+            x = torch.cat(block(x), 1) if views else block(x)
+        return x
+
+    def make() -> nn.Module:
+        model = Written(way)
+        model.blocks = nn.ModuleList(Around(views=views) for _ in range(2))
+        return model
+
+    names = [f"blocks.{stage}.blocks.{index}" for stage in (0, 1) for index in range(4)]
+    if views:  # such a stage is no station: what is inside of it stands by itself
+        names = ["blocks.0.before.0", *names[:4], "blocks.1.before.0", *names[4:]]
+    backbone = assert_split(made(make), features(), names)
+    assert sum(block.glue is not None for block in backbone.blocks) == 1
+
+
 def test_a_block_is_not_taken_further_apart() -> None:
     inner = Written(in_a_row)
     seen = Seen(inner.eval(), Example.of(features()), lambda output: output)

@@ -33,6 +33,8 @@ LIGHT_STEM = 0.05
 """A container before all others is the stem's if it holds less than this share of the heaviest one's weights."""
 LIGHT = 0.01
 """Any other container is glue if it holds less than this."""
+LIGHT_INSIDE = 0.25
+"""One in a stage is glue if it holds less than this of the heaviest one there, and no such modules (a downsampling)."""
 LEAST_TRUNK = 0.2
 """Weights in a chain, as a share of those in containers beside it, below which it isn't the model's trunk."""
 LOOKING_UP = ("embedding", "index_select", "index", "gather")
@@ -296,10 +298,10 @@ class Seen:
         enters, first = next(iter(call.entered.items()))
         if first not in self.waists or not first or not self._is_features(call.shapes[0][enters]):
             return None  # the one that is given the input itself is of the stem
-        for path, last in call.left.items():
-            if last in self.waists and first < last != self.end and self._is_features(call.shapes[1][path]):
-                return enters, path
-        return None
+        found = [path for path, last in call.left.items() if last in self.waists and first < last != self.end]
+        if len(found) != 1 or not self._is_features(call.shapes[1][found[0]]):
+            return None  # two views of one tensor are more than either
+        return enters, found[0]
 
     def _is_features(self, shape: tuple[int, ...]) -> bool:
         return len(shape) in (3, 4) and shape[0] == self._num_items
@@ -387,18 +389,20 @@ def _without_leaves(calls: list[Call]) -> list[Call]:
     return blocks if 2 * _weight(blocks) >= _weight(calls) else calls
 
 
-def _without_light(calls: list[Call]) -> list[Call]:
-    """Without containers that hold next to nothing (of a stem, of a neck)."""
+def _without_light(calls: list[Call], *, least: float = LIGHT) -> list[Call]:
+    """Without containers that hold next to nothing (of a stem, of a neck), unless of what heavy ones hold."""
     groups: dict[str, list[Call]] = {}
     for call in calls:
         groups.setdefault(call.slot.container, []).append(call)
-    most = max((_weight(group) for group in groups.values()), default=0)
-    heavy = {name for name, group in groups.items() if _weight(group) >= LIGHT_STEM * most}
-    kinds = {type(call.slot.module) for name in heavy for call in groups[name]}
+    weights = {name: _weight(group) for name, group in groups.items()}
+    most = max(weights.values(), default=0)
+    of_blocks = max(least, LIGHT_STEM)
+    kinds = {type(call.slot.module) for call in calls if weights[call.slot.container] >= of_blocks * most}
     kept: list[Call] = []
     for call in calls:
-        least = LIGHT if kept or type(call.slot.module) in kinds else LIGHT_STEM
-        if _weight(groups[call.slot.container]) >= least * most:
+        is_of_kind = type(call.slot.module) in kinds
+        share = LIGHT if is_of_kind else least if kept else of_blocks
+        if weights[call.slot.container] >= share * most:
             kept.append(call)
     return kept
 
@@ -411,6 +415,7 @@ def _finer(chosen: list[Call], grouped: set[Call]) -> list[Call] | None:
         if len(chosen) > 1:
             inner = [each for each in inner if each.is_composite]
         tables = sum(weight.numel() for weight in call.slot.module.parameters(recurse=False))
+        inner = _without_light(inner, least=LIGHT_INSIDE)
         inside[call] = inner if _weight(inner) >= LEAST_INSIDE * (call.weight - tables) else []
     counts: dict[type, list[int]] = {}
     for call, inner in inside.items():
