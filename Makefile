@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# One thread for each of several processes, and bytecode for all those that tests start.
+TESTS = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n auto --dist worksteal
 
 .PHONY: help demo test test-all test-release check format docs bench clean
 .DEFAULT_GOAL := help
@@ -14,11 +16,11 @@ demo: $(VENV)/installed  ## train on handwritten digits: four local modules, two
 
 test: $(VENV)/installed-dev  ## lint, strict types, the site and the quick tests
 	$(MAKE) --no-print-directory -j2 check docs
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
+	$(TESTS)
 
 test-all: $(VENV)/installed-dev  ## the same with the heavy tests
 	$(MAKE) --no-print-directory -j2 check docs
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m "heavy or not heavy"
+	$(TESTS) -m "heavy or not heavy"
 
 test-release: $(VENV)/python  ## build the wheel, use it in clean environments: each extra, newest and oldest
 	$(BIN)/python tests/release.py $(ARGS)

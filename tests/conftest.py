@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-import torch
 
 from research.simulated_card.building import default_cache
 
@@ -30,6 +29,8 @@ BUILDS = default_cache()  # of the simulated card: before a test points the cach
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     """Tiny models are quicker so, and sums come in one order."""
+    import torch  # not by the process that only shares tests out among workers
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

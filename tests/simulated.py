@@ -31,7 +31,7 @@ class SimulatedCard:
     def run(self, code: str | Path, *arguments: str, **given: Any) -> str:
         """What the code printed; it must end well. The rest as ``simulated_card.run`` takes it."""
         ran = simulated_card.run(code, *arguments, **self._with(given))
-        assert ran.code == 0, ran.err or ran.out
+        assert ran.code == 0, ran.out + ran.err
         return ran.out
 
     def localgrad(self, *arguments: str, **given: Any) -> Ran:

@@ -133,6 +133,24 @@ def test_a_backbone_whose_model_was_changed_is_refused() -> None:
         LocalLearner(backbone, modules=2)
 
 
+def test_a_compiler_that_fails_is_told_of_the_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(kind: type[RuntimeError]) -> None:
+        def forward(*_: Any) -> Any:
+            raise kind("no compiler\nSet TORCHDYNAMO_VERBOSE=1 for the stack")
+
+        monkeypatch.setattr(torch, "compile", lambda function, **_: forward)
+        train(make_learner(modules=2, compile=True), batches(1))
+
+    compilers: type[RuntimeError] = type("Failed", (RuntimeError,), {"__module__": "torch._inductor.exc"})
+    with pytest.raises(
+        DeviceError, match=r"^compile=True: torch can't compile .* \(no compiler\); leave compile out\."
+    ):
+        failing(compilers)
+    with pytest.raises(RuntimeError, match=r"^no compiler") as raised:
+        failing(RuntimeError)
+    assert not isinstance(raised.value, DeviceError)
+
+
 def test_a_copy_trains_its_own_weights() -> None:
     """Compiled code belongs to the module that it was made of: a copy would have trained the original."""
     torch.compiler.reset()

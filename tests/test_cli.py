@@ -398,17 +398,26 @@ def test_help_comes_without_torch(arguments: list[str]) -> None:
 
 
 def test_help_comes_at_once() -> None:
-    """Processor time of the quickest of five; neighbours make that longer, too: what typer alone takes tells."""
+    """Processor time of the quickest of five, with the bytecode that an installed package has."""
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
 
-    def seconds(*arguments: str) -> float:
+    def seconds() -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert python(*arguments).returncode == 0
+        assert python("-m", "localgrad", "--help", env=environment).returncode == 0
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    pairs = [(seconds("-m", "localgrad", "--help"), seconds("-c", "import typer.rich_utils")) for _ in range(5)]
-    helped, typer_alone = map(min, zip(*pairs, strict=True))
-    assert helped < max(0.4, 2.5 * typer_alone), (helped, typer_alone)
+    taken: list[float] = []
+    while len(taken) < 5 and min(taken, default=1) >= 0.4:
+        taken.append(seconds())
+    assert min(taken) < 0.4, taken
+
+
+def test_without_a_verb_help_is_shown_and_nothing_succeeds(cli_: Cli) -> None:
+    said = cli_()
+    assert (said.code, said.err) == (2, "")
+    assert said.out == cli_("--help").out
+    assert all(f"\n  {verb} " in said.out for verb in ("train", "plan", "evaluate", "predict", "compare"))
 
 
 def test_a_reader_that_leaves_does_not_end_the_run(here: Path, ranks: Ranks) -> None:

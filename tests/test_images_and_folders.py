@@ -694,7 +694,7 @@ PHASES = [Phase.explicit, Phase.reuse, Phase.generate]  # to make a failing fold
 
 
 @given(random_folders())
-@settings(max_examples=300, derandomize=True, deadline=None, suppress_health_check=QUIET, phases=PHASES)
+@settings(max_examples=100, derandomize=True, deadline=None, suppress_health_check=QUIET, phases=PHASES)
 def test_random_folders_are_read_as_a_slow_reader_reads_them(tree: dict[str, bytes | str | None]) -> None:
     check(tree)
 

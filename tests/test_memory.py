@@ -35,10 +35,14 @@ def mlp():
     return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(768, 10)), (3, 16, 16)
 
 
-def vit():
+def vit(depth=3):
     torch.manual_seed(0)
-    sizes = {"img_size": 32, "patch_size": 4, "depth": 3, "num_classes": 10}
+    sizes = {"img_size": 32, "patch_size": 4, "depth": depth, "num_classes": 10}
     return timm.create_model("vit_tiny_patch16_224", **sizes), (3, 32, 32)
+
+
+def one_block():
+    return vit(depth=1)
 
 
 def swin():
@@ -69,9 +73,19 @@ def shapes_of(**tensors: Tensor):
 # -- held against reality ---------------------------------------------------------------------------
 
 
+def heavy(*values):
+    return pytest.param(*values, marks=pytest.mark.heavy)
+
+
 @pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("build", [mlp, vit, swin])
+@pytest.mark.parametrize(
+    ("build", "bf16"),
+    [
+        *((build, False) for build in (mlp, vit, swin)),
+        *((build, True) for build in (mlp, one_block)),
+        *(heavy(build, True) for build in (vit, swin)),  # no processor of ours has bfloat16: seconds a step
+    ],
+)
 def test_simulated_peak_is_the_profilers_peak(build, bf16, checkpointed):
     model, shape = build()
     if checkpointed:
@@ -550,8 +564,10 @@ class Checked(_fake.FakeTensorMode):
         return result
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("build", [vit, swin, mlp])
+@pytest.mark.parametrize(
+    ("build", "bf16"),
+    [(mlp, False), (mlp, True), (vit, True), (swin, False), heavy(vit, False), heavy(swin, True)],
+)
 def test_remembered_operators_give_what_pytorch_gives(build, bf16, monkeypatch):
     monkeypatch.setattr(_fake.FakeTensorMode, "_recipes", {})
     model, size = build()
@@ -634,6 +650,79 @@ def test_kernels_for_shapes_give_what_decompositions_give(dtype):
             results.append([told(func(*given), given) for func, given in calls])
     for call, (one, other) in enumerate(zip(*results, strict=True)):
         assert one == other, call
+
+
+def plain_and_odd_calls():
+    """Operators that have a rule, as the rules take them and as they leave them to PyTorch."""
+    aten = torch.ops.aten
+    a, matrix, row = torch.empty(2, 3, 4), torch.empty(5, 4), torch.empty(4)
+    turned, half, whole, nothing = a.transpose(0, 2), a.bfloat16(), a.int(), torch.empty(0, 4)
+    for func in (aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor, aten.div.Tensor):
+        for other in (a, row, half, whole, 2.0, 2, torch.empty(()), turned.contiguous().transpose(0, 2)):
+            yield func, (a, other), {}
+        yield func, (whole, whole), {}
+        yield func, (turned, turned), {}
+    for func in (aten.gelu.default, aten.neg.default, aten.relu.default, aten.rsqrt.default, aten.silu.default):
+        for each in (a, turned, half, nothing, a[:, 1:]):
+            yield func, (each,), {}
+    yield aten.rsqrt.default, (whole,), {}
+    yield aten.gelu.default, (a,), {"approximate": "tanh"}
+    yield aten.roll.default, (a, [1, 2], [0, 1]), {}
+    yield aten.roll.default, (turned, [1], [0]), {}
+    yield aten.roll.default, (a, [1]), {}
+    for given_to in (a, turned, half):
+        weight = torch.empty(given_to.shape[-1], dtype=given_to.dtype)
+        yield aten.native_layer_norm.default, (given_to, [given_to.shape[-1]], weight, weight, 1e-5), {}
+        yield aten.native_layer_norm.default, (given_to, [given_to.shape[-1]], None, None, 1e-5), {}
+        statistic = torch.empty(*given_to.shape[:-1], 1, dtype=given_to.dtype)
+        arguments = (
+            given_to,
+            given_to,
+            [given_to.shape[-1]],
+            statistic,
+            statistic,
+            weight,
+            weight,
+            [True, True, False],
+        )
+        yield aten.native_layer_norm_backward.default, arguments, {}
+    yield aten.native_layer_norm.default, (nothing, [4], row, row, 1e-5), {}
+    yield aten.native_layer_norm.default, (half, [4], row, row, 1e-5), {}
+    for kwargs in ({}, {"dtype": torch.bfloat16}, {"memory_format": torch.channels_last}):
+        image = torch.empty(2, 3, 4, 4)
+        yield aten.empty_like.default, (image,), kwargs
+        yield aten.zeros_like.default, (image.permute(0, 2, 3, 1),), kwargs
+        yield aten.empty.memory_format, ([2, 3, 4, 4],), kwargs
+    yield aten._foreach_sqrt.default, ([a, matrix],), {}
+    yield aten._foreach_sqrt.default, ([turned, whole],), {}
+    yield aten._foreach_addcmul_.Scalar, ([a, matrix], [a, matrix], [a, matrix], 1.0), {}
+    yield aten._foreach_add_.List, ([a, matrix], [a, row]), {}
+    yield aten.addmm.default, (row, matrix, torch.empty(4, 4)), {"beta": 2}
+
+
+def test_rules_of_shapes_say_what_pytorch_says(monkeypatch):
+    monkeypatch.setattr(_fake.FakeTensorMode, "_recipes", {})
+
+    def results(mode):
+        with mode:
+            return [(func, told(func(*args, **kwargs), args)) for func, args, kwargs in plain_and_odd_calls()]
+
+    expected = results(fake_tensor.FakeTensorMode())
+    for _ in range(2):
+        for one, other in zip(results(_fake.FakeTensorMode()), expected, strict=True):
+            assert one == other
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes"), [("_foreach_add_.List", ((2, 3), (3, 2))), ("addmm.default", ((4,), (5, 3), (4, 4)))]
+)
+def test_rules_of_shapes_hide_no_mistake(name, shapes):
+    packet, _, overload = name.partition(".")
+    func = getattr(getattr(torch.ops.aten, packet), overload)
+    with _fake.FakeTensorMode():
+        tensors = [torch.empty(*shape) for shape in shapes]
+        with pytest.raises(RuntimeError):
+            func(*([[each] for each in tensors] if "foreach" in name else tensors))
 
 
 def test_numbers_that_fake_tensors_know_are_computed_each_time():

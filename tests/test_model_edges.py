@@ -191,7 +191,7 @@ class NanGuard:
 
 @functools.cache
 def expected_estimates() -> list[Any]:
-    return estimates_of(make("vit"))
+    return estimates_of(make("vit", depth=2))
 
 
 def estimates_of(model: nn.Module) -> list[Any]:
@@ -209,11 +209,11 @@ def estimates_of(model: nn.Module) -> list[Any]:
 
 
 def test_hooks_of_users_run_on_values_only_and_stay_on() -> None:
-    model, guard = make("vit"), NanGuard()
+    model, guard = make("vit", depth=2), NanGuard()
     expected = expected_estimates()
     guard.on(model)
     assert estimates_of(model) == expected
-    learner = make_learner(model)
+    learner = make_learner(model, modules=2)
     before = guard.count
     train(learner, batches(1))
     assert guard.count - before == 4  # before, behind, and in the backward pass: of the block and of a weight
@@ -225,7 +225,7 @@ def test_hooks_on_all_modules_run_on_values_only() -> None:
     guard = NanGuard()
     handle = register_module_forward_hook(guard.watch)
     try:
-        assert estimates_of(make("vit")) == expected
+        assert estimates_of(make("vit", depth=2)) == expected
         count = guard.count
         make("vit")(batches(1)[0][0])
         assert guard.count > count
@@ -271,8 +271,15 @@ def test_hooks_that_are_set_later_and_pass_by_are_said_once(place: str) -> None:
 # Types of weights ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("kind", ["vit", "resnet"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("vit", torch.bfloat16),
+        ("resnet", torch.float64),
+        pytest.param("vit", torch.float64, marks=pytest.mark.heavy),
+        pytest.param("resnet", torch.bfloat16, marks=pytest.mark.heavy),
+    ],
+)
 def test_models_in_another_type_train(kind: str, dtype: torch.dtype) -> None:
     objective = FeatureReconstruction(
         reconstruct="previous", context=0.5, contrastive_weight=0.5, similarity_weight=0.5, transport_tau=1.0

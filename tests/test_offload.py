@@ -61,8 +61,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-@pytest.mark.parametrize("kind", ["vit", "resnet"])
+WITH_BUFFERS = ["plain", "all", "fp16"]
+"""What may treat buffers in a way of its own; the others with a ResNet are heavy."""
+
+
+def settings_of(kind: str, name: str) -> Any:
+    quick = kind == "vit" or name in WITH_BUFFERS
+    return pytest.param(kind, SETTINGS[name], id=f"{kind}-{name}", marks=[] if quick else pytest.mark.heavy)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"), [settings_of(kind, name) for kind in ("vit", "resnet") for name in SETTINGS]
+)
 def test_offloading_changes_nothing_at_all(kind: str, settings: dict[str, Any]) -> None:
     data = batches(4)
     plain, offloaded = make_learner(kind, offload=False, **settings), make_learner(kind, **settings)
@@ -103,8 +113,11 @@ def test_a_run_goes_on_bit_for_bit_with_or_without(middle: str) -> None:
     assert_same(second.state_dict(), straight.state_dict())
 
 
+COMPILERS = ["aot_eager", "inductor"]
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch's own, while compiling
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.heavy)])
+@pytest.mark.parametrize("backend", ["eager", *(pytest.param(each, marks=pytest.mark.heavy) for each in COMPILERS)])
 def test_compiled_modules_see_the_tensors_that_came(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.compiler.reset()
     original, graphs = torch.compile, []

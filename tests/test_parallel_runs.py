@@ -289,7 +289,7 @@ def test_num_processes_says_a_mistake_in_a_line(ranks: Ranks, recipe: Path, tmp_
     more = ["--num-processes", "2", *PARALLEL, "--replicas", "2", "--batch-size", "15"]
     ended = ranks.run(["train", "--recipe", recipe, *more, "--out", tmp_path / "run"])
     assert (ended.codes, ended.out) == ([2], [""]), ended
-    assert ended.err == ["localgrad: batch_size 15 can't be shared out among 2 replicas; take a multiple of 2.\n"]
+    assert ended.err == ["localgrad: --batch-size 15 can't be shared out among 2 replicas; take a multiple of 2.\n"]
 
 
 def test_a_run_that_is_started_again_goes_on_where_it_was(

@@ -125,12 +125,15 @@ def test_a_plan_survives_json_and_trains(free: Plan) -> None:
 # The budget ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("shares", [(1.0, 0.2, 0.0), pytest.param((0.8, 0.6, 0.4), marks=pytest.mark.heavy)], ids=str)
 @pytest.mark.parametrize("balance", ["time", "memory"])
-def test_every_rank_keeps_the_budget_down_to_the_least(balance: str, task: Task, free: Plan) -> None:
+def test_every_rank_keeps_the_budget_down_to_the_least(
+    balance: str, shares: tuple[float, ...], task: Task, free: Plan
+) -> None:
     most = largest_rank(free)
     least = largest_rank(plan_parallel(task, BATCH, Parallel(num_ranks=3, balance="memory")))
     plans = []
-    for share in (1.0, 0.6, 0.2, 0.0):
+    for share in shares:
         budget = int(least + (most - least) * share)
         plan = plan_parallel(task, BATCH, Parallel(num_ranks=3, balance=balance), budget)
         assert plan.forecast.needed_bytes == largest_rank(plan) <= budget == plan.forecast.budget_bytes
@@ -140,7 +143,7 @@ def test_every_rank_keeps_the_budget_down_to_the_least(balance: str, task: Task,
         plans.append(plan)
     times = [slowest(plan) for plan in plans]
     assert times == sorted(times)
-    assert plans[0].boundaries == free.boundaries or balance == "memory"
+    assert plans[0].boundaries == free.boundaries or balance == "memory" or shares[0] < 1
 
 
 def learner_of(task: Task, plan: Plan) -> LocalLearner:

@@ -383,7 +383,7 @@ def test_cifar100_is_trained_on(tmp_path: Path) -> None:
         ({}, 1),
         ({"local.modules": 1, **EVERYTHING}, 12),
         (EVERYTHING, 10),
-        ({"execution.precision": "bf16", "execution.accumulation": 2}, 10),
+        pytest.param({"execution.precision": "bf16", "execution.accumulation": 2}, 10, marks=pytest.mark.heavy),
         ({"local.objective": "contrastive", "data.val_fraction": 0.0, "training.optimizer": "sgd"}, 13),
     ],
     ids=["plain", "first-step", "end-to-end", "all", "bf16", "contrastive"],

@@ -20,9 +20,10 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, final
 
 import typer
+from typer.core import TyperGroup
 from typer.models import OptionInfo
 
 from localgrad import rules
@@ -35,10 +36,25 @@ from localgrad.units import PLAINLY, format_counts, parse_bytes
 
 Verb = TypeVar("Verb", bound=Callable[..., None])
 
+
+@final
+class _Verbs(TyperGroup):
+    """Lists the verbs in plain lines: rich, which lays out the help of each, takes longer to load than all the rest."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help as click does."""
+        super(TyperGroup, self).format_help(ctx, formatter)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the verbs with all that their help says."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, self.commands[name].help) for name in self.list_commands(ctx)])
+
+
 app = typer.Typer(
     name="localgrad",
+    cls=_Verbs,
     help="Train vision transformers as gradient-isolated local modules.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -126,12 +142,18 @@ def _leave(status: int) -> None:
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
     if version:
         import localgrad
 
         typer.echo(localgrad.__version__)
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(2)
 
 
 Everyday = Collection[str]

@@ -22,9 +22,9 @@ from localgrad.memory.track import (
     Tracker,
     annotate,
     autocast_of,
+    collecting_own_garbage,
     foreach_of,
     simulate,
-    without_collector,
 )
 from localgrad.objectives.carried import LocalBatch, made_up
 from localgrad.step.executor import StepResult
@@ -71,6 +71,7 @@ def estimate_step(
         inputs={"labels": (learner.label_shape(batch_size), torch.int64)},
         device="cuda" if (device or learner.device).type == "cuda" else "cpu",
         host=LocalLearner.host_tensors,
+        autocasts=learner._settings["precision"] != "fp32",
     )
 
 
@@ -106,8 +107,6 @@ class _EstimatedStep:
             learner.configure_optimizers(self.factory)
             _annotate_modules(learner)
             self.configured = True
-            # The first step only makes optimizer state, which is the same after a few images.
-            labels = labels[: 2 * learner._settings["accumulation"]]
         # The first step makes all optimizer state, also that of auxiliary nets, which an end-to-end step leaves alone.
         step = learner.global_step_on if self.globally and not first else learner.step_on
         return step(made_up(learner.backbone, labels))
@@ -175,7 +174,7 @@ def record_run(
     if any(kinds):
         learner._recomputed_globally()
     recorder = Recorder(card)
-    with by_shapes_alone():
+    with collecting_own_garbage(), by_shapes_alone():
         fake_mode, fake, _ = fake_copy_with_memo(_bare(learner))
         fake_mode.channels_first = not cudnn
         make = make_batch or partial(_plain_batch, learner)
@@ -188,17 +187,16 @@ def record_run(
             _move(fake, tracker)
             fake.configure_optimizers(optimizer)
             gc.collect()
-            with without_collector():
-                run = _RecordedRun(fake, recorder, make)
-                for nbytes in kept_bytes:
-                    recorder.take(nbytes)
-                for number, is_global in enumerate(kinds, 1):
-                    run.step(f"step {number}", batch_size, is_global=is_global)
-                if last_batch:
-                    run.step("last batch", last_batch, is_global=kinds[-1])
-                if evaluation_batch:
-                    run.evaluate([evaluation_batch, *([last_evaluation_batch] if last_evaluation_batch else [])])
-                    run.step("step after evaluation", batch_size, is_global=kinds[-1])
+            run = _RecordedRun(fake, recorder, make)
+            for nbytes in kept_bytes:
+                recorder.take(nbytes)
+            for number, is_global in enumerate(kinds, 1):
+                run.step(f"step {number}", batch_size, is_global=is_global)
+            if last_batch:
+                run.step("last batch", last_batch, is_global=kinds[-1])
+            if evaluation_batch:
+                run.evaluate([evaluation_batch, *([last_evaluation_batch] if last_evaluation_batch else [])])
+                run.step("step after evaluation", batch_size, is_global=kinds[-1])
             if like_cuda is not None:
                 recorder.trace.attention = dict(like_cuda.attention)
             return recorder.trace

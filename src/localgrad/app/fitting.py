@@ -223,6 +223,8 @@ def _go_on(replanner: Replanner, trainer: Trainer, module: int) -> bool:
     recipe = replanner.adopt(plan)
     trainer.folder.write_text("recipe.toml", recipe.to_toml())
     how = f"checkpoint {','.join(map(str, plan.checkpoint))}, accumulation {plan.accumulation}"
+    if replanner.job.device.type == "cuda":
+        how += ", by the margin, not replayed"
     place = f"local module {module}" if module < plan.num_modules else "an end-to-end step"
     for sink in trainer.sinks:
         sink.emit(Replanned(place=place, how=how, peak_bytes=forecast_of(plan).peak_bytes))

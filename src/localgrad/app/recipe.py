@@ -13,12 +13,10 @@ from __future__ import annotations
 
 import copy
 import math
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_type_hints
 
 from localgrad.errors import RecipeError, arg, did_you_mean
 from localgrad.formats import check_format, read_input
@@ -43,13 +41,19 @@ from localgrad.options import (
     read_list,
     read_modules,
 )
-from localgrad.partition import Checkpointing
 from localgrad.training.settings import Augment, DataSettings
 
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
 
-def _read_checkpoint(value: str | list[str]) -> None:
+    from pydantic import TypeAdapter
+
+
+def _read_checkpoint(value: str | list[str], name: str = "checkpoint") -> None:
+    from localgrad.partition import Checkpointing  # which would hold up --help, as would what reads TOML
+
     for text in [value] if isinstance(value, str) else value:
-        Checkpointing.parse(text)
+        Checkpointing.parse(text, name)
 
 
 @documented
@@ -170,7 +174,7 @@ class Execution:
         EXECUTION,
         read=read_list,
     )
-    global_checkpoint: Annotated[str, Readable(lambda text: Checkpointing.parse(text, "global_checkpoint"))] = option(
+    global_checkpoint: Annotated[str, Readable(lambda text: _read_checkpoint(text, "global_checkpoint"))] = option(
         "blocks", "What end-to-end steps recompute."
     )
     compile: bool = option(default=False, help="Compile each local module.", panel=EXECUTION)
@@ -271,6 +275,8 @@ DOWNLOAD = Option(
 
 def parse_toml(text: str, source: str) -> Values:
     """Parse TOML text, naming ``source`` in the error."""
+    import tomllib
+
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -279,7 +285,7 @@ def parse_toml(text: str, source: str) -> Values:
 
 def preset_names() -> list[str]:
     """Names of the presets that ship with the package; those of sources' own forms come last."""
-    files = [entry.name for entry in resources.files("localgrad.app.presets").iterdir()]
+    files = [entry.name for entry in _presets().iterdir()]
     names = [name.removesuffix(".toml") for name in files if name.endswith(".toml")]
     return sorted(names, key=lambda name: (name.endswith("-source"), name))
 
@@ -295,9 +301,13 @@ def preset(name: str) -> Values:
             f"{arg('preset')}: unknown {name!r}; there are {', '.join(preset_names())}."
             f"{did_you_mean(name, preset_names())}"
         )
-    return parse_toml(
-        resources.files("localgrad.app.presets").joinpath(f"{name}.toml").read_text(encoding="utf-8"), name
-    )
+    return parse_toml(_presets().joinpath(f"{name}.toml").read_text(encoding="utf-8"), name)
+
+
+def _presets() -> Traversable:
+    from importlib import resources
+
+    return resources.files("localgrad.app.presets")
 
 
 def as_recipe(given: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
@@ -348,6 +358,8 @@ def parse_assignments(assignments: Iterable[str]) -> Values:
     Raises:
         RecipeError: a text without ``=``.
     """
+    import tomllib
+
     changes: Values = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
@@ -379,11 +391,17 @@ def validated(kind: type[Any], values: Any, prefix: str) -> Any:
     """
     from pydantic import TypeAdapter, ValidationError  # which would hold up --help
 
+    if kind not in _adapters:
+        _adapters[kind] = TypeAdapter(kind)
     try:
-        return TypeAdapter(kind).validate_python(values)
+        return _adapters[kind].validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
         raise RecipeError(_explain(kind, first, prefix)) from None
+
+
+_adapters: dict[type[Any], TypeAdapter[Any]] = {}
+"""Kept, as one takes a hundred times as long to make as to use."""
 
 
 def _explain(kind: type[Any], error: Any, prefix: str) -> str:

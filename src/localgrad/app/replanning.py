@@ -102,8 +102,9 @@ class Replanner:
         how = arg("checkpoint", [str(how) for how in plan.checkpoint])
         if plan.global_checkpoint is not None:
             how += f" {arg('global_checkpoint', plan.global_checkpoint)}"
+        guessed = " (by the margin, not replayed)" if self.job.device.type == "cuda" else ""
         return (
-            f"the next plan that fits needs {format_bytes(forecast_of(plan).peak_bytes)}: go on with "
+            f"the next plan that fits needs {format_bytes(forecast_of(plan).peak_bytes)}{guessed}: go on with "
             f"{arg('resume', folder)} {how} {arg('accumulation', plan.accumulation)} (or {arg('on_oom', 'replan')})"
         )
 

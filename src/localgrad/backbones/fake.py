@@ -15,7 +15,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar, cast, final
+from typing import Any, ClassVar, TypeVar, final
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from torch.utils import _python_dispatch
 from localgrad.backbones.hooks import HOOKS_ON_ALL_MODULES, copy_without_hooks
 from localgrad.backbones.namespaces import Kwargs
 from localgrad.backbones.random_numbers import random_state_kept
+from localgrad.backbones.shapes import Fresh, given_by
 from localgrad.errors import BackboneError, reason_of
 
 __all__ = [
@@ -116,20 +117,39 @@ class FakeTensorMode(fake_tensor.FakeTensorMode):  # type: ignore[no-untyped-cal
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Give the fake tensors that an operator gives."""
         kwargs = kwargs or {}
+        if func is _VALUE_OF and type(args[0]) is FakeTensor and args[0].fake_mode is self:
+            return self._value_of(args[0])
+        if func is _NEW_NUMBER and _is_number(args[0]):
+            return self._number(args[0])
         if self.channels_first and func in _CONVOLUTIONS:
             return self._contiguous(_dispatch(self, func, types, args, kwargs))
         key = self._key_of(func, args, kwargs)
         if key is None:
             return _dispatch(self, func, types, args, kwargs)
         recipe = self._recipes.get(key)
+        if recipe is None and key not in self._recipes:
+            recipe = self._quickly(func, args, kwargs)
+            if recipe is not None:
+                self._recipes[key] = recipe
         if recipe is not None:
             return recipe(self, args)
         result = _dispatch(self, func, types, args, kwargs)
         if key not in self._recipes:
             # What a user's operator gives may follow from anything, and its rule may be replaced.
             is_pytorchs = func.namespace in _NAMESPACES and torch.Tag.inplace_view not in func.tags
-            self._recipes[key] = _recipe_for(result, args, kwargs) if is_pytorchs else None
+            self._recipes[key] = _recipe_for(result, self, args, kwargs) if is_pytorchs else None
         return result
+
+    def _quickly(self, func: Any, args: tuple[Any, ...], kwargs: Kwargs) -> _Recipe | None:
+        """A recipe for an operator that PyTorch's mode needn't be asked about, which takes it up to milliseconds."""
+        given = given_by(func, args, kwargs)
+        if given is not None:
+            return _recipe_of(given)
+        if func not in _BY_KERNEL or "device" in kwargs:
+            return None
+        with fake_tensor.in_kernel_invocation_manager(self):  # as PyTorch's mode ends up doing
+            result = func(*args, **kwargs)
+        return _recipe_for(result, self, args, kwargs)
 
     def cpp_meta_supports_symint(self, func: Any) -> bool:
         """Whether an operator's kernel for shapes is preferred to its decomposition into others."""
@@ -156,6 +176,23 @@ class FakeTensorMode(fake_tensor.FakeTensorMode):  # type: ignore[no-untyped-cal
             tensor = Tensor._make_subclass(FakeTensor, shaped, dispatch_device=True, device_for_backend_keys=_CPU)
             torch._C._set_throw_on_mutable_data_ptr(tensor)
         vars(tensor).update(self._attributes, fake_mode=self)
+        return tensor
+
+    def _value_of(self, tensor: FakeTensor) -> Any:
+        """The value of a fake tensor that has one: ``item()``.
+
+        Raises:
+            DataDependentOutputException: it has none.
+        """
+        if tensor.constant is None:
+            raise DataDependentOutputException(_VALUE_OF)
+        return tensor.constant.item()
+
+    def _number(self, made: Tensor) -> FakeTensor:
+        """A single number as a fake tensor that knows its value, until something unknown is written into it."""
+        tensor = self.make((), (), made.dtype)
+        tensor.constant = made.clone()
+        self.fake_tensor_converter.add_constant_storage_mapping(tensor)
         return tensor
 
     def _contiguous(self, made: Any) -> Any:
@@ -200,11 +237,28 @@ _WITH_KERNELS = {
     torch.ops.aten._softmax_backward_data.default,
 }
 """The slowest of those that PyTorch decomposes in Python (up to thirty operators) though it needs not."""
+_BY_KERNEL = {
+    *(torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.view.default),
+    *(torch.ops.aten.transpose.int, torch.ops.aten.permute.default, torch.ops.aten.t.default),
+    *(torch.ops.aten.detach.default, torch.ops.aten.clone.default, torch.ops.aten.expand.default),
+    *(torch.ops.aten.slice.Tensor, torch.ops.aten.select.int, torch.ops.aten._unsafe_view.default),
+    *(torch.ops.aten.squeeze.dim, torch.ops.aten.unsqueeze.default, torch.ops.aten.sum.dim_IntList),
+    *(torch.ops.aten.div_.Tensor, torch.ops.aten.bernoulli_.float, torch.ops.aten.uniform_.default),
+    *(torch.ops.aten.copy_.default, torch.ops.aten.fill_.Scalar, torch.ops.aten.add_.Tensor),
+    *(torch.ops.aten._softmax.default, torch.ops.aten.add.Tensor, torch.ops.aten.mul.Tensor),
+}
+"""Operators whose kernel for shapes is quick, and all that PyTorch's mode asks."""
 _CONVOLUTIONS = {torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default}
 _NAMESPACES = ("aten", "prims")
+_VALUE_OF = torch.ops.aten._local_scalar_dense.default
+_NEW_NUMBER = torch.ops.aten.lift_fresh.default  # of torch.tensor(...)
 _CPU = torch.device("cpu")
 _Recipe = Callable[[FakeTensorMode, tuple[Any, ...]], Any]
 """Given the mode and the positional arguments of an operator, makes what the operator gives."""
+
+
+def _is_number(tensor: Any) -> bool:
+    return type(tensor) is Tensor and tensor.ndim == 0 and tensor.device == _CPU and not tensor.is_complex()
 
 
 def _is_simple(tensor: FakeTensor) -> bool:
@@ -242,7 +296,20 @@ class _Made:
         return mode.make(self.shape, self.stride, self.dtype, memory=memory, offset=self.offset)
 
 
-def _recipe_for(result: Any, args: tuple[Any, ...], kwargs: Kwargs) -> _Recipe | None:
+def _recipe_of(given: Fresh | list[Fresh | None]) -> _Recipe:
+    """How to make tensors in memory of their own; of none, nothing."""
+    if isinstance(given, list):
+        made = [None if each is None else _fresh(each) for each in given]
+        return lambda mode, args: [each and each(mode, args) for each in made] or None
+    return _fresh(given)
+
+
+def _fresh(each: Fresh) -> _Made:
+    strides = tuple(math.prod(side or 1 for side in each.shape[axis + 1 :]) for axis in range(len(each.shape)))
+    return _Made(each.shape, strides, each.dtype, 0, None)
+
+
+def _recipe_for(result: Any, mode: FakeTensorMode, args: tuple[Any, ...], kwargs: Kwargs) -> _Recipe | None:
     """How to make the same from other arguments of the same shapes; ``None`` where shapes alone don't tell."""
     owners: dict[int, int | None] = {}  # of storages: the argument that holds it; none for those by name or in lists
     for place, value in enumerate(args):
@@ -253,21 +320,24 @@ def _recipe_for(result: Any, args: tuple[Any, ...], kwargs: Kwargs) -> _Recipe |
             if isinstance(item, Tensor):
                 owners.setdefault(id(item.untyped_storage()), None)
     if not isinstance(result, (list, tuple)):
-        return _recipe_for_one(result, args, owners)
-    recipes = [_recipe_for_one(part, args, owners) for part in result]
+        return _recipe_for_one(result, mode, args, owners)
+    recipes = [_recipe_for_one(part, mode, args, owners) for part in result]
     known = [recipe for recipe in recipes if recipe is not None]
     return (lambda mode, args: [recipe(mode, args) for recipe in known]) if len(known) == len(recipes) else None
 
 
-def _recipe_for_one(part: Any, args: tuple[Any, ...], owners: dict[int, int | None]) -> _Recipe | None:
+def _recipe_for_one(
+    part: Any, mode: FakeTensorMode, args: tuple[Any, ...], owners: dict[int, int | None]
+) -> _Recipe | None:
     place = next((place for place, value in enumerate(args) if value is part), None)
     if place is not None:
         return _Given(place)
     if part is None:
         return lambda mode, args: None
-    if type(part) is not FakeTensor or not _is_simple(part) or part.requires_grad:
+    is_shape = type(part) is Tensor and part.is_meta  # a kernel's
+    if not (is_shape or (type(part) is FakeTensor and _is_simple(part))) or part.requires_grad:
         return None
-    storage, mode = part.untyped_storage(), cast("FakeTensorMode", part.fake_mode)
+    storage = part.untyped_storage()
     made = _Made(part.shape, part.stride(), part.dtype, int(part.storage_offset()), owners.get(id(storage)))
     if made.owner is None:
         nbytes = made(mode, ()).untyped_storage().nbytes()

@@ -130,7 +130,8 @@ class ByShapes(Gauge):
         shape, dtype = like
         clock = _Clock(RATES[self.settings.device])
         meter = Tracker(self.rounding, clock)
-        with self.mode, meter, autocast_of(self.settings.device), torch.enable_grad():
+        casts = self.settings.precision != "fp32"
+        with self.mode, meter, autocast_of(self.settings.device if casts else "cpu"), torch.enable_grad():
             held = self._input(shape, dtype, needs_gradient=needs_gradient) if present else None
             if self.settings.accumulation > 1 if accumulates is None else accumulates:
                 for weight in weights:

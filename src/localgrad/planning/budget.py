@@ -844,7 +844,8 @@ def _cannot_fit(task: Task, whole: Search, batch_size: int, budget: int) -> Budg
     usable = task.margin.usable(budget)
     size = _largest_batch(task, lambda search: search.fastest(usable), exact=False)
     if 0 < size < batch_size:
-        hints.append(arg("batch_size", size))
+        guessed = " (by the margin; not replayed)" if task.device == "cuda" else ""
+        hints.append(arg("batch_size", size) + guessed)
     if task.precision == "fp32":
         half = replace(task, precision="bf16" if task.card is None or task.card.has_bfloat16 else "fp16")
         needed = _least_bytes(Search(half, half.costs(batch_size, accumulation)), batch_size)

@@ -101,7 +101,7 @@ def plan_parallel(task: Task, batch_size: int, parallel: Parallel, budget: int |
     """
     check_batch(batch_size)
     _refuse_together(task, parallel)
-    task = _with_modules(task, parallel)
+    task = replace(_with_modules(task, parallel), replays=False)  # a rank's run is recorded nowhere: the larger margin
     whole = Search(task, task.costs(batch_size))
     least: list[tuple[int, _RankSearch]] = []
     for search in searches(task, whole, batch_size):

@@ -30,7 +30,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, noop_context_fn
+from torch.utils.checkpoint import checkpoint
 
 from localgrad.backbones.effects import NO_EFFECTS, Effects
 from localgrad.backbones.fake import TorchDispatchMode
@@ -177,6 +177,9 @@ def checkpointed(block: Part, inputs: Tensor, effects: Effects = NO_EFFECTS) -> 
     if getattr(block, "keeps_inputs_only", False):  # by itself: a stand-in of ``planning.parts``
         result: Tensor = block(inputs)
         return result
-    contexts = effects.contexts if effects else noop_context_fn
-    recomputed: Tensor = checkpoint(block, inputs, use_reentrant=False, context_fn=contexts)
+    recomputed: Tensor
+    if effects:
+        recomputed = checkpoint(block, inputs, use_reentrant=False, context_fn=effects.contexts)
+    else:  # said in two calls: the compiler can't follow a context that is chosen
+        recomputed = checkpoint(block, inputs, use_reentrant=False)
     return recomputed

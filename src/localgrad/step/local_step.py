@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from localgrad.backbones.namespaces import Attributes, Kwargs
 from localgrad.backbones.random_numbers import RandomState
 from localgrad.backbones.state import Before, Undo
-from localgrad.errors import DeviceError, RecipeError, arg
+from localgrad.errors import DeviceError, RecipeError, arg, reason_of
 from localgrad.objectives.carried import LocalBatch
 from localgrad.step.checks import same_device
 from localgrad.step.frozen import Frozen
@@ -204,11 +204,9 @@ class LocalStep:
         seed = None if self.seed is None else (*self.seed, batch.number)
         is_drawn = batch.gradient is not None and self.module.objective.reconcile
         run: Pass = self._only_run if self.frozen else self._reconciled if is_drawn else self._once
-        with (
-            drawing_from(self.device, seed),
-            _only_read(self.module.reads),
-            single_images_refused(len(inputs), self.accumulation),
-        ):
+        told = compilers_errors_told() if self._is_compiled else contextlib.nullcontext()
+        single = single_images_refused(len(inputs), self.accumulation)
+        with told, drawing_from(self.device, seed), _only_read(self.module.reads), single:
             if self.accumulation == 1:
                 output = run(inputs, batch, 1.0, hand_on)
             else:
@@ -455,6 +453,26 @@ def compiled_alone(module: nn.Module) -> Callable[..., Any]:
     own.__kwdefaults__ = forward.__kwdefaults__
     compiled: Callable[..., Any] = torch.compile(types.MethodType(own, module), dynamic=False)
     return compiled
+
+
+@contextlib.contextmanager
+def compilers_errors_told() -> Iterator[None]:
+    """A region in which what torch's compiler can't do here is told of the option that asked for it.
+
+    Raises:
+        DeviceError: naming the compiler's reason.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        kinds = [kind.__module__ for kind in type(error).__mro__]
+        if not any(kind.startswith(("torch._dynamo", "torch._inductor")) for kind in kinds):
+            raise
+        reason = reason_of(error).partition(" Set TORCHDYNAMO_VERBOSE")[0]  # which is for torch's own developers
+        raise DeviceError(
+            f"{arg('compile', value=True)}: torch can't compile this on this machine ({reason}); leave "
+            f"{arg('compile')} out."
+        ) from error
 
 
 def joined(outputs: Sequence[LocalOutput], shares: Sequence[float]) -> LocalOutput:
