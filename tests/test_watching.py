@@ -14,7 +14,7 @@ import localgrad
 from helpers import copied
 from localgrad.backbones.base import Backbone
 from localgrad.backbones.example import Example
-from localgrad.backbones.flow import Flow, Seen, choose
+from localgrad.backbones.flow import Flow, Followed, choose
 from localgrad.errors import BackboneError
 
 D = 8
@@ -262,7 +262,7 @@ def test_inside_a_stage_what_is_light_is_glue(views: bool) -> None:
 
 def test_a_block_is_not_taken_further_apart() -> None:
     inner = Written(in_a_row)
-    seen = Seen(inner.eval(), Example.of(features()), lambda output: output)
+    seen = Followed(inner.eval(), Example.of(features()), lambda output: output)
     finest = choose(seen)[0]
     assert [call.name for call in finest] == ["blocks.0", "blocks.1", "blocks.2", "blocks.3"]
     assert any(call.name == "blocks.1.linear" for call in seen.walk())
@@ -441,7 +441,7 @@ def test_ids_are_followed_to_what_they_look_up() -> None:
 
 
 def test_who_goes_past_is_named() -> None:
-    seen = Seen(made(lambda: Written(skip)).eval(), Example.of(features()), lambda output: output)
+    seen = Followed(made(lambda: Written(skip)).eval(), Example.of(features()), lambda output: output)
     third = next(call for call in seen.walk() if call.name == "blocks.2")
     assert seen.ends(third) is None
     assert seen.why_not(third).startswith("past blocks.2, what blocks.0 gave goes on to its own code")

@@ -60,7 +60,7 @@ from localgrad.backbones.timm_models import (
     recomputes,
     unsupported,
 )
-from localgrad.backbones.watching import Parts, Trunk, take_apart
+from localgrad.backbones.watching import TakenApart, Trunk, take_apart
 from localgrad.errors import BackboneError, reason_of
 from localgrad.registry import Registry
 
@@ -631,7 +631,7 @@ def _watched(model: nn.Module, given: Example, blocks: str | None) -> Backbone:
     return backbone
 
 
-def _layouts_of_parts(model: nn.Module, given: Example, parts: Parts) -> dict[str, Any]:
+def _layouts_of_parts(model: nn.Module, given: Example, parts: TakenApart) -> dict[str, Any]:
     """Layouts between parts that were found by watching, and the first blocks of stages."""
     main = given.tensor
     layouts: list[Layout] = []

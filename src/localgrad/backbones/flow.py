@@ -46,7 +46,7 @@ BY_SHAPE = (
 """Operators that look at no value of what they are given."""
 
 
-class Slot(NamedTuple):
+class Place(NamedTuple):
     """Where a module stands: its dotted name, its parent and its name there."""
 
     name: str
@@ -61,7 +61,7 @@ class Slot(NamedTuple):
 
 
 @dataclass(eq=False)
-class Call:
+class ModuleCall:
     """One call of a module.
 
     Attributes:
@@ -74,13 +74,13 @@ class Call:
         inside: calls made by it.
     """
 
-    slot: Slot
+    slot: Place
     times: int = 1
     entered: dict[Path, int] = field(default_factory=dict)
     left: dict[Path, int] = field(default_factory=dict)
     shapes: tuple[dict[Path, tuple[int, ...]], dict[Path, tuple[int, ...]]] = field(default_factory=lambda: ({}, {}))
     output: Any = None
-    inside: list[Call] = field(default_factory=list)
+    inside: list[ModuleCall] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -102,7 +102,7 @@ class Call:
         """Whether its module has no code of its own."""
         return type(self.slot.module) is nn.Sequential
 
-    def walk(self) -> Iterator[Call]:
+    def walk(self) -> Iterator[ModuleCall]:
         """It and all calls inside of it."""
         yield self
         for call in self.inside:
@@ -220,15 +220,15 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: Kwargs) -> list[Tensor]:
     return found
 
 
-def slots(model: nn.Module) -> Iterator[Slot]:
+def slots(model: nn.Module) -> Iterator[Place]:
     """Every module below a model, where it stands."""
     for name, parent in model.named_modules():
         for key, child in parent.named_children():
-            yield Slot(f"{name}.{key}" if name else key, parent, key, child)
+            yield Place(f"{name}.{key}" if name else key, parent, key, child)
 
 
 @final
-class Seen:
+class Followed:
     """What one run of a model showed.
 
     Args:
@@ -239,9 +239,9 @@ class Seen:
 
     def __init__(self, model: nn.Module, example: Example, outlined: Callable[[Any], Any]) -> None:
         self.model = model
-        self.calls: list[Call] = []
+        self.calls: list[ModuleCall] = []
         """The outermost calls of modules with weights."""
-        self._stack: list[Call] = []
+        self._stack: list[ModuleCall] = []
         self._outlined = outlined
         self._num_items = example.num_items
         times: dict[int, int] = {}
@@ -262,15 +262,15 @@ class Seen:
         for call in self.walk():
             call.times = times[id(call.slot.module)]
 
-    def walk(self) -> Iterator[Call]:
+    def walk(self) -> Iterator[ModuleCall]:
         """All calls."""
         for call in self.calls:
             yield from call.walk()
 
-    def _entering(self, slot: Slot, times: dict[int, int]) -> Callable[..., None]:
+    def _entering(self, slot: Place, times: dict[int, int]) -> Callable[..., None]:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> None:
             times[id(module)] = times.get(id(module), 0) + 1
-            call = Call(slot)
+            call = ModuleCall(slot)
             call.entered = self._nodes_in({"args": args, "kwargs": kwargs}, call.shapes[0])
             (self._stack[-1].inside if self._stack else self.calls).append(call)
             self._stack.append(call)
@@ -291,7 +291,7 @@ class Seen:
                 found[path], shapes[path] = node, tuple(leaf.shape)
         return found
 
-    def ends(self, call: Call) -> tuple[Path, Path] | None:
+    def ends(self, call: ModuleCall) -> tuple[Path, Path] | None:
         """Where features enter and leave a call that is a station; ``None`` for any other."""
         if len(call.entered) != 1 or call.times > 1 or not _has_matrix(call.slot.module):
             return None
@@ -306,7 +306,7 @@ class Seen:
     def _is_features(self, shape: tuple[int, ...]) -> bool:
         return len(shape) in (3, 4) and shape[0] == self._num_items
 
-    def why_not(self, call: Call) -> str:
+    def why_not(self, call: ModuleCall) -> str:
         """Why a call is no station."""
         if call.times > 1:
             return f"{call.name} is called {call.times} times in one pass, with the same weights each time"
@@ -330,12 +330,12 @@ def _has_matrix(module: nn.Module) -> bool:
 # Choosing ---------------------------------------------------------------------------------------------------------
 
 
-def of_container(seen: Seen, name: str) -> list[Call]:
+def of_container(seen: Followed, name: str) -> list[ModuleCall]:
     """The calls of a container's children."""
     return [call for call in seen.walk() if call.slot.container == name and _has_matrix(call.slot.module)]
 
 
-def choose(seen: Seen) -> list[list[Call]]:
+def choose(seen: Followed) -> list[list[ModuleCall]]:
     """The calls that make up a model's trunk: ever finer ones, the finest first; empty if there are none."""
     grouped = _in_groups(seen)
     chosen = _without_light(_without_leaves(_outermost(seen.calls, grouped)))
@@ -348,10 +348,10 @@ def choose(seen: Seen) -> list[list[Call]]:
     return found
 
 
-def _in_groups(seen: Seen) -> set[Call]:
+def _in_groups(seen: Followed) -> set[ModuleCall]:
     """Stations that stand with others: in a container, or as children of one module that are mostly of a kind."""
-    found: set[Call] = set()
-    children: dict[nn.Module, list[Call]] = {}
+    found: set[ModuleCall] = set()
+    children: dict[nn.Module, list[ModuleCall]] = {}
     for call in seen.walk():
         if seen.ends(call) is None:
             continue
@@ -366,39 +366,39 @@ def _in_groups(seen: Seen) -> set[Call]:
     return found
 
 
-def _is_alike(calls: Sequence[Call]) -> bool:
+def _is_alike(calls: Sequence[ModuleCall]) -> bool:
     """Whether most modules of several are of a class that others of them are of, too."""
     kinds = [type(call.slot.module) for call in calls]
     return 2 * sum(kinds.count(kind) > 1 for kind in kinds) >= len(kinds) > 1
 
 
-def _outermost(calls: Sequence[Call], grouped: set[Call]) -> list[Call]:
+def _outermost(calls: Sequence[ModuleCall], grouped: set[ModuleCall]) -> list[ModuleCall]:
     found = []
     for call in calls:
         found += [call] if call in grouped else _outermost(call.inside, grouped)
     return found
 
 
-def _weight(calls: Sequence[Call]) -> int:
+def _weight(calls: Sequence[ModuleCall]) -> int:
     return sum(call.weight for call in calls)
 
 
-def _without_leaves(calls: list[Call]) -> list[Call]:
+def _without_leaves(calls: list[ModuleCall]) -> list[ModuleCall]:
     """Without single layers, where there are blocks."""
     blocks = [call for call in calls if call.is_composite]
     return blocks if 2 * _weight(blocks) >= _weight(calls) else calls
 
 
-def _without_light(calls: list[Call], *, least: float = LIGHT) -> list[Call]:
+def _without_light(calls: list[ModuleCall], *, least: float = LIGHT) -> list[ModuleCall]:
     """Without containers that hold next to nothing (of a stem, of a neck), unless of what heavy ones hold."""
-    groups: dict[str, list[Call]] = {}
+    groups: dict[str, list[ModuleCall]] = {}
     for call in calls:
         groups.setdefault(call.slot.container, []).append(call)
     weights = {name: _weight(group) for name, group in groups.items()}
     most = max(weights.values(), default=0)
     of_blocks = max(least, LIGHT_STEM)
     kinds = {type(call.slot.module) for call in calls if weights[call.slot.container] >= of_blocks * most}
-    kept: list[Call] = []
+    kept: list[ModuleCall] = []
     for call in calls:
         is_of_kind = type(call.slot.module) in kinds
         share = LIGHT if is_of_kind else least if kept else of_blocks
@@ -407,9 +407,9 @@ def _without_light(calls: list[Call], *, least: float = LIGHT) -> list[Call]:
     return kept
 
 
-def _finer(chosen: list[Call], grouped: set[Call]) -> list[Call] | None:
+def _finer(chosen: list[ModuleCall], grouped: set[ModuleCall]) -> list[ModuleCall] | None:
     """Calls with the stations inside of them in their place: those of one class all, or none; ``None`` if none can."""
-    inside: dict[Call, list[Call]] = {}
+    inside: dict[ModuleCall, list[ModuleCall]] = {}
     for call in chosen:
         inner = _outermost(call.inside, grouped)
         if len(chosen) > 1:
@@ -427,7 +427,7 @@ def _finer(chosen: list[Call], grouped: set[Call]) -> list[Call] | None:
     return found if len(found) > len(chosen) else None
 
 
-def beside(seen: Seen, chosen: Sequence[Call]) -> int:
+def beside(seen: Followed, chosen: Sequence[ModuleCall]) -> int:
     """Weights of containers' children that are in no station, and hold none."""
     taken = {module for call in chosen for module in call.slot.module.modules()}
     total = 0
@@ -439,11 +439,11 @@ def beside(seen: Seen, chosen: Sequence[Call]) -> int:
     return total
 
 
-def broken_at(seen: Seen) -> str:
+def broken_at(seen: Followed) -> str:
     """Where the heaviest chain of modules breaks, in words."""
     if seen.end is None:
         return "its logits don't depend on its input"
-    groups: dict[str, list[Call]] = {}
+    groups: dict[str, list[ModuleCall]] = {}
     for call in seen.walk():
         if isinstance(call.slot.parent, CONTAINERS) and _has_matrix(call.slot.module):
             groups.setdefault(call.slot.container, []).append(call)

@@ -34,7 +34,17 @@ from torch import Tensor, nn
 
 from localgrad.backbones.by_hand import listed
 from localgrad.backbones.example import Example, Path, leaves, mapped, replaced
-from localgrad.backbones.flow import LEAST_TRUNK, Call, Seen, Slot, beside, broken_at, choose, of_container, slots
+from localgrad.backbones.flow import (
+    LEAST_TRUNK,
+    Followed,
+    ModuleCall,
+    Place,
+    beside,
+    broken_at,
+    choose,
+    of_container,
+    slots,
+)
 from localgrad.backbones.namespaces import Kwargs
 from localgrad.backbones.proof import digest, nothing_hidden
 from localgrad.backbones.random_numbers import RandomState
@@ -57,7 +67,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Station:
+class TrunkStation:
     """A module that turns features into features.
 
     Attributes:
@@ -69,7 +79,7 @@ class Station:
         left: shape of what leaves, [B, ...].
     """
 
-    slot: Slot
+    slot: Place
     enters: Path
     leaves: Path
     given: Any
@@ -105,7 +115,7 @@ def _filled(given: Any, num_items: int, like: Tensor) -> Any:
     return given
 
 
-def _outlined(value: Any, num_items: int) -> Any:
+def _outline_of(value: Any, num_items: int) -> Any:
     """What a module gave, with ``Shape`` in place of tensors."""
     found = value
     for path, leaf in leaves(value):
@@ -192,7 +202,7 @@ class Context:
 
     @classmethod
     def join(cls, parts: Sequence[Context]) -> Context:
-        """Parts of a batch as one."""
+        """TakenApart of a batch as one."""
         first, *rest = parts
         if not rest:
             return first
@@ -236,7 +246,7 @@ class _StandIn(nn.Module):
 
 
 @contextmanager
-def _standing_in(stand_ins: Sequence[tuple[Slot, _StandIn]]) -> Iterator[None]:
+def _standing_in(stand_ins: Sequence[tuple[Place, _StandIn]]) -> Iterator[None]:
     """A region in which modules are replaced in their parents."""
     try:
         for slot, stand_in in stand_ins:
@@ -282,11 +292,11 @@ class Trunk:
     Shared by all parts of a backbone.
     """
 
-    def __init__(self, model: nn.Module, stations: Sequence[Station], example: Example) -> None:
+    def __init__(self, model: nn.Module, stations: Sequence[TrunkStation], example: Example) -> None:
         self.model = model
         self.stations = list(stations)
         self.example = example
-        self.around: list[tuple[Slot, int]] = []
+        self.around: list[tuple[Place, int]] = []
         """Modules outside of the trunk that are called between two stations only, and between which: 0 is the stem."""
         self.outputs: dict[int, Any] = {}
         """What those give, by their number, for the example."""
@@ -429,12 +439,12 @@ class Segment(nn.Module):
 
 def _noting_output(outputs: dict[int, Any], number: int, num_items: int) -> Callable[..., None]:
     def note(_module: nn.Module, _args: Any, output: Any) -> None:
-        outputs[number] = _outlined(output, num_items)
+        outputs[number] = _outline_of(output, num_items)
 
     return note
 
 
-def taken_out(station: Station, args: tuple[Any, ...], kwargs: Kwargs) -> tuple[Tensor, tuple[Any, ...], Kwargs]:
+def taken_out(station: TrunkStation, args: tuple[Any, ...], kwargs: Kwargs) -> tuple[Tensor, tuple[Any, ...], Kwargs]:
     """The features in a station's arguments, and the arguments without them."""
     where, key, *rest = station.enters
     value = (args if where == "args" else kwargs)[key]
@@ -477,7 +487,7 @@ class Called(nn.Module):
 # Finding stations ---------------------------------------------------------------------------------------------------
 
 
-def find_stations(model: nn.Module, example: Example, blocks: str | None = None) -> tuple[list[Station], list[bool]]:
+def stations_of(model: nn.Module, example: Example, blocks: str | None = None) -> tuple[list[TrunkStation], list[bool]]:
     """The stations of a model's trunk, and whether there is glue before each.
 
     Args:
@@ -488,9 +498,9 @@ def find_stations(model: nn.Module, example: Example, blocks: str | None = None)
     Raises:
         BackboneError: nothing stands in a chain; the message says what was found, and where it broke.
     """
-    seen = Seen(model, example, lambda output: _outlined(output, example.num_items))
+    seen = Followed(model, example, lambda output: _outline_of(output, example.num_items))
     if blocks is not None:
-        ways = [_named(model, seen, blocks)]
+        ways = [_of_named(model, seen, blocks)]
     else:
         ways = choose(seen)
         if not ways:
@@ -507,14 +517,14 @@ def find_stations(model: nn.Module, example: Example, blocks: str | None = None)
     raise _no_trunk(model, seen, reasons[0])
 
 
-def _apart(calls: Sequence[Call], stations: Sequence[Station]) -> list[bool]:
+def _apart(calls: Sequence[ModuleCall], stations: Sequence[TrunkStation]) -> list[bool]:
     """Whether an operator stands before each station: what multiplies by one leaves no trace in bits."""
     pairs = list(zip(calls, stations, strict=True))
     between = [one.left[a.leaves] != other.entered[b.enters] for (one, a), (other, b) in pairwise(pairs)]
     return [False, *between, True]
 
 
-def _named(model: nn.Module, seen: Seen, name: str) -> list[Call]:
+def _of_named(model: nn.Module, seen: Followed, name: str) -> list[ModuleCall]:
     calls = of_container(seen, name)
     if not calls:
         containers = dict.fromkeys(call.slot.container for call in seen.walk())
@@ -531,7 +541,7 @@ def _named(model: nn.Module, seen: Seen, name: str) -> list[Call]:
     return found
 
 
-def _no_trunk(model: nn.Module, seen: Seen, why: str) -> BackboneError:
+def _no_trunk(model: nn.Module, seen: Followed, why: str) -> BackboneError:
     chains: dict[str, int] = {}
     for call in seen.walk():
         if seen.ends(call) is not None:
@@ -543,7 +553,7 @@ def _no_trunk(model: nn.Module, seen: Seen, why: str) -> BackboneError:
     )
 
 
-def _check_is_trunk(model: nn.Module, seen: Seen, chosen: Sequence[Call]) -> None:
+def _check_is_trunk(model: nn.Module, seen: Followed, chosen: Sequence[ModuleCall]) -> None:
     """Refuse a chain that is only the beginning of what the model does, before its features go several ways."""
     mine, others = sum(call.weight for call in chosen), beside(seen, chosen)
     if mine < LEAST_TRUNK * others or (len(chosen) == 1 and others):
@@ -555,11 +565,11 @@ def _check_is_trunk(model: nn.Module, seen: Seen, chosen: Sequence[Call]) -> Non
         )
 
 
-def _station(seen: Seen, call: Call) -> Station:
+def _station(seen: Followed, call: ModuleCall) -> TrunkStation:
     ends = seen.ends(call)
     assert ends is not None, "chosen ones are stations"
     enters, leaves_at = ends
-    return Station(
+    return TrunkStation(
         slot=call.slot,
         enters=enters,
         leaves=leaves_at,
@@ -573,7 +583,7 @@ class _Broken(Exception):  # noqa: N818  # what it is
     """Stations that don't stand in a chain: where, and how."""
 
 
-def check_chain(model: nn.Module, stations: Sequence[Station], example: Example) -> list[bool]:
+def check_chain(model: nn.Module, stations: Sequence[TrunkStation], example: Example) -> list[bool]:
     """Whether something is done to the features before each station; [stations + 1], the tail's last.
 
     Raises:
@@ -596,7 +606,7 @@ def check_chain(model: nn.Module, stations: Sequence[Station], example: Example)
                 other if is_changed else noise for noise, other, is_changed in zip(noises, others, changed, strict=True)
             ]
             runs.append(_run_noise(trunk, mixed))
-            _compare(stations, base, runs[-1], changed)
+            _check_changes(stations, base, runs[-1], changed)
     if all(seen.logits == base.logits for seen in runs):
         raise _Broken(f"its logits don't depend on {stations[-1].slot.name}")
     for index in range(1, count):
@@ -605,7 +615,7 @@ def check_chain(model: nn.Module, stations: Sequence[Station], example: Example)
     return [False, *(base.features[index] != digest([noises[index - 1]]) for index in range(1, count)), True]
 
 
-def _compare(stations: Sequence[Station], base: _Answers, seen: _Answers, changed: Sequence[bool]) -> None:
+def _check_changes(stations: Sequence[TrunkStation], base: _Answers, seen: _Answers, changed: Sequence[bool]) -> None:
     """Refuse what changed though nothing that it may depend on did; ``changed`` says what each station gave."""
     if not len(seen.features) == len(seen.rest) == len(stations):
         raise _Broken("which of its blocks are called depends on features")
@@ -669,7 +679,7 @@ def _run_noise(trunk: Trunk, noises: Sequence[Tensor]) -> _Answers:
     return seen
 
 
-def _note(seen: _Answers, station: Station, args: tuple[Any, ...], kwargs: Kwargs, *, looks: bool = True) -> None:
+def _note(seen: _Answers, station: TrunkStation, args: tuple[Any, ...], kwargs: Kwargs, *, looks: bool = True) -> None:
     try:
         features, rest_args, rest_kwargs = taken_out(station, args, kwargs)
     except (KeyError, IndexError, TypeError) as error:
@@ -683,7 +693,7 @@ def _note(seen: _Answers, station: Station, args: tuple[Any, ...], kwargs: Kwarg
     seen.rest.append(digest(tensors) + plain.encode())
 
 
-def _noise(station: Station, example: Example, seed: int) -> Tensor:
+def _noise(station: TrunkStation, example: Example, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     shapes = dict(leaves(station.given))
     shape = shapes[station.leaves]
@@ -693,7 +703,7 @@ def _noise(station: Station, example: Example, seed: int) -> Tensor:
 # The parts ------------------------------------------------------------------------------------------------------------
 
 
-class Parts(NamedTuple):
+class TakenApart(NamedTuple):
     """A model taken apart.
 
     Attributes:
@@ -711,7 +721,7 @@ class Parts(NamedTuple):
     unused: list[nn.Parameter]
 
 
-def take_apart(model: nn.Module, example: Example, blocks: str | None = None) -> Parts:
+def take_apart(model: nn.Module, example: Example, blocks: str | None = None) -> TakenApart:
     """Take a model apart. Nothing is proved; the model is to be in eval mode, in a region that leaves it as it was.
 
     Args:
@@ -723,11 +733,11 @@ def take_apart(model: nn.Module, example: Example, blocks: str | None = None) ->
         BackboneError: no blocks in a chain.
     """
     with nothing_hidden(model):
-        stations, glued = find_stations(model, example, blocks)
+        stations, glued = stations_of(model, example, blocks)
         return _made_of(model, stations, glued, example)
 
 
-def _made_of(model: nn.Module, stations: list[Station], glued: list[bool], example: Example) -> Parts:
+def _made_of(model: nn.Module, stations: list[TrunkStation], glued: list[bool], example: Example) -> TakenApart:
     trunk = Trunk(model, stations, example)
     busy = _find_around(trunk)
     last = len(stations) - 1
@@ -741,7 +751,7 @@ def _made_of(model: nn.Module, stations: list[Station], glued: list[bool], examp
     segments = [stem, *(block.glue for block in called if block.glue is not None), tail]
     _find_reading(trunk, segments[1:])
     unused = _find_weights(trunk, segments)
-    return Parts(trunk, stem, called, tail, unused)
+    return TakenApart(trunk, stem, called, tail, unused)
 
 
 def _find_around(trunk: Trunk) -> set[int]:
@@ -762,9 +772,9 @@ def _find_around(trunk: Trunk) -> set[int]:
         places.setdefault(id(module), set()).add(left)
 
     def gave(module: nn.Module, _args: Any, output: Any) -> None:
-        if id(module) in outputs and outputs[id(module)] != _outlined(output, example.num_items):
+        if id(module) in outputs and outputs[id(module)] != _outline_of(output, example.num_items):
             places[id(module)].add(-1)  # it gives now this, now that: no stand-in for it
-        outputs[id(module)] = _outlined(output, example.num_items)
+        outputs[id(module)] = _outline_of(output, example.num_items)
 
     counts: dict[int, int] = {}
     found = list(slots(model))
