@@ -170,6 +170,11 @@ class Learner(ABC):
         )
         self.route = Route(module.objective.uses for module in self.modules)
         compiled = self._settings["compile"]
+        if compiled and self.backbone.trunk is not None:
+            raise RecipeError(
+                f"compile: {type(self.model).__name__} was split by watching it run, and what lies between its blocks "
+                "can't be compiled yet; leave compile out."
+            )
         rules.check({"reconcile": self.uses("gradient"), "compile": compiled, "overlap": overlap})
         self._say_what_is_passed_by(stacklevel=4)
 
@@ -876,8 +881,7 @@ class LocalLearner(Learner):
         self._made_of.check()
         found = []
         batch = LocalBatch.of(images, NO_LABELS)
-        if self.backbone.trunk is not None:
-            self.backbone.trunk.batch.given = batch.given
+        self.modules[0].begin_batch(batch)
         for visit in walk(self.modules, batch):
             with self._on_device(visit.index), autocast(self.device.type, self.precision):
                 passed = visit.module.run_parts(visit.received)
@@ -904,8 +908,7 @@ class LocalLearner(Learner):
             if self.averaged_model.training:
                 self.averaged_model.eval()
             with autocast(images.device.type, self.precision):
-                logits: Tensor = self.averaged_model(images)
-            return logits
+                return self.backbone.logits_of(self.averaged_model, images)
         self.eval()
         with _exchanged(self.model, self.averaged_model):  # the model's modules are those that come and go
             last = self.logits(images)[-1]

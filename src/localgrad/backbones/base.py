@@ -304,10 +304,13 @@ class Backbone(nn.Module):
             for module in self.modules():
                 module.training = modes.get(module, self.model.training)
 
-    def _call(self, main: Tensor) -> Tensor:
-        """The model's own logits."""
-        logits: Tensor = self.model(main) if self.trunk is None else self.trunk.inputs(main).call(self.model)
+    def logits_of(self, model: nn.Module, main: Tensor) -> Tensor:
+        """What a model like this one gives for a main input, called with what else this batch has."""
+        logits: Tensor = model(main) if self.trunk is None else self.trunk.inputs(main).call(model)
         return logits
+
+    def _call(self, main: Tensor) -> Tensor:
+        return self.logits_of(self.model, main)
 
     def _provable(self) -> Backbone:
         """This backbone, or a copy on which arithmetic can be repeated to the bit."""

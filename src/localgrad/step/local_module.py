@@ -162,8 +162,7 @@ class LocalModule(nn.Module):
             batch: images and labels.
             received: what the objective compares with in place of ``inputs``, where those were moved.
         """
-        if self.under_way is not None:
-            self.under_way.given, self.under_way.current = batch.given, batch.called_with
+        self.begin_batch(batch)
         entered = self.objective.enter(inputs, batch)
         branches: list[Tensor] = []
         outputs, handed_on, states = self.run_parts(
@@ -187,6 +186,11 @@ class LocalModule(nn.Module):
             terms={name: term.detach() for name, term in value.terms.items()},
             logits=None if value.logits is None else value.logits.detach(),
         )
+
+    def begin_batch(self, batch: LocalBatch) -> None:
+        """Have the parts run with what goes along with a batch's features."""
+        if self.under_way is not None:
+            self.under_way.given, self.under_way.current = batch.given, batch.called_with
 
     def _keep(self, gradient: Tensor) -> None:
         self.gradient = gradient
