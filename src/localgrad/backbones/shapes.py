@@ -58,14 +58,14 @@ def _made(shape: tuple[int, ...], dtype: torch.dtype, kwargs: Kwargs) -> Outputs
     return Fresh(shape, kwargs.get("dtype") or dtype)
 
 
-def _of_is_plain(tensor: Any) -> bool:
+def _is_simple_tensor(tensor: Any) -> bool:
     return isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.is_contiguous()
 
 
-def _of_alike(args: Sequence[Any]) -> Outputs:
+def _as_its_tensors(args: Sequence[Any]) -> Outputs:
     """As its tensors, which are all of the same shape, in order; numbers beside them change nothing."""
     first, *others = (value for value in args if isinstance(value, Tensor))
-    if not all(_of_is_plain(each) for each in (first, *others)) or any(isinstance(value, (list, tuple)) for value in args):
+    if not all(map(_is_simple_tensor, (first, *others))) or any(isinstance(value, (list, tuple)) for value in args):
         return None
     if any(each.shape != first.shape or each.dtype != first.dtype for each in others):
         return None
@@ -74,7 +74,7 @@ def _of_alike(args: Sequence[Any]) -> Outputs:
 
 def _first(args: Sequence[Any]) -> Outputs:
     """As its first argument, whatever is done along its axes."""
-    return Fresh(args[0].shape, args[0].dtype) if _of_is_plain(args[0]) else None
+    return Fresh(args[0].shape, args[0].dtype) if _is_simple_tensor(args[0]) else None
 
 
 def _of_roll(args: Sequence[Any]) -> Outputs:
@@ -87,7 +87,7 @@ def _of_softmax_backward(args: Sequence[Any]) -> Outputs:
     gradient, output, axis, dtype = args
     if gradient.dtype != dtype or not -output.ndim <= axis < output.ndim:
         return None
-    return _of_alike((gradient, output))
+    return _as_its_tensors((gradient, output))
 
 
 def _addmm(args: Sequence[Any]) -> Outputs:
@@ -112,9 +112,13 @@ def _of_layer_norm(args: Sequence[Any]) -> Outputs:
 
 def _is_normalized(inputs: Tensor, shape: Sequence[int], weights: Sequence[Tensor]) -> bool:
     """Whether a norm over the last axes is of elements in order, with weights of the same type."""
-    if not (_of_is_plain(inputs) and shape and inputs.numel() and tuple(inputs.shape[-len(shape) :]) == tuple(shape)):
+    if not (
+        _is_simple_tensor(inputs) and shape and inputs.numel() and tuple(inputs.shape[-len(shape) :]) == tuple(shape)
+    ):
         return False
-    return all(_of_is_plain(each) and each.shape == tuple(shape) and each.dtype == inputs.dtype for each in weights)
+    return all(
+        _is_simple_tensor(each) and each.shape == tuple(shape) and each.dtype == inputs.dtype for each in weights
+    )
 
 
 def _of_layer_norm_backward(args: Sequence[Any]) -> Outputs:
@@ -135,7 +139,7 @@ def _of_layer_norm_backward(args: Sequence[Any]) -> Outputs:
 def _each(args: Sequence[Any]) -> Outputs:
     """As each of the tensors of its one list."""
     tensors = args[0]
-    return [Fresh(each.shape, each.dtype) for each in tensors] if all(map(_of_is_plain, tensors)) else None
+    return [Fresh(each.shape, each.dtype) for each in tensors] if all(map(_is_simple_tensor, tensors)) else None
 
 
 def _are_alike(args: Sequence[Any]) -> bool:
@@ -146,7 +150,7 @@ def _are_alike(args: Sequence[Any]) -> bool:
     tensors = [each for each in lists if all(isinstance(item, Tensor) for item in each)]
     if any(isinstance(value, Tensor) for value in args):
         return False
-    if not all(map(_of_is_plain, chain.from_iterable(tensors))):
+    if not all(map(_is_simple_tensor, chain.from_iterable(tensors))):
         return False
     return all(
         item.shape == first.shape and item.dtype == first.dtype
@@ -156,9 +160,11 @@ def _are_alike(args: Sequence[Any]) -> bool:
 
 
 _RULES: dict[Any, Rule] = {
-    **dict.fromkeys((aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor), _of_alike),
-    **dict.fromkeys((aten.gelu.default, aten.gelu_backward.default, aten.neg.default, aten.relu.default), _of_alike),
-    **dict.fromkeys((aten.rsqrt.default, aten.sqrt.default, aten.silu.default), _of_alike),
+    **dict.fromkeys((aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor), _as_its_tensors),
+    **dict.fromkeys(
+        (aten.gelu.default, aten.gelu_backward.default, aten.neg.default, aten.relu.default), _as_its_tensors
+    ),
+    **dict.fromkeys((aten.rsqrt.default, aten.sqrt.default, aten.silu.default), _as_its_tensors),
     aten.roll.default: _of_roll,
     aten.addmm.default: _addmm,
     aten.native_layer_norm.default: _of_layer_norm,
