@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import localgrad
-from localgrad.backbones.base import split
+from localgrad.backbones.base import Backbone, split
 from localgrad.backbones.fake import copy_on_host
 from localgrad.backbones.proof import digest
 from localgrad.backbones.state import left_as_it_was
@@ -61,6 +61,19 @@ class Seven(torch.autograd.Function):
         return 7 * gradient
 
 
+class Pool(nn.Module):
+    """[B, D, H, W] -> [B, D]."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features.mean((2, 3))
+
+
+def by_hand(model: Toy) -> Backbone:
+    """The parts of a toy, which leave out what it does between blocks and head."""
+    tail = nn.Sequential(Pool(), model.head)
+    return Backbone(stem=model.stem, blocks=model.blocks, tail=tail, input_size=SIZE, model=model)
+
+
 def images(count: int = 2) -> Tensor:
     return torch.randn(count, *SIZE, generator=torch.Generator().manual_seed(1))
 
@@ -92,7 +105,7 @@ def test_equal_logits_and_other_gradients_are_refused(between: Any, zero_head: b
         nn.init.zeros_(model.head.weight)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(BackboneError, match=r"gives? the model's logits, but .* gets another gradient"):
-        split(model, SIZE)
+        by_hand(model)
     assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
 
 
@@ -109,7 +122,7 @@ def test_a_way_around_the_blocks_is_refused() -> None:
 def test_a_frozen_model_is_proved_by_its_images() -> None:
     model = Toy(between=torch.detach).requires_grad_(False)
     with pytest.raises(BackboneError, match="the images gets another gradient"):
-        split(model, SIZE)
+        by_hand(model)
 
 
 def test_writing_into_a_parameter_is_refused() -> None:
@@ -220,7 +233,7 @@ def test_a_refused_model_is_left_as_it_was_too() -> None:
     model = Toy(Leaves(), nn.Conv2d(8, 8, 1), between=torch.detach)
     before = attributes(model)
     with pytest.raises(BackboneError):
-        split(model, SIZE)
+        by_hand(model)
     assert attributes(model) == before
 
 
@@ -244,7 +257,7 @@ def test_splitting_within_no_grad_and_inference_mode() -> None:
     wrong, right = Toy(between=torch.detach), timm.create_model("vit_tiny_patch16_224", **VIT)
     for region in (torch.no_grad(), torch.inference_mode()):
         with region, pytest.raises(BackboneError, match="another gradient"):
-            split(wrong, SIZE)
+            by_hand(wrong)
         with region:
             backbone = split(right, SIZE)
         backbone(images()).sum().backward()
@@ -269,7 +282,7 @@ def test_models_in_bfloat16_are_proved_by_a_copy_and_share_their_own_tensors() -
     batch = images().bfloat16()
     assert torch.equal(backbone.eval()(batch), model(batch))
     with pytest.raises(BackboneError, match="another gradient"):
-        split(Toy(between=torch.detach).bfloat16(), SIZE)
+        by_hand(Toy(between=torch.detach).bfloat16())
 
 
 def test_a_copy_on_the_host_keeps_ties_and_values() -> None:

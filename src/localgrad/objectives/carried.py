@@ -267,6 +267,13 @@ class Route:
         return found
 
 
+def _is_tree(inputs: Any) -> bool:
+    """Whether it is a dict or a tuple of tensors."""
+    return isinstance(inputs, Mapping) or (
+        isinstance(inputs, (tuple, list)) and any(isinstance(x, Tensor) for x in inputs)
+    )
+
+
 @final
 class LocalBatch:
     """One batch on its way through the modules: what enters the next one, the labels, and what else is carried.
@@ -362,6 +369,8 @@ class LocalBatch:
             if labels is None:
                 raise DataError("labels: got None; pass class indices int64 [B], -100 for images that have none.")
             return cls(inputs, labels)
+        if labels is not None and not _is_tree(inputs):
+            return cls(inputs, labels)  # an array, say, which checks refuse by its name
         if labels is None and isinstance(inputs, Mapping):
             labels = next((inputs[name] for name in LABEL_NAMES if name in inputs), None)
         if labels is None:
