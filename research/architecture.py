@@ -57,6 +57,8 @@ TABLE = "rules.py"
 
 SAID_BY_HAND = {
     "learner.py: Learner.check_state_dict": "the checkpoint decides",
+    "learner.py: Learner._build": "how the model was split decides",
+    "step/local_step.py: compilers_errors_told": "the compiler decides",
     "learner.py: LocalLearner.global_step_on": "a method that is called decides",
     "parallel/parallel_learner.py: ParallelLearner.__init__": "layers of the model decide",
     "planning/rank_plans.py: _with_modules": "two numbers decide",

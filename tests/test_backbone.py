@@ -348,7 +348,7 @@ def test_patch_dropout_leaves_no_grid() -> None:
 def test_distilled_training_gives_two_logits() -> None:
     model = make(VIT | {"model_name": "deit_tiny_distilled_patch16_224"})
     model.set_distilled_training(True)
-    with pytest.raises(BackboneError, match="train mode"):
+    with pytest.raises(BackboneError, match="returns 2 tensors"):
         split(model, SIZE)
 
 
@@ -367,10 +367,10 @@ def test_frozen_arguments_refuse_another_grid() -> None:
         backbone(images((3, 64, 64)))
 
 
-@pytest.mark.parametrize("name", ["coat_lite_tiny", "twins_svt_small", "volo_d1_224", "gcvit_xxtiny"])
+@pytest.mark.parametrize("name", ["tnt_s_patch16_224", "crossvit_tiny_240"])
 def test_unknown_architectures_say_what_was_looked_for(name: str) -> None:
-    model = timm.create_model(name)
-    with pytest.raises(BackboneError, match=r"can't be split: .*children are .*blocks, layers, stages.*swin, swinv2"):
+    model = timm.create_model(name, depth=[[1, 2, 0]]) if "cross" in name else timm.create_model(name, depth=2)
+    with pytest.raises(BackboneError, match=r"can't be split: .*is given several features.*Give blocks="):
         split(model, (3, 224, 224))
 
 
@@ -405,5 +405,8 @@ def test_a_model_that_is_no_timm_model_but_shaped_like_one() -> None:
 
 @pytest.mark.parametrize("twist", [torch.neg, torch.relu])
 def test_an_unknown_step_is_never_split_wrongly(twist: object) -> None:
-    with pytest.raises(BackboneError, match="can't be split"):
-        split(Toy(twist), SIZE)
+    """timm's conventions don't know it; watching the model does."""
+    model = Toy(twist)
+    backbone = split(model, SIZE)
+    assert backbone.trunk is not None
+    assert torch.equal(backbone(images()), model(images()))

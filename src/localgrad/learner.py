@@ -404,7 +404,7 @@ class Learner(ABC):
             self._image_dtypes,
             self.device,
             autocasts=autocasts,
-            is_image=self.backbone.given.tensor.is_floating_point(),
+            is_image=not self.backbone.takes_ids,
         )
         if self.loss.is_of_classes:
             check_labels(batch.labels, images, self.backbone.num_classes)

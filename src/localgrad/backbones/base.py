@@ -27,6 +27,7 @@ Shapes: B batch, N tokens, P prefix tokens, D width, H W grid; images [B, C, H, 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -40,7 +41,7 @@ from torch import Tensor, nn
 from localgrad.backbones.by_hand import Chain, PartsSeen, check_parts, default_size_of_parts, listed, names_of_blocks
 from localgrad.backbones.example import Example
 from localgrad.backbones.fake import FakeTensor, by_shapes_alone, copy_on_host, fake_copy_with_memo
-from localgrad.backbones.layouts import Layout, LayoutFinder, change_features, change_image
+from localgrad.backbones.layouts import GridUnknown, Layout, LayoutFinder, change_features, change_image
 from localgrad.backbones.observe import Call, Seen, find_stations, observe, trunks_of, watch_inputs
 from localgrad.backbones.proof import prove
 from localgrad.backbones.state import left_as_it_was
@@ -190,8 +191,6 @@ class Backbone(nn.Module):
     """Of one item of the main input: (C, H, W) of images, (N,) of token ids in the example."""
     num_classes: int
     """Width of the logits."""
-    given: Example
-    """What the model is called with, two items: images, or what it was split by."""
     names_tokens: bool
     """Whether there are logits for each token [B, N, num_classes], and not for each item."""
     trunk: Trunk | None
@@ -274,7 +273,7 @@ class Backbone(nn.Module):
         self.stage_boundaries = tuple(stage_boundaries)
         self.input_size, self.num_classes = input_size, num_classes
         self.names_tokens = names_tokens
-        self.given, self.trunk = given or Example.of(_random_images(input_size)), trunk
+        self._given, self.trunk = given, trunk
         self._written_buffers: frozenset[str] = frozenset()
         self._followed = _shared_slots(model, self)
 
@@ -360,6 +359,16 @@ class Backbone(nn.Module):
                 self.train()(self.inputs())
             self._written_buffers = frozenset(state.written_buffers(self.model))
 
+    @property
+    def given(self) -> Example:
+        """What the model is called with, two items: random images, or what it was split by."""
+        return Example.of(_random_images(self.input_size)) if self._given is None else self._given
+
+    @property
+    def takes_ids(self) -> bool:
+        """Whether the main input is token ids, and not images or vectors."""
+        return self._given is not None and not self._given.tensor.is_floating_point()
+
     def inputs(self, num_items: int = 2) -> Tensor:
         """The main input of a made-up batch, [num_items, ...]: random images, or the example's own items again."""
         main = self.given.rows(num_items).tensor
@@ -368,8 +377,8 @@ class Backbone(nn.Module):
 
     def like(self, num_items: int) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype of the main input of a batch."""
-        main = self.given.tensor
-        return (num_items, *self.input_size), self.dtype if main.is_floating_point() else main.dtype
+        ids = self._given.tensor.dtype if self._given is not None and self.takes_ids else None
+        return (num_items, *self.input_size), ids or self.dtype
 
     def _learn_from(self, twin: Backbone) -> None:
         """Take what was found out on a copy."""
@@ -656,11 +665,8 @@ def _layout_at(
 ) -> Layout:
     """The layout of features; where nobody can tell what stands where, a sequence of positions."""
     if finder is not None:
-        try:
+        with contextlib.suppress(GridUnknown):
             return finder.describe(features, index, lambda: before(entered.clone()))
-        except BackboneError:
-            if features.ndim == 4:
-                raise
     return Layout("sequence", features.shape[-1], (1, features.shape[1]))
 
 

@@ -168,8 +168,14 @@ def logits_of(model: nn.Module, output: Any) -> Tensor:
         found = getattr(output, name, None)
         if isinstance(found, Tensor):
             return found
-    if isinstance(output, Sequence) and output and isinstance(output[0], Tensor):
-        return output[0]
+    tensors = [each for each in output if isinstance(each, Tensor)] if isinstance(output, Sequence) else []
+    if len(tensors) == 1:
+        return tensors[0]
+    if tensors:
+        raise BackboneError(
+            f"{type(model).__name__} returns {len(tensors)} tensors, and one of them would be trained; wrap it in a "
+            "module whose forward returns the logits."
+        )
     raise BackboneError(
         f"{type(model).__name__} returns a {type(output).__name__} without logits; wrap it in a module whose forward "
         "returns the tensor that the loss is computed of."

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localgrad.backbones.fake import FakeTensor
-from localgrad.backbones.timm_models import Kind, attribute, child_of, token_order, unsupported
+from localgrad.backbones.timm_models import Kind, Unsplittable, attribute, child_of, token_order, unsupported
 
 PLACE = (0.2, 0.7)
 """Where something is changed, as shares of the height and the width: on no diagonal, so that a transposition shows."""
@@ -85,6 +85,10 @@ class Layout:
         """The inverse of ``order``: which token stands at each raster position."""
         order = self.order or ()
         return tuple(sorted(range(len(order)), key=order.__getitem__))
+
+
+class GridUnknown(Unsplittable):
+    """Tokens that make no grid that anybody knows."""
 
 
 @final
@@ -166,7 +170,7 @@ class LayoutFinder:
                 if grid[0] * grid[1] + prefix == count and min(grid) > 0:
                     order = token_order(self.model, max(index - 1, 0), count)
                     return Layout("tokens", width, grid, prefix, order)
-        raise unsupported(self.model, f"{count} tokens enter block {index}, and which grid they make is not known")
+        raise GridUnknown(self.model, f"{count} tokens enter block {index}, and which grid they make is not known")
 
 
 def change_image(images: Tensor) -> Tensor:

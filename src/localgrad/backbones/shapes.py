@@ -58,14 +58,14 @@ def _made(shape: tuple[int, ...], dtype: torch.dtype, kwargs: Kwargs) -> Outputs
     return Fresh(shape, kwargs.get("dtype") or dtype)
 
 
-def _is_plain(tensor: Any) -> bool:
+def _is_simple_tensor(tensor: Any) -> bool:
     return isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.is_contiguous()
 
 
-def _alike(args: Sequence[Any]) -> Outputs:
+def _as_its_tensors(args: Sequence[Any]) -> Outputs:
     """As its tensors, which are all of the same shape, in order; numbers beside them change nothing."""
     first, *others = (value for value in args if isinstance(value, Tensor))
-    if not all(_is_plain(each) for each in (first, *others)) or any(isinstance(value, (list, tuple)) for value in args):
+    if not all(map(_is_simple_tensor, (first, *others))) or any(isinstance(value, (list, tuple)) for value in args):
         return None
     if any(each.shape != first.shape or each.dtype != first.dtype for each in others):
         return None
@@ -74,20 +74,20 @@ def _alike(args: Sequence[Any]) -> Outputs:
 
 def _first(args: Sequence[Any]) -> Outputs:
     """As its first argument, whatever is done along its axes."""
-    return Fresh(args[0].shape, args[0].dtype) if _is_plain(args[0]) else None
+    return Fresh(args[0].shape, args[0].dtype) if _is_simple_tensor(args[0]) else None
 
 
-def _roll(args: Sequence[Any]) -> Outputs:
+def _of_roll(args: Sequence[Any]) -> Outputs:
     axes = args[2] if len(args) > 2 else ()
     is_possible = len(axes) == len(args[1]) and all(-args[0].ndim <= axis < args[0].ndim for axis in axes)
     return _first(args) if is_possible and axes else None
 
 
-def _softmax_backward(args: Sequence[Any]) -> Outputs:
+def _of_softmax_backward(args: Sequence[Any]) -> Outputs:
     gradient, output, axis, dtype = args
     if gradient.dtype != dtype or not -output.ndim <= axis < output.ndim:
         return None
-    return _alike((gradient, output))
+    return _as_its_tensors((gradient, output))
 
 
 def _addmm(args: Sequence[Any]) -> Outputs:
@@ -101,7 +101,7 @@ def _addmm(args: Sequence[Any]) -> Outputs:
     return Fresh(shape, left.dtype) if bias.shape == shape[1:] else None
 
 
-def _layer_norm(args: Sequence[Any]) -> Outputs:
+def _of_layer_norm(args: Sequence[Any]) -> Outputs:
     inputs, shape, weight, bias, _ = args
     weights = [each for each in (weight, bias) if each is not None]
     if not (_is_normalized(inputs, shape, weights)):
@@ -112,12 +112,16 @@ def _layer_norm(args: Sequence[Any]) -> Outputs:
 
 def _is_normalized(inputs: Tensor, shape: Sequence[int], weights: Sequence[Tensor]) -> bool:
     """Whether a norm over the last axes is of elements in order, with weights of the same type."""
-    if not (_is_plain(inputs) and shape and inputs.numel() and tuple(inputs.shape[-len(shape) :]) == tuple(shape)):
+    if not (
+        _is_simple_tensor(inputs) and shape and inputs.numel() and tuple(inputs.shape[-len(shape) :]) == tuple(shape)
+    ):
         return False
-    return all(_is_plain(each) and each.shape == tuple(shape) and each.dtype == inputs.dtype for each in weights)
+    return all(
+        _is_simple_tensor(each) and each.shape == tuple(shape) and each.dtype == inputs.dtype for each in weights
+    )
 
 
-def _layer_norm_backward(args: Sequence[Any]) -> Outputs:
+def _of_layer_norm_backward(args: Sequence[Any]) -> Outputs:
     gradient, inputs, shape, mean, deviation, weight, bias, wanted = args
     weights = [each for each in (weight, bias) if each is not None]
     if not (_is_normalized(inputs, shape, weights) and gradient.shape == inputs.shape):
@@ -135,7 +139,7 @@ def _layer_norm_backward(args: Sequence[Any]) -> Outputs:
 def _each(args: Sequence[Any]) -> Outputs:
     """As each of the tensors of its one list."""
     tensors = args[0]
-    return [Fresh(each.shape, each.dtype) for each in tensors] if all(map(_is_plain, tensors)) else None
+    return [Fresh(each.shape, each.dtype) for each in tensors] if all(map(_is_simple_tensor, tensors)) else None
 
 
 def _are_alike(args: Sequence[Any]) -> bool:
@@ -146,7 +150,7 @@ def _are_alike(args: Sequence[Any]) -> bool:
     tensors = [each for each in lists if all(isinstance(item, Tensor) for item in each)]
     if any(isinstance(value, Tensor) for value in args):
         return False
-    if not all(map(_is_plain, chain.from_iterable(tensors))):
+    if not all(map(_is_simple_tensor, chain.from_iterable(tensors))):
         return False
     return all(
         item.shape == first.shape and item.dtype == first.dtype
@@ -156,14 +160,16 @@ def _are_alike(args: Sequence[Any]) -> bool:
 
 
 _RULES: dict[Any, Rule] = {
-    **dict.fromkeys((aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor), _alike),
-    **dict.fromkeys((aten.gelu.default, aten.gelu_backward.default, aten.neg.default, aten.relu.default), _alike),
-    **dict.fromkeys((aten.rsqrt.default, aten.sqrt.default, aten.silu.default), _alike),
-    aten.roll.default: _roll,
+    **dict.fromkeys((aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor), _as_its_tensors),
+    **dict.fromkeys(
+        (aten.gelu.default, aten.gelu_backward.default, aten.neg.default, aten.relu.default), _as_its_tensors
+    ),
+    **dict.fromkeys((aten.rsqrt.default, aten.sqrt.default, aten.silu.default), _as_its_tensors),
+    aten.roll.default: _of_roll,
     aten.addmm.default: _addmm,
-    aten.native_layer_norm.default: _layer_norm,
-    aten.native_layer_norm_backward.default: _layer_norm_backward,
-    aten._softmax_backward_data.default: _softmax_backward,
+    aten.native_layer_norm.default: _of_layer_norm,
+    aten.native_layer_norm_backward.default: _of_layer_norm_backward,
+    aten._softmax_backward_data.default: _of_softmax_backward,
     aten._foreach_sqrt.default: _each,
 }
 _MAKE_LIKE = frozenset({aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default})

@@ -129,7 +129,7 @@ class Regression(Loss):
 
 
 @final
-class Given(Loss):
+class OwnFunction(Loss):
     """A user's own function of (logits, labels), which gives a scalar."""
 
     is_of_classes = False
@@ -174,4 +174,4 @@ def loss_of(loss: str | Loss | Callable[[Tensor, Tensor], Tensor] | None, backbo
         return LOSSES[loss]()
     if not callable(loss):
         raise RecipeError(f"loss: got {loss!r}; give a name ({', '.join(LOSSES)}) or a function of logits and labels.")
-    return Given(loss)
+    return OwnFunction(loss)

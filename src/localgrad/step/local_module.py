@@ -206,8 +206,7 @@ def site_of(
     image = image_of(backbone.input_size)
     starts = [edge - shared_blocks(edges, number, overlap) for number, edge in enumerate(edges[:-1])]
     start, stop = starts[index], edges[index + 1]
-    is_embedded = not backbone.given.tensor.is_floating_point()
-    received = [layouts[0] if is_embedded else image, *(layouts[number] for number in starts[1:])]
+    received = [layouts[0] if backbone.takes_ids else image, *(layouts[number] for number in starts[1:])]
     return Site(
         index=index,
         num_modules=len(edges) - 1,
