@@ -61,7 +61,9 @@ def main(arguments: list[str] | None = None) -> None:
                 or known is None
                 or ("steps" not in known and "reason" not in known and not given.split_only)
             ):
-                keep(entry, in_its_own(entry, steps=not given.split_only, timeout=given.timeout))
+                row = in_its_own(entry, steps=not given.split_only, timeout=given.timeout)
+                if row is not None:
+                    keep(entry, row)
 
 
 def in_this_process(entry: Entry, *, steps: bool) -> Row:
@@ -76,13 +78,14 @@ def in_this_process(entry: Entry, *, steps: bool) -> Row:
     return tried(entry, steps=steps)
 
 
-def in_its_own(entry: Entry, *, steps: bool, timeout: int) -> Row:
-    """What comes of a model in a process of its own."""
+def in_its_own(entry: Entry, *, steps: bool, timeout: int) -> Row | None:
+    """What comes of a model in a process of its own; ``None`` if it takes too long, which says more of the machine."""
     command = [sys.executable, "-m", "research.census", entry.label, "--one", *([] if steps else ["--split-only"])]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
     except subprocess.TimeoutExpired:
-        return {"reason": f"it takes over {timeout} s"}
+        typer.echo(f"{entry.label}: not done in {timeout} s, and not kept; give --timeout")
+        return None
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"the process ended with status {done.returncode}"]
         return {"reason": f"fault: {lines[-1]}"}

@@ -44,8 +44,7 @@ TIMM_CONVOLUTIONAL = (
 """Of each of the other 37."""
 
 REFUSED = {
-    "coat_tiny": "a skip, or a second stream",
-    "crossvit_tiny_240": "a skip, or a second stream",
+    "crossvit_tiny_240": "several features",
     "efficientvim_m1": "a skip, or a second stream",
     "tnt_s_legacy_patch16_224": "several features",
 }

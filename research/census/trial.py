@@ -52,7 +52,7 @@ def _step(backbone: Backbone, modules: int, batch: Batch) -> str:
     backbone = copy.deepcopy(backbone)
     try:
         labels = _labels(backbone, batch)
-        learner = localgrad.LocalLearner(backbone, modules=modules)
+        learner = localgrad.LocalLearner(backbone, modules=modules, shared="last")
         learner.configure_optimizers(lambda params: torch.optim.AdamW(params, lr=1e-4))
         before = [_weights(module).clone() for module in learner.modules]
         result = learner.step(batch, labels) if isinstance(batch, Tensor) else learner.step({**batch, "labels": labels})
