@@ -96,7 +96,8 @@ class Loss(ABC):
         shape = self.label_shape(num_items, backbone)
         if self.label_dtype.is_floating_point:
             return torch.zeros(shape, dtype=self.label_dtype)
-        return torch.arange(math.prod(shape)).reshape(shape) % backbone.num_classes
+        found: Tensor = torch.arange(math.prod(shape)).reshape(shape) % backbone.num_classes
+        return found
 
 
 class TokenLoss(Loss):
@@ -354,7 +355,7 @@ def in_chunks(
 
     size = max(1, whole // num_classes)
     total = torch.zeros((), device=vectors.device)
-    for chunk, own in zip(rows.split(size), wanted.split(size), strict=True):
+    for chunk, own in zip(torch.split(rows, size), torch.split(wanted, size), strict=True):
         total = total + checkpoint(of_chunk, chunk, own, use_reentrant=False, preserve_rng_state=False)
     counted = loss.counted(labels)
     assert counted is not None, "labels of tokens are indices"
