@@ -62,10 +62,10 @@ class Term(nn.Module, ABC):
             A scalar loss, in float32 (float64 for a model in that), and logits where there are any.
         """
 
-    def classify(self, outputs: Tensor) -> Tensor | None:
+    def classify(self, outputs: Tensor, mask: Tensor | None = None) -> Tensor | None:
         """Class logits [B, num_classes] from the module's outputs, ``None`` for a term that has no classifier.
 
-        A term that ``uses`` the mask is given that, too, bool [B, N].
+        Only a term that ``uses`` the mask is given it, bool [B, N].
         """
         return None
 

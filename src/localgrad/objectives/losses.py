@@ -385,7 +385,8 @@ def loss_of(loss: str | Loss | Callable[[Tensor, Tensor], Tensor] | None, backbo
     """
     per_token: bool = backbone.names_tokens
     if loss is None:
-        if getattr(backbone.model, "loss_type", None) == "ForCausalLM":
+        # Where a model of transformers doesn't say, that takes causal language modelling: GPT2LMHeadModel.
+        if per_token and getattr(backbone.model, "loss_type", "") in (None, "ForCausalLM"):
             return NextToken()
         problem = getattr(getattr(backbone.model, "config", None), "problem_type", None)
         return PROBLEMS[problem]() if problem in PROBLEMS and not per_token else CrossEntropy(per_token=per_token)
