@@ -380,6 +380,11 @@ class FeatureReconstruction(Reconstructing, GreedySupervised):
             # The first block of a module received what the module received; of the first module, the stem's output.
             return BlockReconstruction([self._of(site, layout, "inputs") for layout in site.states])
         if self.reconstruct == "previous":
+            if site.index == 1 and site.image.kind == "sequence" and site.previous != site.image:
+                raise RecipeError(
+                    "reconstruct: 'previous' of the second module are token ids, which no decoder predicts; take "
+                    "inputs (of the first module their embedding) or blocks."
+                )
             return self._of(site, site.previous or site.inputs, "previous" if site.index else "inputs")
         return self._of(site, site.inputs, "inputs")
 
