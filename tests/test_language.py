@@ -257,7 +257,7 @@ def test_lopt_is_its_formula() -> None:
     (task + 10 * torch.stack(errors).mean()).backward()
     with torch.no_grad():
         for weight in {id(w): w for module in modules for w in module.parameters()}.values():
-            weight -= 0.1 * (0 if weight.grad is None else weight.grad)
+            weight.sub_(0.1 * (0 if weight.grad is None else weight.grad))
     learner.step(batch)
     for (name, mine), theirs in zip(weights_of(learner).items(), weights_of(reference).values(), strict=True):
         torch.testing.assert_close(mine, theirs, msg=lambda text, n=name: f"{n}: {text}")

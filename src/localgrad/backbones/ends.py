@@ -1,4 +1,4 @@
-"""A model's own end, for auxiliary heads that are made of it: copies of blocks and of the tail, and the last linear layer.
+"""A model's own end, for auxiliary heads made of it: copies of blocks and of the tail, and the last linear layer.
 
 Parts that were found by watching hold the whole model, whose code they run, and what is known of the batch under way.
 A copy of such a part has weights of its own; of the rest of the model it has a skeleton, in which stations and other

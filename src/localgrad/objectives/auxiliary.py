@@ -299,7 +299,7 @@ class Classifier(nn.Module, ABC):
     looks_at_tail = False
     """Whether it is made with the model's own end, too: with ``tail=``."""
     names_tokens = False
-    """Whether it can give logits for each token [B, N, K]: it is made with ``per_token=True`` for losses that need it."""
+    """Whether it can give logits of each token [B, N, K]: made with ``per_token=True`` for losses that need them."""
     takes_mask = False
     """Whether ``forward`` takes a second argument: which tokens aren't padding, bool [B, N], or ``None``."""
 
@@ -372,7 +372,7 @@ class Pool(nn.Module):
 
 
 def mask_at(mask: Tensor, length: int) -> Tensor:
-    """Which tokens aren't padding [B, N], for a sequence of another length [B, length]: those made of any that isn't."""
+    """Which tokens aren't padding [B, N], of a sequence of another length [B, length]: made of any that isn't."""
     if mask.shape[1] == length:
         return mask
     return F.adaptive_max_pool1d(mask.float().unsqueeze(1), length).squeeze(1) > 0
@@ -605,10 +605,10 @@ class NextClassifier(Head):
 
 
 def copy_of(part: nn.Module, undecayed: Collection[int]) -> nn.Module:
-    """A copy of a block or of the model's end, to be trained for its own; what isn't decayed there isn't here either."""
+    """A copy of a block or of the model's end, trained for its own; what isn't decayed there isn't here either."""
     mine = copied(part)
     for own, original in zip(mine.parameters(), part.parameters(), strict=True):
-        own.requires_grad_(True)
+        own.requires_grad_(requires_grad=True)
         if id(original) in undecayed or is_exempt_from_decay(original):
             exempt_from_decay(own)
     return mine

@@ -21,7 +21,7 @@ from localgrad.backbones.base import Backbone, Layout
 from localgrad.backbones.example import LABEL_NAMES, Example
 from localgrad.backbones.watching import Context
 from localgrad.errors import DataError, RecipeError, arg
-from localgrad.objectives.losses import CROSS_ENTROPY, IGNORED, Loss
+from localgrad.objectives.losses import CROSS_ENTROPY, Loss
 from localgrad.objectives.site import Site
 
 CONTEXT_GRID = 4
