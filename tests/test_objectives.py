@@ -371,7 +371,7 @@ def test_options_reach_the_auxiliary_nets() -> None:
 @pytest.mark.parametrize(("name", "cls"), [("feature", FeatureReconstruction), ("contrastive", Contrastive)])
 def test_objectives_by_name(name: str, cls: type) -> None:
     assert build_objective(name, {}) == cls()
-    assert sorted(OBJECTIVES) == ["contrastive", "feature", "greedy", "image"]
+    assert sorted(OBJECTIVES) == ["contrastive", "feature", "greedy", "image", "lopt", "segprop", "solo"]
 
 
 def test_unknown_objectives_are_refused_with_the_nearest_name() -> None:

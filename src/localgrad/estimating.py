@@ -68,7 +68,7 @@ def estimate_step(
     return simulate(
         _bare(learner),
         _EstimatedStep(optimizer, globally=globally),
-        inputs={"labels": (learner.label_shape(batch_size), torch.int64)},
+        inputs={"labels": (learner.label_shape(batch_size), learner.loss.label_dtype)},
         device="cuda" if (device or learner.device).type == "cuda" else "cpu",
         host=LocalLearner.host_tensors,
         autocasts=learner._settings["precision"] != "fp32",
@@ -232,7 +232,7 @@ class _RecordedRun:
 
 
 def _plain_batch(learner: LocalLearner, num_images: int) -> LocalBatch:
-    return made_up(learner.backbone, torch.zeros(learner.label_shape(num_images), dtype=torch.int64))
+    return made_up(learner.backbone, torch.zeros(learner.label_shape(num_images), dtype=learner.loss.label_dtype))
 
 
 def _move(learner: LocalLearner, tracker: Tracker) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from localgrad.backbones.state import left_as_it_was
@@ -25,7 +24,7 @@ def check_isolation(learner: LocalLearner, images: Tensor | None = None, labels:
     Args:
         learner: any learner, with or without optimizers.
         images: [B, C, H, W]; two random images by default.
-        labels: [B]; random classes by default.
+        labels: [B]; classes in turn by default.
 
     Raises:
         IsolationError: naming the two modules and the parameter.
@@ -44,12 +43,13 @@ def check_isolation(learner: LocalLearner, images: Tensor | None = None, labels:
         images, labels = (None if given is None else given.to(HOST) for given in (images, labels))
     try:
         with left_as_it_was(learner.model, *learner.modules):
-            dtype, num_classes = learner.backbone.dtype, learner.backbone.num_classes
+            dtype = learner.backbone.dtype
             if images is None:
                 images = learner.backbone.inputs().to(device)
             if labels is None:
-                labels = torch.arange(2, device=device) % num_classes
+                labels = learner.loss.made_up(len(images), learner.backbone).to(device)
             batch = LocalBatch(images, labels)
+            batch.loss = learner.loss
             site = site_of(learner.backbone, learner.plan.boundaries, 0, overlap=learner.overlap)
             with device:
                 learner.route.pretend(batch, site, dtype)

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from localgrad import rules
 from localgrad.backbones.base import Backbone, split
+from localgrad.backbones.example import Example
 from localgrad.backbones.hooks import has_hooks
 from localgrad.errors import (
     BackboneError,
@@ -33,9 +34,9 @@ from localgrad.errors import (
 )
 from localgrad.formats import Json
 from localgrad.objectives.auxiliary import carry_exemptions
-from localgrad.objectives.carried import LocalBatch, Route
+from localgrad.objectives.carried import LocalBatch, Route, mask_of
 from localgrad.objectives.losses import Loss, loss_of
-from localgrad.objectives.methods import FeatureReconstruction, Objective, is_number
+from localgrad.objectives.methods import FeatureReconstruction, Objective, build_objective, is_number
 from localgrad.partition import Checkpointing, Plan, Request
 from localgrad.partitioning import CheckpointRequest, frozen_from, make_plan, num_parameters
 from localgrad.step.checkpointing import Recomputed
@@ -95,11 +96,11 @@ class Learner(ABC):
         model: nn.Module,
         *,
         modules: Request | Plan = 4,
-        objective: Objective | None = None,
+        objective: Objective | str | None = None,
         input_size: tuple[int, int, int] | None = None,
         example: Any = None,
         blocks: str | None = None,
-        loss: str | Loss | None = None,
+        loss: str | Loss | Callable[[Tensor, Tensor], Tensor] | None = None,
         precision: str = "fp32",
         checkpoint: CheckpointRequest = False,
         compile: bool = False,
@@ -125,10 +126,12 @@ class Learner(ABC):
         check_model(self.backbone, self.loss)
         if checkpoint is False and self.backbone.recomputes:  # timm's own flag is on
             checkpoint = "blocks"
+        if isinstance(objective, str):
+            objective = build_objective(objective, {})
         if objective is not None and not isinstance(objective, Objective):
             raise RecipeError(
                 f"{arg('objective')}: got {objective!r}, not an objective; make one, such as GreedySupervised() or "
-                "FeatureReconstruction()."
+                "FeatureReconstruction(), or name one."
             )
         self.objective = objective or FeatureReconstruction()
         self.plan = make_plan(self.backbone, modules, checkpoint=checkpoint)
@@ -406,10 +409,9 @@ class Learner(ABC):
             autocasts=autocasts,
             is_image=not self.backbone.takes_ids,
         )
-        if self.loss.is_of_classes:
-            check_labels(batch.labels, images, self.backbone.num_classes)
+        check_labels(batch.labels, images, self.backbone.num_classes, self.loss)
         if not self._values_checked:
-            check_values(batch, self.backbone.num_classes, of_classes=self.loss.is_of_classes)
+            check_values(batch, self.backbone.num_classes, self.loss)
             self._values_checked = True
 
     def _in_training(self) -> None:
@@ -559,7 +561,7 @@ class LocalLearner(Learner):
         modules: how many local modules (balanced by activation bytes), ``"stages"``, explicit boundaries (the
             first block of every module but the first), or a ``Plan``. 1 is end-to-end training. A plan made for
             other settings, another device or smaller batches trains, with a warning that its forecast isn't of this.
-        objective: what every module but the last is trained on; by default ``FeatureReconstruction()``.
+        objective: what every module but the last is trained on, or its name; by default ``FeatureReconstruction()``.
         input_size: (C, H, W) of the images; by default the model's own.
         example: for a model that isn't timm's, a batch as it is called with, see ``split``.
         blocks: dotted name of the container of its blocks, see ``split``.
@@ -606,11 +608,11 @@ class LocalLearner(Learner):
         model: nn.Module,
         *,
         modules: Request | Plan = 4,
-        objective: Objective | None = None,
+        objective: Objective | str | None = None,
         input_size: tuple[int, int, int] | None = None,
         example: Any = None,
         blocks: str | None = None,
-        loss: str | Loss | None = None,
+        loss: str | Loss | Callable[[Tensor, Tensor], Tensor] | None = None,
         precision: str = "fp32",
         checkpoint: CheckpointRequest = False,
         compile: bool = False,
@@ -838,7 +840,7 @@ class LocalLearner(Learner):
         """What ended a step: of labels of no class, which processors find in any step, what the first step says."""
         if isinstance(error, IndexError):
             try:
-                check_values(batch, self.backbone.num_classes, of_classes=self.loss.is_of_classes)
+                check_values(batch, self.backbone.num_classes, self.loss)
             except DataError as told:
                 return told
         return error
@@ -882,19 +884,20 @@ class LocalLearner(Learner):
         found = []
         batch = LocalBatch.of(images, NO_LABELS)
         self.modules[0].begin_batch(batch)
+        mask = mask_of(batch) if self.uses("mask") else None
         for visit in walk(self.modules, batch):
             with self._on_device(visit.index), autocast(self.device.type, self.precision):
                 passed = visit.module.run_parts(visit.received)
-                found.append(visit.module.objective.classify(passed.outputs))
+                found.append(visit.module.objective.classify(passed.outputs, mask))
             visit.hand_on(passed.handed_on)
         return tuple(found)
 
     @torch.no_grad()
-    def averaged_logits(self, images: Tensor) -> Tensor:
+    def averaged_logits(self, images: Any) -> Tensor:
         """Class logits of the averaged model, in evaluation mode.
 
         Args:
-            images: [B, C, H, W].
+            images: [B, C, H, W], or what else the model is called with.
 
         Returns:
             [B, num_classes].
@@ -907,8 +910,11 @@ class LocalLearner(Learner):
         if self._offloader is None:
             if self.averaged_model.training:
                 self.averaged_model.eval()
-            with autocast(images.device.type, self.precision):
-                return self.backbone.logits_of(self.averaged_model, images)
+            given = Example.of(images, "inputs")
+            with autocast(given.tensor.device.type, self.precision):
+                if given.is_single:
+                    return self.backbone.logits_of(self.averaged_model, given.tensor)
+                return given.call(self.averaged_model)
         self.eval()
         with _exchanged(self.model, self.averaged_model):  # the model's modules are those that come and go
             last = self.logits(images)[-1]

@@ -141,6 +141,7 @@ def _rules() -> Iterator[Rule]:
     yield Rule(DEVICE, PARALLEL, "a learner has its team's, which in a run is the run's device")
     averaged = Given("local.options.classifier_options.weights", "ema")
     yield Rule(averaged, PARALLEL, "an average of the blocks that follow needs them in one process")
+    yield Rule(Given("classifier", "readout"), PARALLEL, "the output embedding is trained by another process")
     yield Rule(REPLICAS, Absent("parallel", "modules"), "only processes that share modules out have replicas")
     yield Rule(Given("shard"), Absent("parallel", "modules"), "weights are shared out among replicas")
     yield Rule(Given("shard"), Absent("replicas", 2, off=(None, 1)), "weights are shared out among replicas")

@@ -32,6 +32,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -41,7 +42,14 @@ from torch import Tensor, nn
 from localgrad.backbones.by_hand import Chain, PartsSeen, check_parts, default_size_of_parts, listed, names_of_blocks
 from localgrad.backbones.example import Example
 from localgrad.backbones.fake import FakeTensor, by_shapes_alone, copy_on_host, fake_copy_with_memo
-from localgrad.backbones.layouts import GridUnknown, Layout, LayoutFinder, change_features, change_image
+from localgrad.backbones.layouts import (
+    GridUnknown,
+    Layout,
+    LayoutFinder,
+    change_features,
+    change_image,
+    looks_ahead,
+)
 from localgrad.backbones.observe import Call, Seen, find_stations, observe, trunks_of, watch_inputs
 from localgrad.backbones.proof import prove
 from localgrad.backbones.state import left_as_it_was
@@ -656,6 +664,18 @@ def _layouts_of_parts(model: nn.Module, given: Example, parts: TakenApart) -> di
         if block is not None:
             entered = change_features(features, layouts[-1])
             before, features = block, block(features.clone())
+
+    def run(given: Tensor) -> Tensor:
+        features = parts.stem(given)
+        for block in parts.blocks:
+            features = block(features)
+        found: Tensor = features
+        return found
+
+    if main.ndim in (2, 3) and all(layout.kind == "sequence" for layout in layouts):
+        if not looks_ahead(run, main):
+            layouts = [replace(layout, is_causal=True) for layout in layouts]
+        parts.stem(main.clone())  # the batch under way is the example again
     boundaries = [i for i, (one, other) in enumerate(pairwise(layouts[:-1]), 1) if one.grid != other.grid]
     return {"layouts": layouts, "stage_boundaries": boundaries}
 

@@ -40,6 +40,8 @@ class Layout:
     """P, class and register tokens that stand before the grid tokens (kind "tokens")."""
     order: tuple[int, ...] | None = None
     """Token n of the sequence stands at raster position order[n]; None: in raster order."""
+    is_causal: bool = False
+    """Whether features of a sequence depend on what is before and at their place alone."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -57,7 +59,7 @@ class Layout:
         if self.kind == "NCHW":
             return features.permute(0, 2, 3, 1)
         if self.kind == "sequence":
-            return features.unsqueeze(1)  # of whatever length this batch is
+            return features.reshape(len(features), 1, -1, self.width)  # of whatever length this batch is
         tokens = features[:, self.num_prefix_tokens :]
         if self.order is not None:
             tokens = tokens[:, torch.tensor(self._token_at, device=features.device)]
@@ -188,6 +190,31 @@ def change_features(features: Tensor, layout: Layout) -> Tensor:
     row, column = (_cells(length, share, 0) for length, share in zip(layout.grid, PLACE, strict=True))
     grid[:, row, column] = 4 * features.std() * values.to(grid)
     return layout.add(features, grid)
+
+
+def change_later(main: Tensor) -> Tensor:
+    """Token ids [B, N] or vectors [B, N, D] with all tokens of the second half changed; ids stay among those given."""
+    later = main[:, main.shape[1] // 2 :]
+    if main.is_floating_point():
+        changed = later + 1.0
+    else:
+        low, high = int(main.min()), int(main.max())
+        other = high if high > low else max(low - 1, 1 - low)
+        changed = torch.where(later == low, other, low)
+    return torch.cat([main[:, : main.shape[1] // 2], changed.to(main.dtype)], dim=1)
+
+
+def looks_ahead(run: Callable[[Tensor], Tensor], main: Tensor) -> bool:
+    """Whether earlier tokens' features [B, N, D] depend on later tokens; also where nobody can tell.
+
+    Rounding that differs (other kernels, for other numbers) isn't taken for a look ahead.
+    """
+    features = run(main.clone())
+    middle = main.shape[1] // 2 if main.ndim > 1 else 0
+    if not middle or features.ndim != 3 or features.shape[1] != main.shape[1]:
+        return True
+    moved = (run(change_later(main)) - features).abs()
+    return bool(moved[:, :middle].max() > 1e-5 * moved[:, middle:].max())
 
 
 def _share_at_place(moved: Tensor, option: Layout) -> float:

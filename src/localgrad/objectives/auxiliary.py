@@ -10,7 +10,12 @@ module's own resolution and upsamples in its last layer only, by pixel shuffle (
 section 3.2). The seed paper (arXiv 2212.14215) compares three decoder structures without giving their layers in the
 copies that can be had, so the three here are ours.
 
-Shapes: B batch · H W grid of the module's output · D its width · h w grid of the target · d its width.
+Where features are sequences, a net that mixes positions is told which tokens aren't padding (``takes_mask``), and
+gives the same whatever stands there; batches may be of any length. Where labels name tokens, classifiers give logits
+for each, and those that mix tokens look back only, where the model does.
+
+Shapes: B batch · H W grid of the module's output (of a sequence 1 x N) · D its width · h w grid of the target · d its
+width · K classes.
 """
 
 from __future__ import annotations
@@ -25,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localgrad.backbones.base import Layout
-from localgrad.backbones.hooks import copy_without_hooks
+from localgrad.backbones.ends import copied
 from localgrad.backbones.timm_models import with_plain_attention
 from localgrad.errors import RecipeError, arg
 from localgrad.objectives.averaging import OtherBuffers, averaged_pairs
@@ -86,14 +91,23 @@ class Decoder(nn.Module, ABC):
 
     mixes_positions = True
     """Whether a position is predicted from others as well."""
+    takes_mask = False
+    """Whether ``patches`` takes a second argument: which tokens aren't padding, bool [B, N], or ``None``."""
 
-    def forward(self, features: Tensor, hidden: Tensor | None = None, token: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        features: Tensor,
+        hidden: Tensor | None = None,
+        token: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """Predict the target.
 
         Args:
             features: the module's output, in the ``source`` layout.
             hidden: [B, H, W], positions that the decoder is not to see; none by default.
             token: [D], what stands there instead.
+            mask: bool [B, N], where features are sequences: which tokens aren't padding.
 
         Returns:
             [B, h, w, d], channels last.
@@ -102,7 +116,12 @@ class Decoder(nn.Module, ABC):
         if hidden is not None:
             assert token is not None, "something stands where positions are hidden"
             grid = torch.where(hidden.unsqueeze(-1), token.to(grid.dtype), grid)
-        patches = self.patches(grid)
+        if mask is not None and self.mixes_positions and not self.takes_mask:
+            raise RecipeError(
+                f"decoder: {type(self).__name__} mixes positions, and would see padding; set takes_mask = True and let "
+                "patches(grid, mask) leave it out, or take 'linear'."
+            )
+        patches = self.patches(grid, mask) if self.takes_mask else self.patches(grid)  # type: ignore[call-arg]
         rows, columns = self.ratio
         if patches.ndim != 4 or patches.shape[-1] != rows * columns * self.target.width:
             raise RecipeError(
@@ -112,13 +131,16 @@ class Decoder(nn.Module, ABC):
         batch, height, width, _ = patches.shape
         image = patches.view(batch, height, width, rows, columns, self.target.width)
         image = image.transpose(2, 3).reshape(batch, height * rows, width * columns, self.target.width)
-        return image[:, : self.target.grid[0], : self.target.grid[1]]  # odd grids are padded by the backbone
+        return self._cropped(image)
+
+    def _cropped(self, image: Tensor) -> Tensor:
+        """Odd grids are padded by the backbone; sequences are as long as a batch is."""
+        return image if self.target.kind == "sequence" else image[:, : self.target.grid[0], : self.target.grid[1]]
 
     def spread(self, positions: Tensor) -> Tensor:
         """Positions of the output's grid as those of the target's, [B, H, W] to [B, h, w]."""
         rows, columns = self.ratio
-        spread = positions.repeat_interleave(rows, 1).repeat_interleave(columns, 2)
-        return spread[:, : self.target.grid[0], : self.target.grid[1]]
+        return self._cropped(positions.repeat_interleave(rows, 1).repeat_interleave(columns, 2))
 
 
 class LinearDecoder(Decoder):
@@ -136,8 +158,26 @@ class LinearDecoder(Decoder):
         return cast(Tensor, self.project(self.norm(grid)))
 
 
+class BottleneckDecoder(Decoder):
+    """Norm, linear to a quarter of the width (``hidden_width``), GELU, linear, pixel shuffle: LoPT's (2605.04913)."""
+
+    mixes_positions = False
+
+    def __init__(self, source: Layout, target: Layout, *, hidden_width: int | None = None) -> None:
+        super().__init__(source, target)
+        hidden = _size("hidden_width", hidden_width, default=max(1, source.width // 4))
+        self.norm = nn.LayerNorm(source.width)
+        self.project = nn.Sequential(nn.Linear(source.width, hidden), nn.GELU(), nn.Linear(hidden, self.num_outputs))
+
+    def patches(self, grid: Tensor) -> Tensor:
+        """Project each position to its patch of the target."""
+        return cast(Tensor, self.project(self.norm(grid)))
+
+
 class ConvDecoder(Decoder):
     """Norm, two 3x3 convolutions with a GELU between (``hidden_width``, by default D but at most 64), pixel shuffle."""
+
+    takes_mask = True
 
     def __init__(self, source: Layout, target: Layout, *, hidden_width: int | None = None) -> None:
         super().__init__(source, target)
@@ -146,10 +186,12 @@ class ConvDecoder(Decoder):
         self.first = nn.Conv2d(source.width, hidden, 3, padding=1)
         self.second = nn.Conv2d(hidden, self.num_outputs, 3, padding=1)
 
-    def patches(self, grid: Tensor) -> Tensor:
-        """Convolve at the module's own resolution."""
+    def patches(self, grid: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Convolve at the module's own resolution; padding is as the zeros around it."""
         channels_first = self.norm(grid).permute(0, 3, 1, 2)  # a view: the convolution runs in channels-last
-        patches = self.second(F.gelu(self.first(channels_first)))
+        seen = None if mask is None else mask[:, None, None, :].to(channels_first.dtype)
+        hidden = F.gelu(self.first(channels_first if seen is None else channels_first * seen))
+        patches = self.second(hidden if seen is None else hidden * seen)
         return cast(Tensor, patches.permute(0, 2, 3, 1).contiguous())
 
 
@@ -163,6 +205,11 @@ class BilinearDecoder(Decoder):
 
     def __init__(self, source: Layout, target: Layout, *, hidden_width: int | None = None) -> None:
         super().__init__(source, target)
+        if source.kind == "sequence":
+            raise RecipeError(
+                f"{arg('decoder')}: 'bilinear' is of images, and features here are a sequence; take linear, conv, "
+                "bottleneck or transformer."
+            )
         hidden = _size("hidden_width", hidden_width, default=12)
         self.first = nn.Conv2d(source.width, hidden, 3, padding=1)
         self.norm = nn.BatchNorm2d(hidden)
@@ -187,31 +234,39 @@ class TransformerDecoder(Decoder):
     """Norm, linear to a width, transformer blocks over windows, norm, linear, pixel shuffle.
 
     Attention runs inside windows of at most ``window`` positions a side, so that a first-stage grid (56 x 56 in
-    Swin-Tiny) costs what a ViT's 14 x 14 costs, and not its square.
+    Swin-Tiny) costs what a ViT's 14 x 14 costs, and not its square. A sequence's windows are as many tokens in a row as
+    an image's are positions.
 
     Args:
         source: layout of the module's output features.
         target: layout of what is predicted.
         depth: transformer blocks (one or two).
         width: their width, a multiple of 32; by default the features' own, rounded down, at most 192.
-        window: largest side of an attention window, in positions; windows divide the grid, so a prime side larger than
-            this leaves windows of one.
+        window: largest side of an attention window, in positions; windows divide the grid of an image, so a prime side
+            larger than this leaves windows of one.
     """
+
+    takes_mask = True
 
     def __init__(
         self, source: Layout, target: Layout, *, depth: int = 1, width: int | None = None, window: int = 14
     ) -> None:
         super().__init__(source, target)
         width = _head_multiple(_size("width", width, default=min(source.width, 192)))
-        self.window = tuple(_largest_divisor(side, _size("window", window)) for side in source.grid)
+        largest = _size("window", window)
+        self.window = tuple(_largest_divisor(side, largest) for side in source.grid)
+        if source.kind == "sequence":
+            self.window = (1, largest * largest)
         self.norm = nn.LayerNorm(source.width)
         self.enter = nn.Linear(source.width, width)
         self.blocks = transformer_blocks(width, depth, num_tokens=math.prod(self.window))
         self.leave = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, self.num_outputs))
 
-    def patches(self, grid: Tensor) -> Tensor:
+    def patches(self, grid: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attend within windows, then project each position to its patch."""
         x: Tensor = self.enter(self.norm(grid))
+        if self.source.kind == "sequence":
+            return self._of_sequence(x.squeeze(1), mask).unsqueeze(1)
         batch, height, width, channels = x.shape
         rows, columns = self.window
         x = x.view(batch, height // rows, rows, width // columns, columns, channels)
@@ -219,6 +274,16 @@ class TransformerDecoder(Decoder):
         x = self.leave(self.blocks(x))
         x = x.view(batch, height // rows, width // columns, rows, columns, self.num_outputs)
         return x.transpose(2, 3).reshape(batch, height, width, self.num_outputs)
+
+    def _of_sequence(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """As of a grid, of tokens [B, N, width] of any number; windows may end in none."""
+        batch, length, width = x.shape
+        size = min(self.window[1], length)
+        more = -length % size
+        mask = torch.ones(batch, length, dtype=torch.bool, device=x.device) if mask is None else mask
+        x = F.pad(x, (0, 0, 0, more)).reshape(-1, size, width)
+        x = self.leave(attend(self.blocks, x, allowed(F.pad(mask, (0, more)).reshape(-1, size))))
+        return x.reshape(batch, length + more, self.num_outputs)[:, :length]
 
 
 class Classifier(nn.Module, ABC):
@@ -231,6 +296,12 @@ class Classifier(nn.Module, ABC):
 
     looks_ahead = False
     """Whether it is made with the model's blocks that follow, too: with ``following=`` and ``undecayed=``."""
+    looks_at_tail = False
+    """Whether it is made with the model's own end, too: with ``tail=``."""
+    names_tokens = False
+    """Whether it can give logits of each token [B, N, K]: made with ``per_token=True`` for losses that need them."""
+    takes_mask = False
+    """Whether ``forward`` takes a second argument: which tokens aren't padding, bool [B, N], or ``None``."""
 
     def __init__(self, source: Layout, num_classes: int) -> None:
         super().__init__()
@@ -245,98 +316,220 @@ class Classifier(nn.Module, ABC):
         """Called after each update of the module that the classifier serves."""
 
 
-class Pool(nn.Module):
-    """Mean over the grid, beside the class and register tokens, and a norm: after it, or (``norm_first``) before it."""
+class Head(Classifier):
+    """A classifier in two steps, vectors and their logits, so that logits of many tokens needn't all be there at once.
 
-    def __init__(self, source: Layout, *, norm_first: bool = False) -> None:
+    Args:
+        source: layout of the module's output features.
+        num_classes: classes to tell apart.
+        per_token: whether each token has logits, or each item.
+    """
+
+    names_tokens = True
+    takes_mask = True
+
+    def __init__(self, source: Layout, num_classes: int, *, per_token: bool = False) -> None:
+        super().__init__(source, num_classes)
+        self.per_token = per_token
+
+    @abstractmethod
+    def embed(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Map features in the ``source`` layout to vectors [B, width], or [B, N, width] of tokens."""
+
+    @abstractmethod
+    def score(self, vectors: Tensor) -> Tensor:
+        """Map vectors [..., width] to logits [..., num_classes], one by one, and nothing drawn at random."""
+
+    def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Map features in the ``source`` layout to logits [B, num_classes], or [B, N, num_classes] of tokens."""
+        return self.score(self.embed(features, mask))
+
+
+class Pool(nn.Module):
+    """Mean over the grid, beside the class and register tokens, and a norm: after it, or (``norm_first``) before it.
+
+    Padding is left out. ``per_token`` there is no mean: each position of the grid is normed.
+    """
+
+    def __init__(self, source: Layout, *, norm_first: bool = False, per_token: bool = False) -> None:
         super().__init__()
         self.source = source
         self.norm_first = norm_first
-        self.width = source.width * (1 + source.num_prefix_tokens)
+        self.per_token = per_token
+        self.width = source.width * (1 if per_token else 1 + source.num_prefix_tokens)
         self.norm = nn.LayerNorm(source.width if norm_first else self.width)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Map features to one vector an image, [B, width]."""
+    def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Map features to one vector an image, [B, width]; or one a position, [B, N, width]."""
+        if self.per_token:
+            return cast(Tensor, self.norm(self.source.to_grid(features).flatten(1, 2)))
         grid, prefix = self.source.to_grid(features), self.source.prefix(features)
         if self.norm_first:
             grid, prefix = self.norm(grid), None if prefix is None else self.norm(prefix)
-        mean = grid.mean(dim=(1, 2))
+        mean = mean_of(grid.flatten(1, 2), mask) if mask is not None else grid.mean(dim=(1, 2))
         pooled = mean if prefix is None else torch.cat([mean, prefix.flatten(1)], dim=1)
         return pooled if self.norm_first else cast(Tensor, self.norm(pooled))
 
 
-class LinearClassifier(Classifier):
+def mask_at(mask: Tensor, length: int) -> Tensor:
+    """Which tokens aren't padding [B, N], of a sequence of another length [B, length]: made of any that isn't."""
+    if mask.shape[1] == length:
+        return mask
+    return F.adaptive_max_pool1d(mask.float().unsqueeze(1), length).squeeze(1) > 0
+
+
+def mean_of(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean of tokens [B, N, D] that aren't padding, [B, D]."""
+    if mask is None:
+        return tokens.mean(dim=1)
+    counts = mask_at(mask, tokens.shape[1]).unsqueeze(-1)
+    return torch.where(counts, tokens, 0.0).sum(dim=1) / counts.sum(dim=1).clamp(min=1)
+
+
+def allowed(mask: Tensor | None, *, length: int = 0, is_causal: bool = False, device: Any = None) -> Tensor | None:
+    """What each token may attend to, bool [B or 1, 1, N or 1, N]; ``None`` for everything.
+
+    Args:
+        mask: which tokens aren't padding, [B, N].
+        length: N, where there is no mask.
+        is_causal: a token looks at what is before and at its place alone.
+        device: where there is no mask.
+    """
+    if not is_causal:
+        # Of a sequence that is nothing but padding, attention over no token would be no number.
+        return None if mask is None else (mask | ~mask.any(dim=1, keepdim=True))[:, None, None, :]
+    length, device = (length, device) if mask is None else (mask.shape[1], mask.device)
+    before = torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
+    if mask is None:
+        return before
+    return before & mask[:, None, None, :] | torch.eye(length, dtype=torch.bool, device=device)
+
+
+def attend(blocks: nn.Sequential, tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """Run timm's blocks over tokens [B, N, width], which attend as ``allowed`` says."""
+    for block in blocks:
+        tokens = block(tokens, attn_mask=mask)
+    return tokens
+
+
+class LinearClassifier(Head):
     """Average pool, norm, linear: the head of most of the field.
 
     With ``norm_first`` norm, average pool, linear, in the order of TRGL's head (arXiv 2309.17357) and of Swin's own.
     """
 
-    def __init__(self, source: Layout, num_classes: int, *, norm_first: bool = False) -> None:
-        super().__init__(source, num_classes)
+    def __init__(self, source: Layout, num_classes: int, *, per_token: bool = False, norm_first: bool = False) -> None:
+        super().__init__(source, num_classes, per_token=per_token)
         if not isinstance(norm_first, bool):
             raise RecipeError(f"classifier_options: norm_first must be true or false, got {norm_first!r}.")
-        self.pool = Pool(source, norm_first=norm_first)
+        self.pool = Pool(source, norm_first=norm_first, per_token=per_token)
         self.head = nn.Linear(self.pool.width, num_classes)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Map features to logits [B, num_classes]."""
-        return cast(Tensor, self.head(self.pool(features)))
+    def embed(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Pool."""
+        return cast(Tensor, self.pool(features, mask))
+
+    def score(self, vectors: Tensor) -> Tensor:
+        """One linear layer."""
+        return cast(Tensor, self.head(vectors))
 
 
-class MlpClassifier(Classifier):
+class MlpClassifier(Head):
     """Average pool, norm, one hidden layer with GELU (by default of twice the features' width), linear."""
 
-    def __init__(self, source: Layout, num_classes: int, *, hidden_width: int | None = None) -> None:
-        super().__init__(source, num_classes)
+    def __init__(
+        self, source: Layout, num_classes: int, *, per_token: bool = False, hidden_width: int | None = None
+    ) -> None:
+        super().__init__(source, num_classes, per_token=per_token)
         hidden = _size("hidden_width", hidden_width, default=2 * source.width)
-        self.pool = Pool(source)
+        self.pool = Pool(source, per_token=per_token)
         self.head = nn.Sequential(nn.Linear(self.pool.width, hidden), nn.GELU(), nn.Linear(hidden, num_classes))
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Map features to logits [B, num_classes]."""
-        return cast(Tensor, self.head(self.pool(features)))
+    def embed(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Pool."""
+        return cast(Tensor, self.pool(features, mask))
+
+    def score(self, vectors: Tensor) -> Tensor:
+        """Two layers."""
+        return cast(Tensor, self.head(vectors))
 
 
-class TransformerClassifier(Classifier):
+class TransformerClassifier(Head):
     """Tokens pooled to a small grid, transformer blocks over them, average, norm, linear.
 
     One or two blocks in the auxiliary head recover a good part of what greedy training loses (arXiv 2610.04867);
-    on a pooled grid they cost next to nothing, whatever the module's resolution.
+    on a pooled grid they cost next to nothing, whatever the module's resolution. Sequences, and tokens that each have a
+    label, aren't pooled; of the latter none looks ahead, where those of the model don't.
 
     Args:
         source: layout of the module's output features.
         num_classes: classes to tell apart.
+        per_token: whether each token has logits.
         depth: transformer blocks.
         width: their width, a multiple of 32; by default the features' own, rounded down, at most 384.
         grid: side of the pooled grid.
     """
 
     def __init__(
-        self, source: Layout, num_classes: int, *, depth: int = 1, width: int | None = None, grid: int = 4
+        self,
+        source: Layout,
+        num_classes: int,
+        *,
+        per_token: bool = False,
+        depth: int = 1,
+        width: int | None = None,
+        grid: int = 4,
     ) -> None:
-        super().__init__(source, num_classes)
+        super().__init__(source, num_classes, per_token=per_token)
         width = _head_multiple(_size("width", width, default=min(source.width, 384)))
         grid = _size("grid", grid)
+        self.pools = not per_token and source.kind != "sequence"
+        self.is_causal = per_token and source.is_causal
         self.grid = (min(grid, source.grid[0]), min(grid, source.grid[1]))
         self.norm = nn.LayerNorm(source.width)
         self.enter = nn.Linear(source.width, width)
-        # Early features barely know where they stand; without places, attention over them is over a bag.
         num_tokens = self.grid[0] * self.grid[1] + source.num_prefix_tokens
-        self.places = exempt_from_decay(nn.Parameter(torch.randn(num_tokens, width) * 0.02))
+        if self.pools:
+            # Early features barely know where they stand; without places, attention over them is over a bag.
+            self.places = exempt_from_decay(nn.Parameter(torch.randn(num_tokens, width) * 0.02))
+        else:
+            num_tokens = FEW_TOKENS + 1  # of whatever length batches are: fused attention
         self.blocks = transformer_blocks(width, depth, num_tokens=num_tokens)
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, num_classes))
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Map features to logits [B, num_classes]."""
+    def embed(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Run the blocks."""
+        if not self.pools:
+            return self._of_sequence(features, mask)
         grid = self.source.to_grid(features).permute(0, 3, 1, 2)
         tokens = F.adaptive_avg_pool2d(grid, self.grid).flatten(2).transpose(1, 2)
         prefix = self.source.prefix(features)
         if prefix is not None:
             tokens = torch.cat([prefix, tokens], dim=1)
-        return cast(Tensor, self.head(self.blocks(self.enter(self.norm(tokens)) + self.places).mean(dim=1)))
+        return cast(Tensor, self.blocks(self.enter(self.norm(tokens)) + self.places).mean(dim=1))
+
+    def _of_sequence(self, features: Tensor, mask: Tensor | None) -> Tensor:
+        tokens: Tensor = self.enter(self.norm(self.source.to_grid(features).flatten(1, 2)))
+        length = tokens.shape[1]
+        mask = None if mask is None else mask_at(mask, length)
+        tokens = tokens + sinusoids(length, tokens.shape[2], tokens.device).to(tokens.dtype)
+        seen = allowed(mask, length=length, is_causal=self.is_causal, device=tokens.device)
+        tokens = attend(self.blocks, tokens, seen)
+        return tokens if self.per_token else mean_of(tokens, mask)
+
+    def score(self, vectors: Tensor) -> Tensor:
+        """Norm, linear."""
+        return cast(Tensor, self.head(vectors))
 
 
-class NextClassifier(Classifier):
+def sinusoids(length: int, width: int, device: Any = None) -> Tensor:
+    """Places of a sequence of any length, [length, width] (Vaswani et al., arXiv 1706.03762, section 3.5)."""
+    rates = torch.exp(torch.arange(0, width, 2, device=device) * (-math.log(10_000.0) / width))
+    angles = torch.arange(length, device=device).unsqueeze(1) * rates
+    return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)
+
+
+class NextClassifier(Head):
     """The blocks that follow in the model itself, on the module's output; then average pool, norm, linear.
 
     So the module learns to give what the next ones need. Sources: a classifier made like the layers that follow
@@ -348,6 +541,7 @@ class NextClassifier(Classifier):
         num_classes: classes to tell apart.
         following: the blocks that follow, each with the layout of what it gives.
         undecayed: ids of the model's parameters that it leaves weight decay off; their copies have none either.
+        per_token: whether each token has logits.
         depth: how many of them, at most; always at least one.
         weights: ``fresh`` (like them, initialised anew, trained), ``copy`` (starts as they start, trained) or ``ema``
             (follows them, not trained).
@@ -363,11 +557,12 @@ class NextClassifier(Classifier):
         *,
         following: Sequence[tuple[nn.Module, Layout]],
         undecayed: Collection[int] = (),
+        per_token: bool = False,
         depth: int = 1,
         weights: str = "copy",
         decay: float = 0.99,
     ) -> None:
-        super().__init__(source, num_classes)
+        super().__init__(source, num_classes, per_token=per_token)
         if weights not in ("fresh", "copy", "ema"):
             raise RecipeError(f"classifier_options: weights {weights!r} of 'next' is unknown; take fresh, copy or ema.")
         if not 0 <= decay < 1:
@@ -379,11 +574,7 @@ class NextClassifier(Classifier):
             )
         self.weights = weights
         self.decay = decay
-        self.blocks = nn.Sequential(*(copy_without_hooks(block) for block, _ in taken))
-        for mine, (block, _) in zip(self.blocks, taken, strict=True):
-            for own, copied in zip(mine.parameters(), block.parameters(), strict=True):
-                if id(copied) in undecayed or is_exempt_from_decay(copied):
-                    exempt_from_decay(own)
+        self.blocks = nn.Sequential(*(copy_of(block, undecayed) for block, _ in taken))
         # A list: they are other modules', and stay theirs; only an average looks at them again.
         self._sources = [block for block, _ in taken] if weights == "ema" else []
         if weights == "fresh":
@@ -391,12 +582,16 @@ class NextClassifier(Classifier):
         if weights == "ema":
             self._others = [OtherBuffers() for _ in taken]
             self.blocks.requires_grad_(requires_grad=False)
-        self.pool = Pool(taken[-1][1])
+        self.pool = Pool(taken[-1][1], per_token=per_token)
         self.head = nn.Linear(self.pool.width, num_classes)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Map features to logits [B, num_classes]."""
-        return cast(Tensor, self.head(self.pool(self.blocks(features))))
+    def embed(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Run the blocks, then pool."""
+        return cast(Tensor, self.pool(self.blocks(features), mask))
+
+    def score(self, vectors: Tensor) -> Tensor:
+        """One linear layer."""
+        return cast(Tensor, self.head(vectors))
 
     @torch.no_grad()
     def follow(self) -> None:
@@ -407,6 +602,16 @@ class NextClassifier(Classifier):
             for own, other in averaged_pairs(mine, source):
                 own.lerp_(other.to(own.device), 1 - self.decay)
             others.follow(mine, source)
+
+
+def copy_of(part: nn.Module, undecayed: Collection[int]) -> nn.Module:
+    """A copy of a block or of the model's end, trained for its own; what isn't decayed there isn't here either."""
+    mine = copied(part)
+    for own, original in zip(mine.parameters(), part.parameters(), strict=True):
+        own.requires_grad = True
+        if id(original) in undecayed or is_exempt_from_decay(original):
+            exempt_from_decay(own)
+    return mine
 
 
 def _initialise(module: nn.Module) -> None:
@@ -464,6 +669,7 @@ register_decoder("linear", LinearDecoder)
 register_decoder("conv", ConvDecoder)
 register_decoder("transformer", TransformerDecoder)
 register_decoder("bilinear", BilinearDecoder)
+register_decoder("bottleneck", BottleneckDecoder)
 register_classifier("linear", LinearClassifier)
 register_classifier("mlp", MlpClassifier)
 register_classifier("transformer", TransformerClassifier)
@@ -489,16 +695,29 @@ def build_classifier(
     following: Sequence[tuple[nn.Module, Layout]] = (),
     *,
     undecayed: Collection[int] = (),
+    tail: nn.Module | None = None,
+    per_token: bool = False,
 ) -> Classifier:
     """Make an auxiliary classifier by name, for a module's output features.
 
-    The model's blocks after the module, and the ids of ``undecayed`` parameters, go to classifiers that look ahead.
+    The model's blocks after the module, and the ids of ``undecayed`` parameters, go to classifiers that look ahead; its
+    own end to those that look at it. ``per_token`` there are to be logits for each token.
 
     Raises:
-        RecipeError: unknown name, or options that this classifier doesn't take.
+        RecipeError: unknown name, options that this classifier doesn't take, or it gives no logits of tokens.
     """
-    ahead = {"following": following, "undecayed": undecayed} if CLASSIFIERS.find(name).looks_ahead else {}
-    return _build(CLASSIFIERS, name, options, source, num_classes, **ahead)
+    kind = CLASSIFIERS.find(name)
+    more: dict[str, Any] = {"following": following, "undecayed": undecayed} if kind.looks_ahead else {}
+    if kind.looks_at_tail:
+        more["tail"] = tail
+    if per_token:
+        if not kind.names_tokens:
+            raise RecipeError(
+                f"{arg('classifier')}: {name!r} gives logits for an item, and the loss is of tokens; take linear, mlp, "
+                "transformer, next, readout or tail."
+            )
+        more["per_token"] = True
+    return _build(CLASSIFIERS, name, options, source, num_classes, **more)
 
 
 def _build(known: Registry[type[Net]], name: str, options: Mapping[str, Any], *args: Any, **more: Any) -> Net:

@@ -62,8 +62,11 @@ class Term(nn.Module, ABC):
             A scalar loss, in float32 (float64 for a model in that), and logits where there are any.
         """
 
-    def classify(self, outputs: Tensor) -> Tensor | None:
-        """Class logits [B, num_classes] from the module's outputs, ``None`` for a term that has no classifier."""
+    def classify(self, outputs: Tensor, mask: Tensor | None = None) -> Tensor | None:
+        """Class logits [B, num_classes] from the module's outputs, ``None`` for a term that has no classifier.
+
+        Only a term that ``uses`` the mask is given it, bool [B, N].
+        """
         return None
 
     def follow(self) -> None:
@@ -192,10 +195,16 @@ class LocalObjective(nn.Module):
         weight = self.weights[name]
         return loss if weight == 1.0 else loss * weight  # keeps a lone task loss free of one more node
 
-    def classify(self, outputs: Tensor) -> Tensor | None:
-        """Class logits from the module's outputs; ``None`` where no term has a classifier."""
+    def classify(self, outputs: Tensor, mask: Tensor | None = None) -> Tensor | None:
+        """Class logits from the module's outputs; ``None`` where no term has a classifier.
+
+        Args:
+            outputs: what the module's last block gave.
+            mask: which tokens of sequences aren't padding, bool [B, N]; by default all.
+        """
         for term in self.terms.values():
-            logits = cast(Term, term).classify(outputs)
+            looks = mask is not None and "mask" in cast(Term, term).uses
+            logits: Tensor | None = term.classify(outputs, mask) if looks else cast(Term, term).classify(outputs)  # type: ignore[operator]
             if logits is not None:
                 return logits
         return None

@@ -20,7 +20,7 @@ from torch import Tensor
 from localgrad.backbones.base import Backbone, Layout
 from localgrad.backbones.example import LABEL_NAMES, Example
 from localgrad.backbones.watching import Context
-from localgrad.errors import DataError, RecipeError
+from localgrad.errors import DataError, RecipeError, arg
 from localgrad.objectives.losses import CROSS_ENTROPY, Loss
 from localgrad.objectives.site import Site
 
@@ -29,6 +29,8 @@ CONTEXT_GRID = 4
 INSIDE = frozenset({"states", "branches"})
 """What terms may look at besides: of their own module, so that nothing is carried."""
 Value = Tensor | tuple[Tensor, ...]
+MASK_NAME = "attention_mask"
+"""Keyword of what says of each token [B, N] whether it isn't padding, in Hugging Face's models."""
 
 
 class Handed(NamedTuple):
@@ -123,8 +125,17 @@ def _context_grid(layout: Layout) -> tuple[int, int]:
 
 
 def _taught(batch: LocalBatch, learner: Any) -> Tensor:
-    probabilities: Tensor = learner.averaged_logits(batch.features).float().softmax(dim=1)
+    probabilities: Tensor = learner.averaged_logits(batch.given or batch.features).float().softmax(dim=1)
     return probabilities
+
+
+def mask_of(batch: LocalBatch, _learner: Any = None) -> Tensor:
+    """Which tokens of a batch's sequences aren't padding, bool [B, N]: as its attention mask says, or else all."""
+    sides = batch.features.shape[:2]
+    told = None if batch.given is None else batch.given.kwargs.get(MASK_NAME)
+    if isinstance(told, Tensor) and told.shape == sides:
+        return told != 0
+    return torch.ones(sides, dtype=torch.bool, device=batch.features.device)
 
 
 def _previous(site: Site) -> Sequence[int]:
@@ -138,6 +149,7 @@ RESERVED = frozenset(
         "targets",
         "number",
         "label_factor",
+        "token_factor",
         "counts_all",
         "carried",
         "averaged",
@@ -171,11 +183,12 @@ CARRIED = {
             after_backward=True,
             lasts=False,
         ),
+        Carried(name="mask", shape=lambda site: (site.image.grid[1],), begin=mask_of, dtype=torch.bool),
     )
 }
 """The table: images (of the batch), teacher (class probabilities [B, num_classes] of the averaged model), previous
-(what the module before received), context (pooled features of earlier modules, each [B, rows, columns, D]) and gradient
-(of the loss of the module before, by what it handed on)."""
+(what the module before received), context (pooled features of earlier modules, each [B, rows, columns, D]), gradient
+(of the loss of the module before, by what it handed on) and mask (which tokens of sequences aren't padding)."""
 
 
 def register_carried(carried: Carried) -> Carried:
@@ -252,7 +265,9 @@ class Route:
         for carried in self._into[0]:
             if carried.name not in batch.carried and (carried.begin is not None or carried.make is None):
                 value = carried.empty(site, len(batch.labels), dtype)
-                batch.carried[carried.name] = value.zero_() if isinstance(value, Tensor) else value
+                if isinstance(value, Tensor):
+                    value.fill_(value.dtype == torch.bool)  # no token is padding: of none there is no mean
+                batch.carried[carried.name] = value
 
     def onward(self, index: int, handed: Handed) -> dict[str, Value]:
         """What is carried on by the module of that index, which hands on."""
@@ -291,6 +306,7 @@ class LocalBatch:
         number: of the batch in the training, from 0; what modules draw at random in its step depends on it.
         label_factor: of one part of a batch, what makes a mean over its counted labels, times its share of the images,
             its share of the mean over all counted labels; a scalar, 1 where none is ignored.
+        token_factor: likewise, of means over tokens that aren't padding.
         counts_all: whether no label is ignored, for certain: the data path has seen to it.
         given: all that the model is called with, where that is more than the images; [B, ...] each.
         carried: what else, by name.
@@ -308,6 +324,7 @@ class LocalBatch:
         targets: Tensor | None = None,
         number: int = 0,
         label_factor: Tensor | None = None,
+        token_factor: Tensor | None = None,
         counts_all: bool = False,
         given: Example | None = None,
         **carried: Value | None,
@@ -320,22 +337,42 @@ class LocalBatch:
         self._targets = targets
         self.number = number
         self.label_factor = label_factor
+        self.token_factor = token_factor
         self.counts_all = counts_all
         self.given = given
-        self.called_with: Context | None = None
-        """What blocks of a model that was split by watching need beside features; the stem makes it."""
+        self._contexts: Sequence[Context] = ()  # of the whole, or of its parts
         self.loss: Loss = CROSS_ENTROPY
         """Of the task: how many of the labels count."""
         self.branches: tuple[Tensor, ...] = ()
         self.carried: dict[str, Value] = {
             name: value for name, value in {"images": images, **carried}.items() if value is not None
         }
-        self._factors: dict[int, tuple[Tensor, ...]] = {}
+        self._factors: dict[tuple[str, int], tuple[Tensor, ...]] = {}
 
     def __getattr__(self, name: str) -> Any:
         if name not in CARRIED:
             raise AttributeError(f"LocalBatch has no {name}, and nothing is carried by that name")
         return self.carried.get(name, () if CARRIED[name].grows else None)
+
+    @property
+    def called_with(self) -> Context | None:
+        """What blocks of a model that was split by watching need beside features; the stem makes it.
+
+        Raises:
+            RecipeError: it is there in parts that can't be joined.
+        """
+        if len({tuple(tensor.ndim for tensor in each.tensors) for each in self._contexts}) > 1:
+            raise RecipeError(
+                f"{arg('accumulation')}: the model makes masks for those parts of a batch alone that have padding, so "
+                "parts can't be put together to be cut anew; keep the number of parts."
+            )
+        if len(self._contexts) > 1:
+            self._contexts = [Context.join(self._contexts)]
+        return self._contexts[0] if self._contexts else None
+
+    @called_with.setter
+    def called_with(self, context: Context | None) -> None:
+        self._contexts = [] if context is None else [context]
 
     @property
     def features(self) -> Tensor:
@@ -388,7 +425,7 @@ class LocalBatch:
     def onward(self, features: Tensor, carried: dict[str, Value]) -> LocalBatch:
         """The batch as another module receives it."""
         onward = LocalBatch(None, self.labels, features=features, targets=self._targets, number=self.number)
-        onward.carried = carried
+        onward.carried, onward.loss = carried, self.loss
         onward.called_with = self.called_with
         return onward
 
@@ -403,6 +440,7 @@ class LocalBatch:
 
         targets = None if self._targets is None else moved(self._targets)
         there = LocalBatch(None, moved(self.labels), features=moved(self.features), targets=targets, number=self.number)
+        there.loss = self.loss
         there.given = None if self.given is None else self.given.map(moved)
         there.called_with = None if self.called_with is None else self.called_with.map(moved)
         there.carried = {
@@ -426,35 +464,53 @@ class LocalBatch:
 
         features = [None] * len(labels) if self._features is None else self._features.chunk(count)
         carried = {name: cut(name, value) for name, value in self.carried.items()}
-        factors = self._label_factors(count, labels)
-        contexts = [None] * len(labels) if self.called_with is None else self.called_with.chunk(count)
+        factors, of_tokens = self._label_factors(labels), self._token_factors(count)
+        contexts = self._contexts_of_parts(count) or [None] * len(labels)
         given = [None] * len(labels) if self.given is None else self.given.chunk(count)
         found = []
         for index, own in enumerate(labels):
             part = LocalBatch(None, own, features=features[index], number=self.number, label_factor=factors[index])
-            part.given, part.called_with = given[index], contexts[index]
+            part.given, part.called_with, part.loss = given[index], contexts[index], self.loss
+            part.token_factor = of_tokens[index] if of_tokens else None
             part.carried = {name: values[index] for name, values in carried.items()}
             found.append(part)
         return found
 
     def take_context(self, parts: Sequence[LocalBatch]) -> None:
-        """Take what the stem has made for the parts of this batch."""
-        contexts = [part.called_with for part in parts if part.called_with is not None]
-        self.called_with = Context.join(contexts) if contexts else None
+        """Take what the stem has made for the parts of this batch, if it has just been there."""
+        if not self._contexts:
+            # As they are: some models leave a mask away where a part has no padding, so that parts differ in kind.
+            self._contexts = [part.called_with for part in parts if part.called_with is not None]
 
-    def _label_factors(self, count: int, labels: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        """``label_factor`` of each part: computed once for all modules, and without waiting for the device."""
-        found = [self.loss.counted(part) for part in labels] if len(labels) > 1 and not self.counts_all else [None]
+    def _contexts_of_parts(self, count: int) -> Sequence[Context | None]:
+        if len(self._contexts) > 1 and len(self._contexts) == len(self.labels.chunk(count)):
+            return self._contexts
+        whole = self.called_with
+        return [] if whole is None else whole.chunk(count)
+
+    def _label_factors(self, labels: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """``label_factor`` of each part."""
+        matters = len(labels) > 1 and (self.loss.weighs or not self.counts_all)
+        found = [self.loss.counted(part) for part in labels] if matters else [None]
         if any(each is None for each in found):
             return [None] * len(labels)
-        if count not in self._factors:
-            counted = torch.stack([each for each in found if each is not None])
-            # Whole numbers above and below, so that it is 1 to the last bit where all labels count.
-            total, counted = counted.sum(), counted * len(self.labels)
-            self._factors[count] = tuple(
-                part / (total * len(own)) for part, own in zip(counted.unbind(), labels, strict=True)
-            )
-        return self._factors[count]
+        return self._shares("labels", [each for each in found if each is not None], list(map(len, labels)))
+
+    def _token_factors(self, count: int) -> Sequence[Tensor]:
+        """``token_factor`` of each part; none where nobody looks at the mask, or there is one part."""
+        mask = self.carried.get("mask")
+        parts = mask.chunk(count) if isinstance(mask, Tensor) else ()
+        return self._shares("tokens", [part.sum() for part in parts], list(map(len, parts))) if len(parts) > 1 else ()
+
+    def _shares(self, what: str, counted: Sequence[Tensor], items: Sequence[int]) -> tuple[Tensor, ...]:
+        """What makes means of parts their share of the whole's: once for all modules, without waiting for a device."""
+        key = what, len(counted)
+        if key not in self._factors:
+            each = torch.stack(list(counted))
+            # Whole numbers above and below, so that it is 1 to the last bit where all count.
+            total, each = each.sum(), each * sum(items)
+            self._factors[key] = tuple(part / (total * own) for part, own in zip(each.unbind(), items, strict=True))
+        return self._factors[key]
 
 
 def empty_batch(site: Site, carried: Iterable[Carried], num_images: int, dtype: torch.dtype) -> LocalBatch:

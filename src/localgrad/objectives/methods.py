@@ -7,6 +7,9 @@ objective                 terms of every local module but the last       source
 ``ImageReconstruction``   task loss, reconstruction of the image          InfoPro, arXiv 2101.10832
 ``GreedySupervised``      task loss                                       arXiv 1812.11446, 1901.08164
 ``Contrastive``           supervised contrastive, image reconstruction    InfoPro's other form
+``Lopt``                  10 / (K - 1) times reconstruction of the input  LoPT, arXiv 2605.04913
+``Solo``                  task loss of the model's own output embedding   SOLO
+``Segprop``               task loss of a copy of the model's own end      SegProp (TMLR 2026)
 ========================= ============================================== ===========================
 
 Whatever the objective, the last local module is trained on the task loss of the model's own tail: it is what
@@ -29,8 +32,9 @@ from torch import Tensor, nn
 from localgrad import rules
 from localgrad.backbones.base import Layout
 from localgrad.errors import RecipeError, arg, did_you_mean
-from localgrad.objectives.auxiliary import CLASSIFIERS, DECODERS, build_classifier, build_decoder
+from localgrad.objectives.auxiliary import CLASSIFIERS, DECODERS, build_classifier, build_decoder, register_classifier
 from localgrad.objectives.base import ContextSupply, LocalObjective, Term
+from localgrad.objectives.readouts import ReadoutClassifier, TailClassifier
 from localgrad.objectives.reconstruction import ERRORS, BlockReconstruction, Reconstruction
 from localgrad.objectives.regularisers import BranchTransport, SimilarityMatching, Transport
 from localgrad.objectives.site import Site, Weight
@@ -121,12 +125,20 @@ class Objective(ABC):
             RecipeError: a weight is no number or negative, every weight is zero, or another option is impossible.
         """
         self.check()
+        if self.label_smoothing and not site.loss.smooths:
+            raise RecipeError(f"{arg('label_smoothing')} is of classes, and this loss isn't; leave it out.")
+        if self.context and site.outputs.kind == "sequence":
+            raise RecipeError(
+                "context: it is a small grid of each image's features, and these are sequences, of which it would show "
+                "what is to come; leave it out."
+            )
         reconcile = _at(site, "reconcile", self.reconcile) if site.index else 0.0
         if reconcile < 0:
             raise RecipeError(f"reconcile is {reconcile} in local module {site.index}; it can't be negative.")
         context = ContextSupply(site, self.context) if self.context and site.index else None
         if site.is_last:
             return self._of_last(site, context, reconcile)
+        self._check_site(site)
         described = self.terms(site) | self._regularisers(site)
         weighted = {name: (_at(site, name, weight), term) for name, (weight, term) in described.items()}
         for name, (weight, _) in weighted.items():
@@ -161,6 +173,15 @@ class Objective(ABC):
             terms, dict.fromkeys(terms, 1.0), over_time=over_time, context=context, reconcile=reconcile
         )
 
+    def _check_site(self, site: Site) -> None:
+        """Refuse what compares classes of items, where labels are something else."""
+        if site.loss.is_of_classes:
+            return
+        names = ["contrastive_weight", "similarity_weight", "teacher_share"]
+        given = [name for name in names if _is_on(getattr(self, name, 0))]
+        if given:
+            raise RecipeError(f"{given[0]}: it is of classes, one an item, and labels here aren't; leave it out.")
+
     def check(self) -> None:
         """Refuse options that can't be, as far as no module has to be known.
 
@@ -189,10 +210,13 @@ class Objective(ABC):
         if _is_on(self.contrastive_weight):
             if not (is_number(self.temperature) and 0 < self.temperature < math.inf):
                 raise RecipeError(f"temperature of the contrastive loss must be above 0, got {self.temperature!r}.")
-            contrastive = SupervisedContrastive(site.outputs, site.num_classes, temperature=self.temperature)
+            contrastive = SupervisedContrastive(
+                site.outputs, site.num_classes, temperature=self.temperature, has_padding=site.has_padding
+            )
             found["contrastive"] = self.contrastive_weight, contrastive
         if _is_on(self.similarity_weight):
-            found["similarity"] = self.similarity_weight, SimilarityMatching(site.outputs, site.num_classes)
+            matching = SimilarityMatching(site.outputs, site.num_classes, has_padding=site.has_padding)
+            found["similarity"] = self.similarity_weight, matching
         if self.transport_tau is not None:
             found["transport"] = 1.0, self._transport(site)
         return found
@@ -201,7 +225,8 @@ class Objective(ABC):
         tau = _at(site, "transport_tau", cast(Weight, self.transport_tau))
         if not tau > 0:
             raise RecipeError(f"transport_tau must be above 0, got {self.transport_tau}; leave it out for no penalty.")
-        return Transport(tau) if self.transport_per == "block" else BranchTransport(tau)
+        kind = Transport if self.transport_per == "block" else BranchTransport
+        return kind(tau, has_padding=site.has_padding)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,8 +234,9 @@ class GreedySupervised(Objective):
     """Each module is trained on its auxiliary classifier's task loss alone.
 
     Attributes:
-        classifier: auxiliary classifier: ``linear``, ``mlp``, ``transformer``, ``next`` (the blocks that follow), or
-            one that was registered.
+        classifier: auxiliary classifier: ``linear``, ``mlp``, ``transformer``, ``next`` (the blocks that follow),
+            ``readout`` (the model's own output embedding, read only), ``tail`` (copies of its last blocks and its own
+            end), or one that was registered.
         classifier_options: keyword arguments of that classifier; a pair of whole numbers goes from the first local
             module to the last but one (``depth = [3, 1]``: shallower towards the output, AugLocal, arXiv 2402.17318).
         task_weight: weight of the task loss.
@@ -231,7 +257,8 @@ class GreedySupervised(Objective):
     @property
     def looks_ahead(self) -> bool:
         """Whether what is built is made of the blocks that follow a module."""
-        return CLASSIFIERS.find(self.classifier).looks_ahead
+        kind = CLASSIFIERS.find(self.classifier)
+        return kind.looks_ahead or kind.looks_at_tail
 
     def terms(self, site: Site) -> dict[str, tuple[Weight, Term]]:
         """Make the task term."""
@@ -239,9 +266,18 @@ class GreedySupervised(Objective):
         if not 0 <= share <= 1:
             raise RecipeError(f"teacher_share must be from 0 to 1, got {self.teacher_share}.")
         options = _for_depth(site, self.classifier_options)
-        shapes = site.outputs, site.num_classes
-        classifier = build_classifier(self.classifier, *shapes, options, site.following, undecayed=site.undecayed)
-        return {"task": (self.task_weight, TaskLoss(classifier, self.label_smoothing, share, site.loss))}
+        classifier = build_classifier(
+            self.classifier,
+            site.outputs,
+            site.num_classes,
+            options,
+            site.following,
+            undecayed=site.undecayed,
+            tail=site.tail,
+            per_token=site.loss.names_tokens,
+        )
+        term = TaskLoss(classifier, self.label_smoothing, share, site.loss, has_padding=site.has_padding)
+        return {"task": (self.task_weight, term)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,8 +285,8 @@ class Reconstructing(Objective):
     """What objectives with an auxiliary decoder share.
 
     Attributes:
-        decoder: auxiliary decoder: ``linear``, ``conv``, ``transformer``, ``bilinear`` (InfoPro's own, which costs
-            more memory than it saves), or one that was registered.
+        decoder: auxiliary decoder: ``linear``, ``bottleneck`` (LoPT's), ``conv``, ``transformer``, ``bilinear``
+            (InfoPro's own, which costs more memory than it saves), or one that was registered.
         decoder_options: keyword arguments of that decoder; pairs as for the classifier.
         reconstruction_weight: weight of the reconstruction error; 0 leaves the decoder out.
     """
@@ -292,7 +328,15 @@ class Reconstructing(Objective):
                 "conv or transformer."
             )
         normalise = normalise and target != site.image
-        return Reconstruction(decoder, of=of, normalise=normalise, error=error, mask=mask, pixels=pixels)
+        return Reconstruction(
+            decoder,
+            of=of,
+            normalise=normalise,
+            error=error,
+            mask=mask,
+            pixels=pixels,
+            has_padding=site.has_padding,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,6 +380,11 @@ class FeatureReconstruction(Reconstructing, GreedySupervised):
             # The first block of a module received what the module received; of the first module, the stem's output.
             return BlockReconstruction([self._of(site, layout, "inputs") for layout in site.states])
         if self.reconstruct == "previous":
+            if site.index == 1 and site.image.kind == "sequence" and site.previous != site.image:
+                raise RecipeError(
+                    "reconstruct: 'previous' of the second module are token ids, which no decoder predicts; take "
+                    "inputs (of the first module their embedding) or blocks."
+                )
             return self._of(site, site.previous or site.inputs, "previous" if site.index else "inputs")
         return self._of(site, site.inputs, "inputs")
 
@@ -370,7 +419,12 @@ class ImageReconstruction(Reconstructing, GreedySupervised):
         return replace(self, pixel_mean=tuple(mean), pixel_std=tuple(std))
 
     def terms(self, site: Site) -> dict[str, tuple[Weight, Term]]:
-        """Make the task term and the reconstruction term."""
+        """Make the task term and the reconstruction term.
+
+        Raises:
+            RecipeError: inputs are token ids, and no images.
+        """
+        _check_is_image(site)
         pixels = self._pixels(site) if self.reconstruction_error == "bce" else None
         term = self.reconstruction(
             site, site.image, of="image", error=self.reconstruction_error, mask=self.mask, pixels=pixels
@@ -406,8 +460,67 @@ class Contrastive(Reconstructing):
     contrastive_weight: Weight = 1.0
 
     def terms(self, site: Site) -> dict[str, tuple[Weight, Term]]:
-        """Make the reconstruction term; the contrastive one is any objective's."""
+        """Make the reconstruction term; the contrastive one is any objective's.
+
+        Raises:
+            RecipeError: inputs are token ids, and no images.
+        """
+        _check_is_image(site)
         return {"reconstruction": (self.reconstruction_weight, self.reconstruction(site, site.image, of="image"))}
+
+
+def _check_is_image(site: Site) -> None:
+    if site.image.kind == "sequence":
+        raise RecipeError(
+            "objective: it reconstructs images, and what this model is given is a sequence; take 'feature' or 'lopt', "
+            "which reconstruct features (of token ids their embedding)."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lopt(Reconstructing):
+    """LoPT (arXiv 2605.04913): modules below the last one reconstruct what they received, and nothing else.
+
+    ``CE + 10 x mean over those modules b of MSE(D(h_b), stopgrad(h_(b-1)))``, with ``D`` norm, linear to a quarter of
+    the width, GELU, linear; so each module's weight is ``10 / (K - 1)``. The first module received token ids, so it
+    reconstructs their embedding; of a vision model the image. There is no classifier below the last module. Targets
+    aren't normalised. (The released code sums all losses into one backward pass, which frees nothing; a backward pass
+    for each gives the same gradients.)
+
+    Attributes:
+        decoder: auxiliary decoder, see ``FeatureReconstruction``.
+        reconstruction_weight: of the mean over modules.
+    """
+
+    decoder: str = "bottleneck"
+    reconstruction_weight: Weight = 10.0
+
+    def terms(self, site: Site) -> dict[str, tuple[Weight, Term]]:
+        """Make the reconstruction term."""
+        weight = _at(site, "reconstruction", self.reconstruction_weight) / (site.num_modules - 1)
+        return {"reconstruction": (weight, self.reconstruction(site, site.inputs, of="inputs"))}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solo(GreedySupervised):
+    """SOLO: each module's task loss is read out by the model's own output embedding, which no other module trains.
+
+    ``CE(E stopgrad'd: norm(private blocks(h_b)) E^T)``. With a private block or two in between, gradients come nearer
+    to end-to-end ones; ``classifier_options={"depth": 1}`` gives one.
+    """
+
+    classifier: str = "readout"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segprop(GreedySupervised):
+    """SegProp (TMLR 2026): each module's classifier is a copy of the model's own last blocks and of its own end.
+
+    ``CE(tail_b(last blocks_b(h_b)))``, both initialised as the model's and trained with module b.
+    ``classifier_options={"depth": 2}`` takes two blocks, 0 none.
+    """
+
+    classifier: str = "tail"
 
 
 OBJECTIVES: Registry[type[Objective]] = Registry("objective", Objective)
@@ -426,10 +539,15 @@ def register_objective(name: str, objective: type[Objective]) -> None:
     OBJECTIVES.register(name, objective)
 
 
+register_classifier("readout", ReadoutClassifier)
+register_classifier("tail", TailClassifier)
 register_objective("feature", FeatureReconstruction)
 register_objective("image", ImageReconstruction)
 register_objective("greedy", GreedySupervised)
 register_objective("contrastive", Contrastive)
+register_objective("lopt", Lopt)
+register_objective("solo", Solo)
+register_objective("segprop", Segprop)
 
 
 def is_number(value: object) -> bool:

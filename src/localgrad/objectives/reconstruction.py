@@ -8,6 +8,8 @@ position is layer-normalised without affine parameters, as masked autoencoders n
 *Masked* reconstruction hides a share of the positions from the decoder, which has to find them from the others
 (MAE, arXiv 2111.06377; SimMIM, arXiv 2111.09886). Those hide patches from the encoder; here the module sees all, since
 its output goes on to the next module.
+
+Of sequences padding is left out: a mean is over the tokens that aren't, those of a whole batch.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from localgrad.objectives.auxiliary import Decoder
+from localgrad.objectives.auxiliary import Decoder, mask_at
 from localgrad.objectives.base import Term, TermValue, in_float32
 from localgrad.objectives.carried import LocalBatch
 
@@ -50,6 +52,7 @@ class Reconstruction(Term):
         mask: share of the output's positions that is hidden from the decoder, and alone counts; 0 for none.
         pixels: mean and standard deviation, per channel, with which pixels from 0 to 1 were normalised, where the
             target is to be those pixels.
+        has_padding: whether features are sequences, of which some tokens may be padding.
     """
 
     pixel_mean: Tensor
@@ -64,6 +67,7 @@ class Reconstruction(Term):
         error: str = "mse",
         mask: float = 0.0,
         pixels: tuple[Sequence[float], Sequence[float]] | None = None,
+        has_padding: bool = False,
     ) -> None:
         super().__init__()
         self.has_pixels = pixels is not None
@@ -71,7 +75,9 @@ class Reconstruction(Term):
             self.register_buffer(name, torch.tensor([float(value) for value in values]), persistent=False)
         self.decoder = decoder
         self.of = of
-        self.uses = frozenset({"inputs": (), "image": ("images",), "previous": ("previous",)}[of])
+        of_batch = {"inputs": (), "image": ("images",), "previous": ("previous",)}[of]
+        self.uses = frozenset(of_batch + ("mask",) * has_padding)
+        self.has_padding = has_padding
         self.normalise = normalise
         self.error = error
         self.mask = mask
@@ -83,24 +89,41 @@ class Reconstruction(Term):
         assert source is not None, "the executor keeps what a term uses"
         hidden = None
         if self.mask_token is not None:
-            grid = self.decoder.source.grid
-            hidden = torch.rand(len(outputs), *grid, device=outputs.device) < self.mask
-        return TermValue(self.compare(self.decoder(outputs, hidden, self.mask_token), source, hidden))
+            shape = self.decoder.source.to_grid(outputs).shape[:3]
+            hidden = torch.rand(*shape, device=outputs.device) < self.mask
+        if not self.has_padding:
+            return TermValue(self.compare(self.decoder(outputs, hidden, self.mask_token), source, hidden))
+        seen = None if batch.mask is None else mask_at(batch.mask, outputs.shape[1])
+        loss = self.compare(self.decoder(outputs, hidden, self.mask_token, seen), source, hidden, batch.mask)
+        return TermValue(loss if batch.token_factor is None else loss * batch.token_factor.to(loss.dtype))
 
-    def compare(self, prediction: Tensor, source: Tensor, hidden: Tensor | None) -> Tensor:
-        """The error of a prediction [B, h, w, d], where ``hidden`` [B, H, W] if any; the source in its own layout."""
+    def compare(self, prediction: Tensor, source: Tensor, hidden: Tensor | None, mask: Tensor | None = None) -> Tensor:
+        """The error of a prediction [B, h, w, d]; the source in its own layout.
+
+        Args:
+            prediction: of the source.
+            source: what was to be predicted.
+            hidden: bool [B, H, W], positions that alone count, if any.
+            mask: bool [B, N], tokens that alone count.
+        """
         target = self.decoder.target.to_grid(source)
+        if self.decoder.target.kind == "sequence":
+            prediction = prediction[:, :, : target.shape[2]]  # of a shorter sequence, patches may end behind it
         if self.has_pixels:
             target = (target.float() * self.pixel_std + self.pixel_mean).clamp(0, 1)  # but for rounding, they are
         if self.normalise:
             target = F.layer_norm(target, target.shape[-1:])
-        if hidden is None and self.error == "mse":
+        if hidden is None and mask is None and self.error == "mse":
             # torch's scalar keeps a storage of the target's size, for as long as it lives
             return F.mse_loss(in_float32(prediction), in_float32(target)).clone()
         error = ERRORS[self.error](in_float32(prediction), in_float32(target))
-        if hidden is None:
+        if hidden is None and mask is None:
             return error.mean()
-        counts = self.decoder.spread(hidden).unsqueeze(-1).float()
+        counts = torch.ones(1, 1, 1, 1, device=error.device)
+        if hidden is not None:
+            counts = counts * self.decoder.spread(hidden)[:, :, : error.shape[2]].unsqueeze(-1)
+        if mask is not None:
+            counts = counts * mask_at(mask, error.shape[2])[:, None, :, None]
         return (error * counts).sum() / (counts.sum() * error.shape[-1]).clamp(min=1.0)
 
 

@@ -29,6 +29,7 @@ class Site:
         previous: layout of what the module before received; the first module's own input there.
         context: layouts of what each earlier module hands on.
         following: the blocks after it, each with the layout of what it gives.
+        tail: the model's own end, behind its last block.
         undecayed: ids of the model's parameters that it leaves weight decay off.
         loss: of the task.
     """
@@ -43,6 +44,7 @@ class Site:
     previous: Layout | None = None
     context: tuple[Layout, ...] = ()
     following: tuple[tuple[nn.Module, Layout], ...] = ()
+    tail: nn.Module | None = None
     undecayed: frozenset[int] = frozenset()
     loss: Loss = CROSS_ENTROPY
 
@@ -50,6 +52,11 @@ class Site:
     def is_last(self) -> bool:
         """Whether this module ends in the model's own tail."""
         return self.index == self.num_modules - 1
+
+    @property
+    def has_padding(self) -> bool:
+        """Whether features are sequences, of which some tokens may be padding."""
+        return self.outputs.kind == self.image.kind == "sequence"
 
     def weight(self, weight: Weight) -> float:
         """The value of a weight at this depth."""

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localgrad.backbones.base import Layout
-from localgrad.objectives.auxiliary import Classifier, Pool
+from localgrad.objectives.auxiliary import Classifier, Head, Pool
 from localgrad.objectives.base import Term, TermValue, in_float32, one_hot
 from localgrad.objectives.carried import LocalBatch
-from localgrad.objectives.losses import CROSS_ENTROPY, IGNORED, Loss
+from localgrad.objectives.losses import CROSS_ENTROPY, IGNORED, WHOLE, Loss, TokenLoss, in_chunks
 
 
 class TaskLoss(Term):
@@ -30,6 +30,10 @@ class TaskLoss(Term):
         teacher_share: share of the loss that is cross-entropy with the averaged model's own class probabilities
             (distillation, Hinton et al., arXiv 1503.02531, section 2, at temperature 1).
         loss: of the task.
+        has_padding: whether features are sequences, of which a classifier is told what is padding.
+
+    Logits of tokens that are more than ``losses.WHOLE`` numbers are made chunk by chunk, and then there are none to
+    look at.
     """
 
     def __init__(
@@ -38,30 +42,46 @@ class TaskLoss(Term):
         label_smoothing: float = 0.0,
         teacher_share: float = 0.0,
         loss: Loss = CROSS_ENTROPY,
+        *,
+        has_padding: bool = False,
     ) -> None:
         super().__init__()
         self.loss = loss
         self.classifier = classifier
         self.label_smoothing = label_smoothing
         self.teacher_share = teacher_share
-        self.uses = frozenset(("teacher",) if teacher_share else ())
+        self.takes_mask = has_padding and isinstance(classifier, Classifier) and classifier.takes_mask
+        self.uses = frozenset(("teacher",) * bool(teacher_share) + ("mask",) * self.takes_mask)
 
     def forward(self, inputs: Tensor, outputs: Tensor, batch: LocalBatch, states: Sequence[Tensor] = ()) -> TermValue:
         """Compute the cross-entropy. Arguments as in ``Term.forward``."""
-        logits = self.classifier(outputs)
-        loss = self.loss(in_float32(logits), batch.labels, label_smoothing=self.label_smoothing)
+        logits, loss = self._loss(outputs, batch)
         if batch.label_factor is not None:  # a part may hold no label that counts, and the mean over none is no number
             factor = batch.label_factor.to(loss.dtype)
             loss = (loss * factor).masked_fill(factor == 0, 0.0)
         if self.teacher_share:
             assert batch.teacher is not None, "the learner asks the teacher where a term uses it"
+            assert logits is not None, "a teacher is of classes of items"
             taught = F.cross_entropy(in_float32(logits), batch.teacher)
             loss = (1 - self.teacher_share) * loss + self.teacher_share * taught
         return TermValue(loss, logits)
 
-    def classify(self, outputs: Tensor) -> Tensor:
-        """Class logits [B, num_classes]."""
-        return cast(Tensor, self.classifier(outputs))
+    def _loss(self, outputs: Tensor, batch: LocalBatch) -> tuple[Tensor | None, Tensor]:
+        """The logits, where all of them are made at once, and the loss."""
+        head, loss = self.classifier, self.loss
+        if isinstance(head, Head) and isinstance(loss, TokenLoss) and loss.names_tokens:
+            vectors = head.embed(outputs, batch.mask if self.takes_mask else None)
+            if vectors[..., 0].numel() * head.num_classes > WHOLE:
+                labels, smoothing = batch.labels, self.label_smoothing
+                return None, in_chunks(loss, head.score, vectors, labels, head.num_classes, label_smoothing=smoothing)
+            logits = head.score(vectors)
+        else:
+            logits = self.classify(outputs, batch.mask if self.takes_mask else None)
+        return logits, loss(in_float32(logits), batch.labels, label_smoothing=self.label_smoothing)
+
+    def classify(self, outputs: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Class logits [B, num_classes], or [B, N, num_classes] of tokens."""
+        return cast(Tensor, self.classifier(outputs, mask) if self.takes_mask else self.classifier(outputs))
 
     def follow(self) -> None:
         """Let the classifier follow what it follows."""
@@ -82,10 +102,20 @@ class SupervisedContrastive(Term):
         width: of the projection.
         temperature: t.
         num_classes: classes, to make class indices into one-hot rows.
+        has_padding: whether features are sequences, of which padding is left out.
     """
 
-    def __init__(self, source: Layout, num_classes: int, *, width: int = 128, temperature: float = 0.1) -> None:
+    def __init__(
+        self,
+        source: Layout,
+        num_classes: int,
+        *,
+        width: int = 128,
+        temperature: float = 0.1,
+        has_padding: bool = False,
+    ) -> None:
         super().__init__()
+        self.uses = frozenset(("mask",) * has_padding)
         pool = Pool(source)
         self.project = nn.Sequential(
             pool, nn.Linear(pool.width, source.width), nn.GELU(), nn.Linear(source.width, width)
@@ -95,7 +125,11 @@ class SupervisedContrastive(Term):
 
     def forward(self, inputs: Tensor, outputs: Tensor, batch: LocalBatch, states: Sequence[Tensor] = ()) -> TermValue:
         """Compute the contrastive loss. Arguments as in ``Term.forward``."""
-        z = F.normalize(in_float32(self.project(outputs)), dim=1)
+        pool, *layers = self.project
+        pooled = pool(outputs, batch.mask if self.uses else None)
+        for layer in layers:
+            pooled = layer(pooled)
+        z = F.normalize(in_float32(pooled), dim=1)
         with torch.autocast(z.device.type, enabled=False):  # exp of bf16 similarities is too coarse
             return TermValue(self.loss(z, batch.labels))
 

@@ -26,6 +26,7 @@ from localgrad.objectives.auxiliary import NextClassifier
 from localgrad.objectives.averaging import has_spectral_norms
 from localgrad.objectives.carried import LocalBatch, Route, empty_batch
 from localgrad.objectives.losses import IGNORED
+from localgrad.objectives.readouts import ReadoutClassifier
 from localgrad.objectives.site import Site
 from localgrad.parallel.pipeline import Links, PipelineExecutor
 from localgrad.parallel.schedule import NUM_BUFFERS, shares
@@ -111,6 +112,8 @@ class ParallelLearner(Learner):
     def _refuse(self, *, compiled: bool) -> None:
         nets = [net for own in self.modules for net in own.modules() if isinstance(net, NextClassifier)]
         averaged = any(net.weights == "ema" for net in nets)
+        reads = any(isinstance(net, ReadoutClassifier) for own in self.modules for net in own.modules())
+        rules.check({"parallel": True, "classifier": "readout" if reads else None}, ParallelError)
         known = {"parallel": True, "teacher_share": self.uses("teacher"), "weights": "ema" if averaged else None}
         rules.check({**known, "compile": compiled, "replicas": self.team.num_replicas}, ParallelError)
         for carried in self.route.into(0):
@@ -228,7 +231,7 @@ class ParallelLearner(Learner):
         batch = LocalBatch.of(images, labels)
         assert batch.images is not None, "it has just begun"
         images, labels = batch.images, batch.labels
-        check_labels(labels, images, self.backbone.num_classes)
+        check_labels(labels, images, self.backbone.num_classes, self.loss)
         targets = labels if labels.ndim == 1 else labels.argmax(dim=1)
         return self.share(LocalBatch(images, labels, targets=targets))
 

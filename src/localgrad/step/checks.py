@@ -25,7 +25,7 @@ from localgrad.backbones.fake import FakeTensor
 from localgrad.backbones.namespaces import Attributes
 from localgrad.errors import BackboneError, DataError, RecipeError
 from localgrad.objectives.carried import LocalBatch
-from localgrad.objectives.losses import IGNORED, Loss
+from localgrad.objectives.losses import CROSS_ENTROPY, IGNORED, Loss
 
 FACTORY = "configure_optimizers(lambda params: torch.optim.AdamW(params, lr=1e-3))"
 """A factory as it should be."""
@@ -336,41 +336,29 @@ def same_device(first: torch.device, second: torch.device) -> bool:
     return first.type == second.type and (None in (first.index, second.index) or first.index == second.index)
 
 
-def check_labels(labels: Tensor, images: Tensor, num_classes: int) -> None:
-    """Refuse labels, int64 [B] or soft [B, num_classes], that don't go with images or classes. No value is read.
+def check_labels(labels: Tensor, inputs: Tensor, num_classes: int, loss: Loss = CROSS_ENTROPY) -> None:
+    """Refuse labels that don't go with inputs, classes or the loss. No value is read.
 
     Raises:
         DataError: naming what to pass.
     """
-    shape = list(labels.shape)
-    if labels.is_floating_point() and labels.ndim == 1:
-        raise DataError(f"labels: got {labels.dtype} {shape}; class indices are int64: pass labels.long().")
-    if labels.is_floating_point():
-        if labels.ndim != 2 or shape[1] != num_classes:
-            raise DataError(f"labels: got soft labels {shape}; the model takes [B, {num_classes}].")
-    elif labels.ndim == 2 and shape[1] == 1 != num_classes:
-        raise DataError(f"labels: got {shape}; class indices are one number an image, [B]: pass labels.squeeze(1).")
-    elif labels.ndim != 1:
-        raise DataError(
-            f"labels: got {labels.dtype} {shape}; pass class indices int64 [B], or soft labels as labels.float()."
-        )
-    elif labels.dtype != torch.int64:
-        raise DataError(f"labels: got {labels.dtype}; class indices are int64: pass labels.long().")
-    if len(labels) != len(images):
-        raise DataError(f"labels: got {len(labels)} for {len(images)} images; give one for each.")
-    if not same_device(labels.device, images.device):
-        raise DataError(f"labels: they are on {labels.device}, the images on {images.device}; pass labels.to(...).")
+    loss.check(labels, inputs, num_classes)
+    if len(labels) != len(inputs):
+        raise DataError(f"labels: got {len(labels)} for {len(inputs)} images; give one for each.")
+    if not same_device(labels.device, inputs.device):
+        raise DataError(f"labels: they are on {labels.device}, the images on {inputs.device}; pass labels.to(...).")
     if labels.requires_grad:
         raise DataError("labels: they require a gradient, and a step gives none back; pass labels.detach().")
 
 
-def check_values(batch: LocalBatch, num_classes: int, *, of_classes: bool = True) -> None:
+def check_values(batch: LocalBatch, num_classes: int, loss: Loss = CROSS_ENTROPY) -> None:
     """Refuse images that aren't finite, and labels that mean no class. Waits for the device: for a first step.
 
     Args:
         of_classes: whether labels are classes.
         batch: as for a step; fakes of tensors have no values and pass, once the same operators ran.
         num_classes: of the model.
+        loss: of the task.
 
     Raises:
         DataError: naming the first image at fault.
@@ -384,7 +372,8 @@ def check_values(batch: LocalBatch, num_classes: int, *, of_classes: bool = True
             images,
             "images: number {row} has values that are NaN or infinite",
         )
-    if not of_classes:
+    loss.check_values(labels)
+    if not (loss.is_of_classes or loss.names_tokens) or (loss.names_tokens and labels.is_floating_point()):
         return
     if labels.is_floating_point():
         sums = labels.float().sum(dim=1)
@@ -396,13 +385,15 @@ def check_values(batch: LocalBatch, num_classes: int, *, of_classes: bool = True
             "once don't go with cross-entropy: divide each row by its sum)",
         )
         return
+    wrong = ((labels < 0) & (labels != IGNORED)) | (labels >= num_classes)
+    what = "token" if loss.names_tokens else "image"
     _refuse(
-        ((labels < 0) & (labels != IGNORED)) | (labels >= num_classes),
-        labels,
-        f"labels: that of image {{row}} is {{value}}; they go from 0 to {num_classes - 1}, {IGNORED} is ignored",
+        wrong.flatten(),
+        labels.flatten(),
+        f"labels: that of {what} {{row}} is {{value}}; they go from 0 to {num_classes - 1}, {IGNORED} is ignored",
     )
-    none_counts = (labels == IGNORED).all()
-    if not isinstance(labels, FakeTensor) and bool(none_counts):
+    counted = loss.counted(labels)
+    if counted is not None and not isinstance(labels, FakeTensor) and not bool(counted):
         raise DataError(f"labels: all are {IGNORED}, ignored, and there is nothing to learn; leave this batch out.")
 
 

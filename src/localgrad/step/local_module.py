@@ -218,6 +218,7 @@ def site_of(
         previous=received[max(0, index - 1)],
         context=tuple(received[1 : index + 1]),
         following=tuple((backbone.blocks[number], layouts[number + 1]) for number in range(stop, num_blocks)),
+        tail=backbone.tail,
         undecayed=undecayed(backbone.model),
         loss=loss,
     )

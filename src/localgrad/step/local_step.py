@@ -291,8 +291,7 @@ class LocalStep:
             take = hand_on_all if is_last and hand_on is not None else None
             with contextlib.nullcontext() if is_last or self._replicated is None else self._replicated.no_sync():
                 outputs.append(run(chunk, part, shares[-1], take))
-        if batch.called_with is None:
-            batch.take_context(parts)
+        batch.take_context(parts)
         return joined(outputs, shares)
 
     def snapshot(self) -> Before:
