@@ -57,6 +57,8 @@ TABLE = "rules.py"
 
 SAID_BY_HAND = {
     "learner.py: Learner.check_state_dict": "the checkpoint decides",
+    "objectives/losses.py: Regression.check_values": "labels decide",
+    "objectives/losses.py: loss_of": "what the model gives decides",
     "learner.py: Learner._build": "how the model was split decides",
     "step/local_step.py: compilers_errors_told": "the compiler decides",
     "learner.py: LocalLearner.global_step_on": "a method that is called decides",

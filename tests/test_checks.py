@@ -837,7 +837,7 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"ema_decay": "0.9"}, "ema_decay must lie between 0 and 1, got '0.9'"),
     ({"accumulation": "2"}, "accumulation must be at least 1, a whole number of parts, got '2'"),
     ({"accumulation": 1.5}, "accumulation must be at least 1, a whole number of parts, got 1.5"),
-    ({"objective": "greedy"}, "objective: got 'greedy', not an objective; make one"),
+    ({"objective": "gredy"}, "objective: unknown 'gredy'.* Nearest: greedy"),
     ({"objective": GreedySupervised}, "objective: got <class .*GreedySupervised'>, not an objective"),
     ({"objective": GreedySupervised(label_smoothing=cast(Any, "0.1"))}, "label_smoothing must be .* got '0.1'"),
     ({"objective": Contrastive(temperature=cast(Any, "a"))}, "temperature .* must be above 0, got 'a'"),

@@ -695,6 +695,8 @@ DETACHED = {
     "step.local_module": ["handed_on", "self.under_way.current", "states[0]", "term", "value.logits"],
     "step.global_step": ["logits", "term", "value.loss"],  # figures, once the backward pass is done
     "step.local_step": ["output.loss"],  # the figure, once its backward pass is done
+    "objectives.losses": ["torch.as_tensor(weight, dtype=torch.get_default_dtype())"],  # class weights, as given
+    "objectives.readouts": ["linear.bias", "linear.weight"],  # the model's own, read and not trained
     "objectives.reconstruction": ["state"],  # a target inside the module; what goes on keeps its graph
     "backbones.fake": ["tensor", "torch.ops.aten"],  # a copy of a weight on the host, and an operator's name
     "backbones.watching": ["Tensor"],  # how a context is detached

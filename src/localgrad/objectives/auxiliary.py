@@ -316,7 +316,7 @@ class Classifier(nn.Module, ABC):
         """Called after each update of the module that the classifier serves."""
 
 
-class Head(Classifier):
+class TrainedHead(Classifier):
     """A classifier in two steps, vectors and their logits, so that logits of many tokens needn't all be there at once.
 
     Args:
@@ -412,7 +412,7 @@ def attend(blocks: nn.Sequential, tokens: Tensor, mask: Tensor | None) -> Tensor
     return tokens
 
 
-class LinearClassifier(Head):
+class LinearClassifier(TrainedHead):
     """Average pool, norm, linear: the head of most of the field.
 
     With ``norm_first`` norm, average pool, linear, in the order of TRGL's head (arXiv 2309.17357) and of Swin's own.
@@ -434,7 +434,7 @@ class LinearClassifier(Head):
         return cast(Tensor, self.head(vectors))
 
 
-class MlpClassifier(Head):
+class MlpClassifier(TrainedHead):
     """Average pool, norm, one hidden layer with GELU (by default of twice the features' width), linear."""
 
     def __init__(
@@ -454,7 +454,7 @@ class MlpClassifier(Head):
         return cast(Tensor, self.head(vectors))
 
 
-class TransformerClassifier(Head):
+class TransformerClassifier(TrainedHead):
     """Tokens pooled to a small grid, transformer blocks over them, average, norm, linear.
 
     One or two blocks in the auxiliary head recover a good part of what greedy training loses (arXiv 2610.04867);
@@ -529,7 +529,7 @@ def sinusoids(length: int, width: int, device: Any = None) -> Tensor:
     return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)
 
 
-class NextClassifier(Head):
+class NextClassifier(TrainedHead):
     """The blocks that follow in the model itself, on the module's output; then average pool, norm, linear.
 
     So the module learns to give what the next ones need. Sources: a classifier made like the layers that follow

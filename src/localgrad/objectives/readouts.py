@@ -21,7 +21,7 @@ from localgrad.errors import RecipeError, arg
 from localgrad.objectives.auxiliary import (
     FEW_TOKENS,
     HEAD_WIDTH,
-    Head,
+    TrainedHead,
     allowed,
     attend,
     copy_of,
@@ -33,7 +33,7 @@ from localgrad.objectives.auxiliary import (
 
 
 @final
-class ReadoutClassifier(Head):
+class ReadoutClassifier(TrainedHead):
     """Norm, private transformer blocks if any, then the model's own output embedding, which it reads and never trains.
 
     SOLO's. The norm starts as the model's last one, where there is just one; the blocks start at nothing. The embedding
@@ -103,7 +103,7 @@ class ReadoutClassifier(Head):
 
 
 @final
-class TailClassifier(Head):
+class TailClassifier(TrainedHead):
     """Copies of the model's last blocks and of its own end, which start as they start and are trained: SegProp's.
 
     Args:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localgrad.backbones.base import Layout
-from localgrad.objectives.auxiliary import Classifier, Head, Pool
+from localgrad.objectives.auxiliary import Classifier, TrainedHead, Pool
 from localgrad.objectives.base import Term, TermValue, in_float32, one_hot
 from localgrad.objectives.carried import LocalBatch
 from localgrad.objectives.losses import CROSS_ENTROPY, IGNORED, WHOLE, Loss, TokenLoss, in_chunks
@@ -69,7 +69,7 @@ class TaskLoss(Term):
     def _loss(self, outputs: Tensor, batch: LocalBatch) -> tuple[Tensor | None, Tensor]:
         """The logits, where all of them are made at once, and the loss."""
         head, loss = self.classifier, self.loss
-        if isinstance(head, Head) and isinstance(loss, TokenLoss) and loss.names_tokens:
+        if isinstance(head, TrainedHead) and isinstance(loss, TokenLoss) and loss.names_tokens:
             vectors = head.embed(outputs, batch.mask if self.takes_mask else None)
             if vectors[..., 0].numel() * head.num_classes > WHOLE:
                 labels, smoothing = batch.labels, self.label_smoothing
