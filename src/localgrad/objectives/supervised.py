@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localgrad.backbones.base import Layout
-from localgrad.objectives.auxiliary import Classifier, TrainedHead, Pool
+from localgrad.objectives.auxiliary import Classifier, Pool, TrainedHead
 from localgrad.objectives.base import Term, TermValue, in_float32, one_hot
 from localgrad.objectives.carried import LocalBatch
 from localgrad.objectives.losses import CROSS_ENTROPY, IGNORED, WHOLE, Loss, TokenLoss, in_chunks
