@@ -27,7 +27,8 @@ from localgrad.objectives.auxiliary import (
     transformer_blocks,
 )
 
-ALONE = [name for name in CLASSIFIERS if name != "next"]  # that one needs a model's blocks: tests/test_remedies.py
+ALONE = [name for name in CLASSIFIERS if name not in ("next", "readout", "tail")]
+"""Those that need no parts of a model; the others: tests/test_remedies.py, tests/test_language.py."""
 SMALL = [name for name in DECODERS if name != "bilinear"]  # those that work at the module's own resolution
 ORDER = tuple(int(i) for i in torch.randperm(36, generator=torch.Generator().manual_seed(3)))
 SOURCES = {
