@@ -592,7 +592,7 @@ def test_estimates_alone_run_nothing(compare_: Cli, monkeypatch: pytest.MonkeyPa
         (("--plot", "a.png", "--estimate-only"), "--plot a.png doesn't go with --estimate-only: it needs step times"),
         (
             ("--objective", "greeedy"),
-            "--objective: unknown 'greeedy'; take feature, image, greedy, contrastive. Nearest",
+            "--objective: unknown 'greeedy'; take feature, image, greedy, contrastive, lopt, solo, segprop. Nearest",
         ),
         (("--decoder", "cnov"), "--decoder: unknown 'cnov'; take "),
         (("--precision", "fp8"), "--precision: unknown 'fp8'; take fp32, bf16."),

@@ -393,7 +393,7 @@ def check_values(batch: LocalBatch, num_classes: int, loss: Loss = CROSS_ENTROPY
         f"labels: that of {what} {{row}} is {{value}}; they go from 0 to {num_classes - 1}, {IGNORED} is ignored",
     )
     counted = loss.counted(labels)
-    if counted is not None and not isinstance(labels, FakeTensor) and not bool(counted):
+    if counted is not None and not isinstance(labels, FakeTensor) and bool(counted == 0):
         raise DataError(f"labels: all are {IGNORED}, ignored, and there is nothing to learn; leave this batch out.")
 
 
