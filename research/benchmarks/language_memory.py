@@ -1,0 +1,53 @@
+"""Memory of a small Llama's training step, by estimate: end to end, recomputed, and by local modules.
+
+    python research/benchmarks/language_memory.py
+
+12 layers of width 384, 256 tokens (bytes), batches of 8 sequences of 512, AdamW, fp32. Needs the extra ``hf``.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import localgrad
+from localgrad.estimating import estimate_step
+
+BATCH, LENGTH, VOCABULARY = 8, 512, 256
+WAYS: dict[str, dict[str, Any]] = {
+    "end to end": {"modules": 1},
+    "end to end, every block recomputed": {"modules": 1, "checkpoint": "blocks"},
+    "lopt, K = 2": {"modules": 2, "objective": "lopt"},
+    "lopt, K = 4": {"modules": 4, "objective": "lopt"},
+    "solo, K = 2": {"modules": 2, "objective": "solo"},
+    "solo, K = 4": {"modules": 4, "objective": "solo"},
+    "segprop, K = 4": {"modules": 4, "objective": "segprop"},
+    "feature, K = 4": {"modules": 4},
+}
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=384,
+        num_hidden_layers=12,
+        num_attention_heads=6,
+        intermediate_size=1024,
+        max_position_embeddings=LENGTH,
+    )
+    ids = torch.randint(VOCABULARY, (2, LENGTH))
+    backbone = localgrad.split(LlamaForCausalLM(config), example={"input_ids": ids, "labels": ids})
+    first = None
+    for name, options in WAYS.items():
+        learner = localgrad.LocalLearner(backbone, **options)
+        peak = estimate_step(learner, BATCH, partial(torch.optim.AdamW, lr=1e-3)).peak_bytes
+        first = first or peak
+        print(f"{name:40} {peak / 2**20:7,.0f} MiB  {peak / first:.2f} x")
+
+
+if __name__ == "__main__":
+    main()
