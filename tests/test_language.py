@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import localgrad
 from localgrad.backbones.base import Backbone, split
-from localgrad.errors import RecipeError
+from localgrad.backbones.example import Example
+from localgrad.errors import BackboneError, RecipeError
 from localgrad.learner import LocalLearner
 from localgrad.objectives import losses, supervised
 from localgrad.objectives.carried import LocalBatch
@@ -359,3 +360,59 @@ def test_a_plugins_classifier_of_items_trains_items() -> None:
     localgrad.register_classifier("of-items", OfItems)
     learner = learner_of("bert", 2, GreedySupervised(classifier="of-items"))
     assert [bool(loss.isfinite()) for loss in learner.step(batch_of("bert")).losses] == [True, True]
+
+
+def tied() -> nn.Module:
+    torch.manual_seed(0)
+    model = gpt2()
+    model.lm_head.weight = model.transformer.wte.weight  # type: ignore[union-attr]
+    return model
+
+
+def test_tied_embeddings_are_refused_with_a_way_out() -> None:
+    with pytest.raises(BackboneError, match=r"wte\.weight is shared by the stem, the tail, .* shared='last'"):
+        LocalLearner(tied(), modules=2, example=batch_of("gpt2"))
+    with pytest.raises(RecipeError, match="shared: unknown 'first'; take refuse or last"):
+        LocalLearner(tied(), modules=2, example=batch_of("gpt2"), shared="first")
+
+
+@pytest.mark.parametrize("checkpoint", ["none", "blocks"])
+def test_tied_embeddings_get_the_last_modules_gradient_alone(checkpoint: str) -> None:
+    batch = batch_of("gpt2")
+    learner = LocalLearner(
+        tied(), modules=2, example=batch, shared="last", objective=Lopt(), clip_grad=None, checkpoint=checkpoint
+    )
+    learner.configure_optimizers(sgd)
+    embedding = learner.model.transformer.wte.weight  # type: ignore[union-attr]
+    assert embedding is learner.model.lm_head.weight  # type: ignore[union-attr]
+    held = [[weight is embedding for weight in optimizer.param_groups[0]["params"]] for optimizer in learner.optimizers]
+    assert [sum(each) for each in held] == [0, 1]
+    twin = copy.deepcopy(learner.backbone).train()
+    assert twin.trunk is not None
+    twin.trunk.batch.given = Example.of(batch)
+    boundary = learner.plan.boundaries[0]
+    with torch.no_grad():
+        features = twin.stem(batch["input_ids"])
+        for block in twin.blocks[:boundary]:
+            features = block(features)
+    for block in twin.blocks[boundary:]:
+        features = block(features)
+    losses.NextToken()(twin.tail(features), batch["labels"]).backward()  # type: ignore[no-untyped-call]
+    read = twin.model.transformer.wte.weight  # type: ignore[union-attr]
+    learner.step(batch)
+    assert read.grad is not None
+    assert torch.equal(embedding, read.detach().add(read.grad, alpha=-0.1))
+    assert embedding.requires_grad
+
+
+def test_a_module_without_the_context_of_its_batch_is_refused() -> None:
+    learner = learner_of("llama")
+    batch = LocalBatch(None, batch_of("llama")["labels"], features=torch.zeros(4, LENGTH, WIDTH))
+    with pytest.raises(RecipeError, match="features but no context"):
+        learner.modules[1](batch.features, batch)
+
+
+def test_a_backbone_was_split_already() -> None:
+    with pytest.raises(BackboneError, match=r"split already; give them to localgrad\.split"):
+        LocalLearner(copy.deepcopy(_split.setdefault("bert", split(make("bert"), example=batch_of("bert")))),
+                     example=batch_of("bert"))  # fmt: skip

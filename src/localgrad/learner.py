@@ -118,6 +118,8 @@ class Learner(ABC):
         )
         if isinstance(model, Backbone) and input_size not in (None, model.input_size):
             raise BackboneError(f"input_size: {input_size}, but the backbone was split for {model.input_size}.")
+        if isinstance(model, Backbone) and (example is not None or blocks is not None):
+            raise BackboneError("example, blocks: the backbone was split already; give them to localgrad.split.")
         self.backbone = (
             model if isinstance(model, Backbone) else split(model, input_size, example=example, blocks=blocks)
         )

@@ -277,6 +277,12 @@ class UnderWay:
         known = self.known.rows(len(features))
         return known.map(lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype))
 
+    @property
+    def differs_by_batch(self) -> bool:
+        """Whether the context has something of each item (a mask), so that that of another batch would be wrong."""
+        known = self.known
+        return known is not None and any(known.is_split(tensor) and any(tensor.stride()) for tensor in known.tensors)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> UnderWay:
         """Without the batch under way, whose tensors have graphs."""
         twin = UnderWay()
@@ -348,7 +354,6 @@ class Segment(nn.Module):
     Args:
         trunk: the model and its stations.
         start: number of the station whose output is given; -1 for the stem, which is given the main input.
-        stop: number of the station whose input is wanted; one behind the last for the tail.
     """
 
     def __init__(self, trunk: Trunk, start: int) -> None:

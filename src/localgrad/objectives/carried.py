@@ -534,8 +534,7 @@ def empty_inputs(backbone: Backbone, num_items: int) -> Tensor:
 def made_up(backbone: Backbone, labels: Tensor) -> LocalBatch:
     """A batch as long as its labels, on which nothing depends but shapes."""
     main = empty_inputs(backbone, len(labels))
-    given = backbone.given
-    if backbone.trunk is None or given.is_single:
+    if backbone.trunk is None or backbone.given.is_single:
         return LocalBatch(main, labels)
-    others = given.rows(len(labels)).map(lambda tensor: torch.zeros_like(tensor, device=main.device))
+    others = backbone.given.rows(len(labels)).map(lambda tensor: torch.zeros_like(tensor, device=main.device))
     return LocalBatch(main, labels, given=others.with_main(main))

@@ -60,7 +60,7 @@ class GlobalStep:
         outputs, shares = [], []
         for part in parts:
             share = len(part.labels) / len(batch.labels)
-            last.module.begin_batch(part)
+            self.steps[0].module.begin_batch(part)
             with autocast(last.device_type, last.precision):
                 logits = self._logits(part.features, part.labels)
                 value = last.module.objective(logits, logits, part)

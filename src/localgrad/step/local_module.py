@@ -188,8 +188,18 @@ class LocalModule(nn.Module):
         )
 
     def begin_batch(self, batch: LocalBatch) -> None:
-        """Have the parts run with what goes along with a batch's features."""
+        """Have the parts run with what goes along with a batch's features.
+
+        Raises:
+            RecipeError: these are no model's first parts, and what its blocks need of this batch isn't there.
+        """
         if self.under_way is not None:
+            is_first = isinstance(self.parts[0], Stem)
+            if not is_first and batch.called_with is None and self.under_way.differs_by_batch:
+                raise RecipeError(
+                    "batch: it has features but no context (masks, positions), which the model's stem makes of its "
+                    "inputs; train all modules on a batch, from its inputs on."
+                )
             self.under_way.given, self.under_way.current = batch.given, batch.called_with
 
     def _keep(self, gradient: Tensor) -> None:
