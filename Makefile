@@ -11,7 +11,7 @@ TESTS = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n auto --dist 
 help:  ## these lines
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
 
-demo: $(VENV)/installed  ## train on handwritten digits: four local modules, two minutes
+demo: $(VENV)/installed  ## train on handwritten digits: four local modules, three minutes
 	$(BIN)/localgrad train
 
 test: $(VENV)/installed-dev  ## lint, strict types, the site and the quick tests

@@ -272,7 +272,7 @@ _EVERYDAY = ("data", "model", "pretrained", "modules", "objective", "epochs", "b
 @app.command(epilog="All options: localgrad train --help-all")
 @takes(_IN_TRAIN, _EVERYDAY)
 def train(**given: Any) -> None:
-    """Train a model. With no options: handwritten digits, four local modules, under two minutes on two cores."""
+    """Train a model. With no options: handwritten digits, four local modules, two to three minutes on two cores."""
     resume, plan_file, budget, on_oom = given["resume"], given["plan"], given["budget"], given["on_oom"] or "stop"
     if given["data"] is None and resume is None:
         given["data"] = given["train_data"]
