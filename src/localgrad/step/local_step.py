@@ -206,7 +206,7 @@ class LocalStep:
         run: Pass = self._only_run if self.frozen else self._reconciled if is_drawn else self._once
         told = compilers_errors_told() if self._is_compiled else contextlib.nullcontext()
         single = single_images_refused(len(inputs), self.accumulation)
-        with told, drawing_from(self.device, seed), _only_read(self.module.reads), single:
+        with told, drawing_from(self.device, seed), only_read(self.module.reads), single:
             if self.accumulation == 1:
                 output = run(inputs, batch, 1.0, hand_on)
             else:
@@ -328,7 +328,7 @@ class LocalStep:
 
 
 @contextlib.contextmanager
-def _only_read(weights: Sequence[nn.Parameter]) -> Iterator[None]:
+def only_read(weights: Sequence[nn.Parameter]) -> Iterator[None]:
     """A region in which weights get no gradient, also where they are read again in a backward pass."""
     learning = [weight for weight in weights if weight.requires_grad]
     for weight in learning:
