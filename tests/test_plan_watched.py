@@ -196,7 +196,7 @@ class Remembering(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         for block in self.blocks:
-            x = x + block(x)
+            x = block(x)
         return self.head((x * table(x.shape[-1])).mean(1))  # type: ignore[no-any-return]
 
 
