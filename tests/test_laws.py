@@ -520,6 +520,7 @@ LAYERS = (
     ("app",),
     ("run",),
     ("compare",),
+    ("integrations",),
     ("cli",),
     ("__main__",),
 )

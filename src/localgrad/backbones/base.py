@@ -39,6 +39,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from localgrad.backbones.adapters import adapted_model, check_calls_alike
 from localgrad.backbones.by_hand import Chain, PartsSeen, check_parts, default_size_of_parts, listed, names_of_blocks
 from localgrad.backbones.example import Example
 from localgrad.backbones.fake import FakeTensor, by_shapes_alone, copy_on_host, fake_copy_with_memo
@@ -550,7 +551,8 @@ def split(
     timm are known; any other is watched while it runs (``watching``).
 
     Args:
-        model: on any device: a timm model with a classifier, or any other that is given an example.
+        model: on any device: a timm model with a classifier, or any other that is given an example; of one with
+            adapters of peft, the model in its wrapper is split.
         input_size: (C, H, W) of the images that it will be trained on; by default the model's own.
         example: a batch as the model is called with, in place of ``input_size``: a tensor, a tuple of positional
             arguments, or a dict of keywords, such as one of a data loader (labels are left out). Its tensors have one
@@ -565,11 +567,14 @@ def split(
             that don't give its logits and gradients bit for bit.
     """
     given = None if example is None else Example.of(example)
+    wrapper, model = model, adapted_model(model)
     if given is None:
         size = _check_arguments(model, input_size)
         given = Example.of(_random_images(size))
     else:
         _check_example(model, input_size, given)
+    if wrapper is not model:
+        check_calls_alike(wrapper, model, given.rows(2))
     if _is_proved_in_place(model):
         return _found(model, given.rows(2), blocks)
     # Elsewhere: there some backward passes differ from themselves, and there memory is what users lack.

@@ -261,9 +261,9 @@ class ParallelLearner(Learner):
             self._ema.update(self._own_parts, step=self.num_steps)
         return result
 
-    def _check_batch(self, batch: LocalBatch) -> None:
+    def _check_batch(self, batch: LocalBatch, *, is_part: bool = False) -> None:
         first = not self._values_checked
-        super()._check_batch(batch)
+        super()._check_batch(batch, is_part=is_part)
         if first and self.team.num_replicas > 1 and bool((batch.labels == IGNORED).any()):
             raise ParallelError(
                 f"labels: some are {IGNORED}, ignored; replicas weigh alike, however many labels count in each: leave "

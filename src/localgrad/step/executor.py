@@ -25,6 +25,7 @@ from torch import Tensor
 from localgrad.backbones.base import Layout
 from localgrad.errors import MemoryExceeded
 from localgrad.objectives.carried import Handed, LocalBatch, Route, Value
+from localgrad.step.local_module import LocalOutput
 from localgrad.step.local_step import LocalStep
 
 HandOn = Callable[[LocalBatch], None]
@@ -191,6 +192,37 @@ class SequentialExecutor:
         ends_the_model = self.first + len(self.steps) == len(self.route.uses)
         features = batch.features if ends_the_model else None
         return StepResult(features, tuple(losses), tuple(terms), tuple(logits), batch.known_targets)
+
+    def step_parts(self, parts: Sequence[LocalBatch]) -> list[StepResult]:
+        """Train every local module on one batch that comes in parts: each has all of them before its one update.
+
+        Args:
+            parts: as ``make_parts`` has made them.
+
+        Returns:
+            What each part gives; losses and terms are its share of the batch's.
+        """
+        outputs: list[list[LocalOutput]] = [[] for _ in parts]
+        walks = [walk(self.steps, part, self.route, first=self.first) for part in parts]
+        for visits in zip(*walks, strict=True):
+            step = visits[0].module
+            for attempt in self.attempts(visits[0].index, [step]):
+                with attempt, self.around(visits[0].index):
+                    found = step.over_parts([visit.received for visit in visits], parts)
+            for visit, output, own in zip(visits, found, outputs, strict=True):
+                visit.hand_on(output.features, output.gradient)
+                own.append(output._replace(features=output.features[:0], gradient=None))
+            del found, output, attempt, visits, visit
+        return [
+            StepResult(
+                part.features,
+                tuple(output.loss for output in own),
+                tuple(output.terms for output in own),
+                tuple(output.logits for output in own),
+                part.known_targets,
+            )
+            for part, own in zip(parts, outputs, strict=True)
+        ]
 
     def attempts(self, place: int | str, steps: Sequence[LocalStep]) -> Iterator[Attempt]:
         """Regions to run something in: where memory runs out before an update, one more if someone can recover.
