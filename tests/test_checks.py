@@ -509,6 +509,7 @@ def test_a_scheduler_over_some_optimizers_is_refused(kind: str) -> None:
     train(learner, batches(1))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["torch", "timm", "a tensor's"])
 def test_a_scheduler_of_optimizers_that_were_replaced_is_refused(kind: str) -> None:
     from timm.scheduler.cosine_lr import CosineLRScheduler
@@ -663,6 +664,7 @@ def ignoring(*kept: int, count: int = 8) -> Tensor:
     return labels
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("globally", [False, True])
 @pytest.mark.parametrize(
     "objective", [FeatureReconstruction(), FeatureReconstruction(label_smoothing=0.1, task_weight=0.5)], ids=str
@@ -779,6 +781,7 @@ class Stops(nn.Module):
         raise ValueError("stopped")
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("settings", [{}, {"accumulation": 2}, {"offload": True}], ids=str)
