@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import localgrad
-from helpers import copied
+from helpers import copied, logits_and_gradients
 from localgrad.backbones.base import Backbone
 from localgrad.backbones.example import Example
 from localgrad.backbones.flow import Flow, Followed, choose
@@ -138,15 +138,6 @@ def tokens(count: int = 2) -> dict[str, Tensor]:
     mask = torch.ones_like(ids)
     mask[0, 4:] = 0
     return {"ids": ids, "mask": mask}
-
-
-def logits_and_gradients(call: Callable[[], Tensor], model: nn.Module) -> list[Tensor]:
-    torch.manual_seed(5)
-    logits = call()
-    cotangent = torch.randn(logits.shape, generator=torch.Generator().manual_seed(6))
-    weights = list(model.parameters())
-    found = torch.autograd.grad(logits, weights, cotangent, allow_unused=True)
-    return [logits.detach(), *(torch.zeros(()) if gradient is None else gradient for gradient in found)]
 
 
 def assert_split(model: nn.Module, example: Any, names: list[str], **more: Any) -> Backbone:

@@ -111,7 +111,7 @@ class Learner(ABC):
         shared: str = "refuse",
     ) -> None:
         if shared not in SHARED:
-            raise RecipeError(f"shared: unknown {shared!r}; take {' or '.join(SHARED)}.")
+            raise RecipeError(f"shared: unknown {shared!r}; take one of {', '.join(SHARED)}.")
         self.shared = shared
         _check_options(
             freeze_from=freeze_from, accumulation=accumulation, clip_grad=clip_grad, auxiliary_from=auxiliary_from
@@ -592,8 +592,11 @@ class LocalLearner(Learner):
         auxiliary_from: what auxiliary nets are initialised from: the ``seed`` alone, that is what ``torch.manual_seed``
             was last given, whatever was drawn since; or torch's random ``state``, as any new layer is.
 
-        shared: of a parameter that modules on both sides of a boundary read (tied embeddings, a position bias of all
-            blocks): ``"refuse"``, or ``"last"``: the last of them trains it, the others read it.
+        shared: of a parameter w that modules on both sides of a boundary read (tied embeddings, a position bias of all
+            blocks): ``"refuse"``; ``"last"``: the last of them trains it, w <- U_l(w, g_l), and the others read it; or
+            ``"average"``: each of them trains a copy, and after each step w <- mean over m of U_m(w, g_m), with g_m the
+            gradient of module m's loss and U_m the update of its optimizer, whose state is its own. (Frozen modules
+            aren't in the mean; an end-to-end step updates w once, by the optimizer of the first that has it.)
 
     Two learners of equal models that are made after the same ``torch.manual_seed`` are the same, and draw the same in
     their steps, whether the seed was set before or after the model was made. (With one module, steps draw from torch's

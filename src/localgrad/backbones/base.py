@@ -496,7 +496,10 @@ class Backbone(nn.Module):
         """
         for shared in self.shared_across(boundaries):
             way_out = (
-                " or give shared='last' (the last of them trains it, the others read it)," if shared.is_weight else ""
+                " give shared='last' (the last of them trains it, the others read it) or shared='average' (each trains "
+                "a copy, and they are averaged after each step),"
+                if shared.is_weight
+                else ""
             )
             raise BackboneError(
                 f"{shared.name} is shared by {', '.join(shared.places)}, which boundaries={list(boundaries)} put in "

@@ -25,6 +25,7 @@ from torch import Tensor
 from localgrad.backbones.base import Layout
 from localgrad.errors import MemoryExceeded
 from localgrad.objectives.carried import Handed, LocalBatch, Route, Value
+from localgrad.step.copies import Copies
 from localgrad.step.local_step import LocalStep
 
 HandOn = Callable[[LocalBatch], None]
@@ -164,6 +165,7 @@ class SequentialExecutor:
         self.route = route or Route(step.module.objective.uses for step in self.steps)
         self.recover: Callable[[int], bool] | None = None
         self.around = around or (lambda _: contextlib.nullcontext())
+        self.copies = Copies(self.steps)
         for index, step in enumerate(self.steps, first):
             step.module.keeps_gradient = self.route.is_late(index + 1)
 
@@ -173,13 +175,17 @@ class SequentialExecutor:
         ``hand_on`` is given the batch as the module behind the last one is to receive it: before the last one's
         backward pass, if all of it is there by then.
         """
+        with self.copies.all_modules():
+            return self._train(batch, hand_on)
+
+    def _train(self, batch: LocalBatch, hand_on: HandOn | None) -> StepResult:
         losses, terms, logits = [], [], []
         for visit in walk(self.steps, batch, self.route, first=self.first):
             sends = hand_on if visit.is_last else None
             is_late = self.route.is_late(visit.index + 1)
             take = None if sends is None or is_late else partial(visit.send, sends)
             for attempt in self.attempts(visit.index, [visit.module]):
-                with attempt, self.around(visit.index):
+                with attempt, self.around(visit.index), self.copies.of(visit.module):
                     output = visit.module(visit.received, batch, take)
             if sends is not None and is_late:
                 visit.send(sends, output.features, output.gradient)

@@ -69,6 +69,7 @@ class GlobalStep:
             outputs.append(LocalOutput(logits.detach(), value.loss.detach(), terms, None))
             shares.append(share)
             del logits, value
+        self.steps[0].module.end_batch()
         self._update(scaler)
         found = joined(outputs, shares)
         num_others = len(self.steps) - 1

@@ -211,6 +211,7 @@ class LocalStep:
                 output = run(inputs, batch, 1.0, hand_on)
             else:
                 output = self._accumulate(run, inputs, batch, hand_on)
+        self.module.end_batch()
         if not self.frozen:
             self._update()
         return output
@@ -279,12 +280,13 @@ class LocalStep:
         num_images = len(inputs)
         outputs: list[LocalOutput] = []
         shares: list[float] = []
+        chunks, parts = inputs.chunk(self.accumulation), batch.parts(self.accumulation)
 
         def hand_on_all(features: Tensor) -> None:
             assert hand_on is not None, "asked for only where someone takes them"
+            batch.take_context(parts)
             hand_on(torch.cat([*(output.features for output in outputs), features]))
 
-        chunks, parts = inputs.chunk(self.accumulation), batch.parts(self.accumulation)
         for number, (chunk, part) in enumerate(zip(chunks, parts, strict=True), 1):
             shares.append(len(chunk) / num_images)
             is_last = number == len(chunks)
