@@ -1,6 +1,6 @@
 """Weights of which several local modules train a copy each: ``shared="average"``.
 
-A weight that stands on both sides of a boundary (tied embeddings, a position bias of all blocks) gets no gradient across
+A weight on both sides of a boundary (tied embeddings, a position bias of all blocks) gets no gradient across
 it. So each of its modules has a copy for the length of a step, and afterwards the weight is their mean::
 
     w  <-  mean over the modules m that learn of  U_m(w, g_m)
