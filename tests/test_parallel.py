@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -13,9 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers import assert_same
+from libraries import parted, tokens
+from localgrad import ParallelLearner, Team
+from localgrad.backbones.base import split
+from localgrad.errors import ParallelError
 from localgrad.parallel import schedule
+from localgrad.parallel.pipeline import Neighbours
 from localgrad.parallel.schedule import Action, actions, shares
-from parallel_worker import BY_ROWS, ESTIMATED, MORE_BY_ROWS, SCENARIOS, WATCHED, Scenario, data, train
+from parallel_worker import BY_ROWS, ESTIMATED, LANGUAGE, MORE_BY_ROWS, SCENARIOS, WATCHED, Scenario, data, train
 from ranks import Ranks
 from research.simulation.timetable import program, timetable
 
@@ -189,6 +195,53 @@ def test_what_blocks_need_beside_features_is_never_narrowed(ranks: Ranks, tmp_pa
     losses = alone("language, bf16")[1]
     got = [[loss for said in found["said"] for loss in said["losses"][step]] for step in range(len(losses))]
     assert torch.allclose(torch.tensor(got), torch.tensor(losses), rtol=0.02)
+
+
+def place_in(num_ranks: int, rank: int = 0, num_replicas: int = 1) -> Team:
+    """A process's place among others that aren't there: enough to make a learner."""
+    return Team(
+        rank=rank, size=num_ranks * num_replicas, replica=0, num_replicas=num_replicas, store=None, control=None,
+        place=Neighbours(rank=rank, num_ranks=num_ranks), device=torch.device("cpu"),
+    )  # fmt: skip
+
+
+def tied(shared: str) -> dict[str, Any]:
+    model = copy.deepcopy(parted(LANGUAGE)).model
+    model.lm_head.weight = model.model.embed_tokens.weight  # type: ignore[union-attr]
+    return {"model": model, "example": tokens(0, 2), "shared": shared, "modules": 3}
+
+
+@pytest.mark.parametrize(
+    ("asked", "team", "words"),
+    [
+        (lambda: tied("last"), place_in(2), r"shared='last': .*embed_tokens\.weight is read .* of several processes"),
+        (lambda: tied("average"), place_in(3), "shared='average': .* of several processes; train in one process"),
+        (lambda: tied("average"), place_in(1, num_replicas=2), "that replicas average on their own"),
+        (lambda: {"objective": "solo"}, place_in(2), "classifier='readout' doesn't go with parallel: the output"),
+        (lambda: {"shard": True}, place_in(2, num_replicas=2), "shard: LlamaForCausalLM was split by watching it run"),
+    ],
+)
+def test_what_processes_cannot_share_is_refused(asked: Any, team: Team, words: str) -> None:
+    settings = {"model": parted(LANGUAGE), "modules": 2, **asked()}
+    with pytest.raises(ParallelError, match=words) as refused:
+        ParallelLearner(team=team, **settings)
+    assert "\n" not in str(refused.value)
+
+
+def test_what_each_process_keeps_of_a_watched_model() -> None:
+    """Its own modules' weights; shapes of all others; frozen weights wherever they are read."""
+    settings = tied("last")
+    settings["model"].lm_head.weight.requires_grad_(False)
+    backbone = split(settings.pop("model"), example=settings.pop("example"))
+    alike = backbone.model.lm_head.weight.detach().clone()
+    for rank in (0, 1):
+        learner = ParallelLearner(copy.deepcopy(backbone), team=place_in(2, rank), **settings)
+        own = {id(tensor) for index in learner.own for tensor in learner.modules[index].parameters()}
+        for name, weight in learner.model.named_parameters():
+            assert weight.is_meta == (id(weight) not in own), name
+            assert not weight.is_meta or weight.untyped_storage().nbytes() == weight.element_size()
+        frozen = learner.model.lm_head.weight if rank else learner.model.model.embed_tokens.weight
+        assert torch.equal(frozen, alike)
 
 
 def test_half_the_bytes_on_the_wire_cost_little(ranks: Ranks, tmp_path: Path) -> None:

@@ -339,6 +339,29 @@ def test_logits_that_look_at_no_input() -> None:
         localgrad.split(model, example=features())
 
 
+class Counting(Written):
+    """It counts its calls; or one norm stands before each of its blocks."""
+
+    def __init__(self, *, counts: bool) -> None:
+        super().__init__(lambda blocks, x: x)
+        self.counts, self.norm = counts, nn.BatchNorm1d(6)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.counts and self.training:
+            self.calls += 1
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x if self.counts else self.norm(x))
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize(("counts", "name"), [(True, "calls"), (False, r"norm\.running_mean")])
+def test_what_the_models_own_code_writes_is_refused(counts: bool, name: str) -> None:
+    with pytest.raises(BackboneError, match=f"Counting can't be split: {name} is written in training by its own code"):
+        localgrad.split(made(lambda: Counting(counts=counts)), example=features())
+
+
 # By choice --------------------------------------------------------------------------------------------------------
 
 

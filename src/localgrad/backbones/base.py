@@ -485,6 +485,21 @@ class Backbone(nn.Module):
         for number in sorted(writing - {0, last}):
             self.blocks[number - 1] = InputKept(parts[number])
 
+    def _check_written_by_parts(self) -> None:
+        """Refuse buffers that the model's own code between blocks writes: it runs once for each part that it is in.
+
+        Raises:
+            BackboneError: naming one.
+        """
+        owned = {id(buffer) for part in self.parts for buffer in part.buffers()}
+        for name, buffer in self.model.named_buffers():
+            if name in self._written_buffers and id(buffer) not in owned:
+                raise BackboneError(
+                    f"{type(self.model).__name__} can't be split: {name} is written in training by its own code, or by a "
+                    "module that stands in several places, and those run once for each part; give each place a module "
+                    "of its own, or make a localgrad.Backbone of its parts by hand."
+                )
+
     def check_boundaries(self, boundaries: Sequence[int]) -> None:
         """Refuse boundaries across which local modules would share a parameter, or a buffer that they write.
 
@@ -649,6 +664,7 @@ def _watched(model: nn.Module, given: Example, blocks: str | None) -> Backbone:
         except (AttributeError, TypeError, RuntimeError) as error:
             raise unsupported(model, f"its parts don't run on their own ({reason_of(error)})") from error
         backbone._written_buffers = shown.written
+        backbone._check_written_by_parts()
     for module in set(backbone.modules()) - set(model.modules()):
         module.training = model.training
     return backbone

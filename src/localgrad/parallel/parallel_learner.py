@@ -125,8 +125,11 @@ class ParallelLearner(Learner):
                     f"{carried.name}: a term looks at it, and it can't go from process to process; train in one."
                 )
         self._refuse_shared()
-        if self.backbone.trunk is not None:
-            self._refuse_of_watched(shard=shard)
+        if shard and self.backbone.trunk is not None:
+            raise ParallelError(
+                f"{arg('shard')}: {type(self.model).__name__} was split by watching it run, and its own code between "
+                f"blocks needs whole weights; leave {arg('shard')} out."
+            )
 
     def _refuse_shared(self) -> None:
         """Refuse weights that modules of several processes read: each would need the others' updates in every step."""
@@ -138,23 +141,6 @@ class ParallelLearner(Learner):
                     f"{arg('shared', self.shared)}: {each.name} is read by local modules {where}; train in one process "
                     "(LocalLearner), choose modules=[...] that keep its readers in one, or untie it in the model."
                 )
-
-    def _refuse_of_watched(self, *, shard: bool) -> None:
-        """Refuse what goes past the parts of a model that was split by watching."""
-        name = type(self.model).__name__
-        if shard:
-            raise ParallelError(
-                f"{arg('shard')}: {name} was split by watching it run, and its own code between blocks needs whole "
-                f"weights; leave {arg('shard')} out."
-            )
-        owned = {id(buffer) for part in self.backbone.parts for buffer in part.buffers()}
-        written = self.backbone._written_buffers
-        loose = [name for name, own in self.model.named_buffers() if name in written and id(own) not in owned]
-        if loose:
-            raise ParallelError(
-                f"model: {loose[0]} is written in training and belongs to no block, so each process would write its "
-                "own; train in one process, with LocalLearner."
-            )
 
     def _refuse_own_ways(self) -> None:
         """Refuse state that follows a replica's own images, and of which nobody knows how to average it."""
