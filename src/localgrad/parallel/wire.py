@@ -152,7 +152,7 @@ class _Pickler(pickle.Pickler):
         repeats = obj.numel() > 1 and not any(obj.stride())
         if id(obj) not in self._numbers:
             self._numbers[id(obj)] = len(self.tensors)
-            self.tensors.append((obj[(0,) * obj.ndim] if repeats else obj).detach())
+            self.tensors.append(obj[(0,) * obj.ndim] if repeats else obj)
         return self._numbers[id(obj)], tuple(obj.shape) if repeats else None
 
 

@@ -85,9 +85,10 @@ class Copies:
     def of(self, step: LocalStep) -> Iterator[None]:
         """A region for one module's step, in which weights are its copies. Where it fails, it may be entered again."""
         weights = [] if step.frozen else step.module.copies
-        for weight in weights:
-            if weight not in self._under_way:
-                self._under_way[weight] = _UnderWay(weight.detach().clone(), self._learners(weight))
+        with torch.no_grad():
+            for weight in weights:
+                if weight not in self._under_way:
+                    self._under_way[weight] = _UnderWay(weight.clone(), self._learners(weight))
         yield
         with torch.no_grad():
             for weight in weights:
