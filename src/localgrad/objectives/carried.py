@@ -284,8 +284,8 @@ class Route:
 
 
 def _is_tree(inputs: Any) -> bool:
-    """Whether it is a dict or a tuple of tensors."""
-    return isinstance(inputs, Mapping) or (
+    """Whether it is a dict or a tuple of tensors, or an example."""
+    return isinstance(inputs, (Mapping, Example)) or (
         isinstance(inputs, (tuple, list)) and any(isinstance(x, Tensor) for x in inputs)
     )
 

@@ -39,7 +39,7 @@ class StepResult:
 
     Attributes:
         logits: the whole model's class logits [B, num_classes], before this step's update; ``None`` where these modules
-            don't end in it.
+            don't end in it, or logits are made chunk by chunk.
         losses: each local module's total loss, scalars.
         terms: each local module's terms by name, unweighted, scalars.
         module_logits: each local module's own class logits; ``None`` where it has no classifier.
@@ -190,8 +190,10 @@ class SequentialExecutor:
             logits.append(output.logits)
             del output, take, attempt
         ends_the_model = self.first + len(self.steps) == len(self.route.uses)
-        features = batch.features if ends_the_model else None
-        return StepResult(features, tuple(losses), tuple(terms), tuple(logits), batch.known_targets)
+        whole = batch.features if ends_the_model else None
+        if whole is not None and not self.steps[-1].module.gives_logits:
+            whole = logits[-1]
+        return StepResult(whole, tuple(losses), tuple(terms), tuple(logits), batch.known_targets)
 
     def step_parts(self, parts: Sequence[LocalBatch]) -> list[StepResult]:
         """Train every local module on one batch that comes in parts: each has all of them before its one update.

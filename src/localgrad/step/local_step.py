@@ -229,7 +229,7 @@ class LocalStep:
         seed = None if self.seed is None else (*self.seed, batch.number)
         told = compilers_errors_told() if self._is_compiled else contextlib.nullcontext()
         single = single_images_refused(len(inputs), self.accumulation)
-        with told, drawing_from(self.device, seed), _only_read(self.module.reads), single:
+        with told, drawing_from(self.device, seed), only_read(self.module.reads), single:
             yield
         if not self.frozen:
             self._update()
@@ -356,7 +356,7 @@ class LocalStep:
 
 
 @contextlib.contextmanager
-def _only_read(weights: Sequence[nn.Parameter]) -> Iterator[None]:
+def only_read(weights: Sequence[nn.Parameter]) -> Iterator[None]:
     """A region in which weights get no gradient, also where they are read again in a backward pass."""
     learning = [weight for weight in weights if weight.requires_grad]
     for weight in learning:
