@@ -503,6 +503,7 @@ LAYERS = (
     ("app",),
     ("run",),
     ("compare",),
+    ("integrations",),
     ("cli",),
     ("__main__",),
 )

@@ -145,6 +145,7 @@ MORE_BY_RANKS = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("size", "names"),
     [*BY_RANKS.items(), *(pytest.param(*each, marks=pytest.mark.heavy) for each in MORE_BY_RANKS.items())],
@@ -291,6 +292,7 @@ def heavy(*names: str) -> Iterator[Any]:
 WHOLE = ["still, whole", "still parts", "still parts, rows", "unread", "open_clip, still"]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ["still", "still, rows", *heavy(*WHOLE)])
 def test_replicas_train_as_one_process_on_the_whole_batch(name: str, replicas: Replicas) -> None:
     """Without draws, which are each replica's own."""
@@ -300,6 +302,7 @@ def test_replicas_train_as_one_process_on_the_whole_batch(name: str, replicas: R
         assert torch.allclose(replicas[name]["weights"][key], value, rtol=2e-3, atol=2e-5), key
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", [*BY_ROWS, *heavy(*MORE_BY_ROWS)])
 def test_replicas_that_keep_rows_train_as_those_that_keep_all(name: str, replicas: Replicas) -> None:
     result, other = replicas[f"{name}, rows"], replicas[name]

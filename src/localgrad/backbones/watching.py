@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -39,6 +39,7 @@ from localgrad.backbones.flow import (
     Followed,
     ModuleCall,
     Place,
+    Reached,
     beside,
     broken_at,
     choose,
@@ -48,7 +49,7 @@ from localgrad.backbones.flow import (
 from localgrad.backbones.namespaces import Kwargs
 from localgrad.backbones.proof import digest, nothing_hidden
 from localgrad.backbones.random_numbers import RandomState
-from localgrad.errors import BackboneError, reason_of
+from localgrad.errors import BackboneError, arg, reason_of
 
 
 @dataclass(frozen=True)
@@ -191,11 +192,15 @@ class Context:
         sizes = [len(part) for part in torch.empty(self.num_items, 0).chunk(count)]
         found, begin = [], 0
         for size in sizes:
-            part = self.map(partial(self._rows_of, slice(begin, begin + size)))
-            part.num_items = size
-            found.append(part)
+            found.append(self.between(begin, begin + size))
             begin += size
         return found
+
+    def between(self, start: int, stop: int) -> Context:
+        """Of the items from one up to another one."""
+        part = self.map(partial(self._rows_of, slice(start, stop)))
+        part.num_items = stop - start
+        return part
 
     def _rows_of(self, rows: slice, tensor: Tensor) -> Tensor:
         return tensor[rows] if self.is_split(tensor) else tensor
@@ -277,14 +282,38 @@ class UnderWay:
     def __init__(self) -> None:
         self.given: Example | None = None
         """All that the model is called with, where that is more than its main tensor."""
-        self.current: Context | None = None
         self.known: Context | None = None
         """The context of the example."""
+        self._current: Context | None = None
+        self._rows: tuple[int, int] | None = None
+        self._cuts: dict[tuple[int, int], Context] = {}
+
+    @property
+    def current(self) -> Context | None:
+        """The context of the batch under way."""
+        return self._current
+
+    @current.setter
+    def current(self, context: Context | None) -> None:
+        self._current, self._cuts = context, {}
+
+    @contextmanager
+    def of_rows(self, start: int, stop: int) -> Iterator[None]:
+        """A region in which some items of the batch under way run by themselves."""
+        before, self._rows = self._rows, (start, stop)
+        try:
+            yield
+        finally:
+            self._rows = before
 
     def context(self, features: Tensor) -> Context:
         """The context of the batch under way, or the example's where something else is tried out; features [B, ...]."""
-        if self.current is not None and self.current.num_items == len(features):
-            return self.current
+        if self._current is not None and self._rows is not None:
+            if self._rows not in self._cuts:
+                self._cuts[self._rows] = self._current.between(*self._rows)
+            return self._cuts[self._rows]
+        if self._current is not None and self._current.num_items == len(features):
+            return self._current
         assert self.known is not None, "the stem has run once"
         dtype, device = features.dtype, features.device
         known = self.known.rows(len(features))
@@ -508,6 +537,12 @@ class Called(nn.Module):
         self.glue = glue
         self.block = station.slot.module
 
+    def told_as(self) -> dict[str, Any]:
+        """What counts of it beside its modules, for ``likeness``: how its block is called, by shapes."""
+        known = self.batch.known
+        called = None if known is None else _outline_of(known.calls[self.index], known.num_items)
+        return {"enters": self.enters, "leaves": self.leaves, "called": called}
+
     def forward(self, features: Tensor) -> Tensor:
         """[B, ...] to [B, ...]."""
         args, kwargs = self.batch.context(features).calls[self.index]
@@ -527,13 +562,16 @@ class Called(nn.Module):
 # Finding stations ---------------------------------------------------------------------------------------------------
 
 
-def stations_of(model: nn.Module, example: Example, blocks: str | None = None) -> tuple[list[TrunkStation], list[bool]]:
+def stations_of(
+    model: nn.Module, example: Example, blocks: str | None = None, *, by_shapes: bool = False
+) -> tuple[list[TrunkStation], list[bool]]:
     """The stations of a model's trunk, and whether there is glue before each.
 
     Args:
         model: in eval mode.
         example: two items.
         blocks: dotted name of the container whose children they are to be; by default found, as fine as can be.
+        by_shapes: whether there are no values, by which stations could be checked.
 
     Raises:
         BackboneError: nothing stands in a chain; the message says what was found, and where it broke.
@@ -546,6 +584,9 @@ def stations_of(model: nn.Module, example: Example, blocks: str | None = None) -
         if not ways:
             raise _no_trunk(model, seen, broken_at(seen))
         _check_is_trunk(model, seen, ways[0])
+    if by_shapes:
+        stations = [_station(seen, call) for call in ways[0]]
+        return stations, _apart(ways[0], stations, looks_at_strides=True)
     reasons = []
     for way in ways:
         stations = [_station(seen, call) for call in way]
@@ -557,10 +598,18 @@ def stations_of(model: nn.Module, example: Example, blocks: str | None = None) -
     raise _no_trunk(model, seen, reasons[0])
 
 
-def _apart(calls: Sequence[ModuleCall], stations: Sequence[TrunkStation]) -> list[bool]:
-    """Whether an operator stands before each station: what multiplies by one leaves no trace in bits."""
+def _apart(
+    calls: Sequence[ModuleCall], stations: Sequence[TrunkStation], *, looks_at_strides: bool = False
+) -> list[bool]:
+    """Whether an operator stands before each station: what multiplies by one leaves no trace in bits.
+
+    With ``looks_at_strides`` views are told by how they stand in memory, too, and not left to whoever compares bits.
+    """
     pairs = list(zip(calls, stations, strict=True))
     between = [one.left[a.leaves] != other.entered[b.enters] for (one, a), (other, b) in pairwise(pairs)]
+    if looks_at_strides:
+        views = [one.stands[1][a.leaves] != other.stands[0][b.enters] for (one, a), (other, b) in pairwise(pairs)]
+        between = [one or other for one, other in zip(between, views, strict=True)]
     return [False, *between, True]
 
 
@@ -570,14 +619,14 @@ def _of_named(model: nn.Module, seen: Followed, name: str) -> list[ModuleCall]:
         containers = dict.fromkeys(call.slot.container for call in seen.walk())
         known = [each for each in containers if of_container(seen, each)]
         raise BackboneError(
-            f"blocks={name!r}: {type(model).__name__} calls no module with weights in it; it does in {listed(known)}."
+            f"{arg('blocks', name)}: {type(model).__name__} calls no module with weights in it; it does in {listed(known)}."
         )
     found = [call for call in calls if 0 not in call.entered.values()]  # what the input is given to is the stem's
     for call in found:
         if seen.ends(call) is None:
-            raise BackboneError(f"blocks={name!r}: they don't stand in a chain: {seen.why_not(call)}.")
+            raise BackboneError(f"{arg('blocks', name)}: they don't stand in a chain: {seen.why_not(call)}.")
     if not found:
-        raise BackboneError(f"blocks={name!r}: it has no module behind the one that is given the input.")
+        raise BackboneError(f"{arg('blocks', name)}: it has no module behind the one that is given the input.")
     return found
 
 
@@ -588,8 +637,9 @@ def _no_trunk(model: nn.Module, seen: Followed, why: str) -> BackboneError:
             chains[call.slot.container] = chains.get(call.slot.container, 0) + 1
     found = ", ".join(f"{name or 'the model'} ({count})" for name, count in list(chains.items())[:6])
     return BackboneError(
-        f"{type(model).__name__} can't be split: {why}. Chains seen: {found or 'none'}. Give blocks=, the dotted name "
-        "of the container of its blocks, or make a localgrad.Backbone of its parts by hand."
+        f"{type(model).__name__} can't be split: {why}. Chains seen: {found or 'none'}. Give "
+        f"{arg('blocks')}, the dotted name of the container of its blocks, or make a localgrad.Backbone of its parts by "
+        "hand."
     )
 
 
@@ -761,24 +811,30 @@ class TakenApart(NamedTuple):
     unused: list[nn.Parameter]
 
 
-def take_apart(model: nn.Module, example: Example, blocks: str | None = None) -> TakenApart:
+def take_apart(model: nn.Module, example: Example, blocks: str | None = None, *, by_shapes: bool = False) -> TakenApart:
     """Take a model apart. Nothing is proved; the model is to be in eval mode, in a region that leaves it as it was.
 
     Args:
         model: on the processor or a device, where the example is.
         example: two items.
         blocks: dotted name of the container of its blocks; by default found.
+        by_shapes: whether its tensors have shapes and no values (fake ones): then what only values show is taken to be
+            as data flows.
 
     Raises:
         BackboneError: no blocks in a chain.
     """
-    with nothing_hidden(model):
-        stations, glued = stations_of(model, example, blocks)
-        return _made_of(model, stations, glued, example)
+    with nullcontext() if by_shapes else nothing_hidden(model):
+        stations, glued = stations_of(model, example, blocks, by_shapes=by_shapes)
+        return _made_of(model, stations, glued, example, by_shapes=by_shapes)
 
 
-def _made_of(model: nn.Module, stations: list[TrunkStation], glued: list[bool], example: Example) -> TakenApart:
+def _made_of(
+    model: nn.Module, stations: list[TrunkStation], glued: list[bool], example: Example, *, by_shapes: bool
+) -> TakenApart:
     trunk = Trunk(model, stations, example)
+    if by_shapes:  # nothing is drawn, and nobody could tell
+        trunk.draws = dict.fromkeys(range(-1, len(stations)), False)
     busy = _find_around(trunk)
     last = len(stations) - 1
     glued = [is_glued or index in busy for index, is_glued in enumerate(glued)]
@@ -789,7 +845,7 @@ def _made_of(model: nn.Module, stations: list[TrunkStation], glued: list[bool], 
         stem(example.tensor)
     trunk.batch.known = trunk.batch.current
     segments = [stem, *(block.glue for block in called if block.glue is not None), tail]
-    _find_reading(trunk, segments[1:])
+    _find_reading(trunk, segments[1:], by_shapes=by_shapes)
     unused = _find_weights(trunk, segments)
     return TakenApart(trunk, stem, called, tail, unused)
 
@@ -846,11 +902,20 @@ def _find_around(trunk: Trunk) -> set[int]:
     return {place for number, where in places.items() if number not in idle for place in where}
 
 
-def _find_reading(trunk: Trunk, segments: Sequence[Segment]) -> None:
+def _find_reading(trunk: Trunk, segments: Sequence[Segment], *, by_shapes: bool) -> None:
     """Find out whether what is behind the first block looks at the main input."""
     context = trunk.batch.known
     assert context is not None, "the stem has run"
     main = context.example.tensor
+    if by_shapes:
+        trunk.reads_inputs = any(_is_reached(trunk, segment, main) for segment in segments)
+        if not trunk.reads_inputs:
+            nothing = torch.zeros((), dtype=main.dtype, device=main.device).expand_as(main)
+            trunk.batch.known = Context(
+                context.calls, context.example.with_main(nothing), context.outputs, context.num_items
+            )
+        trunk.batch.current = trunk.batch.known
+        return
     other = context.example.with_main(torch.zeros((), dtype=main.dtype, device=main.device).expand_as(main))
 
     def seen() -> list[bytes]:
@@ -870,6 +935,13 @@ def _find_reading(trunk: Trunk, segments: Sequence[Segment]) -> None:
     if not trunk.reads_inputs:
         trunk.batch.known = trunk.batch.current
     trunk.batch.current = trunk.batch.known
+
+
+def _is_reached(trunk: Trunk, segment: Segment, main: Tensor) -> bool:
+    """Whether data flows from the main input to what a segment gives, past its features."""
+    features = _noise(trunk.stations[segment.start], trunk.example, 7)
+    with torch.no_grad(), Reached(main) as reached:
+        return reached.holds(segment(features))
 
 
 def _find_weights(trunk: Trunk, segments: Sequence[Segment]) -> list[nn.Parameter]:

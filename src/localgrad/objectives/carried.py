@@ -154,7 +154,8 @@ RESERVED = frozenset(
         "labels",
         "targets",
         "number",
-        "label_factor",
+        "share",
+        "labels_counted",
         "token_factor",
         "counts_all",
         "carried",
@@ -290,8 +291,8 @@ class Route:
 
 
 def _is_tree(inputs: Any) -> bool:
-    """Whether it is a dict or a tuple of tensors."""
-    return isinstance(inputs, Mapping) or (
+    """Whether it is a dict or a tuple of tensors, or an example."""
+    return isinstance(inputs, (Mapping, Example)) or (
         isinstance(inputs, (tuple, list)) and any(isinstance(x, Tensor) for x in inputs)
     )
 
@@ -311,9 +312,11 @@ class LocalBatch:
         targets: class indices [B], to count accuracy with, where labels may be mixed; by default the labels, if those
             are indices.
         number: of the batch in the training, from 0; what modules draw at random in its step depends on it.
-        label_factor: of one part of a batch, what makes a mean over its counted labels, times its share of the images,
-            its share of the mean over all counted labels; a scalar, 1 where none is ignored.
-        token_factor: likewise, of means over tokens that aren't padding.
+        share: of one part of a batch, the share of the batch's items that it has.
+        labels_counted: of one part, how much the labels of the whole batch count, a scalar: by that the sum of its
+            losses is divided. ``None`` where all labels count alike.
+        token_factor: of one part, what makes a mean over those of its tokens that aren't padding, times its share of
+            the items, its share of the mean over all such tokens; a scalar.
         counts_all: whether no label is ignored, for certain: the data path has seen to it.
         given: all that the model is called with, where that is more than the images; [B, ...] each.
         carried: what else, by name.
@@ -330,7 +333,8 @@ class LocalBatch:
         features: Tensor | None = None,
         targets: Tensor | None = None,
         number: int = 0,
-        label_factor: Tensor | None = None,
+        share: float | None = None,
+        labels_counted: Tensor | None = None,
         token_factor: Tensor | None = None,
         counts_all: bool = False,
         given: Example | None = None,
@@ -343,7 +347,8 @@ class LocalBatch:
         self._features = images if features is None else features
         self._targets = targets
         self.number = number
-        self.label_factor = label_factor
+        self.share = share
+        self.labels_counted = labels_counted
         self.token_factor = token_factor
         self.counts_all = counts_all
         self.given = given
@@ -355,7 +360,8 @@ class LocalBatch:
         self.carried: dict[str, Value] = {
             name: value for name, value in {"images": images, **carried}.items() if value is not None
         }
-        self._factors: dict[tuple[str, int], tuple[Tensor, ...]] = {}
+        self._counted: Tensor | None = None  # of all labels; and factors by number of parts: once for all modules
+        self._factors: dict[int, tuple[Tensor, ...]] = {}
 
     def __getattr__(self, name: str) -> Any:
         if name not in CARRIED:
@@ -472,12 +478,13 @@ class LocalBatch:
 
         features = [None] * len(labels) if self._features is None else self._features.chunk(count)
         carried = {name: cut(name, value) for name, value in self.carried.items()}
-        factors, of_tokens = self._label_factors(labels), self._token_factors(count)
+        counted, of_tokens = self._labels_counted() if len(labels) > 1 else None, self._token_factors(count)
         contexts = self._contexts_of_parts(count) or [None] * len(labels)
         given = [None] * len(labels) if self.given is None else self.given.chunk(count)
         found = []
         for index, own in enumerate(labels):
-            part = LocalBatch(None, own, features=features[index], number=self.number, label_factor=factors[index])
+            part = LocalBatch(None, own, features=features[index], number=self.number, labels_counted=counted)
+            part.share = len(own) / len(self.labels) if len(labels) > 1 else None
             part.given, part.model_context, part.loss = given[index], contexts[index], self.loss
             part.token_factor = of_tokens[index] if of_tokens else None
             part.carried = {name: values[index] for name, values in carried.items()}
@@ -496,29 +503,43 @@ class LocalBatch:
         whole = self.model_context
         return [] if whole is None else whole.chunk(count)
 
-    def _label_factors(self, labels: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        """``label_factor`` of each part."""
-        matters = len(labels) > 1 and (self.loss.weighs or not self.counts_all)
-        found = [self.loss.counted(part) for part in labels] if matters else [None]
-        if any(each is None for each in found):
-            return [None] * len(labels)
-        return self._shares("labels", [each for each in found if each is not None], list(map(len, labels)))
+    def _labels_counted(self) -> Tensor | None:
+        """``labels_counted`` of each part."""
+        if self._counted is None and (self.loss.weighs or not self.counts_all):
+            self._counted = self.loss.counted(self.labels)
+        return self._counted
 
     def _token_factors(self, count: int) -> Sequence[Tensor]:
         """``token_factor`` of each part; none where nobody looks at the mask, or there is one part."""
         mask = self.carried.get("mask")
-        parts = mask.chunk(count) if isinstance(mask, Tensor) else ()
-        return self._shares("tokens", [part.sum() for part in parts], list(map(len, parts))) if len(parts) > 1 else ()
+        masks = mask.chunk(count) if isinstance(mask, Tensor) else ()
+        if len(masks) > 1 and len(masks) not in self._factors:
+            self._factors[len(masks)] = token_factors(masks)
+        return self._factors.get(len(masks), ())
 
-    def _shares(self, what: str, counted: Sequence[Tensor], items: Sequence[int]) -> tuple[Tensor, ...]:
-        """What makes means of parts their share of the whole's: once for all modules, without waiting for a device."""
-        key = what, len(counted)
-        if key not in self._factors:
-            each = torch.stack(list(counted))
-            # Whole numbers above and below, so that it is 1 to the last bit where all count.
-            total, each = each.sum(), each * sum(items)
-            self._factors[key] = tuple(part / (total * own) for part, own in zip(each.unbind(), items, strict=True))
-        return self._factors[key]
+
+def token_factors(masks: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """``LocalBatch.token_factor`` of parts by their masks [B, N], without waiting for a device."""
+    each, items = torch.stack([mask.sum() for mask in masks]), list(map(len, masks))
+    # Whole numbers above and below, so that it is 1 to the last bit where no token is padding.
+    total, each = each.sum(), each * sum(items)
+    return tuple(part / (total * own) for part, own in zip(each.unbind(), items, strict=True))
+
+
+def make_parts(parts: Sequence[LocalBatch]) -> None:
+    """Make batches the parts of one: each is told what its means are of the whole's.
+
+    Args:
+        parts: with their loss, and all that begins with a batch in them.
+    """
+    total = sum(len(part.labels) for part in parts)
+    counts = [part.loss.counted(part.labels) for part in parts]
+    known = [count for count in counts if count is not None]
+    counted = torch.stack(known).sum() if len(known) == len(parts) else None
+    masks = [mask for part in parts if isinstance(mask := part.carried.get("mask"), Tensor)]
+    factors = token_factors(masks) if len(masks) == len(parts) else [None] * len(parts)
+    for part, factor in zip(parts, factors, strict=True):
+        part.share, part.labels_counted, part.token_factor = len(part.labels) / total, counted, factor
 
 
 def empty_batch(

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from localgrad.backbones.example import says_causal
 from localgrad.backbones.fake import FakeTensor
 from localgrad.errors import DataError, RecipeError, did_you_mean
 
@@ -58,6 +59,12 @@ class Loss(ABC):
     smooths = True
     weighs = False
     label_dtype = torch.int64
+
+    @property
+    def described(self) -> str:
+        """A text that is the same for losses of which a step needs the same memory and time."""
+        weighs = ", weighted" if self.weighs else ""
+        return f"{type(self).__name__}, of {'tokens' if self.names_tokens else 'items'}{weighs}"
 
     @abstractmethod
     def __call__(self, logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
@@ -293,6 +300,11 @@ class OwnFunction(Loss):
         self.function = function
         self.names_tokens = per_token
 
+    @property
+    def described(self) -> str:
+        """By its name."""
+        return str(getattr(self.function, "__qualname__", type(self.function).__qualname__))
+
     def __call__(self, logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
         """What the function gives.
 
@@ -333,6 +345,7 @@ def in_chunks(
     *,
     label_smoothing: float = 0.0,
     whole: int = WHOLE,
+    counted: Tensor | None = None,
 ) -> Tensor:
     """The mean loss of ``head(vectors)``, of which never more than ``whole`` numbers are there at once.
 
@@ -346,6 +359,7 @@ def in_chunks(
         num_classes: K.
         label_smoothing: from 0 to 1.
         whole: numbers of logits in a chunk.
+        counted: what labels of the whole batch count, where these are a part's; by default what these do.
     """
     rows, wanted = loss.aligned(vectors, labels)
 
@@ -357,7 +371,7 @@ def in_chunks(
     total = torch.zeros((), device=vectors.device)
     for chunk, own in zip(torch.split(rows, size), torch.split(wanted, size), strict=True):
         total = total + checkpoint(of_chunk, chunk, own, use_reentrant=False, preserve_rng_state=False)
-    counted = loss.counted(labels)
+    counted = loss.counted(labels) if counted is None else counted
     assert counted is not None, "labels of tokens are indices"
     return total / counted  # no number where none counts, as PyTorch's
 
@@ -385,8 +399,7 @@ def loss_of(loss: str | Loss | Callable[[Tensor, Tensor], Tensor] | None, backbo
     """
     per_token: bool = backbone.names_tokens
     if loss is None:
-        # Where a model of transformers doesn't say, that takes causal language modelling: GPT2LMHeadModel.
-        if per_token and getattr(backbone.model, "loss_type", "") in (None, "ForCausalLM"):
+        if per_token and says_causal(backbone.model):
             return NextToken()
         problem = getattr(getattr(backbone.model, "config", None), "problem_type", None)
         return PROBLEMS[problem]() if problem in PROBLEMS and not per_token else CrossEntropy(per_token=per_token)

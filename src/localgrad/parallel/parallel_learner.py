@@ -289,9 +289,9 @@ class ParallelLearner(Learner):
             self._ema.update(self._own_parts, step=self.num_steps)
         return result
 
-    def _check_batch(self, batch: LocalBatch) -> None:
+    def _check_batch(self, batch: LocalBatch, *, is_part: bool = False) -> None:
         first = not self._values_checked
-        super()._check_batch(batch)
+        super()._check_batch(batch, is_part=is_part)
         if first and self.team.num_replicas > 1 and bool((batch.labels == IGNORED).any()):
             raise ParallelError(
                 f"labels: some are {IGNORED}, ignored; replicas weigh alike, however many labels count in each: leave "
@@ -352,9 +352,11 @@ class ParallelLearner(Learner):
                 with self._averaged():
                     for visit in self._walk(averaged):
                         with gathered(visit.module):
-                            visit.hand_on(visit.module.run_parts(visit.received).handed_on)
-                if self.links.sender is None:
-                    found[self.own[-1]] = averaged.features
+                            passed = visit.module.run_parts(visit.received)
+                            logits = visit.module.objective.classify(passed.outputs, averaged.mask)
+                        visit.hand_on(passed.handed_on)
+                if self.links.sender is None and logits is not None:
+                    found[self.own[-1]] = logits
         if self.links.sender is not None:
             onward = packed(batch)
             if averaged is not None:

@@ -26,6 +26,7 @@ from localgrad.backbones.base import Layout
 from localgrad.errors import MemoryExceeded
 from localgrad.objectives.carried import Handed, LocalBatch, Route, Value
 from localgrad.step.copies import Copies
+from localgrad.step.local_module import LocalOutput
 from localgrad.step.local_step import LocalStep
 
 HandOn = Callable[[LocalBatch], None]
@@ -39,7 +40,7 @@ class StepResult:
 
     Attributes:
         logits: the whole model's class logits [B, num_classes], before this step's update; ``None`` where these modules
-            don't end in it.
+            don't end in it, or logits are made chunk by chunk.
         losses: each local module's total loss, scalars.
         terms: each local module's terms by name, unweighted, scalars.
         module_logits: each local module's own class logits; ``None`` where it has no classifier.
@@ -195,8 +196,45 @@ class SequentialExecutor:
             logits.append(output.logits)
             del output, take, attempt
         ends_the_model = self.first + len(self.steps) == len(self.route.uses)
-        features = batch.features if ends_the_model else None
-        return StepResult(features, tuple(losses), tuple(terms), tuple(logits), batch.known_targets)
+        whole = batch.features if ends_the_model else None
+        if whole is not None and not self.steps[-1].module.gives_logits:
+            whole = logits[-1]
+        return StepResult(whole, tuple(losses), tuple(terms), tuple(logits), batch.known_targets)
+
+    def step_parts(self, parts: Sequence[LocalBatch]) -> list[StepResult]:
+        """Train every local module on one batch that comes in parts: each has all of them before its one update.
+
+        Args:
+            parts: as ``make_parts`` has made them.
+
+        Returns:
+            What each part gives; losses and terms are its share of the batch's.
+        """
+        with self.copies.all_modules():
+            return self._train_parts(parts)
+
+    def _train_parts(self, parts: Sequence[LocalBatch]) -> list[StepResult]:
+        outputs: list[list[LocalOutput]] = [[] for _ in parts]
+        walks = [walk(self.steps, part, self.route, first=self.first) for part in parts]
+        for visits in zip(*walks, strict=True):
+            step = visits[0].module
+            for attempt in self.attempts(visits[0].index, [step]):
+                with attempt, self.around(visits[0].index), self.copies.of(step):
+                    found = step.over_parts([visit.received for visit in visits], parts)
+            for visit, output, own in zip(visits, found, outputs, strict=True):
+                visit.hand_on(output.features, output.gradient)
+                own.append(output._replace(features=output.features[:0], gradient=None))
+            del found, output, attempt, visits, visit
+        return [
+            StepResult(
+                part.features,
+                tuple(output.loss for output in own),
+                tuple(output.terms for output in own),
+                tuple(output.logits for output in own),
+                part.known_targets,
+            )
+            for part, own in zip(parts, outputs, strict=True)
+        ]
 
     def attempts(self, place: int | str, steps: Sequence[LocalStep]) -> Iterator[Attempt]:
         """Regions to run something in: where memory runs out before an update, one more if someone can recover.

@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 from localgrad.backbones.base import Backbone, Layout, Stem
 from localgrad.backbones.effects import Observed
+from localgrad.backbones.ends import Headless, last_linear
 from localgrad.backbones.halves import AsCut, Piece, find_pieces, observed, whole_block
 from localgrad.backbones.hooks import has_hooks
 from localgrad.backbones.timm_models import undecayed
 from localgrad.backbones.watching import UnderWay
-from localgrad.errors import BackboneError, RecipeError
+from localgrad.errors import BackboneError, RecipeError, arg
 from localgrad.objectives.base import LocalObjective, ObjectiveValue
 from localgrad.objectives.carried import LocalBatch
-from localgrad.objectives.losses import CROSS_ENTROPY, Loss
+from localgrad.objectives.losses import CROSS_ENTROPY, Loss, TokenLoss
 from localgrad.objectives.methods import Objective
 from localgrad.objectives.site import Site
 from localgrad.partition import Checkpointing, Plan
@@ -80,6 +81,7 @@ class LocalModule(nn.Module):
         reads: weights that it reads, and that another module trains.
         copies: weights of which it trains a copy, as other modules do (see ``step/copies.py``).
         under_way: what the parts share about the batch under way, of a model that was split by watching it.
+        gives_logits: false for a last module whose objective makes the logits, and not its parts.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class LocalModule(nn.Module):
         reads: Sequence[nn.Parameter] = (),
         copies: Sequence[nn.Parameter] = (),
         under_way: UnderWay | None = None,
+        gives_logits: bool = True,
     ) -> None:
         super().__init__()
         self.parts = nn.ModuleList(parts)
@@ -106,6 +109,7 @@ class LocalModule(nn.Module):
         self.pieces = dict(pieces or {})
         self._passed_by = [by for number, found in self.pieces.items() for by in _passed_by(self.parts[number], found)]
         self.under_way = under_way
+        self.gives_logits = gives_logits
         self.reads: list[nn.Parameter]
         self.copies: list[nn.Parameter]
         vars(self).update(reads=list(reads), copies=list(copies))  # past the registry: they are in its parts
@@ -218,8 +222,53 @@ class LocalModule(nn.Module):
         self.gradient = gradient
 
 
+class ModelEnd(NamedTuple):
+    """What a model does behind its last block, as its last local module runs it.
+
+    Attributes:
+        tail: features to logits, or to what the head takes.
+        head: makes logits of that, chunk by chunk; ``None`` where the tail gives logits.
+    """
+
+    tail: nn.Module
+    head: nn.Linear | None = None
+
+    @classmethod
+    def of(cls, backbone: Backbone, loss: Loss, *, chunked: bool) -> ModelEnd:
+        """A backbone's end, as it is or cut before its last layer.
+
+        Args:
+            backbone: split, or outlined.
+            loss: of the task.
+            chunked: whether logits are never to be whole in memory.
+
+        Raises:
+            RecipeError: logits can't be made chunk by chunk.
+        """
+        if not chunked:
+            return cls(backbone.tail)
+        if not (isinstance(loss, TokenLoss) and loss.names_tokens):
+            raise RecipeError(
+                f"{arg('chunk_logits')}: it is of logits of tokens and losses that sum over them (next-token, "
+                "per-token); leave it out."
+            )
+        like = next(backbone.parameters())
+        features = torch.zeros(2, *backbone.layouts[-1].shape, dtype=like.dtype, device=like.device)
+        linear = last_linear(backbone.tail, features, backbone.num_classes)
+        if linear is None or has_hooks(linear):
+            why = "does something behind its last linear layer" if linear is None else "has hooks on its last layer"
+            raise RecipeError(f"{arg('chunk_logits')}: {type(backbone.model).__name__} {why}; leave it out.")
+        return cls(Headless(backbone.tail, linear), linear)
+
+
 def site_of(
-    backbone: Backbone, boundaries: Sequence[int], index: int, *, overlap: int = 0, loss: Loss = CROSS_ENTROPY
+    backbone: Backbone,
+    boundaries: Sequence[int],
+    index: int,
+    *,
+    overlap: int = 0,
+    loss: Loss = CROSS_ENTROPY,
+    head: nn.Linear | None = None,
 ) -> Site:
     """Where in a split model a local module stands, which trains ``overlap`` blocks of the module before as well."""
     num_blocks = len(backbone.blocks)
@@ -243,6 +292,7 @@ def site_of(
         tail=backbone.tail,
         undecayed=undecayed(backbone.model),
         loss=loss,
+        head=head,
     )
 
 
@@ -279,6 +329,7 @@ def build_local_modules(
     overlap: int = 0,
     shared: str = "refuse",
     loss: Loss = CROSS_ENTROPY,
+    chunk_logits: bool = False,
     drawing: Callable[[int], AbstractContextManager[None]] = lambda _index: nullcontext(),
 ) -> list[LocalModule]:
     """Make the local modules of a plan from a backbone's parts; auxiliary nets join the backbone's device.
@@ -290,6 +341,7 @@ def build_local_modules(
         overlap: blocks of the module before that each module trains as well.
         shared: what becomes of a parameter that several modules read, see ``LocalLearner``.
         loss: of every module's task.
+        chunk_logits: whether logits of the model's own end are made chunk by chunk.
         drawing: given a module's number, the region in which its auxiliary nets are made; decides what they draw.
 
     Raises:
@@ -297,13 +349,14 @@ def build_local_modules(
             can't be cut into them.
     """
     weights = shared_weights(backbone, plan.boundaries, shared)
+    end = ModelEnd.of(backbone, loss, chunked=chunk_logits)
     device = next(backbone.parameters()).device
     edges = [0, *plan.boundaries, len(backbone.blocks)]
     modules = []
     for index, span in enumerate(plan.spans):
         first, last = index == 0, index == plan.num_modules - 1
-        site = site_of(backbone, plan.boundaries, index, overlap=overlap, loss=loss)
-        stem, tail = [backbone.stem] * first, [backbone.tail] * last
+        site = site_of(backbone, plan.boundaries, index, overlap=overlap, loss=loss, head=end.head)
+        stem, tail = [backbone.stem] * first, [end.tail] * last
         begins, given = (shared_blocks(edges, number, overlap) for number in (index, index + 1))
         blocks = [backbone.blocks[number] for number in range(span.start - begins, span.stop)]
         with drawing(index):
@@ -321,6 +374,7 @@ def build_local_modules(
                 reads=weights[index].reads,
                 copies=weights[index].copies,
                 under_way=None if backbone.trunk is None else backbone.trunk.batch,
+                gives_logits=not last or end.head is None,
             )
         )
     return modules
