@@ -184,7 +184,7 @@ def record_run(
     with collecting_own_garbage(), by_shapes_alone():
         fake_mode, fake, _ = fake_copy_with_memo(_bare(learner))
         fake_mode.channels_first = not cudnn
-        make = make_batch or partial(_plain_batch, learner)
+        make = make_batch or partial(_plain_batch, fake)
         with fake_mode, autocast_of("cuda", card) as like_cuda, foreach_of("cuda"), Tracker(1, recorder) as tracker:
             recorder.mark("weights")
             if learner.offload:

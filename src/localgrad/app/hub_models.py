@@ -14,8 +14,11 @@ Shapes: B batch, N tokens, C H W image.
 from __future__ import annotations
 
 import inspect
+import logging
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -126,13 +129,23 @@ def make_from_config(
 
 def _config_of(transformers: Any, name: str) -> Any:
     place = name.removeprefix(PREFIX)
+    is_path = place.startswith((".", "~", os.sep)) or place.count("/") > 1
+    if is_path and not Path(place).expanduser().is_dir():
+        raise BackboneError(
+            f"{arg('model', name)}: there is no such folder; name one with config.json, as save_pretrained makes it."
+        )
+    chatter = logging.getLogger("huggingface_hub")
+    level = chatter.level
+    chatter.setLevel(logging.CRITICAL)  # it tells of each try to reach the hub; the last one's reason is told below
     try:
-        return transformers.AutoConfig.from_pretrained(place)
+        return transformers.AutoConfig.from_pretrained(str(Path(place).expanduser()) if is_path else place)
     except Exception as error:  # of files, of the network, of what is in a config
         raise BackboneError(
             f"{arg('model', name)}: transformers can't read a config there ({reason_of(error, 200)}); name a folder "
             "with config.json, as save_pretrained makes it, or, online, a model of the hub."
         ) from error
+    finally:
+        chatter.setLevel(level)
 
 
 def _task_of(config: Any, task: str | None, name: str) -> HubTask:

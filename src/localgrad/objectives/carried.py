@@ -590,5 +590,12 @@ def made_up(backbone: Backbone, labels: Tensor) -> LocalBatch:
     main = empty_inputs(backbone, len(labels))
     if backbone.trunk is None or backbone.given.is_single:
         return LocalBatch(main, labels)
-    others = backbone.given.rows(len(labels)).map(lambda tensor: torch.zeros_like(tensor, device=main.device))
-    return LocalBatch(main, labels, given=others.with_main(main))
+    given = backbone.given
+
+    def like(tensor: Tensor) -> Tensor:
+        if tensor is given.tensor:
+            return main
+        is_split = tensor.ndim and len(tensor) == given.num_items
+        return torch.zeros((len(labels), *tensor.shape[1:]) if is_split else tensor.shape, dtype=tensor.dtype)
+
+    return LocalBatch(main, labels, given=given.map(like))
