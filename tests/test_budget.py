@@ -463,9 +463,9 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
     """
     calls: list[Any] = []
 
-    def counted(backbone: Any, *others: Any) -> Any:
+    def counted(backbone: Any, *others: Any, **more: Any) -> Any:
         calls.append((backbone, *others))
-        return costs_of_tiny(others[-1]) if len(backbone.blocks) == 1 else measure_costs(backbone, *others)
+        return costs_of_tiny(others[-1]) if len(backbone.blocks) == 1 else measure_costs(backbone, *others, **more)
 
     monkeypatch.setattr(budgets, "measure_costs", counted)
     monkeypatch.setattr(cache, "_recent", {})

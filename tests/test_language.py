@@ -374,7 +374,7 @@ def tied() -> nn.Module:
 def test_tied_embeddings_are_refused_with_a_way_out() -> None:
     with pytest.raises(BackboneError, match=r"wte\.weight is shared by the stem, the tail, .* shared='last'"):
         LocalLearner(tied(), modules=2, example=batch_of("gpt2"))
-    with pytest.raises(RecipeError, match="shared: unknown 'first'; take refuse or last"):
+    with pytest.raises(RecipeError, match="shared: unknown 'first'; take one of refuse, last, average"):
         LocalLearner(tied(), modules=2, example=batch_of("gpt2"), shared="first")
 
 

@@ -1,4 +1,4 @@
-"""Memory of fine-tuning a ViT-S/16: all weights, adapters, local modules, and both; the table of research/docs/memory.md.
+"""Memory of fine-tuning a ViT-S/16: all weights, adapters, local modules, both; a table of research/docs/memory.md.
 
     python research/benchmarks/lora_memory.py             # estimates, without a GPU
     python research/benchmarks/lora_memory.py --measured  # on a card, real or simulated: real steps
@@ -79,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--measured", action="store_true", help="real steps on a card")
     on_card = parser.parse_args().measured
-    print("| | total | × full | above static | × full |\n|---|---|---|---|---|")
+    print("| | total | x full | above static | x full |\n|---|---|---|---|---|")
     first = None
     for name, learner in learners("cuda" if on_card else "cpu"):
         peak = measured(learner) if on_card else estimated(learner)

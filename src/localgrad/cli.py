@@ -31,7 +31,18 @@ from localgrad.app.comparison import Settings
 from localgrad.app.recipe import DOWNLOAD, OPTIONS, Recipe, overlay, parse_assignments, preset, read_toml
 from localgrad.errors import LocalgradError, RecipeError, RunWarning, arg, naming
 from localgrad.memory.allocator_rules import EXPANDABLE, VARIABLES
-from localgrad.options import DATA, EXECUTION, RUN, Option, Values, declared, read_modules, read_whole, values_of
+from localgrad.options import (
+    DATA,
+    EXECUTION,
+    METHOD,
+    RUN,
+    Option,
+    Values,
+    declared,
+    read_modules,
+    read_whole,
+    values_of,
+)
 from localgrad.units import PLAINLY, format_counts, parse_bytes
 
 Verb = TypeVar("Verb", bound=Callable[..., None])
@@ -353,7 +364,8 @@ def _start_processes(count: int, recipe: Recipe, folder: Path | None) -> None:
 _RECIPE_IN_PLAN = {
     key: OPTIONS[key]
     for key in (
-        *("model.name", "model.img_size", "model.patch_size", "local.modules", "local.objective", "local.overlap"),
+        *("model.name", "model.img_size", "model.patch_size", "model.blocks"),
+        *("local.modules", "local.objective", "local.overlap"),
         *("local.options.decoder", "local.options.classifier", "training.global_every", "training.global_tail"),
         *("training.optimizer", "execution.precision", "execution.compile", "execution.plugins"),
     )
@@ -370,6 +382,13 @@ _IN_PLAN = _RECIPE_IN_PLAN | {
         replace(_OWN["budget"], help="Memory, such as 6GiB; no limit by default."),
         *(_OWN[name] for name in ("preset", "recipe", "set", "card", "no_confirm", "no_cache")),
         Option(name="num_classes", help="By default the data's, or timm's own.", panel=DATA, kind=int),
+        Option(name="sequence_length", help="Of a model of transformers: tokens in a sequence.", panel=DATA, kind=int),
+        Option(
+            name="task",
+            help="Of a model of transformers: causal-lm, masked-lm, sequence-, token- or image-classification; by "
+            "default as its config says.",
+            panel=METHOD,
+        ),
         Option(name="device", help="auto, cpu or cuda; there need be no GPU to plan for one.", panel=EXECUTION),
         Option(
             name="parallel",
@@ -394,7 +413,10 @@ _IN_PLAN = _RECIPE_IN_PLAN | {
 @app.command(epilog="All options: localgrad plan --help-all")
 @takes(
     _IN_PLAN,
-    ("model", "img_size", "batch_size", "budget", "modules", "precision", "device", "parallel", "frontier", "json"),
+    (
+        *("model", "img_size", "sequence_length", "batch_size", "budget", "modules", "precision", "device", "parallel"),
+        *("frontier", "json"),
+    ),
 )
 def plan(**given: Any) -> None:
     """Find the fastest way to train a model within a memory budget; no GPU, no data and no weights are needed."""
@@ -444,6 +466,8 @@ def plan(**given: Any) -> None:
         cache=cache,
         card=card,
         replays=not given["no_confirm"],
+        sequence_length=given["sequence_length"],
+        hub_task=given["task"],
     )
     console = Console()
     if largest_batch:
@@ -462,7 +486,10 @@ def plan(**given: Any) -> None:
         json.write_text(found.to_json(), encoding="utf-8")
         path = escape(shlex.quote(str(json)))
         how = f" --parallel modules --num-processes {found.num_modules}" if found.is_for_ranks else ""
-        console.print(f"[dim]written: {path}; train with: localgrad train --plan {path}{how} --data …[/]")
+        train_with = f"localgrad train --plan {path}{how} --data …"
+        if recipes.is_on_hub(recipe.method.model.name):
+            train_with = f"LocalLearner(model, modules=Plan.from_json(open({str(json)!r}).read()), example=batch)"
+        console.print(f"[dim]written: {path}; train with: {escape(train_with)}[/]")
 
 
 @app.command()

@@ -42,6 +42,8 @@ def end_to_end(learner: Learner) -> LocalLearner:
         ema_decay=decay,
         offload=offload,
         device=device,
+        loss=learner.loss,
+        chunk_logits=learner.chunk_logits,
         **learner._settings,
     )
 
@@ -70,9 +72,14 @@ def estimate_step(
         _EstimatedStep(optimizer, globally=globally),
         inputs={"labels": (learner.label_shape(batch_size), learner.loss.label_dtype)},
         device="cuda" if (device or learner.device).type == "cuda" else "cpu",
-        host=LocalLearner.host_tensors,
+        host=_on_host,
         autocasts=learner._settings["precision"] != "fp32",
     )
+
+
+def _on_host(learner: LocalLearner) -> list[Tensor]:
+    """What is parked in host memory, and what is kept there of the example that a model was split by."""
+    return [*learner.host_tensors(), *learner.backbone.kept_of_example]
 
 
 def _bare(learner: LocalLearner) -> LocalLearner:
@@ -177,7 +184,7 @@ def record_run(
     with collecting_own_garbage(), by_shapes_alone():
         fake_mode, fake, _ = fake_copy_with_memo(_bare(learner))
         fake_mode.channels_first = not cudnn
-        make = make_batch or partial(_plain_batch, learner)
+        make = make_batch or partial(_plain_batch, fake)
         with fake_mode, autocast_of("cuda", card) as like_cuda, foreach_of("cuda"), Tracker(1, recorder) as tracker:
             recorder.mark("weights")
             if learner.offload:
@@ -221,13 +228,15 @@ class _RecordedRun:
         """Evaluate some batches."""
         self.recorder.mark("evaluation")
         self.learner.eval()
-        images = logits = None
+        inputs = logits = None
         for size in sizes:
-            images = self.make(size).features
-            logits = list(self.learner.logits(images))
+            batch = self.make(size)
+            inputs = batch.given or batch.features
+            del batch
+            logits = list(self.learner.logits(inputs))
             if self.learner.averaged_model is not None:
-                logits[-1] = self.learner.averaged_logits(images)
-        del images, logits
+                logits[-1] = self.learner.averaged_logits(inputs)
+        del inputs, logits
         self.learner.train()
 
 

@@ -12,7 +12,7 @@ import torch
 from localgrad.estimating import _bare
 from localgrad.learner import LocalLearner
 from localgrad.memory.track import simulate
-from localgrad.objectives.carried import empty_inputs
+from localgrad.objectives.carried import made_up
 
 LARGEST_EVALUATION_BATCH = 256
 
@@ -38,10 +38,11 @@ def _evaluate(learner: LocalLearner, batch_size: int) -> None:
     """What ``training.trainer.evaluate`` does with a batch."""
     learner.eval()
     with torch.no_grad():
-        images = empty_inputs(learner.backbone, batch_size)
-        logits = list(learner.logits(images))
+        batch = made_up(learner.backbone, torch.empty(batch_size, 0))
+        inputs = batch.given or batch.features
+        logits = list(learner.logits(inputs))
         if learner.averaged_model is not None:
-            logits[-1] = learner.averaged_logits(images)
+            logits[-1] = learner.averaged_logits(inputs)
 
 
 def evaluation_batch(

@@ -110,10 +110,11 @@ class Learner(ABC):
         freeze_from: float | None = None,
         auxiliary_from: str = "seed",
         shared: str = "refuse",
+        chunk_logits: bool = False,
     ) -> None:
         if shared not in SHARED:
-            raise RecipeError(f"shared: unknown {shared!r}; take {' or '.join(SHARED)}.")
-        self.shared = shared
+            raise RecipeError(f"shared: unknown {shared!r}; take one of {', '.join(SHARED)}.")
+        self.shared, self.chunk_logits = shared, chunk_logits
         _check_options(
             freeze_from=freeze_from, accumulation=accumulation, clip_grad=clip_grad, auxiliary_from=auxiliary_from
         )
@@ -173,6 +174,7 @@ class Learner(ABC):
             overlap=overlap,
             shared=self.shared,
             loss=self.loss,
+            chunk_logits=self.chunk_logits,
             drawing=lambda index: drawing_from(self.device, (self.seed, index) if draws_by_seed else None),
         )
         self.route = Route(module.objective.uses for module in self.modules)
@@ -182,7 +184,8 @@ class Learner(ABC):
                 f"compile: {type(self.model).__name__} was split by watching it run, and what lies between its blocks "
                 "can't be compiled yet; leave compile out."
             )
-        rules.check({"reconcile": self.uses("gradient"), "compile": compiled, "overlap": overlap})
+        more = {"overlap": overlap, "chunk_logits": self.chunk_logits}
+        rules.check({"reconcile": self.uses("gradient"), "compile": compiled, **more})
         self._say_what_is_passed_by(stacklevel=4)
 
     def _remember(self) -> None:
@@ -240,6 +243,9 @@ class Learner(ABC):
             "execution.compile": settings["compile"],
             "local.overlap": overlap,
             "objective": self.objective.described,
+            "loss": self.loss.described,
+            "shared": self.shared,
+            "chunk_logits": self.chunk_logits,
         }
         different = plan.differences(here)
         if plan.forecast and settings["accumulation"] != plan.accumulation:
@@ -606,8 +612,13 @@ class LocalLearner(Learner):
         auxiliary_from: what auxiliary nets are initialised from: the ``seed`` alone, that is what ``torch.manual_seed``
             was last given, whatever was drawn since; or torch's random ``state``, as any new layer is.
 
-        shared: of a parameter that modules on both sides of a boundary read (tied embeddings, a position bias of all
-            blocks): ``"refuse"``, or ``"last"``: the last of them trains it, the others read it.
+        shared: of a parameter w that modules on both sides of a boundary read (tied embeddings, a position bias of all
+            blocks): ``"refuse"``; ``"last"``: the last of them trains it, w <- U_l(w, g_l), and the others read it; or
+            ``"average"``: each of them trains a copy, and after each step w <- mean over m of U_m(w, g_m), with g_m the
+            gradient of module m's loss and U_m the update of its optimizer, whose state is its own. (Frozen modules
+            aren't in the mean; an end-to-end step updates w once, by the optimizer of the first that has it.)
+        chunk_logits: make the logits of a language model's own end chunk by chunk, too, and again in the backward pass:
+            those of a large vocabulary are then never whole in memory, and results have none. Rounds otherwise.
 
     Two learners of equal models that are made after the same ``torch.manual_seed`` are the same, and draw the same in
     their steps, whether the seed was set before or after the model was made. (With one module, steps draw from torch's
@@ -642,6 +653,7 @@ class LocalLearner(Learner):
         global_checkpoint: str | Checkpointing = "blocks",
         auxiliary_from: str = "seed",
         shared: str = "refuse",
+        chunk_logits: bool = False,
     ) -> None:
         _check_overlap(overlap)
         rules.check({"overlap": overlap, "freeze_from": freeze_from, "offload": offload, "device": device})
@@ -661,6 +673,7 @@ class LocalLearner(Learner):
             freeze_from=freeze_from,
             auxiliary_from=auxiliary_from,
             shared=shared,
+            chunk_logits=chunk_logits,
         )
         self.overlap = overlap
         self.offload = offload

@@ -159,6 +159,7 @@ def _rules() -> Iterator[Rule]:
     yield Rule(OVERLAP, OFFLOAD, "blocks that two modules train can't be offloaded")
     yield Rule(TEACHER, Absent("ema_decay", 0.999), "the averaged model teaches, and none is kept")
     yield Rule(RECONCILE, COMPILE, "it runs a module three times, at inputs of its own")
+    yield Rule(Given("chunk_logits"), COMPILE, "chunks of logits pass by the model's own last layer")
     yield Rule(RECONCILE, OVERLAP, "modules that share blocks don't meet at one place")
     yield Rule(RECONCILE, Given("local.options.reconstruct", "blocks"), "it moves what that compares with")
     yield Rule(DEVICE, Absent("offload", value=True), "a learner trains where its model is, and a run moves the model")

@@ -17,6 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from localgrad import rules
+from localgrad.app.hub_models import is_on_hub
 from localgrad.app.recipe import ModelSettings, Recipe, TrainingSettings, validated
 from localgrad.app.threads import choose_threads
 from localgrad.backbones.base import BACKBONES, Backbone, split
@@ -118,7 +119,7 @@ def build(
     objective = objective.with_pixels(data.info.mean, data.info.std)
     waits = is_sequential or execution.offload or team is not None  # on the processor, until its modules are made
     model = model if waits else model.to(device)
-    backbone = model if isinstance(model, Backbone) else split(model, size)
+    backbone = model if isinstance(model, Backbone) else split(model, size, blocks=settings_of_model.blocks)
     made_by = None
     if planned is not None:
         recipe, made_by = planned(recipe, backbone, data)
@@ -335,13 +336,18 @@ def resolve_device(name: str) -> torch.device:
 
 
 def check_model_name(name: str) -> None:
-    """Refuse a model that neither timm has nor a plugin registered.
+    """Refuse a model that neither timm has nor a plugin registered: none other is trained by recipes.
 
     Raises:
         BackboneError: with the nearest names.
     """
     import timm
 
+    if is_on_hub(name):
+        raise BackboneError(
+            f"{arg('model', name)}: models of transformers are planned here, and trained in Python: "
+            "localgrad.LocalLearner(model, modules=4, example=batch), where a plan may stand in place of 4."
+        )
     if name not in BACKBONES and not timm.is_model(name.split(".", maxsplit=1)[0]):
         nearest = did_you_mean(name, [*timm.list_models(), *BACKBONES]) or " timm.list_models() names them all."
         raise BackboneError(f"{arg('model')}: timm has no {name!r}.{nearest}")

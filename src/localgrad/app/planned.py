@@ -13,20 +13,26 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from localgrad import rules
 from localgrad.app.build import build_recipe_objective, check_model_name, check_patches, create_model, input_size_of
 from localgrad.app.data_path import data_path_of
+from localgrad.app.hub_models import is_on_hub, make_from_config
 from localgrad.app.recipe import Recipe, overlay
 from localgrad.backbones.base import BACKBONES, Backbone, outline
 from localgrad.backbones.fake import without_initialization
 from localgrad.errors import BudgetError, PartitionError, RecipeError, arg
 from localgrad.formats import Json, read_input
 from localgrad.memory.cards import card_named, card_of
+from localgrad.objectives.losses import loss_of
 from localgrad.partition import Plan
 from localgrad.partitioning import num_parameters
 from localgrad.planning.budget import Task, plan_to_budget
+from localgrad.planning.confirming import DataPath
 from localgrad.planning.rank_plans import Parallel, plan_parallel
 from localgrad.registry import load_plugins
+from localgrad.step.local_step import check_precision
 from localgrad.step.states import kind_of_optimizer
 from localgrad.training.optim import OptimizerFactory
 
@@ -37,7 +43,8 @@ CLASSES = {"digits": (10, 1), "cifar10": (10, 3), "cifar100": (100, 3), "stl10":
 """(classes, channels) of data sets that are known by name."""
 
 REMEMBERED = (
-    *("model.name", "model.img_size", "model.patch_size", "model.drop_path", "model.options", "training.batch_size"),
+    *("model.name", "model.img_size", "model.patch_size", "model.drop_path", "model.blocks", "model.options"),
+    "training.batch_size",
     *("training.optimizer", "training.ema_decay", "training.clip_grad", "training.global_every"),
     *("training.global_tail", "local.objective", "local.options", "local.overlap"),
     *("execution.precision", "execution.compile"),
@@ -57,6 +64,8 @@ def task_of(
     cache: bool = True,
     card: str = "auto",
     replays: bool = True,
+    sequence_length: int | None = None,
+    hub_task: str | None = None,
 ) -> Task:
     """What a recipe is to train, on an outline of its model: no data, no weights.
 
@@ -69,16 +78,35 @@ def task_of(
         cache: whether costs that were measured before may be taken.
         card: name of the card that is planned for; ``auto`` is the one here, or one that is assumed.
         replays: whether the plan is confirmed by replaying its run's allocations.
+        sequence_length: tokens in a sequence, of a language model (``hf:``).
+        hub_task: what a model of transformers is made for, see ``hub_models.TASKS``.
     """
     load_plugins(recipe.execution.plugins)
     settings = replace(recipe.method.model, pretrained=False)
+    if is_on_hub(settings.name):
+        made = make_from_config(
+            settings,
+            num_classes=num_classes,
+            num_channels=num_channels,
+            sequence_length=sequence_length,
+            task=hub_task,
+        )
+        outlined = outline(made.model, example=made.example, blocks=settings.blocks)
+        check_precision(recipe.execution.precision, torch.device("cpu"), outlined.dtype)
+        task = task_on(recipe, outlined, device=device, cache=cache, card=card, replays=replays)
+        return replace(task, measure=measure)
+    for name, value in (("sequence_length", sequence_length), ("task", hub_task)):
+        if value is not None:
+            raise RecipeError(
+                f"{arg(name)}: it is of models of transformers, {arg('model', 'hf:FOLDER')}; leave it out."
+            )
     check_model_name(settings.name)
     # A backbone of a plugin is proved as it is made, for which it needs values.
     with nullcontext() if settings.name in BACKBONES else without_initialization():
         model = create_model(settings, num_classes=num_classes, num_channels=num_channels)
     size = input_size_of(model, settings, num_channels)
     check_patches(model, size[1:])
-    backbone = model if isinstance(model, Backbone) else outline(model, size)
+    backbone = model if isinstance(model, Backbone) else outline(model, size, blocks=settings.blocks)
     task = task_on(recipe, backbone, device=device, cache=cache, card=card, replays=replays)
     return replace(task, measure=measure)
 
@@ -95,13 +123,14 @@ def task_on(
 ) -> Task:
     """What a recipe is to train, on a backbone that is there already, and with data that was read, if it was."""
     model = backbone.model
+    is_of_images = len(backbone.input_size) == 3 and backbone.given.is_single
     training, local, execution = recipe.method.training, recipe.method.local, recipe.execution
     rules.check({**recipe.arguments(), "checkpoint": None, "plan": True})  # a plan says itself what is recomputed
     return Task(
         backbone=backbone,
         # Pixels' mean and deviation need the data, which isn't read here; memory and time don't depend on them.
         objective=build_recipe_objective(recipe).with_pixels(
-            *zip(*[(0.5, 0.25)] * backbone.input_size[0], strict=True)
+            *zip(*[(0.5, 0.25)] * (backbone.input_size[0] if len(backbone.input_size) == 3 else 1), strict=True)
         ),
         optimizer=OptimizerFactory(model, name=training.optimizer, lr=training.lr, weight_decay=training.weight_decay),
         precision=execution.precision,
@@ -116,7 +145,7 @@ def task_on(
         soft_labels=recipe.method.augment.mixup > 0 or recipe.method.augment.cutmix > 0,
         cache=cache,
         card=card_of(card) if device == "cuda" else None,
-        data=data_path_of(recipe, backbone.image_size, backbone.num_classes, data),
+        data=data_path_of(recipe, backbone.image_size, backbone.num_classes, data) if is_of_images else DataPath(),
         replays=replays,
     )
 
@@ -136,8 +165,6 @@ def kind_of(device: str, card: str = "auto") -> str:
         card_named(card)
         return "cuda"
     if device == "auto":
-        import torch
-
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind = device.split(":", maxsplit=1)[0]
     if kind not in ("cpu", "cuda"):
@@ -163,6 +190,9 @@ def made_for_task(task: Task, batch_size: int) -> dict[str, Json]:
         "execution.precision": task.precision,
         "execution.compile": task.compiled,
         "objective": task.objective.described,
+        "loss": loss_of(task.loss, task.backbone).described,
+        "shared": task.shared,
+        "chunk_logits": task.chunk_logits,
         **_optimizer_of(task),
         **_of_model(task.backbone, task.device),
     }

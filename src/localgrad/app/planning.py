@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -12,17 +12,20 @@ from torch import Tensor, nn
 from localgrad.app.build import check_model_name
 from localgrad.app.planned import kind_of, made_for_task
 from localgrad.backbones.base import BACKBONES, Backbone, outline
+from localgrad.backbones.example import Example
 from localgrad.backbones.fake import without_initialization
-from localgrad.backbones.timm_models import default_input_size
-from localgrad.errors import RecipeError, arg
+from localgrad.errors import BackboneError, RecipeError, arg
 from localgrad.estimating import estimate_step
 from localgrad.learner import LocalLearner, OptimizerFactory
 from localgrad.memory.cards import card_named
 from localgrad.memory.track import MemoryProfile, simulate
+from localgrad.objectives.carried import LocalBatch
+from localgrad.objectives.losses import Loss, loss_of
 from localgrad.objectives.methods import FeatureReconstruction, Objective
 from localgrad.partition import Plan, Request
 from localgrad.planning.budget import Task, plan_to_budget
 from localgrad.planning.rank_plans import Parallel, plan_parallel
+from localgrad.step.checks import check_inputs
 from localgrad.step.local_step import PRECISIONS, check_precision
 from localgrad.units import parse_bytes
 
@@ -50,6 +53,11 @@ def plan(
     optimizer: OptimizerFactory = adamw,
     precision: str = "fp32",
     input_size: tuple[int, int, int] | None = None,
+    example: Any = None,
+    blocks: str | None = None,
+    loss: str | Loss | Callable[[Tensor, Tensor], Tensor] | None = None,
+    shared: str = "refuse",
+    chunk_logits: bool = False,
     device: str | None = None,
     compile: bool = False,
     ema_decay: float | None = None,
@@ -67,14 +75,21 @@ def plan(
     """Find the fastest way to train a model locally within a memory budget; nothing is run, no memory is used.
 
     Args:
-        model: a timm model, or its name in timm.
-        batch_size: images an update.
+        model: a timm model, or its name in timm; any other that ``localgrad.split`` takes with an ``example``, weights
+            on the meta device included; or a backbone.
+        batch_size: items an update.
         budget: such as ``"6GiB"``, or bytes; by default no limit.
         modules: only so many modules, ``"stages"``, or boundaries; any by default.
         objective: as for ``LocalLearner``.
         optimizer: as for ``LocalLearner.configure_optimizers``; AdamW by default.
         precision: ``fp32``, ``bf16`` or ``fp16``.
         input_size: (C, H, W); by default the model's own.
+        example: a batch as the model is called with, as for ``localgrad.split``: of its tensors only shapes and types
+            are read, so it says the length of sequences, too.
+        blocks: as for ``localgrad.split``.
+        loss: as for ``LocalLearner``.
+        shared: as for ``LocalLearner``.
+        chunk_logits: as for ``LocalLearner``.
         device: ``"cpu"`` or ``"cuda"``, which need not be there; by default where the model is.
         compile: as for ``LocalLearner``.
         ema_decay: as for ``LocalLearner``.
@@ -104,13 +119,16 @@ def plan(
     Example:
         >>> p = plan("vit_tiny_patch16_224", batch_size=64, budget="2GiB")  # doctest: +SKIP
         >>> p.boundaries, p.forecast.peak_bytes  # doctest: +SKIP
+        >>> p = plan(llama, example=batch, batch_size=8, budget="20GiB")  # doctest: +SKIP
+        >>> learner = LocalLearner(llama, modules=p, example=batch)  # doctest: +SKIP
     """
     if precision not in PRECISIONS:
         raise RecipeError(f"{arg('precision')}: unknown {precision!r}; take one of {', '.join(PRECISIONS)}.")
     if not 0 <= global_share <= 1:
         raise RecipeError(f"{arg('global_share')} must be a share of the steps, from 0 to 1, got {global_share}.")
+    backbone = _outlined(model, input_size, example, blocks)
     task = Task(
-        backbone=_outlined(model, input_size),
+        backbone=backbone,
         objective=objective or FeatureReconstruction(),
         optimizer=optimizer,
         precision=precision,
@@ -126,6 +144,9 @@ def plan(
         cache=cache,
         card=None if card == "auto" else card_named(card),
         replays=confirm,
+        loss=loss_of(loss, backbone),
+        shared=shared,
+        chunk_logits=chunk_logits,
     )
     check_precision(precision, torch.device("cpu"), task.backbone.dtype)
     num_bytes = None if budget is None else parse_bytes(budget)
@@ -136,8 +157,12 @@ def plan(
     return replace(found, made_for=made_for_task(task, batch_size))
 
 
-def _outlined(model: nn.Module | str, input_size: tuple[int, int, int] | None) -> Backbone:
+def _outlined(
+    model: nn.Module | str, input_size: tuple[int, int, int] | None, example: Any, blocks: str | None
+) -> Backbone:
     if isinstance(model, Backbone):
+        if example is not None or blocks is not None:
+            raise BackboneError("example, blocks: the backbone was split already; give them to localgrad.split.")
         return model
     if isinstance(model, str):
         import timm
@@ -149,7 +174,7 @@ def _outlined(model: nn.Module | str, input_size: tuple[int, int, int] | None) -
             made: nn.Module = timm.create_model(model)
     else:
         made = model
-    return outline(made, input_size or default_input_size(made))
+    return outline(made, input_size, example=example, blocks=blocks)
 
 
 def _kind(model: nn.Module | str) -> str:
@@ -167,8 +192,8 @@ def estimate(
     Args:
         step_or_learner: a ``LocalLearner``; or any training step that is a method of an object which holds model and
             optimizer (so that both can be copied), such as ``loop.step``.
-        batch: for a learner the number of images, or (images, labels). For a step its arguments: a sequence, or by
-            name; only shapes and dtypes are read, so tensors on the meta device will do.
+        batch: for a learner the number of items, (images, labels), or a dict as it is trained on. For a step its
+            arguments: a sequence, or by name; only shapes and dtypes are read, so tensors on the meta device will do.
         optimizer: for a learner, the factory; by default the one that it was configured with, else AdamW.
 
     Returns:
@@ -210,6 +235,8 @@ def _num_images(learner: LocalLearner, batch: object) -> int:
     """The number of images in a batch for a learner: a number, or (images, labels)."""
     if isinstance(batch, int):
         size = int(batch)
+    elif isinstance(batch, Mapping) and learner.backbone.trunk is not None:
+        size = _num_items(learner, batch)
     elif isinstance(batch, Sequence) and len(batch) == 2 and all(isinstance(tensor, Tensor) for tensor in batch):
         size, taken = len(batch[0]), learner.backbone.input_size
         if tuple(batch[0].shape[1:]) != taken:
@@ -218,7 +245,20 @@ def _num_images(learner: LocalLearner, batch: object) -> int:
                 f"{', '.join(map(str, taken))}]; give images of that size."
             )
     else:
-        raise RecipeError("estimate: for a learner, batch is a number of images or (images, labels).")
+        raise RecipeError("estimate: for a learner, batch is a number of items, (images, labels), or a dict.")
     if size < 1:
         raise RecipeError(f"estimate: a batch needs at least one image, got {size}.")
     return size
+
+
+def _num_items(learner: LocalLearner, batch: Mapping[str, Any]) -> int:
+    """Of a batch as the example that a model was split by; of others figures would be wrong."""
+    given, known = Example.of(batch, "batch"), learner.backbone.given
+    check_inputs(LocalBatch(given.tensor, given.tensor, given=given), known)
+    mine, theirs = given.tensor.shape[1:], known.tensor.shape[1:]
+    if mine != theirs:
+        raise RecipeError(
+            f"estimate: items are {list(mine)}, but this learner was made by an example of {list(theirs)}; make one by "
+            "an example of that length or size."
+        )
+    return given.num_items

@@ -62,11 +62,17 @@ class ModelSettings:
     """Which model, and how timm is asked for it."""
 
     __pydantic_config__ = STRICT
-    name: str = option("swin_tiny_patch4_window7_224", "timm's name of the model, or a plugin's.", METHOD, name="model")
+    name: str = option(
+        "swin_tiny_patch4_window7_224",
+        "timm's name of the model, or a plugin's; plan also takes hf:FOLDER_OR_NAME of transformers.",
+        METHOD,
+        name="model",
+    )
     img_size: Positive | None = option(None, "Side of the images in pixels; by default the model's own.", METHOD)
     patch_size: Positive | None = option(None, "Side of a patch in pixels; by default the model's own.", METHOD)
     drop_path: Fraction | None = option(None, "Stochastic depth rate; by default the model's own.", METHOD)
     pretrained: bool = option(default=False, help="Start from timm's weights.", panel=METHOD)
+    blocks: str | None = option(None, "Dotted name of the container of its blocks; by default found.", METHOD)
     options: Values = option(dict, "Further keyword arguments of timm.create_model, such as depths.")
 
 

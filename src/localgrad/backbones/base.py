@@ -41,8 +41,15 @@ from torch import Tensor, nn
 
 from localgrad.backbones.adapters import adapted_model, check_calls_alike
 from localgrad.backbones.by_hand import Chain, PartsSeen, check_parts, default_size_of_parts, listed, names_of_blocks
-from localgrad.backbones.example import Example
-from localgrad.backbones.fake import FakeTensor, by_shapes_alone, copy_on_host, fake_copy_with_memo
+from localgrad.backbones.example import Example, says_causal
+from localgrad.backbones.fake import (
+    NEEDS_VALUES,
+    FakeTensor,
+    by_shapes_alone,
+    copy_on_host,
+    fake_copy_with_memo,
+    on_meta,
+)
 from localgrad.backbones.layouts import (
     GridUnknown,
     Layout,
@@ -71,7 +78,7 @@ from localgrad.backbones.timm_models import (
     unsupported,
 )
 from localgrad.backbones.watching import TakenApart, Trunk, take_apart
-from localgrad.errors import BackboneError, reason_of
+from localgrad.errors import BackboneError, arg, reason_of
 from localgrad.registry import Registry
 
 __all__ = ["BACKBONES", "SUPPORTED_FAMILIES", "Backbone", "Layout", "outline", "register_backbone", "split"]
@@ -384,6 +391,16 @@ class Backbone(nn.Module):
         like = next(self.model.parameters())
         return main.to(like.device, like.dtype if main.is_floating_point() else main.dtype)
 
+    @property
+    def kept_of_example(self) -> list[Tensor]:
+        """Tensors that are kept of the example that it was split by: no step's, and on no card."""
+        if self.trunk is None:
+            return []
+        own = {tensor.untyped_storage()._cdata for tensor in _tensors(self.model)}
+        known = [] if self.trunk.batch.known is None else self.trunk.batch.known.tensors
+        given = [leaf for _, leaf in (*self.given.leaves(), *self.trunk.example.leaves()) if isinstance(leaf, Tensor)]
+        return [tensor for tensor in (*known, *given) if tensor.untyped_storage()._cdata not in own]
+
     def like(self, num_items: int) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype of the main input of a batch."""
         ids = self._given.tensor.dtype if self._given is not None and self.takes_ids else None
@@ -486,6 +503,21 @@ class Backbone(nn.Module):
         for number in sorted(writing - {0, last}):
             self.blocks[number - 1] = InputKept(parts[number])
 
+    def _check_written_by_parts(self) -> None:
+        """Refuse buffers that the model's own code between blocks writes: it runs once for each part that it is in.
+
+        Raises:
+            BackboneError: naming one.
+        """
+        owned = {id(buffer) for part in self.parts for buffer in part.buffers()}
+        for name, buffer in self.model.named_buffers():
+            if name in self._written_buffers and id(buffer) not in owned:
+                raise BackboneError(
+                    f"{type(self.model).__name__} can't be split: {name} is written in training by its own code, or by a "
+                    "module that stands in several places, and those run once for each part; give each place a module "
+                    "of its own, or make a localgrad.Backbone of its parts by hand."
+                )
+
     def check_boundaries(self, boundaries: Sequence[int]) -> None:
         """Refuse boundaries across which local modules would share a parameter, or a buffer that they write.
 
@@ -497,7 +529,10 @@ class Backbone(nn.Module):
         """
         for shared in self.shared_across(boundaries):
             way_out = (
-                " or give shared='last' (the last of them trains it, the others read it)," if shared.is_weight else ""
+                " give shared='last' (the last of them trains it, the others read it) or shared='average' (each trains "
+                "a copy, and they are averaged after each step),"
+                if shared.is_weight
+                else ""
             )
             raise BackboneError(
                 f"{shared.name} is shared by {', '.join(shared.places)}, which boundaries={list(boundaries)} put in "
@@ -601,34 +636,14 @@ def _watched(model: nn.Module, given: Example, blocks: str | None) -> Backbone:
     given = given.map(lambda tensor: tensor.to(like) if tensor.is_floating_point() else tensor.to(like.device))
     with torch.inference_mode(mode=False), left_as_it_was(model) as state, torch.no_grad():
         model.eval()
-        try:
-            logits = given.call(model)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # whatever a model's code says
-            raise BackboneError(
-                f"example: {type(model).__name__} can't be called with {given.described()} "
-                f"({type(error).__name__}: {reason_of(error)}); give what its forward takes, by the same names."
-            ) from error
+        logits = _called(model, given)
         moving = state.changed()
         state.restore()
         model.eval()
         parts = take_apart(model, given, blocks)
         state.restore()
         model.eval()
-        backbone = Backbone._of_parts(
-            model,
-            stem=Stem(parts.stem),
-            blocks=parts.blocks,
-            tail=Tail(parts.tail, unused=parts.unused),
-            block_names=[station.slot.name for station in parts.trunk.stations],
-            **_layouts_of_parts(model, given, parts),
-            input_size=tuple(given.tensor.shape[1:]),
-            num_classes=logits.shape[1 if logits.ndim == 4 else -1],
-            given=given,
-            trunk=parts.trunk,
-            names_tokens=logits.ndim == 3,
-        )
+        backbone = _backbone_of(model, given, parts, logits)
         stations = [(station.slot.name, station.slot.module) for station in parts.trunk.stations]
         try:
             state.restore()
@@ -646,14 +661,50 @@ def _watched(model: nn.Module, given: Example, blocks: str | None) -> Backbone:
             containers = list(dict.fromkeys(name.rpartition(".")[0] for name in backbone.block_names))
             raise BackboneError(
                 f"{type(model).__name__} can't be split: {error.what}. Blocks were seen in {listed(containers)}; give "
-                "blocks=, the dotted name of another container, or make a localgrad.Backbone of its parts by hand."
+                f"{arg('blocks')}, the dotted name of another container, or make a localgrad.Backbone of its parts by "
+                "hand."
             ) from None
         except (AttributeError, TypeError, RuntimeError) as error:
             raise unsupported(model, f"its parts don't run on their own ({reason_of(error)})") from error
         backbone._written_buffers = shown.written
+        backbone._check_written_by_parts()
     for module in set(backbone.modules()) - set(model.modules()):
         module.training = model.training
     return backbone
+
+
+def _called(model: nn.Module, given: Example) -> Tensor:
+    """A model's logits for an example.
+
+    Raises:
+        BackboneError: it can't be called so.
+    """
+    try:
+        return given.call(model)
+    except (torch.OutOfMemoryError, *NEEDS_VALUES):
+        raise
+    except Exception as error:  # whatever a model's code says
+        raise BackboneError(
+            f"example: {type(model).__name__} can't be called with {given.described()} "
+            f"({type(error).__name__}: {reason_of(error)}); give what its forward takes, by the same names."
+        ) from error
+
+
+def _backbone_of(model: nn.Module, given: Example, parts: TakenApart, logits: Tensor) -> Backbone:
+    """A backbone of parts that were found by watching; not proved yet."""
+    return Backbone._of_parts(
+        model,
+        stem=Stem(parts.stem),
+        blocks=parts.blocks,
+        tail=Tail(parts.tail, unused=parts.unused),
+        block_names=[station.slot.name for station in parts.trunk.stations],
+        **_layouts_of_parts(model, given, parts),
+        input_size=tuple(given.tensor.shape[1:]),
+        num_classes=logits.shape[1 if logits.ndim == 4 else -1],
+        given=given,
+        trunk=parts.trunk,
+        names_tokens=logits.ndim == 3,
+    )
 
 
 def _layouts_of_parts(model: nn.Module, given: Example, parts: TakenApart) -> dict[str, Any]:
@@ -678,7 +729,8 @@ def _layouts_of_parts(model: nn.Module, given: Example, parts: TakenApart) -> di
         return found
 
     if main.ndim in (2, 3) and all(layout.kind == "sequence" for layout in layouts):
-        if not looks_ahead(run, main):
+        is_causal = says_causal(model) if isinstance(main, FakeTensor) else not looks_ahead(run, main)
+        if is_causal:
             layouts = [replace(layout, is_causal=True) for layout in layouts]
         parts.stem(main.clone())  # the batch under way is the example again
     boundaries = [i for i, (one, other) in enumerate(pairwise(layouts[:-1]), 1) if one.grid != other.grid]
@@ -733,11 +785,24 @@ def _split(model: nn.Module, images: Tensor) -> Backbone:
     return backbone
 
 
-def outline(model: nn.Module, input_size: tuple[int, int, int]) -> Backbone:
+def outline(
+    model: nn.Module,
+    input_size: tuple[int, int, int] | None = None,
+    *,
+    example: Any = None,
+    blocks: str | None = None,
+) -> Backbone:
     """Split a model by shapes alone: quick and without arithmetic, for estimates; not proved, so not for training.
 
-    The parts hold the model's own parameters, whatever their values (see ``without_initialization``). Where features
+    A timm model's parts hold its own parameters, whatever their values (see ``without_initialization``). Where features
     are as wide as their grid is high and long, shapes leave open which axis is which, and the first reading is taken.
+    What only watching splits is outlined by how data flows, on the meta device: with no memory, however large it is.
+
+    Args:
+        model: as for ``split``; its parameters may be on the meta device where it isn't timm's.
+        input_size: as for ``split``.
+        example: as for ``split``; of its tensors only shapes and types are read.
+        blocks: as for ``split``.
 
     Returns:
         A backbone on a copy of the model's modules.
@@ -745,7 +810,24 @@ def outline(model: nn.Module, input_size: tuple[int, int, int]) -> Backbone:
     Raises:
         BackboneError: as for ``split``, but for wrong parts, which only values can show.
     """
-    size = _check_arguments(model, input_size)
+    if example is None:
+        size = _check_arguments(model, input_size)
+        given = Example.of(torch.empty(2, *size, device="meta"))
+        if blocks is None:
+            try:
+                return _outlined_as_timms(model, size)
+            except Unsplittable:
+                pass
+    else:
+        given = Example.of(example)
+        _check_example(model, input_size, given, is_real=False)
+        is_image = given.tensor.ndim == 4 and given.tensor.is_floating_point() and given.is_single
+        if blocks is None and is_image and _is_timms(model):
+            return outline(model, _checked_size(given.tensor.shape[1:]))
+    return _outlined_by_watching(model, given.rows(2), blocks)
+
+
+def _outlined_as_timms(model: nn.Module, size: tuple[int, int, int]) -> Backbone:
     fake_mode, fake_model, copies = fake_copy_with_memo(model)
     with by_shapes_alone(), left_as_it_was(fake_model) as state, fake_mode, torch.no_grad():
         fake_model.eval()
@@ -764,10 +846,39 @@ def outline(model: nn.Module, input_size: tuple[int, int, int]) -> Backbone:
     return made.train(model.training)
 
 
+def _outlined_by_watching(model: nn.Module, given: Example, blocks: str | None) -> Backbone:
+    """Take a model apart by how data flows, on fake tensors; gives a backbone on the meta device."""
+    with by_shapes_alone():
+        fake_mode, fake_model, _ = fake_copy_with_memo(model)
+        with left_as_it_was(fake_model) as state, fake_mode, torch.no_grad():
+            dtype = next(fake_model.parameters()).dtype
+            fake = given.map(lambda tensor: torch.zeros(tensor.shape, dtype=_dtype_of_input(tensor, dtype)))
+            fake_model.eval()
+            logits = _called(fake_model, fake)
+            state.restore()
+            fake_model.eval()
+            try:
+                parts = take_apart(fake_model, fake, blocks, by_shapes=True)
+                state.restore()
+                fake_model.eval()
+                backbone = _backbone_of(fake_model, fake, parts, logits)
+                with backbone._keeping_inputs():
+                    backbone.train()(fake.tensor)
+            except (AttributeError, TypeError, RuntimeError) as error:
+                if isinstance(error, NEEDS_VALUES):
+                    raise
+                raise unsupported(model, f"its parts don't run on their own ({reason_of(error)})") from error
+    return on_meta(backbone).train(model.training)
+
+
+def _dtype_of_input(tensor: Tensor, of_weights: torch.dtype) -> torch.dtype:
+    return of_weights if tensor.is_floating_point() else tensor.dtype
+
+
 # Arguments and errors -------------------------------------------------------------------------------------------
 
 
-def _check_example(model: object, input_size: object, given: Example) -> None:
+def _check_example(model: object, input_size: object, given: Example, *, is_real: bool = True) -> None:
     if not isinstance(model, nn.Module):
         raise BackboneError(f"split takes a model, got {model!r}: pass an nn.Module.")
     if input_size is not None:
@@ -778,7 +889,8 @@ def _check_example(model: object, input_size: object, given: Example) -> None:
     if next(model.parameters(), None) is None:
         raise BackboneError(f"{type(model).__name__} has no parameters; there is nothing to train.")
     _check_weights(model)
-    _check_is_real(model)
+    if is_real:
+        _check_is_real(model)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise BackboneError(
             f"{type(model).__name__} is an encoder and a decoder, whose blocks look at the encoder's features: two "

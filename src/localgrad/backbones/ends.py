@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
+from localgrad.backbones.fake import by_shapes_alone, fake_copy_with_memo
 from localgrad.backbones.hooks import copy_without_hooks
 from localgrad.backbones.watching import Called, Segment, Trunk
 
@@ -31,7 +32,7 @@ def copied(part: nn.Module) -> nn.Module:
     shared = [module.batch for module in own if isinstance(module, Called)]
     for trunk in _trunks(part):
         slots = [*(station.slot for station in trunk.stations), *(slot for slot, _ in trunk.around)]
-        shared += [trunk.batch, *(slot.module for slot in slots if slot.module not in own)]  # type: ignore[list-item]
+        shared += [trunk.batch, trunk.example, *(slot.module for slot in slots if slot.module not in own)]  # type: ignore[list-item]
     memo.update({id(thing): thing for thing in shared})
     return copy_without_hooks(part, memo)
 
@@ -44,6 +45,12 @@ def last_linear(tail: nn.Module, features: Tensor, num_classes: int) -> nn.Linea
         features: such as it takes; no logits are computed of them.
         num_classes: of the logits.
     """
+    if features.is_meta:  # its own code may ask for values, which fake tensors answer and those don't
+        with by_shapes_alone():
+            fake_mode, (twin, like), copies = fake_copy_with_memo((tail, features))
+            with fake_mode:
+                linear = last_linear(twin, like, num_classes)
+        return next((original for original, copied in copies if copied is linear), None)
     found: list[tuple[nn.Linear, Tensor]] = []
 
     def marking(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
@@ -60,6 +67,27 @@ def last_linear(tail: nn.Module, features: Tensor, num_classes: int) -> nn.Linea
     with torch.no_grad(), _in_place_of_forward({linear: marking(linear) for linear in linears}), _still(tail):
         logits = tail(features)
     return next((linear for linear, marker in found if marker is logits), None)
+
+
+@final
+class Headless(nn.Module):
+    """A model's tail up to its last linear layer: what that is given, [B, ...] to [B, ..., D].
+
+    Args:
+        tail: features to logits.
+        linear: the last layer of it, as ``last_linear`` finds it. It stays in the tail, and is passed by.
+    """
+
+    def __init__(self, tail: nn.Module, linear: nn.Linear) -> None:
+        super().__init__()
+        self.tail = tail
+        vars(self)["linear"] = linear  # past the registry: it is in the tail
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Run the tail without its last layer."""
+        with _in_place_of_forward({self.linear: nn.Identity()}):
+            found: Tensor = self.tail(features)
+        return found
 
 
 @contextmanager

@@ -152,6 +152,15 @@ def _has_cache(forward: Callable[..., Any]) -> bool:
     return "use_cache" in inspect.signature(forward).parameters
 
 
+def says_causal(model: nn.Module) -> bool:
+    """Whether a model that gives logits of tokens says that it is a causal language model.
+
+    Models of transformers do by ``loss_type``; where it isn't set that takes causal language modelling, too
+    (GPT2LMHeadModel).
+    """
+    return getattr(model, "loss_type", "") in (None, "ForCausalLM")
+
+
 def logits_of(model: nn.Module, output: Any) -> Tensor:
     """The tensor that the task loss is computed of, in what a model gave.
 

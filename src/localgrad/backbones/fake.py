@@ -11,8 +11,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import copyreg
+import functools
 import inspect
 import math
+import sys
+import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar, final
@@ -51,6 +54,7 @@ __all__ = [
     "fake_copy",
     "fake_copy_with_memo",
     "looks_at_values",
+    "on_meta",
     "quick_view",
     "real_tensors",
     "without_initialization",
@@ -95,9 +99,12 @@ class FakeTensorMode(fake_tensor.FakeTensorMode):  # type: ignore[no-untyped-cal
         self._attributes = {name: value for name, value in vars(like).items() if name != "fake_mode"}
         self.channels_first = False  # whether convolutions put channels first, as PyTorch's own on CUDA; cuDNN's keep
         self._hooks_put_away: list[list[tuple[dict[int, Any], dict[int, Any]]]] = []
+        self.caches: list[Any] = []
+        """Functions of models that remember tables of real tensors: no use among fake ones, nor the other way round."""
 
     def __enter__(self) -> FakeTensorMode:
         """Make tensors fake, and put away the hooks that users set on all modules at once."""
+        self._forget()
         self._hooks_put_away.append([(hooks, dict(hooks)) for hooks in HOOKS_ON_ALL_MODULES if hooks])
         for hooks, _ in self._hooks_put_away[-1]:
             hooks.clear()
@@ -109,6 +116,11 @@ class FakeTensorMode(fake_tensor.FakeTensorMode):  # type: ignore[no-untyped-cal
         super().__exit__(*exception)
         for hooks, kept in self._hooks_put_away.pop():
             hooks.update(kept)
+        self._forget()
+
+    def _forget(self) -> None:
+        for cached in self.caches if not self._hooks_put_away else ():
+            cached.cache_clear()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -478,6 +490,8 @@ def fake_copy_with_memo(obj: T) -> tuple[FakeTensorMode, T, list[tuple[Any, Any]
             error.add_note(f"fake_copy: {type(obj).__name__} holds something that copy.deepcopy can't copy")
             raise
     pairs = _copied_in(memo)
+    kinds = {base for original, _ in pairs if isinstance(original, nn.Module) for base in type(original).__mro__}
+    fake_mode.caches = list({id(each): each for kind in kinds for each in _caches_of(kind)}.values())
     for original, twin in pairs:
         if isinstance(original, nn.Parameter) and original.grad is not None:
             twin.grad = copier.copied(original.grad)
@@ -504,6 +518,50 @@ def copy_on_host(module: M) -> tuple[M, list[tuple[Any, Any]]]:
     with random_state_kept(), _Copier(on_host):
         copied = copy.deepcopy(module, memo)
     return copied, _copied_in(memo)
+
+
+def on_meta(module: M) -> M:
+    """Copy a module so that its tensors are on the meta device: shapes without memory, and in no mode.
+
+    What shared a storage still does.
+    """
+    storages: dict[int, tuple[torch.UntypedStorage, Tensor]] = {}  # by the original's address: both
+
+    def as_shape(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in storages:
+            storages[storage._cdata] = storage, torch.empty(storage.nbytes(), dtype=torch.uint8, device="meta")
+        memory = storages[storage._cdata][1].untyped_storage()
+        shaped = torch.empty(0, dtype=tensor.dtype, device="meta")
+        shaped.set_(memory, int(tensor.storage_offset()), tensor.shape, tensor.stride())
+        return nn.Parameter(shaped, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else shaped
+
+    with _Copier(as_shape), _generators_made_anew():
+        return copy.deepcopy(module)
+
+
+@functools.cache
+def _caches_of(kind: type) -> tuple[Any, ...]:
+    """Functions that remember what they gave (``lru_cache``), bare or decorated again, in a class and in its file."""
+    home = sys.modules.get(kind.__module__)
+    values = [*vars(kind).values(), *([] if home is None else vars(home).values())]
+    found: dict[int, Any] = {}
+    for value in values:
+        cells = (value.__closure__ or ()) if isinstance(value, types.FunctionType) else ()
+        for each in (value, *map(_content_of, cells)):
+            if isinstance(each, _Cached) and each.__wrapped__.__module__ == kind.__module__:
+                found[id(each)] = each
+    return tuple(found.values())
+
+
+_Cached = type(functools.lru_cache(_is_number))
+
+
+def _content_of(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty yet
+        return None
 
 
 @contextlib.contextmanager

@@ -70,6 +70,7 @@ class ModuleCall:
         entered: the node of each tensor in (args, kwargs) that the input reaches.
         left: likewise of what it gave.
         shapes: of every tensor of ``entered`` and ``left``, which are features if their first side is the batch.
+        stands: how each of them stands in memory: shape, strides, offset.
         output: what it gave, outlined.
         inside: calls made by it.
     """
@@ -79,6 +80,7 @@ class ModuleCall:
     entered: dict[Path, int] = field(default_factory=dict)
     left: dict[Path, int] = field(default_factory=dict)
     shapes: tuple[dict[Path, tuple[int, ...]], dict[Path, tuple[int, ...]]] = field(default_factory=lambda: ({}, {}))
+    stands: tuple[dict[Path, Any], dict[Path, Any]] = field(default_factory=lambda: ({}, {}))
     output: Any = None
     inside: list[ModuleCall] = field(default_factory=list)
 
@@ -202,6 +204,38 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return furthest
 
 
+@final
+class Reached(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows a tensor of whatever type to all that is made of its values, while it is the mode.
+
+    Args:
+        main: the tensor.
+    """
+
+    def __init__(self, main: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        storage = main.untyped_storage()
+        self._known: dict[int, StorageWeakRef] = {storage._cdata: _reference(storage)}
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor is made of it."""
+        return tensor.untyped_storage()._cdata in self._known
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Kwargs | None = None
+    ) -> Any:
+        """Run an operator; what it makes or writes is reached if something that it is given is."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        given = [leaf for _, leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if func.__name__.partition(".")[0] not in BY_SHAPE and any(map(self.holds, given)):
+            made = [leaf for _, leaf in leaves(result) if isinstance(leaf, Tensor)]
+            for tensor in made + (_written(func, args, kwargs) if func._schema.is_mutable else []):
+                storage = tensor.untyped_storage()
+                self._known[storage._cdata] = _reference(storage)
+        return result
+
+
 def _reference(storage: torch.UntypedStorage) -> StorageWeakRef:
     return StorageWeakRef(storage)  # type: ignore[no-untyped-call]
 
@@ -271,7 +305,7 @@ class Followed:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> None:
             times[id(module)] = times.get(id(module), 0) + 1
             call = ModuleCall(slot)
-            call.entered = self._nodes_in({"args": args, "kwargs": kwargs}, call.shapes[0])
+            call.entered = self._nodes_in({"args": args, "kwargs": kwargs}, call.shapes[0], call.stands[0])
             (self._stack[-1].inside if self._stack else self.calls).append(call)
             self._stack.append(call)
             self.flow.stack.append(slot.name)
@@ -282,13 +316,14 @@ class Followed:
         call = self._stack.pop()
         self.flow.stack.pop()
         call.output = self._outlined(output)
-        call.left = self._nodes_in(output, call.shapes[1])
+        call.left = self._nodes_in(output, call.shapes[1], call.stands[1])
 
-    def _nodes_in(self, value: Any, shapes: dict[Path, tuple[int, ...]]) -> dict[Path, int]:
+    def _nodes_in(self, value: Any, shapes: dict[Path, tuple[int, ...]], stands: dict[Path, Any]) -> dict[Path, int]:
         found = {}
         for path, leaf in leaves(value):
             if isinstance(leaf, Tensor) and (node := self.flow.node(leaf)) is not None:
                 found[path], shapes[path] = node, tuple(leaf.shape)
+                stands[path] = leaf.shape, leaf.stride(), leaf.storage_offset()
         return found
 
     def ends(self, call: ModuleCall) -> tuple[Path, Path] | None:

@@ -33,6 +33,7 @@ from localgrad.backbones.namespaces import Kwargs
 from localgrad.backbones.random_numbers import RandomState, random_state_kept
 from localgrad.backbones.state import OF_EVERY_MODULE
 from localgrad.backbones.timm_models import Step, attribute, identity
+from localgrad.backbones.watching import Called, UnderWay
 
 ATTENTION_NAMES = ("_attn", "_shifted_window_attn", "_partition_attn", "attn", "token_mixer")
 """Where a block keeps its attention, the first that exists: Swin's methods roll and cut windows around ``attn``."""
@@ -142,6 +143,7 @@ class Piece:
             more than one image (for a single one, a convolution may choose another order).
         effects: what running it changes, to be taken back when it is recomputed.
         cut: of a residual branch, the module that it is a part of.
+        under_way: what it is called with beside features, of which a part of the batch takes its own items.
     """
 
     branch: Callable[[Tensor], Tensor]
@@ -150,6 +152,7 @@ class Piece:
     draws: tuple[tuple[int, ...], ...] = ()
     effects: Effects = NO_EFFECTS
     cut: AsCut | None = None
+    under_way: UnderWay | None = None
 
     def __call__(self, features: Tensor) -> Tensor:
         """Run the piece plainly."""
@@ -165,6 +168,8 @@ def whole_block(block: nn.Module, example: Tensor) -> Piece:
 
 def observed(module: nn.Module, example: Tensor) -> Observed:
     """What a module's forward pass changes in training mode, on an example [2 or more, ...]; nothing stays changed."""
+    if example.is_meta:  # shapes alone: there is nothing to see, and nothing to run
+        return observe_effects(module, module, example, foreign=False)
 
     def run() -> Observed:
         with torch.no_grad(), random_state_kept(), _one_thread():
@@ -184,11 +189,15 @@ def find_pieces(block: nn.Module, example: Tensor, *, halves: bool = True) -> li
 
     Returns:
         Two or more pieces where the block's written form is known, else one: the whole block. That is also what a block
-        is that has state (its effects are taken back as a whole) or hooks.
+        is that has state (its effects are taken back as a whole) or hooks; and one on the meta device, of which only
+        shapes are known.
     """
     seen = observed(block, example)
     if seen.parts or seen.draws or any(map(has_hooks, block.modules())):
         return [Piece(block, None, per_image=False, effects=seen.effects_on(block))]
+    under_way = _under_way(block)
+    if example.is_meta:
+        return [Piece(block, None, per_image=not seen.mixes, under_way=under_way)]
 
     def run() -> dict[bool, _Cuts]:
         with torch.no_grad(), random_state_kept(), _one_thread():
@@ -201,8 +210,13 @@ def find_pieces(block: nn.Module, example: Tensor, *, halves: bool = True) -> li
         cut = None if number == len(candidates) else AsCut.of(step.module if isinstance(step, Step) else step)
         for piece, same in zip([*candidates, whole][number], found, strict=True):
             per_image = same.per_image and not seen.mixes
-            pieces.append(replace(piece, per_image=per_image, draws=same.draws, cut=cut))
+            pieces.append(replace(piece, per_image=per_image, draws=same.draws, cut=cut, under_way=under_way))
     return pieces
+
+
+def _under_way(block: nn.Module) -> UnderWay | None:
+    """What a block knows of the batch under way, if it was found by watching."""
+    return next((part.batch for part in block.modules() if isinstance(part, Called)), None)
 
 
 T = TypeVar("T")

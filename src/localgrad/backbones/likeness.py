@@ -92,7 +92,8 @@ class _Reader:
 
     def _attributes(self, part: nn.Module) -> list[tuple[str, object]]:
         found = []
-        for name, value in vars(part).items():
+        values = part.told_as() if hasattr(type(part), "told_as") else vars(part)
+        for name, value in values.items():
             if name in _NOT_COMPARED or name.startswith(_HOOKS):
                 continue
             is_rate = name in RATES and isinstance(value, float)

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -39,6 +39,7 @@ from localgrad.backbones.flow import (
     Followed,
     ModuleCall,
     Place,
+    Reached,
     beside,
     broken_at,
     choose,
@@ -48,7 +49,7 @@ from localgrad.backbones.flow import (
 from localgrad.backbones.namespaces import Kwargs
 from localgrad.backbones.proof import digest, nothing_hidden
 from localgrad.backbones.random_numbers import RandomState
-from localgrad.errors import BackboneError, reason_of
+from localgrad.errors import BackboneError, arg, reason_of
 
 
 @dataclass(frozen=True)
@@ -191,18 +192,22 @@ class Context:
         sizes = [len(part) for part in torch.empty(self.num_items, 0).chunk(count)]
         found, begin = [], 0
         for size in sizes:
-            part = self.map(partial(self._rows_of, slice(begin, begin + size)))
-            part.num_items = size
-            found.append(part)
+            found.append(self.between(begin, begin + size))
             begin += size
         return found
+
+    def between(self, start: int, stop: int) -> Context:
+        """Of the items from one up to another one."""
+        part = self.map(partial(self._rows_of, slice(start, stop)))
+        part.num_items = stop - start
+        return part
 
     def _rows_of(self, rows: slice, tensor: Tensor) -> Tensor:
         return tensor[rows] if self.is_split(tensor) else tensor
 
     @classmethod
     def join(cls, parts: Sequence[Context]) -> Context:
-        """TakenApart of a batch as one."""
+        """Parts of a batch as one."""
         first, *rest = parts
         if not rest:
             return first
@@ -257,6 +262,19 @@ def _standing_in(stand_ins: Sequence[tuple[Place, _StandIn]]) -> Iterator[None]:
             slot.parent._modules[slot.key] = slot.module
 
 
+@contextmanager
+def _put_in(others: Sequence[tuple[dict[str, Tensor | None], str, Tensor]]) -> Iterator[None]:
+    """A region in which tensors stand for others in the tables of modules."""
+    kept = [(table, name, table[name]) for table, name, _ in others]
+    try:
+        for table, name, tensor in others:
+            table[name] = tensor
+        yield
+    finally:
+        for table, name, own in kept:
+            table[name] = own
+
+
 @final
 class UnderWay:
     """What parts share about the batch that is under way; it knows no model, so that blocks can be copied alone."""
@@ -264,14 +282,38 @@ class UnderWay:
     def __init__(self) -> None:
         self.given: Example | None = None
         """All that the model is called with, where that is more than its main tensor."""
-        self.current: Context | None = None
         self.known: Context | None = None
         """The context of the example."""
+        self._current: Context | None = None
+        self._rows: tuple[int, int] | None = None
+        self._cuts: dict[tuple[int, int], Context] = {}
+
+    @property
+    def current(self) -> Context | None:
+        """The context of the batch under way."""
+        return self._current
+
+    @current.setter
+    def current(self, context: Context | None) -> None:
+        self._current, self._cuts = context, {}
+
+    @contextmanager
+    def of_rows(self, start: int, stop: int) -> Iterator[None]:
+        """A region in which some items of the batch under way run by themselves."""
+        before, self._rows = self._rows, (start, stop)
+        try:
+            yield
+        finally:
+            self._rows = before
 
     def context(self, features: Tensor) -> Context:
         """The context of the batch under way, or the example's where something else is tried out; features [B, ...]."""
-        if self.current is not None and self.current.num_items == len(features):
-            return self.current
+        if self._current is not None and self._rows is not None:
+            if self._rows not in self._cuts:
+                self._cuts[self._rows] = self._current.between(*self._rows)
+            return self._cuts[self._rows]
+        if self._current is not None and self._current.num_items == len(features):
+            return self._current
         assert self.known is not None, "the stem has run once"
         dtype, device = features.dtype, features.device
         known = self.known.rows(len(features))
@@ -311,6 +353,7 @@ class Trunk:
         self.draws: dict[int, bool] = {}
         """By the start of a segment, whether random numbers are drawn on the way there, as far as it was seen."""
         self.batch = UnderWay()
+        self._runs: list[nn.Module] = []
 
     def inputs(self, main: Tensor) -> Example:
         """What the model is called with, of which one tensor is given: the others of this batch, or the example's."""
@@ -333,17 +376,38 @@ class Trunk:
             for index, station in enumerate(self.stations)
         ]
         like = example.tensor
+        zeros = [
+            (table, name, torch.zeros(tensor.shape, dtype=tensor.dtype, device=like.device))
+            for table, name, tensor in self._elsewhere()
+        ]
         for number, (slot, _) in enumerate(self.around):
             if number in others:
                 stand_ins.append((slot, _StandIn(slot.module, self._filling(others[number], example.num_items, like))))
-        with _standing_in(stand_ins):
+        with _standing_in(stand_ins), _put_in(zeros):
             return example.call(self.model)
+
+    def _elsewhere(self) -> list[tuple[dict[str, Tensor | None], str, Tensor]]:
+        """Tensors that another process has (on ``meta`` here) and that the model's own code goes past all the same.
+
+        Their values reach nothing that is made here: of a segment's weights each process that runs it has its own.
+        """
+        if not self._runs:
+            modules = [*(station.slot.module for station in self.stations), *(slot.module for slot, _ in self.around)]
+            stood_in = {inner for module in modules for inner in module.modules()}
+            self._runs = [module for module in self.model.modules() if module not in stood_in]
+        tables: list[dict[str, Any]] = [t for m in self._runs for t in (m._parameters, m._buffers)]
+        return [
+            (table, name, tensor)
+            for table in tables
+            for name, tensor in table.items()
+            if tensor is not None and tensor.device.type == "meta"
+        ]
 
     def _filling(self, given: Any, num_items: int, like: Tensor) -> Callable[[tuple[Any, ...], Kwargs], Any]:
         def fill(args: tuple[Any, ...], kwargs: Kwargs) -> Any:
             received = next((leaf for _, leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)), like)
-            floating = received if received.is_floating_point() else next(self.model.parameters()).new_empty(0)
-            return _filled(given, num_items, floating.to(received.device))
+            dtype = received.dtype if received.is_floating_point() else next(self.model.parameters()).dtype
+            return _filled(given, num_items, torch.empty(0, dtype=dtype, device=received.device))
 
         return fill
 
@@ -473,6 +537,12 @@ class Called(nn.Module):
         self.glue = glue
         self.block = station.slot.module
 
+    def told_as(self) -> dict[str, Any]:
+        """What counts of it beside its modules, for ``likeness``: how its block is called, by shapes."""
+        known = self.batch.known
+        called = None if known is None else _outline_of(known.calls[self.index], known.num_items)
+        return {"enters": self.enters, "leaves": self.leaves, "called": called}
+
     def forward(self, features: Tensor) -> Tensor:
         """[B, ...] to [B, ...]."""
         args, kwargs = self.batch.context(features).calls[self.index]
@@ -492,13 +562,16 @@ class Called(nn.Module):
 # Finding stations ---------------------------------------------------------------------------------------------------
 
 
-def stations_of(model: nn.Module, example: Example, blocks: str | None = None) -> tuple[list[TrunkStation], list[bool]]:
+def stations_of(
+    model: nn.Module, example: Example, blocks: str | None = None, *, by_shapes: bool = False
+) -> tuple[list[TrunkStation], list[bool]]:
     """The stations of a model's trunk, and whether there is glue before each.
 
     Args:
         model: in eval mode.
         example: two items.
         blocks: dotted name of the container whose children they are to be; by default found, as fine as can be.
+        by_shapes: whether there are no values, by which stations could be checked.
 
     Raises:
         BackboneError: nothing stands in a chain; the message says what was found, and where it broke.
@@ -511,6 +584,9 @@ def stations_of(model: nn.Module, example: Example, blocks: str | None = None) -
         if not ways:
             raise _no_trunk(model, seen, broken_at(seen))
         _check_is_trunk(model, seen, ways[0])
+    if by_shapes:
+        stations = [_station(seen, call) for call in ways[0]]
+        return stations, _apart(ways[0], stations, looks_at_strides=True)
     reasons = []
     for way in ways:
         stations = [_station(seen, call) for call in way]
@@ -522,10 +598,18 @@ def stations_of(model: nn.Module, example: Example, blocks: str | None = None) -
     raise _no_trunk(model, seen, reasons[0])
 
 
-def _apart(calls: Sequence[ModuleCall], stations: Sequence[TrunkStation]) -> list[bool]:
-    """Whether an operator stands before each station: what multiplies by one leaves no trace in bits."""
+def _apart(
+    calls: Sequence[ModuleCall], stations: Sequence[TrunkStation], *, looks_at_strides: bool = False
+) -> list[bool]:
+    """Whether an operator stands before each station: what multiplies by one leaves no trace in bits.
+
+    With ``looks_at_strides`` views are told by how they stand in memory, too, and not left to whoever compares bits.
+    """
     pairs = list(zip(calls, stations, strict=True))
     between = [one.left[a.leaves] != other.entered[b.enters] for (one, a), (other, b) in pairwise(pairs)]
+    if looks_at_strides:
+        views = [one.stands[1][a.leaves] != other.stands[0][b.enters] for (one, a), (other, b) in pairwise(pairs)]
+        between = [one or other for one, other in zip(between, views, strict=True)]
     return [False, *between, True]
 
 
@@ -535,14 +619,14 @@ def _of_named(model: nn.Module, seen: Followed, name: str) -> list[ModuleCall]:
         containers = dict.fromkeys(call.slot.container for call in seen.walk())
         known = [each for each in containers if of_container(seen, each)]
         raise BackboneError(
-            f"blocks={name!r}: {type(model).__name__} calls no module with weights in it; it does in {listed(known)}."
+            f"{arg('blocks', name)}: {type(model).__name__} calls no module with weights in it; it does in {listed(known)}."
         )
     found = [call for call in calls if 0 not in call.entered.values()]  # what the input is given to is the stem's
     for call in found:
         if seen.ends(call) is None:
-            raise BackboneError(f"blocks={name!r}: they don't stand in a chain: {seen.why_not(call)}.")
+            raise BackboneError(f"{arg('blocks', name)}: they don't stand in a chain: {seen.why_not(call)}.")
     if not found:
-        raise BackboneError(f"blocks={name!r}: it has no module behind the one that is given the input.")
+        raise BackboneError(f"{arg('blocks', name)}: it has no module behind the one that is given the input.")
     return found
 
 
@@ -553,8 +637,9 @@ def _no_trunk(model: nn.Module, seen: Followed, why: str) -> BackboneError:
             chains[call.slot.container] = chains.get(call.slot.container, 0) + 1
     found = ", ".join(f"{name or 'the model'} ({count})" for name, count in list(chains.items())[:6])
     return BackboneError(
-        f"{type(model).__name__} can't be split: {why}. Chains seen: {found or 'none'}. Give blocks=, the dotted name "
-        "of the container of its blocks, or make a localgrad.Backbone of its parts by hand."
+        f"{type(model).__name__} can't be split: {why}. Chains seen: {found or 'none'}. Give "
+        f"{arg('blocks')}, the dotted name of the container of its blocks, or make a localgrad.Backbone of its parts by "
+        "hand."
     )
 
 
@@ -726,24 +811,30 @@ class TakenApart(NamedTuple):
     unused: list[nn.Parameter]
 
 
-def take_apart(model: nn.Module, example: Example, blocks: str | None = None) -> TakenApart:
+def take_apart(model: nn.Module, example: Example, blocks: str | None = None, *, by_shapes: bool = False) -> TakenApart:
     """Take a model apart. Nothing is proved; the model is to be in eval mode, in a region that leaves it as it was.
 
     Args:
         model: on the processor or a device, where the example is.
         example: two items.
         blocks: dotted name of the container of its blocks; by default found.
+        by_shapes: whether its tensors have shapes and no values (fake ones): then what only values show is taken to be
+            as data flows.
 
     Raises:
         BackboneError: no blocks in a chain.
     """
-    with nothing_hidden(model):
-        stations, glued = stations_of(model, example, blocks)
-        return _made_of(model, stations, glued, example)
+    with nullcontext() if by_shapes else nothing_hidden(model):
+        stations, glued = stations_of(model, example, blocks, by_shapes=by_shapes)
+        return _made_of(model, stations, glued, example, by_shapes=by_shapes)
 
 
-def _made_of(model: nn.Module, stations: list[TrunkStation], glued: list[bool], example: Example) -> TakenApart:
+def _made_of(
+    model: nn.Module, stations: list[TrunkStation], glued: list[bool], example: Example, *, by_shapes: bool
+) -> TakenApart:
     trunk = Trunk(model, stations, example)
+    if by_shapes:  # nothing is drawn, and nobody could tell
+        trunk.draws = dict.fromkeys(range(-1, len(stations)), False)
     busy = _find_around(trunk)
     last = len(stations) - 1
     glued = [is_glued or index in busy for index, is_glued in enumerate(glued)]
@@ -754,7 +845,7 @@ def _made_of(model: nn.Module, stations: list[TrunkStation], glued: list[bool], 
         stem(example.tensor)
     trunk.batch.known = trunk.batch.current
     segments = [stem, *(block.glue for block in called if block.glue is not None), tail]
-    _find_reading(trunk, segments[1:])
+    _find_reading(trunk, segments[1:], by_shapes=by_shapes)
     unused = _find_weights(trunk, segments)
     return TakenApart(trunk, stem, called, tail, unused)
 
@@ -811,11 +902,20 @@ def _find_around(trunk: Trunk) -> set[int]:
     return {place for number, where in places.items() if number not in idle for place in where}
 
 
-def _find_reading(trunk: Trunk, segments: Sequence[Segment]) -> None:
+def _find_reading(trunk: Trunk, segments: Sequence[Segment], *, by_shapes: bool) -> None:
     """Find out whether what is behind the first block looks at the main input."""
     context = trunk.batch.known
     assert context is not None, "the stem has run"
     main = context.example.tensor
+    if by_shapes:
+        trunk.reads_inputs = any(_is_reached(trunk, segment, main) for segment in segments)
+        if not trunk.reads_inputs:
+            nothing = torch.zeros((), dtype=main.dtype, device=main.device).expand_as(main)
+            trunk.batch.known = Context(
+                context.calls, context.example.with_main(nothing), context.outputs, context.num_items
+            )
+        trunk.batch.current = trunk.batch.known
+        return
     other = context.example.with_main(torch.zeros((), dtype=main.dtype, device=main.device).expand_as(main))
 
     def seen() -> list[bytes]:
@@ -835,6 +935,13 @@ def _find_reading(trunk: Trunk, segments: Sequence[Segment]) -> None:
     if not trunk.reads_inputs:
         trunk.batch.known = trunk.batch.current
     trunk.batch.current = trunk.batch.known
+
+
+def _is_reached(trunk: Trunk, segment: Segment, main: Tensor) -> bool:
+    """Whether data flows from the main input to what a segment gives, past its features."""
+    features = _noise(trunk.stations[segment.start], trunk.example, 7)
+    with torch.no_grad(), Reached(main) as reached:
+        return reached.holds(segment(features))
 
 
 def _find_weights(trunk: Trunk, segments: Sequence[Segment]) -> list[nn.Parameter]:

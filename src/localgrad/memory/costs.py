@@ -68,6 +68,7 @@ class CostSettings:
         accumulation: parts that the batch is cut into.
         device: ``cpu`` or ``cuda``.
         overlap: blocks of the module before that each module trains as well.
+        chunk_logits: whether logits of the model's own end are made chunk by chunk.
     """
 
     batch_size: int
@@ -75,6 +76,7 @@ class CostSettings:
     accumulation: int = 1
     device: str = "cpu"
     overlap: int = 0
+    chunk_logits: bool = False
 
     @property
     def part_size(self) -> int:
@@ -83,13 +85,17 @@ class CostSettings:
 
 
 class Head(NamedTuple):
-    """A module's objective: what it costs, its own static bytes, its update's bytes and time, and passes a step."""
+    """A module's objective: what it costs, its own static bytes, its update's bytes and time, and passes a step.
+
+    Logits of its own that it gives are there from its forward pass to the end of the step.
+    """
 
     cost: PartCost
     static: int
     temporary: int
     passes: int = 1
     update_ns: int = 0
+    logits: int = 0
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,10 @@ class Costs:
         uses: what objectives of modules that are neither first nor last look at, besides inputs and labels.
         last_uses: what that of the last one looks at.
         carried: bytes of what else a whole batch carries from its beginning to the last but one of the modules.
+        labels: bytes of a whole batch's, which are there all the time.
+        along: bytes that go along with a whole batch through all modules: masks and positions of a model that was
+            split by watching it.
+        images_stay: whether the main input does, too.
     """
 
     settings: CostSettings
@@ -131,6 +141,9 @@ class Costs:
     uses: list[str]
     last_uses: list[str] = field(default_factory=list)
     carried: int = 0
+    labels: int = 0
+    along: int = 0
+    images_stay: bool = False
 
     def to_dict(self) -> dict[str, Json]:
         """All of it as plain values."""
@@ -159,8 +172,14 @@ class Costs:
         return self.heads[self.head_of[start][stop - start - 1]]
 
     def static_of(self, start: int, stop: int) -> int:
-        """Static bytes that the module's objective adds, and its own optimizer state of blocks that overlap."""
-        return self.head(start, stop).static + sum(self.state[self.begin(start) + 1 : start + 1])
+        """Static bytes that the module's objective adds, and its own optimizer state of blocks that overlap.
+
+        With the logits that it gives, as if they were there all the time: modules before it are taken to need a little
+        more than they do.
+        """
+        head = self.head(start, stop)
+        logits = head.logits * self.settings.accumulation
+        return head.static + logits + sum(self.state[self.begin(start) + 1 : start + 1])
 
     def begin(self, start: int) -> int:
         """The first block that a module runs: before its own first one, with overlap."""
@@ -274,10 +293,11 @@ class Costs:
     def _around(self, start: int, stop: int, output: int) -> int:
         """Bytes alive during the whole module: what enters it, the images, and earlier parts' outputs."""
         last = stop == self.num_blocks
-        images = self.images if start == 0 or ("images" in self.uses and not last) else 0
+        stay = self.images_stay or ("images" in self.uses and not last)
+        images = self.images if start == 0 or stay else 0
         earlier = output * (self.settings.accumulation - 1)
         carried = 0 if last else self.carried
-        return images + carried + (self.inputs[self.begin(start)] if start else 0) + earlier
+        return images + carried + self.labels + self.along + (self.inputs[self.begin(start)] if start else 0) + earlier
 
     def _temporary(self, start: int, stop: int) -> int:
         units = self._units(start, stop)
@@ -349,8 +369,13 @@ def interpolated(small: Costs, large: Costs, batch_size: int) -> Costs:
         settings=replace(large.settings, batch_size=batch_size),
         parts=table(small.parts, large.parts),
         leading=table(small.leading, large.leading),
-        heads=[a._replace(cost=part(a.cost, b.cost)) for a, b in zip(small.heads, large.heads, strict=True)],
+        heads=[
+            a._replace(cost=part(a.cost, b.cost), logits=between(a.logits, b.logits))
+            for a, b in zip(small.heads, large.heads, strict=True)
+        ],
         inputs=list(map(between, small.inputs, large.inputs)),
         images=between(small.images, large.images),
         carried=between(small.carried, large.carried),
+        labels=between(small.labels, large.labels),
+        along=between(small.along, large.along),
     )

@@ -55,6 +55,10 @@ class Gauge(ABC):
         """The context in which an objective's nets are made."""
 
     @abstractmethod
+    def running(self) -> AbstractContextManager[object]:
+        """The context in which parts run, for what isn't measured."""
+
+    @abstractmethod
     def source(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A tensor that needs a gradient and drops it."""
 
@@ -106,6 +110,18 @@ class ByShapes(Gauge):
         stack = ExitStack()
         stack.enter_context(self.mode)
         stack.enter_context(copies_within(self.mode))
+        return stack
+
+    def running(self) -> AbstractContextManager[object]:
+        """On fake tensors, in the precision and as on the device."""
+        stack = ExitStack()
+        casts = self.settings.precision != "fp32"
+        for region in (
+            self.mode,
+            autocast_of(self.settings.device if casts else "cpu"),
+            autocast("cpu", self.settings.precision),
+        ):
+            stack.enter_context(region)
         return stack
 
     def source(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

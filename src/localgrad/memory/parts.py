@@ -15,7 +15,7 @@ Shapes: B batch first.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast, final
@@ -41,12 +41,13 @@ from localgrad.memory.gauge import (
 from localgrad.memory.track import rounded, without_collector
 from localgrad.objectives.base import ContextSupply, LocalObjective
 from localgrad.objectives.carried import CARRIED, Route, empty_batch
+from localgrad.objectives.losses import Loss, loss_of
 from localgrad.objectives.methods import Objective
 from localgrad.objectives.site import Site
 from localgrad.partition import Checkpointing
-from localgrad.step.checkpointing import Recomputed, checkpointed
-from localgrad.step.local_module import build_local_objective, site_of
-from localgrad.step.local_step import single_images_refused
+from localgrad.step.checkpointing import Recomputed, checkpointed, in_context_of
+from localgrad.step.local_module import ModelEnd, build_local_objective, site_of
+from localgrad.step.local_step import only_read, single_images_refused
 
 
 @final
@@ -171,7 +172,10 @@ class Workshop:
         mark = _mark_of(piece)
 
         def measured(size: int) -> Measured:
-            run, like = partial(checkpointed, piece.branch, effects=piece.effects), ((size, *rest), dtype)
+            branch = piece.branch
+            if piece.under_way is not None and piece.per_image:
+                branch = partial(in_context_of, piece.under_way, 0, piece.branch)
+            run, like = partial(checkpointed, branch, effects=piece.effects), ((size, *rest), dtype)
             key = "chunk", mark, like
             measure = partial(self.measure, run, like, _weights_of(piece), present=True, accumulates=False)
             found: Measured = self.once(key, measure)
@@ -281,7 +285,12 @@ def _modules_in(branch: object) -> Iterator[nn.Module]:
 
 
 def measure_costs(
-    backbone: Backbone, objective: Objective, optimizer: OptimizerFactory, settings: CostSettings
+    backbone: Backbone,
+    objective: Objective,
+    optimizer: OptimizerFactory,
+    settings: CostSettings,
+    *,
+    loss: Loss | None = None,
 ) -> Costs:
     """Measure each distinct part of a backbone once; nothing real is allocated, and the backbone isn't touched.
 
@@ -290,14 +299,15 @@ def measure_costs(
         objective: what every module but the last is trained on.
         optimizer: makes a module's optimizer.
         settings: batch size, precision, accumulation, device.
+        loss: of the task; by default what the model is made for.
     """
     # The collector would look at every fake tensor again and again: a sixth of the time.
     with without_collector(), by_shapes_alone():
         fake_mode, (fake, fake_pieces) = fake_copy((backbone, find_cuts(backbone)))
         fake.train()
-        with single_images_refused(settings.batch_size, settings.accumulation):
+        with single_images_refused(settings.batch_size, settings.accumulation), fake_mode:
             shop = Workshop(ByShapes(fake_mode, settings), settings)
-            return measure_all(shop, fake, fake_pieces, (objective, optimizer))
+            return measure_all(shop, fake, fake_pieces, (objective, optimizer), loss=loss)
 
 
 def find_cuts(backbone: Backbone) -> list[Cuts]:
@@ -311,44 +321,62 @@ def find_cuts(backbone: Backbone) -> list[Cuts]:
 
 
 def measure_all(
-    shop: Workshop, backbone: Backbone, pieces: list[Cuts], training: tuple[Objective, OptimizerFactory]
+    shop: Workshop,
+    backbone: Backbone,
+    pieces: list[Cuts],
+    training: tuple[Objective, OptimizerFactory],
+    *,
+    loss: Loss | None = None,
 ) -> Costs:
     """Measure the parts of a backbone that is as the shop's gauge needs it; else as ``measure_costs``."""
-    settings, (objective, optimizer) = shop.settings, training
+    settings, (_, optimizer) = shop.settings, training
+    loss = loss_of(loss, backbone)
     size = settings.part_size
     dtype = next(backbone.parameters()).dtype
-    units = [backbone.stem, *backbone.blocks, backbone.tail]
+    end = ModelEnd.of(backbone, loss, chunked=settings.chunk_logits)
+    units = [backbone.stem, *backbone.blocks, end.tail]
+    along = _Along.of(shop, backbone, size)
     parts: list[list[PartCost]] = [[] for _ in WAYS]
     leading: list[list[PartCost]] = [[] for _ in WAYS]
     static, states, temporary, update_ns, likes = [], [], [], [], []
     like: Like = backbone.like(size)
+    owners = {id(tensor): number for number, unit in enumerate(units) for tensor in tensors_of(unit)}
     for number, unit in enumerate(units):
         likes.append(like)
-        mark = signature(unit) or id(unit), like
-        weights = [weight for weight in unit.parameters() if weight.requires_grad]
+        told = signature(unit)
+        mark = told or id(unit), like
+        owned = [tensor for tensor in tensors_of(unit) if owners[id(tensor)] == number]
+        weights = [tensor for tensor in owned if isinstance(tensor, nn.Parameter) and tensor.requires_grad]
+        read = [weight for weight in unit.parameters() if owners[id(weight)] != number]
         is_block = 0 < number <= len(backbone.blocks)
         stem = number == 0  # the images are there before it, and need no gradient
         measure = partial(shop.measure, unit, like, weights, present=stem, needs_gradient=not stem)
-        plain = shop.once((mark, "plain"), measure)
-        for way, how in enumerate(WAYS):
-            cost = plain.cost
-            if way and is_block:
-                cuts = pieces[number - 1]
-                if len(cuts["halves"]) == 1:  # no halves: what is written so runs as the whole block
-                    how = Checkpointing("blocks", how.chunks)  # noqa: PLW2901
-                cost = shop.once((mark, str(how)), partial(shop.way, unit, cuts, like, how))
-            parts[way].append(cost)
-            kept = shop.nbytes_of(like) if plain.keeps_input or (way and is_block) else 0
-            leading[way].append(cost if stem else _leading(cost, shop.nbytes_of(like), kept))
+        with only_read(read):
+            plain: Measured = shop.once((mark, "plain"), measure)
+            if stem and along is not None:
+                plain = plain._replace(cost=along.apart_from(plain.cost))
+            if told is None:  # what costs the same when it runs plainly, of the same modules, does in any way
+                mark = _kinds_in(unit), like, plain  # type: ignore[assignment]
+            for way, how in enumerate(WAYS):
+                cost = plain.cost
+                if way and is_block:
+                    cuts = pieces[number - 1]
+                    if len(cuts["halves"]) == 1:  # no halves: what is written so runs as the whole block
+                        how = Checkpointing("blocks", how.chunks)  # noqa: PLW2901
+                    cost = shop.once((mark, str(how)), partial(shop.way, unit, cuts, like, how))
+                parts[way].append(cost)
+                kept = shop.nbytes_of(like) if plain.keeps_input or (way and is_block) else 0
+                leading[way].append(cost if stem else _leading(cost, shop.nbytes_of(like), kept))
         update = shop.update(weights, optimizer)
-        static.append(shop.static_bytes(unit) + update.state)
+        static.append(shop.nbytes(*owned) + update.state)
         states.append(update.state)
         temporary.append(update.temporary)
         update_ns.append(update.nanoseconds)
         like = plain.shape, plain.dtype
-    heads, head_of, uses, last_uses = _measure_heads(shop, backbone, objective, optimizer, likes)
+    heads, head_of, uses, last_uses = _measure_heads(shop, backbone, training, [*likes, like], end=end, loss=loss)
     inputs = [shop.nbytes_of(((settings.batch_size, *shape[1:]), dtype)) for shape, dtype in likes[1:]]
     trained = [weight for unit in units for weight in unit.parameters() if weight.requires_grad]
+    labels = loss.label_shape(settings.batch_size, backbone), loss.label_dtype
     return Costs(
         settings=settings,
         parts=parts,
@@ -370,13 +398,99 @@ def measure_all(
             if what.make is None and what.name != "images"
             for nbytes in what.nbytes(site_of(backbone, [], 0), settings.batch_size, dtype)
         ),
+        labels=shop.nbytes_of(labels),
+        along=0 if along is None else along.of_batch,
+        images_stay=along is not None and along.images_stay,
     )
 
 
+def tensors_of(unit: nn.Module) -> list[Tensor]:
+    """Parameters and buffers of a part, each once."""
+    return list({id(tensor): tensor for tensor in (*unit.parameters(), *unit.buffers())}.values())
+
+
+def _kinds_in(unit: nn.Module) -> tuple[object, ...]:
+    """The classes that make up a part, and the shapes of their weights."""
+    return tuple((type(net), tuple(w.shape for w in net.parameters(recurse=False))) for net in unit.modules())
+
+
+@dataclass(frozen=True)
+class _Along:
+    """What goes along with a batch through a backbone that was split by watching it: its context.
+
+    Attributes:
+        of_part: bytes that the stem makes for a part of the batch.
+        of_batch: bytes of all parts', and of what the model is called with beside its main input.
+        images_stay: whether the main input is there for as long.
+    """
+
+    of_part: int
+    of_batch: int
+    images_stay: bool
+
+    @classmethod
+    def of(cls, shop: Workshop, backbone: Backbone, size: int) -> _Along | None:
+        """Have a made-up part of a batch under way in a backbone, and tell what goes along with it."""
+        trunk, settings = backbone.trunk, shop.settings
+        if trunk is None:
+            return None
+        with shop.gauge.running(), torch.no_grad():
+            given = backbone.given.rows(size).to(next(backbone.parameters()).device)
+            trunk.batch.given = given
+            backbone.stem(given.tensor.clone())
+        made = trunk.batch.current
+        assert made is not None, "the stem has run"
+        trunk.batch.current = made = made.detach()
+        main, others = _storages([given.tensor]), _storages([leaf for _, leaf in given.leaves()])
+        of_stem = {key: tensor for key, tensor in _storages(made.tensors).items() if key not in others}
+        nbytes = {key: rounded(tensor.untyped_storage().nbytes(), shop.rounding) for key, tensor in of_stem.items()}
+        parts = settings.batch_size / size
+        # What isn't split by items is made for each part anew.
+        of_parts = sum(
+            round(own * (parts if made.is_split(of_stem[key]) else settings.accumulation))
+            for key, own in nbytes.items()
+        )
+        beside = [tensor for key, tensor in others.items() if key not in main]
+        of_inputs = sum(shop.nbytes_of(((round(len(t) * parts), *t.shape[1:]), t.dtype)) for t in beside if t.ndim)
+        return cls(
+            of_part=sum(nbytes.values()),
+            of_batch=of_parts + of_inputs,
+            images_stay=trunk.reads_inputs or not backbone.given.is_single,
+        )
+
+    def apart_from(self, stem: PartCost) -> PartCost:
+        """The cost of a stem without what it makes for all modules."""
+        return stem._replace(
+            kept=stem.kept - self.of_part,
+            kept_in_autocast=stem.kept_in_autocast - self.of_part,
+            forward=stem.forward - self.of_part,
+            backward=stem.backward - self.of_part,
+        )
+
+
+def _storages(values: Iterable[object]) -> dict[int, Tensor]:
+    """Tensors by the memory that they stand in, one for each."""
+    found: dict[int, Tensor] = {}
+    for value in values:
+        if isinstance(value, Tensor):
+            found.setdefault(value.untyped_storage()._cdata, value)
+    return found
+
+
 def _measure_heads(
-    shop: Workshop, backbone: Backbone, objective: Objective, optimizer: OptimizerFactory, likes: Sequence[Like]
+    shop: Workshop,
+    backbone: Backbone,
+    training: tuple[Objective, OptimizerFactory],
+    likes: Sequence[Like],
+    *,
+    end: ModelEnd,
+    loss: Loss,
 ) -> tuple[list[Head], list[list[int]], set[str], set[str]]:
-    """Measure the objectives of all modules that partitions can have: one for each pair of layouts."""
+    """Measure the objectives of all modules that partitions can have: one for each pair of layouts.
+
+    ``likes`` are of what enters each part, and of what the last one gives.
+    """
+    objective, optimizer = training
     num_blocks, overlap, layouts = len(backbone.blocks), shop.settings.overlap, backbone.layouts
     numbers: dict[Any, int] = {}
     heads: list[Head] = []
@@ -393,19 +507,20 @@ def _measure_heads(
             if key not in numbers:
                 # How many modules there are besides isn't known: one before and one behind stand for all.
                 edges = [start] * (start > 0) + [stop] * (not last)
-                site = site_of(backbone, edges, min(start, 1), overlap=overlap)
+                site = site_of(backbone, edges, min(start, 1), overlap=overlap, loss=loss, head=end.head)
                 with shop.gauge.building():
                     built = build_local_objective(objective, site, backbone.dtype)
                 built.train()
                 if start:
                     (last_uses if last else uses).update(built.uses)
-                outputs = likes[stop + 1]
-                if last:
-                    outputs = (outputs[0][0], backbone.num_classes), outputs[1]
+                outputs = likes[stop + 1 + last]
                 numbers[key] = len(heads)
-                around = likes[0], likes[begin + 1 if start else 0], outputs
+                is_image = start == 0 and not backbone.takes_ids
+                around = likes[0], likes[0 if is_image else begin + 1], outputs
                 states = likes[begin + 1 : stop + 1 + last]  # with the tail's
-                heads.append(_measure_head(shop, built, optimizer, site, likes=around, states_like=states))
+                labels = loss.label_shape(outputs[0][0], backbone), loss.label_dtype
+                found = _measure_head(shop, built, optimizer, site, likes=around, states_like=states, labels=labels)
+                heads.append(found)
             row.append(numbers[key])
         head_of.append(row)
     return heads, head_of, uses, last_uses
@@ -419,24 +534,35 @@ def _measure_head(
     *,
     likes: tuple[Like, Like, Like],
     states_like: Sequence[Like],
+    labels: Like,
 ) -> Head:
     """Measure an objective, given what images, its module's inputs, outputs and what enters its blocks are like."""
     images_like, inputs_like, outputs_like = likes
     with shop.mode:
         inputs = torch.empty(inputs_like[0], dtype=inputs_like[1])
-        batch = empty_batch(site, Route([objective.uses]).into(0), images_like[0][0], images_like[1])
+        batch = empty_batch(site, Route([objective.uses]).into(0), images_like[0][0], inputs_like[1])
+        batch.labels, batch.loss = torch.zeros(labels[0], dtype=labels[1]), site.loss
         states = [shop.gauge.source(*like) for like in states_like] if "states" in objective.uses else []
         if "branches" in objective.uses:  # two a block, mostly; the step that confirms a plan has just those there are
             batch.branches = tuple(shop.gauge.source(*like) for like in states_like for _ in range(2))
-    terms = [weight for weight in objective.terms.parameters() if weight.requires_grad]
-    cost = shop.measure(
-        lambda outputs: objective(inputs, outputs, batch, states).loss, outputs_like, terms, present=True
-    ).cost
+    of_end = [] if site.head is None or not site.is_last else list(site.head.parameters())  # chunks are multiplied here
+    terms = [weight for weight in (*objective.terms.parameters(), *of_end) if weight.requires_grad]
+    logits = 0
+
+    def run(outputs: Tensor) -> Tensor:
+        nonlocal logits
+        value = objective(inputs, outputs, batch, states)
+        # Of the last module they are its outputs.
+        logits = 0 if value.logits is None or site.is_last else shop.nbytes(value.logits)
+        return value.loss
+
+    cost = shop.measure(run, outputs_like, terms, present=True).cost
     if objective.context is not None and site.context:
         cost = _with_time(cost, _measure_context(shop, objective.context, site, inputs_like))
     update = shop.update([weight for weight in objective.parameters() if weight.requires_grad], optimizer)
     passes = 3 if objective.reconcile else 1
-    return Head(cost, shop.static_bytes(objective) + update.state, update.temporary, passes, update.nanoseconds)
+    static = shop.static_bytes(objective) + update.state
+    return Head(cost, static, update.temporary, passes, update.nanoseconds, logits)
 
 
 def _measure_context(shop: Workshop, context: ContextSupply, site: Site, inputs_like: Like) -> PartCost:

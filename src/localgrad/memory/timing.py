@@ -16,7 +16,7 @@ import copy
 import platform
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any, final
 
@@ -29,6 +29,7 @@ from localgrad.formats import Json
 from localgrad.memory.costs import Costs, CostSettings, PartCost
 from localgrad.memory.gauge import Gauge, Like, Measured, OptimizerFactory, Run, UpdateCost
 from localgrad.memory.parts import Workshop, find_cuts, measure_all
+from localgrad.objectives.losses import Loss
 from localgrad.objectives.methods import Objective
 from localgrad.step.local_step import autocast
 
@@ -56,6 +57,13 @@ class ByClock(Gauge):
         """Nets are made on the device."""
         return self.device
 
+    def running(self) -> AbstractContextManager[object]:
+        """On the device, in the precision."""
+        stack = ExitStack()
+        stack.enter_context(self.device)
+        stack.enter_context(autocast(self.device.type, self.precision))
+        return stack
+
     def source(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A leaf that needs a gradient."""
         return torch.randn(tuple(shape), dtype=dtype, device=self.device, requires_grad=True)
@@ -71,7 +79,7 @@ class ByClock(Gauge):
         accumulates: bool | None = None,
     ) -> Measured:
         """Run a part a few times, forward and backward."""
-        inputs = torch.randn(like[0], dtype=like[1], device=self.device, requires_grad=needs_gradient)
+        inputs = filled(like, self.device).requires_grad_(needs_gradient and like[1].is_floating_point)
         forward, backward = [], []
         output = inputs
 
@@ -178,6 +186,8 @@ def measure_times(
     optimizer: OptimizerFactory,
     settings: CostSettings,
     device: torch.device,
+    *,
+    loss: Loss | None = None,
 ) -> Calibration:
     """Run each distinct part of a backbone on a copy of it, and a whole step of all of them.
 
@@ -187,27 +197,42 @@ def measure_times(
         optimizer: makes a module's optimizer.
         settings: of ``IMAGES`` images; the precision and overlap are those that will be trained.
         device: that is there.
+        loss: of the task; by default the model's own.
 
     Raises:
-        DeviceError: not even two images fit the device.
+        DeviceError: not even two images fit the device; or the backbone was outlined without weights.
     """
+    if next(backbone.parameters()).is_meta:
+        raise DeviceError(
+            f"{arg('measure', value=True)}: this model was outlined by shapes alone, so there is nothing to run; leave "
+            "it out, or plan in Python for what localgrad.split gives."
+        )
     began = time.monotonic()
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             real = _copied(backbone, device)
             gauge = ByClock(device, settings.precision)
-            costs = measure_all(Workshop(gauge, settings), real, find_cuts(real), (objective, optimizer))
+            shop = Workshop(gauge, settings)
+            costs = measure_all(shop, real, find_cuts(real), (objective, optimizer), loss=loss)
             like = backbone.like(settings.batch_size)
             whole = gauge.measure(real, like, list(real.parameters()), needs_gradient=False).cost
     except torch.OutOfMemoryError as full:
         if settings.batch_size <= 2:
             raise DeviceError(f"{arg('measure', value=True)}: two images don't fit {device}; leave it out.") from full
         fewer = replace(settings, batch_size=settings.batch_size // 2)
-        return measure_times(backbone, objective, optimizer, fewer, device)
+        return measure_times(backbone, objective, optimizer, fewer, device, loss=loss)
     added = sum(part.forward_ns + part.backward_ns for part in costs.parts[0])
     error = added / (whole.forward_ns + whole.backward_ns) - 1
     seconds = time.monotonic() - began
     return Calibration(costs=costs, machine=machine_of(device), seconds=seconds, error=error)
+
+
+def filled(like: Like, device: torch.device) -> Tensor:
+    """Random numbers; token ids are zeros, which every vocabulary has."""
+    shape, dtype = like
+    if dtype.is_floating_point:
+        return torch.randn(shape, dtype=dtype, device=device)
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def _copied(backbone: Backbone, device: torch.device) -> Backbone:

@@ -4,6 +4,10 @@ The executor makes things on the way and lets go of them; the batch cuts them in
 the estimates of memory and the planners read their shapes. A new thing is a line here, or ``register_carried`` from
 outside; a term that looks at it names it in ``Term.uses``.
 
+Beside the table stands the *model context* (``LocalBatch.model_context``): what the blocks of a model that was split by
+watching are called with beside features. Every module needs it, whatever its objective, and it is no tensor but a tree
+of them, which the model alone knows.
+
 Shapes: B batch first, left out in ``Carried.shape`` of what is split with the batch.
 """
 
@@ -29,6 +33,8 @@ CONTEXT_GRID = 4
 INSIDE = frozenset({"states", "branches"})
 """What terms may look at besides: of their own module, so that nothing is carried."""
 Value = Tensor | tuple[Tensor, ...]
+MODEL_CONTEXT = "model_context"
+"""What blocks of a model that was split by watching need beside features, by its name on the wire."""
 MASK_NAME = "attention_mask"
 """Keyword of what says of each token [B, N] whether it isn't padding, in Hugging Face's models."""
 
@@ -155,7 +161,8 @@ RESERVED = frozenset(
         "carried",
         "averaged",
         "given",
-        "called_with",
+        MODEL_CONTEXT,
+        "model_contexts",
     }
 )
 CARRIED = {
@@ -284,8 +291,8 @@ class Route:
 
 
 def _is_tree(inputs: Any) -> bool:
-    """Whether it is a dict or a tuple of tensors."""
-    return isinstance(inputs, Mapping) or (
+    """Whether it is a dict or a tuple of tensors, or an example."""
+    return isinstance(inputs, (Mapping, Example)) or (
         isinstance(inputs, (tuple, list)) and any(isinstance(x, Tensor) for x in inputs)
     )
 
@@ -345,7 +352,8 @@ class LocalBatch:
         self.token_factor = token_factor
         self.counts_all = counts_all
         self.given = given
-        self._contexts: Sequence[Context] = ()  # of the whole, or of its parts
+        self.model_contexts: Sequence[Context] = ()
+        """The model context of the whole, or of its parts."""
         self.loss: Loss = CROSS_ENTROPY
         """Of the task: how many of the labels count."""
         self.branches: tuple[Tensor, ...] = ()
@@ -361,24 +369,24 @@ class LocalBatch:
         return self.carried.get(name, () if CARRIED[name].grows else None)
 
     @property
-    def called_with(self) -> Context | None:
+    def model_context(self) -> Context | None:
         """What blocks of a model that was split by watching need beside features; the stem makes it.
 
         Raises:
             RecipeError: it is there in parts that can't be joined.
         """
-        if len({tuple(tensor.ndim for tensor in each.tensors) for each in self._contexts}) > 1:
+        if len({tuple(tensor.ndim for tensor in each.tensors) for each in self.model_contexts}) > 1:
             raise RecipeError(
                 f"{arg('accumulation')}: the model makes masks for those parts of a batch alone that have padding, so "
                 "parts can't be put together to be cut anew; keep the number of parts."
             )
-        if len(self._contexts) > 1:
-            self._contexts = [Context.join(self._contexts)]
-        return self._contexts[0] if self._contexts else None
+        if len(self.model_contexts) > 1:
+            self.model_contexts = [Context.join(self.model_contexts)]
+        return self.model_contexts[0] if self.model_contexts else None
 
-    @called_with.setter
-    def called_with(self, context: Context | None) -> None:
-        self._contexts = [] if context is None else [context]
+    @model_context.setter
+    def model_context(self, context: Context | None) -> None:
+        self.model_contexts = [] if context is None else [context]
 
     @property
     def features(self) -> Tensor:
@@ -432,7 +440,7 @@ class LocalBatch:
         """The batch as another module receives it."""
         onward = LocalBatch(None, self.labels, features=features, targets=self._targets, number=self.number)
         onward.carried, onward.loss = carried, self.loss
-        onward.called_with = self.called_with
+        onward.model_contexts = self.model_contexts
         return onward
 
     def to(self, device: torch.device) -> LocalBatch:
@@ -448,7 +456,7 @@ class LocalBatch:
         there = LocalBatch(None, moved(self.labels), features=moved(self.features), targets=targets, number=self.number)
         there.loss = self.loss
         there.given = None if self.given is None else self.given.map(moved)
-        there.called_with = None if self.called_with is None else self.called_with.map(moved)
+        there.model_contexts = [context.map(moved) for context in self.model_contexts]
         there.carried = {
             name: moved(value) if isinstance(value, Tensor) else tuple(map(moved, value))
             for name, value in self.carried.items()
@@ -477,7 +485,7 @@ class LocalBatch:
         for index, own in enumerate(labels):
             part = LocalBatch(None, own, features=features[index], number=self.number, labels_counted=counted)
             part.share = len(own) / len(self.labels) if len(labels) > 1 else None
-            part.given, part.called_with, part.loss = given[index], contexts[index], self.loss
+            part.given, part.model_context, part.loss = given[index], contexts[index], self.loss
             part.token_factor = of_tokens[index] if of_tokens else None
             part.carried = {name: values[index] for name, values in carried.items()}
             found.append(part)
@@ -485,14 +493,14 @@ class LocalBatch:
 
     def take_context(self, parts: Sequence[LocalBatch]) -> None:
         """Take what the stem has made for the parts of this batch, if it has just been there."""
-        if not self._contexts:
+        if not self.model_contexts:
             # As they are: some models leave a mask away where a part has no padding, so that parts differ in kind.
-            self._contexts = [part.called_with for part in parts if part.called_with is not None]
+            self.model_contexts = [context for part in parts for context in part.model_contexts]
 
     def _contexts_of_parts(self, count: int) -> Sequence[Context | None]:
-        if len(self._contexts) > 1 and len(self._contexts) == len(self.labels.chunk(count)):
-            return self._contexts
-        whole = self.called_with
+        if len(self.model_contexts) > 1 and len(self.model_contexts) == len(self.labels.chunk(count)):
+            return self.model_contexts
+        whole = self.model_context
         return [] if whole is None else whole.chunk(count)
 
     def _labels_counted(self) -> Tensor | None:
@@ -534,10 +542,35 @@ def make_parts(parts: Sequence[LocalBatch]) -> None:
         part.share, part.labels_counted, part.token_factor = len(part.labels) / total, counted, factor
 
 
-def empty_batch(site: Site, carried: Iterable[Carried], num_images: int, dtype: torch.dtype) -> LocalBatch:
-    """A batch as it enters the module at a site, of uninitialised memory; labels are zeros."""
-    labels = torch.zeros(num_images, dtype=torch.int64)
-    batch = LocalBatch(None, labels, features=torch.empty(num_images, *site.inputs.shape, dtype=dtype))
+def empty_batch(
+    site: Site,
+    carried: Iterable[Carried],
+    num_images: int,
+    dtype: torch.dtype,
+    *,
+    labels: Tensor | None = None,
+    main: tuple[Sequence[int], torch.dtype] | None = None,
+    context: Context | None = None,
+) -> LocalBatch:
+    """A batch as it enters the module at a site, of uninitialised memory.
+
+    Args:
+        site: where.
+        carried: what else it has.
+        num_images: of it.
+        dtype: of features.
+        labels: of it; by default class indices, zeros.
+        main: shape and dtype of what the first module receives; by default as features there.
+        context: the model context of an example, of a model that was split by watching.
+    """
+    shape, kind = main if main is not None and site.index == 0 else ((num_images, *site.inputs.shape), dtype)
+    labels = torch.zeros(num_images, dtype=torch.int64) if labels is None else labels
+    batch = LocalBatch(None, labels, features=torch.empty(tuple(shape), dtype=kind))
+    batch.loss = site.loss
+    if context is not None and site.index:  # of the first one, the stem makes it
+        batch.model_context = context.rows(num_images).map(
+            lambda tensor: torch.empty_like(tensor) if any(tensor.stride()) else tensor
+        )
     for each in carried:
         if each.grows and not site.context:
             continue  # nobody has added to it yet
@@ -557,5 +590,12 @@ def made_up(backbone: Backbone, labels: Tensor) -> LocalBatch:
     main = empty_inputs(backbone, len(labels))
     if backbone.trunk is None or backbone.given.is_single:
         return LocalBatch(main, labels)
-    others = backbone.given.rows(len(labels)).map(lambda tensor: torch.zeros_like(tensor, device=main.device))
-    return LocalBatch(main, labels, given=others.with_main(main))
+    given = backbone.given
+
+    def like(tensor: Tensor) -> Tensor:
+        if tensor is given.tensor:
+            return main
+        is_split = tensor.ndim and len(tensor) == given.num_items
+        return torch.zeros((len(labels), *tensor.shape[1:]) if is_split else tensor.shape, dtype=tensor.dtype)
+
+    return LocalBatch(main, labels, given=given.map(like))

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from localgrad.backbones.example import says_causal
 from localgrad.backbones.fake import FakeTensor
 from localgrad.errors import DataError, RecipeError, did_you_mean
 
@@ -58,6 +59,12 @@ class Loss(ABC):
     smooths = True
     weighs = False
     label_dtype = torch.int64
+
+    @property
+    def described(self) -> str:
+        """A text that is the same for losses of which a step needs the same memory and time."""
+        weighs = ", weighted" if self.weighs else ""
+        return f"{type(self).__name__}, of {'tokens' if self.names_tokens else 'items'}{weighs}"
 
     @abstractmethod
     def __call__(self, logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
@@ -293,6 +300,11 @@ class OwnFunction(Loss):
         self.function = function
         self.names_tokens = per_token
 
+    @property
+    def described(self) -> str:
+        """By its name."""
+        return str(getattr(self.function, "__qualname__", type(self.function).__qualname__))
+
     def __call__(self, logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
         """What the function gives.
 
@@ -387,8 +399,7 @@ def loss_of(loss: str | Loss | Callable[[Tensor, Tensor], Tensor] | None, backbo
     """
     per_token: bool = backbone.names_tokens
     if loss is None:
-        # Where a model of transformers doesn't say, that takes causal language modelling: GPT2LMHeadModel.
-        if per_token and getattr(backbone.model, "loss_type", "") in (None, "ForCausalLM"):
+        if per_token and says_causal(backbone.model):
             return NextToken()
         problem = getattr(getattr(backbone.model, "config", None), "problem_type", None)
         return PROBLEMS[problem]() if problem in PROBLEMS and not per_token else CrossEntropy(per_token=per_token)

@@ -34,7 +34,7 @@ from localgrad.backbones.base import Layout
 from localgrad.errors import RecipeError, arg, did_you_mean
 from localgrad.objectives.auxiliary import CLASSIFIERS, DECODERS, build_classifier, build_decoder, register_classifier
 from localgrad.objectives.base import ContextSupply, LocalObjective, Term
-from localgrad.objectives.readouts import ReadoutClassifier, TailClassifier
+from localgrad.objectives.readouts import OwnHead, ReadoutClassifier, TailClassifier
 from localgrad.objectives.reconstruction import ERRORS, BlockReconstruction, Reconstruction
 from localgrad.objectives.regularisers import BranchTransport, SimilarityMatching, Transport
 from localgrad.objectives.site import Site, Weight
@@ -165,7 +165,8 @@ class Objective(ABC):
         )
 
     def _of_last(self, site: Site, context: ContextSupply | None, reconcile: float) -> LocalObjective:
-        terms: dict[str, Term] = {"task": TaskLoss(nn.Identity(), self.label_smoothing, loss=site.loss)}
+        head = nn.Identity() if site.head is None else OwnHead(site.outputs, site.head)
+        terms: dict[str, Term] = {"task": TaskLoss(head, self.label_smoothing, loss=site.loss)}
         if site.index and self.transport_tau is not None:
             terms["transport"] = self._transport(site)
         over_time = {name: ends for name, ends in self.over_time.items() if name == "transport"}
@@ -252,11 +253,11 @@ class GreedySupervised(Objective):
     @property
     def looks_inside(self) -> bool:
         """Whether what is built depends on more than the layouts of a module's inputs and outputs."""
-        return super().looks_inside or self.looks_ahead
+        return super().looks_inside or CLASSIFIERS.find(self.classifier).looks_ahead
 
     @property
     def looks_ahead(self) -> bool:
-        """Whether what is built is made of the blocks that follow a module."""
+        """Whether what is built is made of the blocks that follow a module, or of the model's own end."""
         kind = CLASSIFIERS.find(self.classifier)
         return kind.looks_ahead or kind.looks_at_tail
 

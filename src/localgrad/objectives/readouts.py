@@ -103,6 +103,29 @@ class ReadoutClassifier(TrainedHead):
 
 
 @final
+class OwnHead(TrainedHead):
+    """The last layer of the model's own end, which the last module trains: given vectors, not features.
+
+    Args:
+        source: layout of what enters the model's end.
+        linear: the layer; it stays the end's own.
+    """
+
+    def __init__(self, source: Layout, linear: nn.Linear) -> None:
+        super().__init__(source, linear.out_features, per_token=True)
+        self._linear = [linear]  # a list: it is in the end already
+
+    def embed(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """They are the layer's inputs already."""
+        return features
+
+    def score(self, vectors: Tensor) -> Tensor:
+        """The layer."""
+        [linear] = self._linear
+        return cast(Tensor, linear(vectors))
+
+
+@final
 class TailClassifier(TrainedHead):
     """Copies of the model's last blocks and of its own end, which start as they start and are trained: SegProp's.
 

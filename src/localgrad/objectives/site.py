@@ -32,6 +32,7 @@ class Site:
         tail: the model's own end, behind its last block.
         undecayed: ids of the model's parameters that it leaves weight decay off.
         loss: of the task.
+        head: the last layer of the model's own end, where the last module hands it what it takes, chunk by chunk.
     """
 
     index: int
@@ -47,6 +48,7 @@ class Site:
     tail: nn.Module | None = None
     undecayed: frozenset[int] = frozenset()
     loss: Loss = CROSS_ENTROPY
+    head: nn.Linear | None = None
 
     @property
     def is_last(self) -> bool:

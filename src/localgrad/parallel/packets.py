@@ -25,7 +25,7 @@ class Packets:
         num_classes: classes of the task.
         num_images: of a batch.
         dtype: of images and features.
-        labels: bytes of the labels.
+        labels: bytes of the labels, and of masks and positions beside the features.
         uses: what the objectives of modules that are neither first nor last look at.
         last_uses: what that of the last one looks at.
         rounded: bytes that the allocator gives for some.

@@ -37,6 +37,7 @@ from localgrad.memory.recording import Trace
 from localgrad.memory.temporaries import workspace_bytes
 from localgrad.memory.timing import IMAGES, Calibration, machine_of, measure_times
 from localgrad.memory.track import MemoryProfile
+from localgrad.objectives.losses import Loss
 from localgrad.objectives.methods import Objective
 from localgrad.partition import (
     Boundaries,
@@ -144,6 +145,9 @@ class Task:
         rules: of PyTorch's allocator; by default as it is here.
         data: what the data path takes of the card.
         replays: whether a plan is confirmed by replaying its run's allocations.
+        loss: of the task; by default what the model is made for.
+        shared: what becomes of a parameter that several modules read, as for ``LocalLearner``.
+        chunk_logits: whether logits of the model's own end are made chunk by chunk.
     """
 
     backbone: Backbone
@@ -166,6 +170,9 @@ class Task:
     rules: Rules = field(default_factory=rules_here)
     data: DataPath = field(default_factory=DataPath)
     replays: bool = True
+    loss: Loss | None = None
+    shared: str = "refuse"
+    chunk_logits: bool = False
     measured: dict[CostSettings, Costs] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
@@ -212,6 +219,7 @@ class Task:
             accumulation=accumulation,
             device=self.device,
             overlap=self.overlap,
+            chunk_logits=self.chunk_logits,
         )
         if settings not in self.measured:  # what the cache doesn't know is measured once all the same
             costs = self._costs(settings)
@@ -228,22 +236,32 @@ class Task:
         if self.device == "cuda" and not torch.cuda.is_available():
             told = arg("measure", value=True)
             raise DeviceError(f"{told}: there is no CUDA device here; take {arg('device', 'cpu')}, or leave it out.")
-        settings = CostSettings(batch_size=IMAGES[self.device], precision=self.precision, overlap=self.overlap)
+        settings = CostSettings(
+            batch_size=IMAGES[self.device],
+            precision=self.precision,
+            overlap=self.overlap,
+            chunk_logits=self.chunk_logits,
+        )
         device = torch.device(self.device)
-        key = key_of(self.backbone, self.objective, self.optimizer, settings) if self.cache else None
+        key = self._key_of(settings)
 
         def found() -> Figures:
-            return measure_times(self.backbone, self.objective, self.optimizer, settings, device).to_dict()
+            parts = self.backbone, self.objective, self.optimizer
+            return measure_times(*parts, settings, device, loss=self.loss).to_dict()
 
         key = None if key is None else hashlib.sha256(f"{key} {machine_of(device)}".encode()).hexdigest()
         return Calibration.from_dict(remembered(key, found, folder="times"))
 
     def _costs(self, settings: CostSettings) -> Costs:
         def found() -> Figures:
-            return measure_costs(self.backbone, self.objective, self.optimizer, settings).to_dict()
+            return measure_costs(self.backbone, self.objective, self.optimizer, settings, loss=self.loss).to_dict()
 
-        key = key_of(self.backbone, self.objective, self.optimizer, settings) if self.cache else None
-        return Costs.from_dict(remembered(key, found))
+        return Costs.from_dict(remembered(self._key_of(settings), found))
+
+    def _key_of(self, settings: CostSettings) -> str | None:
+        if not self.cache:
+            return None
+        return key_of(self.backbone, self.objective, self.optimizer, settings, self.loss)
 
     def confirm(self, plan: Plan, batch_size: int, globally: Checkpointing | None = None) -> MemoryProfile:
         """Simulate one whole step of a plan; an end-to-end one that recomputes in some way, where that is given."""
@@ -305,6 +323,9 @@ class Task:
             ema_decay=self.ema_decay,
             overlap=self.overlap,
             global_checkpoint=globally or Checkpointing(),
+            loss=self.loss,
+            shared=self.shared,
+            chunk_logits=self.chunk_logits,
         )
 
 

@@ -23,13 +23,14 @@ from localgrad.backbones.base import Backbone
 from localgrad.backbones.halves import signature
 from localgrad.formats import Json
 from localgrad.memory.costs import CostSettings
+from localgrad.objectives.losses import Loss, OwnFunction, loss_of
 from localgrad.objectives.methods import Objective
 
 Figures = dict[str, Json]
 
 CACHE_BYTES = 64 << 20
 """The cache is kept below this size; what was used longest ago goes first."""
-PACKAGES = ("torch", "timm", "torchvision", "bitsandbytes")
+PACKAGES = ("torch", "timm", "torchvision", "bitsandbytes", "transformers", "open_clip", "peft")
 """Packages whose code the costs may depend on, beside our own: their versions tell it."""
 
 _recent: dict[str, Figures] = {}
@@ -50,14 +51,17 @@ def remembered(key: str | None, find: Callable[[], Figures], *, folder: str = "c
     return _recent[key]
 
 
-def key_of(backbone: Backbone, objective: Objective, optimizer: object, settings: CostSettings) -> str | None:
+def key_of(
+    backbone: Backbone, objective: Objective, optimizer: object, settings: CostSettings, loss: Loss | None = None
+) -> str | None:
     """A digest of everything that the costs depend on; ``None`` where they depend on code that no version tells.
 
     That is an optimizer without a ``cache_key``, and an objective or a part of the model whose class is the user's
     own: it may be edited, and so may anything that it calls.
     """
     known_as = getattr(optimizer, "cache_key", None)
-    if known_as is None or not is_told_by_text(objective):
+    loss = loss_of(loss, backbone)
+    if known_as is None or not is_told_by_text(objective) or not _is_told(loss):
         return None
     parts_of_model = (backbone.stem, *backbone.blocks, backbone.tail)
     signatures = [signature(part) for part in parts_of_model]
@@ -66,11 +70,16 @@ def key_of(backbone: Backbone, objective: Objective, optimizer: object, settings
     parts = (
         signatures,
         (backbone.input_size, backbone.num_classes, backbone.layouts),
-        (repr(objective), known_as, dataclasses.astuple(settings)),
+        (repr(objective), known_as, dataclasses.astuple(settings), loss.described),
         [_version_of(name) for name in PACKAGES],
         _own_version(),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _is_told(loss: Loss) -> bool:
+    """Whether a loss is one of ours: of a user's nothing is known."""
+    return _is_known_class(type(loss)) and not isinstance(loss, OwnFunction)
 
 
 def _is_known(value: object) -> bool:

@@ -134,7 +134,7 @@ class _RankSearch:
         if self.task.ema_decay is not None:
             averages = [_num_bytes([*unit.parameters(), *unit.buffers()]) for unit in units]
         self._static = [0, *itertools.accumulate(map(sum, zip(self.costs.static, averages, strict=True)))]
-        label_bytes = 4 * backbone.num_classes if self.task.soft_labels else 8
+        soft = 4 * backbone.num_classes * self.batch_size
         self.packets = Packets(
             num_ranks=parallel.num_ranks,
             layouts=backbone.layouts,
@@ -142,7 +142,7 @@ class _RankSearch:
             num_classes=backbone.num_classes,
             num_images=self.batch_size,
             dtype=backbone.dtype,
-            labels=label_bytes * self.batch_size,
+            labels=(soft if self.task.soft_labels else self.costs.labels) + self.costs.along,
             uses=self.costs.uses,
             last_uses=self.costs.last_uses,
             rounded=partial(rounded, rounding=CUDA_ROUNDING if self.costs.settings.device == "cuda" else 1),

@@ -30,8 +30,9 @@ def print_plan(plan: Plan, console: Console) -> None:
     forecast, made_for = forecast_of(plan), plan.made_for
     size = made_for["input_size"]
     assert isinstance(size, list), "as planning wrote it"
+    items = "x".join(map(str, size[1:])) if len(size) > 1 else f"{size[0]} tokens"
     console.print(
-        f"[bold]{plan.model}[/], {'x'.join(map(str, size[1:]))}, {made_for['num_classes']} classes, "
+        f"[bold]{plan.model}[/], {items}, {made_for['num_classes']} classes, "
         f"batch {made_for['training.batch_size']}, {made_for['execution.precision']}, "
         f"{made_for['training.optimizer']}, {made_for['device']}"
     )

@@ -37,6 +37,7 @@ from localgrad.backbones.fake import TorchDispatchMode
 from localgrad.backbones.halves import DRAW_OF_ROWS, Piece
 from localgrad.backbones.hooks import has_hooks, hooks_on_all
 from localgrad.backbones.namespaces import Kwargs
+from localgrad.backbones.watching import UnderWay
 from localgrad.errors import RecipeError
 
 Part = Callable[[Tensor], Tensor]
@@ -130,15 +131,25 @@ def _is_fresh(output: Tensor, features: Tensor) -> bool:
 
 def _over_chunks(piece: Piece, features: Tensor, chunks: int) -> Tensor:
     parts = features.chunk(chunks)
-    if not (piece.draws and features.device.type == "cpu"):
-        return torch.cat([checkpointed(piece.branch, part) for part in parts])
-    state = torch.get_rng_state()
+    draws = piece.draws and features.device.type == "cpu"
+    state = torch.get_rng_state() if draws else None
     outputs, start = [], 0
     for part in parts:
-        torch.set_rng_state(state)  # every chunk draws the whole batch's numbers, and keeps its rows
-        outputs.append(checkpointed(partial(_with_rows_of, piece, start, len(features)), part))
+        run = piece.branch
+        if state is not None:
+            torch.set_rng_state(state)  # every chunk draws the whole batch's numbers, and keeps its rows
+            run = partial(_with_rows_of, piece, start, len(features))
+        if piece.under_way is not None:
+            run = partial(in_context_of, piece.under_way, start, run)
+        outputs.append(checkpointed(run, part))
         start += len(part)
     return torch.cat(outputs)
+
+
+def in_context_of(under_way: UnderWay, start: int, run: Part, part: Tensor) -> Tensor:
+    """Run something on some items of the batch under way, with their own masks and positions."""
+    with under_way.of_rows(start, start + len(part)):
+        return run(part)
 
 
 def _with_rows_of(piece: Piece, start: int, total: int, part: Tensor) -> Tensor:

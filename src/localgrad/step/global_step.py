@@ -58,6 +58,7 @@ class GlobalStep:
         scaler = last.scaler
         parts = batch.parts(last.accumulation)
         outputs = []
+        gives_logits = last.module.gives_logits
         for part in parts:
             self.steps[0].module.begin_batch(part)
             with autocast(last.device_type, last.precision):
@@ -65,14 +66,17 @@ class GlobalStep:
                 value = last.module.objective(logits, logits, part)
             scaler.scale(value.loss).backward()
             terms = {name: term.detach() for name, term in value.terms.items()}
-            outputs.append(LocalOutput(logits.detach(), value.loss.detach(), terms, None))
+            made = None if gives_logits or value.logits is None else value.logits.detach()
+            outputs.append(LocalOutput(logits.detach(), value.loss.detach(), terms, made))
             del logits, value
+        self.steps[0].module.end_batch()
         self._update(scaler)
         found = joined(outputs)
         num_others = len(self.steps) - 1
         terms_of_all = (*({} for _ in range(num_others)), found.terms)
-        module_logits = (*([None] * num_others), found.features)
-        return StepResult(found.features, (found.loss,), terms_of_all, module_logits, batch.known_targets)
+        whole = found.features if gives_logits else found.logits
+        module_logits = (*([None] * num_others), whole)
+        return StepResult(whole, (found.loss,), terms_of_all, module_logits, batch.known_targets)
 
     def _logits(self, images: Tensor, labels: Tensor) -> Tensor:
         batch = LocalBatch(None, labels, features=images)

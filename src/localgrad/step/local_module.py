@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 from localgrad.backbones.base import Backbone, Layout, Stem
 from localgrad.backbones.effects import Observed
+from localgrad.backbones.ends import Headless, last_linear
 from localgrad.backbones.halves import AsCut, Piece, find_pieces, observed, whole_block
 from localgrad.backbones.hooks import has_hooks
 from localgrad.backbones.timm_models import undecayed
 from localgrad.backbones.watching import UnderWay
-from localgrad.errors import BackboneError, RecipeError
+from localgrad.errors import BackboneError, RecipeError, arg
 from localgrad.objectives.base import LocalObjective, ObjectiveValue
 from localgrad.objectives.carried import LocalBatch
-from localgrad.objectives.losses import CROSS_ENTROPY, Loss
+from localgrad.objectives.losses import CROSS_ENTROPY, Loss, TokenLoss
 from localgrad.objectives.methods import Objective
 from localgrad.objectives.site import Site
 from localgrad.partition import Checkpointing, Plan
@@ -78,7 +79,9 @@ class LocalModule(nn.Module):
         given: parts at the end that the next module runs as well.
         pieces: by number of a part, its pieces, where the objective looks at residual branches.
         reads: weights that it reads, and that another module trains.
+        copies: weights of which it trains a copy, as other modules do (see ``step/copies.py``).
         under_way: what the parts share about the batch under way, of a model that was split by watching it.
+        gives_logits: false for a last module whose objective makes the logits, and not its parts.
     """
 
     def __init__(
@@ -92,7 +95,9 @@ class LocalModule(nn.Module):
         given: int = 0,
         pieces: Mapping[int, Sequence[Piece]] | None = None,
         reads: Sequence[nn.Parameter] = (),
+        copies: Sequence[nn.Parameter] = (),
         under_way: UnderWay | None = None,
+        gives_logits: bool = True,
     ) -> None:
         super().__init__()
         self.parts = nn.ModuleList(parts)
@@ -104,8 +109,10 @@ class LocalModule(nn.Module):
         self.pieces = dict(pieces or {})
         self._passed_by = [by for number, found in self.pieces.items() for by in _passed_by(self.parts[number], found)]
         self.under_way = under_way
+        self.gives_logits = gives_logits
         self.reads: list[nn.Parameter]
-        vars(self)["reads"] = list(reads)  # past the registry: they are in its parts
+        self.copies: list[nn.Parameter]
+        vars(self).update(reads=list(reads), copies=list(copies))  # past the registry: they are in its parts
         self.keeps_gradient = False
         self.has_unread = False  # whether it has trainable parameters that no loss of its reads; known where it matters
         self.gradient: Tensor | None = None
@@ -170,8 +177,7 @@ class LocalModule(nn.Module):
             with_states="states" in self.objective.uses or not inputs.is_floating_point(),
             branches=branches if "branches" in self.objective.uses else None,
         )
-        if self.under_way is not None and batch.called_with is None and self.under_way.current is not None:
-            batch.called_with = self.under_way.current.detach()
+        self.note_context(batch)
         if self.keeps_gradient and outputs.requires_grad:
             outputs.register_hook(self._keep)  # type: ignore[no-untyped-call]
         target = inputs if received is None else received
@@ -195,19 +201,74 @@ class LocalModule(nn.Module):
         """
         if self.under_way is not None:
             is_first = isinstance(self.parts[0], Stem)
-            if not is_first and batch.called_with is None and self.under_way.differs_by_batch:
+            if not is_first and batch.model_context is None and self.under_way.differs_by_batch:
                 raise RecipeError(
                     "batch: it has features but no context (masks, positions), which the model's stem makes of its "
                     "inputs; train all modules on a batch, from its inputs on."
                 )
-            self.under_way.given, self.under_way.current = batch.given, batch.called_with
+            self.under_way.given, self.under_way.current = batch.given, batch.model_context
+
+    def note_context(self, batch: LocalBatch) -> None:
+        """Have a batch carry on what the stem has just made of it."""
+        if self.under_way is not None and batch.model_context is None and self.under_way.current is not None:
+            batch.model_context = self.under_way.current.detach()
+
+    def end_batch(self) -> None:
+        """Let go of a batch's context, which may hold the stem's graph."""
+        if self.under_way is not None:
+            self.under_way.current = None
 
     def _keep(self, gradient: Tensor) -> None:
         self.gradient = gradient
 
 
+class ModelEnd(NamedTuple):
+    """What a model does behind its last block, as its last local module runs it.
+
+    Attributes:
+        tail: features to logits, or to what the head takes.
+        head: makes logits of that, chunk by chunk; ``None`` where the tail gives logits.
+    """
+
+    tail: nn.Module
+    head: nn.Linear | None = None
+
+    @classmethod
+    def of(cls, backbone: Backbone, loss: Loss, *, chunked: bool) -> ModelEnd:
+        """A backbone's end, as it is or cut before its last layer.
+
+        Args:
+            backbone: split, or outlined.
+            loss: of the task.
+            chunked: whether logits are never to be whole in memory.
+
+        Raises:
+            RecipeError: logits can't be made chunk by chunk.
+        """
+        if not chunked:
+            return cls(backbone.tail)
+        if not (isinstance(loss, TokenLoss) and loss.names_tokens):
+            raise RecipeError(
+                f"{arg('chunk_logits')}: it is of logits of tokens and losses that sum over them (next-token, "
+                "per-token); leave it out."
+            )
+        like = next(backbone.parameters())
+        features = torch.zeros(2, *backbone.layouts[-1].shape, dtype=like.dtype, device=like.device)
+        linear = last_linear(backbone.tail, features, backbone.num_classes)
+        if linear is None or has_hooks(linear):
+            why = "does something behind its last linear layer" if linear is None else "has hooks on its last layer"
+            raise RecipeError(f"{arg('chunk_logits')}: {type(backbone.model).__name__} {why}; leave it out.")
+        return cls(Headless(backbone.tail, linear), linear)
+
+
 def site_of(
-    backbone: Backbone, boundaries: Sequence[int], index: int, *, overlap: int = 0, loss: Loss = CROSS_ENTROPY
+    backbone: Backbone,
+    boundaries: Sequence[int],
+    index: int,
+    *,
+    overlap: int = 0,
+    loss: Loss = CROSS_ENTROPY,
+    head: nn.Linear | None = None,
 ) -> Site:
     """Where in a split model a local module stands, which trains ``overlap`` blocks of the module before as well."""
     num_blocks = len(backbone.blocks)
@@ -231,6 +292,7 @@ def site_of(
         tail=backbone.tail,
         undecayed=undecayed(backbone.model),
         loss=loss,
+        head=head,
     )
 
 
@@ -267,6 +329,7 @@ def build_local_modules(
     overlap: int = 0,
     shared: str = "refuse",
     loss: Loss = CROSS_ENTROPY,
+    chunk_logits: bool = False,
     drawing: Callable[[int], AbstractContextManager[None]] = lambda _index: nullcontext(),
 ) -> list[LocalModule]:
     """Make the local modules of a plan from a backbone's parts; auxiliary nets join the backbone's device.
@@ -278,20 +341,22 @@ def build_local_modules(
         overlap: blocks of the module before that each module trains as well.
         shared: what becomes of a parameter that several modules read, see ``LocalLearner``.
         loss: of every module's task.
+        chunk_logits: whether logits of the model's own end are made chunk by chunk.
         drawing: given a module's number, the region in which its auxiliary nets are made; decides what they draw.
 
     Raises:
         BackboneError: a parameter is shared across a boundary, or the objective looks at residual branches and a block
             can't be cut into them.
     """
-    reads = read_only(backbone, plan.boundaries, shared)
+    weights = shared_weights(backbone, plan.boundaries, shared)
+    end = ModelEnd.of(backbone, loss, chunked=chunk_logits)
     device = next(backbone.parameters()).device
     edges = [0, *plan.boundaries, len(backbone.blocks)]
     modules = []
     for index, span in enumerate(plan.spans):
         first, last = index == 0, index == plan.num_modules - 1
-        site = site_of(backbone, plan.boundaries, index, overlap=overlap, loss=loss)
-        stem, tail = [backbone.stem] * first, [backbone.tail] * last
+        site = site_of(backbone, plan.boundaries, index, overlap=overlap, loss=loss, head=end.head)
+        stem, tail = [backbone.stem] * first, [end.tail] * last
         begins, given = (shared_blocks(edges, number, overlap) for number in (index, index + 1))
         blocks = [backbone.blocks[number] for number in range(span.start - begins, span.stop)]
         with drawing(index):
@@ -306,23 +371,32 @@ def build_local_modules(
                 shared=begins,
                 given=given,
                 pieces=_branched(backbone, range(span.start - begins, span.stop), len(stem)) if looks else None,
-                reads=reads[index],
+                reads=weights[index].reads,
+                copies=weights[index].copies,
                 under_way=None if backbone.trunk is None else backbone.trunk.batch,
+                gives_logits=not last or end.head is None,
             )
         )
     return modules
 
 
-SHARED = ("refuse", "last")
+SHARED = ("refuse", "last", "average")
 
 
-def read_only(backbone: Backbone, boundaries: Sequence[int], shared: str) -> list[list[nn.Parameter]]:
-    """Of each local module, the weights that it reads while a later one trains them.
+class SharedWeights(NamedTuple):
+    """Weights of a local module that others have as well: those that it only reads, and those it trains a copy of."""
+
+    reads: list[nn.Parameter]
+    copies: list[nn.Parameter]
+
+
+def shared_weights(backbone: Backbone, boundaries: Sequence[int], shared: str) -> list[SharedWeights]:
+    """Of each local module, the weights that it shares with others, and what becomes of them.
 
     Raises:
         BackboneError: something is shared across a boundary, and may not be.
     """
-    found: list[list[nn.Parameter]] = [[] for _ in range(len(boundaries) + 1)]
+    found = [SharedWeights([], []) for _ in range(len(boundaries) + 1)]
     if shared == "refuse":
         backbone.check_boundaries(boundaries)
         return found
@@ -330,9 +404,17 @@ def read_only(backbone: Backbone, boundaries: Sequence[int], shared: str) -> lis
         if not isinstance(each.tensor, nn.Parameter):
             backbone.check_boundaries(boundaries)
             continue
-        for module in each.modules[:-1]:
-            found[module].append(each.tensor)
+        aliases = [each.tensor, *(weight for weight in backbone.parameters() if _is_alias(weight, each.tensor))]
+        for module in each.modules[:-1] if shared == "last" else ():
+            found[module].reads.extend(aliases)
+        for module in each.modules if shared == "average" and each.tensor.requires_grad else ():
+            found[module].copies.append(each.tensor)
     return found
+
+
+def _is_alias(weight: Tensor, other: Tensor) -> bool:
+    """Whether two parameters were made of one tensor."""
+    return weight is not other and bool(weight.numel()) and weight.data_ptr() == other.data_ptr()
 
 
 def _branched(backbone: Backbone, blocks: range, before: int) -> dict[int, list[Piece]]:

@@ -229,8 +229,9 @@ class LocalStep:
         seed = None if self.seed is None else (*self.seed, batch.number)
         told = compilers_errors_told() if self._is_compiled else contextlib.nullcontext()
         single = single_images_refused(len(inputs), self.accumulation)
-        with told, drawing_from(self.device, seed), _only_read(self.module.reads), single:
+        with told, drawing_from(self.device, seed), only_read(self.module.reads), single:
             yield
+        self.module.end_batch()
         if not self.frozen:
             self._update()
 
@@ -308,12 +309,13 @@ class LocalStep:
 
     def _accumulate(self, inputs: Tensor, batch: LocalBatch, hand_on: TakeFeatures | None) -> LocalOutput:
         outputs: list[LocalOutput] = []
+        chunks, parts = inputs.chunk(self.accumulation), batch.parts(self.accumulation)
 
         def hand_on_all(features: Tensor) -> None:
             assert hand_on is not None, "asked for only where someone takes them"
+            batch.take_context(parts)
             hand_on(torch.cat([*(output.features for output in outputs), features]))
 
-        chunks, parts = inputs.chunk(self.accumulation), batch.parts(self.accumulation)
         for number, (chunk, part) in enumerate(zip(chunks, parts, strict=True), 1):
             is_last = number == len(chunks)
             take = hand_on_all if is_last and hand_on is not None else None
@@ -356,7 +358,7 @@ class LocalStep:
 
 
 @contextlib.contextmanager
-def _only_read(weights: Sequence[nn.Parameter]) -> Iterator[None]:
+def only_read(weights: Sequence[nn.Parameter]) -> Iterator[None]:
     """A region in which weights get no gradient, also where they are read again in a backward pass."""
     learning = [weight for weight in weights if weight.requires_grad]
     for weight in learning:
