@@ -26,6 +26,21 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 BUILDS = default_cache()  # of the simulated card: before a test points the cache elsewhere
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test marked ``few(n)`` n cases are quick, evenly chosen; the others are heavy."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("few") and not item.get_closest_marker("heavy"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for found in cases.values():
+        [count] = next(found[0].iter_markers("few")).args
+        quick = {round((number + 0.5) * len(found) / count - 0.5) for number in range(count)}
+        for number, item in enumerate(found):
+            if len(found) > 1 and number not in quick:
+                item.add_marker("heavy")
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     """Tiny models are quicker so, and sums come in one order."""

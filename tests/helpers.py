@@ -187,6 +187,33 @@ def assert_same(ours: Any, theirs: Any) -> None:
             assert value == theirs[name], name
 
 
+def logits_and_gradients(call: Callable[[], Tensor], model: nn.Module) -> list[Tensor]:
+    """Of all parameters, in their order; zeros of those that are not read. The same draws each time."""
+    torch.manual_seed(5)
+    logits = call()
+    cotangent = torch.randn(logits.shape, generator=torch.Generator().manual_seed(6))
+    weights = list(model.parameters())
+    found = torch.autograd.grad(logits, weights, cotangent, allow_unused=True)
+    return [logits.detach(), *(torch.zeros(()) if gradient is None else gradient for gradient in found)]
+
+
+class Token:
+    """Lives as long as the node of the graph that holds it."""
+
+
+class Planted(torch.autograd.Function):
+    """The identity, with a token in its node."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, token: Token) -> Tensor:
+        ctx.token = token
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
 # Memory ----------------------------------------------------------------------------------------------------------
 
 

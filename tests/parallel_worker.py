@@ -20,6 +20,7 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 from helpers import SIZE, make, make_backbone
+from libraries import LIBRARIES, inputs_of, parted, tokens
 from localgrad import (
     Backbone,
     Carried,
@@ -33,11 +34,13 @@ from localgrad import (
     Team,
     register_carried,
 )
+from localgrad.backbones.example import mapped
 from localgrad.compare.measuring import Held, peak_of
 from localgrad.objectives.base import Term, TermValue
-from localgrad.objectives.methods import Objective
+from localgrad.objectives.methods import Lopt, Objective, Segprop
 from localgrad.objectives.site import Site, Weight
 from localgrad.parallel.memory import estimate_share
+from localgrad.parallel.parallel_learner import merged
 from localgrad.step.sharding import rows_of
 from localgrad.training.optim import Schedule
 
@@ -203,6 +206,20 @@ SCENARIOS: dict[str, Scenario] = {
     "narrow wire": Scenario(kind="vit", modules=4, wire="bf16"),
 }
 
+LANGUAGE = "transformers, language"
+WATCHED: dict[str, Scenario] = {
+    "language": Scenario(kind=LANGUAGE, settings=EVERYTHING),
+    "language, lopt": Scenario(kind=LANGUAGE, objective=Lopt(), settings={"clip_grad": 1.0}, num_buffers=1),
+    "language, segprop": Scenario(kind=LANGUAGE, modules=4, objective=Segprop(), settings={"accumulation": 3}),
+    "language, bf16": Scenario(kind=LANGUAGE, modules=2, wire="bf16", settings={"precision": "bf16"}),
+    "transformers": Scenario(kind="transformers, vision", settings=EVERYTHING),
+    "torchvision": Scenario(kind="torchvision", settings={"checkpoint": "blocks", **EVERYTHING}),
+    "timm": Scenario(kind="timm", objective=GreedySupervised(classifier="next")),
+    "open_clip": Scenario(kind="open_clip", objective=ImageReconstruction(), settings=EVERYTHING),
+    "open_clip, still": Scenario(kind="open_clip", modules=2, settings={"accumulation": 3}),
+}
+"""Models that were split by watching: what their blocks need beside features travels."""
+SCENARIOS |= WATCHED
 SCENARIOS |= {
     name: Scenario(kind="vit", modules=2, drop_path=0.0, optimizer=name, model={"depth": 2})
     for name in ("lamb", "lion", "nesterov")
@@ -212,26 +229,34 @@ BY_ROWS = ["still", "halves", "norms", "large", "lamb"]
 MORE_BY_ROWS = ["still, whole", "still parts", "unread", "lion", "nesterov"]
 MEASURED = ["large, rows"]
 SCENARIOS |= {f"{name}, rows": replace(SCENARIOS[name], shard=True) for name in [*BY_ROWS, *MORE_BY_ROWS]}
-ESTIMATED = {"batch norms": 2, "four": 3, "remedies": 4, "halves": 2, "large": 1}
+ESTIMATED = {"language": 2, "transformers": 3, "batch norms": 2, "four": 3, "remedies": 4, "halves": 2, "large": 1}
 """Estimating takes longer than training; among so many ranks each rank's weights in the first replica are."""
 ESTIMATED |= {f"{name}, rows": ESTIMATED[name] for name in ESTIMATED.keys() & {*BY_ROWS}}
 
 
-def data(*, mixes: bool) -> list[tuple[Tensor, Tensor]]:
-    """Seeded batches, with labels made soft by mixup or not."""
+def data(scenario: Scenario) -> list[tuple[Any, Tensor]]:
+    """Seeded batches, with labels made soft by mixup or not; of sequences some are of another length, or all full."""
+    if scenario.kind in LIBRARIES:
+        small = LIBRARIES[scenario.kind]
+        batches = [small.batch(seed, BATCH_SIZE) for seed in range(NUM_BATCHES)]
+        if scenario.kind == LANGUAGE:
+            batches[1:4] = [tokens(11, BATCH_SIZE, full=True), tokens(12, BATCH_SIZE, length=7), tokens(13, 4)]
+        return [(inputs_of(batch), batch["labels"]) for batch in batches]
     generator = torch.Generator().manual_seed(11)
     found = []
     mix = Mixup(mixup_alpha=0.4, num_classes=NUM_CLASSES)
     for _ in range(NUM_BATCHES):
         images = torch.randn(BATCH_SIZE, *SIZE, generator=generator)
         labels = torch.randint(0, NUM_CLASSES, (BATCH_SIZE,), generator=generator)
-        found.append(mix(images, labels) if mixes else (images, labels))
+        found.append(mix(images, labels) if scenario.mixes else (images, labels))
     return found
 
 
 def learner_of(scenario: Scenario, team: Team | None) -> LocalLearner | ParallelLearner:
     more = {**scenario.model, **({"drop_path_rate": scenario.drop_path} if scenario.drop_path else {})}
-    if scenario.kind == "by hand":
+    if scenario.kind in LIBRARIES:
+        model = parted(scenario.kind)
+    elif scenario.kind == "by hand":
         model = by_hand()
     elif team is not None and not scenario.unread:
         model = make_backbone(scenario.kind, **more)
@@ -244,7 +269,7 @@ def learner_of(scenario: Scenario, team: Team | None) -> LocalLearner | Parallel
     settings: dict[str, Any] = {
         "modules": scenario.modules,
         "objective": scenario.objective,
-        "input_size": SIZE,
+        **({} if scenario.kind in LIBRARIES else {"input_size": SIZE}),
         **scenario.settings,
     }
     if team is None:
@@ -259,7 +284,7 @@ def train(scenario: Scenario, team: Team | None = None) -> tuple[Any, list[Any]]
     import numpy as np
 
     np.random.seed(3)  # mixup draws of it
-    batches = data(mixes=scenario.mixes)
+    batches = data(scenario)
     learner = learner_of(scenario, team)
     learner.configure_optimizers(partial(create_optimizer_v2, opt=scenario.optimizer, lr=1e-3, weight_decay=0.05))
     schedule = Schedule(
@@ -273,7 +298,8 @@ def train(scenario: Scenario, team: Team | None = None) -> tuple[Any, list[Any]]
         schedule.at(number)
         learner.at(number / NUM_BATCHES)
         if team is not None and team.num_replicas > 1:
-            own = [given.tensor_split(team.num_replicas)[team.replica] for given in (images, labels)]
+            own = [mapped(given, lambda whole: whole.tensor_split(team.num_replicas)[team.replica])
+                   for given in (images, labels)]  # fmt: skip
         else:
             own = [images, labels]
         losses.append([float(loss) for loss in learner.step(*own).losses])
@@ -290,9 +316,20 @@ def start_program() -> None:
     cli.main()
 
 
-def measured_peak(learner: ParallelLearner, team: Team) -> int:
+def inferred(scenario: Scenario, learner: ParallelLearner) -> dict[int, Tensor]:
+    """Logits of the own modules for the first batch."""
+    inputs, labels = data(scenario)[0]
+    learner.eval().begin(1)
+    found, targets = learner.infer(inputs, labels)
+    learner.links.finish()
+    assert torch.equal(targets, labels)
+    learner.train()
+    return found
+
+
+def measured_peak(scenario: Scenario, learner: ParallelLearner, team: Team) -> int:
     """Bytes of tensors in one more step, as the allocator tells."""
-    images, labels = (given.tensor_split(team.num_replicas)[team.replica] for given in data(mixes=True)[0])
+    images, labels = (given.tensor_split(team.num_replicas)[team.replica] for given in data(scenario)[0])
 
     def step() -> None:  # no message may be under way when the profiler stops
         learner.begin(1)
@@ -323,13 +360,17 @@ def main() -> None:
             estimate = estimate_share(learner, BATCH_SIZE // team.num_replicas, learner.optimizer_factory)
             estimated = estimate.by_category["parameters"]
         if name in MEASURED:
-            measured = measured_peak(learner, team)
+            measured = measured_peak(SCENARIOS[name], learner, team)
             peaks = None if estimate is None else (estimate.peak_bytes, measured)
+        parts, logits = None, {}
+        if name in WATCHED:
+            parts, logits = team.to_speaker(learner.state_dict()), inferred(SCENARIOS[name], learner)
         own = [weight for index in learner.own for weight in learner.modules[index].parameters()]
         said = team.everyone(
             {
                 "own": list(learner.own),
                 "losses": losses,
+                "logits": logits,
                 "estimated": estimated,
                 "weights": sum(weight.nbytes for weight in own),
                 "peaks": peaks,
@@ -338,5 +379,6 @@ def main() -> None:
             }
         )
         if team.is_speaker:
-            torch.save({"weights": weights, "said": said}, Path(out) / f"{name}.pt")
+            state = None if parts is None else merged(parts[: team.num_ranks])
+            torch.save({"weights": weights, "said": said, "state": state}, Path(out) / f"{name}.pt")
     team.leave()

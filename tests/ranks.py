@@ -100,6 +100,7 @@ class Ranks:
         call: str = "localgrad.cli:main",
         estimates: bool = False,
         to: Path | str | None = None,
+        split: Sequence[str] = (),
     ) -> Started:
         """Start ``size`` processes (one is started without torchrun's environment), with a fault in one of them.
 
@@ -112,6 +113,7 @@ class Ranks:
             call: ``module:function`` that finds the arguments in ``sys.argv``.
             estimates: whether runs estimate their memory, which takes longer than they do, or say 1 MiB.
             to: a pipe that takes standard output, or a terminal that takes standard error as well.
+            split: models of ``libraries.py`` that are split before processes are forked, once for all.
         """
         self.number += 1
         folder = self.folder / f"group{self.number}"
@@ -130,6 +132,7 @@ class Ranks:
                 "call": call,
                 "estimates": estimates,
                 "to": None if to is None else str(to),
+                "split": list(split),
             }
             for rank in range(size)
         ]
@@ -302,11 +305,26 @@ def warm_up() -> None:
     gc.freeze()  # nothing of this is to be looked through again by each process
 
 
+def split_ahead(names: Sequence[str]) -> None:
+    """Split models, and import their libraries, for all processes that are forked from now on."""
+    import torch
+
+    from libraries import parted
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for name in names:
+        parted(name)
+    torch.set_num_threads(threads)
+
+
 def main() -> None:
     warm_up()
     for line in sys.stdin:
         pids = []
-        for description in json.loads(line):
+        descriptions = json.loads(line)
+        split_ahead(descriptions[0]["split"])
+        for description in descriptions:
             pid = os.fork()
             if not pid:
                 try:

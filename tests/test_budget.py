@@ -160,6 +160,7 @@ def test_the_fastest_is_that_of_brute_force(task: Task, whole: Search) -> None:
         assert best(least - 1, num_modules) is None
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("modules", [1, 3, [2, 3]], ids=str)
 def test_modules_that_are_asked_for_are_kept(modules: Any, task: Task) -> None:
     asked = replace(task, modules=modules)
@@ -210,6 +211,7 @@ def test_parts_of_a_batch_hold_two_images() -> None:
             assert min(len(part) for part in torch.zeros(size).chunk(parts)) >= 2, (size, parts)
 
 
+@pytest.mark.heavy
 def test_what_would_fit_is_told_truly() -> None:
     """Another batch, another precision: those that are named fit."""
     fixed = task_of(vit(depth=1), modules=1)
@@ -298,6 +300,7 @@ def test_a_peak_above_the_composed_one_is_searched_again(
         assert len(set(confirmed)) == len(confirmed) <= 4, "no plan is tried twice"
 
 
+@pytest.mark.heavy
 def test_the_least_is_found_even_if_all_others_need_more(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Search(task, task.costs(4))
     least = whole.as_plan(whole.smallest())
@@ -309,6 +312,7 @@ def test_the_least_is_found_even_if_all_others_need_more(task: Task, monkeypatch
     assert least_told(message) >= low, "what a whole step needs is told, not what was composed"
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "more",
     [
@@ -408,6 +412,7 @@ def test_the_forecast_tells_every_module(forecast_plan: Plan, task: Task) -> Non
     assert sum(module.time_share for module in forecast.modules) == pytest.approx(1)
 
 
+@pytest.mark.heavy
 def test_rivals_need_what_whole_steps_of_theirs_do(forecast_plan: Plan, task: Task) -> None:
     rivals = forecast_plan.forecast.rivals
     assert [row.name for row in rivals] == list(RIVALS)
@@ -865,6 +870,7 @@ def test_estimate_refuses_what_it_cannot_copy() -> None:
             localgrad.estimate(Loop().step, batch)
 
 
+@pytest.mark.heavy
 def test_a_plan_that_is_used_for_something_else_says_so() -> None:
     model = make("vit", depth=2)
     found = localgrad.plan(model, batch_size=4, modules=2, precision="bf16", input_size=SIZE, device="cuda")

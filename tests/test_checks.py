@@ -509,6 +509,7 @@ def test_a_scheduler_over_some_optimizers_is_refused(kind: str) -> None:
     train(learner, batches(1))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["torch", "timm", "a tensor's"])
 def test_a_scheduler_of_optimizers_that_were_replaced_is_refused(kind: str) -> None:
     from timm.scheduler.cosine_lr import CosineLRScheduler
@@ -663,6 +664,7 @@ def ignoring(*kept: int, count: int = 8) -> Tensor:
     return labels
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("globally", [False, True])
 @pytest.mark.parametrize(
     "objective", [FeatureReconstruction(), FeatureReconstruction(label_smoothing=0.1, task_weight=0.5)], ids=str
@@ -683,30 +685,35 @@ def test_accumulation_is_the_mean_over_labels_that_count(labels: Tensor, objecti
         assert all(value.isfinite().all() for value in weights.values())
 
 
-def test_parts_without_ignored_labels_keep_their_bits() -> None:
+def test_parts_divide_sums_by_what_the_whole_batch_counts() -> None:
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(10, 5, generator=generator, requires_grad=True), torch.arange(10) % 5
+    labels[3] = -100
     term = TaskLoss(nn.Identity(), 0.1)
     for count in (2, 3, 4, 7):
         parts = LocalBatch(None, labels).parts(count)
         for part, chunk in zip(parts, logits.chunk(count), strict=True):
-            assert part.label_factor is not None
-            assert float(part.label_factor) == 1.0
-            own = term(chunk, chunk, part).loss
-            plain = F.cross_entropy(chunk, part.labels, label_smoothing=0.1)
-            assert torch.equal(own, plain)
-            assert torch.equal(*(torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (own, plain)))
-    for batch in (LocalBatch(None, F.one_hot(labels, 5).float()), LocalBatch(None, labels, counts_all=True)):
-        assert [part.label_factor for part in batch.parts(2)] == [None, None]
+            assert part.share == len(part.labels) / 10
+            value = term(chunk, chunk, part)
+            assert value.is_share
+            plain = F.cross_entropy(chunk, part.labels, label_smoothing=0.1, reduction="sum") / torch.tensor(9)
+            assert torch.equal(value.loss, plain)
+            gradients = [torch.autograd.grad(each, logits, retain_graph=True)[0] for each in (value.loss, plain)]
+            assert torch.equal(*gradients)
+    for batch in (
+        LocalBatch(None, F.one_hot(labels.clamp(min=0), 5).float()),
+        LocalBatch(None, labels, counts_all=True),
+    ):
+        assert [part.labels_counted for part in batch.parts(2)] == [None, None]
+        assert not term(logits[:5], logits[:5], batch.parts(2)[0]).is_share
+    assert LocalBatch(None, labels).parts(1)[0].share is None
 
 
-def test_factors_of_parts_are_computed_once_for_all_modules() -> None:
+def test_what_parts_are_divided_by_is_computed_once_for_all_modules() -> None:
     batch = LocalBatch(None, ignoring(0, 1, 4))
-    first, second = (part.label_factor for part in batch.parts(2))
-    assert batch.parts(2)[0].label_factor is first
-    assert first is not None
-    assert second is not None
-    assert [float(first), float(second)] == pytest.approx([2 * 2 / 3, 2 * 1 / 3])
+    first, second = (part.labels_counted for part in batch.parts(2))
+    assert first is second is batch.parts(4)[0].labels_counted
+    assert first == 3
 
 
 @pytest.mark.parametrize("kind", [SupervisedContrastive, SimilarityMatching])
@@ -774,6 +781,7 @@ class Stops(nn.Module):
         raise ValueError("stopped")
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("settings", [{}, {"accumulation": 2}, {"offload": True}], ids=str)

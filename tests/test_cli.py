@@ -420,6 +420,7 @@ def test_without_a_verb_help_is_shown_and_nothing_succeeds(cli_: Cli) -> None:
     assert all(f"\n  {verb} " in said.out for verb in ("train", "plan", "evaluate", "predict", "compare"))
 
 
+@pytest.mark.heavy
 def test_a_reader_that_leaves_does_not_end_the_run(here: Path, ranks: Ranks) -> None:
     """``localgrad train | head -1``."""
     pipe = here / "pipe"

@@ -92,6 +92,7 @@ NUMBERS = [
 ]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("number", NUMBERS, ids=lambda number: "-".join(CASES[number][:3]))
 def test_composed_costs_are_those_of_the_whole_step(number: int) -> None:
     family, objective, optimizer, settings = CASES[number]

@@ -99,6 +99,7 @@ def weights_of(path: Path) -> int:
     return place
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("damage", ["bit", "half", "zeros", "empty", "another model's", "gone"])
 def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(
     damage: str, copy: Path, finished: Path, tmp_path: Path
@@ -124,6 +125,7 @@ def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(
     assert_same_run(copy, finished)
 
 
+@pytest.mark.heavy
 def test_of_a_run_module_by_module_the_one_before_may_be_of_the_module_before(tmp_path: Path) -> None:
     """Its features are gone then, or damaged as well, and made again."""
     recipe = micro({"training.schedule": "sequential", "training.epochs": 1, "training.cached_epochs": 1})
@@ -658,6 +660,7 @@ def same(ours: Any, theirs: Any) -> bool:
     return bool(ours == theirs)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", READ)
 def test_files_with_flipped_bits_are_refused_or_restored(
     name: str, stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -708,6 +711,7 @@ def test_no_file_of_a_run_is_left_out(stopped: Path, finished: Path) -> None:
     assert files(finished) == {*READ, "summary.json", "model.safetensors"} - {"checkpoints/before.pt"}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["last.pt", "part-1-0.pt", "part-1-1.pt", "part-0-0.pt"])
 def test_parts_with_flipped_bits_give_way_to_those_before(name: str, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)

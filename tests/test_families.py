@@ -29,6 +29,7 @@ def test_every_family_is_tested() -> None:
     assert {family.split()[0] for family in FAMILIES} == set(SUPPORTED_FAMILIES)
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parts_equal_the_model_forward_and_backward(family: str) -> None:
     backbone = parted_copy(family)
@@ -138,6 +139,7 @@ def test_hiera_tokens_come_back_in_raster_order() -> None:
     assert backbone.layouts[0].order is not None
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("family", ["vit", "swin", "mvitv2", "xcit", "pvt_v2", "eva02"])
 def test_parts_compile_without_graph_breaks(family: str) -> None:
     backbone = parted_copy(family)
@@ -168,6 +170,7 @@ def glue_of(module: nn.Module) -> object:
     return [type(module.module), around, module.args, module.kwargs, recomputed, module.unpack, module.shape]
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("family", OUTLINED)
 def test_an_outline_is_the_split_without_its_proof(family: str) -> None:
     proved = parted_copy(family).train()
@@ -210,6 +213,7 @@ def glue_of_tail(backbone: Backbone) -> object:
     return around, backbone.tail.before_head, len(backbone.tail.unused)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("family", OUTLINED)
 def test_without_initialization_buffers_are_right_and_nothing_is_drawn(family: str) -> None:
     initialised, size = build(family)

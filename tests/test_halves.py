@@ -143,6 +143,7 @@ def draws_positions(module: nn.Module) -> bool:
 FEWER_IMAGES_THAN_CHUNKS = [(family, 2) for family in ("vit", "swin", "swinv2_cr", "convnext", "resnet")]
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize(("family", "count"), [*((family, BATCH) for family in FAMILIES), *FEWER_IMAGES_THAN_CHUNKS])
 def test_halves_give_the_plain_blocks_numbers(family: str, count: int) -> None:
     backbone = parted_copy(family)
@@ -188,6 +189,7 @@ def build_dropping(family: str, **more: Any) -> Backbone:
     return split(model, (3, size, size)).train()
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(("family", "fused"), DROPPING, indirect=["fused"])
 @pytest.mark.usefixtures("fused")
 def test_dropout_draws_what_the_plain_block_draws(family: str) -> None:
@@ -331,6 +333,7 @@ def trained(
     return learner, losses
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     "settings",
     [{"accumulation": 2, "clip_grad": 0.5}, {"precision": "bf16"}],
@@ -371,6 +374,7 @@ def test_each_level_needs_less_memory(kind: str) -> None:
     assert peaks[3] < 0.8 * peaks[2], peaks
 
 
+@pytest.mark.heavy
 def test_dropout_over_chunks_still_saves_memory_in_a_real_step() -> None:
     peaks = {}
     for level in ("none", "halves", "halves/4"):

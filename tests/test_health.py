@@ -151,6 +151,7 @@ def naive_cosines(learner: LocalLearner, batch: LocalBatch) -> list[float]:
     return found
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("objective", ["feature", "greedy", "contrastive"])
 def test_cosines_are_those_of_plain_backward_passes(kind: str, objective: str) -> None:
@@ -452,6 +453,7 @@ EVERYTHING = {
 """Whatever has a state or draws numbers."""
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "changes",
     [

@@ -191,6 +191,7 @@ def test_every_head_trains_isolated_modules_on_any_length(kind: str, objective: 
             assert logits is None or logits.shape == expected
 
 
+@pytest.mark.few(5)
 @every_head
 def test_padding_leaves_losses_and_gradients_alone(kind: str, objective: Objective) -> None:
     """More of it, and whatever stands there."""
@@ -208,6 +209,7 @@ def test_padding_leaves_losses_and_gradients_alone(kind: str, objective: Objecti
         torch.testing.assert_close(padded[name], value, rtol=1e-9, atol=1e-11, msg=lambda text, n=name: f"{n}: {text}")
 
 
+@pytest.mark.few(5)
 @every_head
 def test_parts_of_a_batch_train_as_the_whole(kind: str, objective: Objective) -> None:
     """Parts hold unequal numbers of tokens and of labels that count."""
@@ -372,7 +374,7 @@ def tied() -> nn.Module:
 def test_tied_embeddings_are_refused_with_a_way_out() -> None:
     with pytest.raises(BackboneError, match=r"wte\.weight is shared by the stem, the tail, .* shared='last'"):
         LocalLearner(tied(), modules=2, example=batch_of("gpt2"))
-    with pytest.raises(RecipeError, match="shared: unknown 'first'; take refuse or last"):
+    with pytest.raises(RecipeError, match="shared: unknown 'first'; take one of refuse, last, average"):
         LocalLearner(tied(), modules=2, example=batch_of("gpt2"), shared="first")
 
 

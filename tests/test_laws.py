@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import localgrad
-from helpers import MODELS, SIZE, adamw, assert_same, batches, make, make_backbone, train
+from helpers import MODELS, SIZE, Planted, Token, adamw, assert_same, batches, make, make_backbone, train
 from localgrad import Contrastive, FeatureReconstruction, GreedySupervised, ImageReconstruction, LocalLearner
 from localgrad.estimating import estimate_step
 from localgrad.objectives.carried import LocalBatch
@@ -387,23 +387,6 @@ def compile_and_train(learner: LocalLearner, monkeypatch: pytest.MonkeyPatch) ->
 # Law 3: lifetime -------------------------------------------------------------------------------------------------
 
 
-class Token:
-    """Lives as long as the node of the graph that holds it."""
-
-
-class Planted(torch.autograd.Function):
-    """The identity, with a token in its node."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, token: Token) -> Tensor:
-        ctx.token = token
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
-
-
 @pytest.mark.parametrize("settings", [{}, {"accumulation": 2}, {"checkpoint": True}, {"precision": "bf16"}], ids=str)
 @pytest.mark.parametrize("kind", ["swin", "vit"])
 @pytest.mark.usefixtures("_no_collector")
@@ -520,6 +503,7 @@ LAYERS = (
     ("app",),
     ("run",),
     ("compare",),
+    ("integrations",),
     ("cli",),
     ("__main__",),
 )

@@ -390,6 +390,7 @@ def test_logits_use_the_learners_precision() -> None:
 # State -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("settings", [{}, {"ema_decay": 0.9, "clip_grad": 1.0}, {"precision": "fp16"}], ids=str)
 def test_a_saved_state_goes_on_bit_for_bit(settings: dict[str, Any]) -> None:
     data = batches(6)
@@ -490,6 +491,7 @@ def test_the_end_to_end_baseline_keeps_an_average_where_the_run_does() -> None:
     assert baseline.averaged_model is not None  # or the run would be compared with less than its like
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("checkpoint", ["none", "halves/2"])
 @pytest.mark.parametrize("classifier", ["transformer", "next"])
 def test_learners_of_one_seed_are_the_same_whenever_it_was_set(classifier: str, checkpoint: str) -> None:

@@ -16,6 +16,7 @@ from localgrad.learner import LocalLearner
 from localgrad.objectives.carried import LocalBatch
 from localgrad.objectives.losses import IGNORED, CrossEntropy, Loss, NextToken, TokenLoss, in_chunks, loss_of
 from localgrad.objectives.methods import GreedySupervised
+from localgrad.objectives.supervised import TaskLoss
 
 NUM_CLASSES = 5
 ITEMS: Any = SimpleNamespace(names_tokens=False, model=nn.Identity(), num_classes=NUM_CLASSES, input_size=(3, 8, 8))
@@ -104,10 +105,10 @@ def test_parts_of_a_batch_make_the_mean_of_the_whole(loss: Loss, counts_all: boo
     batch = LocalBatch(None, labels, features=logits, counts_all=counts_all)
     batch.loss = loss
     total = torch.zeros((), dtype=torch.float64)
+    term = TaskLoss(nn.Identity(), loss=loss)
     for part in batch.parts(3):
-        factor = 1.0 if part.label_factor is None else part.label_factor
-        value = loss(part.features, part.labels) * factor
-        total = total + torch.nan_to_num(value) * len(part.labels) / 5
+        value = term(part.features, part.features, part)
+        total = total + (value.loss if value.is_share else value.loss * part.share)
     torch.testing.assert_close(total, loss(logits, labels), rtol=1e-6, atol=0.0)
 
 

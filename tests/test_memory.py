@@ -77,6 +77,7 @@ def heavy(*values):
     return pytest.param(*values, marks=pytest.mark.heavy)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize(
     ("build", "bf16"),
@@ -564,6 +565,7 @@ class Checked(_fake.FakeTensorMode):
         return result
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("build", "bf16"),
     [(mlp, False), (mlp, True), (vit, True), (swin, False), heavy(vit, False), heavy(swin, True)],

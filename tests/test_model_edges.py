@@ -70,6 +70,7 @@ HOW: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("how", "in_training_only"), [*((how, False) for how in HOW), ("inputs", True), ("recomputed", True)]
 )
@@ -271,6 +272,7 @@ def test_hooks_that_are_set_later_and_pass_by_are_said_once(place: str) -> None:
 # Types of weights ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [
@@ -335,6 +337,7 @@ def test_the_default_type_of_tensors_is_not_the_models() -> None:
 # Channels, batch norms -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", ["vit", "resnet", "swin"])
 @pytest.mark.parametrize("channels", [1, 4])
 def test_the_default_input_has_the_models_own_channels(kind: str, channels: int) -> None:
@@ -349,6 +352,7 @@ def test_the_default_input_has_the_models_own_channels(kind: str, channels: int)
     learner.step(torch.randn(2, *learner.backbone.input_size), torch.tensor([0, 1]))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("checkpoint", ["none", "blocks/2"])
 def test_batch_norms_over_one_image_are_refused_in_words(checkpoint: str) -> None:
     model = make("resnet", output_stride=32)  # a grid of 1 x 1 in the end
@@ -529,6 +533,7 @@ AROUND: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("around", AROUND)
 def test_estimates_are_the_same_whatever_is_on_around_them(around: str) -> None:
     def estimates() -> list[Any]:

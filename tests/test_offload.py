@@ -70,6 +70,7 @@ def settings_of(kind: str, name: str) -> Any:
     return pytest.param(kind, SETTINGS[name], id=f"{kind}-{name}", marks=[] if quick else pytest.mark.heavy)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("kind", "settings"), [settings_of(kind, name) for kind in ("vit", "resnet") for name in SETTINGS]
 )
@@ -358,6 +359,7 @@ def test_a_tracked_step_has_two_modules_static_bytes(num_modules: int) -> None:
     assert profile.static_bytes <= sizes[0] + counters + images.nbytes + labels.nbytes
 
 
+@pytest.mark.heavy
 def test_the_estimate_of_an_offloaded_step_saves_what_the_step_saves() -> None:
     images, labels = batches(1, num_images=8)[0]
 

@@ -80,6 +80,7 @@ def assert_same_figures(folder: Path, reference: Path, *, health: bool = True) -
     assert accuracies[0] == accuracies[1]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "ran_out",
     [("evaluation", 1, "validation"), ("evaluation", 3, "the test"), ("health", 1, "the health check")],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -12,9 +13,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers import assert_same
+from libraries import parted, tokens
+from localgrad import ParallelLearner, Team
+from localgrad.backbones.base import split
+from localgrad.errors import ParallelError
 from localgrad.parallel import schedule
+from localgrad.parallel.pipeline import Neighbours
 from localgrad.parallel.schedule import Action, actions, shares
-from parallel_worker import BY_ROWS, ESTIMATED, MORE_BY_ROWS, SCENARIOS, Scenario, train
+from parallel_worker import BY_ROWS, ESTIMATED, LANGUAGE, MORE_BY_ROWS, SCENARIOS, WATCHED, Scenario, data, train
 from ranks import Ranks
 from research.simulation.timetable import program, timetable
 
@@ -104,14 +111,20 @@ def test_shares_are_runs_of_modules(costs: list[int], draw: Any) -> None:
 
 
 def results_of(ranks: Ranks, size: int, names: list[str], folder: Path, *, replicas: int = 1) -> dict[str, Any]:
-    ended = ranks.run([folder, replicas, *names], size=size, call="parallel_worker:main")
+    watched = dict.fromkeys(SCENARIOS[name].kind for name in names if name in WATCHED)
+    ended = ranks.run([folder, replicas, *names], size=size, call="parallel_worker:main", split=list(watched))
     assert set(ended.codes) == {0}, ended
     return {name: torch.load(folder / f"{name}.pt") for name in names}
 
 
 @cache
+def alone(name: str) -> tuple[Any, list[list[float]]]:
+    """A learner in one process that has trained, and its losses."""
+    return train(SCENARIOS[name])
+
+
 def reference(name: str) -> tuple[dict[str, torch.Tensor], list[list[float]]]:
-    learner, losses = train(SCENARIOS[name])
+    learner, losses = alone(name)
     return (learner.averaged_model or learner.model).state_dict(), losses
 
 
@@ -124,9 +137,15 @@ BY_RANKS = {
     3: ["four", "contrastive", "reconcile"],
     4: ["plain", "greedy", "remedies", "reconcile, frozen"],
 }
-MORE_BY_RANKS = {2: ["four"], 3: ["three", "remedies"], 4: ["four", "reconcile"]}
+BY_RANKS[2] += ["language", "language, lopt"]
+MORE_BY_RANKS = {
+    2: ["four", "torchvision", "timm", "open_clip"],
+    3: ["three", "remedies", "transformers", "language"],
+    4: ["four", "reconcile", "language, segprop"],
+}
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("size", "names"),
     [*BY_RANKS.items(), *(pytest.param(*each, marks=pytest.mark.heavy) for each in MORE_BY_RANKS.items())],
@@ -144,6 +163,8 @@ def test_processes_train_what_one_process_trains_bit_for_bit(
         whole = sum(value.nbytes for value in weights.values())
         assert max(said["alive"] for said in result["said"]) < whole, name  # a rank keeps its own modules' weights
         assert all(said["sent"] > 0 for said in result["said"][:-1])
+        if name in WATCHED:
+            check_watched(name, result)
         for said in result["said"]:  # a rank's estimate has nothing of the others
             if ESTIMATED.get(name) != size:
                 continue
@@ -152,6 +173,76 @@ def test_processes_train_what_one_process_trains_bit_for_bit(
     narrow = found.get("image"), found.get("three")
     if all(narrow):  # the image travels too, where an objective looks at it
         assert narrow[0]["said"][0]["sent"] > narrow[1]["said"][0]["sent"]
+
+
+def check_watched(name: str, result: dict[str, Any]) -> None:
+    """The whole state, and what is inferred, are those of one process."""
+    learner = alone(name)[0]
+    assert_same(result["state"], learner.state_dict())
+    inputs, _ = data(SCENARIOS[name])[0]
+    learner.eval()
+    expected = list(learner.logits(inputs))
+    if learner.averaged_model is not None:
+        expected[-1] = learner.averaged_logits(inputs)
+    found = {index: logits for said in result["said"] for index, logits in said["logits"].items()}
+    assert found.keys() == {index for index, logits in enumerate(expected) if logits is not None}
+    assert all(torch.equal(found[index], expected[index]) for index in found)
+
+
+@pytest.mark.heavy
+def test_what_blocks_need_beside_features_is_never_narrowed(ranks: Ranks, tmp_path: Path) -> None:
+    """Features are rounded to bf16 on the wire, and in that precision are bf16 already but for what is added up."""
+    found = results_of(ranks, 2, ["language, bf16"], tmp_path)["language, bf16"]
+    losses = alone("language, bf16")[1]
+    got = [[loss for said in found["said"] for loss in said["losses"][step]] for step in range(len(losses))]
+    assert torch.allclose(torch.tensor(got), torch.tensor(losses), rtol=0.02)
+
+
+def place_in(num_ranks: int, rank: int = 0, num_replicas: int = 1) -> Team:
+    """A process's place among others that aren't there: enough to make a learner."""
+    return Team(
+        rank=rank, size=num_ranks * num_replicas, replica=0, num_replicas=num_replicas, store=None, control=None,
+        place=Neighbours(rank=rank, num_ranks=num_ranks), device=torch.device("cpu"),
+    )  # fmt: skip
+
+
+def tied(shared: str) -> dict[str, Any]:
+    model = copy.deepcopy(parted(LANGUAGE)).model
+    model.lm_head.weight = model.model.embed_tokens.weight  # type: ignore[union-attr]
+    return {"model": model, "example": tokens(0, 2), "shared": shared, "modules": 3}
+
+
+@pytest.mark.parametrize(
+    ("asked", "team", "words"),
+    [
+        (lambda: tied("last"), place_in(2), r"shared='last': .*embed_tokens\.weight is read .* of several processes"),
+        (lambda: tied("average"), place_in(3), "shared='average': .* of several processes; train in one process"),
+        (lambda: tied("average"), place_in(1, num_replicas=2), "that replicas average on their own"),
+        (lambda: {"objective": "solo"}, place_in(2), "classifier='readout' doesn't go with parallel: the output"),
+        (lambda: {"shard": True}, place_in(2, num_replicas=2), "shard: LlamaForCausalLM was split by watching it run"),
+    ],
+)
+def test_what_processes_cannot_share_is_refused(asked: Any, team: Team, words: str) -> None:
+    settings = {"model": parted(LANGUAGE), "modules": 2, **asked()}
+    with pytest.raises(ParallelError, match=words) as refused:
+        ParallelLearner(team=team, **settings)
+    assert "\n" not in str(refused.value)
+
+
+def test_what_each_process_keeps_of_a_watched_model() -> None:
+    """Its own modules' weights; shapes of all others; frozen weights wherever they are read."""
+    settings = tied("last")
+    settings["model"].lm_head.weight.requires_grad_(False)
+    backbone = split(settings.pop("model"), example=settings.pop("example"))
+    alike = backbone.model.lm_head.weight.detach().clone()
+    for rank in (0, 1):
+        learner = ParallelLearner(copy.deepcopy(backbone), team=place_in(2, rank), **settings)
+        own = {id(tensor) for index in learner.own for tensor in learner.modules[index].parameters()}
+        for name, weight in learner.model.named_parameters():
+            assert weight.is_meta == (id(weight) not in own), name
+            assert not weight.is_meta or weight.untyped_storage().nbytes() == weight.element_size()
+        frozen = learner.model.lm_head.weight if rank else learner.model.model.embed_tokens.weight
+        assert torch.equal(frozen, alike)
 
 
 def test_half_the_bytes_on_the_wire_cost_little(ranks: Ranks, tmp_path: Path) -> None:
@@ -170,6 +261,7 @@ GROUPS = {
     ("norms", "large", "lamb"): 1,
     ("still, whole", "still parts"): 2,
     ("unread", "lion", "nesterov"): 1,
+    ("open_clip, still",): 2,
 }
 """What is trained together, by the number of ranks of each of two replicas."""
 
@@ -183,7 +275,7 @@ class Replicas(dict[str, Any]):
 
     def __missing__(self, name: str) -> Any:
         group, size = next(each for each in GROUPS.items() if name.removesuffix(", rows") in each[0])
-        names = [*group, *(f"{each}, rows" for each in group)]
+        names = [*group, *(f"{each}, rows" for each in group if each not in WATCHED)]
         self.update(results_of(self.ranks, 2 * size, names, self.folder, replicas=2))
         return self[name]
 
@@ -197,9 +289,10 @@ def heavy(*names: str) -> Iterator[Any]:
     yield from (pytest.param(name, marks=pytest.mark.heavy) for name in names)
 
 
-WHOLE = ["still, whole", "still parts", "still parts, rows", "unread"]
+WHOLE = ["still, whole", "still parts", "still parts, rows", "unread", "open_clip, still"]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ["still", "still, rows", *heavy(*WHOLE)])
 def test_replicas_train_as_one_process_on_the_whole_batch(name: str, replicas: Replicas) -> None:
     """Without draws, which are each replica's own."""
@@ -209,6 +302,7 @@ def test_replicas_train_as_one_process_on_the_whole_batch(name: str, replicas: R
         assert torch.allclose(replicas[name]["weights"][key], value, rtol=2e-3, atol=2e-5), key
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", [*BY_ROWS, *heavy(*MORE_BY_ROWS)])
 def test_replicas_that_keep_rows_train_as_those_that_keep_all(name: str, replicas: Replicas) -> None:
     result, other = replicas[f"{name}, rows"], replicas[name]

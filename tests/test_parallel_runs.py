@@ -148,6 +148,7 @@ def test_such_a_run_is_evaluated_and_used_as_any_other(shared_out: Path, cli_: C
 # --------------------------------------------------------------------------------------- stopped and resumed
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_a_stopped_run_goes_on_in_any_number_of_processes(
     size: int, stopped: Path, alone: Path, ranks: Ranks, tmp_path: Path
@@ -292,6 +293,7 @@ def test_num_processes_says_a_mistake_in_a_line(ranks: Ranks, recipe: Path, tmp_
     assert ended.err == ["localgrad: --batch-size 15 can't be shared out among 2 replicas; take a multiple of 2.\n"]
 
 
+@pytest.mark.heavy
 def test_a_run_that_is_started_again_goes_on_where_it_was(
     ranks: Ranks, alone: Path, recipe: Path, tmp_path: Path
 ) -> None:
@@ -353,6 +355,7 @@ NAMES = ("local modules 0 to 1", "local modules 2 to 3")
 QUICK = [("kill", 1), ("sleep", 0), ("memory", 1), ("nan", 0)]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("which", "rank"),
     [
@@ -484,6 +487,7 @@ def test_replicas_that_keep_rows_save_and_resume_whole_weights(
         assert torch.allclose(weights[name], value, rtol=1e-2, atol=1e-4), name
 
 
+@pytest.mark.heavy
 def test_running_statistics_are_of_the_images_of_all_replicas(ranks: Ranks, tmp_path: Path) -> None:
     """Means of equal parts have the whole's mean as theirs; the weights all but stand still."""
     changes = {
@@ -551,6 +555,7 @@ def assert_refused(ended: Ended, words: str) -> None:
         assert ended.err[0].count("\n") == 1, ended.err
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cant_be_is_said_in_a_line_by_the_first_process(
     name: str, ranks: Ranks, recipe: Path, tmp_path: Path
@@ -588,6 +593,7 @@ def test_a_torn_part_of_a_checkpoint_is_said(ranks: Ranks, stopped: Path, tmp_pa
     assert_refused(ranks.run(["train", "--resume", folder], size=2), part.name)
 
 
+@pytest.mark.heavy
 def test_a_port_that_is_taken_is_said(ranks: Ranks, recipe: Path, tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("0.0.0.0", 0))
@@ -602,6 +608,7 @@ def test_a_port_that_is_taken_is_said(ranks: Ranks, recipe: Path, tmp_path: Path
     assert ended.err[0].splitlines()[-1].startswith("localgrad: processes can't meet at 127.0.0.1:"), ended.err
 
 
+@pytest.mark.heavy
 def test_a_process_that_never_comes_is_said(ranks: Ranks, recipe: Path, tmp_path: Path) -> None:
     command = ["train", "--recipe", recipe, "--out", tmp_path / "run", *PARALLEL]
     ended = ranks.run(
@@ -614,6 +621,7 @@ def test_a_process_that_never_comes_is_said(ranks: Ranks, recipe: Path, tmp_path
 # ------------------------------------------------------------------------------------------------ small epochs
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "changes",
     [

@@ -98,6 +98,7 @@ def test_a_plan_is_printed_with_all_there_is_to_know(
     assert list(here.iterdir()) == []
 
 
+@pytest.mark.heavy
 def test_a_plan_is_written_and_trained(here: Path, cli_: Cli) -> None:
     options = ("--recipe", "../micro.toml", "--modules", "2", "--budget", "600KiB", "--json", "a plan.json")
     said = cli_("plan", *options)
@@ -421,6 +422,7 @@ def train(learner: LocalLearner) -> dict[str, Tensor]:
     return found | {f"objective.{key}": value for key, value in learner.modules[0].objective.state_dict().items()}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("where", "error", "times"),
     [("backward", GPU, 1), ("backward", CPU, 2), ("recompute", GPU, 1)],

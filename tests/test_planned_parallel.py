@@ -57,6 +57,7 @@ def slowest(plan: Plan) -> float:
 # The forecast ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "more",
     [
@@ -126,6 +127,7 @@ def test_a_plan_survives_json_and_trains(free: Plan) -> None:
 # The budget ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("shares", [(1.0, 0.2, 0.0), pytest.param((0.8, 0.6, 0.4), marks=pytest.mark.heavy)], ids=str)
 @pytest.mark.parametrize("balance", ["time", "memory"])
 def test_every_rank_keeps_the_budget_down_to_the_least(
@@ -152,6 +154,7 @@ def learner_of(task: Task, plan: Plan) -> LocalLearner:
         return LocalLearner(task.backbone, modules=plan, objective=task.objective, accumulation=plan.accumulation)
 
 
+@pytest.mark.heavy
 def test_what_would_fit_is_told_truly(task: Task) -> None:
     with pytest.raises(BudgetError, match=r"on 3 ranks keeps every rank within it") as caught:
         plan_parallel(task, 8, Parallel(num_ranks=3), 10 * 1024)

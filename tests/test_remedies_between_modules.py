@@ -335,6 +335,7 @@ def flattened(gradients: dict[str, Tensor]) -> Tensor:
     return torch.cat([gradients[name].flatten() for name in sorted(gradients)])
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("scale", "settings"),
     [

@@ -236,6 +236,7 @@ def test_what_doesnt_go_together_is_refused_in_one_line(changes: dict[str, Any],
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -370,6 +371,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.few(3)
 @pytest.mark.usefixtures("_quick_estimates")
 @pytest.mark.parametrize("settings", REACHABLE, ids=lambda settings: settings[0].split("=")[0])
 def test_every_remedy_can_be_typed(here: Path, cli_: Cli, settings: list[str]) -> None:

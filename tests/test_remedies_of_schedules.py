@@ -44,6 +44,7 @@ def train_globally(learner: LocalLearner, count: int = 3) -> list[Any]:
 # End-to-end steps ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("clip", "overlap"), [(None, 0), (0.5, 0), (0.5, 1)])
 @pytest.mark.parametrize("kind", ["vit", "swin"])
 def test_global_steps_are_end_to_end_training(kind: str, clip: float | None, overlap: int) -> None:
@@ -169,6 +170,7 @@ def test_local_and_global_steps_share_state_and_resume_bit_for_bit() -> None:
     assert learners[0].num_steps == 8
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("kind", "more"),
     [

@@ -551,6 +551,7 @@ def test_a_result_of_a_changed_recipe_is_run_again(here: Path, monkeypatch: pyte
     assert "1 runs of recipes that have changed since are left out." in text
 
 
+@pytest.mark.heavy
 def test_a_smoke_cell_from_its_command_to_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The true thing, on a parquet folder in the Hugging Face layout; but for its memory."""
     quickly = "from ranks import estimate_nothing; estimate_nothing(); from localgrad import cli; cli.main()"

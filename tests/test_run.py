@@ -227,6 +227,7 @@ def test_without_validation_images_the_last_epoch_is_taken(tmp_path: Path) -> No
 # ------------------------------------------------------------------------------------- every kind of run
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("changes", "terms"),
     [
@@ -376,6 +377,7 @@ def test_cifar100_is_trained_on(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------- resuming
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("changes", "step"),
     [
@@ -458,6 +460,7 @@ def test_a_finished_run_only_gives_its_summary(finished: Path, monkeypatch: pyte
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
 
+@pytest.mark.heavy
 def test_real_processes_stopped_in_every_way_go_on_bit_for_bit(ranks: Ranks, tmp_path: Path) -> None:
     """SIGTERM, then SIGKILL, then Ctrl-C, then to the end; and the same weights as of one run without a stop."""
     recipe = micro({"training.epochs": 5, "data.limit": 500, **EVERYTHING})

@@ -108,6 +108,7 @@ def test_trgl_of_swin_leaves_out_what_changes_the_shape() -> None:
     assert float(output.terms["transport"]) == pytest.approx(penalty, rel=1e-5)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("checkpoint", ["blocks", "halves", "halves/2", "blocks/2", "halves:1"])
 def test_trgl_is_the_same_where_blocks_are_recomputed(checkpoint: str) -> None:
     data = batches(2)

@@ -230,6 +230,7 @@ def test_the_first_module_is_trained_as_it_is_together_with_others(tmp_path: Pat
     assert losses[0] == losses[1]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -407,6 +408,7 @@ def test_only_the_trained_modules_weights_are_on_the_device(folder: RunFolder, m
     assert where == {0: "cpu", 1: "cpu:0", 2: "cpu"}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("objective", "model"), [("feature", SWIN), ("image", VIT)], ids=["swin", "vit"])
 def test_the_peak_is_below_that_of_training_together(objective: str, model: dict[str, Any]) -> None:
     """By at least the optimizer state and the weights of the other modules."""
@@ -424,6 +426,7 @@ def test_the_peak_is_below_that_of_training_together(objective: str, model: dict
     assert max(stage.peak_bytes for stage in stages) > 0.5 * together, "and not out of all measure"
 
 
+@pytest.mark.heavy
 def test_the_estimate_is_what_a_real_step_takes(folder: RunFolder) -> None:
     trainer = make(folder, {"local.objective": "image"})
     job = build(micro({"local.objective": "image"}))
@@ -449,6 +452,7 @@ def test_the_estimate_is_what_a_real_step_takes(folder: RunFolder) -> None:
 # ------------------------------------------------------------------------------------- disk
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("model", [SWIN, VIT, RESNET], ids=["swin", "vit", "resnet"])
 @pytest.mark.parametrize("soft", [True, False])
 def test_the_disk_needed_is_the_most_that_is_ever_taken(
@@ -508,6 +512,7 @@ def test_an_average_of_the_weights_is_refused(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------- resuming
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("step", [21, 22, 60])
 def test_a_run_stopped_in_any_module_goes_on_bit_for_bit(
     step: int, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -525,6 +530,7 @@ def test_a_run_stopped_in_any_module_goes_on_bit_for_bit(
     assert not (tmp_path / "run" / "cache").exists()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("epoch", [2, 3, 8])
 def test_a_run_killed_between_its_best_weights_and_its_checkpoint_goes_on(
     epoch: int, finished: Path, tmp_path: Path

@@ -246,6 +246,7 @@ def state_of(module: nn.Module) -> dict[str, Any]:
     return state | {"random": random.random(), "numpy": float(np.random.rand()), "torch": torch.rand(())}
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", LAYERS)
 def test_state_moves_once_a_step_however_a_block_is_recomputed(name: str) -> None:
     plain = trained_trunk(trunk(name, "none"))
@@ -266,6 +267,7 @@ SPLIT = [
 ]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", SPLIT)
 def test_state_moves_once_in_a_learners_steps(name: str) -> None:
     plain = run(learner_of(with_layer(name)))
@@ -273,6 +275,7 @@ def test_state_moves_once_in_a_learners_steps(name: str) -> None:
         assert_near(run(learner_of(with_layer(name), way)), plain)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["counts, in place", "running mean", "spectral norm"])
 def test_state_moves_once_in_end_to_end_steps_too(name: str) -> None:
     found = []
@@ -606,6 +609,7 @@ PLACES: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("kind", SETTERS)
 def test_hooks_run_as_in_checkpointed_blocks(kind: str, place: str) -> None:

@@ -28,7 +28,7 @@ from localgrad.training.optim import OptimizerFactory, Schedule
 from localgrad.training.trainer import (
     EpochSums,
     Interrupted,
-    LocalTrainer,
+    TogetherTrainer,
     _restore_random_state,
     all_random_states,
     best_weights,
@@ -66,7 +66,7 @@ def folder(tmp_path: Path) -> Iterator[RunFolder]:
     held.release()
 
 
-def make(folder: RunFolder, *, epochs: int = 3, modules: int = 2, val: bool = True, **settings: Any) -> LocalTrainer:
+def make(folder: RunFolder, *, epochs: int = 3, modules: int = 2, val: bool = True, **settings: Any) -> TogetherTrainer:
     torch.manual_seed(0)
     model = timm.create_model(
         "vit_tiny_patch16_224",
@@ -90,7 +90,7 @@ def make(folder: RunFolder, *, epochs: int = 3, modules: int = 2, val: bool = Tr
         warmup_lr=0,
         min_lr=0,
     )
-    return LocalTrainer(
+    return TogetherTrainer(
         learner=learner,
         schedule=schedule,
         train=train,
@@ -101,7 +101,7 @@ def make(folder: RunFolder, *, epochs: int = 3, modules: int = 2, val: bool = Tr
     )
 
 
-def events_of(trainer: LocalTrainer, kind: type[Event]) -> list[Any]:
+def events_of(trainer: TogetherTrainer, kind: type[Event]) -> list[Any]:
     [sink] = trainer.sinks
     assert isinstance(sink, Recorder)
     return [event for event in sink.events if isinstance(event, kind)]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import localgrad
-from helpers import copied
+from helpers import copied, logits_and_gradients
 from localgrad.backbones.base import Backbone
 from localgrad.backbones.example import Example
 from localgrad.backbones.flow import Flow, Followed, choose
@@ -138,15 +138,6 @@ def tokens(count: int = 2) -> dict[str, Tensor]:
     mask = torch.ones_like(ids)
     mask[0, 4:] = 0
     return {"ids": ids, "mask": mask}
-
-
-def logits_and_gradients(call: Callable[[], Tensor], model: nn.Module) -> list[Tensor]:
-    torch.manual_seed(5)
-    logits = call()
-    cotangent = torch.randn(logits.shape, generator=torch.Generator().manual_seed(6))
-    weights = list(model.parameters())
-    found = torch.autograd.grad(logits, weights, cotangent, allow_unused=True)
-    return [logits.detach(), *(torch.zeros(()) if gradient is None else gradient for gradient in found)]
 
 
 def assert_split(model: nn.Module, example: Any, names: list[str], **more: Any) -> Backbone:
@@ -346,6 +337,29 @@ def test_logits_that_look_at_no_input() -> None:
     model = made(lambda: Written(lambda blocks, x: in_a_row(blocks, torch.ones_like(x))))
     with pytest.raises(BackboneError, match="its logits don't depend on its input"):
         localgrad.split(model, example=features())
+
+
+class Counting(Written):
+    """It counts its calls; or one norm stands before each of its blocks."""
+
+    def __init__(self, *, counts: bool) -> None:
+        super().__init__(lambda blocks, x: x)
+        self.counts, self.norm = counts, nn.BatchNorm1d(6)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.counts and self.training:
+            self.calls += 1
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x if self.counts else self.norm(x))
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize(("counts", "name"), [(True, "calls"), (False, r"norm\.running_mean")])
+def test_what_the_models_own_code_writes_is_refused(counts: bool, name: str) -> None:
+    with pytest.raises(BackboneError, match=f"Counting can't be split: {name} is written in training by its own code"):
+        localgrad.split(made(lambda: Counting(counts=counts)), example=features())
 
 
 # By choice --------------------------------------------------------------------------------------------------------

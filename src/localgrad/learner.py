@@ -34,7 +34,7 @@ from localgrad.errors import (
 )
 from localgrad.formats import Json
 from localgrad.objectives.auxiliary import carry_exemptions
-from localgrad.objectives.carried import LocalBatch, Route, mask_of
+from localgrad.objectives.carried import LocalBatch, Route, make_parts, mask_of
 from localgrad.objectives.losses import Loss, loss_of
 from localgrad.objectives.methods import FeatureReconstruction, Objective, build_objective, is_number
 from localgrad.partition import Checkpointing, Plan, Request
@@ -55,6 +55,7 @@ from localgrad.step.checks import (
 )
 from localgrad.step.executor import SequentialExecutor, StepResult, walk
 from localgrad.step.global_step import GlobalStep
+from localgrad.step.joint_optimizer import JointOptimizer
 from localgrad.step.local_module import SHARED, build_local_modules, recomputed_in
 from localgrad.step.local_step import LocalStep, StepSettings, autocast, check_precision, drawing_from
 from localgrad.step.offload import HOST, Offloader
@@ -112,7 +113,7 @@ class Learner(ABC):
         chunk_logits: bool = False,
     ) -> None:
         if shared not in SHARED:
-            raise RecipeError(f"shared: unknown {shared!r}; take {' or '.join(SHARED)}.")
+            raise RecipeError(f"shared: unknown {shared!r}; take one of {', '.join(SHARED)}.")
         self.shared, self.chunk_logits = shared, chunk_logits
         _check_options(
             freeze_from=freeze_from, accumulation=accumulation, clip_grad=clip_grad, auxiliary_from=auxiliary_from
@@ -155,6 +156,7 @@ class Learner(ABC):
         self._twins: ProcessGroup | None = None  # processes that train the same modules on other images
         self._executor: SequentialExecutor | None = None
         self._replaced = ReplacedOptimizers()
+        self._joint: JointOptimizer | None = None
         self.optimizer_factory: Factories | None = None
         self.num_steps = 0
         self._progress = 0.0
@@ -295,6 +297,17 @@ class Learner(ABC):
         """Each local module's optimizer, once configured."""
         return tuple(step.optimizer for step in self._executor.steps) if self._executor else ()
 
+    @property
+    def optimizer(self) -> JointOptimizer:
+        """All of them as one, for schedulers and frameworks; its ``step`` has nothing left to do after ``step`` here.
+
+        Raises:
+            RecipeError: no optimizers yet.
+        """
+        if self._joint is None:
+            raise no_optimizers()
+        return self._joint
+
     def parameters(self, index: int) -> list[nn.Parameter]:
         """Trainable parameters of a local module: the model's in the model's own order, then the auxiliary nets'.
 
@@ -318,6 +331,7 @@ class Learner(ABC):
         executor.recover = None if self._executor is None else self._executor.recover
         self._replaced.add(self.optimizers)
         self._executor = executor
+        self._joint = JointOptimizer(self.optimizers)
         self._values_checked = False
         self._freeze()
 
@@ -397,7 +411,7 @@ class Learner(ABC):
         self._replaced.check()
         return any(changed)
 
-    def _check_batch(self, batch: LocalBatch) -> None:
+    def _check_batch(self, batch: LocalBatch, *, is_part: bool = False) -> None:
         images, size = batch.images, self.backbone.input_size
         check_tensors(batch)
         if self.backbone.trunk is not None and images is not None:
@@ -419,7 +433,7 @@ class Learner(ABC):
         )
         check_labels(batch.labels, images, self.backbone.num_classes, self.loss)
         if not self._values_checked:
-            check_values(batch, self.backbone.num_classes, self.loss)
+            check_values(batch, self.backbone.num_classes, self.loss, is_part=is_part)
             self._values_checked = True
 
     def _in_training(self) -> None:
@@ -598,8 +612,11 @@ class LocalLearner(Learner):
         auxiliary_from: what auxiliary nets are initialised from: the ``seed`` alone, that is what ``torch.manual_seed``
             was last given, whatever was drawn since; or torch's random ``state``, as any new layer is.
 
-        shared: of a parameter that modules on both sides of a boundary read (tied embeddings, a position bias of all
-            blocks): ``"refuse"``, or ``"last"``: the last of them trains it, the others read it.
+        shared: of a parameter w that modules on both sides of a boundary read (tied embeddings, a position bias of all
+            blocks): ``"refuse"``; ``"last"``: the last of them trains it, w <- U_l(w, g_l), and the others read it; or
+            ``"average"``: each of them trains a copy, and after each step w <- mean over m of U_m(w, g_m), with g_m the
+            gradient of module m's loss and U_m the update of its optimizer, whose state is its own. (Frozen modules
+            aren't in the mean; an end-to-end step updates w once, by the optimizer of the first that has it.)
         chunk_logits: make the logits of a language model's own end chunk by chunk, too, and again in the backward pass:
             those of a large vocabulary are then never whole in memory, and results have none. Rounds otherwise.
 
@@ -775,14 +792,46 @@ class LocalLearner(Learner):
         with self._stepping(batch):
             return executor.step(batch)
 
-    def _begin(self, batch: LocalBatch) -> SequentialExecutor:
+    def step_parts(self, parts: Sequence[Any]) -> tuple[StepResult, ...]:
+        """Train every local module on one batch that comes in parts, such as those that a data loader gave in a row.
+
+        As ``accumulation``, of a batch that is cut already: parts may be of other sizes and lengths. Each module runs
+        all of them before its one update; means are over what counts in all.
+
+        Args:
+            parts: what the model is called with, each with labels in it: dicts, or pairs of inputs and labels.
+
+        Returns:
+            What each part gave; losses and terms are its share of the batch's: those of all parts add up.
+
+        Raises:
+            RecipeError: there are no parts, or ``accumulation`` is to cut them once more; and what ``step`` raises.
+        """
+        if not parts or self._settings["accumulation"] > 1:
+            raise RecipeError(
+                f"step_parts: got {len(parts)} parts for a learner of {arg('accumulation')} "
+                f"{self._settings['accumulation']}; give one or more to a learner of {arg('accumulation', 1)}."
+            )
+        batches = [LocalBatch.of(*part) if isinstance(part, (tuple, list)) else LocalBatch.of(part) for part in parts]
+        executor = self._begin(*batches)
+        for batch in batches:
+            batch.number = self.num_steps
+            executor.route.begin(batch, self)
+        make_parts(batches)
+        with self._stepping(*batches):
+            return tuple(executor.step_parts(batches))
+
+    def _begin(self, *parts: LocalBatch) -> SequentialExecutor:
         """Refuse a step that would train something else than it seems, before anything is changed."""
         if self._executor is None:
             raise no_optimizers()
         if self.check_ready(self._executor.steps):
             self._global_step = None  # it holds the weights of before
-        self._check_batch(batch)
-        batch.loss = self.loss
+        is_checked = self._values_checked
+        for part in parts:
+            self._values_checked = is_checked
+            self._check_batch(part, is_part=len(parts) > 1)
+            part.loss = self.loss
         return self._executor
 
     def global_step(self, images: Any, labels: Tensor | None = None) -> StepResult:
@@ -830,7 +879,7 @@ class LocalLearner(Learner):
         return self._global_recomputed
 
     @contextlib.contextmanager
-    def _stepping(self, batch: LocalBatch) -> Iterator[None]:
+    def _stepping(self, *parts: LocalBatch) -> Iterator[None]:
         """A region for a step, which counts once it is done; one that fails tells what it has changed."""
         self._in_training()
         steps = self._executor.steps if self._executor else ()
@@ -841,18 +890,19 @@ class LocalLearner(Learner):
             if self._ema is not None:
                 self._ema.update(self.model, step=self.num_steps)
         except BaseException as error:
-            told = self._in_words(error, batch)
+            told = self._in_words(error, parts)
             for note in self._half_done(before):
                 told.add_note(note)
             if told is error:
                 raise
             raise told from error
 
-    def _in_words(self, error: BaseException, batch: LocalBatch) -> BaseException:
+    def _in_words(self, error: BaseException, parts: Sequence[LocalBatch]) -> BaseException:
         """What ended a step: of labels of no class, which processors find in any step, what the first step says."""
         if isinstance(error, IndexError):
             try:
-                check_values(batch, self.backbone.num_classes, self.loss)
+                for part in parts:
+                    check_values(part, self.backbone.num_classes, self.loss, is_part=len(parts) > 1)
             except DataError as told:
                 return told
         return error

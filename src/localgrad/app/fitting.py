@@ -49,7 +49,7 @@ from localgrad.training.optim import note_of_warmup
 from localgrad.training.parallel_trainer import ParallelTrainer, name_of
 from localgrad.training.saved import RUN_FORMAT, Checkpoint, Peak, Peaks, RankFigures, Summary
 from localgrad.training.stagewise import StagewiseTrainer, estimate_stages
-from localgrad.training.trainer import Common, LocalTrainer, Trainer, below
+from localgrad.training.trainer import Common, TogetherTrainer, Trainer, below
 from localgrad.units import format_bytes, format_counts
 
 _FEW = 10  # classes that are named in the first lines of a run
@@ -173,7 +173,7 @@ def make_trainer(job: Job, folder: RunFolder) -> Trainer:
             cached_epochs=settings.cached_epochs,
             **common,
         )
-    return LocalTrainer(
+    return TogetherTrainer(
         learner=job.local,
         schedule=job.schedule_for(learner.optimizers),
         is_global=settings.is_global if settings.has_global_steps and learner.plan.num_modules > 1 else None,

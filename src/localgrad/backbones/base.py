@@ -39,6 +39,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from localgrad.backbones.adapters import adapted_model, check_calls_alike
 from localgrad.backbones.by_hand import Chain, PartsSeen, check_parts, default_size_of_parts, listed, names_of_blocks
 from localgrad.backbones.example import Example, says_causal
 from localgrad.backbones.fake import (
@@ -504,6 +505,21 @@ class Backbone(nn.Module):
         for number in sorted(writing - {0, last}):
             self.blocks[number - 1] = InputKept(parts[number])
 
+    def _check_written_by_parts(self) -> None:
+        """Refuse buffers that the model's own code between blocks writes: it runs once for each part that it is in.
+
+        Raises:
+            BackboneError: naming one.
+        """
+        owned = {id(buffer) for part in self.parts for buffer in part.buffers()}
+        for name, buffer in self.model.named_buffers():
+            if name in self._written_buffers and id(buffer) not in owned:
+                raise BackboneError(
+                    f"{type(self.model).__name__} can't be split: {name} is written in training by its own code, or by a "
+                    "module that stands in several places, and those run once for each part; give each place a module "
+                    "of its own, or make a localgrad.Backbone of its parts by hand."
+                )
+
     def check_boundaries(self, boundaries: Sequence[int]) -> None:
         """Refuse boundaries across which local modules would share a parameter, or a buffer that they write.
 
@@ -515,7 +531,10 @@ class Backbone(nn.Module):
         """
         for shared in self.shared_across(boundaries):
             way_out = (
-                " or give shared='last' (the last of them trains it, the others read it)," if shared.is_weight else ""
+                " give shared='last' (the last of them trains it, the others read it) or shared='average' (each trains "
+                "a copy, and they are averaged after each step),"
+                if shared.is_weight
+                else ""
             )
             raise BackboneError(
                 f"{shared.name} is shared by {', '.join(shared.places)}, which boundaries={list(boundaries)} put in "
@@ -569,7 +588,8 @@ def split(
     timm are known; any other is watched while it runs (``watching``).
 
     Args:
-        model: on any device: a timm model with a classifier, or any other that is given an example.
+        model: on any device: a timm model with a classifier, or any other that is given an example; of one with
+            adapters of peft, the model in its wrapper is split.
         input_size: (C, H, W) of the images that it will be trained on; by default the model's own.
         example: a batch as the model is called with, in place of ``input_size``: a tensor, a tuple of positional
             arguments, or a dict of keywords, such as one of a data loader (labels are left out). Its tensors have one
@@ -584,11 +604,14 @@ def split(
             that don't give its logits and gradients bit for bit.
     """
     given = None if example is None else Example.of(example)
+    wrapper, model = model, adapted_model(model)
     if given is None:
         size = _check_arguments(model, input_size)
         given = Example.of(_random_images(size))
     else:
         _check_example(model, input_size, given)
+    if wrapper is not model:
+        check_calls_alike(wrapper, model, given.rows(2))
     if _is_proved_in_place(model):
         return _found(model, given.rows(2), blocks)
     # Elsewhere: there some backward passes differ from themselves, and there memory is what users lack.
@@ -646,6 +669,7 @@ def _watched(model: nn.Module, given: Example, blocks: str | None) -> Backbone:
         except (AttributeError, TypeError, RuntimeError) as error:
             raise unsupported(model, f"its parts don't run on their own ({reason_of(error)})") from error
         backbone._written_buffers = shown.written
+        backbone._check_written_by_parts()
     for module in set(backbone.modules()) - set(model.modules()):
         module.training = model.training
     return backbone

@@ -207,7 +207,7 @@ class Context:
 
     @classmethod
     def join(cls, parts: Sequence[Context]) -> Context:
-        """TakenApart of a batch as one."""
+        """Parts of a batch as one."""
         first, *rest = parts
         if not rest:
             return first
@@ -260,6 +260,19 @@ def _standing_in(stand_ins: Sequence[tuple[Place, _StandIn]]) -> Iterator[None]:
     finally:
         for slot, _ in stand_ins:
             slot.parent._modules[slot.key] = slot.module
+
+
+@contextmanager
+def _put_in(others: Sequence[tuple[dict[str, Tensor | None], str, Tensor]]) -> Iterator[None]:
+    """A region in which tensors stand for others in the tables of modules."""
+    kept = [(table, name, table[name]) for table, name, _ in others]
+    try:
+        for table, name, tensor in others:
+            table[name] = tensor
+        yield
+    finally:
+        for table, name, own in kept:
+            table[name] = own
 
 
 @final
@@ -340,6 +353,7 @@ class Trunk:
         self.draws: dict[int, bool] = {}
         """By the start of a segment, whether random numbers are drawn on the way there, as far as it was seen."""
         self.batch = UnderWay()
+        self._runs: list[nn.Module] = []
 
     def inputs(self, main: Tensor) -> Example:
         """What the model is called with, of which one tensor is given: the others of this batch, or the example's."""
@@ -362,17 +376,38 @@ class Trunk:
             for index, station in enumerate(self.stations)
         ]
         like = example.tensor
+        zeros = [
+            (table, name, torch.zeros(tensor.shape, dtype=tensor.dtype, device=like.device))
+            for table, name, tensor in self._elsewhere()
+        ]
         for number, (slot, _) in enumerate(self.around):
             if number in others:
                 stand_ins.append((slot, _StandIn(slot.module, self._filling(others[number], example.num_items, like))))
-        with _standing_in(stand_ins):
+        with _standing_in(stand_ins), _put_in(zeros):
             return example.call(self.model)
+
+    def _elsewhere(self) -> list[tuple[dict[str, Tensor | None], str, Tensor]]:
+        """Tensors that another process has (on ``meta`` here) and that the model's own code goes past all the same.
+
+        Their values reach nothing that is made here: of a segment's weights each process that runs it has its own.
+        """
+        if not self._runs:
+            modules = [*(station.slot.module for station in self.stations), *(slot.module for slot, _ in self.around)]
+            stood_in = {inner for module in modules for inner in module.modules()}
+            self._runs = [module for module in self.model.modules() if module not in stood_in]
+        tables: list[dict[str, Any]] = [t for m in self._runs for t in (m._parameters, m._buffers)]
+        return [
+            (table, name, tensor)
+            for table in tables
+            for name, tensor in table.items()
+            if tensor is not None and tensor.device.type == "meta"
+        ]
 
     def _filling(self, given: Any, num_items: int, like: Tensor) -> Callable[[tuple[Any, ...], Kwargs], Any]:
         def fill(args: tuple[Any, ...], kwargs: Kwargs) -> Any:
             received = next((leaf for _, leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)), like)
-            floating = received if received.is_floating_point() else next(self.model.parameters()).new_empty(0)
-            return _filled(given, num_items, floating.to(received.device))
+            dtype = received.dtype if received.is_floating_point() else next(self.model.parameters()).dtype
+            return _filled(given, num_items, torch.empty(0, dtype=dtype, device=received.device))
 
         return fill
 

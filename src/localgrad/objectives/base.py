@@ -34,10 +34,17 @@ def in_float32(tensor: Tensor) -> Tensor:
 
 
 class TermValue(NamedTuple):
-    """One term's loss, and the class logits [B, num_classes] where computing it makes any."""
+    """One term's loss, and the class logits [B, num_classes] where computing it makes any.
+
+    Attributes:
+        loss: a mean over the items of the batch, or of the part of one that the term was given.
+        logits: as made on the way.
+        is_share: of a part of a batch: ``loss`` is its share of the whole batch's, and no mean over the part.
+    """
 
     loss: Tensor
     logits: Tensor | None = None
+    is_share: bool = False
 
 
 class Term(nn.Module, ABC):
@@ -74,7 +81,10 @@ class Term(nn.Module, ABC):
 
 
 class ObjectiveValue(NamedTuple):
-    """The total loss (a scalar with a graph), each term's own unweighted loss, and logits where there are any."""
+    """The total loss (a scalar with a graph), each term's own unweighted loss, and logits where there are any.
+
+    Of a part of a batch, losses are its share of the batch's: those of all parts add up.
+    """
 
     loss: Tensor
     terms: dict[str, Tensor]
@@ -120,6 +130,10 @@ class ContextSupply(nn.Module):
             total = grid if total is None else total + grid
         assert total is not None, "a module with context is not the first"
         return self.layout.add(inputs, (total * self.factor).permute(0, 2, 3, 1))
+
+
+def _share_of(value: TermValue, share: float | None) -> Tensor:
+    return value.loss if value.is_share or share is None else value.loss * share
 
 
 class LocalObjective(nn.Module):
@@ -182,12 +196,13 @@ class LocalObjective(nn.Module):
                     f"a loss of shape {list(value.loss.shape)}" if isinstance(value, TermValue) else repr(type(value))
                 )
                 raise RecipeError(f"term {name!r}: it gave {what}; let forward return TermValue(loss), a scalar.")
-        losses = [self._weighted(name, value.loss) for name, value in values.items()]
+        terms = {name: _share_of(value, batch.share) for name, value in values.items()}
+        losses = [self._weighted(name, loss) for name, loss in terms.items()]
         total = losses[0]
         for loss in losses[1:]:
             total = total + loss
         logits = next((value.logits for value in values.values() if value.logits is not None), None)
-        return ObjectiveValue(total, {name: value.loss for name, value in values.items()}, logits)
+        return ObjectiveValue(total, terms, logits)
 
     def _weighted(self, name: str, loss: Tensor) -> Tensor:
         if name in self.over_time:

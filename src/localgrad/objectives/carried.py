@@ -4,6 +4,10 @@ The executor makes things on the way and lets go of them; the batch cuts them in
 the estimates of memory and the planners read their shapes. A new thing is a line here, or ``register_carried`` from
 outside; a term that looks at it names it in ``Term.uses``.
 
+Beside the table stands the *model context* (``LocalBatch.model_context``): what the blocks of a model that was split by
+watching are called with beside features. Every module needs it, whatever its objective, and it is no tensor but a tree
+of them, which the model alone knows.
+
 Shapes: B batch first, left out in ``Carried.shape`` of what is split with the batch.
 """
 
@@ -29,6 +33,8 @@ CONTEXT_GRID = 4
 INSIDE = frozenset({"states", "branches"})
 """What terms may look at besides: of their own module, so that nothing is carried."""
 Value = Tensor | tuple[Tensor, ...]
+MODEL_CONTEXT = "model_context"
+"""What blocks of a model that was split by watching need beside features, by its name on the wire."""
 MASK_NAME = "attention_mask"
 """Keyword of what says of each token [B, N] whether it isn't padding, in Hugging Face's models."""
 
@@ -148,13 +154,15 @@ RESERVED = frozenset(
         "labels",
         "targets",
         "number",
-        "label_factor",
+        "share",
+        "labels_counted",
         "token_factor",
         "counts_all",
         "carried",
         "averaged",
         "given",
-        "called_with",
+        MODEL_CONTEXT,
+        "model_contexts",
     }
 )
 CARRIED = {
@@ -304,9 +312,11 @@ class LocalBatch:
         targets: class indices [B], to count accuracy with, where labels may be mixed; by default the labels, if those
             are indices.
         number: of the batch in the training, from 0; what modules draw at random in its step depends on it.
-        label_factor: of one part of a batch, what makes a mean over its counted labels, times its share of the images,
-            its share of the mean over all counted labels; a scalar, 1 where none is ignored.
-        token_factor: likewise, of means over tokens that aren't padding.
+        share: of one part of a batch, the share of the batch's items that it has.
+        labels_counted: of one part, how much the labels of the whole batch count, a scalar: by that the sum of its
+            losses is divided. ``None`` where all labels count alike.
+        token_factor: of one part, what makes a mean over those of its tokens that aren't padding, times its share of
+            the items, its share of the mean over all such tokens; a scalar.
         counts_all: whether no label is ignored, for certain: the data path has seen to it.
         given: all that the model is called with, where that is more than the images; [B, ...] each.
         carried: what else, by name.
@@ -323,7 +333,8 @@ class LocalBatch:
         features: Tensor | None = None,
         targets: Tensor | None = None,
         number: int = 0,
-        label_factor: Tensor | None = None,
+        share: float | None = None,
+        labels_counted: Tensor | None = None,
         token_factor: Tensor | None = None,
         counts_all: bool = False,
         given: Example | None = None,
@@ -336,18 +347,21 @@ class LocalBatch:
         self._features = images if features is None else features
         self._targets = targets
         self.number = number
-        self.label_factor = label_factor
+        self.share = share
+        self.labels_counted = labels_counted
         self.token_factor = token_factor
         self.counts_all = counts_all
         self.given = given
-        self._contexts: Sequence[Context] = ()  # of the whole, or of its parts
+        self.model_contexts: Sequence[Context] = ()
+        """The model context of the whole, or of its parts."""
         self.loss: Loss = CROSS_ENTROPY
         """Of the task: how many of the labels count."""
         self.branches: tuple[Tensor, ...] = ()
         self.carried: dict[str, Value] = {
             name: value for name, value in {"images": images, **carried}.items() if value is not None
         }
-        self._factors: dict[tuple[str, int], tuple[Tensor, ...]] = {}
+        self._counted: Tensor | None = None  # of all labels; and factors by number of parts: once for all modules
+        self._factors: dict[int, tuple[Tensor, ...]] = {}
 
     def __getattr__(self, name: str) -> Any:
         if name not in CARRIED:
@@ -355,24 +369,24 @@ class LocalBatch:
         return self.carried.get(name, () if CARRIED[name].grows else None)
 
     @property
-    def called_with(self) -> Context | None:
+    def model_context(self) -> Context | None:
         """What blocks of a model that was split by watching need beside features; the stem makes it.
 
         Raises:
             RecipeError: it is there in parts that can't be joined.
         """
-        if len({tuple(tensor.ndim for tensor in each.tensors) for each in self._contexts}) > 1:
+        if len({tuple(tensor.ndim for tensor in each.tensors) for each in self.model_contexts}) > 1:
             raise RecipeError(
                 f"{arg('accumulation')}: the model makes masks for those parts of a batch alone that have padding, so "
                 "parts can't be put together to be cut anew; keep the number of parts."
             )
-        if len(self._contexts) > 1:
-            self._contexts = [Context.join(self._contexts)]
-        return self._contexts[0] if self._contexts else None
+        if len(self.model_contexts) > 1:
+            self.model_contexts = [Context.join(self.model_contexts)]
+        return self.model_contexts[0] if self.model_contexts else None
 
-    @called_with.setter
-    def called_with(self, context: Context | None) -> None:
-        self._contexts = [] if context is None else [context]
+    @model_context.setter
+    def model_context(self, context: Context | None) -> None:
+        self.model_contexts = [] if context is None else [context]
 
     @property
     def features(self) -> Tensor:
@@ -426,7 +440,7 @@ class LocalBatch:
         """The batch as another module receives it."""
         onward = LocalBatch(None, self.labels, features=features, targets=self._targets, number=self.number)
         onward.carried, onward.loss = carried, self.loss
-        onward.called_with = self.called_with
+        onward.model_contexts = self.model_contexts
         return onward
 
     def to(self, device: torch.device) -> LocalBatch:
@@ -442,7 +456,7 @@ class LocalBatch:
         there = LocalBatch(None, moved(self.labels), features=moved(self.features), targets=targets, number=self.number)
         there.loss = self.loss
         there.given = None if self.given is None else self.given.map(moved)
-        there.called_with = None if self.called_with is None else self.called_with.map(moved)
+        there.model_contexts = [context.map(moved) for context in self.model_contexts]
         there.carried = {
             name: moved(value) if isinstance(value, Tensor) else tuple(map(moved, value))
             for name, value in self.carried.items()
@@ -464,13 +478,14 @@ class LocalBatch:
 
         features = [None] * len(labels) if self._features is None else self._features.chunk(count)
         carried = {name: cut(name, value) for name, value in self.carried.items()}
-        factors, of_tokens = self._label_factors(labels), self._token_factors(count)
+        counted, of_tokens = self._labels_counted() if len(labels) > 1 else None, self._token_factors(count)
         contexts = self._contexts_of_parts(count) or [None] * len(labels)
         given = [None] * len(labels) if self.given is None else self.given.chunk(count)
         found = []
         for index, own in enumerate(labels):
-            part = LocalBatch(None, own, features=features[index], number=self.number, label_factor=factors[index])
-            part.given, part.called_with, part.loss = given[index], contexts[index], self.loss
+            part = LocalBatch(None, own, features=features[index], number=self.number, labels_counted=counted)
+            part.share = len(own) / len(self.labels) if len(labels) > 1 else None
+            part.given, part.model_context, part.loss = given[index], contexts[index], self.loss
             part.token_factor = of_tokens[index] if of_tokens else None
             part.carried = {name: values[index] for name, values in carried.items()}
             found.append(part)
@@ -478,45 +493,84 @@ class LocalBatch:
 
     def take_context(self, parts: Sequence[LocalBatch]) -> None:
         """Take what the stem has made for the parts of this batch, if it has just been there."""
-        if not self._contexts:
+        if not self.model_contexts:
             # As they are: some models leave a mask away where a part has no padding, so that parts differ in kind.
-            self._contexts = [part.called_with for part in parts if part.called_with is not None]
+            self.model_contexts = [context for part in parts for context in part.model_contexts]
 
     def _contexts_of_parts(self, count: int) -> Sequence[Context | None]:
-        if len(self._contexts) > 1 and len(self._contexts) == len(self.labels.chunk(count)):
-            return self._contexts
-        whole = self.called_with
+        if len(self.model_contexts) > 1 and len(self.model_contexts) == len(self.labels.chunk(count)):
+            return self.model_contexts
+        whole = self.model_context
         return [] if whole is None else whole.chunk(count)
 
-    def _label_factors(self, labels: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        """``label_factor`` of each part."""
-        matters = len(labels) > 1 and (self.loss.weighs or not self.counts_all)
-        found = [self.loss.counted(part) for part in labels] if matters else [None]
-        if any(each is None for each in found):
-            return [None] * len(labels)
-        return self._shares("labels", [each for each in found if each is not None], list(map(len, labels)))
+    def _labels_counted(self) -> Tensor | None:
+        """``labels_counted`` of each part."""
+        if self._counted is None and (self.loss.weighs or not self.counts_all):
+            self._counted = self.loss.counted(self.labels)
+        return self._counted
 
     def _token_factors(self, count: int) -> Sequence[Tensor]:
         """``token_factor`` of each part; none where nobody looks at the mask, or there is one part."""
         mask = self.carried.get("mask")
-        parts = mask.chunk(count) if isinstance(mask, Tensor) else ()
-        return self._shares("tokens", [part.sum() for part in parts], list(map(len, parts))) if len(parts) > 1 else ()
-
-    def _shares(self, what: str, counted: Sequence[Tensor], items: Sequence[int]) -> tuple[Tensor, ...]:
-        """What makes means of parts their share of the whole's: once for all modules, without waiting for a device."""
-        key = what, len(counted)
-        if key not in self._factors:
-            each = torch.stack(list(counted))
-            # Whole numbers above and below, so that it is 1 to the last bit where all count.
-            total, each = each.sum(), each * sum(items)
-            self._factors[key] = tuple(part / (total * own) for part, own in zip(each.unbind(), items, strict=True))
-        return self._factors[key]
+        masks = mask.chunk(count) if isinstance(mask, Tensor) else ()
+        if len(masks) > 1 and len(masks) not in self._factors:
+            self._factors[len(masks)] = token_factors(masks)
+        return self._factors.get(len(masks), ())
 
 
-def empty_batch(site: Site, carried: Iterable[Carried], num_images: int, dtype: torch.dtype) -> LocalBatch:
-    """A batch as it enters the module at a site, of uninitialised memory; labels are zeros."""
-    labels = torch.zeros(num_images, dtype=torch.int64)
-    batch = LocalBatch(None, labels, features=torch.empty(num_images, *site.inputs.shape, dtype=dtype))
+def token_factors(masks: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """``LocalBatch.token_factor`` of parts by their masks [B, N], without waiting for a device."""
+    each, items = torch.stack([mask.sum() for mask in masks]), list(map(len, masks))
+    # Whole numbers above and below, so that it is 1 to the last bit where no token is padding.
+    total, each = each.sum(), each * sum(items)
+    return tuple(part / (total * own) for part, own in zip(each.unbind(), items, strict=True))
+
+
+def make_parts(parts: Sequence[LocalBatch]) -> None:
+    """Make batches the parts of one: each is told what its means are of the whole's.
+
+    Args:
+        parts: with their loss, and all that begins with a batch in them.
+    """
+    total = sum(len(part.labels) for part in parts)
+    counts = [part.loss.counted(part.labels) for part in parts]
+    known = [count for count in counts if count is not None]
+    counted = torch.stack(known).sum() if len(known) == len(parts) else None
+    masks = [mask for part in parts if isinstance(mask := part.carried.get("mask"), Tensor)]
+    factors = token_factors(masks) if len(masks) == len(parts) else [None] * len(parts)
+    for part, factor in zip(parts, factors, strict=True):
+        part.share, part.labels_counted, part.token_factor = len(part.labels) / total, counted, factor
+
+
+def empty_batch(
+    site: Site,
+    carried: Iterable[Carried],
+    num_images: int,
+    dtype: torch.dtype,
+    *,
+    labels: Tensor | None = None,
+    main: tuple[Sequence[int], torch.dtype] | None = None,
+    context: Context | None = None,
+) -> LocalBatch:
+    """A batch as it enters the module at a site, of uninitialised memory.
+
+    Args:
+        site: where.
+        carried: what else it has.
+        num_images: of it.
+        dtype: of features.
+        labels: of it; by default class indices, zeros.
+        main: shape and dtype of what the first module receives; by default as features there.
+        context: the model context of an example, of a model that was split by watching.
+    """
+    shape, kind = main if main is not None and site.index == 0 else ((num_images, *site.inputs.shape), dtype)
+    labels = torch.zeros(num_images, dtype=torch.int64) if labels is None else labels
+    batch = LocalBatch(None, labels, features=torch.empty(tuple(shape), dtype=kind))
+    batch.loss = site.loss
+    if context is not None and site.index:  # of the first one, the stem makes it
+        batch.model_context = context.rows(num_images).map(
+            lambda tensor: torch.empty_like(tensor) if any(tensor.stride()) else tensor
+        )
     for each in carried:
         if each.grows and not site.context:
             continue  # nobody has added to it yet

@@ -345,6 +345,7 @@ def in_chunks(
     *,
     label_smoothing: float = 0.0,
     whole: int = WHOLE,
+    counted: Tensor | None = None,
 ) -> Tensor:
     """The mean loss of ``head(vectors)``, of which never more than ``whole`` numbers are there at once.
 
@@ -358,6 +359,7 @@ def in_chunks(
         num_classes: K.
         label_smoothing: from 0 to 1.
         whole: numbers of logits in a chunk.
+        counted: what labels of the whole batch count, where these are a part's; by default what these do.
     """
     rows, wanted = loss.aligned(vectors, labels)
 
@@ -369,7 +371,7 @@ def in_chunks(
     total = torch.zeros((), device=vectors.device)
     for chunk, own in zip(torch.split(rows, size), torch.split(wanted, size), strict=True):
         total = total + checkpoint(of_chunk, chunk, own, use_reentrant=False, preserve_rng_state=False)
-    counted = loss.counted(labels)
+    counted = loss.counted(labels) if counted is None else counted
     assert counted is not None, "labels of tokens are indices"
     return total / counted  # no number where none counts, as PyTorch's
 

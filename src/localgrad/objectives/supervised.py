@@ -56,28 +56,41 @@ class TaskLoss(Term):
     def forward(self, inputs: Tensor, outputs: Tensor, batch: LocalBatch, states: Sequence[Tensor] = ()) -> TermValue:
         """Compute the cross-entropy. Arguments as in ``Term.forward``."""
         logits, loss = self._loss(outputs, batch)
-        if batch.label_factor is not None:  # a part may hold no label that counts, and the mean over none is no number
-            factor = batch.label_factor.to(loss.dtype)
-            loss = (loss * factor).masked_fill(factor == 0, 0.0)
+        is_share = batch.labels_counted is not None
         if self.teacher_share:
             assert batch.teacher is not None, "the learner asks the teacher where a term uses it"
             assert logits is not None, "a teacher is of classes of items"
             taught = F.cross_entropy(in_float32(logits), batch.teacher)
+            if is_share and batch.share is not None:
+                taught = taught * batch.share
             loss = (1 - self.teacher_share) * loss + self.teacher_share * taught
-        return TermValue(loss, logits)
+        return TermValue(loss, logits, is_share)
 
     def _loss(self, outputs: Tensor, batch: LocalBatch) -> tuple[Tensor | None, Tensor]:
-        """The logits, where all of them are made at once, and the loss."""
-        head, loss = self.classifier, self.loss
+        """The logits, where all of them are made at once, and the loss.
+
+        Of a part of a batch in which labels may not count, the sum over the part divided by what counts in the whole: a
+        part may hold none, and a mean over none is no number.
+        """
+        head, loss, counted = self.classifier, self.loss, batch.labels_counted
         if isinstance(head, TrainedHead) and isinstance(loss, TokenLoss) and loss.names_tokens:
             vectors = head.embed(outputs, batch.mask if self.takes_mask else None)
             if vectors[..., 0].numel() * head.num_classes > WHOLE:
                 labels, smoothing = batch.labels, self.label_smoothing
-                return None, in_chunks(loss, head.score, vectors, labels, head.num_classes, label_smoothing=smoothing)
+                classes = head.num_classes
+                chunked = in_chunks(
+                    loss, head.score, vectors, labels, classes, label_smoothing=smoothing, counted=counted
+                )
+                return None, chunked
             logits = head.score(vectors)
         else:
             logits = self.classify(outputs, batch.mask if self.takes_mask else None)
-        return logits, loss(in_float32(logits), batch.labels, label_smoothing=self.label_smoothing)
+        scores = in_float32(logits)
+        if counted is None:
+            return logits, loss(scores, batch.labels, label_smoothing=self.label_smoothing)
+        assert isinstance(loss, TokenLoss), "others count all their labels alike"
+        rows = loss.aligned(scores, batch.labels) if loss.names_tokens else (scores, batch.labels)
+        return logits, loss.summed(*rows, self.label_smoothing) / counted
 
     def classify(self, outputs: Tensor, mask: Tensor | None = None) -> Tensor:
         """Class logits [B, num_classes], or [B, N, num_classes] of tokens."""

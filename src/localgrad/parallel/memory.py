@@ -42,6 +42,7 @@ def estimate_share(
     place = learner.team.place
     step = _ShareStep(
         site=learner.sites[learner.own.start],
+        main=learner.backbone.like(batch_size),
         first=learner.own.start,
         route=learner.route,
         settings={**learner._settings, "compile": False},
@@ -60,7 +61,7 @@ def estimate_share(
     return simulate(
         own,
         step,
-        inputs={"labels": ((batch_size,), torch.int64)},
+        inputs={"labels": (learner.label_shape(batch_size), learner.loss.label_dtype)},
         device="cuda" if (device or learner.device).type == "cuda" else "cpu",
     )
 
@@ -165,6 +166,7 @@ class _ShareStep:
     """A training step of copied own modules, without their neighbours."""
 
     site: Site
+    main: tuple[tuple[int, ...], torch.dtype]
     first: int
     route: Route
     settings: StepSettings
@@ -181,9 +183,9 @@ class _ShareStep:
         if self.executor is None:
             steps = [self._step(index, module) for index, module in enumerate(own.modules, self.first)]
             self.executor = SequentialExecutor(steps, first=self.first, route=self.route)
-            self.received = [self._batch() for _ in range(self.num_received)]
+            self.received = [self._batch(own, labels) for _ in range(self.num_received)]
             self.sent: deque[object] = deque(maxlen=self.num_sent)
-        batch = self.received[0] if self.received else self._batch()
+        batch = self.received[0] if self.received else self._batch(own, labels)
         batch = batch.onward(batch.features, dict(batch.carried))
         batch.labels = labels
         has_next = self.first + len(own.modules) < len(self.route.uses)
@@ -202,5 +204,14 @@ class _ShareStep:
         weights = trained(module)
         return LocalStep(module, weights, factory(weights), device=cpu, around=around, **self.settings)
 
-    def _batch(self) -> LocalBatch:
-        return empty_batch(self.site, self.route.into(self.first), self.batch_size, self.dtype)
+    def _batch(self, own: _Own, labels: Tensor) -> LocalBatch:
+        under_way = own.modules[0].under_way
+        return empty_batch(
+            self.site,
+            self.route.into(self.first),
+            self.batch_size,
+            self.dtype,
+            labels=torch.zeros_like(labels),
+            main=self.main,
+            context=None if under_way is None else under_way.known,
+        )

@@ -3,6 +3,9 @@
 Started by torchrun, every process makes the same learner and runs the same loop; the first rank's images are used. Rank
 r trains its modules on the batch that rank r - 1 has just sent on. The weights are those of one process, bit for bit
 on processors that round alike. ``whole_state_dict()`` gathers the model.
+
+Of a model that was split by watching, each process keeps the code and its own modules' weights; of all others it has
+shapes. The model context, which the stem makes on the first rank, travels with the batch.
 """
 
 from __future__ import annotations
@@ -17,21 +20,22 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from localgrad import rules
+from localgrad.backbones.base import Backbone
 from localgrad.backbones.fake import by_shapes_alone, fake_copy
 from localgrad.backbones.hooks import copy_without_hooks
 from localgrad.backbones.namespaces import Attributes
 from localgrad.errors import ParallelError, RecipeError, arg
-from localgrad.learner import NO_LABELS, Factories, Learner, make_ema, no_optimizers
+from localgrad.learner import Factories, Learner, make_ema, no_optimizers
 from localgrad.objectives.auxiliary import NextClassifier
 from localgrad.objectives.averaging import has_spectral_norms
-from localgrad.objectives.carried import LocalBatch, Route, empty_batch
+from localgrad.objectives.carried import LocalBatch, Route, empty_batch, mask_of
 from localgrad.objectives.losses import IGNORED
 from localgrad.objectives.readouts import ReadoutClassifier
 from localgrad.objectives.site import Site
 from localgrad.parallel.pipeline import Links, PipelineExecutor
 from localgrad.parallel.schedule import NUM_BUFFERS, shares
 from localgrad.parallel.team import Team
-from localgrad.parallel.wire import WIRES, Packet
+from localgrad.parallel.wire import WIRES, Packet, packed, unpacked
 from localgrad.step.checks import check_labels
 from localgrad.step.executor import SequentialExecutor, StepResult, Visit, walk
 from localgrad.step.local_module import LocalModule, observed_parts, site_of
@@ -39,6 +43,8 @@ from localgrad.step.local_step import LocalStep, autocast
 from localgrad.step.sharding import OwnRows, check_shardable, gathered, made_whole, put, release, shard, swap
 from localgrad.step.states import LearnerPart, LearnerState, describe
 
+_AVERAGED = "averaged/"
+"""What the averaged model has of a batch in inference, in a packet."""
 K = TypeVar("K")
 V = TypeVar("V")
 
@@ -51,7 +57,7 @@ class ParallelLearner(Learner):
     number of batches before each epoch, so that batches are received ahead; without it all works, one at a time.
 
     Args:
-        model: any timm model that ``localgrad.split`` takes, on the processor, made alike in every process.
+        model: any model that ``localgrad.split`` takes, on the processor, made alike in every process.
         team: from ``Team.join``; by default this process's own, as torchrun started it.
         num_buffers: batches that may be on their way at each end of a link.
         wire: how features travel: ``same``, or ``bf16`` in half the bytes.
@@ -59,9 +65,10 @@ class ParallelLearner(Learner):
         **settings: as for ``LocalLearner``, but for ``device``, ``offload``, ``overlap`` and ``global_checkpoint``.
 
     Raises:
-        ParallelError: more ranks than local modules, what needs several modules in one place, or replicas of a part
-            with state that nobody knows how to average (running statistics of norms are averaged); or an average of
-            layers with spectral norm under ``shard``.
+        ParallelError: more ranks than local modules, what needs several modules in one place (a weight that they share,
+            a readout of the model's output embedding), or replicas of a part with state that nobody knows how to
+            average (running statistics of norms are averaged); or an average of layers with spectral norm, or a model
+            that was split by watching, under ``shard``.
     """
 
     is_parallel = True
@@ -85,14 +92,9 @@ class ParallelLearner(Learner):
         rules.check(given, ParallelError)
         self.team = team or Team.join()
         super().__init__(model, **settings)
-        if self.backbone.trunk is not None:
-            raise RecipeError(
-                f"model: {type(self.model).__name__} was split by watching it run, which trains in one process so far; "
-                "take LocalLearner."
-            )
         self._build()
         self.shares = shares_of(self.plan.activation_bytes or [1] * self.plan.num_modules, self.team.num_ranks)
-        self._refuse(compiled=bool(self._settings["compile"]))
+        self._refuse(compiled=bool(self._settings["compile"]), shard=shard)
         if self.team.num_replicas > 1:
             self._refuse_own_ways()
         self._settle()
@@ -109,17 +111,35 @@ class ParallelLearner(Learner):
         self._remember()  # tensors were moved, and with replicas cut into rows
         self.links = Links(self.team.place, self.team.device, num_buffers=num_buffers, wire=wire)
 
-    def _refuse(self, *, compiled: bool) -> None:
+    def _refuse(self, *, compiled: bool, shard: bool) -> None:
         nets = [net for own in self.modules for net in own.modules() if isinstance(net, NextClassifier)]
         averaged = any(net.weights == "ema" for net in nets)
         reads = any(isinstance(net, ReadoutClassifier) for own in self.modules for net in own.modules())
-        rules.check({"parallel": True, "classifier": "readout" if reads else None}, ParallelError)
+        if self.team.num_ranks > 1 or shard:  # else all modules are here, whole
+            rules.check({"parallel": True, "classifier": "readout" if reads else None}, ParallelError)
         known = {"parallel": True, "teacher_share": self.uses("teacher"), "weights": "ema" if averaged else None}
         rules.check({**known, "compile": compiled, "replicas": self.team.num_replicas}, ParallelError)
         for carried in self.route.into(0):
             if not carried.travels:
                 raise ParallelError(
                     f"{carried.name}: a term looks at it, and it can't go from process to process; train in one."
+                )
+        self._refuse_shared()
+        if shard and self.backbone.trunk is not None:
+            raise ParallelError(
+                f"{arg('shard')}: {type(self.model).__name__} was split by watching it run, and its own code between "
+                f"blocks needs whole weights; leave {arg('shard')} out."
+            )
+
+    def _refuse_shared(self) -> None:
+        """Refuse weights that modules of several processes read: each would need the others' updates in every step."""
+        for each in self.backbone.shared_across(self.plan.boundaries):
+            ranks = {rank for rank, share in enumerate(self.shares) for module in each.modules if module in share}
+            if each.tensor.requires_grad and (len(ranks) > 1 or self.team.num_replicas > 1):
+                where = "of several processes" if len(ranks) > 1 else "that replicas average on their own"
+                raise ParallelError(
+                    f"{arg('shared', self.shared)}: {each.name} is read by local modules {where}; train in one process "
+                    "(LocalLearner), choose modules=[...] that keep its readers in one, or untie it in the model."
                 )
 
     def _refuse_own_ways(self) -> None:
@@ -139,7 +159,7 @@ class ParallelLearner(Learner):
             self._twins = self.team.twins
             if self._twins is not None:  # DDP has to know whether to wait for gradients that never come
                 for index in self.own:
-                    unread = unread_parameters(self.modules[index], self.sites[index], self.backbone.dtype)
+                    unread = unread_parameters(self.modules[index], self.sites[index], self.backbone)
                     self.modules[index].has_unread = bool(unread)
             return
         twins = self.team.twins_mesh
@@ -159,12 +179,18 @@ class ParallelLearner(Learner):
         kept = [(table, dict(table)) for part in own for table in (part._parameters, part._buffers)]
         for index, module in enumerate(self.modules):
             if index not in self.own:
-                module.to("meta")  # shapes stay, for checks of checkpoints
+                module._apply(_shape_of)  # type: ignore[no-untyped-call]
         for table, tensors in kept:  # some parts belong to several modules, such as tables of rotations
             cast(Attributes, table).update(tensors)
         for index in self.own:
             self.modules[index].to(self.team.device)
         self.backbone.follow_parts()
+        if self.backbone.trunk is not None:  # what belongs to no part: every process has it
+            inside = {id(tensor) for module in self.modules for tensor in (*module.parameters(), *module.buffers())}
+            for part in self.model.modules():
+                for name, buffer in part._buffers.items():
+                    if buffer is not None and id(buffer) not in inside:
+                        part._buffers[name] = buffer.to(self.team.device)
 
     @property
     def own(self) -> range:
@@ -189,7 +215,8 @@ class ParallelLearner(Learner):
     @property
     def sites(self) -> list[Site]:
         """Where each local module stands."""
-        return [site_of(self.backbone, self.plan.boundaries, index) for index in range(self.plan.num_modules)]
+        boundaries = self.plan.boundaries
+        return [site_of(self.backbone, boundaries, index, loss=self.loss) for index in range(len(boundaries) + 1)]
 
     def configure_optimizers(self, factory: Factories) -> None:
         """Make one optimizer for each of the own modules. As for ``LocalLearner``; call it in every process."""
@@ -218,9 +245,10 @@ class ParallelLearner(Learner):
         """Train the own modules on the next batch.
 
         Args:
-            images: [B, C, H, W]; those of the first rank are used.
-            labels: class indices int64 [B], or soft targets [B, num_classes]; those of the first rank are used. With
-                several replicas none may be ignored (-100): each counts its own, and all weigh alike.
+            images: [B, C, H, W], or what else the model is called with; those of the first rank are used.
+            labels: class indices int64 [B], soft targets [B, num_classes], or what else the loss takes; those of the
+                first rank are used. With several replicas none may be ignored (-100): each counts its own, and all
+                weigh alike.
 
         Returns:
             Figures of the own modules.
@@ -230,10 +258,10 @@ class ParallelLearner(Learner):
         """
         batch = LocalBatch.of(images, labels)
         assert batch.images is not None, "it has just begun"
-        images, labels = batch.images, batch.labels
-        check_labels(labels, images, self.backbone.num_classes, self.loss)
-        targets = labels if labels.ndim == 1 else labels.argmax(dim=1)
-        return self.share(LocalBatch(images, labels, targets=targets))
+        check_labels(batch.labels, batch.images, self.backbone.num_classes, self.loss)
+        is_mixed = self.loss.is_of_classes and batch.labels.ndim == 2
+        targets = batch.labels.argmax(dim=1) if is_mixed else None
+        return self.share(LocalBatch(batch.images, batch.labels, targets=targets, given=batch.given))
 
     def share(self, batch: LocalBatch | None = None) -> StepResult:
         """As ``step``, on a batch that gives its images away; only the first rank gives one.
@@ -250,7 +278,7 @@ class ParallelLearner(Learner):
             self._check_batch(batch)
         self._in_training()
         received, unsound = self._pipeline.receive(batch)
-        received.number = self.num_steps
+        received.number, received.loss = self.num_steps, self.loss
         if self.team.place.rank == 0:
             self.route.begin(received, self)
         result = self._pipeline.step(received, unsound)
@@ -261,9 +289,9 @@ class ParallelLearner(Learner):
             self._ema.update(self._own_parts, step=self.num_steps)
         return result
 
-    def _check_batch(self, batch: LocalBatch) -> None:
+    def _check_batch(self, batch: LocalBatch, *, is_part: bool = False) -> None:
         first = not self._values_checked
-        super()._check_batch(batch)
+        super()._check_batch(batch, is_part=is_part)
         if first and self.team.num_replicas > 1 and bool((batch.labels == IGNORED).any()):
             raise ParallelError(
                 f"labels: some are {IGNORED}, ignored; replicas weigh alike, however many labels count in each: leave "
@@ -289,50 +317,65 @@ class ParallelLearner(Learner):
                     buffer.div_(self.team.num_replicas)
 
     @torch.no_grad()
-    def infer(self, images: Tensor | None, targets: Tensor | None) -> tuple[dict[int, Tensor], Tensor]:
-        """Class logits of the own modules' classifiers for the next batch; call ``eval()`` first, and ``begin``.
+    def infer(self, images: Any, targets: Tensor | None) -> tuple[dict[int, Tensor], Tensor]:
+        """Logits of the own modules' classifiers for the next batch; call ``eval()`` first, and ``begin``.
 
-        Images [B, C, H, W] and class indices int64 [B] are the first rank's. Where an average is kept, the last
-        module's logits are those of the averaged model.
+        Where an average is kept, the last module's logits are those of the averaged model.
+
+        Args:
+            images: [B, C, H, W], or what else the model is called with; the first rank's are used.
+            targets: class indices int64 [B], or what else is to come along to the last rank, [B, ...].
 
         Returns:
             Logits [B, num_classes] by module, where it has a classifier, and the targets.
         """
         packet: Packet = self.links.receive()
-        if not packet:
+        if packet:
+            own = {name: value for name, value in packet.items() if not name.startswith(_AVERAGED)}
+            others = {name.removeprefix(_AVERAGED): packet[name] for name in packet.keys() - own.keys()}
+            batch, averaged = unpacked(own), unpacked(others) if others else None
+        else:
             assert images is not None and targets is not None, "the first rank has the images"
-            packet = {"features": images, "targets": targets} | ({"averaged": images} if self.averages else {})
-        batch, averaged, targets = (
-            LocalBatch(packet["features"], NO_LABELS),
-            packet.get("averaged"),
-            packet["targets"],
-        )
+            batch, averaged = self._inferred(images, targets), None
+            if self.averages:
+                averaged = self._inferred(images, targets)
         found = {}
         with autocast(self.device.type, self.precision):
             for visit in self._walk(batch):
                 with gathered(visit.module):
                     passed = visit.module.run_parts(visit.received)
-                    logits = visit.module.objective.classify(passed.outputs)
+                    logits = visit.module.objective.classify(passed.outputs, batch.mask)
                 if logits is not None:
                     found[visit.index] = logits
                 visit.hand_on(passed.handed_on)
             if averaged is not None:
-                as_averaged = LocalBatch(averaged, NO_LABELS)
                 with self._averaged():
-                    for visit in self._walk(as_averaged):
+                    for visit in self._walk(averaged):
                         with gathered(visit.module):
-                            visit.hand_on(visit.module.run_parts(visit.received).handed_on)
-                averaged = as_averaged.features
-                if self.links.sender is None:
-                    found[self.own[-1]] = averaged
+                            passed = visit.module.run_parts(visit.received)
+                            logits = visit.module.objective.classify(passed.outputs, averaged.mask)
+                        visit.hand_on(passed.handed_on)
+                if self.links.sender is None and logits is not None:
+                    found[self.own[-1]] = logits
         if self.links.sender is not None:
-            onward = {"features": batch.features, "targets": targets}
-            self.links.send(onward if averaged is None else {**onward, "averaged": averaged})
+            onward = packed(batch)
+            if averaged is not None:
+                onward |= {_AVERAGED + name: tensor for name, tensor in packed(averaged).items()}
+            self.links.send(onward)
         self.links.done()
-        return found, targets
+        return found, batch.labels
+
+    def _inferred(self, images: Any, targets: Tensor) -> LocalBatch:
+        batch = LocalBatch.of(images, targets)
+        batch.carried = {"mask": mask_of(batch)} if self.uses("mask") else {}
+        return batch
 
     def _walk(self, batch: LocalBatch) -> Iterator[Visit[LocalModule]]:
-        return walk([self.modules[index] for index in self.own], batch, first=self.own.start)
+        """Go through the own modules, with what goes along with the batch."""
+        modules = [self.modules[index] for index in self.own]
+        modules[0].begin_batch(batch)
+        yield from walk(modules, batch, first=self.own.start)
+        modules[0].note_context(batch)
 
     def attend(self, num_batches: int) -> None:
         """Gather weights as ``infer`` does, for replicas that have more batches than this one."""
@@ -390,7 +433,15 @@ class ParallelLearner(Learner):
         """
         assert self._ema is not None or not averaged, "an average is kept"
         source = self._ema.module if averaged and self._ema is not None else self._own_parts
-        return {name: made_whole(value) for name, value in self._named(source).items()}
+        loose = self._loose if self.team.place.rank == 0 else {}
+        return loose | {name: made_whole(value) for name, value in self._named(source).items()}
+
+    @property
+    def _loose(self) -> dict[str, Tensor]:
+        """What the model's state has and none of its parts: buffers of its own, alike in all processes."""
+        tensors = [tensor for part in self.backbone.parts for tensor in (*part.parameters(), *part.buffers())]
+        inside = set(map(id, tensors))
+        return {name: each for name, each in self.model.state_dict(keep_vars=True).items() if id(each) not in inside}
 
     def _named(self, source: OwnRows) -> dict[str, Tensor]:
         names = {id(tensor): name for name, tensor in self.model.state_dict(keep_vars=True).items()}
@@ -405,7 +456,7 @@ class ParallelLearner(Learner):
     @torch.no_grad()
     def load_own_weights(self, weights: dict[str, Tensor], *, averages: dict[str, Tensor] | None) -> None:
         """Put the own modules' part of a whole model's weights, and of its average, in place."""
-        for name, value in self._named(self._own_parts).items():
+        for name, value in (self._loose | self._named(self._own_parts)).items():
             put(value, weights[name])
         if self._ema is not None:
             assert averages is not None, "an average is kept"
@@ -425,12 +476,26 @@ class ParallelLearner(Learner):
         return {name: found[name] for name in self.model.state_dict()}
 
 
-def unread_parameters(module: LocalModule, site: Site, dtype: torch.dtype) -> list[str]:
+def _shape_of(tensor: Tensor) -> Tensor:
+    """What stays of other processes' tensors: shapes, for checks of checkpoints. Copies of it take no memory either."""
+    return torch.empty((), dtype=tensor.dtype, device="meta").expand(tensor.shape)
+
+
+def unread_parameters(module: LocalModule, site: Site, backbone: Backbone) -> list[str]:
     """Names of a module's trainable parameters that its loss doesn't depend on, found on tensors without memory."""
+    main, labels = backbone.like(2), site.loss.made_up(2, backbone)
     with by_shapes_alone():
         fake_mode, fake = fake_copy(module)
         with fake_mode:
-            batch = empty_batch(site, Route([module.objective.uses]).into(0), 2, dtype)
+            batch = empty_batch(
+                site,
+                Route([module.objective.uses]).into(0),
+                2,
+                backbone.dtype,
+                labels=torch.empty(labels.shape, dtype=labels.dtype),
+                main=main,
+                context=None if fake.under_way is None else fake.under_way.known,
+            )
             fake.train()(batch.features, batch).loss.backward()
     return [name for name, weight in fake.named_parameters() if weight.requires_grad and weight.grad is None]
 

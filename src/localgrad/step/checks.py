@@ -204,8 +204,8 @@ def check_schedulers(optimizers: Sequence[Optimizer]) -> None:
         without = scheduled.index(False)
         raise RecipeError(
             f"a learning rate scheduler is attached to {sum(scheduled)} of {len(scheduled)} optimizers, and none to "
-            f"that of local module {without}; make one for each: [CosineAnnealingLR(optimizer, T_max=100) for "
-            "optimizer in learner.optimizers] (ConstantLR(optimizer, factor=1.0) keeps a learning rate)."
+            f"that of local module {without}; make one for all, CosineAnnealingLR(learner.optimizer, T_max=100), or "
+            "one for each of learner.optimizers (ConstantLR(optimizer, factor=1.0) keeps a learning rate)."
         )
 
 
@@ -238,8 +238,8 @@ class ReplacedOptimizers:
             if optimizer is not None and _rates(optimizer) != rates:
                 raise RecipeError(
                     "a learning rate scheduler goes on with an optimizer that configure_optimizers replaced, and "
-                    "changes nothing that is trained; drop it, and make one for each that trains: "
-                    "[CosineAnnealingLR(optimizer, T_max=100) for optimizer in learner.optimizers]."
+                    "changes nothing that is trained; drop it, and make one of what trains now: "
+                    "CosineAnnealingLR(learner.optimizer, T_max=100)."
                 )
 
 
@@ -351,14 +351,14 @@ def check_labels(labels: Tensor, inputs: Tensor, num_classes: int, loss: Loss = 
         raise DataError("labels: they require a gradient, and a step gives none back; pass labels.detach().")
 
 
-def check_values(batch: LocalBatch, num_classes: int, loss: Loss = CROSS_ENTROPY) -> None:
+def check_values(batch: LocalBatch, num_classes: int, loss: Loss = CROSS_ENTROPY, *, is_part: bool = False) -> None:
     """Refuse images that aren't finite, and labels that mean no class. Waits for the device: for a first step.
 
     Args:
-        of_classes: whether labels are classes.
         batch: as for a step; fakes of tensors have no values and pass, once the same operators ran.
         num_classes: of the model.
         loss: of the task.
+        is_part: whether there are more labels than these: then none of them need count.
 
     Raises:
         DataError: naming the first image at fault.
@@ -393,7 +393,7 @@ def check_values(batch: LocalBatch, num_classes: int, loss: Loss = CROSS_ENTROPY
         f"labels: that of {what} {{row}} is {{value}}; they go from 0 to {num_classes - 1}, {IGNORED} is ignored",
     )
     counted = loss.counted(labels)
-    if counted is not None and not isinstance(labels, FakeTensor) and bool(counted == 0):
+    if counted is not None and not is_part and not isinstance(labels, FakeTensor) and bool(counted == 0):
         raise DataError(f"labels: all are {IGNORED}, ignored, and there is nothing to learn; leave this batch out.")
 
 

@@ -25,6 +25,8 @@ from torch import Tensor
 from localgrad.backbones.base import Layout
 from localgrad.errors import MemoryExceeded
 from localgrad.objectives.carried import Handed, LocalBatch, Route, Value
+from localgrad.step.copies import Copies
+from localgrad.step.local_module import LocalOutput
 from localgrad.step.local_step import LocalStep
 
 HandOn = Callable[[LocalBatch], None]
@@ -164,6 +166,7 @@ class SequentialExecutor:
         self.route = route or Route(step.module.objective.uses for step in self.steps)
         self.recover: Callable[[int], bool] | None = None
         self.around = around or (lambda _: contextlib.nullcontext())
+        self.copies = Copies(self.steps)
         for index, step in enumerate(self.steps, first):
             step.module.keeps_gradient = self.route.is_late(index + 1)
 
@@ -173,13 +176,17 @@ class SequentialExecutor:
         ``hand_on`` is given the batch as the module behind the last one is to receive it: before the last one's
         backward pass, if all of it is there by then.
         """
+        with self.copies.all_modules():
+            return self._train(batch, hand_on)
+
+    def _train(self, batch: LocalBatch, hand_on: HandOn | None) -> StepResult:
         losses, terms, logits = [], [], []
         for visit in walk(self.steps, batch, self.route, first=self.first):
             sends = hand_on if visit.is_last else None
             is_late = self.route.is_late(visit.index + 1)
             take = None if sends is None or is_late else partial(visit.send, sends)
             for attempt in self.attempts(visit.index, [visit.module]):
-                with attempt, self.around(visit.index):
+                with attempt, self.around(visit.index), self.copies.of(visit.module):
                     output = visit.module(visit.received, batch, take)
             if sends is not None and is_late:
                 visit.send(sends, output.features, output.gradient)
@@ -193,6 +200,41 @@ class SequentialExecutor:
         if whole is not None and not self.steps[-1].module.gives_logits:
             whole = logits[-1]
         return StepResult(whole, tuple(losses), tuple(terms), tuple(logits), batch.known_targets)
+
+    def step_parts(self, parts: Sequence[LocalBatch]) -> list[StepResult]:
+        """Train every local module on one batch that comes in parts: each has all of them before its one update.
+
+        Args:
+            parts: as ``make_parts`` has made them.
+
+        Returns:
+            What each part gives; losses and terms are its share of the batch's.
+        """
+        with self.copies.all_modules():
+            return self._train_parts(parts)
+
+    def _train_parts(self, parts: Sequence[LocalBatch]) -> list[StepResult]:
+        outputs: list[list[LocalOutput]] = [[] for _ in parts]
+        walks = [walk(self.steps, part, self.route, first=self.first) for part in parts]
+        for visits in zip(*walks, strict=True):
+            step = visits[0].module
+            for attempt in self.attempts(visits[0].index, [step]):
+                with attempt, self.around(visits[0].index), self.copies.of(step):
+                    found = step.over_parts([visit.received for visit in visits], parts)
+            for visit, output, own in zip(visits, found, outputs, strict=True):
+                visit.hand_on(output.features, output.gradient)
+                own.append(output._replace(features=output.features[:0], gradient=None))
+            del found, output, attempt, visits, visit
+        return [
+            StepResult(
+                part.features,
+                tuple(output.loss for output in own),
+                tuple(output.terms for output in own),
+                tuple(output.logits for output in own),
+                part.known_targets,
+            )
+            for part, own in zip(parts, outputs, strict=True)
+        ]
 
     def attempts(self, place: int | str, steps: Sequence[LocalStep]) -> Iterator[Attempt]:
         """Regions to run something in: where memory runs out before an update, one more if someone can recover.

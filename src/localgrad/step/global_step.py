@@ -57,22 +57,21 @@ class GlobalStep:
     def _train(self, batch: LocalBatch, last: LocalStep) -> StepResult:
         scaler = last.scaler
         parts = batch.parts(last.accumulation)
-        outputs, shares = [], []
+        outputs = []
         gives_logits = last.module.gives_logits
         for part in parts:
-            share = len(part.labels) / len(batch.labels)
             self.steps[0].module.begin_batch(part)
             with autocast(last.device_type, last.precision):
                 logits = self._logits(part.features, part.labels)
                 value = last.module.objective(logits, logits, part)
-            scaler.scale(value.loss * share).backward()
+            scaler.scale(value.loss).backward()
             terms = {name: term.detach() for name, term in value.terms.items()}
             made = None if gives_logits or value.logits is None else value.logits.detach()
             outputs.append(LocalOutput(logits.detach(), value.loss.detach(), terms, made))
-            shares.append(share)
             del logits, value
+        self.steps[0].module.end_batch()
         self._update(scaler)
-        found = joined(outputs, shares)
+        found = joined(outputs)
         num_others = len(self.steps) - 1
         terms_of_all = (*({} for _ in range(num_others)), found.terms)
         whole = found.features if gives_logits else found.logits

@@ -79,6 +79,7 @@ class LocalModule(nn.Module):
         given: parts at the end that the next module runs as well.
         pieces: by number of a part, its pieces, where the objective looks at residual branches.
         reads: weights that it reads, and that another module trains.
+        copies: weights of which it trains a copy, as other modules do (see ``step/copies.py``).
         under_way: what the parts share about the batch under way, of a model that was split by watching it.
         gives_logits: false for a last module whose objective makes the logits, and not its parts.
     """
@@ -94,6 +95,7 @@ class LocalModule(nn.Module):
         given: int = 0,
         pieces: Mapping[int, Sequence[Piece]] | None = None,
         reads: Sequence[nn.Parameter] = (),
+        copies: Sequence[nn.Parameter] = (),
         under_way: UnderWay | None = None,
         gives_logits: bool = True,
     ) -> None:
@@ -109,7 +111,8 @@ class LocalModule(nn.Module):
         self.under_way = under_way
         self.gives_logits = gives_logits
         self.reads: list[nn.Parameter]
-        vars(self)["reads"] = list(reads)  # past the registry: they are in its parts
+        self.copies: list[nn.Parameter]
+        vars(self).update(reads=list(reads), copies=list(copies))  # past the registry: they are in its parts
         self.keeps_gradient = False
         self.has_unread = False  # whether it has trainable parameters that no loss of its reads; known where it matters
         self.gradient: Tensor | None = None
@@ -174,8 +177,7 @@ class LocalModule(nn.Module):
             with_states="states" in self.objective.uses or not inputs.is_floating_point(),
             branches=branches if "branches" in self.objective.uses else None,
         )
-        if self.under_way is not None and batch.called_with is None and self.under_way.current is not None:
-            batch.called_with = self.under_way.current.detach()
+        self.note_context(batch)
         if self.keeps_gradient and outputs.requires_grad:
             outputs.register_hook(self._keep)  # type: ignore[no-untyped-call]
         target = inputs if received is None else received
@@ -199,12 +201,22 @@ class LocalModule(nn.Module):
         """
         if self.under_way is not None:
             is_first = isinstance(self.parts[0], Stem)
-            if not is_first and batch.called_with is None and self.under_way.differs_by_batch:
+            if not is_first and batch.model_context is None and self.under_way.differs_by_batch:
                 raise RecipeError(
                     "batch: it has features but no context (masks, positions), which the model's stem makes of its "
                     "inputs; train all modules on a batch, from its inputs on."
                 )
-            self.under_way.given, self.under_way.current = batch.given, batch.called_with
+            self.under_way.given, self.under_way.current = batch.given, batch.model_context
+
+    def note_context(self, batch: LocalBatch) -> None:
+        """Have a batch carry on what the stem has just made of it."""
+        if self.under_way is not None and batch.model_context is None and self.under_way.current is not None:
+            batch.model_context = self.under_way.current.detach()
+
+    def end_batch(self) -> None:
+        """Let go of a batch's context, which may hold the stem's graph."""
+        if self.under_way is not None:
+            self.under_way.current = None
 
     def _keep(self, gradient: Tensor) -> None:
         self.gradient = gradient
@@ -336,7 +348,7 @@ def build_local_modules(
         BackboneError: a parameter is shared across a boundary, or the objective looks at residual branches and a block
             can't be cut into them.
     """
-    reads = read_only(backbone, plan.boundaries, shared)
+    weights = shared_weights(backbone, plan.boundaries, shared)
     end = ModelEnd.of(backbone, loss, chunked=chunk_logits)
     device = next(backbone.parameters()).device
     edges = [0, *plan.boundaries, len(backbone.blocks)]
@@ -359,7 +371,8 @@ def build_local_modules(
                 shared=begins,
                 given=given,
                 pieces=_branched(backbone, range(span.start - begins, span.stop), len(stem)) if looks else None,
-                reads=reads[index],
+                reads=weights[index].reads,
+                copies=weights[index].copies,
                 under_way=None if backbone.trunk is None else backbone.trunk.batch,
                 gives_logits=not last or end.head is None,
             )
@@ -367,16 +380,23 @@ def build_local_modules(
     return modules
 
 
-SHARED = ("refuse", "last")
+SHARED = ("refuse", "last", "average")
 
 
-def read_only(backbone: Backbone, boundaries: Sequence[int], shared: str) -> list[list[nn.Parameter]]:
-    """Of each local module, the weights that it reads while a later one trains them.
+class SharedWeights(NamedTuple):
+    """Weights of a local module that others have as well: those that it only reads, and those it trains a copy of."""
+
+    reads: list[nn.Parameter]
+    copies: list[nn.Parameter]
+
+
+def shared_weights(backbone: Backbone, boundaries: Sequence[int], shared: str) -> list[SharedWeights]:
+    """Of each local module, the weights that it shares with others, and what becomes of them.
 
     Raises:
         BackboneError: something is shared across a boundary, and may not be.
     """
-    found: list[list[nn.Parameter]] = [[] for _ in range(len(boundaries) + 1)]
+    found = [SharedWeights([], []) for _ in range(len(boundaries) + 1)]
     if shared == "refuse":
         backbone.check_boundaries(boundaries)
         return found
@@ -384,9 +404,17 @@ def read_only(backbone: Backbone, boundaries: Sequence[int], shared: str) -> lis
         if not isinstance(each.tensor, nn.Parameter):
             backbone.check_boundaries(boundaries)
             continue
-        for module in each.modules[:-1]:
-            found[module].append(each.tensor)
+        aliases = [each.tensor, *(weight for weight in backbone.parameters() if _is_alias(weight, each.tensor))]
+        for module in each.modules[:-1] if shared == "last" else ():
+            found[module].reads.extend(aliases)
+        for module in each.modules if shared == "average" and each.tensor.requires_grad else ():
+            found[module].copies.append(each.tensor)
     return found
+
+
+def _is_alias(weight: Tensor, other: Tensor) -> bool:
+    """Whether two parameters were made of one tensor."""
+    return weight is not other and bool(weight.numel()) and weight.data_ptr() == other.data_ptr()
 
 
 def _branched(backbone: Backbone, blocks: range, before: int) -> dict[int, list[Piece]]:

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Autocast dtype by the name that recipes use."""
 TakeFeatures = Callable[[Tensor], None]
-Pass = Callable[[Tensor, LocalBatch, float, TakeFeatures | None], LocalOutput]
-"""One way to take a batch, or a part of it, through a module: ``(inputs, batch, share of the batch, hand_on)``."""
+Pass = Callable[[Tensor, LocalBatch, TakeFeatures | None], LocalOutput]
+"""One way to take a batch, or a part of it, through a module: ``(inputs, batch, hand_on)``."""
 Region = Callable[[], contextlib.AbstractContextManager[None]]
 RELATIVE_STEP = {"fp32": 0.003, "bf16": 0.02, "fp16": 0.01}
 """Length of the step of a finite difference, as a share of the length of what it is taken at: above the rounding of
@@ -199,25 +199,56 @@ class LocalStep:
         Returns:
             The module's output, its graph gone: features for the next module, and the figures.
         """
+        with self._training(inputs, batch):
+            if self.accumulation == 1:
+                return self._pass_for(batch)(inputs, batch, hand_on)
+            return self._accumulate(inputs, batch, hand_on)
+
+    def over_parts(self, received: Sequence[Tensor], parts: Sequence[LocalBatch]) -> list[LocalOutput]:
+        """Train on one batch that comes in parts, with one update at the end.
+
+        Args:
+            received: what the module before gave for each.
+            parts: as ``make_parts`` has made them.
+
+        Returns:
+            The output of each part; losses are its share of the batch's.
+        """
+        outputs = []
+        with self._training(received[0], parts[0]):
+            for number, (inputs, part) in enumerate(zip(received, parts, strict=True), 1):
+                with self._in_sync(is_last=number == len(parts)):
+                    outputs.append(self._pass_for(part)(inputs, part, None))
+        return outputs
+
+    @contextlib.contextmanager
+    def _training(self, inputs: Tensor, batch: LocalBatch) -> Iterator[None]:
+        """A region for the passes of one batch, from cleared gradients on; the update follows."""
         self.begin()  # whatever became of the last one
         check_surroundings(self.device_type, self.precision, inputs, batch.labels)
         seed = None if self.seed is None else (*self.seed, batch.number)
-        is_drawn = batch.gradient is not None and self.module.objective.reconcile
-        run: Pass = self._only_run if self.frozen else self._reconciled if is_drawn else self._once
         told = compilers_errors_told() if self._is_compiled else contextlib.nullcontext()
         single = single_images_refused(len(inputs), self.accumulation)
         with told, drawing_from(self.device, seed), only_read(self.module.reads), single:
-            if self.accumulation == 1:
-                output = run(inputs, batch, 1.0, hand_on)
-            else:
-                output = self._accumulate(run, inputs, batch, hand_on)
+            yield
+        self.module.end_batch()
         if not self.frozen:
             self._update()
-        return output
 
-    def _only_run(
-        self, inputs: Tensor, batch: LocalBatch, share: float, hand_on: TakeFeatures | None = None
-    ) -> LocalOutput:
+    def _pass_for(self, batch: LocalBatch) -> Pass:
+        if self.frozen:
+            return self._only_run
+        is_drawn = batch.gradient is not None and self.module.objective.reconcile
+        return self._reconciled if is_drawn else self._once
+
+    def _in_sync(self, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
+        """A region for a part's passes: gradients are averaged with twins' in the last part's."""
+        if is_last or self._replicated is None:
+            return contextlib.nullcontext()
+        no_sync: contextlib.AbstractContextManager[None] = self._replicated.no_sync()
+        return no_sync
+
+    def _only_run(self, inputs: Tensor, batch: LocalBatch, hand_on: TakeFeatures | None = None) -> LocalOutput:
         with torch.no_grad(), autocast(self.device_type, self.precision), self.as_frozen.running():
             output = self._forward(inputs, batch)
         if hand_on is not None:
@@ -228,9 +259,9 @@ class LocalStep:
         self,
         inputs: Tensor,
         batch: LocalBatch,
-        share: float | Tensor,
         hand_on: TakeFeatures | None = None,
         *,
+        weight: Tensor | None = None,
         received: Tensor | None = None,
     ) -> LocalOutput:
         more = () if received is None else (received,)
@@ -239,16 +270,14 @@ class LocalStep:
                 output = self._forward(inputs, batch, *more)
             if hand_on is not None:
                 hand_on(output.features)
-            loss = output.loss if isinstance(share, float) and share == 1.0 else output.loss * share
+            loss = output.loss if weight is None else output.loss * weight
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             del loss
             output = output._replace(loss=output.loss.detach())  # the graph, and what it holds, goes with the region
         gradient, self.module.gradient = self.module.gradient, None
         return output._replace(gradient=gradient)
 
-    def _reconciled(
-        self, inputs: Tensor, batch: LocalBatch, share: float, hand_on: TakeFeatures | None = None
-    ) -> LocalOutput:
+    def _reconciled(self, inputs: Tensor, batch: LocalBatch, hand_on: TakeFeatures | None = None) -> LocalOutput:
         """As ``_once``, with the pull of successive gradient reconciliation (SGR, arXiv 2406.05222).
 
         SGR penalises the distance of the gradient g at this module's input from the one at the output of the module
@@ -259,40 +288,41 @@ class LocalStep:
         """
         before = RandomState()
         entered = inputs.view_as(inputs).requires_grad_()  # a leaf over the same numbers: they came without a graph
-        output = self._once(entered, batch, share, hand_on, received=inputs)
+        output = self._once(entered, batch, hand_on, received=inputs)
         after = RandomState()
         assert entered.grad is not None, "the loss depends on the inputs"
+        share = 1.0 if batch.share is None else batch.share
         scale = self.scaler.scale(torch.full((), share, device=self.device))  # a tensor: nobody waits for its value
         along = cosine_direction(entered.grad.float() / scale, batch.gradient)
         # Where fp16 overflowed the update is held back; batch norms must not see what isn't finite all the same.
         along = torch.where(along.isfinite().all(), along, 0.0)
         step = RELATIVE_STEP[self.precision] * inputs.float().norm() / along.norm().clamp(min=1e-12)
-        weight = share * self.module.objective.reconcile / (2 * step)
+        weight = self.module.objective.reconcile / (2 * step)
         del entered
         for sign in (1.0, -1.0):
             before.restore()  # the same draws of dropout and drop path
-            self._once(inputs + (sign * step * along).to(inputs.dtype), batch, sign * weight, received=inputs)
+            moved = inputs + (sign * step * along).to(inputs.dtype)
+            self._once(moved, batch, weight=sign * weight, received=inputs)
+            del moved
         after.restore()
         return output
 
-    def _accumulate(self, run: Pass, inputs: Tensor, batch: LocalBatch, hand_on: TakeFeatures | None) -> LocalOutput:
-        num_images = len(inputs)
+    def _accumulate(self, inputs: Tensor, batch: LocalBatch, hand_on: TakeFeatures | None) -> LocalOutput:
         outputs: list[LocalOutput] = []
-        shares: list[float] = []
+        chunks, parts = inputs.chunk(self.accumulation), batch.parts(self.accumulation)
 
         def hand_on_all(features: Tensor) -> None:
             assert hand_on is not None, "asked for only where someone takes them"
+            batch.take_context(parts)
             hand_on(torch.cat([*(output.features for output in outputs), features]))
 
-        chunks, parts = inputs.chunk(self.accumulation), batch.parts(self.accumulation)
         for number, (chunk, part) in enumerate(zip(chunks, parts, strict=True), 1):
-            shares.append(len(chunk) / num_images)
             is_last = number == len(chunks)
             take = hand_on_all if is_last and hand_on is not None else None
-            with contextlib.nullcontext() if is_last or self._replicated is None else self._replicated.no_sync():
-                outputs.append(run(chunk, part, shares[-1], take))
+            with self._in_sync(is_last=is_last):
+                outputs.append(self._pass_for(part)(chunk, part, take))
         batch.take_context(parts)
-        return joined(outputs, shares)
+        return joined(outputs)
 
     def snapshot(self) -> Before:
         """What a step changes before its update: random states, and what forward passes write (running statistics)."""
@@ -474,18 +504,14 @@ def compilers_errors_told() -> Iterator[None]:
         ) from error
 
 
-def joined(outputs: Sequence[LocalOutput], shares: Sequence[float]) -> LocalOutput:
-    """The output of a batch, made of those of its parts and their shares of the images."""
-
-    def mean(values: Sequence[Tensor]) -> Tensor:
-        return torch.stack([value * share for value, share in zip(values, shares, strict=True)]).sum()
-
+def joined(outputs: Sequence[LocalOutput]) -> LocalOutput:
+    """The output of a batch, made of those of its parts, whose losses are their shares of the batch's."""
     logits = [output.logits for output in outputs if output.logits is not None]
     gradients = [output.gradient for output in outputs if output.gradient is not None]
     return LocalOutput(
         features=torch.cat([output.features for output in outputs]),
-        loss=mean([output.loss for output in outputs]),
-        terms={name: mean([output.terms[name] for output in outputs]) for name in outputs[0].terms},
+        loss=torch.stack([output.loss for output in outputs]).sum(),
+        terms={name: torch.stack([output.terms[name] for output in outputs]).sum() for name in outputs[0].terms},
         logits=torch.cat(logits) if logits else None,
         gradient=torch.cat(gradients) if gradients else None,
     )

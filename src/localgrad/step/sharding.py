@@ -11,12 +11,14 @@ of the replicas; making rows of a whole one is not.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from localgrad.backbones.watching import Called, Segment
 from localgrad.errors import ParallelError, arg
 from localgrad.objectives.auxiliary import carry_exemptions
 
@@ -162,6 +164,18 @@ class OwnRows(nn.Module):
     def __init__(self, parts: list[nn.Module]) -> None:
         super().__init__()
         self.parts = nn.ModuleList(parts)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OwnRows:
+        """For an average, which never runs: the code of a model that was split by watching isn't copied with it."""
+        for part in self.modules():
+            if isinstance(part, Segment):
+                memo.setdefault(id(part.trunk), part.trunk)
+            elif isinstance(part, Called):
+                memo.setdefault(id(part.batch), part.batch)
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]  # torch overloads it
         """As of any module, but for rows."""

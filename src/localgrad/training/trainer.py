@@ -543,7 +543,7 @@ class TrainerOfAll(Trainer, ABC):
 
 
 @final
-class LocalTrainer(TrainerOfAll):
+class TogetherTrainer(TrainerOfAll):
     """Trains all local modules in every step.
 
     Args:

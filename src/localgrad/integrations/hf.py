@@ -1,0 +1,511 @@
+"""``LocalTrainer``: the Trainer of transformers, whose training step is that of local modules.
+
+Data sets, collators, samplers, schedulers, callbacks, loggers, evaluation, checkpoints and the hub stay Trainer's own.
+Of its loop one thing differs. Trainer collects the batches of one update (``get_batch_samples``), calls
+``training_step`` for each, clips the gradients, and steps optimizer and scheduler. Here the first ``training_step`` of
+an update has the learner train on all of its batches (``LocalLearner.step_parts``): means are over what counts in all
+of them, and each module clips, updates and frees its gradients before the next one runs. Each call then returns its own
+batch's share of the model's task loss, which is what Trainer's own would have returned. What follows finds no
+gradients, and an optimizer whose ``step`` has nothing left to do (``learner.optimizer``); the scheduler made of it
+changes every module's learning rate.
+
+With one local module this is Trainer itself, bit for bit on the processor.
+
+Names that aren't public, and that this file alone relies on: of Trainer ``_prepare_inputs`` (moves a batch to the
+device), ``_build_accelerator_args``, ``_save_optimizer_and_scheduler``, ``_load_optimizer_and_scheduler`` (each called
+where its name says), and of Accelerate ``_original_forward``, where it keeps the forward that it has wrapped.
+``tests/test_hf_trainer.py`` pins what they do. Source: ``trainer.py`` of transformers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import IterableDataset
+
+from localgrad.backbones.example import LABEL_NAMES, logits_of
+from localgrad.errors import CheckpointError, RecipeError, arg, reason_of
+from localgrad.formats import check_format
+from localgrad.learner import LocalLearner
+from localgrad.objectives.base import in_float32
+from localgrad.objectives.losses import Loss
+from localgrad.objectives.methods import FeatureReconstruction, Objective, build_objective
+from localgrad.partition import Plan, Request
+from localgrad.partitioning import CheckpointRequest
+from localgrad.step.executor import StepResult, free_cache
+
+try:
+    from accelerate.utils import GradScalerKwargs
+    from transformers import Trainer, TrainingArguments
+except ImportError as error:
+    raise ImportError(
+        f"localgrad.integrations.hf needs transformers and accelerate ({reason_of(error)}): "
+        "pip install 'localgrad[hf]'."
+    ) from error
+
+FILE = "localgrad.pt"
+"""What Trainer's checkpoints lack: auxiliary nets, loss scales, the average of weights, the count of steps."""
+FORMAT = 1
+OPTIMIZER_FILE = "optimizer.pt"
+"""Where Trainer saves its optimizer: here those of all local modules."""
+ACTIVATION_CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
+"""The field that has Trainer recompute activations, by its name since transformers 5.20, and before."""
+REFUSED: dict[str, str] = {
+    "deepspeed": "its engine makes backward pass and update of the whole model; leave it out",
+    "fsdp": "it wraps the whole model, which is never run as a whole in training; leave it out",
+    "parallelism_config": "local modules train in one process here; leave it out",
+    "torch_compile": "it compiles the whole model, which is never run as a whole in training; leave it out",
+    "use_liger_kernel": "it changes the model's forward when training begins; leave it out",
+    "auto_find_batch_size": "modules before the one in which memory runs out have made their update by then; "
+    "localgrad.plan says beforehand what fits",
+    "enable_jit_checkpoint": "it saves in the middle of an update; leave it out, save_steps saves in between",
+}
+"""Fields of TrainingArguments that don't go with local modules, and what to do."""
+LOSS_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+"""How far the model's own loss may be from the task loss for both to be the same, by the dtype of weights."""
+
+
+class LocalTrainer(Trainer):  # type: ignore[misc]  # its types aren't read
+    """A Trainer that trains its model as gradient-isolated local modules.
+
+    Takes what Trainer takes, and what ``LocalLearner`` takes where Trainer's own arguments don't say it:
+
+    ========================================= =================================================================
+    TrainingArguments                         local modules
+    ========================================= =================================================================
+    ``bf16``, ``fp16``                        the learner's precision; a loss scale for each module
+    ``gradient_accumulation_steps``           each module runs all batches of an update before it is updated
+    ``max_grad_norm``                         largest norm of each module's gradient; no ``grad_norm`` is logged
+    ``learning_rate``, ``optim``, schedulers  one optimizer a module, of that class; one schedule for all
+    ``activation_checkpointing``              ``checkpoint="blocks"`` (before: ``gradient_checkpointing``)
+    ``label_smoothing_factor``                ``label_smoothing`` of the objective
+    ========================================= =================================================================
+
+    The model is split when training begins, or ``learner`` is first asked for. Logged is the model's task loss, and for
+    several modules each one's own loss as ``loss/module_0``. A checkpoint has one more file, ``localgrad.pt``; training
+    that is resumed from it goes on bit for bit. In fp16 the schedule goes on where modules skip an update, whose
+    gradients overflowed.
+
+    Args:
+        model: as for Trainer; one of peft trains its adapters.
+        args: Trainer's own arguments.
+        *more: other positional arguments of Trainer.
+        modules: how many local modules, boundaries, or a plan, as for ``LocalLearner``; the following likewise.
+        objective: what every module but the last is trained on, or its name.
+        example: a batch to split the model by; by default one of the first items of the training set.
+        blocks: dotted name of the container of the model's blocks; by default found.
+        checkpoint: what modules recompute.
+        loss: of every module's task; by default the model's own, as far as it is one that localgrad has, which is
+            checked on the example.
+        shared: what becomes of parameters that several modules read.
+        overlap: last blocks of the module before that each module trains as well.
+        freeze_from: share of the training after which modules stop to learn.
+        ema_decay: of a moving average of the weights, in ``learner.averaged_model``.
+        auxiliary_from: what auxiliary nets are initialised from.
+        **options: other keywords of Trainer.
+
+    Raises:
+        RecipeError: an argument that doesn't go with local modules, by its name.
+    """
+
+    optimizer: Any
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: TrainingArguments | None = None,
+        *more: Any,
+        modules: Request | Plan = 4,
+        objective: Objective | str | None = None,
+        example: Any = None,
+        blocks: str | None = None,
+        checkpoint: CheckpointRequest = False,
+        loss: str | Loss | Callable[[Tensor, Tensor], Tensor] | None = None,
+        shared: str = "refuse",
+        overlap: int = 0,
+        freeze_from: float | None = None,
+        ema_decay: float | None = None,
+        auxiliary_from: str = "seed",
+        **options: Any,
+    ) -> None:
+        if args is not None:
+            _check_arguments(args)
+        self._objective = build_objective(objective, {}) if isinstance(objective, str) else objective
+        self._example = example
+        self._loss = loss
+        self._options: dict[str, Any] = {
+            "modules": modules,
+            "blocks": blocks,
+            "checkpoint": checkpoint,
+            "shared": shared,
+            "overlap": overlap,
+            "freeze_from": freeze_from,
+            "ema_decay": ema_decay,
+            "auxiliary_from": auxiliary_from,
+        }
+        self._learner: LocalLearner | None = None
+        self._split_model: nn.Module | None = None
+        self._batches: list[Any] = []  # of the update under way
+        self._shares: list[Tensor] = []  # of their task losses, those not yet returned
+        self._sums: Tensor | None = None  # of each module's losses since they were logged
+        self._num_summed = 0
+        super().__init__(model, args, *more, **options)
+        self._check_made()
+
+    def _check_made(self) -> None:
+        """Refuse what is known once Trainer has made itself."""
+        if self.args.world_size > 1 or self.args.n_gpu > 1:
+            what, count = (
+                ("world_size", self.args.world_size) if self.args.world_size > 1 else ("n_gpu", self.args.n_gpu)
+            )
+            raise RecipeError(
+                f"{arg(what, count)}: LocalTrainer trains in one process on one device; start one (and set "
+                "CUDA_VISIBLE_DEVICES=0), or train in a loop of your own with localgrad.ParallelLearner."
+            )
+        kind = str(getattr(self.accelerator.distributed_type, "value", self.accelerator.distributed_type))
+        if kind != "NO":
+            raise RecipeError(
+                f"accelerate: it is configured for {kind}, and LocalTrainer trains in one process on one device; "
+                "configure it for none."
+            )
+        if self.accelerator.mixed_precision not in ("no", "bf16", "fp16"):
+            raise RecipeError(
+                f"{arg('mixed_precision', self.accelerator.mixed_precision)}: local modules train in fp32, bf16 or "
+                "fp16; set bf16=True in TrainingArguments."
+            )
+        if self.optimizer is not None or self.lr_scheduler is not None:
+            raise RecipeError(
+                "optimizers: one of the whole model can't be each local module's own; give "
+                "optimizer_cls_and_kwargs=(torch.optim.AdamW, {'lr': 1e-4}), or set optim and lr_scheduler_type."
+            )
+        if self.compute_loss_func is not None:
+            raise RecipeError(
+                "compute_loss_func: each module has a loss of its own logits; give loss=, a function of logits and "
+                "labels, or a name."
+            )
+        for name in ("compute_loss", "training_step"):
+            if getattr(type(self), name) is not getattr(LocalTrainer, name):
+                raise RecipeError(
+                    f"{type(self).__name__}.{name}: local modules train without it; give loss=, a function of logits "
+                    "and labels, and leave it out."
+                )
+
+    # The learner ----------------------------------------------------------------------------------------------------
+
+    @property
+    def learner(self) -> LocalLearner:
+        """What trains: the model, split. Made when it is first asked for, and anew for another model (``model_init``).
+
+        Raises:
+            BackboneError: the model can't be split.
+            RecipeError: its own loss isn't the task loss of local modules; and what ``LocalLearner`` raises.
+        """
+        if self._learner is None or self._split_model is not self.model:
+            with _random_state_kept():
+                self._learner = self._make_learner()
+            self._split_model = self.model
+        return self._learner
+
+    def _make_learner(self) -> LocalLearner:
+        options = dict(self._options)
+        if any(getattr(self.args, name, None) for name in ACTIVATION_CHECKPOINTING):
+            _switch_off_checkpointing(self.model)
+            options["checkpoint"] = options["checkpoint"] or "blocks"
+        objective = self._objective
+        if self.args.label_smoothing_factor:
+            objective = replace(objective or FeatureReconstruction(), label_smoothing=self.args.label_smoothing_factor)
+        example = self._prepare_inputs(self._first_items() if self._example is None else self._example)
+        precision = self.accelerator.mixed_precision
+        with _own_forward(self.model):
+            own = _own_loss(self.model, example) if self._loss is None else None
+            learner = LocalLearner(
+                self.model,
+                objective=objective,
+                example=example,
+                loss=self._loss,
+                precision="fp32" if precision == "no" else precision,
+                clip_grad=self.args.max_grad_norm or None,
+                accumulation=1,
+                **options,
+            )
+        if own is not None:
+            _check_loss(learner, *own)
+        return learner
+
+    def _first_items(self) -> Any:
+        """A batch of the first items of the training set, as its collator makes it."""
+        if self.train_dataset is None:
+            raise RecipeError("example: there is no train_dataset to take one from; give a batch.")
+        loader = self.get_train_dataloader()
+        if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__getitem__"):
+            return next(iter(loader))
+        count = min(len(loader.dataset), max(2, self.args.per_device_train_batch_size))
+        return loader.collate_fn([loader.dataset[index] for index in range(count)])
+
+    # The optimizers -------------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, *_: Any, **__: Any) -> Optimizer:
+        """Make one optimizer a local module, of the class and with the groups that Trainer's own would have.
+
+        Returns:
+            All of them as one: ``learner.optimizer``.
+        """
+        if self.optimizer is None:
+            learner = self.learner
+            decayed = {name for name in self.get_decay_parameter_names(self.model) if name}
+            by_model = {id(weight): name in decayed for name, weight in self.model.named_parameters()}
+            learner.configure_optimizers(
+                [self._factory(by_model | self._decayed(module.objective)) for module in learner.modules]
+            )
+            self.optimizer = learner.optimizer
+        made: Optimizer = self.optimizer
+        return made
+
+    def _decayed(self, net: nn.Module) -> dict[int, bool]:
+        """Whether weights of auxiliary nets are decayed, by ``id``."""
+        names = set(self.get_decay_parameter_names(net))
+        return {id(weight): name in names for name, weight in net.named_parameters()}
+
+    def _factory(self, decays: Mapping[int, bool]) -> Callable[[list[nn.Parameter]], Optimizer]:
+        def make(parameters: list[nn.Parameter]) -> Optimizer:
+            found = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            kind, options = found[0], dict(found[1])
+            of_model = {"params", "model", "optimizer_dict"} & options.keys()
+            has_modes = callable(getattr(kind, "eval", None)) and callable(getattr(kind, "train", None))
+            if not (isinstance(kind, type) and issubclass(kind, Optimizer)) or of_model or has_modes:
+                raise RecipeError(
+                    f"{arg('optim', str(self.args.optim))}: it takes the whole model, or has modes of its own, and "
+                    "can't be made for each local module; take adamw_torch, sgd, adafactor or adamw_bnb_8bit."
+                )
+            if "bitsandbytes" in kind.__module__ and options.get("optim_bits") == 8:
+                self._keep_embeddings_whole()
+            decayed = [weight for weight in parameters if decays[id(weight)]]
+            others = [weight for weight in parameters if not decays[id(weight)]]
+            groups = [
+                {"params": decayed, "weight_decay": self.args.weight_decay},
+                {"params": others, "weight_decay": 0.0},
+            ]
+            made: Optimizer = kind(groups, **options)
+            return made
+
+        return make
+
+    def _keep_embeddings_whole(self) -> None:
+        """Have 8-bit optimizers keep embeddings' states in float32, as Trainer does."""
+        from bitsandbytes.optim import GlobalOptimManager
+
+        for module in self.model.modules():
+            if isinstance(module, nn.Embedding):
+                GlobalOptimManager.get_instance().register_module_override(module, "weight", {"optim_bits": 32})
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """Accelerate's own loss scale is switched off: each local module has one."""
+        made: dict[str, Any] = super()._build_accelerator_args(**kwargs)
+        made["kwargs_handlers"] = [*(made.get("kwargs_handlers") or []), GradScalerKwargs(enabled=False)]
+        return made
+
+    # Training -------------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's own batches of one update, which are kept for its first ``training_step``."""
+        found = super().get_batch_samples(*args, **kwargs)
+        self._batches, self._shares = list(found[0]), []
+        return found
+
+    def training_step(self, model: nn.Module, inputs: Any, *_: Any, **__: Any) -> Tensor:
+        """Train on all batches of an update at the first of them.
+
+        Args:
+            model: the model, perhaps wrapped; it is put in training mode.
+            inputs: one batch, with its labels.
+
+        Returns:
+            The batch's share of the model's task loss, a scalar.
+        """
+        if not self._shares:
+            model.train()
+            self.learner.at(min(1.0, self.state.global_step / max(1, self.state.max_steps)))
+            results = self.learner.step_parts([self._prepare_inputs(batch) for batch in self._batches])
+            self._note_losses(results)
+            self._shares = [result.terms[-1]["task"] for result in results]
+            every = self.args.torch_empty_cache_steps
+            if every is not None and self.state.global_step % every == 0:
+                free_cache(self.learner.device)
+        return self._shares.pop(0)
+
+    def _note_losses(self, results: Sequence[StepResult]) -> None:
+        if len(results[0].losses) > 1:
+            summed = torch.stack([torch.stack(result.losses) for result in results]).sum(dim=0)
+            self._sums = summed if self._sums is None else self._sums + summed
+            self._num_summed += 1
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As Trainer's, with each module's loss, a mean since the last time; gradients' norms aren't known here."""
+        if "loss" in logs:
+            logs.pop("grad_norm", None)  # Trainer's own, of no gradients
+            if self._sums is not None:
+                means = (self._sums / self._num_summed).tolist()
+                logs |= {f"loss/module_{index}": mean for index, mean in enumerate(means)}
+                self._sums, self._num_summed = None, 0
+        super().log(logs, *args, **kwargs)
+
+    # Checkpoints ----------------------------------------------------------------------------------------------------
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Save what Trainer saves, and ``localgrad.pt`` beside it."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        state: dict[str, Any] = {**self.learner.state_dict(), "format": FORMAT}
+        del state["model"], state["optimizers"]  # in files of Trainer's own
+        target = Path(output_dir) / FILE
+        torch.save(state, target.with_suffix(".part"))
+        os.replace(target.with_suffix(".part"), target)  # noqa: PTH105  # over one that is there
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load what Trainer loads, and the learner's own state.
+
+        Raises:
+            CheckpointError: a file is missing, or is of other local modules.
+        """
+        if checkpoint is None:
+            return
+        path = Path(checkpoint) / FILE
+        missing = [name for name in (FILE, OPTIMIZER_FILE) if not (Path(checkpoint) / name).is_file()]
+        if missing:
+            raise CheckpointError(
+                f"checkpoint: {checkpoint} has no {' and no '.join(missing)}, so that training can't go on from it; "
+                "take one that LocalTrainer has saved without save_only_model, or begin anew from its weights with "
+                "from_pretrained."
+            )
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        check_format(f"checkpoint {path}", saved.pop("format", None), FORMAT, CheckpointError)
+        learner = self.learner
+        if tuple(saved["boundaries"]) != learner.plan.boundaries:
+            raise CheckpointError(
+                f"checkpoint: it has boundaries {saved['boundaries']}, this learner {list(learner.plan.boundaries)}; "
+                "give the same modules."
+            )
+        super()._load_optimizer_and_scheduler(checkpoint)
+        own = learner.state_dict()
+        learner.load_state_dict({**saved, "model": own["model"], "optimizers": own["optimizers"]})  # type: ignore[typeddict-item]
+
+
+# Arguments and models ---------------------------------------------------------------------------------------------
+
+
+def _check_arguments(args: TrainingArguments) -> None:
+    """Refuse fields that don't go with local modules.
+
+    Raises:
+        RecipeError: naming the first.
+    """
+    for name, reason in REFUSED.items():
+        value = getattr(args, name, None)
+        if value:
+            shown = value if isinstance(value, (bool, str)) else "..."
+            raise RecipeError(f"{arg(name, shown)}: it doesn't go with local modules: {reason}.")
+    for name in ACTIVATION_CHECKPOINTING:
+        if getattr(args, name, None) and getattr(args, f"{name}_kwargs", None):
+            raise RecipeError(
+                f"{name}_kwargs: local modules recompute by themselves; leave it out, and say which blocks with "
+                "checkpoint=, such as 'blocks:3'."
+            )
+
+
+def _switch_off_checkpointing(model: Any) -> None:
+    """Undo what Trainer does as training begins: local modules recompute by themselves."""
+    for name in ACTIVATION_CHECKPOINTING:
+        switch = getattr(model, f"{name}_disable", None)
+        if callable(switch):
+            switch()
+            return
+
+
+def _own_loss(model: nn.Module, example: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """What a model itself gives for a batch with labels, in evaluation mode: its loss, its logits; and the labels.
+
+    Classifiers of transformers say what their problem is (``config.problem_type``) after that.
+
+    Raises:
+        RecipeError: it gives no loss.
+    """
+    advice = "give loss=, a name or a function of logits and labels"
+    labels = next((example[name] for name in LABEL_NAMES if name in example), None) if _is_dict(example) else None
+    if labels is None:
+        raise RecipeError(
+            "example: it has no labels, so that the model's own loss can't be seen; give a batch with 'labels' in it, "
+            f"as the data loader gives them, or {advice}."
+        )
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            output = model(**example)
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        raise RecipeError(
+            f"loss: {type(model).__name__} can't be called with the example and its labels ({reason_of(error)}); "
+            f"{advice}."
+        ) from error
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    loss = output.get("loss") if _is_dict(output) else None
+    if not isinstance(loss, Tensor):
+        raise RecipeError(f"loss: {type(model).__name__} gives none for a batch with labels; {advice}.")
+    return loss, logits_of(model, output), labels
+
+
+def _check_loss(learner: LocalLearner, own: Tensor, logits: Tensor, labels: Tensor) -> None:
+    """Refuse to train on another loss than the model's own, unless it is asked for.
+
+    Raises:
+        RecipeError: they differ.
+    """
+    ours = learner.loss(in_float32(logits), labels)
+    tolerance = LOSS_TOLERANCE.get(learner.backbone.dtype, 3e-2)
+    if not torch.allclose(ours.double(), own.double(), rtol=tolerance, atol=1e-2 * tolerance, equal_nan=True):
+        raise RecipeError(
+            f"loss: {type(learner.model).__name__}'s own of the example is {float(own):.5g}, and "
+            f"{type(learner.loss).__name__} gives {float(ours):.5g}; give loss=, a name or a function of logits and "
+            "labels, that local modules are to train on."
+        )
+
+
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+@contextlib.contextmanager
+def _own_forward(model: nn.Module) -> Iterator[None]:
+    """A region in which a model runs its own forward, without the precision that Accelerate has wrapped around it."""
+    wrapped = vars(model).get("forward")
+    own = vars(model).get("_original_forward")
+    if wrapped is None or own is None:
+        yield
+        return
+    model.forward = own
+    try:
+        yield
+    finally:
+        model.forward = wrapped
+
+
+@contextlib.contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """A region after which random numbers go on as if nothing had been drawn: collators and data sets draw some."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

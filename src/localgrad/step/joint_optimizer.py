@@ -1,0 +1,163 @@
+"""One optimizer's face over those of all local modules, for what takes a single ``torch.optim.Optimizer``.
+
+Learning rate schedulers, Accelerate and trainers of frameworks keep one optimizer: they read and write its groups, save
+its state and call its ``step``. Here that is all of the modules' own, behind one object: its groups *are* theirs, so
+that a scheduler made of it changes every module's learning rate, just as one for each would. The updates themselves are
+made by ``learner.step``, module after module; there is nothing left to do in ``step``.
+
+Public parts of ``torch.optim.Optimizer`` alone are used (its hooks come by ``__setstate__``, as in unpickling).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, final
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from localgrad.backbones.namespaces import Attributes
+from localgrad.errors import CheckpointError, RecipeError
+from localgrad.step.states import or_as_before
+
+
+@final
+class JointOptimizer(Optimizer):
+    """The optimizers of all local modules as one.
+
+    ``step`` updates nothing: ``learner.step`` has made every module's update, and freed its gradients. Call it after
+    ``learner.step`` all the same where something counts on it, such as a scheduler, or Accelerate.
+
+    Args:
+        optimizers: those of the modules, first to last.
+    """
+
+    optimizers: tuple[Optimizer, ...]
+
+    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+        # Not torch's own __init__, which would make groups of its own.
+        Optimizer.__setstate__(self, {"optimizers": tuple(optimizers)})
+
+    def __getstate__(self) -> Attributes:
+        """For copies: what schedulers put on the object stays with it."""
+        return {"optimizers": self.optimizers}
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The groups of all modules, first to last: the very dicts, so that what is written into one counts.
+
+        The list is made anew each time; ``add_param_group`` of a module's own optimizer adds a group.
+        """
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:  # type: ignore[override]
+        """What is kept for each parameter, by parameter; the mapping is made anew each time."""
+        found: defaultdict[Tensor, Any] = defaultdict(dict)
+        for optimizer in self.optimizers:
+            found.update(optimizer.state)
+        return found
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """Options that all modules' optimizers have, with the first one's values: schedulers look for momentum."""
+        first, *others = self.optimizers
+        return {
+            name: value
+            for name, value in first.defaults.items()
+            if all(name in optimizer.defaults for optimizer in others)
+        }
+
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """Update nothing: ``learner.step`` has updated all modules.
+
+        Raises:
+            RecipeError: there are gradients, of another backward pass than ``learner.step``'s, or a closure to make
+                some: they would update nothing.
+        """
+        if closure is not None:
+            raise RecipeError("optimizer.step: a closure has no part in it; call learner.step(batch), which updates.")
+        if any(weight.grad is not None for group in self.param_groups for weight in group["params"]):
+            raise RecipeError(
+                "optimizer.step: there are gradients of another backward pass, and learner.optimizer updates nothing; "
+                "call learner.step(batch) in place of loss.backward()."
+            )
+
+    def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002  # torch's own signature
+        """Drop the gradients of all modules; ``learner.step`` does so by itself."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused: a group belongs to one module.
+
+        Raises:
+            RecipeError: always.
+        """
+        raise RecipeError(
+            "optimizer.add_param_group: a group belongs to one local module; call it of that module's own, "
+            "learner.optimizers[index]."
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of all modules' optimizers as one, in torch's own format.
+
+        Returns:
+            ``state``, by number of a parameter; ``param_groups``, of which each says the local module that it is of.
+        """
+        state: dict[Any, Any] = {}
+        groups: list[dict[str, Any]] = []
+        for index, optimizer in enumerate(self.optimizers):
+            own = optimizer.state_dict()
+            first = sum(len(group["params"]) for group in groups)
+            state |= {key + first if isinstance(key, int) else key: value for key, value in own["state"].items()}
+            groups += [
+                {**group, "params": [key + first for key in group["params"]], "local_module": index}
+                for group in own["param_groups"]
+            ]
+        return {"state": state, "param_groups": groups}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take up what ``state_dict`` gave.
+
+        Raises:
+            CheckpointError: it is of other local modules, or one of their optimizers doesn't take its part; all are as
+                they were.
+        """
+        groups = state_dict["param_groups"]
+        sizes = [[len(group["params"]) for group in optimizer.param_groups] for optimizer in self.optimizers]
+        found = [
+            [len(group["params"]) for group in groups if group.get("local_module") == index]
+            for index in range(len(sizes))
+        ]
+        if found != sizes or sum(map(len, found)) != len(groups):
+            raise CheckpointError(
+                f"checkpoint: its optimizer has groups of {[len(group['params']) for group in groups]} parameters, "
+                f"those of these local modules {sizes}; use the same modules, with as many frozen parameters."
+            )
+        with or_as_before(self.optimizers):
+            first = 0
+            for index, optimizer in enumerate(self.optimizers):
+                own = [group for group in groups if group["local_module"] == index]
+                count = sum(len(group["params"]) for group in own)
+                optimizer.load_state_dict(
+                    {
+                        "state": {
+                            key - first: value
+                            for key, value in state_dict["state"].items()
+                            if isinstance(key, int) and first <= key < first + count
+                        },
+                        "param_groups": [
+                            {name: value for name, value in group.items() if name != "local_module"}
+                            | {"params": [key - first for key in group["params"]]}
+                            for group in own
+                        ],
+                    }
+                )
+                first += count
+
+    def __repr__(self) -> str:
+        """The optimizers, one a line."""
+        lines = [f"  {index}: {type(optimizer).__name__}" for index, optimizer in enumerate(self.optimizers)]
+        return "\n".join(["JointOptimizer(", *lines, ")"])

@@ -1,0 +1,367 @@
+"""``LocalTrainer``: one module is transformers' Trainer itself; several are trained, logged, saved and resumed."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from helpers import assert_same, copied
+from localgrad.errors import CheckpointError, LocalgradError, RecipeError
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from localgrad.integrations.hf import FILE, LocalTrainer  # noqa: E402  # it needs both
+
+VOCABULARY, LENGTH = 37, 8
+Item = dict[str, Any]
+
+
+def llama(**more: Any) -> nn.Module:
+    options = {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, num_key_value_heads=1, max_position_embeddings=32, **(options | more)
+    )
+    return transformers.LlamaForCausalLM(config)  # type: ignore[no-any-return]
+
+
+def vit() -> nn.Module:
+    config = transformers.ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        image_size=8,
+        patch_size=4,
+        num_labels=3,
+        hidden_dropout_prob=0.1,
+        attention_probs_dropout_prob=0.1,
+    )
+    return transformers.ViTForImageClassification(config)  # type: ignore[no-any-return]
+
+
+def sentences(count: int = 11) -> list[Item]:
+    """Token ids of several lengths."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(3, LENGTH + 1, (count,), generator=generator).tolist()
+    ids = [torch.randint(2, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def padded(items: list[Item]) -> dict[str, Tensor]:
+    """A batch as long as its longest item."""
+    longest = max(len(item["input_ids"]) for item in items)
+
+    def filled(name: str, value: int) -> Tensor:
+        return torch.tensor([[*item[name], *[value] * (longest - len(item[name]))] for item in items])
+
+    mask = [[1] * len(item["input_ids"]) + [0] * (longest - len(item["input_ids"])) for item in items]
+    return {"input_ids": filled("input_ids", 0), "attention_mask": torch.tensor(mask), "labels": filled("labels", -100)}
+
+
+def pictures(count: int = 11) -> list[Item]:
+    generator = torch.Generator().manual_seed(0)
+    return [{"pixel_values": torch.randn(3, 8, 8, generator=generator), "labels": n % 3} for n in range(count)]
+
+
+MODELS = {"llama": llama, "vit": vit}
+DATA: dict[str, dict[str, Any]] = {
+    "llama": {"train_dataset": sentences(), "eval_dataset": sentences(4), "data_collator": padded},
+    "vit": {"train_dataset": pictures(), "eval_dataset": pictures(4)},
+}
+
+
+def made(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    return MODELS[kind]()
+
+
+def arguments(folder: Path, **more: Any) -> Any:
+    options: dict[str, Any] = {
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 2,
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.1,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "seed": 3,
+    }
+    return transformers.TrainingArguments(output_dir=str(folder), **(options | more))
+
+
+def local(kind: str, folder: Path, model: nn.Module | None = None, *, modules: Any = 2, **more: Any) -> LocalTrainer:
+    """A trainer of local modules; keywords that TrainingArguments don't have are the trainer's own."""
+    fields = set(transformers.TrainingArguments.__dataclass_fields__)
+    args = {name: value for name, value in more.items() if name in fields}
+    own = {name: value for name, value in more.items() if name not in fields}
+    return LocalTrainer(
+        made(kind) if model is None else model, arguments(folder, **args), modules=modules, **(DATA[kind] | own)
+    )
+
+
+def plain(kind: str, folder: Path, **more: Any) -> Any:
+    return transformers.Trainer(made(kind), arguments(folder, **more), **DATA[kind])
+
+
+def logged(trainer: Any, *names: str) -> list[list[float]]:
+    return [[entry[name] for name in names] for entry in trainer.state.log_history if names[0] in entry]
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulated": {"gradient_accumulation_steps": 3, "logging_steps": 2, "max_grad_norm": 0.1, "num_train_epochs": 2},
+    "bf16": {"bf16": True, "gradient_accumulation_steps": 2},
+    "scheduled": {"lr_scheduler_type": "cosine", "warmup_steps": 2, "max_grad_norm": 0.0, "optim": "sgd"},
+    "recomputed": {"gradient_checkpointing": True},
+    "noisy": {"neftune_noise_alpha": 5.0},
+}
+QUICK = {("llama", "accumulated"), ("vit", "bf16"), ("llama", "recomputed")}
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [
+        pytest.param(kind, way, marks=() if (kind, way) in QUICK else pytest.mark.heavy)
+        for way in WAYS
+        for kind in MODELS
+        if (kind, way) != ("vit", "noisy")  # it is of token embeddings
+    ],
+)
+def test_one_module_is_transformers_trainer_bit_for_bit(kind: str, way: str, tmp_path: Path) -> None:
+    """Dropout, padding, clipping, a last update of fewer batches; before and after training."""
+    options = WAYS[way] | ({"max_steps": -1} if "num_train_epochs" in WAYS[way] else {})
+    reference, trainer = plain(kind, tmp_path, **options), local(kind, tmp_path, modules=1, **options)
+    for each in (reference, trainer):
+        transformers.set_seed(7)
+        each.evaluate()
+        each.train()
+        each.evaluate()
+    assert_same(copied(trainer.model), copied(reference.model))
+    assert logged(trainer, "loss", "learning_rate") == logged(reference, "loss", "learning_rate")
+    assert logged(trainer, "train_loss") == logged(reference, "train_loss")
+    assert logged(trainer, "eval_loss") == logged(reference, "eval_loss")
+    assert not any("grad_norm" in entry for entry in trainer.state.log_history)
+
+
+def test_several_modules_train_by_one_schedule_and_log_their_losses(tmp_path: Path) -> None:
+    trainer = local("llama", tmp_path, gradient_accumulation_steps=2, warmup_steps=2, lr_scheduler_type="linear")
+    before = copied(trainer.model)
+    trainer.train()
+    assert len(trainer.learner.optimizers) == 2
+    assert all(isinstance(optimizer, torch.optim.AdamW) for optimizer in trainer.learner.optimizers)
+    rates = {group["lr"] for optimizer in trainer.learner.optimizers for group in optimizer.param_groups}
+    assert rates == {trainer.lr_scheduler.get_last_lr()[0]} == {0.0}, "the schedule ends at 0"
+    assert [rate for (rate,) in logged(trainer, "learning_rate")] == [0.0, 0.005, 0.01, 0.005]
+    for loss, first, last in logged(trainer, "loss", "loss/module_0", "loss/module_1"):
+        assert loss == pytest.approx(last, rel=1e-6)
+        assert first > 0
+    still = {name for name, value in copied(trainer.model).items() if torch.equal(value, before[name])}
+    assert not still
+    decays = [group["weight_decay"] for group in trainer.learner.optimizer.param_groups]
+    assert decays == [0.1, 0.0] * 2
+    assert trainer.predict(trainer.eval_dataset).predictions.shape == (4, LENGTH, VOCABULARY)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"gradient_accumulation_steps": 2, "ema_decay": 0.9, "save_steps": 2},
+        pytest.param({"bf16": True, "objective": "lopt", "save_steps": 3}, marks=pytest.mark.heavy),
+    ],
+    ids=["fp32", "bf16"],
+)
+def test_resuming_goes_on_bit_for_bit(more: dict[str, Any], tmp_path: Path) -> None:
+    more = {"save_strategy": "steps", "max_steps": 5, **more}
+    whole = local("llama", tmp_path / "whole", **more)
+    whole.train()
+    folder = tmp_path / "whole" / f"checkpoint-{more['save_steps']}"
+    assert (folder / FILE).is_file()
+    torch.manual_seed(99)  # whatever was drawn before
+    resumed = local("llama", tmp_path / "resumed", **more)
+    resumed.train(resume_from_checkpoint=str(folder))
+    assert_same(resumed.learner.state_dict(), whole.learner.state_dict())
+    assert logged(resumed, "loss", "loss/module_0") == logged(whole, "loss", "loss/module_0")
+
+
+def test_what_can_not_be_resumed_is_refused_in_a_line(tmp_path: Path) -> None:
+    more = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    trainer = local("vit", tmp_path, **more)
+    trainer.train()
+    folder = tmp_path / "checkpoint-1"
+    with pytest.raises(CheckpointError, match=r"boundaries \[1\], this learner \[\]; give the same modules"):
+        local("vit", tmp_path, modules=1, **more).train(resume_from_checkpoint=str(folder))
+    (folder / FILE).unlink()
+    with pytest.raises(CheckpointError, match=r"has no localgrad\.pt, so that training can't go on"):
+        local("vit", tmp_path, **more).train(resume_from_checkpoint=str(folder))
+
+
+def test_the_best_model_is_loaded_and_saved_as_trainers(tmp_path: Path) -> None:
+    more = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 1, "eval_steps": 1, "max_steps": 2}
+    trainer = local("vit", tmp_path, load_best_model_at_end=True, metric_for_best_model="eval_loss", **more)
+    trainer.train()
+    losses = [loss for (loss,) in logged(trainer, "eval_loss")]
+    assert trainer.evaluate()["eval_loss"] == min(losses)
+    trainer.save_model(str(tmp_path / "saved"))
+    again = transformers.ViTForImageClassification.from_pretrained(tmp_path / "saved")
+    assert_same(copied(again), copied(trainer.model))
+
+
+def test_smoothed_labels_are_the_objectives(tmp_path: Path) -> None:
+    options = {"label_smoothing_factor": 0.2, "gradient_accumulation_steps": 2, "optim": "sgd"}
+    reference, trainer = plain("llama", tmp_path, **options), local("llama", tmp_path, modules=1, **options)
+    for each in (reference, trainer):
+        each.train()
+    torch.testing.assert_close(copied(trainer.model), copied(reference.model), rtol=1e-5, atol=1e-6)
+    ours, theirs = logged(trainer, "loss"), logged(reference, "loss")
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_made_anew_is_split_anew(tmp_path: Path) -> None:
+    trainer = LocalTrainer(
+        args=arguments(tmp_path, max_steps=1), modules=2, model_init=lambda: made("vit"), **DATA["vit"]
+    )
+    for _ in range(2):
+        trainer.train()
+        assert trainer.learner.model is trainer.model
+        assert trainer.learner.num_steps == 1
+
+
+def test_the_example_draws_no_random_numbers(tmp_path: Path) -> None:
+    trainer = local("llama", tmp_path)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    assert trainer.learner.seed == 5
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class Odd(nn.Module):
+    """Its own loss is none that localgrad has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of = vit()
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.of(pixel_values).logits
+        return {"logits": logits} if labels is None else {"loss": logits.square().mean(), "logits": logits}
+
+
+def test_a_model_with_another_loss_is_refused_unless_one_is_given(tmp_path: Path) -> None:
+    trainer = local("vit", tmp_path, Odd(), max_steps=1)
+    with pytest.raises(RecipeError, match=r"loss: Odd's own of the example is .* give loss="):
+        trainer.train()
+    trainer = local("vit", tmp_path, Odd(), max_steps=1, loss="cross-entropy")
+    trainer.train()
+    assert trainer.learner.num_steps == 1
+
+
+def of_sum(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    raise AssertionError("not called")
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"torch_compile": True}, "torch_compile=True: it doesn't go with local modules: it compiles the whole model"),
+    ({"use_liger_kernel": True}, "use_liger_kernel=True: it doesn't go"),
+    ({"auto_find_batch_size": True}, r"auto_find_batch_size=True: .* localgrad\.plan says beforehand"),
+    ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint=True: .* it saves in the middle of an update"),
+    (
+        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"every_n_layers": 2}},
+        "activation_checkpointing_kwargs: local modules recompute by themselves",
+    ),
+    ({"compute_loss_func": of_sum}, "compute_loss_func: each module has a loss of its own logits; give loss="),
+    ({"optimizers": (torch.optim.SGD(nn.Linear(1, 1).parameters()), None)}, "optimizers: one of the whole model"),
+    ({"optim": "galore_adamw", "optim_target_modules": "all-linear"}, "optim"),
+    ({"optim": "schedule_free_sgd"}, "optim"),
+    ({"objective": "none such"}, "none such"),
+    ({"modules": 9}, "9"),
+    ({"loss": "binary"}, "loss"),
+    ({"checkpoint": "everything"}, "everything"),
+]
+
+
+@pytest.mark.parametrize(("more", "message"), REFUSED, ids=lambda value: str(value)[:40])
+def test_what_does_not_go_with_local_modules_is_refused_in_a_line(
+    more: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises((LocalgradError, ImportError), match=message) as refused:
+        local("llama", tmp_path, max_steps=1, **more).train()
+    assert "\n" not in str(refused.value)
+
+
+def test_deepspeed_and_fsdp_are_refused_by_name(tmp_path: Path) -> None:
+    """Both are refused by TrainingArguments themselves on such a machine; as they would be where they work."""
+    for name, value in (("deepspeed", {"stage": 2}), ("fsdp", "full_shard"), ("parallelism_config", object())):
+        args = arguments(tmp_path)
+        setattr(args, name, value)
+        with pytest.raises(RecipeError, match=f"{name}=.*doesn't go with local modules"):
+            LocalTrainer(made("vit"), args, **DATA["vit"])
+
+
+class OwnStep(LocalTrainer):
+    def compute_loss(self, *args: Any, **more: Any) -> Any:
+        raise AssertionError("not called")
+
+
+def test_methods_that_would_not_be_called_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"OwnStep\.compute_loss: local modules train without it; give loss="):
+        OwnStep(made("vit"), arguments(tmp_path), **DATA["vit"])
+
+
+def test_several_devices_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("n_gpu", "world_size"):
+        with monkeypatch.context() as patch, pytest.raises(RecipeError, match=f"{name}=2: LocalTrainer trains in one"):
+            patch.setattr(transformers.TrainingArguments, name, property(lambda _: 2))
+            LocalTrainer(made("vit"), arguments(tmp_path), **DATA["vit"])
+
+
+def test_names_of_trainer_that_are_not_public_are_called_as_this_file_relies_on(tmp_path: Path) -> None:
+    """What ``integrations/hf.py`` overrides: Trainer calls each, with these arguments; and Accelerate's wrapping."""
+    called: list[tuple[str, tuple[Any, ...]]] = []
+
+    class Noting(LocalTrainer):
+        def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+            found = super()._build_accelerator_args(**kwargs)
+            called.append(("_build_accelerator_args", tuple(type(each).__name__ for each in found["kwargs_handlers"])))
+            return found
+
+        def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+            called.append(("_save_optimizer_and_scheduler", (Path(output_dir).name,)))
+            super()._save_optimizer_and_scheduler(output_dir)
+
+        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+            called.append(("_load_optimizer_and_scheduler", (Path(str(checkpoint)).name,)))
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    args = arguments(tmp_path, max_steps=1, save_strategy="steps", save_steps=1, bf16=True)
+    Noting(made("vit"), args, modules=2, **DATA["vit"]).train()
+    trainer = Noting(made("vit"), args, modules=2, **DATA["vit"])
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    handlers = ("_build_accelerator_args", ("DistributedDataParallelKwargs", "GradScalerKwargs"))
+    assert called[0] == handlers
+    assert ("_save_optimizer_and_scheduler", ("checkpoint-1",)) in called
+    assert ("_load_optimizer_and_scheduler", ("checkpoint-1",)) in called
+    assert {"forward", "_original_forward"} <= vars(trainer.model).keys(), "in bf16 Accelerate wraps it"
+    saved = torch.load(tmp_path / "checkpoint-1" / "optimizer.pt", weights_only=True)
+    assert [group["local_module"] for group in saved["param_groups"]] == [0, 0, 1, 1]
+    assert json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())["global_step"] == 1
+
+
+def test_without_transformers_there_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "localgrad.integrations.hf")
+    with pytest.raises(ImportError, match=r"needs transformers and accelerate .*pip install 'localgrad\[hf\]'") as told:
+        importlib.import_module("localgrad.integrations.hf")
+    assert "\n" not in str(told.value)

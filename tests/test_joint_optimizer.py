@@ -1,0 +1,202 @@
+"""``learner.optimizer``: all modules' optimizers as one, for schedulers and frameworks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.optim import lr_scheduler
+
+from helpers import adamw, assert_same, batches, copied, make_backbone, make_learner, train
+from localgrad.errors import CheckpointError, RecipeError
+from localgrad.learner import LocalLearner
+
+DATA = batches(6)
+SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
+    "cosine": lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, T_max=9),
+    "warmup": lambda optimizer: lr_scheduler.LinearLR(optimizer, total_iters=4),
+    "one cycle": lambda optimizer: lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, total_steps=8),
+    "chained": lambda optimizer: lr_scheduler.SequentialLR(
+        optimizer,
+        [lr_scheduler.ConstantLR(optimizer, 0.5), lr_scheduler.ExponentialLR(optimizer, 0.9)],
+        milestones=[2],
+    ),
+}
+
+
+def grouped(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """Two groups of other learning rates, which schedulers keep apart."""
+    groups = [{"params": parameters[::2]}, {"params": parameters[1::2], "lr": 3e-3, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=1e-3)
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_a_scheduler_of_all_is_one_for_each(kind: str) -> None:
+    one, each = make_learner(optimizer=grouped), make_learner(optimizer=grouped)
+    ours = SCHEDULERS[kind](one.optimizer)
+    theirs = [SCHEDULERS[kind](optimizer) for optimizer in each.optimizers]
+    for images, labels in DATA:
+        one.step(images, labels)
+        one.optimizer.step()
+        ours.step()
+        each.step(images, labels)
+        for scheduler in theirs:
+            scheduler.step()
+        rates = [group["lr"] for optimizer in each.optimizers for group in optimizer.param_groups]
+        assert [group["lr"] for group in one.optimizer.param_groups] == rates == ours.get_last_lr()
+        assert len(set(rates)) == (1 if kind == "one cycle" else 2)
+    assert_same(copied(one.model), copied(each.model))
+
+
+def test_a_plateau_lowers_every_modules_learning_rate() -> None:
+    learner = make_learner()
+    scheduler = lr_scheduler.ReduceLROnPlateau(learner.optimizer, patience=0, factor=0.1)
+    for loss in (1.0, 2.0):
+        scheduler.step(loss)
+    assert [optimizer.param_groups[0]["lr"] for optimizer in learner.optimizers] == [pytest.approx(1e-4)] * 3
+
+
+def test_its_groups_and_states_are_the_modules_own() -> None:
+    learner = make_learner()
+    train(learner, DATA[:1])
+    joint = learner.optimizer
+    assert joint is learner.optimizer
+    assert isinstance(joint, torch.optim.Optimizer)
+    own = [group for optimizer in learner.optimizers for group in optimizer.param_groups]
+    assert all(mine is theirs for mine, theirs in zip(joint.param_groups, own, strict=True))
+    weight = learner.parameters(2)[0]
+    assert joint.state[weight] is learner.optimizers[2].state[weight]
+    assert sum(len(group["params"]) for group in joint.param_groups) == len(joint.state)
+    weight.grad = torch.ones_like(weight)
+    with pytest.raises(RecipeError, match=r"gradients of another backward pass.* call learner\.step\(batch\)"):
+        joint.step()
+    joint.zero_grad()
+    assert weight.grad is None
+    before = copied(learner.model)
+    joint.step()
+    assert_same(copied(learner.model), before)
+    assert str(joint).splitlines() == ["JointOptimizer(", "  0: AdamW", "  1: AdamW", "  2: AdamW", ")"]
+
+
+def test_its_state_goes_to_another_learner_and_training_goes_on_the_same() -> None:
+    one = make_learner(optimizer=grouped)
+    scheduler = SCHEDULERS["cosine"](one.optimizer)
+    train(one, DATA[:3])
+    one.optimizer.step()
+    scheduler.step()
+    state = copy.deepcopy(one.optimizer.state_dict())
+    other = LocalLearner(make_backbone(), modules=3)
+    other.configure_optimizers(grouped)
+    other.model.load_state_dict(one.model.state_dict())
+    for mine, theirs in zip(other.modules, one.modules, strict=True):
+        mine.objective.load_state_dict(theirs.objective.state_dict())
+    other.optimizer.load_state_dict(state)
+    other.num_steps = one.num_steps
+    for images, labels in DATA[3:]:
+        assert_same(other.step(images, labels).losses, one.step(images, labels).losses)
+    assert_same(other.state_dict(), one.state_dict())
+
+
+def test_a_state_of_other_modules_is_refused_and_changes_nothing() -> None:
+    state = make_learner(modules=2).optimizer.state_dict()
+    learner = make_learner()
+    train(learner, DATA[:1])
+    before = copy.deepcopy(learner.state_dict())
+    with pytest.raises(CheckpointError, match="of these local modules"):
+        learner.optimizer.load_state_dict(state)
+    torn = learner.optimizer.state_dict()
+    torn["param_groups"][2]["local_module"] = 0
+    with pytest.raises(CheckpointError, match="of these local modules"):
+        learner.optimizer.load_state_dict(torn)
+    assert_same(learner.state_dict(), before)
+
+
+def test_schedulers_of_momentum_see_what_all_have() -> None:
+    learner = make_learner(optimizer=[adamw, adamw, lambda params: torch.optim.SGD(params, lr=0.1)])
+    assert "lr" in learner.optimizer.defaults
+    assert "betas" not in learner.optimizer.defaults
+    with pytest.raises(ValueError, match="momentum"):
+        SCHEDULERS["one cycle"](learner.optimizer)
+
+
+def test_what_it_can_not_do_is_refused_in_a_line() -> None:
+    learner = LocalLearner(make_backbone(), modules=2)
+    with pytest.raises(RecipeError, match="no optimizers yet"):
+        _ = learner.optimizer
+    learner.configure_optimizers(adamw)
+    with pytest.raises(RecipeError, match="a closure has no part in it"):
+        learner.optimizer.step(lambda: 0.0)
+    with pytest.raises(RecipeError, match=r"learner\.optimizers\[index\]"):
+        learner.optimizer.add_param_group({"params": []})
+
+
+def test_a_scheduler_of_optimizers_that_were_replaced_is_noticed() -> None:
+    learner = make_learner()
+    scheduler = SCHEDULERS["cosine"](learner.optimizer)
+    learner.configure_optimizers(adamw)
+    train(learner, DATA[:1])
+    scheduler.optimizer.step()
+    scheduler.step()
+    with pytest.raises(RecipeError, match=r"CosineAnnealingLR\(learner\.optimizer, T_max=100\)"):
+        learner.step(*DATA[1])
+
+
+def test_a_copy_of_a_learner_has_one_of_its_own() -> None:
+    learner = make_learner()
+    SCHEDULERS["cosine"](learner.optimizer)
+    twin = copy.deepcopy(learner)
+    assert twin.optimizer.param_groups[0] is twin.optimizers[0].param_groups[0]
+    assert twin.optimizer.param_groups[0] is not learner.optimizer.param_groups[0]
+    train(twin, DATA[:1])
+    twin.optimizer.step()
+
+
+def test_accelerate_takes_it_and_its_scheduler() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    plain, learner = make_learner(), make_learner()
+    accelerator = accelerate.Accelerator(cpu=True)
+    optimizer = accelerator.prepare(learner.optimizer)
+    scheduler = accelerator.prepare(SCHEDULERS["cosine"](optimizer))
+    reference = SCHEDULERS["cosine"](plain.optimizer)
+    for images, labels in DATA:
+        learner.step(images, labels)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        plain.step(images, labels)
+        plain.optimizer.step()
+        reference.step()
+        assert [group["lr"] for group in learner.optimizer.param_groups] == reference.get_last_lr()
+    assert not optimizer.step_was_skipped
+    assert_same(learner.state_dict(), plain.state_dict())
+
+
+# Batches that come in parts -----------------------------------------------------------------------------------------
+
+
+def test_a_batch_in_parts_trains_as_one_that_is_cut() -> None:
+    """Equal parts: the very same; of other sizes, and labels that don't count, within rounding."""
+    (images, labels), *_ = batches(1, 8)
+    labels[[0, 5]] = -100
+    cut, given, whole = (make_learner(accumulation=count) for count in (2, 1, 1))
+    once = cut.step(images, labels)
+    parts = given.step_parts([(images[:4], labels[:4]), (images[4:], labels[4:])])
+    assert_same(copied(given.model), copied(cut.model))
+    summed = [sum(part.losses[index] for part in parts) for index in range(3)]
+    torch.testing.assert_close(tuple(summed), once.losses)
+    assert torch.equal(torch.cat([part.logits for part in parts if part.logits is not None]), once.logits)
+    uneven = make_learner(optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
+    whole.configure_optimizers(lambda params: torch.optim.SGD(params, lr=0.1))
+    uneven.step_parts([(images[:1], labels[:1]), (images[1:], labels[1:])])
+    whole.step(images, labels)
+    torch.testing.assert_close(copied(uneven.model), copied(whole.model), rtol=1e-4, atol=1e-6)
+
+
+def test_parts_are_refused_where_there_are_none_or_they_are_to_be_cut() -> None:
+    with pytest.raises(RecipeError, match="step_parts: got 0 parts"):
+        make_learner().step_parts([])
+    with pytest.raises(RecipeError, match="accumulation=1"):
+        make_learner(accumulation=2).step_parts([DATA[0]])
