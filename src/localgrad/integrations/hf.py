@@ -112,6 +112,7 @@ class LocalTrainer(Trainer):  # type: ignore[misc]  # its types aren't read
         freeze_from: share of the training after which modules stop to learn.
         ema_decay: of a moving average of the weights, in ``learner.averaged_model``.
         auxiliary_from: what auxiliary nets are initialised from.
+        chunk_logits: make logits of a large vocabulary chunk by chunk.
         **options: other keywords of Trainer.
 
     Raises:
@@ -136,6 +137,7 @@ class LocalTrainer(Trainer):  # type: ignore[misc]  # its types aren't read
         freeze_from: float | None = None,
         ema_decay: float | None = None,
         auxiliary_from: str = "seed",
+        chunk_logits: bool = False,
         **options: Any,
     ) -> None:
         if args is not None:
@@ -152,6 +154,7 @@ class LocalTrainer(Trainer):  # type: ignore[misc]  # its types aren't read
             "freeze_from": freeze_from,
             "ema_decay": ema_decay,
             "auxiliary_from": auxiliary_from,
+            "chunk_logits": chunk_logits,
         }
         self._learner: LocalLearner | None = None
         self._split_model: nn.Module | None = None
@@ -335,7 +338,7 @@ class LocalTrainer(Trainer):  # type: ignore[misc]  # its types aren't read
         if not self._shares:
             model.train()
             self.learner.at(min(1.0, self.state.global_step / max(1, self.state.max_steps)))
-            results = self.learner.step_parts([self._prepare_inputs(batch) for batch in self._batches])
+            results = self.learner.step_parts([self._prepare_inputs(batch) for batch in self._batches], logits=False)
             self._note_losses(results)
             self._shares = [result.terms[-1]["task"] for result in results]
             every = self.args.torch_empty_cache_steps
