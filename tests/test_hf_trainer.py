@@ -176,21 +176,22 @@ def test_several_modules_train_by_one_schedule_and_log_their_losses(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "more",
+    ("kind", "more"),
     [
-        {"gradient_accumulation_steps": 2, "ema_decay": 0.9, "save_steps": 2},
-        pytest.param({"bf16": True, "objective": "lopt", "save_steps": 3}, marks=pytest.mark.heavy),
+        ("llama", {"gradient_accumulation_steps": 2, "ema_decay": 0.9, "save_steps": 2}),
+        ("vit", {"save_steps": 1, "max_steps": 2}),  # saved by other names than Trainer loads it by
+        pytest.param("llama", {"bf16": True, "objective": "lopt", "save_steps": 3}, marks=pytest.mark.heavy),
     ],
-    ids=["fp32", "bf16"],
+    ids=["llama", "vit", "llama in bf16"],
 )
-def test_resuming_goes_on_bit_for_bit(more: dict[str, Any], tmp_path: Path) -> None:
-    more = {"save_strategy": "steps", "max_steps": 5, **more}
-    whole = local("llama", tmp_path / "whole", **more)
+def test_resuming_goes_on_bit_for_bit(kind: str, more: dict[str, Any], tmp_path: Path) -> None:
+    more = {"save_strategy": "steps", "max_steps": 4, **more}
+    whole = local(kind, tmp_path / "whole", **more)
     whole.train()
     folder = tmp_path / "whole" / f"checkpoint-{more['save_steps']}"
     assert (folder / FILE).is_file()
     torch.manual_seed(99)  # whatever was drawn before
-    resumed = local("llama", tmp_path / "resumed", **more)
+    resumed = local(kind, tmp_path / "resumed", **more)
     resumed.train(resume_from_checkpoint=str(folder))
     assert_same(resumed.learner.state_dict(), whole.learner.state_dict())
     assert logged(resumed, "loss", "loss/module_0") == logged(whole, "loss", "loss/module_0")
@@ -203,6 +204,9 @@ def test_what_can_not_be_resumed_is_refused_in_a_line(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint-1"
     with pytest.raises(CheckpointError, match=r"boundaries \[1\], this learner \[\]; give the same modules"):
         local("vit", tmp_path, modules=1, **more).train(resume_from_checkpoint=str(folder))
+    torch.save({**torch.load(folder / FILE), "digest": "other"}, folder / FILE)
+    with pytest.raises(CheckpointError, match=r"aren't those that were saved with localgrad\.pt"):
+        local("vit", tmp_path, **more).train(resume_from_checkpoint=str(folder))
     (folder / FILE).unlink()
     with pytest.raises(CheckpointError, match=r"has no localgrad\.pt, so that training can't go on"):
         local("vit", tmp_path, **more).train(resume_from_checkpoint=str(folder))
@@ -210,10 +214,12 @@ def test_what_can_not_be_resumed_is_refused_in_a_line(tmp_path: Path) -> None:
 
 def test_the_best_model_is_loaded_and_saved_as_trainers(tmp_path: Path) -> None:
     more = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 1, "eval_steps": 1, "max_steps": 2}
-    trainer = local("vit", tmp_path, load_best_model_at_end=True, metric_for_best_model="eval_loss", **more)
+    more |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    trainer = local("vit", tmp_path, **more)
     trainer.train()
     losses = [loss for (loss,) in logged(trainer, "eval_loss")]
-    assert trainer.evaluate()["eval_loss"] == min(losses)
+    assert losses[0] > losses[1], "that it isn't the last one shows what is loaded"
+    assert trainer.evaluate()["eval_loss"] == losses[0]
     trainer.save_model(str(tmp_path / "saved"))
     again = transformers.ViTForImageClassification.from_pretrained(tmp_path / "saved")
     assert_same(copied(again), copied(trainer.model))
