@@ -6,7 +6,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from helpers import assert_same, copied
 from localgrad.errors import CheckpointError, LocalgradError, RecipeError
+
+if TYPE_CHECKING:
+    from simulated import SimulatedCard
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -195,6 +198,50 @@ def test_resuming_goes_on_bit_for_bit(kind: str, more: dict[str, Any], tmp_path:
     resumed.train(resume_from_checkpoint=str(folder))
     assert_same(resumed.learner.state_dict(), whole.learner.state_dict())
     assert logged(resumed, "loss", "loss/module_0") == logged(whole, "loss", "loss/module_0")
+
+
+IN_FP16 = """
+import json, torch, transformers
+from localgrad.integrations.hf import LocalTrainer
+
+config = transformers.ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+    image_size=8, patch_size=4, num_labels=3)
+generator = torch.Generator().manual_seed(0)
+data = [{"pixel_values": torch.randn(3, 8, 8, generator=generator), "labels": n % 3} for n in range(11)]
+
+def trained(kind, name, resume=None, **more):
+    torch.manual_seed(0)
+    args = transformers.TrainingArguments(output_dir=name, report_to=[], disable_tqdm=True, dataloader_pin_memory=False,
+        fp16=True, per_device_train_batch_size=2, max_steps=4, learning_rate=1e-2, logging_steps=1, save_steps=2,
+        gradient_accumulation_steps=2)
+    trainer = kind(transformers.ViTForImageClassification(config), args, train_dataset=data, **more)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+facts = {}
+for name, kind, more in [("plain", transformers.Trainer, {}), ("one", LocalTrainer, {"modules": 1})]:
+    facts[name] = [entry["loss"] for entry in trained(kind, name, **more).state.log_history if "loss" in entry]
+two = trained(LocalTrainer, "two", modules=2)
+resumed = trained(LocalTrainer, "again", "two/checkpoint-2", modules=2)
+facts["device"] = str(two.learner.device)
+facts["scales"] = [scaler["scale"] for scaler in two.learner.state_dict()["scalers"]]
+mine, theirs = (list(trainer.model.state_dict().values()) for trainer in (two, resumed))
+facts["same"] = all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+facts["same"] &= two.learner.state_dict()["scalers"] == resumed.learner.state_dict()["scalers"]
+print("facts " + json.dumps(facts))
+"""
+
+
+@pytest.mark.heavy  # a process starts
+def test_in_fp16_each_module_has_its_loss_scale_and_resumes_with_it(simulated: SimulatedCard) -> None:
+    """Trainer takes fp16 on cards only. (Simulated ones compute a softmax in fp16 that real ones compute in fp32.)"""
+    said = simulated.run(IN_FP16, values=True)
+    facts = json.loads(next(line for line in said.splitlines() if line.startswith("facts ")).removeprefix("facts "))
+    assert facts["device"] == "cuda:0"
+    assert facts["one"] == pytest.approx(facts["plain"], rel=2e-3)
+    assert len(facts["scales"]) == 2
+    assert min(facts["scales"]) < 65536, "first updates overflow, and are held back"
+    assert facts["same"]
 
 
 def test_what_can_not_be_resumed_is_refused_in_a_line(tmp_path: Path) -> None:
