@@ -209,6 +209,8 @@ class Backbone(nn.Module):
     """Width of the logits."""
     names_tokens: bool
     """Whether there are logits for each token [B, N, num_classes], and not for each item."""
+    num_tokens: int
+    """N of those logits, in the example."""
     trunk: Trunk | None
     """What the parts share where they were found by watching the model; else ``None``."""
 
@@ -280,7 +282,7 @@ class Backbone(nn.Module):
         num_classes: int,
         given: Example | None = None,
         trunk: Trunk | None = None,
-        names_tokens: bool = False,
+        num_tokens: int = 0,
     ) -> None:
         # Past nn.Module's registry, so that state_dict() holds nothing twice; deepcopy copies it with the rest.
         object.__setattr__(self, "model", model)
@@ -288,7 +290,7 @@ class Backbone(nn.Module):
         self.block_names, self.layouts = tuple(block_names), tuple(layouts)
         self.stage_boundaries = tuple(stage_boundaries)
         self.input_size, self.num_classes = input_size, num_classes
-        self.names_tokens = names_tokens
+        self.names_tokens, self.num_tokens = num_tokens > 0, num_tokens
         self._given, self.trunk = given, trunk
         self._written_buffers: frozenset[str] = frozenset()
         self._followed = _shared_slots(model, self)
@@ -703,7 +705,7 @@ def _backbone_of(model: nn.Module, given: Example, parts: TakenApart, logits: Te
         num_classes=logits.shape[1 if logits.ndim == 4 else -1],
         given=given,
         trunk=parts.trunk,
-        names_tokens=logits.ndim == 3,
+        num_tokens=logits.shape[1] if logits.ndim == 3 else 0,
     )
 
 
