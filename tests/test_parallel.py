@@ -240,7 +240,6 @@ def test_what_each_process_keeps_of_a_watched_model() -> None:
         own = {id(tensor) for index in learner.own for tensor in learner.modules[index].parameters()}
         for name, weight in learner.model.named_parameters():
             assert weight.is_meta == (id(weight) not in own), name
-            assert not weight.is_meta or weight.untyped_storage().nbytes() == weight.element_size()
         frozen = learner.model.lm_head.weight if rank else learner.model.model.embed_tokens.weight
         assert torch.equal(frozen, alike)
 

@@ -118,6 +118,22 @@ def test_several_processes_leave_what_one_leaves(shared_out: Path, alone: Path) 
     assert not [path for path in shared_out.rglob(".*") if path.name != ".lock"]
 
 
+@pytest.mark.heavy
+def test_a_model_that_only_watching_splits_leaves_the_same(ranks: Ranks, tmp_path: Path) -> None:
+    model = {
+        "name": "visformer_tiny",
+        "img_size": 32,
+        "drop_path": 0.2,
+        "options": {"init_channels": 8, "embed_dim": 16, "depth": [1, 2, 1], "num_heads": 2, "group": 4},
+    }
+    changes = {"data": {"name": "digits", "limit": 48}, "local": {"modules": 3}}
+    (tmp_path / "recipe.toml").write_text(Recipe.from_dict({**MICRO, "model": model, **changes}).to_toml())
+    command = ["train", "--recipe", tmp_path / "recipe.toml"]
+    done(ranks.run([*command, "--out", tmp_path / "one"]))
+    done(ranks.run([*command, *PARALLEL, "--out", tmp_path / "two"], size=2))
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+
+
 def test_the_summary_tells_what_each_process_did(shared_out: Path, alone: Path) -> None:
     summary = json.loads((shared_out / "summary.json").read_text())
     first, last = summary["ranks"]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor, nn
 
+from localgrad.backbones.watching import Segment
 from localgrad.learner import Factories, make_ema
 from localgrad.memory.track import MemoryProfile, simulate
 from localgrad.objectives.carried import LocalBatch, Route, empty_batch
@@ -74,6 +75,19 @@ class _Own:
     parts: nn.Module
     average: ModelEmaV3 | None
     buckets: list[Tensor] = field(default_factory=list)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Own:
+        """Without the weights of others, of which a model that was split by watching has shapes."""
+        trunks = [part.trunk for own in self.modules for part in own.modules() if isinstance(part, Segment)]
+        for trunk in trunks:
+            tensors = (*trunk.model.parameters(), *trunk.model.buffers())
+            memo.update({id(tensor): tensor for tensor in tensors if tensor.is_meta})
+        return _Own(
+            copy.deepcopy(self.modules, memo),
+            copy.deepcopy(self.parts, memo),
+            copy.deepcopy(self.average, memo),
+            copy.deepcopy(self.buckets, memo),
+        )
 
 
 Places = list[tuple[nn.Module, str]]

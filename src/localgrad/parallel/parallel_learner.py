@@ -179,7 +179,7 @@ class ParallelLearner(Learner):
         kept = [(table, dict(table)) for part in own for table in (part._parameters, part._buffers)]
         for index, module in enumerate(self.modules):
             if index not in self.own:
-                module._apply(_shape_of)  # type: ignore[no-untyped-call]
+                module.to("meta")  # shapes stay, for checks of checkpoints
         for table, tensors in kept:  # some parts belong to several modules, such as tables of rotations
             cast(Attributes, table).update(tensors)
         for index in self.own:
@@ -474,11 +474,6 @@ class ParallelLearner(Learner):
             return None
         found = {name: value for part in parts[: self.team.num_ranks] for name, value in part.items()}
         return {name: found[name] for name in self.model.state_dict()}
-
-
-def _shape_of(tensor: Tensor) -> Tensor:
-    """What stays of other processes' tensors: shapes, for checks of checkpoints. Copies of it take no memory either."""
-    return torch.empty((), dtype=tensor.dtype, device="meta").expand(tensor.shape)
 
 
 def unread_parameters(module: LocalModule, site: Site, backbone: Backbone) -> list[str]:

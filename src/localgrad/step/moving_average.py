@@ -5,6 +5,7 @@ Source: timm 1.0.31, ``ModelEmaV3``, whose numbers these are for models whose on
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -21,7 +22,11 @@ class MovingAverage(ModelEmaV3):  # type: ignore[misc]  # timm has no types
 
     def __init__(self, model: nn.Module, **settings: Any) -> None:
         let_go(model)
-        super().__init__(model, **settings)
+        if next(model.parameters()).is_meta:  # of shapes, for estimates: timm would make a generator there
+            super().__init__(nn.ParameterList([torch.empty(0)]), **settings)
+            self.module = copy.deepcopy(model).eval()
+        else:
+            super().__init__(model, **settings)
         strip_hooks(self.module)
         self._others = OtherBuffers()
 
