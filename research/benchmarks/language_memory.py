@@ -2,7 +2,8 @@
 
     python research/benchmarks/language_memory.py
 
-12 layers of width 384, 256 tokens (bytes), batches of 8 sequences of 512, AdamW, fp32. Needs the extra ``hf``.
+12 layers of width 384, batches of 8 sequences of 512, AdamW, fp32; of a vocabulary of 256 (bytes), and of 32,000,
+where logits are most of a step. The model is outlined by its config: nothing of its size is allocated. Needs the extra ``hf``.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import localgrad
+from localgrad.backbones.base import outline
 from localgrad.estimating import estimate_step
 
-BATCH, LENGTH, VOCABULARY = 8, 512, 256
+BATCH, LENGTH, BYTES, WORDS = 8, 512, 256, 32_000
 WAYS: dict[str, dict[str, Any]] = {
     "end to end": {"modules": 1},
     "end to end, every block recomputed": {"modules": 1, "checkpoint": "blocks"},
@@ -29,24 +31,34 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+OF_WORDS: dict[str, dict[str, Any]] = {
+    "end to end": {"modules": 1},
+    "end to end, logits in chunks": {"modules": 1, "chunk_logits": True},
+    "lopt, K = 4": {"modules": 4, "objective": "lopt"},
+    "lopt, K = 4, logits in chunks": {"modules": 4, "objective": "lopt", "chunk_logits": True},
+}
+
+
 def main() -> None:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=384,
-        num_hidden_layers=12,
-        num_attention_heads=6,
-        intermediate_size=1024,
-        max_position_embeddings=LENGTH,
-    )
-    ids = torch.randint(VOCABULARY, (2, LENGTH))
-    backbone = localgrad.split(LlamaForCausalLM(config), example={"input_ids": ids, "labels": ids})
-    first = None
-    for name, options in WAYS.items():
-        learner = localgrad.LocalLearner(backbone, **options)
-        peak = estimate_step(learner, BATCH, partial(torch.optim.AdamW, lr=1e-3)).peak_bytes
-        first = first or peak
-        print(f"{name:40} {peak / 2**20:7,.0f} MiB  {peak / first:.2f} x")
+    for vocabulary, ways in ((BYTES, WAYS), (WORDS, OF_WORDS)):
+        print(f"vocabulary of {vocabulary:,}")
+        config = LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=384,
+            num_hidden_layers=12,
+            num_attention_heads=6,
+            intermediate_size=1024,
+            max_position_embeddings=LENGTH,
+        )
+        with torch.device("meta"):
+            model = LlamaForCausalLM(config)
+        backbone = outline(model, example={"input_ids": torch.zeros(2, LENGTH, dtype=torch.int64)})
+        first = None
+        for name, options in ways.items():
+            learner = localgrad.LocalLearner(backbone, **options)
+            peak = estimate_step(learner, BATCH, partial(torch.optim.AdamW, lr=1e-3)).peak_bytes
+            first = first or peak
+            print(f"{name:40} {peak / 2**20:7,.0f} MiB  {peak / first:.2f} x")
 
 
 if __name__ == "__main__":
