@@ -340,13 +340,13 @@ def measure_all(
     leading: list[list[PartCost]] = [[] for _ in WAYS]
     static, states, temporary, update_ns, likes = [], [], [], [], []
     like: Like = backbone.like(size)
-    owners = {id(tensor): number for number, unit in enumerate(units) for tensor in tensors_of(unit)}
+    owners = {id(tensor): number for number, unit in enumerate(units) for tensor in _tensors_in(unit)}
     has_copies = settings.shared == "average"
     for number, unit in enumerate(units):
         likes.append(like)
         told = signature(unit)
         mark = told or id(unit), like
-        owned = [tensor for tensor in tensors_of(unit) if has_copies or owners[id(tensor)] == number]
+        owned = [tensor for tensor in _tensors_in(unit) if has_copies or owners[id(tensor)] == number]
         weights = [tensor for tensor in owned if isinstance(tensor, nn.Parameter) and tensor.requires_grad]
         read = [weight for weight in unit.parameters() if not has_copies and owners[id(weight)] != number]
         is_block = 0 < number <= len(backbone.blocks)
@@ -405,7 +405,7 @@ def measure_all(
     )
 
 
-def tensors_of(unit: nn.Module) -> list[Tensor]:
+def _tensors_in(unit: nn.Module) -> list[Tensor]:
     """Parameters and buffers of a part, each once."""
     return list({id(tensor): tensor for tensor in (*unit.parameters(), *unit.buffers())}.values())
 
