@@ -6,7 +6,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from helpers import assert_same, copied
 from localgrad.errors import CheckpointError, LocalgradError, RecipeError
+
+if TYPE_CHECKING:
+    from simulated import SimulatedCard
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -176,24 +179,69 @@ def test_several_modules_train_by_one_schedule_and_log_their_losses(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "more",
+    ("kind", "more"),
     [
-        {"gradient_accumulation_steps": 2, "ema_decay": 0.9, "save_steps": 2},
-        pytest.param({"bf16": True, "objective": "lopt", "save_steps": 3}, marks=pytest.mark.heavy),
+        ("llama", {"gradient_accumulation_steps": 2, "ema_decay": 0.9, "save_steps": 2}),
+        ("vit", {"save_steps": 1, "max_steps": 2}),  # saved by other names than Trainer loads it by
+        pytest.param("llama", {"bf16": True, "objective": "lopt", "save_steps": 3}, marks=pytest.mark.heavy),
     ],
-    ids=["fp32", "bf16"],
+    ids=["llama", "vit", "llama in bf16"],
 )
-def test_resuming_goes_on_bit_for_bit(more: dict[str, Any], tmp_path: Path) -> None:
-    more = {"save_strategy": "steps", "max_steps": 5, **more}
-    whole = local("llama", tmp_path / "whole", **more)
+def test_resuming_goes_on_bit_for_bit(kind: str, more: dict[str, Any], tmp_path: Path) -> None:
+    more = {"save_strategy": "steps", "max_steps": 4, **more}
+    whole = local(kind, tmp_path / "whole", **more)
     whole.train()
     folder = tmp_path / "whole" / f"checkpoint-{more['save_steps']}"
     assert (folder / FILE).is_file()
     torch.manual_seed(99)  # whatever was drawn before
-    resumed = local("llama", tmp_path / "resumed", **more)
+    resumed = local(kind, tmp_path / "resumed", **more)
     resumed.train(resume_from_checkpoint=str(folder))
     assert_same(resumed.learner.state_dict(), whole.learner.state_dict())
     assert logged(resumed, "loss", "loss/module_0") == logged(whole, "loss", "loss/module_0")
+
+
+IN_FP16 = """
+import json, torch, transformers
+from localgrad.integrations.hf import LocalTrainer
+
+config = transformers.ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+    image_size=8, patch_size=4, num_labels=3)
+generator = torch.Generator().manual_seed(0)
+data = [{"pixel_values": torch.randn(3, 8, 8, generator=generator), "labels": n % 3} for n in range(11)]
+
+def trained(kind, name, resume=None, **more):
+    torch.manual_seed(0)
+    args = transformers.TrainingArguments(output_dir=name, report_to=[], disable_tqdm=True, dataloader_pin_memory=False,
+        fp16=True, per_device_train_batch_size=2, max_steps=4, learning_rate=1e-2, logging_steps=1, save_steps=2,
+        gradient_accumulation_steps=2)
+    trainer = kind(transformers.ViTForImageClassification(config), args, train_dataset=data, **more)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+facts = {}
+for name, kind, more in [("plain", transformers.Trainer, {}), ("one", LocalTrainer, {"modules": 1})]:
+    facts[name] = [entry["loss"] for entry in trained(kind, name, **more).state.log_history if "loss" in entry]
+two = trained(LocalTrainer, "two", modules=2)
+resumed = trained(LocalTrainer, "again", "two/checkpoint-2", modules=2)
+facts["device"] = str(two.learner.device)
+facts["scales"] = [scaler["scale"] for scaler in two.learner.state_dict()["scalers"]]
+mine, theirs = (list(trainer.model.state_dict().values()) for trainer in (two, resumed))
+facts["same"] = all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+facts["same"] &= two.learner.state_dict()["scalers"] == resumed.learner.state_dict()["scalers"]
+print("facts " + json.dumps(facts))
+"""
+
+
+@pytest.mark.heavy  # a process starts
+def test_in_fp16_each_module_has_its_loss_scale_and_resumes_with_it(simulated: SimulatedCard) -> None:
+    """Trainer takes fp16 on cards only. (Simulated ones compute a softmax in fp16 that real ones compute in fp32.)"""
+    said = simulated.run(IN_FP16, values=True)
+    facts = json.loads(next(line for line in said.splitlines() if line.startswith("facts ")).removeprefix("facts "))
+    assert facts["device"] == "cuda:0"
+    assert facts["one"] == pytest.approx(facts["plain"], rel=2e-3)
+    assert len(facts["scales"]) == 2
+    assert min(facts["scales"]) < 65536, "first updates overflow, and are held back"
+    assert facts["same"]
 
 
 def test_what_can_not_be_resumed_is_refused_in_a_line(tmp_path: Path) -> None:
@@ -203,6 +251,9 @@ def test_what_can_not_be_resumed_is_refused_in_a_line(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint-1"
     with pytest.raises(CheckpointError, match=r"boundaries \[1\], this learner \[\]; give the same modules"):
         local("vit", tmp_path, modules=1, **more).train(resume_from_checkpoint=str(folder))
+    torch.save({**torch.load(folder / FILE), "digest": "other"}, folder / FILE)
+    with pytest.raises(CheckpointError, match=r"aren't those that were saved with localgrad\.pt"):
+        local("vit", tmp_path, **more).train(resume_from_checkpoint=str(folder))
     (folder / FILE).unlink()
     with pytest.raises(CheckpointError, match=r"has no localgrad\.pt, so that training can't go on"):
         local("vit", tmp_path, **more).train(resume_from_checkpoint=str(folder))
@@ -210,10 +261,12 @@ def test_what_can_not_be_resumed_is_refused_in_a_line(tmp_path: Path) -> None:
 
 def test_the_best_model_is_loaded_and_saved_as_trainers(tmp_path: Path) -> None:
     more = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 1, "eval_steps": 1, "max_steps": 2}
-    trainer = local("vit", tmp_path, load_best_model_at_end=True, metric_for_best_model="eval_loss", **more)
+    more |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    trainer = local("vit", tmp_path, **more)
     trainer.train()
     losses = [loss for (loss,) in logged(trainer, "eval_loss")]
-    assert trainer.evaluate()["eval_loss"] == min(losses)
+    assert losses[0] > losses[1], "that it isn't the last one shows what is loaded"
+    assert trainer.evaluate()["eval_loss"] == losses[0]
     trainer.save_model(str(tmp_path / "saved"))
     again = transformers.ViTForImageClassification.from_pretrained(tmp_path / "saved")
     assert_same(copied(again), copied(trainer.model))

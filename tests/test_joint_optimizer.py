@@ -188,6 +188,11 @@ def test_a_batch_in_parts_trains_as_one_that_is_cut() -> None:
     summed = [sum(part.losses[index] for part in parts) for index in range(3)]
     torch.testing.assert_close(tuple(summed), once.losses)
     assert torch.equal(torch.cat([part.logits for part in parts if part.logits is not None]), once.logits)
+    silent = make_learner()
+    results = silent.step_parts([(images[:4], labels[:4]), (images[4:], labels[4:])], logits=False)
+    assert all(result.logits is None and result.module_logits == (None,) * 3 for result in results)
+    assert_same([result.losses for result in results], [part.losses for part in parts])
+    assert_same(copied(silent.model), copied(cut.model))
     uneven = make_learner(optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
     whole.configure_optimizers(lambda params: torch.optim.SGD(params, lr=0.1))
     uneven.step_parts([(images[:1], labels[:1]), (images[1:], labels[1:])])

@@ -223,6 +223,25 @@ def test_parts_of_a_batch_train_as_the_whole(kind: str, objective: Objective) ->
         torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-7, msg=lambda text, n=name: f"{n}: {text}")
 
 
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_parts_of_other_lengths_and_sizes_train_as_the_whole(kind: str) -> None:
+    """As data loaders give them: each padded to its own longest item, the last one smaller."""
+    objective = FeatureReconstruction(classifier="linear")
+    whole, given = (learner_of(kind, 2, objective, double=True) for _ in range(2))
+    batch = batch_of(kind, items=5)
+    parts = []
+    for rows in (slice(0, 3), slice(3, 5)):
+        longest = int(batch["attention_mask"][rows].sum(1).max())
+        parts.append({name: value[rows, :longest] if value.ndim > 1 else value[rows] for name, value in batch.items()})
+    assert parts[0]["input_ids"].shape[1] > parts[1]["input_ids"].shape[1]
+    expected, results = whole.step(batch), given.step_parts(parts)
+    for index, loss in enumerate(expected.losses):
+        summed = sum(result.losses[index] for result in results)
+        torch.testing.assert_close(summed, loss, rtol=1e-6, atol=1e-9)
+    for (name, one), other in zip(weights_of(whole).items(), weights_of(given).values(), strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-6, atol=1e-7, msg=lambda text, n=name: f"{n}: {text}")
+
+
 @pytest.mark.parametrize("name", [name for name in HEADS if name != "lopt"])
 def test_no_head_of_a_causal_model_looks_ahead(name: str) -> None:
     learner = learner_of("llama", 2, HEADS[name]).eval()

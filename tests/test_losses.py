@@ -20,7 +20,9 @@ from localgrad.objectives.supervised import TaskLoss
 
 NUM_CLASSES = 5
 ITEMS: Any = SimpleNamespace(names_tokens=False, model=nn.Identity(), num_classes=NUM_CLASSES, input_size=(3, 8, 8))
-TOKENS: Any = SimpleNamespace(names_tokens=True, model=nn.Identity(), num_classes=NUM_CLASSES, input_size=(6,))
+TOKENS: Any = SimpleNamespace(
+    names_tokens=True, model=nn.Identity(), num_classes=NUM_CLASSES, input_size=(6,), num_tokens=6
+)
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -130,7 +132,7 @@ def test_pytorchs_module_gives_class_weights() -> None:
 def test_what_a_model_is_made_for_is_the_default() -> None:
     config = SimpleNamespace(problem_type="multi_label_classification")
     many: Any = SimpleNamespace(names_tokens=False, model=SimpleNamespace(config=config))
-    causal: Any = SimpleNamespace(names_tokens=True, model=SimpleNamespace(loss_type="ForCausalLM"))
+    causal: Any = SimpleNamespace(names_tokens=True, input_size=(6,), model=SimpleNamespace(loss_type="ForCausalLM"))
     assert [type(loss_of(None, each)).__name__ for each in (ITEMS, TOKENS, many, causal)] == [
         "CrossEntropy",
         "CrossEntropy",

@@ -152,3 +152,38 @@ def test_a_wrapper_that_does_more_is_refused_in_a_line(monkeypatch: pytest.Monke
     monkeypatch.setattr(type(model), "forward", lambda self, x: self.get_base_model()(x) * 2)
     with pytest.raises(BackboneError, match="PeftModel gives other logits than the model in it"):
         localgrad.split(model, (3, 16, 16))
+
+
+def test_transformers_trainer_trains_saves_and_resumes_adapters(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    from localgrad.integrations.hf import LocalTrainer
+
+    def trained(kind: Any, name: str, resume: Path | None = None, **more: Any) -> Any:
+        args = transformers.TrainingArguments(
+            output_dir=str(tmp_path / name),
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            per_device_train_batch_size=2,
+            max_steps=2,
+            learning_rate=1e-2,
+            logging_steps=1,
+            save_steps=1,
+        )
+        items = [{key: value[number % 2] for key, value in TOKENS.items()} for number in range(8)]
+        trainer = kind(adapted("llama"), args, train_dataset=items, **more)
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        return trainer
+
+    plain, one = trained(transformers.Trainer, "plain"), trained(LocalTrainer, "one", modules=1)
+    assert_same(copied(one.model), copied(plain.model))
+    assert {"adapter_model.safetensors", "localgrad.pt"} <= {x.name for x in (tmp_path / "one/checkpoint-1").iterdir()}
+    two = trained(LocalTrainer, "two", modules=2)
+    resumed = trained(LocalTrainer, "again", tmp_path / "two/checkpoint-1", modules=2)
+    assert_same(resumed.learner.state_dict(), two.learner.state_dict())
+    assert not torch.equal(flat_of(two.model), flat_of(one.model))
+
+
+def flat_of(model: nn.Module) -> Tensor:
+    return torch.cat([weight.detach().flatten() for weight in model.parameters()])

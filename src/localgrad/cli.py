@@ -484,12 +484,18 @@ def plan(**given: Any) -> None:
     table.print_plan(found, console)
     if json is not None:
         json.write_text(found.to_json(), encoding="utf-8")
-        path = escape(shlex.quote(str(json)))
-        how = f" --parallel modules --num-processes {found.num_modules}" if found.is_for_ranks else ""
-        train_with = f"localgrad train --plan {path}{how} --data …"
-        if recipes.is_on_hub(recipe.method.model.name):
-            train_with = f"LocalLearner(model, modules=Plan.from_json(open({str(json)!r}).read()), example=batch)"
-        console.print(f"[dim]written: {path}; train with: {escape(train_with)}[/]")
+        path, train_with = shlex.quote(str(json)), _training_by(found, json, recipe.method.model.name)
+        console.print(f"[dim]written: {escape(path)}; train with: {escape(train_with)}[/]")
+
+
+def _training_by(plan: Any, path: Path, model: str) -> str:
+    """What to type to train by a plan that was written."""
+    from localgrad.app.hub_models import is_on_hub
+
+    if is_on_hub(model):
+        return f"LocalLearner(model, modules=Plan.from_json(open({str(path)!r}).read()), example=batch)"
+    how = f" --parallel modules --num-processes {plan.num_modules}" if plan.is_for_ranks else ""
+    return f"localgrad train --plan {shlex.quote(str(path))}{how} --data …"
 
 
 @app.command()

@@ -792,7 +792,7 @@ class LocalLearner(Learner):
         with self._stepping(batch):
             return executor.step(batch)
 
-    def step_parts(self, parts: Sequence[Any]) -> tuple[StepResult, ...]:
+    def step_parts(self, parts: Sequence[Any], *, logits: bool = True) -> tuple[StepResult, ...]:
         """Train every local module on one batch that comes in parts, such as those that a data loader gave in a row.
 
         As ``accumulation``, of a batch that is cut already: parts may be of other sizes and lengths. Each module runs
@@ -800,6 +800,7 @@ class LocalLearner(Learner):
 
         Args:
             parts: what the model is called with, each with labels in it: dicts, or pairs of inputs and labels.
+            logits: whether results have them: those of all parts can be most of the memory.
 
         Returns:
             What each part gave; losses and terms are its share of the batch's: those of all parts add up.
@@ -819,7 +820,7 @@ class LocalLearner(Learner):
             executor.route.begin(batch, self)
         make_parts(batches)
         with self._stepping(*batches):
-            return tuple(executor.step_parts(batches))
+            return tuple(executor.step_parts(batches, logits=logits))
 
     def _begin(self, *parts: LocalBatch) -> SequentialExecutor:
         """Refuse a step that would train something else than it seems, before anything is changed."""

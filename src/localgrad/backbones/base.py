@@ -209,6 +209,8 @@ class Backbone(nn.Module):
     """Width of the logits."""
     names_tokens: bool
     """Whether there are logits for each token [B, N, num_classes], and not for each item."""
+    num_tokens: int
+    """N of those logits, in the example."""
     trunk: Trunk | None
     """What the parts share where they were found by watching the model; else ``None``."""
 
@@ -280,7 +282,7 @@ class Backbone(nn.Module):
         num_classes: int,
         given: Example | None = None,
         trunk: Trunk | None = None,
-        names_tokens: bool = False,
+        num_tokens: int = 0,
     ) -> None:
         # Past nn.Module's registry, so that state_dict() holds nothing twice; deepcopy copies it with the rest.
         object.__setattr__(self, "model", model)
@@ -288,7 +290,7 @@ class Backbone(nn.Module):
         self.block_names, self.layouts = tuple(block_names), tuple(layouts)
         self.stage_boundaries = tuple(stage_boundaries)
         self.input_size, self.num_classes = input_size, num_classes
-        self.names_tokens = names_tokens
+        self.names_tokens, self.num_tokens = num_tokens > 0, num_tokens
         self._given, self.trunk = given, trunk
         self._written_buffers: frozenset[str] = frozenset()
         self._followed = _shared_slots(model, self)
@@ -513,9 +515,9 @@ class Backbone(nn.Module):
         for name, buffer in self.model.named_buffers():
             if name in self._written_buffers and id(buffer) not in owned:
                 raise BackboneError(
-                    f"{type(self.model).__name__} can't be split: {name} is written in training by its own code, or by a "
-                    "module that stands in several places, and those run once for each part; give each place a module "
-                    "of its own, or make a localgrad.Backbone of its parts by hand."
+                    f"{type(self.model).__name__} can't be split: {name} is written in training by its own code, or by "
+                    "a module that stands in several places, and those run once for each part; give each place a "
+                    "module of its own, or make a localgrad.Backbone of its parts by hand."
                 )
 
     def check_boundaries(self, boundaries: Sequence[int]) -> None:
@@ -544,11 +546,11 @@ class Backbone(nn.Module):
         owners: dict[object, dict[int, list[str]]] = {}
         for module, (name, part) in self._parts_by_module(boundaries):
             for tensor in _tensors(part):
-                owners.setdefault(_memory_of(tensor), {}).setdefault(module, []).append(name)
+                owners.setdefault(memory_of(tensor), {}).setdefault(module, []).append(name)
         named: list[tuple[str, Tensor]] = [*self.model.named_parameters()]
         named += [(name, buffer) for name, buffer in self.model.named_buffers() if name in self._written_buffers]
         for name, tensor in named:
-            modules = owners.get(_memory_of(tensor), {})
+            modules = owners.get(memory_of(tensor), {})
             if len(modules) > 1:
                 yield Shared(name, tensor, tuple(modules), [part for parts in modules.values() for part in parts])
 
@@ -703,7 +705,7 @@ def _backbone_of(model: nn.Module, given: Example, parts: TakenApart, logits: Te
         num_classes=logits.shape[1 if logits.ndim == 4 else -1],
         given=given,
         trunk=parts.trunk,
-        names_tokens=logits.ndim == 3,
+        num_tokens=logits.shape[1] if logits.ndim == 3 else 0,
     )
 
 
@@ -1181,7 +1183,7 @@ def _stage_boundaries(groups: list[list[Call]], layouts: list[Layout]) -> list[i
     return [i for i, (before, after) in enumerate(pairwise(layouts)) if i > 0 and before.grid != after.grid]
 
 
-def _memory_of(tensor: Tensor) -> object:
+def memory_of(tensor: Tensor) -> object:
     """The same for tensors that begin at the same place in memory, such as two parameters made of one tensor."""
     has_memory = not (tensor.is_meta or isinstance(tensor, FakeTensor)) and tensor.numel()
     return (tensor.device, tensor.data_ptr()) if has_memory else id(tensor)

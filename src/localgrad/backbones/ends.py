@@ -78,6 +78,8 @@ class Headless(nn.Module):
         linear: the last layer of it, as ``last_linear`` finds it. It stays in the tail, and is passed by.
     """
 
+    linear: nn.Linear
+
     def __init__(self, tail: nn.Module, linear: nn.Linear) -> None:
         super().__init__()
         self.tail = tail
@@ -85,9 +87,13 @@ class Headless(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Run the tail without its last layer."""
-        with _in_place_of_forward({self.linear: nn.Identity()}):
+        with _in_place_of_forward({self.linear: _as_it_is}):
             found: Tensor = self.tail(features)
         return found
+
+
+def _as_it_is(given: Tensor) -> Tensor:
+    return given
 
 
 @contextmanager

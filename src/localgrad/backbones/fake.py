@@ -546,7 +546,8 @@ def _caches_of(kind: type) -> tuple[Any, ...]:
     home = sys.modules.get(kind.__module__)
     values = [*vars(kind).values(), *([] if home is None else vars(home).values())]
     found: dict[int, Any] = {}
-    for value in values:
+    for held in values:
+        value = held.__func__ if isinstance(held, (staticmethod, classmethod)) else held
         cells = (value.__closure__ or ()) if isinstance(value, types.FunctionType) else ()
         for each in (value, *map(_content_of, cells)):
             if isinstance(each, _Cached) and each.__wrapped__.__module__ == kind.__module__:

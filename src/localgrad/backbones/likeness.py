@@ -92,7 +92,8 @@ class _Reader:
 
     def _attributes(self, part: nn.Module) -> list[tuple[str, object]]:
         found = []
-        values = part.told_as() if hasattr(type(part), "told_as") else vars(part)
+        told: Callable[[nn.Module], dict[str, Any]] = getattr(type(part), "told_as", vars)
+        values = told(part)
         for name, value in values.items():
             if name in _NOT_COMPARED or name.startswith(_HOOKS):
                 continue

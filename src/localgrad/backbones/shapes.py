@@ -136,6 +136,19 @@ def _of_layer_norm_backward(args: Sequence[Any]) -> Outputs:
     ]
 
 
+def _of_grouped_mm(args: Sequence[Any]) -> Outputs:
+    """Matrices of rows in groups: of experts, say. PyTorch's own rule is that of CUDA, which has it in 16 bits only."""
+    left, right, ends, bias, dtype = (*args, None, None, None)[:5]
+    if bias is not None or dtype is not None or left.dtype != right.dtype or not left.is_floating_point():
+        return None
+    if left.shape[-1] != right.shape[-2] or (ends is None) != (left.ndim == right.ndim == 3):
+        return None
+    rows, columns = left.shape[-2], right.shape[-1]
+    groups = {(2, 2): ends, (3, 3): left}.get((left.ndim, right.ndim))
+    shape = (rows, columns) if groups is None else (len(groups), rows, columns)
+    return Fresh(shape, left.dtype) if columns * left.element_size() % 16 == 0 else None  # else rows are padded
+
+
 def _each(args: Sequence[Any]) -> Outputs:
     """As each of the tensors of its one list."""
     tensors = args[0]
@@ -171,6 +184,7 @@ _RULES: dict[Any, Rule] = {
     aten.native_layer_norm_backward.default: _of_layer_norm_backward,
     aten._softmax_backward_data.default: _of_softmax_backward,
     aten._foreach_sqrt.default: _each,
+    aten._grouped_mm.default: _of_grouped_mm,
 }
 _MAKE_LIKE = frozenset({aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default})
 _WRITE_ONLY = frozenset(

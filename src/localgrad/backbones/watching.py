@@ -619,7 +619,8 @@ def _of_named(model: nn.Module, seen: Followed, name: str) -> list[ModuleCall]:
         containers = dict.fromkeys(call.slot.container for call in seen.walk())
         known = [each for each in containers if of_container(seen, each)]
         raise BackboneError(
-            f"{arg('blocks', name)}: {type(model).__name__} calls no module with weights in it; it does in {listed(known)}."
+            f"{arg('blocks', name)}: {type(model).__name__} calls no module with weights in it; it does in "
+            f"{listed(known)}."
         )
     found = [call for call in calls if 0 not in call.entered.values()]  # what the input is given to is the stem's
     for call in found:
@@ -638,8 +639,8 @@ def _no_trunk(model: nn.Module, seen: Followed, why: str) -> BackboneError:
     found = ", ".join(f"{name or 'the model'} ({count})" for name, count in list(chains.items())[:6])
     return BackboneError(
         f"{type(model).__name__} can't be split: {why}. Chains seen: {found or 'none'}. Give "
-        f"{arg('blocks')}, the dotted name of the container of its blocks, or make a localgrad.Backbone of its parts by "
-        "hand."
+        f"{arg('blocks')}, the dotted name of the container of its blocks, or make a localgrad.Backbone of its parts "
+        "by hand."
     )
 
 
@@ -940,7 +941,8 @@ def _find_reading(trunk: Trunk, segments: Sequence[Segment], *, by_shapes: bool)
 def _is_reached(trunk: Trunk, segment: Segment, main: Tensor) -> bool:
     """Whether data flows from the main input to what a segment gives, past its features."""
     features = _noise(trunk.stations[segment.start], trunk.example, 7)
-    with torch.no_grad(), Reached(main) as reached:
+    reached = Reached(main)
+    with torch.no_grad(), reached:
         return reached.holds(segment(features))
 
 

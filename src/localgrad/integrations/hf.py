@@ -12,9 +12,9 @@ changes every module's learning rate.
 With one local module this is Trainer itself, bit for bit on the processor.
 
 Names that aren't public, and that this file alone relies on: of Trainer ``_prepare_inputs`` (moves a batch to the
-device), ``_build_accelerator_args``, ``_save_optimizer_and_scheduler``, ``_load_optimizer_and_scheduler`` (each called
-where its name says), and of Accelerate ``_original_forward``, where it keeps the forward that it has wrapped.
-``tests/test_hf_trainer.py`` pins what they do. Source: ``trainer.py`` of transformers.
+device), ``_build_accelerator_args``, ``_save_optimizer_and_scheduler``, ``_load_optimizer_and_scheduler`` and
+``_load_best_model`` (each called where its name says), and of Accelerate ``_original_forward``, where it keeps the
+forward that it has wrapped. ``tests/test_hf_trainer.py`` pins what they do. Source: ``trainer.py`` of transformers.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from torch.optim import Optimizer
 from torch.utils.data import IterableDataset
 
 from localgrad.backbones.example import LABEL_NAMES, logits_of
+from localgrad.backbones.proof import digest
 from localgrad.errors import CheckpointError, RecipeError, arg, reason_of
 from localgrad.formats import check_format
 from localgrad.learner import LocalLearner
@@ -46,7 +47,7 @@ from localgrad.step.executor import StepResult, free_cache
 
 try:
     from accelerate.utils import GradScalerKwargs
-    from transformers import Trainer, TrainingArguments
+    from transformers import PreTrainedModel, Trainer, TrainingArguments
 except ImportError as error:
     raise ImportError(
         f"localgrad.integrations.hf needs transformers and accelerate ({reason_of(error)}): "
@@ -112,6 +113,7 @@ class LocalTrainer(Trainer):  # type: ignore[misc]  # its types aren't read
         freeze_from: share of the training after which modules stop to learn.
         ema_decay: of a moving average of the weights, in ``learner.averaged_model``.
         auxiliary_from: what auxiliary nets are initialised from.
+        chunk_logits: make logits of a large vocabulary chunk by chunk.
         **options: other keywords of Trainer.
 
     Raises:
@@ -136,6 +138,7 @@ class LocalTrainer(Trainer):  # type: ignore[misc]  # its types aren't read
         freeze_from: float | None = None,
         ema_decay: float | None = None,
         auxiliary_from: str = "seed",
+        chunk_logits: bool = False,
         **options: Any,
     ) -> None:
         if args is not None:
@@ -152,6 +155,7 @@ class LocalTrainer(Trainer):  # type: ignore[misc]  # its types aren't read
             "freeze_from": freeze_from,
             "ema_decay": ema_decay,
             "auxiliary_from": auxiliary_from,
+            "chunk_logits": chunk_logits,
         }
         self._learner: LocalLearner | None = None
         self._split_model: nn.Module | None = None
@@ -335,7 +339,7 @@ class LocalTrainer(Trainer):  # type: ignore[misc]  # its types aren't read
         if not self._shares:
             model.train()
             self.learner.at(min(1.0, self.state.global_step / max(1, self.state.max_steps)))
-            results = self.learner.step_parts([self._prepare_inputs(batch) for batch in self._batches])
+            results = self.learner.step_parts([self._prepare_inputs(batch) for batch in self._batches], logits=False)
             self._note_losses(results)
             self._shares = [result.terms[-1]["task"] for result in results]
             every = self.args.torch_empty_cache_steps
@@ -364,7 +368,7 @@ class LocalTrainer(Trainer):  # type: ignore[misc]  # its types aren't read
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Save what Trainer saves, and ``localgrad.pt`` beside it."""
         super()._save_optimizer_and_scheduler(output_dir)
-        state: dict[str, Any] = {**self.learner.state_dict(), "format": FORMAT}
+        state: dict[str, Any] = {**self.learner.state_dict(), "format": FORMAT, "digest": self._digest()}
         del state["model"], state["optimizers"]  # in files of Trainer's own
         target = Path(output_dir) / FILE
         torch.save(state, target.with_suffix(".part"))
@@ -394,9 +398,46 @@ class LocalTrainer(Trainer):  # type: ignore[misc]  # its types aren't read
                 f"checkpoint: it has boundaries {saved['boundaries']}, this learner {list(learner.plan.boundaries)}; "
                 "give the same modules."
             )
+        self._check_weights(checkpoint, saved.pop("digest"))
         super()._load_optimizer_and_scheduler(checkpoint)
         own = learner.state_dict()
         learner.load_state_dict({**saved, "model": own["model"], "optimizers": own["optimizers"]})  # type: ignore[typeddict-item]
+
+    def _load_best_model(self) -> None:
+        """Load the best checkpoint's weights, as Trainer does, and by the library where Trainer misses them."""
+        super()._load_best_model()
+        self._take_weights(str(self.state.best_model_checkpoint))
+
+    def _check_weights(self, checkpoint: str, expected: str) -> None:
+        """Have the weights that were saved.
+
+        Trainer loads a file by the names in it, and passes over those that it doesn't know. Some models are saved by
+        other names than their modules have (ViT, in transformers 5): ``from_pretrained`` knows them.
+
+        Raises:
+            CheckpointError: they are others.
+        """
+        if self._digest() != expected:
+            self._take_weights(checkpoint)
+        if self._digest() != expected:
+            raise CheckpointError(
+                f"checkpoint: the weights that were loaded from {checkpoint} aren't those that were saved with "
+                f"{FILE}; it isn't whole: take another one."
+            )
+
+    def _take_weights(self, checkpoint: str) -> None:
+        if isinstance(self.model, PreTrainedModel):
+            kept = self.model.from_pretrained(checkpoint, config=self.model.config, dtype=self.model.dtype)
+            self.model.load_state_dict(kept.state_dict())
+
+    def _digest(self) -> str:
+        """Of what the model has learned, and of its buffers that are saved."""
+        model = self.learner.model
+        frozen = {id(weight) for weight in model.parameters() if not weight.requires_grad}  # adapters' files lack them
+        state = model.state_dict(keep_vars=True)
+        return digest(
+            [value for value in state.values() if isinstance(value, Tensor) and id(value) not in frozen]
+        ).hex()
 
 
 # Arguments and models ---------------------------------------------------------------------------------------------

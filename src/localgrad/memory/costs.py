@@ -69,6 +69,8 @@ class CostSettings:
         device: ``cpu`` or ``cuda``.
         overlap: blocks of the module before that each module trains as well.
         chunk_logits: whether logits of the model's own end are made chunk by chunk.
+        shared: what becomes of a parameter that several modules read, as for ``LocalLearner``: of one that is averaged
+            each part is taken to have its own copy.
     """
 
     batch_size: int
@@ -77,6 +79,7 @@ class CostSettings:
     device: str = "cpu"
     overlap: int = 0
     chunk_logits: bool = False
+    shared: str = "refuse"
 
     @property
     def part_size(self) -> int:

@@ -39,7 +39,7 @@ from localgrad.memory.gauge import (
     rounding_of,
 )
 from localgrad.memory.track import rounded, without_collector
-from localgrad.objectives.base import ContextSupply, LocalObjective
+from localgrad.objectives.base import ContextSupply, LocalObjective, ObjectiveValue
 from localgrad.objectives.carried import CARRIED, Route, empty_batch
 from localgrad.objectives.losses import Loss, loss_of
 from localgrad.objectives.methods import Objective
@@ -341,13 +341,14 @@ def measure_all(
     static, states, temporary, update_ns, likes = [], [], [], [], []
     like: Like = backbone.like(size)
     owners = {id(tensor): number for number, unit in enumerate(units) for tensor in tensors_of(unit)}
+    has_copies = settings.shared == "average"
     for number, unit in enumerate(units):
         likes.append(like)
         told = signature(unit)
         mark = told or id(unit), like
-        owned = [tensor for tensor in tensors_of(unit) if owners[id(tensor)] == number]
+        owned = [tensor for tensor in tensors_of(unit) if has_copies or owners[id(tensor)] == number]
         weights = [tensor for tensor in owned if isinstance(tensor, nn.Parameter) and tensor.requires_grad]
-        read = [weight for weight in unit.parameters() if owners[id(weight)] != number]
+        read = [weight for weight in unit.parameters() if not has_copies and owners[id(weight)] != number]
         is_block = 0 < number <= len(backbone.blocks)
         stem = number == 0  # the images are there before it, and need no gradient
         measure = partial(shop.measure, unit, like, weights, present=stem, needs_gradient=not stem)
@@ -551,7 +552,7 @@ def _measure_head(
 
     def run(outputs: Tensor) -> Tensor:
         nonlocal logits
-        value = objective(inputs, outputs, batch, states)
+        value: ObjectiveValue = objective(inputs, outputs, batch, states)
         # Of the last module they are its outputs.
         logits = 0 if value.logits is None or site.is_last else shop.nbytes(value.logits)
         return value.loss

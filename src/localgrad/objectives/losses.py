@@ -75,8 +75,8 @@ class Loss(ABC):
         return None
 
     def label_shape(self, num_items: int, backbone: Any) -> tuple[int, ...]:
-        """Of the labels of a batch; of token ids one each."""
-        return (num_items, *backbone.input_size[:1]) if self.names_tokens else (num_items,)
+        """Of the labels of a batch; of tokens one each."""
+        return (num_items, backbone.num_tokens) if self.names_tokens else (num_items,)
 
     @abstractmethod
     def check(self, labels: Tensor, inputs: Tensor, num_classes: int) -> None:
@@ -399,7 +399,7 @@ def loss_of(loss: str | Loss | Callable[[Tensor, Tensor], Tensor] | None, backbo
     """
     per_token: bool = backbone.names_tokens
     if loss is None:
-        if per_token and says_causal(backbone.model):
+        if per_token and len(backbone.input_size) < 3 and says_causal(backbone.model):
             return NextToken()
         problem = getattr(getattr(backbone.model, "config", None), "problem_type", None)
         return PROBLEMS[problem]() if problem in PROBLEMS and not per_token else CrossEntropy(per_token=per_token)

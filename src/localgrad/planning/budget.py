@@ -220,6 +220,7 @@ class Task:
             device=self.device,
             overlap=self.overlap,
             chunk_logits=self.chunk_logits,
+            shared=self.shared,
         )
         if settings not in self.measured:  # what the cache doesn't know is measured once all the same
             costs = self._costs(settings)
@@ -241,6 +242,7 @@ class Task:
             precision=self.precision,
             overlap=self.overlap,
             chunk_logits=self.chunk_logits,
+            shared=self.shared,
         )
         device = torch.device(self.device)
         key = self._key_of(settings)

@@ -201,33 +201,37 @@ class SequentialExecutor:
             whole = logits[-1]
         return StepResult(whole, tuple(losses), tuple(terms), tuple(logits), batch.known_targets)
 
-    def step_parts(self, parts: Sequence[LocalBatch]) -> list[StepResult]:
+    def step_parts(self, parts: Sequence[LocalBatch], *, logits: bool = True) -> list[StepResult]:
         """Train every local module on one batch that comes in parts: each has all of them before its one update.
 
         Args:
             parts: as ``make_parts`` has made them.
+            logits: whether to keep them.
 
         Returns:
             What each part gives; losses and terms are its share of the batch's.
         """
         with self.copies.all_modules():
-            return self._train_parts(parts)
+            return self._train_parts(parts, logits=logits)
 
-    def _train_parts(self, parts: Sequence[LocalBatch]) -> list[StepResult]:
+    def _train_parts(self, parts: Sequence[LocalBatch], *, logits: bool) -> list[StepResult]:
         outputs: list[list[LocalOutput]] = [[] for _ in parts]
         walks = [walk(self.steps, part, self.route, first=self.first) for part in parts]
         for visits in zip(*walks, strict=True):
             step = visits[0].module
             for attempt in self.attempts(visits[0].index, [step]):
                 with attempt, self.around(visits[0].index), self.copies.of(step):
-                    found = step.over_parts([visit.received for visit in visits], parts)
+                    received = [visit.received for visit in visits]
+                    is_looked_at = logits or not visits[0].is_last
+                    found = step.over_parts(received, parts, features=is_looked_at, logits=logits)
             for visit, output, own in zip(visits, found, outputs, strict=True):
                 visit.hand_on(output.features, output.gradient)
                 own.append(output._replace(features=output.features[:0], gradient=None))
-            del found, output, attempt, visits, visit
+            del found, output, attempt, visits, visit, received
+        gives_logits = self.steps[-1].module.gives_logits
         return [
             StepResult(
-                part.features,
+                part.features if logits and gives_logits else own[-1].logits,
                 tuple(output.loss for output in own),
                 tuple(output.terms for output in own),
                 tuple(output.logits for output in own),

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from localgrad.backbones.base import Backbone, Layout, Stem
+from localgrad.backbones.base import Backbone, Layout, Stem, memory_of
 from localgrad.backbones.effects import Observed
 from localgrad.backbones.ends import Headless, last_linear
 from localgrad.backbones.halves import AsCut, Piece, find_pieces, observed, whole_block
@@ -414,7 +414,7 @@ def shared_weights(backbone: Backbone, boundaries: Sequence[int], shared: str) -
 
 def _is_alias(weight: Tensor, other: Tensor) -> bool:
     """Whether two parameters were made of one tensor."""
-    return weight is not other and bool(weight.numel()) and weight.data_ptr() == other.data_ptr()
+    return weight is not other and memory_of(weight) == memory_of(other)
 
 
 def _branched(backbone: Backbone, blocks: range, before: int) -> dict[int, list[Piece]]:

@@ -204,12 +204,16 @@ class LocalStep:
                 return self._pass_for(batch)(inputs, batch, hand_on)
             return self._accumulate(inputs, batch, hand_on)
 
-    def over_parts(self, received: Sequence[Tensor], parts: Sequence[LocalBatch]) -> list[LocalOutput]:
+    def over_parts(
+        self, received: Sequence[Tensor], parts: Sequence[LocalBatch], *, features: bool = True, logits: bool = True
+    ) -> list[LocalOutput]:
         """Train on one batch that comes in parts, with one update at the end.
 
         Args:
             received: what the module before gave for each.
             parts: as ``make_parts`` has made them.
+            features: whether anyone looks at what it hands on; otherwise there are none.
+            logits: likewise.
 
         Returns:
             The output of each part; losses are its share of the batch's.
@@ -218,7 +222,10 @@ class LocalStep:
         with self._training(received[0], parts[0]):
             for number, (inputs, part) in enumerate(zip(received, parts, strict=True), 1):
                 with self._in_sync(is_last=number == len(parts)):
-                    outputs.append(self._pass_for(part)(inputs, part, None))
+                    output = self._pass_for(part)(inputs, part, None)
+                kept = output.features if features else output.features.new_empty(0)
+                outputs.append(output._replace(features=kept, logits=output.logits if logits else None))
+                del output, kept
         return outputs
 
     @contextlib.contextmanager
