@@ -200,6 +200,21 @@ def test_resuming_goes_on_bit_for_bit(kind: str, more: dict[str, Any], tmp_path:
     assert logged(resumed, "loss", "loss/module_0") == logged(whole, "loss", "loss/module_0")
 
 
+@pytest.mark.heavy  # whatever is shared, a checkpoint is as of any model
+@pytest.mark.parametrize("shared", ["last", "average"])
+def test_tied_embeddings_resume_bit_for_bit(shared: str, tmp_path: Path) -> None:
+    more = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3, "shared": shared, "objective": "lopt"}
+    with pytest.raises(LocalgradError, match="shared"):
+        local("llama", tmp_path, llama(tie_word_embeddings=True)).train()
+    torch.manual_seed(0)
+    whole = local("llama", tmp_path / "whole", llama(tie_word_embeddings=True), **more)
+    whole.train()
+    resumed = local("llama", tmp_path / "again", llama(tie_word_embeddings=True), **more)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert_same(resumed.learner.state_dict(), whole.learner.state_dict())
+    assert whole.model.lm_head.weight is whole.model.get_input_embeddings().weight
+
+
 IN_FP16 = """
 import json, torch, transformers
 from localgrad.integrations.hf import LocalTrainer
