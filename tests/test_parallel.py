@@ -144,7 +144,7 @@ MORE_BY_RANKS = {
 }
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("size", "names"),
     [*BY_RANKS.items(), *(pytest.param(*each, marks=pytest.mark.heavy) for each in MORE_BY_RANKS.items())],
