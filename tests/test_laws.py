@@ -684,7 +684,7 @@ DETACHED = {
     # The one place where features leave without their graph, and figures for reports.
     # The context of blocks leaves the stem in the same way; embedded token ids are a target.
     "step.local_module": ["handed_on", "self.under_way.current", "states[0]", "term", "value.logits"],
-    "step.global_step": ["logits", "term", "value.loss"],  # figures, once the backward pass is done
+    "step.global_step": ["logits", "term", "value.logits", "value.loss"],  # figures, once the backward pass is done
     "step.local_step": ["output.loss"],  # the figure, once its backward pass is done
     "objectives.losses": ["torch.as_tensor(weight, dtype=torch.get_default_dtype())"],  # class weights, as given
     "objectives.readouts": ["linear.bias", "linear.weight"],  # the model's own, read and not trained
@@ -698,6 +698,7 @@ DETACHED = {
     "backbones.effects": ["twin(features.clone())"],  # of a copy that is tried
     "backbones.hooks": ["value", "value"],  # what a module shows of an earlier pass
     "memory.gauge": ["torch.ops.aten"],  # the operator's own name, in a list of those that take no time
+    "memory.parts": ["made"],  # on fake tensors, too
     "memory.track": ["inputs", "outputs"],  # the seams of a chain of parts, on fake tensors
     "training.folder": ["tensor"],  # weights on their way to disk
 }

@@ -292,6 +292,19 @@ def test_shared_embeddings_are_counted_once() -> None:
         LocalLearner(gpt2(tie_word_embeddings=False), modules=plan, example=example)
 
 
+@pytest.mark.heavy
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # peft's own use of it
+def test_adapters_are_planned_without_state_of_frozen_weights() -> None:
+    peft = pytest.importorskip("peft")
+    model, example = made("llama")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=4))
+    plan = localgrad.plan(adapted, example=example, batch_size=BATCH, modules=2, cache=False)
+    assert plan.forecast is not None
+    learner = LocalLearner(adapted, modules=plan, example=example)
+    assert estimate_step(learner, BATCH, adamw).peak_bytes == plan.forecast.peak_bytes
+    assert 0.98 < plan.forecast.composed_peak_bytes / plan.forecast.peak_bytes < 1.03
+
+
 def test_chunks_of_a_batch_see_their_own_masks() -> None:
     """Of items whose masks differ, run a few at a time and recomputed."""
     model, example = made("bert")

@@ -812,6 +812,7 @@ def outline(
     Raises:
         BackboneError: as for ``split``, but for wrong parts, which only values can show.
     """
+    model = adapted_model(model)
     if example is None:
         size = _check_arguments(model, input_size)
         given = Example.of(torch.empty(2, *size, device="meta"))

@@ -340,13 +340,13 @@ def measure_all(
     leading: list[list[PartCost]] = [[] for _ in WAYS]
     static, states, temporary, update_ns, likes = [], [], [], [], []
     like: Like = backbone.like(size)
-    owners = {id(tensor): number for number, unit in enumerate(units) for tensor in tensors_of(unit)}
+    owners = {id(tensor): number for number, unit in enumerate(units) for tensor in own_tensors(unit)}
     has_copies = settings.shared == "average"
     for number, unit in enumerate(units):
         likes.append(like)
         told = signature(unit)
         mark = told or id(unit), like
-        owned = [tensor for tensor in tensors_of(unit) if has_copies or owners[id(tensor)] == number]
+        owned = [tensor for tensor in own_tensors(unit) if has_copies or owners[id(tensor)] == number]
         weights = [tensor for tensor in owned if isinstance(tensor, nn.Parameter) and tensor.requires_grad]
         read = [weight for weight in unit.parameters() if not has_copies and owners[id(weight)] != number]
         is_block = 0 < number <= len(backbone.blocks)
@@ -405,7 +405,7 @@ def measure_all(
     )
 
 
-def tensors_of(unit: nn.Module) -> list[Tensor]:
+def own_tensors(unit: nn.Module) -> list[Tensor]:
     """Parameters and buffers of a part, each once."""
     return list({id(tensor): tensor for tensor in (*unit.parameters(), *unit.buffers())}.values())
 
@@ -441,7 +441,6 @@ class _Along:
             backbone.stem(given.tensor.clone())
         made = trunk.batch.current
         assert made is not None, "the stem has run"
-        trunk.batch.current = made = made.detach()
         main, others = _storages([given.tensor]), _storages([leaf for _, leaf in given.leaves()])
         of_stem = {key: tensor for key, tensor in _storages(made.tensors).items() if key not in others}
         nbytes = {key: rounded(tensor.untyped_storage().nbytes(), shop.rounding) for key, tensor in of_stem.items()}
