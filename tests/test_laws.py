@@ -698,7 +698,6 @@ DETACHED = {
     "backbones.effects": ["twin(features.clone())"],  # of a copy that is tried
     "backbones.hooks": ["value", "value"],  # what a module shows of an earlier pass
     "memory.gauge": ["torch.ops.aten"],  # the operator's own name, in a list of those that take no time
-    "memory.parts": ["made"],  # on fake tensors, too
     "memory.track": ["inputs", "outputs"],  # the seams of a chain of parts, on fake tensors
     "training.folder": ["tensor"],  # weights on their way to disk
 }
