@@ -85,6 +85,7 @@ def test_one_module_is_plain_training_bit_for_bit(name: str) -> None:
     assert_same(learner.model.state_dict(), plain.state_dict())
 
 
+@pytest.mark.few(2)
 @every
 def test_execution_changes_no_bit(name: str) -> None:
     """What is recomputed, and where two modules wait."""
@@ -97,6 +98,7 @@ def test_execution_changes_no_bit(name: str) -> None:
         assert_same(learner.eval().model.state_dict(), learners[0].model.state_dict())
 
 
+@pytest.mark.few(2)
 @every
 def test_processes_hand_on_all_that_the_next_one_needs(name: str) -> None:
     """Two processes' shares, one after the other, with what would go over the wire; test_parallel.py has real ones."""
@@ -128,6 +130,7 @@ def test_processes_hand_on_all_that_the_next_one_needs(name: str) -> None:
 # Law 3: lifetime -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(4)
 @every
 @pytest.mark.parametrize("settings", [{}, {"accumulation": 2}], ids=str)
 @pytest.mark.usefixtures("_no_collector")

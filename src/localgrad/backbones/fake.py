@@ -549,7 +549,7 @@ def _caches_of(kind: type) -> tuple[Any, ...]:
     for held in values:
         value = held.__func__ if isinstance(held, (staticmethod, classmethod)) else held
         cells = (value.__closure__ or ()) if isinstance(value, types.FunctionType) else ()
-        for each in (value, *map(_held_by, cells)):
+        for each in (value, *map(_cell_of, cells)):
             if isinstance(each, _Cached) and each.__wrapped__.__module__ == kind.__module__:
                 found[id(each)] = each
     return tuple(found.values())
@@ -558,7 +558,7 @@ def _caches_of(kind: type) -> tuple[Any, ...]:
 _Cached = type(functools.lru_cache(_is_number))
 
 
-def _held_by(cell: types.CellType) -> Any:
+def _cell_of(cell: types.CellType) -> Any:
     try:
         return cell.cell_contents
     except ValueError:  # empty yet

@@ -167,7 +167,8 @@ class ByShapes(Gauge):
             end = _Sink.apply(output)
             del output
             meter.take_peak()
-            end.backward()
+            if end.requires_grad:  # a frozen stem has no backward pass
+                end.backward()
             backward = meter.take_peak()
             gradients = sum(
                 rounded(nbytes_of(weight.grad), self.rounding) for weight in weights if weight.grad is not None
