@@ -63,6 +63,8 @@ SAID_BY_HAND = {
     "step/local_step.py: compilers_errors_told": "the compiler decides",
     "learner.py: LocalLearner.global_step_on": "a method that is called decides",
     "parallel/parallel_learner.py: ParallelLearner.__init__": "layers of the model decide",
+    "parallel/parallel_learner.py: ParallelLearner._refuse": "how the model was split decides",
+    "integrations/hf.py: _check_arguments": "arguments of transformers decide",
     "planning/rank_plans.py: _with_modules": "two numbers decide",
     "step/checks.py: check_values": "labels decide",
 }

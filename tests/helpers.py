@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from localgrad.backbones.base import Backbone, split
 from localgrad.learner import LocalLearner, StepResult
 from localgrad.objectives.base import LocalObjective
+from localgrad.parallel.pipeline import Neighbours
+from localgrad.parallel.team import Team
 from localgrad.training.data import Splits, load_data
 from localgrad.training.events import Event, Sink
 from localgrad.training.settings import DataSettings
@@ -212,6 +214,17 @@ class Planted(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
+
+
+# Processes ---------------------------------------------------------------------------------------------------------
+
+
+def place_in(num_ranks: int, rank: int = 0, num_replicas: int = 1) -> Team:
+    """A process's place among others that aren't there: enough to make a learner."""
+    return Team(
+        rank=rank, size=num_ranks * num_replicas, replica=0, num_replicas=num_replicas, store=None, control=None,
+        place=Neighbours(rank=rank, num_ranks=num_ranks), device=torch.device("cpu"),
+    )  # fmt: skip
 
 
 # Memory ----------------------------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def compare(
 
 
 # Without PVT: what oneDNN reorders for its depthwise convolutions is 28 % of so small a model, 0.5 % of a real one.
-@pytest.mark.few(1)
+@pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")  # the switch below touches that one, too
 @pytest.mark.parametrize("name", QUICK)
 def test_estimates_of_small_models_are_right(name: str) -> None:

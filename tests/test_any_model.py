@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 import localgrad
-from helpers import Planted, Token, adamw, assert_same, copied, logits_and_gradients
+from helpers import Planted, Token, adamw, assert_same, copied, logits_and_gradients, place_in
 from libraries import LIBRARIES, called, inputs_of, parted, plain_model, saved_and_loaded, task_loss
 from localgrad.learner import LocalLearner
 from localgrad.objectives.carried import LocalBatch
 from localgrad.objectives.methods import Lopt, Segprop, Solo
+from localgrad.parallel.parallel_learner import ParallelLearner
+from localgrad.parallel.wire import Packet, packed, unpacked
 
 every = pytest.mark.parametrize("name", LIBRARIES)
 
@@ -83,6 +85,7 @@ def test_one_module_is_plain_training_bit_for_bit(name: str) -> None:
     assert_same(learner.model.state_dict(), plain.state_dict())
 
 
+@pytest.mark.few(2)
 @every
 def test_execution_changes_no_bit(name: str) -> None:
     """What is recomputed, and where two modules wait."""
@@ -95,9 +98,39 @@ def test_execution_changes_no_bit(name: str) -> None:
         assert_same(learner.eval().model.state_dict(), learners[0].model.state_dict())
 
 
+@pytest.mark.few(2)
+@every
+def test_processes_hand_on_all_that_the_next_one_needs(name: str) -> None:
+    """Two processes' shares, one after the other, with what would go over the wire; test_parallel.py has real ones."""
+    alone = learner_of(name, 2, accumulation=2)
+    shares = []
+    for rank in (0, 1):
+        torch.manual_seed(1)
+        shares.append(ParallelLearner(parted(name), team=place_in(2, rank), modules=2, accumulation=2))
+        shares[-1].configure_optimizers(adamw)
+        shares[-1].train()
+    packets: list[Packet] = []
+    for seed in range(2):
+        batch = LIBRARIES[name].batch(seed, 4)
+        given, expected = LocalBatch.of(inputs_of(batch), batch["labels"]), step(alone, name, seed).losses
+        for number, share in enumerate(shares):
+            received = unpacked(packets.pop()) if number else given
+            received.number, received.loss = seed, share.loss
+            if not number:
+                share.route.begin(received, share)
+            executor = share._executor
+            assert executor is not None
+            result = executor.step(received, None if number else lambda onward: packets.append(packed(onward)))
+            assert torch.equal(result.losses[0], expected[number])
+    for share in shares:
+        weights = share.own_weights()
+        assert weights and all(torch.equal(alone.model.state_dict()[key], value) for key, value in weights.items())
+
+
 # Law 3: lifetime -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(4)
 @every
 @pytest.mark.parametrize("settings", [{}, {"accumulation": 2}], ids=str)
 @pytest.mark.usefixtures("_no_collector")

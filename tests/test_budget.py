@@ -104,6 +104,7 @@ def learner_of(task: Task, plan: Plan) -> LocalLearner:
 # The search ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("shares", [(0.3, 0.0), pytest.param((0.7, 0.4, 0.15, 0.0), marks=pytest.mark.heavy)], ids=str)
 def test_smaller_budgets_fit_and_are_never_faster(shares: tuple[float, ...], task: Task, whole: Search) -> None:
     """From more than enough to the least that there is, which works, while a little less doesn't."""
@@ -312,7 +313,7 @@ def test_the_least_is_found_even_if_all_others_need_more(task: Task, monkeypatch
     assert least_told(message) >= low, "what a whole step needs is told, not what was composed"
 
 
-@pytest.mark.few(1)
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "more",
     [
@@ -350,6 +351,7 @@ def on_a_card(**more: Any) -> Task:
     return task_of(model, device="cuda", card=CARDS["T4"], modules=1, accumulation=1, precision="fp16", **more)
 
 
+@pytest.mark.heavy
 def test_the_least_that_a_card_needs_suffices() -> None:
     task = on_a_card()
     least = least_told(refusal(task, 8, 590 * MIB))
@@ -396,6 +398,7 @@ def forecast_plan(task: Task, whole: Search) -> Plan:
     return plan_to_budget(replace(task, modules=3), BATCH, int(whole.peak(whole.end_to_end()) * 0.6))
 
 
+@pytest.mark.heavy
 def test_the_forecast_tells_every_module(forecast_plan: Plan, task: Task) -> None:
     forecast = forecast_plan.forecast
     profile = estimate_step(learner_of(task, forecast_plan), BATCH, adamw)
@@ -750,6 +753,7 @@ def test_batches_of_a_few_images_are_found(task: Task) -> None:
         assert rows[0].batch_size == size
 
 
+@pytest.mark.heavy
 def test_the_largest_batch_of_a_net_with_batch_norms_is_found_without_a_single_image() -> None:
     """Two images are all that fits, and on one alone (of one position) batch norms refuse to train."""
     net = task_of(make("resnet", layers=(1, 1, 1, 1), output_stride=32), modules=1)

@@ -15,8 +15,9 @@ from torch import nn
 
 import localgrad
 
-EXTENSION_POINTS = {"TorchDispatchMode"}
-"""Concrete classes to inherit from, besides records (an objective adds terms to another): torch's own, typed."""
+EXTENSION_POINTS = {"TorchDispatchMode", "LocalTrainer"}
+"""Concrete classes to inherit from, besides records (an objective adds terms to another): torch's own, typed, and a
+Trainer, as people who use transformers do."""
 
 
 def classes() -> list[type[Any]]:

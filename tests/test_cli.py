@@ -552,6 +552,7 @@ def test_a_terminal_that_lacks_characters_ends_no_run(here: Path) -> None:
     assert text.isascii()
 
 
+@pytest.mark.heavy
 def test_costs_may_be_measured_anew(cli_: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from localgrad.planning import cache
 

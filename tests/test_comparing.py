@@ -203,6 +203,7 @@ def test_precisions_have_their_own_baseline_and_front() -> None:
 POINTS = st.dictionaries(st.text(max_size=3), st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=12)
 
 
+@pytest.mark.heavy
 @given(POINTS)
 @settings(max_examples=200, deadline=None)
 def test_the_front_is_what_nothing_dominates(points: dict[str, tuple[int, int]]) -> None:

@@ -13,13 +13,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import assert_same
+from helpers import assert_same, place_in
 from libraries import parted, tokens
 from localgrad import ParallelLearner, Team
 from localgrad.backbones.base import split
 from localgrad.errors import ParallelError
 from localgrad.parallel import schedule
-from localgrad.parallel.pipeline import Neighbours
 from localgrad.parallel.schedule import Action, actions, shares
 from parallel_worker import BY_ROWS, ESTIMATED, LANGUAGE, MORE_BY_ROWS, SCENARIOS, WATCHED, Scenario, data, train
 from ranks import Ranks
@@ -145,7 +144,7 @@ MORE_BY_RANKS = {
 }
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("size", "names"),
     [*BY_RANKS.items(), *(pytest.param(*each, marks=pytest.mark.heavy) for each in MORE_BY_RANKS.items())],
@@ -196,14 +195,6 @@ def test_what_blocks_need_beside_features_is_never_narrowed(ranks: Ranks, tmp_pa
     losses = alone("language, bf16")[1]
     got = [[loss for said in found["said"] for loss in said["losses"][step]] for step in range(len(losses))]
     assert torch.allclose(torch.tensor(got), torch.tensor(losses), rtol=0.02)
-
-
-def place_in(num_ranks: int, rank: int = 0, num_replicas: int = 1) -> Team:
-    """A process's place among others that aren't there: enough to make a learner."""
-    return Team(
-        rank=rank, size=num_ranks * num_replicas, replica=0, num_replicas=num_replicas, store=None, control=None,
-        place=Neighbours(rank=rank, num_ranks=num_ranks), device=torch.device("cpu"),
-    )  # fmt: skip
 
 
 def tied(shared: str) -> dict[str, Any]:

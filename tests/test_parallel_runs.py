@@ -176,6 +176,7 @@ def test_a_stopped_run_goes_on_in_any_number_of_processes(
     assert len(list((folder / "checkpoints").glob("part-*"))) == (0 if size == 1 else size)
 
 
+@pytest.mark.heavy
 def test_several_processes_go_on_with_what_one_began(alone: Path, ranks: Ranks, recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     ended = ranks.run(["train", "--recipe", recipe, "--out", folder], fault=(0, "term", 4 * NUM_BATCHES + 10))
@@ -481,6 +482,7 @@ def test_replicas_train_and_count_as_one_process_on_the_whole_batch(still: tuple
     ]  # fmt: skip
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.heavy)])
 def test_replicas_that_keep_rows_save_and_resume_whole_weights(
     times: int, still: tuple[Path, Path], ranks: Ranks, tmp_path: Path
@@ -637,7 +639,7 @@ def test_a_process_that_never_comes_is_said(ranks: Ranks, recipe: Path, tmp_path
 # ------------------------------------------------------------------------------------------------ small epochs
 
 
-@pytest.mark.few(1)
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "changes",
     [

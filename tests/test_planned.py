@@ -548,6 +548,7 @@ def test_memory_that_runs_out_elsewhere_is_told(here: Path, cli_: Cli, monkeypat
     assert_refused(said, "memory ran out in validation", "--resume run --on-oom replan")
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_replanning_keeps_the_parts_that_contrastive_terms_see(accumulation: int) -> None:
     job = run.build(recipe_of(local__objective="contrastive", execution__accumulation=accumulation))

@@ -91,6 +91,7 @@ def test_a_ranks_parts_are_those_of_the_whole_step(more: dict[str, Any]) -> None
     assert plan.forecast.needed_bytes == margin.needed(largest_rank(plan))
 
 
+@pytest.mark.heavy
 def test_bytes_sent_are_those_of_the_tensors(task: Task) -> None:
     size = 4 * BATCH * 17 * 16  # 16 patches and the class token, 16 channels
     images = 4 * BATCH * 3 * 32 * 32
@@ -127,7 +128,7 @@ def test_a_plan_survives_json_and_trains(free: Plan) -> None:
 # The budget ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(1)
+@pytest.mark.heavy
 @pytest.mark.parametrize("shares", [(1.0, 0.2, 0.0), pytest.param((0.8, 0.6, 0.4), marks=pytest.mark.heavy)], ids=str)
 @pytest.mark.parametrize("balance", ["time", "memory"])
 def test_every_rank_keeps_the_budget_down_to_the_least(
@@ -249,6 +250,7 @@ def test_plan_in_python() -> None:
         localgrad.plan(model, batch_size=0, input_size=SIZE, parallel=2)
 
 
+@pytest.mark.heavy
 def test_stages_of_a_hierarchical_model_differ_in_what_they_send() -> None:
     model = timm.create_model(
         "swin_tiny_patch4_window7_224", img_size=32, patch_size=2, window_size=4, embed_dim=16, depths=(1, 1, 1),
@@ -272,6 +274,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "here"
 
 
+@pytest.mark.heavy
 def test_a_plan_for_ranks_is_printed_written_and_trained(
     here: Path, cli_: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -323,9 +323,9 @@ def test_vit_tiny_is_proved_in_less_than_a_second() -> None:
     try:
         seconds = []
         for _ in range(4):
-            start = time.perf_counter()
+            start = time.process_time()
             split(model, (3, 224, 224))
-            seconds.append(time.perf_counter() - start)
+            seconds.append(time.process_time() - start)
     finally:
         torch.set_num_threads(threads)
     assert min(seconds) < 1, seconds

@@ -273,6 +273,7 @@ def forecast_of(**changes: Any) -> Forecast:
     return plan_recipe(recipe, task_of(recipe, device="cpu", num_classes=10), None).forecast
 
 
+@pytest.mark.heavy
 def test_predicted_times_know_what_remedies_do() -> None:
     """Held against one another: plans know no clock, so ratios to end-to-end training are exact."""
     averaged = {"training.ema_decay": 0.9}
@@ -293,6 +294,7 @@ def test_predicted_times_know_what_remedies_do() -> None:
     assert saved[0] == pytest.approx(plain * backward * (0.5 * shares[0] + 0.25 * shares[1]), rel=0.25)
 
 
+@pytest.mark.heavy
 def test_plans_from_python_know_overlap_end_to_end_steps_and_freezing() -> None:
     options: dict[str, Any] = {"batch_size": 4, "modules": [1, 2], "input_size": SIZE}
     plain = localgrad.plan(make(), **options).forecast

@@ -114,6 +114,7 @@ def weight_of(learner: LocalLearner, name: str) -> nn.Parameter:
     return found
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_refusal_names_ways_out_and_each_of_them_trains(name: str) -> None:
     with pytest.raises(BackboneError, match="is shared by") as refused:
@@ -243,6 +244,7 @@ def test_one_tensor_is_saved_and_training_goes_on_from_it_bit_for_bit(way: str) 
     assert_same(resumed.state_dict(), learner.state_dict())
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("way", WAYS)
 def test_modules_may_wait_in_host_memory(way: str) -> None:
     plain, offloaded = learner_of("llama", 3, way), learner_of("llama", 3, way, offload=True)
@@ -279,6 +281,7 @@ def test_a_step_that_fails_leaves_the_mean_of_what_copies_are() -> None:
     step(learner, "llama")  # and goes on
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("checkpoint", ["none", "blocks"])
 def test_a_context_that_is_made_of_weights_is_trained_by_the_first_module(checkpoint: str) -> None:
     """Recomputed or not: of the blocks that it has; later ones read what it made."""

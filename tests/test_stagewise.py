@@ -149,6 +149,7 @@ def test_a_spoilt_checkpoint_changes_nothing(folder: RunFolder, part: str) -> No
 # ------------------------------------------------------------------------------------- a whole run
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("true_estimates")
 def test_a_run_learns_digits(tmp_path: Path) -> None:
     changes = {
@@ -221,6 +222,7 @@ def test_one_module_is_ordinary_training_bit_for_bit(tmp_path: Path) -> None:
     assert ours.read_bytes() == theirs.read_bytes()
 
 
+@pytest.mark.heavy
 def test_the_first_module_is_trained_as_it_is_together_with_others(tmp_path: Path) -> None:
     """Nothing of it depends on the rest: no draws (drop path), so that both see the same numbers."""
     losses = []

@@ -137,6 +137,7 @@ def unpacked(packet: Packet) -> LocalBatch:
     return batch
 
 
+@final
 class _Pickler(pickle.Pickler):
     """Pickles what isn't tensors; those are kept, each once, in order. Of one that repeats a number, that number."""
 
@@ -156,6 +157,7 @@ class _Pickler(pickle.Pickler):
         return self._numbers[id(obj)], tuple(obj.shape) if repeats else None
 
 
+@final
 class _Unpickler(pickle.Unpickler):
     """Puts tensors back where they were."""
 

@@ -177,29 +177,26 @@ class SequentialExecutor:
         backward pass, if all of it is there by then.
         """
         with self.copies.all_modules():
-            return self._train(batch, hand_on)
-
-    def _train(self, batch: LocalBatch, hand_on: HandOn | None) -> StepResult:
-        losses, terms, logits = [], [], []
-        for visit in walk(self.steps, batch, self.route, first=self.first):
-            sends = hand_on if visit.is_last else None
-            is_late = self.route.is_late(visit.index + 1)
-            take = None if sends is None or is_late else partial(visit.send, sends)
-            for attempt in self.attempts(visit.index, [visit.module]):
-                with attempt, self.around(visit.index), self.copies.of(visit.module):
-                    output = visit.module(visit.received, batch, take)
-            if sends is not None and is_late:
-                visit.send(sends, output.features, output.gradient)
-            visit.hand_on(output.features, output.gradient)
-            losses.append(output.loss)
-            terms.append(output.terms)
-            logits.append(output.logits)
-            del output, take, attempt
-        ends_the_model = self.first + len(self.steps) == len(self.route.uses)
-        whole = batch.features if ends_the_model else None
-        if whole is not None and not self.steps[-1].module.gives_logits:
-            whole = logits[-1]
-        return StepResult(whole, tuple(losses), tuple(terms), tuple(logits), batch.known_targets)
+            losses, terms, logits = [], [], []
+            for visit in walk(self.steps, batch, self.route, first=self.first):
+                sends = hand_on if visit.is_last else None
+                is_late = self.route.is_late(visit.index + 1)
+                take = None if sends is None or is_late else partial(visit.send, sends)
+                for attempt in self.attempts(visit.index, [visit.module]):
+                    with attempt, self.around(visit.index), self.copies.of(visit.module):
+                        output = visit.module(visit.received, batch, take)
+                if sends is not None and is_late:
+                    visit.send(sends, output.features, output.gradient)
+                visit.hand_on(output.features, output.gradient)
+                losses.append(output.loss)
+                terms.append(output.terms)
+                logits.append(output.logits)
+                del output, take, attempt
+            ends_the_model = self.first + len(self.steps) == len(self.route.uses)
+            whole = batch.features if ends_the_model else None
+            if whole is not None and not self.steps[-1].module.gives_logits:
+                whole = logits[-1]
+            return StepResult(whole, tuple(losses), tuple(terms), tuple(logits), batch.known_targets)
 
     def step_parts(self, parts: Sequence[LocalBatch], *, logits: bool = True) -> list[StepResult]:
         """Train every local module on one batch that comes in parts: each has all of them before its one update.
@@ -212,33 +209,30 @@ class SequentialExecutor:
             What each part gives; losses and terms are its share of the batch's.
         """
         with self.copies.all_modules():
-            return self._train_parts(parts, logits=logits)
-
-    def _train_parts(self, parts: Sequence[LocalBatch], *, logits: bool) -> list[StepResult]:
-        outputs: list[list[LocalOutput]] = [[] for _ in parts]
-        walks = [walk(self.steps, part, self.route, first=self.first) for part in parts]
-        for visits in zip(*walks, strict=True):
-            step = visits[0].module
-            for attempt in self.attempts(visits[0].index, [step]):
-                with attempt, self.around(visits[0].index), self.copies.of(step):
-                    received = [visit.received for visit in visits]
-                    is_looked_at = logits or not visits[0].is_last
-                    found = step.over_parts(received, parts, features=is_looked_at, logits=logits)
-            for visit, output, own in zip(visits, found, outputs, strict=True):
-                visit.hand_on(output.features, output.gradient)
-                own.append(output._replace(features=output.features[:0], gradient=None))
-            del found, output, attempt, visits, visit, received
-        gives_logits = self.steps[-1].module.gives_logits
-        return [
-            StepResult(
-                part.features if logits and gives_logits else own[-1].logits,
-                tuple(output.loss for output in own),
-                tuple(output.terms for output in own),
-                tuple(output.logits for output in own),
-                part.known_targets,
-            )
-            for part, own in zip(parts, outputs, strict=True)
-        ]
+            outputs: list[list[LocalOutput]] = [[] for _ in parts]
+            walks = [walk(self.steps, part, self.route, first=self.first) for part in parts]
+            for visits in zip(*walks, strict=True):
+                step = visits[0].module
+                for attempt in self.attempts(visits[0].index, [step]):
+                    with attempt, self.around(visits[0].index), self.copies.of(step):
+                        received = [visit.received for visit in visits]
+                        is_looked_at = logits or not visits[0].is_last
+                        found = step.over_parts(received, parts, features=is_looked_at, logits=logits)
+                for visit, output, own in zip(visits, found, outputs, strict=True):
+                    visit.hand_on(output.features, output.gradient)
+                    own.append(output._replace(features=output.features[:0], gradient=None))
+                del found, output, attempt, visits, visit, received
+            gives_logits = self.steps[-1].module.gives_logits
+            return [
+                StepResult(
+                    part.features if logits and gives_logits else own[-1].logits,
+                    tuple(output.loss for output in own),
+                    tuple(output.terms for output in own),
+                    tuple(output.logits for output in own),
+                    part.known_targets,
+                )
+                for part, own in zip(parts, outputs, strict=True)
+            ]
 
     def attempts(self, place: int | str, steps: Sequence[LocalStep]) -> Iterator[Attempt]:
         """Regions to run something in: where memory runs out before an update, one more if someone can recover.
