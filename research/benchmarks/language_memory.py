@@ -3,7 +3,8 @@
     python research/benchmarks/language_memory.py
 
 12 layers of width 384, batches of 8 sequences of 512, AdamW, fp32; of a vocabulary of 256 (bytes), and of 32,000,
-where logits are most of a step. The model is outlined by its config: nothing of its size is allocated. Needs the extra ``hf``.
+where logits are most of a step. The model is outlined by its config: nothing of its size is allocated. Needs the extra
+``hf``.
 """
 
 from __future__ import annotations
