@@ -10,7 +10,7 @@ and a seed) that is done is kept in ``research/results/language.json`` and isn't
     python research/benchmarks/language.py           # what isn't done yet, seed 0 first
     python research/benchmarks/language.py --report     # the page alone
 
-Needs the extra ``hf``. One thread a cell; about four minutes each.
+Needs the extra ``hf``. One thread a cell; about two minutes each.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from localgrad.estimating import estimate_step
 RESEARCH = Path(__file__).parents[1]
 RESULTS = RESEARCH / "results" / "language.json"
 PAGE = RESEARCH / "docs" / "language.md"
-LAYERS, WIDTH, BATCH, LENGTH, STEPS, SEEDS = 8, 128, 16, 128, 400, 3
+LAYERS, WIDTH, BATCH, LENGTH, STEPS, SEEDS = 8, 96, 8, 128, 400, 3
 LR, WARMUP, CLIP, HELD_OUT = 2e-3, 20, 1.0, 256
 METHODS: dict[str, dict[str, Any]] = {
     "end to end": {"modules": 1},
