@@ -175,7 +175,7 @@ def test_labels_out_of_range_are_refused(here: Path, cli_: Cli, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--model", "tnt_s_legacy_patch16_224"), ("TNT", "is given several features", "blocks=")),
+        (("--model", "tnt_s_legacy_patch16_224"), ("TNT", "is given several features", "--blocks")),
         (("--model", "maxvit_rmlp_pico_rw_256", "--img-size", "100"), ("100", "divisible by window")),
         (("--model", "vit_tiny_patch16_224", "--img-size", "40"), ("--img-size", "40", "32 or 48")),
     ],

@@ -19,6 +19,7 @@ from localgrad import errors, options, rules, run
 from localgrad.app.build import resolve_device
 from localgrad.app.recipe import OPTIONS, Execution, Method, Recipe, overlay, parse_toml, preset
 from localgrad.cli import option_of
+from localgrad.learner import LocalLearner
 from localgrad.objectives.auxiliary import NextClassifier
 from localgrad.training.settings import Augment
 
@@ -261,5 +262,5 @@ def test_the_rules_name_arguments_that_there_are() -> None:
     for verb in (cli.train, cli.plan, cli.compare):
         known |= {name.rstrip("_") for name in inspect.signature(verb).parameters}
     known |= {each.name for kind in (GREEDY, FEATURE) for each in fields(kind)}
-    known |= set(inspect.signature(NextClassifier).parameters)
+    known |= set(inspect.signature(NextClassifier).parameters) | set(inspect.signature(LocalLearner).parameters)
     assert {given.key for rule in rules.RULES for given in (rule.first, rule.second)} <= known

@@ -81,7 +81,9 @@ def test_timing_leaves_the_model_and_the_random_state_as_they_were() -> None:
 
 def test_a_plan_by_the_clock_says_so_and_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(budget, "measure_times", lambda *args: calls.append(args) or measure_times(*args))
+    monkeypatch.setattr(
+        budget, "measure_times", lambda *args, **more: calls.append(args) or measure_times(*args, **more)
+    )
     monkeypatch.setitem(timing.IMAGES, "cpu", 2)
     model = make(depth=1)
     plans = [localgrad.plan(model, batch_size=4, input_size=SIZE, measure=True) for _ in range(2)]

@@ -414,7 +414,7 @@ _IN_PLAN = _RECIPE_IN_PLAN | {
 @takes(
     _IN_PLAN,
     (
-        *("model", "img_size", "sequence_length", "batch_size", "budget", "modules", "precision", "device", "parallel"),
+        *("model", "img_size", "sequence_length", "batch_size", "budget", "modules", "precision", "device"),
         *("frontier", "json"),
     ),
 )

@@ -87,7 +87,7 @@ def _bare(learner: LocalLearner) -> LocalLearner:
     bare = copy.copy(learner)
     bare.plan = replace(learner.plan, made_for={})  # what it was made for was said
     bare._executor, bare._settings = None, {**learner._settings, "compile": False}
-    bare._global_step = None
+    bare._global_step = bare._joint = None
     bare.optimizer_factory = None
     bare._offloader, bare._device = None, None
     return bare
