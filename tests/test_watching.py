@@ -323,6 +323,14 @@ def test_an_encoder_with_a_decoder_is_refused() -> None:
         localgrad.split(model, example=features())
 
 
+@pytest.mark.parametrize("attribute", ["module", "_orig_mod"])
+def test_what_stands_around_a_model_is_refused_with_the_way_in(attribute: str) -> None:
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+    around = nn.DataParallel(model) if attribute == "module" else torch.compile(model, backend="eager")
+    with pytest.raises(BackboneError, match=rf"stands around the model.* pass model\.{attribute} "):
+        localgrad.split(around, example=torch.randn(2, 4))
+
+
 def test_an_example_that_the_model_cannot_take_is_named() -> None:
     model = made(lambda: Tokens(*WAYS["position"]))
     with pytest.raises(BackboneError, match=r"example: Tokens can't be called with input_ids \[2, 6\].*input_ids"):

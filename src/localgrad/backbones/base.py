@@ -945,15 +945,26 @@ def _check_is_real(model: nn.Module) -> None:
         )
 
 
+WRAPPERS = {
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "FullyShardedDataParallel": "module",
+    "OptimizedModule": "_orig_mod",
+}
+"""PyTorch's own classes that stand around a model, by name, and where each has it."""
+
+
 def _check_is_plain(model: nn.Module) -> None:
-    """Refuse what stands around a timm model, or was made of one, and can't be taken apart or trained."""
-    for name, module in model.named_modules():
-        if name and not _is_timms(model) and _is_timms(module):
-            path = "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in name.split("."))
-            raise BackboneError(
-                f"model: {type(model).__name__} stands around the timm model, whose blocks are called without it: pass "
-                f"model{path} (and compile=True for torch.compile, ParallelLearner for several processes)."
-            )
+    """Refuse what stands around a model, or was made of one, and can't be taken apart or trained."""
+    inner = WRAPPERS.get(type(model).__name__) if type(model).__module__.startswith("torch.") else None
+    if inner is None and not _is_timms(model):
+        inner = next((name for name, module in model.named_modules() if name and _is_timms(module)), None)
+    if inner is not None:
+        path = "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in inner.split("."))
+        raise BackboneError(
+            f"model: {type(model).__name__} stands around the model, whose blocks are called without it: pass "
+            f"model{path} (and compile=True for torch.compile, ParallelLearner for several processes)."
+        )
     if getattr(model, "_compiled_call_impl", None) is not None:
         raise BackboneError(
             "model: model.compile() was called, but local modules never call the model itself; pass compile=True to "
