@@ -876,7 +876,9 @@ def _cannot_fit(task: Task, whole: Search, batch_size: int, budget: int) -> Budg
             hints.append(f"{arg('precision', half.precision)} (least {at_least(needed)})")
     if task.modules is not None:
         hints.append(f"no {arg('modules')}")
-    hints.append(f"a smaller {arg('img_size')} or model")
+    hints.append(
+        "shorter sequences or a smaller model" if task.backbone.takes_ids else f"a smaller {arg('img_size')} or model"
+    )
     parts_told = f" with the batch in {accumulation} parts" if accumulation > 1 else ""
     return BudgetError(
         f"{budget_of(budget)}: no plan for a batch of {batch_size} fits; the least is "
