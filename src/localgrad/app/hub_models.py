@@ -97,7 +97,7 @@ def make_from_config(
         import transformers
     except ImportError as error:
         raise BackboneError(
-            f"{arg('model', settings.name)}: it takes transformers, which isn't installed; pip install transformers."
+            f"{arg('model', settings.name)}: it takes transformers, which isn't installed; pip install 'localgrad[hf]'."
         ) from error
     for key in ("patch_size", "drop_path"):
         if getattr(settings, key) is not None:

@@ -906,6 +906,7 @@ def _check_arguments(model: nn.Module, input_size: tuple[int, int, int] | None) 
         raise BackboneError(f"split takes a timm model, got {model!r}: pass timm.create_model({model!r}).")
     size = _checked_size(default_input_size(model) if input_size is None else input_size)
     _check_is_plain(model)
+    _check_is_not_around(model, next((n for n, m in model.named_modules() if n and _is_timms(m)), None))
     for method in ("forward_features", "forward_head"):
         if not callable(attribute(model, method)):
             raise BackboneError(
@@ -956,15 +957,7 @@ WRAPPERS = {
 
 def _check_is_plain(model: nn.Module) -> None:
     """Refuse what stands around a model, or was made of one, and can't be taken apart or trained."""
-    inner = WRAPPERS.get(type(model).__name__) if type(model).__module__.startswith("torch.") else None
-    if inner is None and not _is_timms(model):
-        inner = next((name for name, module in model.named_modules() if name and _is_timms(module)), None)
-    if inner is not None:
-        path = "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in inner.split("."))
-        raise BackboneError(
-            f"model: {type(model).__name__} stands around the model, whose blocks are called without it: pass "
-            f"model{path} (and compile=True for torch.compile, ParallelLearner for several processes)."
-        )
+    _check_is_not_around(model, WRAPPERS.get(type(model).__name__) if _is_torchs(model) else None)
     if getattr(model, "_compiled_call_impl", None) is not None:
         raise BackboneError(
             "model: model.compile() was called, but local modules never call the model itself; pass compile=True to "
@@ -982,6 +975,20 @@ def _check_is_plain(model: nn.Module) -> None:
                 f"{where} is a quantised {type(module).__name__}, whose weights can't be trained: pass the model as it "
                 "was before, and quantise it after training."
             )
+
+
+def _check_is_not_around(model: nn.Module, inner: str | None) -> None:
+    """Refuse a wrapper, whose own forward would never run; ``inner`` is the dotted name of what it has."""
+    if inner is not None and not _is_timms(model):
+        path = "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in inner.split("."))
+        raise BackboneError(
+            f"model: {type(model).__name__} stands around the model, whose blocks are called without it: pass "
+            f"model{path} (and compile=True for torch.compile, ParallelLearner for several processes)."
+        )
+
+
+def _is_torchs(model: nn.Module) -> bool:
+    return type(model).__module__.startswith("torch.")
 
 
 def _is_timms(model: nn.Module) -> bool:
