@@ -2,7 +2,7 @@
 
 The text is the source of Python's own standard library, which every machine has, byte by byte; every tenth file is held
 out, and nothing is selected on it: all methods have one learning rate, one schedule and as many steps. A cell (a method
-and a seed) that is done is kept in ``research/results/language.json`` and isn't run again; the page is
+and a seed) that is done is kept in ``research/results/language/perplexity.json`` and isn't run again; the page is
 ``research/docs/language.md``.
 
 ::
@@ -36,7 +36,7 @@ import localgrad
 from localgrad.estimating import estimate_step
 
 RESEARCH = Path(__file__).parents[1]
-RESULTS = RESEARCH / "results" / "language.json"
+RESULTS = RESEARCH / "results" / "language" / "perplexity.json"
 PAGE = RESEARCH / "docs" / "language.md"
 LAYERS, WIDTH, BATCH, LENGTH, STEPS, SEEDS = 8, 96, 8, 128, 400, 3
 LR, WARMUP, CLIP, HELD_OUT = 2e-3, 20, 1.0, 256
