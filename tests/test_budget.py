@@ -174,6 +174,7 @@ def test_modules_that_are_asked_for_are_kept(modules: Any, task: Task) -> None:
     assert plan.num_modules == len(search.smallest().choices)
 
 
+@pytest.mark.heavy
 def test_stages_are_kept_and_models_without_any_refuse(task: Task) -> None:
     staged = task_of(swin(depths=(1, 1), num_heads=(1, 2)), modules="stages")
     assert plan_to_budget(staged, 4).boundaries == staged.backbone.stage_boundaries
@@ -249,6 +250,7 @@ def test_a_margin_taken_off_and_put_on_is_none(peak: int, on_card: bool, compile
     assert len(margin.reasons) == (on_card and not replayed) + compiled
 
 
+@pytest.mark.heavy
 def test_margins_are_taken_off_and_told(task: Task) -> None:
     plan = plan_to_budget(replace(task, compiled=True), BATCH)
     needed, peak = plan.forecast.needed_bytes, plan.forecast.peak_bytes

@@ -48,6 +48,7 @@ def test_what_of_a_budget_is_left_for_tensors(total: int, gone: int, budget: int
     assert available_bytes(card(total, gone), budget) == left
 
 
+@pytest.mark.heavy
 def test_the_card_here_is_asked(simulated: SimulatedCard) -> None:
     code = (
         "import json, torch, dataclasses; from localgrad.memory.cards import card_here; kept = torch.empty(1 << 20, "

@@ -64,6 +64,7 @@ def test_training_with_own_things_learns_and_stays_isolated() -> None:
     assert cosines[-1] == pytest.approx(1.0, abs=1e-6)
 
 
+@pytest.mark.heavy
 def test_the_estimate_knows_what_is_carried(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thing as large as the image, from the first module to the last but one, costs its bytes."""
     learner = make_learner()

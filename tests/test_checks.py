@@ -781,7 +781,7 @@ class Stops(nn.Module):
         raise ValueError("stopped")
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("settings", [{}, {"accumulation": 2}, {"offload": True}], ids=str)

@@ -433,6 +433,7 @@ def test_a_reader_that_leaves_does_not_end_the_run(here: Path, ranks: Ranks) -> 
     assert (here / "run" / "summary.json").exists()
 
 
+@pytest.mark.heavy
 def test_a_terminal_gets_the_live_display(here: Path, ranks: Ranks) -> None:
     """On a real pseudo-terminal."""
     import pty

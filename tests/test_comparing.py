@@ -291,6 +291,7 @@ def test_each_method_trains_and_leaves_the_model_as_it_found_it(stage: Stage, me
     assert profile.peak_bytes > profile.static_bytes > 0
 
 
+@pytest.mark.heavy
 def test_measured_peaks_are_the_estimated_ones(stage: Stage) -> None:
     methods = [PlainLoop(), PlainLoop(checkpoint=True), Local(modules=3, objective="greedy", decoder=None)]
     images, labels = torch.zeros(16, 3, 32, 32), torch.zeros(16, dtype=torch.int64)
@@ -445,6 +446,7 @@ def test_other_json_is_refused(text: str) -> None:
         Comparison.from_json(text)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("draw", [plots.plot_trade_off, plots.plot_timeline])
 def test_plots_are_png_files(draw: Callable[[Comparison, Path], None], tmp_path: Path) -> None:
     from PIL import Image
@@ -556,6 +558,7 @@ def test_the_verb_from_end_to_end(compare_: Cli, tmp_path: Path) -> None:
     assert Path("line.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("_quick_estimates")
 def test_estimates_alone_run_nothing(compare_: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PlainLoop, "build", lambda *_: pytest.fail("built"))

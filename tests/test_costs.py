@@ -92,7 +92,7 @@ NUMBERS = [
 ]
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("number", NUMBERS, ids=lambda number: "-".join(CASES[number][:3]))
 def test_composed_costs_are_those_of_the_whole_step(number: int) -> None:
     family, objective, optimizer, settings = CASES[number]
@@ -117,6 +117,7 @@ def test_composed_costs_are_those_of_the_whole_step(number: int) -> None:
     assert 0.98 < costs.peak_of(learner.plan) / simulated.peak_bytes < 1 + above
 
 
+@pytest.mark.heavy
 def test_choices_are_worth_having_and_agree_with_choice() -> None:
     costs = measure_costs(backbone_of("swin"), OBJECTIVES["linear"], adamw, CostSettings(batch_size=7))
     for start, stop in itertools.combinations(range(costs.num_blocks + 1), 2):

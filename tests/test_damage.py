@@ -83,6 +83,7 @@ def flip(path: Path, place: int, bit: int = 0) -> None:
 # Checkpoints and weights -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.heavy
 def test_the_checkpoint_before_the_last_is_kept_until_the_run_is_complete(stopped: Path, finished: Path) -> None:
     positions = [
         torch.load(stopped / "checkpoints" / name, weights_only=True)["position"] for name in ("before.pt", "last.pt")
@@ -266,6 +267,7 @@ def test_one_flipped_bit_in_the_best_weights_is_found(finished: Path, copy: Path
         run.resume(copy)  # at once, and not after the last epoch
 
 
+@pytest.mark.heavy
 def test_best_weights_that_the_checkpoint_has_are_written_again(tmp_path: Path) -> None:
     recipe = micro({"data.val_fraction": 0.0, "training.ema_decay": 0.5})  # the last epoch is the best
     run.train(recipe, out=tmp_path / "whole")
@@ -660,7 +662,7 @@ def same(ours: Any, theirs: Any) -> bool:
     return bool(ours == theirs)
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", READ)
 def test_files_with_flipped_bits_are_refused_or_restored(
     name: str, stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

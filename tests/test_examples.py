@@ -81,6 +81,7 @@ def test_an_example_runs(
     assert re.search({"own_term": "sparsity", "own_sink": "written: "}.get(path.stem, r"\d\.\d\d"), said)
 
 
+@pytest.mark.heavy
 def test_a_run_of_a_plugins_objective_knows_its_plugin(here: Path, cli_: Cli) -> None:
     built_in = [dict(registry._known) for registry in REGISTRIES]
     said = cli_("train", "--plugin", "own_term", "--objective", "sparse", *SMALL, *VIT, *OPTIONS, "--out", "run")
@@ -120,6 +121,7 @@ def test_two_processes_load_plugins_as_well(here: Path) -> None:
     assert "sparsity" in json.loads((here / "run/metrics.jsonl").read_text().splitlines()[-1])["losses"][0]
 
 
+@pytest.mark.heavy
 def test_a_plan_of_a_plugins_backbone_trains(here: Path, cli_: Cli) -> None:
     names = ["--plugin", "own_backbone", "--model", "patches", "--img-size", "8", "--data", "digits"]
     said = cli_("plan", *names, "--batch-size", "20", "--budget", "2MiB", "--json", "plan.json", "--no-cache")

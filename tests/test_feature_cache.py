@@ -50,6 +50,7 @@ def written(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.heavy
 @given(
     shape=st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple),
     sizes=st.lists(st.integers(1, 6), min_size=1, max_size=4),

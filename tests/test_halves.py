@@ -143,7 +143,7 @@ def draws_positions(module: nn.Module) -> bool:
 FEWER_IMAGES_THAN_CHUNKS = [(family, 2) for family in ("vit", "swin", "swinv2_cr", "convnext", "resnet")]
 
 
-@pytest.mark.few(8)
+@pytest.mark.few(3)
 @pytest.mark.parametrize(("family", "count"), [*((family, BATCH) for family in FAMILIES), *FEWER_IMAGES_THAN_CHUNKS])
 def test_halves_give_the_plain_blocks_numbers(family: str, count: int) -> None:
     backbone = parted_copy(family)
@@ -189,7 +189,7 @@ def build_dropping(family: str, **more: Any) -> Backbone:
     return split(model, (3, size, size)).train()
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("family", "fused"), DROPPING, indirect=["fused"])
 @pytest.mark.usefixtures("fused")
 def test_dropout_draws_what_the_plain_block_draws(family: str) -> None:
@@ -333,7 +333,7 @@ def trained(
     return learner, losses
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "settings",
     [{"accumulation": 2, "clip_grad": 0.5}, {"precision": "bf16"}],
@@ -355,6 +355,7 @@ def test_training_over_chunks_is_plain_training(kind: str, settings: dict[str, A
 # Memory ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["vit", "swin"])
 def test_each_level_needs_less_memory(kind: str) -> None:
     levels = ["none", "blocks", "halves", "halves/4"]
@@ -442,6 +443,7 @@ def trunk_of_learner(backbone: Backbone, how: str) -> LocalModule:
     return LocalLearner(backbone, modules=1, objective=GreedySupervised(), checkpoint=how).modules[0]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("family", ["vit", "swin", "beit", "beit shared bias", "eva02", "cait", "pvt_v2"])
 def test_a_deep_copy_runs_its_own_weights(family: str) -> None:
     backbone = parted_copy(family).train()

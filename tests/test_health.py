@@ -151,7 +151,7 @@ def naive_cosines(learner: LocalLearner, batch: LocalBatch) -> list[float]:
     return found
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("objective", ["feature", "greedy", "contrastive"])
 def test_cosines_are_those_of_plain_backward_passes(kind: str, objective: str) -> None:
@@ -453,7 +453,7 @@ EVERYTHING = {
 """Whatever has a state or draws numbers."""
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -487,6 +487,7 @@ def test_a_run_does_not_notice_that_its_health_is_measured(changes: dict[str, An
     assert ours["python"] == theirs["python"]
 
 
+@pytest.mark.heavy
 def test_a_run_compares_itself_with_an_end_to_end_run(end_to_end: Path, tmp_path: Path) -> None:
     recipe = micro({"execution.health_every": 5, "execution.health_reference": str(end_to_end)})
     run.train(recipe, out=tmp_path / "run")
@@ -500,6 +501,7 @@ def test_a_run_compares_itself_with_an_end_to_end_run(end_to_end: Path, tmp_path
     assert line["health"][0]["cka"] == pytest.approx(1.0), "the same recipe gives the same weights"
 
 
+@pytest.mark.heavy
 def test_an_interrupted_run_measures_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = micro({**EVERYTHING, "execution.health_every": 1})
     run.train(recipe, out=tmp_path / "whole")

@@ -149,6 +149,7 @@ def plain_timm_training(
     return seen
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize(
     ("smoothing", "clip", "soft"),
     [(0.0, None, False), (0.1, 0.5, False), (0.0, 0.5, True)],
@@ -247,6 +248,7 @@ def learner_order(
     return ordered
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpointing_changes_nothing_at_all(kind: str) -> None:
     data = batches(3, 6)
@@ -339,6 +341,7 @@ def test_compiling_stays_within_float_rounding(kind: str, backend: str, monkeypa
     torch.testing.assert_close(compiled.model.state_dict(), plain.model.state_dict(), atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.heavy
 def test_local_modules_are_compiled_for_their_own_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     """All share one forward's code, so torch takes the second module's shape for a change of the first one's.
 
@@ -356,6 +359,7 @@ def test_more_modules_than_torch_recompiles_are_all_compiled(monkeypatch: pytest
     assert len(compile_and_train(make_compiled("swin", 12), monkeypatch)) > 8
 
 
+@pytest.mark.heavy
 def test_the_memory_of_a_compiled_learner_is_estimated() -> None:
     learners = [make_compiled("vit", 2, compile=flag) for flag in (True, False)]
     for learner in learners:

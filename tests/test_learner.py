@@ -491,7 +491,7 @@ def test_the_end_to_end_baseline_keeps_an_average_where_the_run_does() -> None:
     assert baseline.averaged_model is not None  # or the run would be compared with less than its like
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("checkpoint", ["none", "halves/2"])
 @pytest.mark.parametrize("classifier", ["transformer", "next"])
 def test_learners_of_one_seed_are_the_same_whenever_it_was_set(classifier: str, checkpoint: str) -> None:

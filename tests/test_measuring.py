@@ -53,7 +53,7 @@ def test_memory_that_a_step_brings_in_once_is_its_peak() -> None:
     assert found.peak_bytes == images.nbytes + labels.nbytes + 6000
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("kind", "objective", "modules"),
     [

@@ -77,7 +77,7 @@ def heavy(*values):
     return pytest.param(*values, marks=pytest.mark.heavy)
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize(
     ("build", "bf16"),
@@ -120,6 +120,7 @@ class Checkpointed(nn.Module):
         return checkpoint(self.inner, x, use_reentrant=False)
 
 
+@pytest.mark.heavy
 def test_tracking_real_and_simulating_agree():
     model, shape = vit()
     optimizer = torch.optim.AdamW(model.parameters())

@@ -70,7 +70,7 @@ HOW: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("how", "in_training_only"), [*((how, False) for how in HOW), ("inputs", True), ("recomputed", True)]
 )
@@ -153,6 +153,7 @@ def test_models_that_do_not_write_are_given_no_copies() -> None:
         assert not backbone.tail.copies_input
 
 
+@pytest.mark.heavy
 def test_estimates_know_of_the_copies() -> None:
     model = writing(at=(1,))
     proved, drawn = split(model, SIZE), outline(model, SIZE)
@@ -209,6 +210,7 @@ def estimates_of(model: nn.Module) -> list[Any]:
     ]
 
 
+@pytest.mark.heavy
 def test_hooks_of_users_run_on_values_only_and_stay_on() -> None:
     model, guard = make("vit", depth=2), NanGuard()
     expected = expected_estimates()
@@ -372,6 +374,7 @@ def test_batch_norms_over_one_image_are_refused_in_words(checkpoint: str) -> Non
 # What stands around a model --------------------------------------------------------------------------------------
 
 
+@pytest.mark.heavy
 def test_timms_own_flag_of_recomputation_is_followed() -> None:
     for kind in ("vit", "swin", "resnet"):
         model = make(kind)

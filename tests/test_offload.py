@@ -70,7 +70,7 @@ def settings_of(kind: str, name: str) -> Any:
     return pytest.param(kind, SETTINGS[name], id=f"{kind}-{name}", marks=[] if quick else pytest.mark.heavy)
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("kind", "settings"), [settings_of(kind, name) for kind in ("vit", "resnet") for name in SETTINGS]
 )
@@ -93,6 +93,7 @@ def test_offloading_changes_nothing_at_all(kind: str, settings: dict[str, Any]) 
     assert_same([train(offloaded, data)[-1].logits], [train(plain, data)[-1].logits])  # and on after evaluating
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("middle", ["offloaded", "plain"])
 def test_a_run_goes_on_bit_for_bit_with_or_without(middle: str) -> None:
     """AdamW, clipping, accumulation, drop path, an average; saved in the middle by either kind of learner."""
@@ -383,6 +384,7 @@ def test_the_estimate_of_an_offloaded_step_saves_what_the_step_saves() -> None:
     assert estimated_whole.host_bytes == 0
 
 
+@pytest.mark.heavy
 def test_the_average_waits_on_the_host() -> None:
     peaks = {decay: estimate_step(make_learner(ema_decay=decay), 4, adamw) for decay in (None, 0.9)}
     model = make()

@@ -217,6 +217,7 @@ def test_small_states_train_and_are_estimated(name: str) -> None:
     assert all(torch.isfinite(weight).all() for weight in weights)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("name", SMALL)
 def test_small_states_are_resumed_bit_for_bit_and_offloaded(name: str, offload: bool) -> None:

@@ -110,6 +110,7 @@ def test_what_was_trained_is_saved_and_the_run_goes_on(
     assert_same_figures(Path("run"), whole, health=place != "health")
 
 
+@pytest.mark.heavy
 def test_evaluating_a_run_takes_smaller_batches_by_itself(
     here: Path, whole: Path, cli_: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,6 +126,7 @@ def test_evaluating_a_run_takes_smaller_batches_by_itself(
     assert refused.err.splitlines()[-1].startswith("localgrad: memory ran out in the evaluation: ")
 
 
+@pytest.mark.heavy
 def test_a_global_step_goes_on_with_less(here: Path, cli_: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     full = Full(monkeypatch, "global", 100)
     honest = full.look

@@ -235,6 +235,7 @@ def test_what_each_process_keeps_of_a_watched_model() -> None:
         assert torch.equal(frozen, alike)
 
 
+@pytest.mark.heavy
 def test_half_the_bytes_on_the_wire_cost_little(ranks: Ranks, tmp_path: Path) -> None:
     found = results_of(ranks, 2, ["plain", "narrow wire"], tmp_path)
     weights, losses = train(Scenario(kind="vit", modules=4))[0].model.state_dict(), train(SCENARIOS["narrow wire"])[1]

@@ -164,7 +164,7 @@ def test_such_a_run_is_evaluated_and_used_as_any_other(shared_out: Path, cli_: C
 # --------------------------------------------------------------------------------------- stopped and resumed
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_a_stopped_run_goes_on_in_any_number_of_processes(
     size: int, stopped: Path, alone: Path, ranks: Ranks, tmp_path: Path
@@ -185,6 +185,7 @@ def test_several_processes_go_on_with_what_one_began(alone: Path, ranks: Ranks, 
     assert_same_run(folder, alone)
 
 
+@pytest.mark.heavy
 def test_a_signal_at_any_process_stops_all(ranks: Ranks, recipe: Path, tmp_path: Path) -> None:
     command = ["train", "--recipe", recipe, "--epochs", "400", *PARALLEL, "--out", tmp_path / "run"]
     ended = ranks.run(command, size=2, fault=(1, "term", 3))
@@ -372,7 +373,7 @@ NAMES = ("local modules 0 to 1", "local modules 2 to 3")
 QUICK = [("kill", 1), ("sleep", 0), ("memory", 1), ("nan", 0)]
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("which", "rank"),
     [

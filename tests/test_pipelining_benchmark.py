@@ -156,6 +156,7 @@ def test_stages_in_one_process_are_the_loop_over_parts(pipelining: ModuleType, t
     assert all(min(part.forward, part.backward, part.update) > 0 for part in stages.shares[0].parts)
 
 
+@pytest.mark.heavy
 def test_times_are_a_list_of_parts(pipelining: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "times.json"
     more = ["--ranks", "3", "--boundaries", "1,2", "--times", str(path)]
@@ -167,6 +168,7 @@ def test_times_are_a_list_of_parts(pipelining: ModuleType, tmp_path: Path, monke
     assert listed[0].keys() == {"forward", "backward", "update", "sent_bytes", "gradient_bytes", "num_blocks"}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["none", "parts"])
 def test_one_process_is_a_plain_loop(method: str, pipelining: ModuleType, tmp_path: Path) -> None:
     import pipelining_workers

@@ -380,6 +380,7 @@ class Scaled(nn.Module):
         return 0.5 * self.inner(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits  # type: ignore[no-any-return]
 
 
+@pytest.mark.heavy
 def test_what_ends_otherwise_has_no_chunks_of_logits() -> None:
     with pytest.raises(RecipeError, match="chunk_logits: Scaled does something behind its last linear layer"):
         LocalLearner(Scaled(), modules=2, example=tokens(), loss="next-token", chunk_logits=True)
@@ -404,6 +405,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "llama"
 
 
+@pytest.mark.heavy
 def test_a_config_is_planned_and_its_model_trains_by_the_plan(folder: Path, tmp_path: Path, cli_: Cli) -> None:
     out = tmp_path / "plan.json"
     said = cli_("plan", "--model", f"hf:{folder}", *TEXT, "--json", str(out))

@@ -116,6 +116,7 @@ def test_a_plan_is_written_and_trained(here: Path, cli_: Cli) -> None:
     assert summary["estimated_peak_bytes"] == plan.forecast.peak_bytes
 
 
+@pytest.mark.heavy
 def test_a_plan_alone_says_how_to_train(plan_file: Path, here: Path, cli_: Cli) -> None:
     options = ("--plan", str(plan_file), "--epochs", "1", "--limit", "120", "--device", "cpu", "--out", "run")
     assert cli_("train", *options).code == 0
@@ -158,6 +159,7 @@ def test_the_largest_batch_is_planned(here: Path, cli_: Cli) -> None:
     assert "not even two images" in said.err
 
 
+@pytest.mark.heavy
 def test_the_largest_batch_of_every_method_is_printed(here: Path, cli_: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     names = (*budgets.RIVALS, "local modules, nothing recomputed", "local modules, any plan")
     rows = [budgets.LargestBatch(name, 2 + number, 1.5) for number, name in enumerate(names)]
@@ -171,6 +173,7 @@ def test_the_largest_batch_of_every_method_is_printed(here: Path, cli_: Cli, mon
     assert_refused(cli_("plan", "--batch-size", "auto", "--budget", "1GiB"), "--batch-size auto", "not even two images")
 
 
+@pytest.mark.heavy
 def test_data_decide_the_classes(here: Path, cli_: Cli) -> None:
     said = cli_("plan", "--recipe", "../micro.toml", "--batch-size", "4", "--modules", "1", "--device", "cpu")
     assert "10 classes" in said.out, "the recipe names them"
@@ -294,6 +297,7 @@ def test_plans_that_cannot_be_read_are_refused(here: Path, cli_: Cli, tmp_path: 
     assert list(here.iterdir()) == []
 
 
+@pytest.mark.heavy
 def test_a_plan_for_a_gpu_can_be_trained_without_one(
     plan_file: Path, here: Path, cli_: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -457,6 +461,7 @@ def test_a_step_that_ran_out_of_memory_is_run_again_as_if_nothing_had_been(
     assert int(found["bn1.num_batches_tracked"]) == 3
 
 
+@pytest.mark.heavy
 def test_an_update_that_ran_out_of_memory_is_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
     Shortage(monkeypatch, 4, "update")
     learner = resnet()
@@ -472,6 +477,7 @@ def test_an_update_that_ran_out_of_memory_is_not_run_again(monkeypatch: pytest.M
     assert asked == [0], "an earlier update's failure is forgotten"
 
 
+@pytest.mark.heavy
 def test_other_errors_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     Shortage(monkeypatch, 1, error=RuntimeError("shapes don't match"))
     learner = resnet()
@@ -494,6 +500,7 @@ def assert_near(folder: Path, expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found[name], value, rtol=2e-3, atol=2e-4)
 
 
+@pytest.mark.heavy
 def test_a_run_that_ran_out_of_memory_says_what_to_type(
     here: Path, cli_: Cli, uninterrupted: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:

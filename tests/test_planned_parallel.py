@@ -57,7 +57,7 @@ def slowest(plan: Plan) -> float:
 # The forecast ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "more",
     [
@@ -106,6 +106,7 @@ def test_bytes_sent_are_those_of_the_tensors(task: Task) -> None:
     assert supplied.forecast.parallel.sent_bytes == tuple(size + 8 * BATCH + count * pooled for count in (1, 2))
 
 
+@pytest.mark.heavy
 def test_ranks_are_balanced_by_time_or_by_memory(task: Task, free: Plan) -> None:
     small = plan_parallel(task, BATCH, Parallel(num_ranks=3, balance="memory"))
     assert largest_rank(small) < largest_rank(free)
@@ -171,6 +172,7 @@ def test_what_would_fit_is_told_truly(task: Task) -> None:
         plan_parallel(task, 8, Parallel(num_ranks=3), int(0.98 * least))
 
 
+@pytest.mark.heavy
 def test_a_peak_above_the_composed_one_is_searched_again(
     task: Task, free: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,6 +196,7 @@ def test_a_margin_is_taken_off(task: Task, free: Plan, monkeypatch: pytest.Monke
 # What is asked for, and refused ----------------------------------------------------------------------------------
 
 
+@pytest.mark.heavy
 def test_boundaries_that_are_asked_for_are_kept(task: Task) -> None:
     plan = plan_parallel(replace(task, modules=(1, 2)), BATCH, Parallel(num_ranks=3))
     assert plan.boundaries == (1, 2)

@@ -301,6 +301,7 @@ def test_a_copy_on_the_host_keeps_ties_and_values() -> None:
 # What it costs
 
 
+@pytest.mark.heavy
 def test_its_memory_stays_below_that_of_the_smallest_training_step() -> None:
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", depth=8, num_classes=5)

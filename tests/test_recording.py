@@ -99,6 +99,7 @@ def test_two_threads_multiply_and_each_takes_a_workspace_for_good() -> None:
         assert not [event for event in trace.events if event[0] in workspaces and event[1] < 0]
 
 
+@pytest.mark.heavy
 def test_an_average_and_evaluation_take_more() -> None:
     plain = record(learner_of())
     averaged = record(learner_of(ema_decay=0.9))
@@ -109,6 +110,7 @@ def test_an_average_and_evaluation_take_more() -> None:
     assert held_at_most(large) > held_at_most(plain)
 
 
+@pytest.mark.heavy
 def test_waiting_modules_are_on_the_side_stream_and_not_there_all_at_once() -> None:
     learner = LocalLearner(make(), modules=3, offload=True)
     trace = record(learner)

@@ -87,6 +87,7 @@ def test_a_run_mixes_local_and_global_steps(tmp_path: Path, kinds: list[str]) ->
     assert 0 < summary["test_accuracy"] <= 1
 
 
+@pytest.mark.few(1)
 @pytest.mark.usefixtures("_quick_estimates")
 @pytest.mark.parametrize("at", [3, 6])
 def test_a_mixed_run_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
@@ -133,6 +134,7 @@ def test_losses_of_an_epoch_are_means_over_the_steps_that_had_them(tmp_path: Pat
         assert losses[index]["task"] == pytest.approx(sum(step[index] for step in found) / 3, rel=1e-5)
 
 
+@pytest.mark.heavy
 def test_the_peak_of_a_run_counts_its_global_steps(tmp_path: Path) -> None:
     recipe = micro(training__global_tail=0.5, execution__global_checkpoint="none", training__batch_size=32)
     job = build(recipe)
@@ -144,6 +146,7 @@ def test_the_peak_of_a_run_counts_its_global_steps(tmp_path: Path) -> None:
     assert fitting.estimate_run(build(micro(training__batch_size=32))).peak_bytes == local
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("_quick_estimates")
 def test_weights_change_over_time_in_sequential_mode_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, float]] = []
@@ -236,7 +239,7 @@ def test_what_doesnt_go_together_is_refused_in_one_line(changes: dict[str, Any],
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -307,6 +310,7 @@ def test_plans_from_python_know_overlap_end_to_end_steps_and_freezing() -> None:
         localgrad.plan(make(), **options, global_share=2)
 
 
+@pytest.mark.heavy
 def test_end_to_end_steps_from_python() -> None:
     images, labels = batches(1)[0]
     one, other = make_learner(), make_learner()
@@ -321,6 +325,7 @@ def test_end_to_end_steps_from_python() -> None:
     assert profile.peak_bytes == globally.peak_bytes
 
 
+@pytest.mark.heavy
 def test_a_budget_holds_for_end_to_end_steps_too() -> None:
     recipe = Recipe.from_dict(overlay(MICRO, {"local.modules": 3, "training.global_tail": 0.5}))
     task = task_of(recipe, device="cpu", num_classes=10)
@@ -393,6 +398,7 @@ def test_a_mistake_in_a_remedy_is_one_line(here: Path, cli_: Cli) -> None:
     assert not (here / "runs").exists()
 
 
+@pytest.mark.heavy
 def test_every_remedy_can_be_had_from_python() -> None:
     objective = localgrad.FeatureReconstruction(
         transport_tau=(1.0, 2.0),

@@ -44,7 +44,7 @@ def train_globally(learner: LocalLearner, count: int = 3) -> list[Any]:
 # End-to-end steps ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("clip", "overlap"), [(None, 0), (0.5, 0), (0.5, 1)])
 @pytest.mark.parametrize("kind", ["vit", "swin"])
 def test_global_steps_are_end_to_end_training(kind: str, clip: float | None, overlap: int) -> None:
@@ -84,6 +84,7 @@ def test_global_steps_are_end_to_end_training(kind: str, clip: float | None, ove
     assert learner.num_steps == 3
 
 
+@pytest.mark.heavy
 def test_levels_of_checkpointing_agree_in_global_steps() -> None:
     found = {}
     for how in ("none", "blocks", "halves", "halves/2", "blocks/2"):
@@ -170,7 +171,7 @@ def test_local_and_global_steps_share_state_and_resume_bit_for_bit() -> None:
     assert learners[0].num_steps == 8
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("kind", "more"),
     [

@@ -168,6 +168,7 @@ def test_the_weights_are_plain_timm_and_give_the_evaluated_logits(
     assert float((predicted == data.test.labels).float().mean()) == pytest.approx(result["accuracy"], abs=1e-7)
 
 
+@pytest.mark.heavy
 def test_a_run_can_be_repeated_bit_for_bit(finished: Path, tmp_path: Path) -> None:
     torch.rand(7)  # whatever happened before in the process
     run.train(micro({"training.epochs": 4}), out=tmp_path / "again")
@@ -212,6 +213,7 @@ def test_validation_selects_the_best_epoch(finished: Path) -> None:
     assert 0 <= using_runs.evaluate_run(finished, part="train")["accuracy"] <= 1
 
 
+@pytest.mark.heavy
 def test_without_validation_images_the_last_epoch_is_taken(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     summary = run.train(micro({"data.val_fraction": 0.0}), out=folder)
@@ -227,7 +229,7 @@ def test_without_validation_images_the_last_epoch_is_taken(tmp_path: Path) -> No
 # ------------------------------------------------------------------------------------- every kind of run
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("changes", "terms"),
     [
@@ -377,7 +379,7 @@ def test_cifar100_is_trained_on(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------- resuming
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("changes", "step"),
     [
@@ -408,6 +410,7 @@ def test_a_run_stopped_in_the_middle_of_an_epoch_goes_on_bit_for_bit(
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
+@pytest.mark.heavy
 def test_a_signal_during_validation_stops_the_run_after_the_epoch_is_saved(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -437,6 +440,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(finished: Path, t
     assert_same_run(tmp_path / "run", finished)
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("true_estimates")
 def test_another_execution_may_go_on(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = micro({"training.epochs": 4})

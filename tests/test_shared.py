@@ -114,7 +114,7 @@ def weight_of(learner: LocalLearner, name: str) -> nn.Parameter:
     return found
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_refusal_names_ways_out_and_each_of_them_trains(name: str) -> None:
     with pytest.raises(BackboneError, match="is shared by") as refused:

@@ -121,6 +121,7 @@ def test_trgl_is_the_same_where_blocks_are_recomputed(checkpoint: str) -> None:
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.heavy
 def test_trgl_is_estimated_and_planned() -> None:
     learner = make_learner(modules=2, objective=TRGL)
     blocks = make_learner(modules=2, objective=GreedySupervised(classifier="linear", transport_tau=0.5))

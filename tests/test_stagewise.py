@@ -165,6 +165,7 @@ def test_a_run_learns_digits(tmp_path: Path) -> None:
     assert len(summary["best_epochs"]) == len(summary["module_val_accuracy"]) == 4
 
 
+@pytest.mark.heavy
 def test_what_a_run_leaves_is_used_like_any_other(finished: Path) -> None:
     assert not (finished / "cache").exists()
     for name in ("recipe.toml", "checkpoints/last.pt", "model.safetensors", "summary.json", "tensorboard"):
@@ -179,6 +180,7 @@ def test_what_a_run_leaves_is_used_like_any_other(finished: Path) -> None:
     assert all(torch.equal(weights[name], best[f"model.{name}"]) for name in weights)
 
 
+@pytest.mark.heavy
 def test_each_modules_best_epoch_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By its own classifier, module by module; what comes later doesn't change it."""
     kept: list[dict[str, Tensor]] = []
@@ -208,6 +210,7 @@ def test_each_modules_best_epoch_is_kept(tmp_path: Path, monkeypatch: pytest.Mon
     assert [event.val_accuracy is None for event in ended] == [True] * 8 + [False] * 4
 
 
+@pytest.mark.heavy
 def test_each_modules_learning_rate_starts_anew(finished: Path) -> None:
     rates = [line["learning_rate"] for line in metrics_of(finished)]
     assert rates == rates[:EPOCHS] * NUM_MODULES
@@ -232,7 +235,7 @@ def test_the_first_module_is_trained_as_it_is_together_with_others(tmp_path: Pat
     assert losses[0] == losses[1]
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -381,6 +384,7 @@ def test_only_the_trained_modules_optimizer_lives(folder: RunFolder, monkeypatch
     assert all(p.grad is None for module in trainer.learner.modules for p in module.parameters())
 
 
+@pytest.mark.heavy
 def test_only_the_trained_modules_weights_are_on_the_device(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """There is no second device here: moves are noted, and at each step only the module's own may be the last word."""
     trainer = make(folder)
@@ -488,6 +492,7 @@ def test_too_small_a_disk_is_refused_before_anything_is_made(tmp_path: Path, mon
     run.train(micro({"local.modules": 1, "training.epochs": 1}), out=tmp_path / "run")  # needs none
 
 
+@pytest.mark.heavy
 def test_the_disk_needed_is_told_at_the_start(tmp_path: Path) -> None:
     from io import StringIO
 
@@ -549,6 +554,7 @@ def test_a_run_killed_between_its_best_weights_and_its_checkpoint_goes_on(
     assert_same_run(tmp_path / "run", finished)
 
 
+@pytest.mark.heavy
 def test_a_signal_while_features_are_cached_stops_the_run(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -609,6 +615,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("value", ["gone", None, {"optimizer": {}, "scaler": {}}])
 def test_a_checkpoint_whose_optimizer_does_not_fit_is_refused(value: Any, stopped: Path, tmp_path: Path) -> None:
     shutil.copytree(stopped, tmp_path / "run")

@@ -246,7 +246,7 @@ def state_of(module: nn.Module) -> dict[str, Any]:
     return state | {"random": random.random(), "numpy": float(np.random.rand()), "torch": torch.rand(())}
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", LAYERS)
 def test_state_moves_once_a_step_however_a_block_is_recomputed(name: str) -> None:
     plain = trained_trunk(trunk(name, "none"))
@@ -267,7 +267,7 @@ SPLIT = [
 ]
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", SPLIT)
 def test_state_moves_once_in_a_learners_steps(name: str) -> None:
     plain = run(learner_of(with_layer(name)))
@@ -356,6 +356,7 @@ def test_what_looks_at_a_whole_batch_gets_whole_batches() -> None:
     )
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["counts, in place", "counts, reassigned", "counts, list", "running mean"])
 def test_memory_that_runs_out_takes_state_back(name: str) -> None:
     plain = run(learner_of(with_layer(name)))
@@ -382,6 +383,7 @@ def test_the_isolation_check_leaves_state_alone(name: str) -> None:
     assert counts == [part.value() for part in learner.model.modules() if isinstance(part, Counter)]
 
 
+@pytest.mark.heavy
 def test_estimates_take_blocks_with_state() -> None:
     for name in ("counts, in place", "spectral norm", "running mean"):
         learner = learner_of(with_layer(name).train(), "blocks")
@@ -537,6 +539,7 @@ def test_a_number_that_is_set_later_counts(level: str) -> None:
     assert_near(trained(level), trained("blocks"))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("how", ["instance", "class", "drop path"])
 def test_what_is_replaced_after_the_learner_was_made_runs(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def model_and_learner(way: str) -> LocalLearner:
@@ -609,7 +612,7 @@ PLACES: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("kind", SETTERS)
 def test_hooks_run_as_in_checkpointed_blocks(kind: str, place: str) -> None:
