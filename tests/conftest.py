@@ -59,6 +59,17 @@ def _whatever_lasts_is_collected_once() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _proved_once() -> Iterator[None]:
+    """A stock model is proved by the first test that splits it."""
+    from localgrad.backbones import base
+    from proofs import proved_once
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(base, "prove", proved_once(base.prove))
+        yield
+
+
 @pytest.fixture
 def _no_collector() -> Iterator[None]:
     """What must die by itself: a cycle that waits for the collector keeps a GPU full."""

@@ -693,14 +693,18 @@ def without_collector() -> Iterator[None]:
 def collecting_own_garbage() -> Iterator[None]:
     """Let collections of cycles, which are asked for, look at what is made from here on: all else is a process's own.
 
-    A process that has imported torch holds a million objects, at which each collection would look.
+    A process that has imported torch holds a million objects, at which each collection would look. One that has frozen
+    them itself is left to it.
     """
-    gc.freeze()
+    own = gc.get_freeze_count() == 0
+    if own:
+        gc.freeze()
     try:
         with without_collector():
             yield
     finally:
-        gc.unfreeze()
+        if own:
+            gc.unfreeze()
 
 
 def simulate(
