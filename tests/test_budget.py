@@ -774,7 +774,7 @@ def test_no_batch_fits_too_little_and_none_is_beyond_reach(task: Task, whole: Se
 
 def test_the_number_of_modules_holds_for_every_batch(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = replace(task, modules=4)
-    found = budgets._fastest_plain(Search(asked, task.costs(BATCH)), UNLIMITED)
+    found = Search(asked, task.costs(BATCH)).fastest_plain(UNLIMITED)
     assert found is not None
     assert len(found.choices) == 4
 

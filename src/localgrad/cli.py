@@ -254,6 +254,11 @@ _OWN = {
         Option(name="set", help="Any value of the recipe: --set training.min_lr=1e-5.", panel=RUN, repeated=str),
         Option(name="plan", help="Train as a plan from `localgrad plan --json` says.", panel=RUN, kind=Path),
         Option(name="budget", help="Memory, such as 6GiB: plan modules and recomputation to fit.", panel=RUN),
+        Option(
+            name="gradients",
+            help="With a budget: plans with exact gradients, local ones, or any (default).",
+            panel=RUN,
+        ),
         Option(name="no_cache", help="Measure costs for a plan anew, and keep none of them.", panel=RUN, kind=bool),
         Option(name="card", help="Plan for this card, such as T4 or RTX 4090; auto is the one here.", panel=EXECUTION),
         Option(
@@ -326,6 +331,7 @@ def train(**given: Any) -> None:
                 cache=not given["no_cache"],
                 card=given["card"] or "auto",
                 confirm=not given["no_confirm"],
+                gradients=given["gradients"] or "any",
             )
 
 
@@ -380,7 +386,7 @@ _IN_PLAN = _RECIPE_IN_PLAN | {
     each.name: each
     for each in (
         replace(_OWN["budget"], help="Memory, such as 6GiB; no limit by default."),
-        *(_OWN[name] for name in ("preset", "recipe", "set", "card", "no_confirm", "no_cache")),
+        *(_OWN[name] for name in ("preset", "recipe", "set", "card", "gradients", "no_confirm", "no_cache")),
         Option(name="num_classes", help="By default the data's, or timm's own.", panel=DATA, kind=int),
         Option(name="sequence_length", help="Of a model of transformers: tokens in a sequence.", panel=DATA, kind=int),
         Option(
@@ -427,7 +433,8 @@ def plan(**given: Any) -> None:
     changes = _changes(_RECIPE_IN_PLAN, given)
     changes.setdefault("local.modules", "auto")
     rules.check({**_decided(changes), "budget": "any"})  # with none, a plan decides them as well
-    rules.check({"batch_size": size} | {name: given[name] for name in ("preset", "recipe", "budget")})
+    named = ("preset", "recipe", "budget", "gradients", "parallel")
+    rules.check({"batch_size": size} | {name: given[name] for name in named})
     budget = None if given["budget"] is None else parse_bytes(given["budget"])
     values = overlay(_base(given, {"data.name": "", **changes}), changes)
     recipe = Recipe.from_dict(values)
@@ -452,8 +459,8 @@ def plan(**given: Any) -> None:
         check_output_file("json", json)
     if num_classes is not None and num_classes < 2:
         raise RecipeError(f"{arg('num_classes')}: a classifier needs at least 2 classes, got {num_classes}.")
-    named = recipe.method.data.name if "name" in values.get("data", {}) else ""
-    classes, channels = recipes.CLASSES.get(named, (None, 3))
+    data = recipe.method.data.name if "name" in values.get("data", {}) else ""
+    classes, channels = recipes.CLASSES.get(data, (None, 3))
     device, card = given["device"], given["card"] or "auto"
     kind = recipes.kind_of(recipe.execution.device if device in (None, "auto") else device, card)
     num_classes, cache = num_classes or classes, not given["no_cache"]
@@ -466,6 +473,7 @@ def plan(**given: Any) -> None:
         cache=cache,
         card=card,
         replays=not given["no_confirm"],
+        gradients=given["gradients"] or "any",
         sequence_length=given["sequence_length"],
         hub_task=given["task"],
     )

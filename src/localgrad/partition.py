@@ -123,11 +123,19 @@ class ModuleForecast:
 
 @dataclass(frozen=True, kw_only=True)
 class Rival:
-    """What another way to train the same model would cost: its name, bytes, and time to end-to-end training's."""
+    """What another way to train the same model would cost.
+
+    Attributes:
+        name: how it is trained.
+        peak_bytes: of a step.
+        time_ratio: of a step's time to end-to-end training's.
+        needed_bytes: the budget that it needs, with the margin; 0 where that wasn't asked.
+    """
 
     name: str
     peak_bytes: int
     time_ratio: float
+    needed_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +198,8 @@ class Forecast:
         modules: each local module.
         peak_module: which of them sets the peak.
         rivals: what end-to-end training would cost.
+        exact: beside local modules for a budget, the fastest way to exact gradients with whole batches that fits it, by
+            the margin; where none does, the one that needs least.
         notes: for people.
         parallel: in a plan for ranks, what they are expected to cost.
         allocated_bytes: on a card, at most allocated in a whole run, as ``torch.cuda.max_memory_allocated`` counts.
@@ -213,6 +223,7 @@ class Forecast:
     modules: tuple[ModuleForecast, ...]
     peak_module: int
     rivals: tuple[Rival, ...]
+    exact: Rival | None = None
     notes: tuple[str, ...] = ()
     parallel: RanksForecast | None = None
     allocated_bytes: int | None = None

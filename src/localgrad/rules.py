@@ -117,6 +117,7 @@ DEVICE = Given("device")
 COMPILE = Given("compile")
 EMA_DECAY = Given("ema_decay")
 BUDGET = Given("budget")
+GRADIENTS = Given("gradients", off=(None, "any"))
 REPLICAS = Given("replicas", off=(None, 1))
 GLOBAL = (Given("global_every"), Given("global_tail"), Given("global_share"))
 FREEZE_FROM = Given("freeze_from", off=(None,))
@@ -150,6 +151,7 @@ def _rules() -> Iterator[Rule]:
     yield Rule(BUDGET, Given("parallel", "modules"), "plan first, for so many ranks, then train by that plan")
     yield Rule(Given("on_oom", "replan"), PARALLEL, "no process plans for others; resume with another checkpoint")
     yield Rule(Given("balance"), Absent("parallel", 4), "it is of the modules of several ranks")
+    yield Rule(GRADIENTS, PARALLEL, "ranks have a local module each")
     yield Rule(Given("frontier"), PARALLEL, "it is of plans for one process")
     yield Rule(Given("batch_size", "auto"), PARALLEL, "it is for plans of one process")
 
@@ -164,17 +166,7 @@ def _rules() -> Iterator[Rule]:
     yield Rule(RECONCILE, Given("local.options.reconstruct", "blocks"), "it moves what that compares with")
     yield Rule(DEVICE, Absent("offload", value=True), "a learner trains where its model is, and a run moves the model")
 
-    yield Rule(Given("card", off=(None, "auto")), Given("device", "cpu"), "processors have their machine's memory")
-
-    decided = "a plan to a budget decides it"
-    yield Rule(Given("checkpoint", off=(None,)), BUDGET, decided)
-    yield Rule(Given("accumulation", off=(None,)), BUDGET, decided)
-    yield Rule(OFFLOAD, BUDGET, "planners don't count on it")
-    yield Rule(OFFLOAD, Given("plan"), "planners don't count on it")
-    yield Rule(BUDGET, Given("plan"), "a plan has its budget already")
-    yield Rule(Given("checkpoint", off=(None, False, "none")), Given("plan"), "a plan says what is recomputed")
-    yield Rule(Given("modules", "auto"), Absent("budget", "6GiB"), "how many is found within a budget")
-    yield Rule(Given("batch_size", "auto"), Absent("budget", "6GiB"), "it is the largest that fits")
+    yield from _rules_of_plans()
 
     yield Rule(Given("health_reference"), Absent("health_every", 1), "health is not measured in this run")
     yield Rule(Given("preset"), Given("recipe"), "both say where to start")
@@ -185,6 +177,22 @@ def _rules() -> Iterator[Rule]:
     for name in ("train_data", "val_data", "test_data"):
         yield Rule(Given(name), OneOf("data", values=NAMED_DATA), "it brings its own parts")
     yield Rule(Given("plot"), Given("estimate_only"), "it needs step times; take a timeline instead")
+
+
+def _rules_of_plans() -> Iterator[Rule]:
+    yield Rule(Given("card", off=(None, "auto")), Given("device", "cpu"), "processors have their machine's memory")
+
+    decided = "a plan to a budget decides it"
+    yield Rule(Given("checkpoint", off=(None,)), BUDGET, decided)
+    yield Rule(Given("accumulation", off=(None,)), BUDGET, decided)
+    yield Rule(OFFLOAD, BUDGET, "planners don't count on it")
+    yield Rule(OFFLOAD, Given("plan"), "planners don't count on it")
+    yield Rule(BUDGET, Given("plan"), "a plan has its budget already")
+    yield Rule(Given("checkpoint", off=(None, False, "none")), Given("plan"), "a plan says what is recomputed")
+    for name in ("auto", "any"):
+        yield Rule(Given("modules", name), Absent("budget", "6GiB"), "how many is found within a budget")
+    yield Rule(GRADIENTS, Absent("budget", "6GiB"), "it says which plans are looked for")
+    yield Rule(Given("batch_size", "auto"), Absent("budget", "6GiB"), "it is the largest that fits")
 
 
 RULES = tuple(_rules())

@@ -59,6 +59,7 @@ def train(
     cache: bool = True,
     card: str = "auto",
     confirm: bool = True,
+    gradients: str = "any",
 ) -> Summary:
     """Train a recipe from the start, as ``localgrad train`` does, in a run folder of its own.
 
@@ -76,6 +77,7 @@ def train(
         cache: take costs that were measured before for a plan, and keep those that are measured.
         card: with a budget on CUDA, the card that is planned for; by default the one that it is trained on.
         confirm: likewise, whether the plan is confirmed by replaying the allocations of its run.
+        gradients: with a budget, which plans are looked for: ``exact``, ``local``, or ``any``.
 
     Returns:
         The summary, as in ``summary.json``.
@@ -108,7 +110,7 @@ def train(
     planned = (
         None
         if plan is None and num_bytes is None
-        else partial(_planned, plan, num_bytes, cache=cache, card=card, replays=confirm)
+        else partial(_planned, plan, num_bytes, cache=cache, card=card, replays=confirm, gradients=gradients)
     )
     with team_of(wanted) as team:
         job = together(team, lambda: build(wanted, download=download, is_new=True, planned=planned, team=team))

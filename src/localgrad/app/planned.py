@@ -22,13 +22,14 @@ from localgrad.app.hub_models import is_on_hub, make_from_config
 from localgrad.app.recipe import Recipe, overlay
 from localgrad.backbones.base import BACKBONES, Backbone, outline
 from localgrad.backbones.fake import without_initialization
+from localgrad.backbones.namespaces import Kwargs
 from localgrad.errors import BudgetError, PartitionError, RecipeError, arg
 from localgrad.formats import Json, read_input
 from localgrad.memory.cards import card_named, card_of
 from localgrad.objectives.losses import loss_of
 from localgrad.partition import Plan
 from localgrad.partitioning import num_parameters
-from localgrad.planning.budget import Task, plan_to_budget
+from localgrad.planning.budget import Task, check_gradients, plan_to_budget
 from localgrad.planning.confirming import DataPath
 from localgrad.planning.rank_plans import Parallel, plan_parallel
 from localgrad.registry import load_plugins
@@ -64,6 +65,7 @@ def task_of(
     cache: bool = True,
     card: str = "auto",
     replays: bool = True,
+    gradients: str = "any",
     sequence_length: int | None = None,
     hub_task: str | None = None,
 ) -> Task:
@@ -78,10 +80,12 @@ def task_of(
         cache: whether costs that were measured before may be taken.
         card: name of the card that is planned for; ``auto`` is the one here, or one that is assumed.
         replays: whether the plan is confirmed by replaying its run's allocations.
+        gradients: ``any``, ``exact`` or ``local``: which plans are looked for.
         sequence_length: tokens in a sequence, of a language model (``hf:``).
         hub_task: what a model of transformers is made for, see ``hub_models.TASKS``.
     """
     load_plugins(recipe.execution.plugins)
+    how: Kwargs = {"device": device, "cache": cache, "card": card, "replays": replays, "gradients": gradients}
     settings = replace(recipe.method.model, pretrained=False)
     if is_on_hub(settings.name):
         made = make_from_config(
@@ -93,8 +97,7 @@ def task_of(
         )
         outlined = outline(made.model, example=made.example, blocks=settings.blocks)
         check_precision(recipe.execution.precision, torch.device("cpu"), outlined.dtype)
-        task = task_on(recipe, outlined, device=device, cache=cache, card=card, replays=replays)
-        return replace(task, measure=measure)
+        return replace(task_on(recipe, outlined, **how), measure=measure)
     for name, value in (("sequence_length", sequence_length), ("task", hub_task)):
         if value is not None:
             raise RecipeError(
@@ -107,8 +110,7 @@ def task_of(
     size = input_size_of(model, settings, num_channels)
     check_patches(model, size[1:])
     backbone = model if isinstance(model, Backbone) else outline(model, size, blocks=settings.blocks)
-    task = task_on(recipe, backbone, device=device, cache=cache, card=card, replays=replays)
-    return replace(task, measure=measure)
+    return replace(task_on(recipe, backbone, **how), measure=measure)
 
 
 def task_on(
@@ -119,6 +121,7 @@ def task_on(
     cache: bool = True,
     card: str = "auto",
     replays: bool = True,
+    gradients: str = "any",
     data: Splits | None = None,
 ) -> Task:
     """What a recipe is to train, on a backbone that is there already, and with data that was read, if it was."""
@@ -139,6 +142,7 @@ def task_on(
         ema_decay=training.ema_decay,
         clip_grad=training.clip_grad,
         modules=None if local.modules == "auto" else local.modules,
+        gradients=check_gradients(gradients),
         overlap=local.overlap,
         global_share=training.global_share,
         freeze_from=training.freeze_from,

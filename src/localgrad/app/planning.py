@@ -9,6 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from localgrad import rules
 from localgrad.app.build import check_model_name
 from localgrad.app.planned import kind_of, made_for_task
 from localgrad.backbones.base import BACKBONES, Backbone, outline
@@ -23,7 +24,7 @@ from localgrad.objectives.carried import LocalBatch
 from localgrad.objectives.losses import Loss, loss_of
 from localgrad.objectives.methods import FeatureReconstruction, Objective
 from localgrad.partition import Plan, Request
-from localgrad.planning.budget import Task, plan_to_budget
+from localgrad.planning.budget import Task, check_gradients, plan_to_budget
 from localgrad.planning.rank_plans import Parallel, plan_parallel
 from localgrad.step.checks import check_inputs
 from localgrad.step.local_step import PRECISIONS, check_precision
@@ -49,6 +50,7 @@ def plan(
     batch_size: int,
     budget: int | str | None = None,
     modules: Request | None = None,
+    gradients: str = "any",
     objective: Objective | None = None,
     optimizer: OptimizerFactory = adamw,
     precision: str = "fp32",
@@ -79,7 +81,9 @@ def plan(
             on the meta device included; or a backbone.
         batch_size: items an update.
         budget: such as ``"6GiB"``, or bytes; by default no limit.
-        modules: only so many modules, ``"stages"``, or boundaries; any by default.
+        modules: only so many modules, ``"stages"``, boundaries, or ``"any"`` number; by default at most 4.
+        gradients: ``"exact"`` for end-to-end training alone, ``"local"`` for local modules alone; ``"any"`` by default,
+            and a plan of local modules tells which exact one fits, too.
         objective: as for ``LocalLearner``.
         optimizer: as for ``LocalLearner.configure_optimizers``; AdamW by default.
         precision: ``fp32``, ``bf16`` or ``fp16``.
@@ -124,6 +128,7 @@ def plan(
     """
     if precision not in PRECISIONS:
         raise RecipeError(f"{arg('precision')}: unknown {precision!r}; take one of {', '.join(PRECISIONS)}.")
+    rules.check({"gradients": check_gradients(gradients), "parallel": parallel, "budget": budget})
     if not 0 <= global_share <= 1:
         raise RecipeError(f"{arg('global_share')} must be a share of the steps, from 0 to 1, got {global_share}.")
     backbone = _outlined(model, input_size, example, blocks)
@@ -137,6 +142,7 @@ def plan(
         ema_decay=ema_decay,
         clip_grad=clip_grad,
         modules=modules,
+        gradients=gradients,
         overlap=overlap,
         global_share=global_share,
         freeze_from=freeze_from,

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from localgrad.backbones.base import Backbone
-from localgrad.errors import BudgetError, DeviceError, arg
+from localgrad.errors import BudgetError, DeviceError, PartitionError, RecipeError, arg
 from localgrad.estimating import estimate_step, record_run
 from localgrad.evaluating import LARGEST_EVALUATION_BATCH
 from localgrad.learner import LocalLearner, OptimizerFactory
@@ -58,6 +58,11 @@ from localgrad.step.local_module import observed_parts
 from localgrad.units import format_bytes, parse_bytes
 
 LARGEST_BATCH = 1 << 17
+MOST_MODULES = 4
+"""That are taken unasked: accuracy falls with their number, and published results go no further than four or so."""
+ANY = "any"
+"""As ``modules``: as many as the budget needs."""
+GRADIENTS = ("any", "exact", "local")
 MIB = 1 << 20
 
 
@@ -133,7 +138,8 @@ class Task:
         compiled: whether modules go through ``torch.compile``.
         ema_decay: whether an average of the weights is kept.
         clip_grad: whether gradients are clipped.
-        modules: how many modules, ``stages``, or boundaries; any by default.
+        modules: how many modules, ``stages``, boundaries, or ``any``; by default at most 4.
+        gradients: ``any``; ``exact`` for one module, end-to-end training; ``local`` for two or more.
         overlap: blocks of the module before that each module trains as well.
         global_share: share of the steps that are end-to-end; they recompute whatever makes them fit.
         freeze_from: share of the training after which modules are frozen, as for ``LocalLearner``.
@@ -159,6 +165,7 @@ class Task:
     ema_decay: float | None = None
     clip_grad: float | None = None
     modules: Request | None = None
+    gradients: str = "any"
     overlap: int = 0
     global_share: float = 0.0
     freeze_from: float | None = None
@@ -193,15 +200,23 @@ class Task:
         return Room.of(self.planned_card, self.rules, budget, convolves=convolves)
 
     @cached_property
-    def fixed(self) -> tuple[Boundaries | None, int | None]:
-        """Boundaries and number of modules, where they are asked for."""
-        if self.modules is None:
-            return None, None
+    def fixed(self) -> tuple[Boundaries | None, range]:
+        """Boundaries, where they are asked for, and how many modules there may be."""
         num_blocks = len(self.backbone.blocks)
+        if self.modules is None or self.modules == ANY:
+            most = min(MOST_MODULES, num_blocks) if self.modules is None else num_blocks
+            counts = {"any": range(1, most + 1), "exact": range(1, 2), "local": range(2, most + 1)}[self.gradients]
+            if not counts:
+                raise PartitionError(f"{arg('gradients', 'local')}: this model has one block; take exact ones.")
+            return None, counts
         boundaries = resolve(self.modules, [1] * num_blocks, self.backbone.stage_boundaries)
-        if isinstance(self.modules, int):
-            return None, self.modules
-        return boundaries, len(boundaries) + 1
+        count = len(boundaries) + 1
+        if self.gradients != "any" and (self.gradients == "exact") != (count == 1):
+            raise RecipeError(
+                f"{arg('gradients', self.gradients)} doesn't go with {arg('modules')} that come to {count}: gradients "
+                "are exact with one module, and local with more; leave one of them out."
+            )
+        return None if isinstance(self.modules, int) else boundaries, range(count, count + 1)
 
     @cached_property
     def average_bytes(self) -> int:
@@ -367,6 +382,35 @@ class Search:
         """The plan with the least peak."""
         return smallest(self.costs.num_blocks, self.choices, self.costs.static_of, num_modules=self.num_modules)
 
+    def balanced(self) -> Solution:
+        """The plan with the least peak among those that recompute nothing: of modules balanced by memory."""
+        return smallest(self.costs.num_blocks, self._plain, self.costs.static_of, num_modules=self.num_modules)
+
+    def exact(self, budget: int) -> Solution | None:
+        """The fastest way to train end to end whose estimated peak is within a budget."""
+        fitting = self._exact_within(min(budget, UNLIMITED) - self.static_bytes)
+        return min(fitting, key=lambda solution: solution.nanoseconds, default=None)
+
+    def smallest_exact(self) -> Solution:
+        """The way to train end to end with the least peak."""
+        return min(self._exact_within(UNLIMITED), key=lambda solution: solution.peak_bytes)
+
+    def _exact_within(self, inner: int) -> list[Solution]:
+        num_blocks = self.costs.num_blocks
+        own = self.costs.static_of(0, num_blocks)
+        ways = self._choices(0, num_blocks)
+        found = [Solution((), (way,), way.nanoseconds, way.peak_bytes + own) for way in ways]
+        return [solution for solution in found if solution.peak_bytes <= inner]
+
+    def _plain(self, start: int, stop: int) -> list[Choice]:
+        """A module that recomputes nothing, where it may be one."""
+        return [self.costs.choice(start, stop, Checkpointing())] if self.choices(start, stop) else []
+
+    def fastest_plain(self, budget: int) -> Solution | None:
+        """The fastest plan that recomputes nothing and whose estimated peak is within a budget."""
+        inner = min(budget, UNLIMITED) - self.static_bytes
+        return fastest(self.costs.num_blocks, self._plain, self.costs.static_of, inner, num_modules=self.num_modules)
+
     def frontier(self) -> list[Solution]:
         """All plans worth having."""
         return frontier(self.costs.num_blocks, self.choices, self.costs.static_of, num_modules=self.num_modules)
@@ -398,7 +442,7 @@ def plan_to_budget(task: Task, batch_size: int, budget: int | None = None) -> Pl
     Args:
         task: what is to be trained.
         batch_size: images an update.
-        budget: bytes; by default no limit.
+        budget: bytes; by default no limit, and modules that are asked for are balanced by memory.
 
     Returns:
         The plan, with its forecast.
@@ -410,7 +454,9 @@ def plan_to_budget(task: Task, batch_size: int, budget: int | None = None) -> Pl
     whole = Search(task, task.costs(batch_size))
     if budget is None:
         search = next(searches(task, whole, batch_size))
-        return confirmed(task, search, search.fastest(UNLIMITED), batch_size, None)
+        # Times hardly tell partitions apart; without a budget local modules are there to save memory.
+        solution = search.fastest(UNLIMITED) if 1 in search.num_modules else search.balanced()
+        return confirmed(task, search, solution, batch_size, None)
     room = task.room(budget) if task.replays else None
     _check_static(whole, budget, room)
     for search in searches(task, whole, batch_size):
@@ -605,6 +651,7 @@ def confirmed(task: Task, search: Search, solution: Solution | None, batch_size:
         modules=modules,
         peak_module=max(range(len(modules)), key=lambda index: modules[index].peak_bytes),
         rivals=_rivals(task, batch_size, base),
+        exact=_exact(search, plan, batch_size, budget, base),
         notes=(*task.margin.reasons, *_notes(task, plan)),
     )
     return replace(plan, global_checkpoint=None if found is None else found.how, forecast=forecast)
@@ -677,6 +724,22 @@ def _rivals(task: Task, batch_size: int, base: int) -> tuple[Rival, ...]:
     return tuple(
         Rival(name=name, peak_bytes=search.peak(solution), time_ratio=solution.nanoseconds / base)
         for name, solution in found
+    )
+
+
+def _exact(search: Search, plan: Plan, batch_size: int, budget: int | None, base: int) -> Rival | None:
+    """Beside local modules: the fastest way to exact gradients within a budget; else the one that needs least."""
+    task = search.task
+    if plan.num_modules == 1 or budget is None:
+        return None
+    if search.costs.settings.accumulation > 1:
+        search = Search(task, task.costs(batch_size))
+    solution = search.exact(task.margin.usable(budget)) or search.smallest_exact()
+    return Rival(
+        name=f"end-to-end, checkpoint {solution.choices[0].how}",
+        peak_bytes=search.peak(solution),
+        time_ratio=solution.nanoseconds / base,
+        needed_bytes=task.margin.needed(search.peak(solution)),
     )
 
 
@@ -756,7 +819,7 @@ def largest_batches(task: Task, budget: int) -> list[LargestBatch]:
     methods: dict[str, Callable[[Search], Solution | None]] = {
         name: _fitting(how, usable) for name, how in RIVALS.items()
     }
-    methods["local modules, nothing recomputed"] = lambda search: _fastest_plain(search, usable)
+    methods["local modules, nothing recomputed"] = lambda search: search.fastest_plain(usable)
     methods["local modules, any plan"] = lambda search: search.fastest(usable)
     rows = []
     for name, find in methods.items():
@@ -804,18 +867,6 @@ def _fitting(how: Checkpointing, usable: int) -> Callable[[Search], Solution | N
     return find
 
 
-def _fastest_plain(search: Search, usable: int) -> Solution | None:
-    """The fastest plan that recomputes nothing."""
-
-    def choices(start: int, stop: int) -> list[Choice]:
-        found = search.choices(start, stop)
-        return [search.costs.choice(start, stop, Checkpointing())] if found else []
-
-    costs = search.costs
-    inner = usable - search.static_bytes
-    return fastest(costs.num_blocks, choices, costs.static_of, inner, num_modules=search.num_modules)
-
-
 def _largest(fits: Callable[[int], bool]) -> int:
     """The largest number for which ``fits``, which is true up to some number and false beyond; 0 for none."""
     low, high = 0, 2
@@ -838,6 +889,13 @@ def check_batch(batch_size: int) -> None:
             f"{arg('batch_size', batch_size)}: plans are made for 1 to {LARGEST_BATCH} images; take "
             f"{arg('batch_size', 128)}."
         )
+
+
+def check_gradients(gradients: str) -> str:
+    """Refuse a word that names no kind of plans."""
+    if gradients not in GRADIENTS:
+        raise RecipeError(f"{arg('gradients')}: unknown {gradients!r}; take one of {', '.join(GRADIENTS)}.")
+    return gradients
 
 
 def budget_of(num_bytes: int) -> str:
@@ -874,8 +932,14 @@ def _cannot_fit(task: Task, whole: Search, batch_size: int, budget: int) -> Budg
         needed = _least_bytes(Search(half, half.costs(batch_size, accumulation)), batch_size)
         if needed < least:
             hints.append(f"{arg('precision', half.precision)} (least {at_least(needed)})")
-    if task.modules is not None:
-        hints.append(f"no {arg('modules')}")
+    if task.gradients == "exact":
+        hints.append(f"no {arg('gradients')}")
+    elif task.modules != ANY:
+        wider = Search(replace(task, modules=ANY), whole.costs)
+        if wider.peak(wider.smallest()) <= usable:
+            hints.append(arg("modules", ANY))
+        elif task.modules is not None:
+            hints.append(f"no {arg('modules')}")
     hints.append(
         "shorter sequences or a smaller model" if task.backbone.takes_ids else f"a smaller {arg('img_size')} or model"
     )

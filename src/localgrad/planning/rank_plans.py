@@ -27,7 +27,7 @@ from localgrad.objectives.methods import GreedySupervised
 from localgrad.parallel.packets import Packets
 from localgrad.parallel.schedule import NUM_BUFFERS
 from localgrad.partition import Plan, RankForecast, RanksForecast, forecast_of
-from localgrad.planning.budget import Search, Task, at_least, budget_of, check_batch, confirmed, searches
+from localgrad.planning.budget import ANY, Search, Task, at_least, budget_of, check_batch, confirmed, searches
 from localgrad.planning.search import UNLIMITED, Ranks, Solution, fastest_ranks, smallest_ranks
 from localgrad.step.local_module import image_of
 
@@ -284,9 +284,9 @@ def _with_modules(task: Task, parallel: Parallel) -> Task:
             f"{arg('parallel', num_ranks)}: each rank needs a block, and this model has {num_blocks}; take "
             f"{arg('parallel', num_blocks)} or less."
         )
-    if task.modules is None:
+    if task.modules in (None, ANY):
         return replace(task, modules=num_ranks)
-    count = task.fixed[1]
+    count = task.fixed[1].start
     if count != num_ranks:
         raise PartitionError(
             f"{arg('parallel', num_ranks)}: a plan has one local module a rank, but {arg('modules')} asks for {count}; "

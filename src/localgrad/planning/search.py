@@ -131,17 +131,16 @@ def _search(
     kept: Callable[[list[_Label]], list[_Label]],
     *,
     begin: tuple[int, ...],
-    num_modules: int | None = None,
+    num_modules: range | None = None,
 ) -> list[_Label]:
     """The plans of all blocks that are kept; prefixes are told apart by their modules if these are counted."""
-    counted = num_modules is not None
     best: dict[tuple[int, int], list[_Label]] = {(0, 0): [_Label(begin, (), ())]}
     for stop in range(1, num_blocks + 1):
         reached: dict[int, list[_Label]] = {}
         for start in range(stop):
-            for count in range(start + 1) if counted else (0,):
+            for count in (0,) if num_modules is None else range(start + 1):
                 labels = best.get((start, count), ())
-                if not labels or (num_modules and not _can_end(num_modules - count - 1, num_blocks - stop)):
+                if not labels or not (num_modules is None or _can_end(num_modules, count + 1, num_blocks - stop)):
                     continue
                 offered = offers(count, start, stop)
                 for label in labels:
@@ -150,22 +149,25 @@ def _search(
                         if figures is not None:
                             boundaries = (*label.boundaries, start) if start else ()
                             found = _Label(figures, boundaries, (*label.offers, offer))
-                            reached.setdefault(count + 1 if counted else 0, []).append(found)
+                            reached.setdefault(0 if num_modules is None else count + 1, []).append(found)
         for count, labels in reached.items():
             best[stop, count] = kept(labels)
-    return best.get((num_blocks, num_modules or 0), [])
+    counts = (0,) if num_modules is None else num_modules
+    return [label for count in counts for label in best.get((num_blocks, count), ())]
 
 
-def _can_end(modules_left: int, blocks_left: int) -> bool:
-    """Whether as many modules can be made of the blocks that are left, each of one at least, all used up."""
-    return 0 < modules_left <= blocks_left or modules_left == blocks_left == 0
+def _can_end(num_modules: range, made: int, blocks_left: int) -> bool:
+    """Whether one of the numbers of modules can be reached with the blocks that are left, each of one at least."""
+    if not blocks_left:
+        return made in num_modules
+    return any(0 < count - made <= blocks_left for count in num_modules)
 
 
 # In one process --------------------------------------------------------------------------------------------------
 
 
 def fastest(
-    num_blocks: int, choices: Choices, static: Static, budget: int, *, num_modules: int | None = None
+    num_blocks: int, choices: Choices, static: Static, budget: int, *, num_modules: range | None = None
 ) -> Solution | None:
     """Find the fastest plan with ``peak <= budget``, of equals the one with the fewest modules.
 
@@ -174,7 +176,7 @@ def fastest(
         choices: ways to run a module.
         static: bytes that a module adds.
         budget: bytes, the model's own static ones already taken off.
-        num_modules: take just so many; any number by default.
+        num_modules: how many it may have; any number by default.
 
     Returns:
         The plan, or ``None`` where none fits.
@@ -213,7 +215,7 @@ def fastest(
     return Solution(best.boundaries, best.choices, best.figures[0], peak)
 
 
-def smallest(num_blocks: int, choices: Choices, static: Static, *, num_modules: int | None = None) -> Solution:
+def smallest(num_blocks: int, choices: Choices, static: Static, *, num_modules: range | None = None) -> Solution:
     """Find the plan with the least peak, of equals the fastest. Arguments as for ``fastest``.
 
     Raises:
@@ -239,13 +241,14 @@ def smallest(num_blocks: int, choices: Choices, static: Static, *, num_modules: 
     )
     least = min((label.figures[2] + label.figures[3] for label in labels), default=None)
     if least is None:
-        raise ValueError(f"no plan of {num_modules or 'any number of'} modules can be made of {num_blocks} blocks")
+        counts = "any number of" if num_modules is None else " or ".join(map(str, num_modules))
+        raise ValueError(f"no plan of {counts} modules can be made of {num_blocks} blocks")
     found = fastest(num_blocks, choices, static, least, num_modules=num_modules)
     assert found is not None, "the smallest plan fits its own peak"
     return found
 
 
-def frontier(num_blocks: int, choices: Choices, static: Static, *, num_modules: int | None = None) -> list[Solution]:
+def frontier(num_blocks: int, choices: Choices, static: Static, *, num_modules: range | None = None) -> list[Solution]:
     """Find all plans worth having: the fastest of all, then the fastest with one per cent less memory, and so on."""
     found: list[Solution] = []
     solution = fastest(num_blocks, choices, static, UNLIMITED, num_modules=num_modules)
@@ -341,5 +344,5 @@ def _best_ranks(num_blocks: int, num_ranks: int, offers: _Offers, extended: _Ext
     def first(labels: list[_Label]) -> list[_Label]:
         return [min(labels, key=lambda label: label[:2])]
 
-    found = _search(num_blocks, offers, extended, first, begin=(0, 0), num_modules=num_ranks)
+    found = _search(num_blocks, offers, extended, first, begin=(0, 0), num_modules=range(num_ranks, num_ranks + 1))
     return found[0] if found else None

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from localgrad.errors import arg
 from localgrad.partition import Forecast, ModuleForecast, Plan, RanksForecast, Rival, forecast_of
 from localgrad.planning.budget import Candidate, LargestBatch
 from localgrad.units import format_bytes
@@ -37,6 +38,8 @@ def print_plan(plan: Plan, console: Console) -> None:
         f"{made_for['training.optimizer']}, {made_for['device']}"
     )
     console.print(_head(plan))
+    if forecast.exact is not None:
+        console.print(_exact(forecast, forecast.exact), highlight=False, markup=False)
     for line in _on_card(forecast):
         console.print(line, highlight=False, markup=False)
     if forecast.global_peak_bytes is not None:
@@ -92,6 +95,7 @@ def _head(plan: Plan) -> str:
     room = "" if budget is None else f" of a budget of {format_bytes(budget)}"
     parts = f", each batch in {plan.accumulation} parts" if plan.accumulation > 1 else ""
     count = "end-to-end training" if plan.num_modules == 1 else f"{plan.num_modules} local modules"
+    count += f" ({'exact' if plan.num_modules == 1 else 'local'} gradients)"
     needs = f"needs {format_bytes(forecast.needed_bytes)}{room}; a step takes"
     ranks = forecast.parallel
     if ranks is None:
@@ -102,6 +106,16 @@ def _head(plan: Plan) -> str:
         f"{needs} {forecast.time_ratio / ranks.speed_up:.2f} x the time of end-to-end training in one process, "
         f"{ranks.speed_up:.2f} x as fast as this plan in one process (predicted, the wire left out)"
     )
+
+
+def _exact(forecast: Forecast, exact: Rival) -> str:
+    """The best way to exact gradients, in a line."""
+    figures = f"{format_bytes(exact.needed_bytes)}, {exact.time_ratio:.2f} x the time"
+    guessed = ", by the margin" if forecast.is_confirmed else ""
+    if exact.needed_bytes <= (forecast.budget_bytes or 0):
+        return f"exact gradients fit too{guessed}: {exact.name}, {figures}; plan it with {arg('gradients', 'exact')}"
+    on = f"{arg('gradients', 'exact')} tries parts of batches, too"
+    return f"exact gradients don't fit with whole batches{guessed}: the least is {exact.name}, {figures}; {on}"
 
 
 def _modules(plan: Plan, scale: int) -> Table:
