@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from helpers import MICRO_TOML, Cli, Recorder, assert_refused
 from localgrad import LocalLearner, Plan, run
-from localgrad.app.planned import made_for, task_of
+from localgrad.app.planned import PlannedData, made_for, task_of
 from localgrad.app.recipe import Recipe, overlay, parse_toml
 from localgrad.app.replanning import Replanner
 from localgrad.errors import DeviceError, MemoryExceeded, RecipeError
@@ -57,7 +57,7 @@ def recipe_of(**changes: Any) -> Recipe:
 def plan_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A plan of the micro recipe that cuts, recomputes and accumulates."""
     recipe = recipe_of()
-    task = task_of(recipe, device="cpu", num_classes=10, num_channels=1)
+    task = task_of(recipe, device="cpu", data=PlannedData(10, 1))
     plan = plan_to_budget(task, 16)
     plan = replace(
         plan,

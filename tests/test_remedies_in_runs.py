@@ -27,7 +27,7 @@ from helpers import (
 from localgrad import FeatureReconstruction, GreedySupervised, LocalLearner, run
 from localgrad.app import fitting
 from localgrad.app.build import build
-from localgrad.app.planned import laid_over, plan_recipe, task_of
+from localgrad.app.planned import PlannedData, laid_over, plan_recipe, task_of
 from localgrad.app.recipe import Recipe, overlay
 from localgrad.errors import RecipeError
 from localgrad.estimating import estimate_step
@@ -260,7 +260,7 @@ def test_what_doesnt_go_together_is_refused_in_one_line(changes: dict[str, Any],
 )
 def test_remedies_are_planned(changes: dict[str, Any]) -> None:
     recipe = Recipe.from_dict(overlay(MICRO, {"local.modules": 3, **changes}))
-    task = task_of(recipe, device="cpu", num_classes=10)
+    task = task_of(recipe, device="cpu", data=PlannedData(10))
     plan = plan_recipe(recipe, task, 2**30)
     found = plan.forecast
     assert found.peak_bytes <= 2**30
@@ -273,7 +273,7 @@ def test_remedies_are_planned(changes: dict[str, Any]) -> None:
 
 def forecast_of(**changes: Any) -> Forecast:
     recipe = Recipe.from_dict(overlay(MICRO, {"local.modules": [1, 2], **changes}))
-    return plan_recipe(recipe, task_of(recipe, device="cpu", num_classes=10), None).forecast
+    return plan_recipe(recipe, task_of(recipe, device="cpu", data=PlannedData(10)), None).forecast
 
 
 @pytest.mark.heavy
@@ -328,7 +328,7 @@ def test_end_to_end_steps_from_python() -> None:
 @pytest.mark.heavy
 def test_a_budget_holds_for_end_to_end_steps_too() -> None:
     recipe = Recipe.from_dict(overlay(MICRO, {"local.modules": 3, "training.global_tail": 0.5}))
-    task = task_of(recipe, device="cpu", num_classes=10)
+    task = task_of(recipe, device="cpu", data=PlannedData(10))
     free = plan_recipe(recipe, task, None).forecast
     budget = int(0.9 * free.peak_bytes)
     plan = plan_recipe(recipe, task, budget)

@@ -376,7 +376,7 @@ _RECIPE_IN_PLAN = {
         *("training.optimizer", "execution.precision", "execution.compile", "execution.plugins"),
     )
 } | {
-    "data.name": replace(OPTIONS["data.name"], help="Plan for the classes of a data set."),
+    "data.name": replace(OPTIONS["data.name"], help="Plan for the classes of a data set; a folder's are read."),
     "local.modules": replace(OPTIONS["local.modules"], help="Only so many modules, stages, or boundaries."),
     "training.batch_size": replace(
         OPTIONS["training.batch_size"], help="Images an update, or auto: the largest that fits.", kind=str
@@ -433,8 +433,8 @@ def plan(**given: Any) -> None:
     changes = _changes(_RECIPE_IN_PLAN, given)
     changes.setdefault("local.modules", "auto")
     rules.check({**_decided(changes), "budget": "any"})  # with none, a plan decides them as well
-    named = ("preset", "recipe", "budget", "gradients", "parallel")
-    rules.check({"batch_size": size} | {name: given[name] for name in named})
+    told = ("preset", "recipe", "budget", "gradients", "parallel")
+    rules.check({"batch_size": size} | {name: given[name] for name in told})
     budget = None if given["budget"] is None else parse_bytes(given["budget"])
     values = overlay(_base(given, {"data.name": "", **changes}), changes)
     recipe = Recipe.from_dict(values)
@@ -459,16 +459,16 @@ def plan(**given: Any) -> None:
         check_output_file("json", json)
     if num_classes is not None and num_classes < 2:
         raise RecipeError(f"{arg('num_classes')}: a classifier needs at least 2 classes, got {num_classes}.")
-    data = recipe.method.data.name if "name" in values.get("data", {}) else ""
-    classes, channels = recipes.CLASSES.get(data, (None, 3))
+    named = recipe.method.data.name if values["data"].get("name") else ""
+    data = recipes.data_planned_for(recipe, named)
     device, card = given["device"], given["card"] or "auto"
     kind = recipes.kind_of(recipe.execution.device if device in (None, "auto") else device, card)
-    num_classes, cache = num_classes or classes, not given["no_cache"]
+    data = data if num_classes is None else replace(data, num_classes=num_classes)
+    cache = not given["no_cache"]
     task = recipes.task_of(
         recipe,
         device=kind,
-        num_classes=num_classes,
-        num_channels=channels,
+        data=data,
         measure=bool(given["measure"]),
         cache=cache,
         card=card,
@@ -492,18 +492,18 @@ def plan(**given: Any) -> None:
     table.print_plan(found, console)
     if json is not None:
         json.write_text(found.to_json(), encoding="utf-8")
-        path, train_with = shlex.quote(str(json)), _training_by(found, json, recipe.method.model.name)
+        path, train_with = shlex.quote(str(json)), _training_by(found, json, recipe.method.model.name, named)
         console.print(f"[dim]written: {escape(path)}; train with: {escape(train_with)}[/]")
 
 
-def _training_by(plan: Any, path: Path, model: str) -> str:
+def _training_by(plan: Any, path: Path, model: str, data: str) -> str:
     """What to type to train by a plan that was written."""
     from localgrad.app.hub_models import is_on_hub
 
     if is_on_hub(model):
         return f"LocalLearner(model, modules=Plan.from_json(open({str(path)!r}).read()), example=batch)"
     how = f" --parallel modules --num-processes {plan.num_modules}" if plan.is_for_ranks else ""
-    return f"localgrad train --plan {shlex.quote(str(path))}{how} --data …"
+    return f"localgrad train --plan {shlex.quote(str(path))}{how} --data {shlex.quote(data) if data else '…'}"
 
 
 @app.command()

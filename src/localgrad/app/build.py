@@ -109,7 +109,7 @@ def build(
         seed=method.seed,
         download=download,
         image_size=None if side is None else (side, side),
-        default_transform=_default_transform(recipe) if is_new else None,
+        default_transform=default_transform(recipe) if is_new else None,
     )
     settings_of_model = replace(method.model, pretrained=False) if has_weights else method.model
     model, size, threads = _make_model(recipe, settings_of_model, data.info, chooses=is_new and device.type == "cpu")
@@ -231,7 +231,7 @@ def _make_model(
     return model, size, threads
 
 
-def _default_transform(recipe: Recipe) -> tuple[str, tuple[int, int]] | None:
+def default_transform(recipe: Recipe) -> tuple[str, tuple[int, int]] | None:
     """What files of images go through that are larger than the model's, and its size; none if a recipe says how."""
     data, augment, model = recipe.method.data, recipe.method.augment, recipe.method.model
     if data.transform or data.fit or augment.crop_padding or augment.flip or augment.rand_augment or augment.erasing:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,8 +40,59 @@ from localgrad.training.optim import OptimizerFactory
 if TYPE_CHECKING:
     from localgrad.training.data import Splits
 
-CLASSES = {"digits": (10, 1), "cifar10": (10, 3), "cifar100": (100, 3), "stl10": (10, 3), "svhn": (10, 3)}
-"""(classes, channels) of data sets that are known by name."""
+KNOWN = {
+    "digits": (10, 1, 1797),
+    "cifar10": (10, 3, 50_000),
+    "cifar100": (100, 3, 50_000),
+    "stl10": (10, 3, 5_000),
+    "svhn": (10, 3, 73_257),
+}
+"""(classes, channels, images at most in an epoch) of data sets that are known by name."""
+
+
+@dataclass(frozen=True)
+class PlannedData:
+    """What planning has to know of the data.
+
+    Attributes:
+        num_classes: ``None`` for the model's own.
+        num_channels: of the images.
+        num_images: that are trained on, at most; ``None`` where no data is named.
+        splits: the data, where it was read: a folder, a table, or a data set of the hub.
+    """
+
+    num_classes: int | None = None
+    num_channels: int = 3
+    num_images: int | None = None
+    splits: Splits | None = None
+
+
+def data_planned_for(recipe: Recipe, name: str) -> PlannedData:
+    """What a data set has; one that isn't known by name is read.
+
+    Args:
+        recipe: how it is read.
+        name: of the data; empty where none is named.
+
+    Raises:
+        DataError: it is missing, or none.
+    """
+    if not name:
+        return PlannedData()
+    if name in KNOWN:
+        return PlannedData(*KNOWN[name])
+    from localgrad.app.build import default_transform
+    from localgrad.training.data import load_data  # only who has data of their own needs it
+
+    method, side = recipe.method, recipe.method.model.img_size
+    splits = load_data(
+        method.data,
+        seed=method.seed,
+        image_size=None if side is None else (side, side),
+        default_transform=default_transform(recipe),
+    )
+    return PlannedData(splits.info.num_classes, splits.info.num_channels, splits.info.num_train, splits)
+
 
 REMEMBERED = (
     *("model.name", "model.img_size", "model.patch_size", "model.drop_path", "model.blocks", "model.options"),
@@ -59,8 +110,7 @@ def task_of(
     recipe: Recipe,
     *,
     device: str,
-    num_classes: int | None = None,
-    num_channels: int = 3,
+    data: PlannedData = PlannedData(),
     measure: bool = False,
     cache: bool = True,
     card: str = "auto",
@@ -74,8 +124,7 @@ def task_of(
     Args:
         recipe: its ``local.modules`` may be ``auto``.
         device: ``cpu`` or ``cuda``; there need be none.
-        num_classes: by default timm's own for the model.
-        num_channels: of the images.
+        data: what it is trained on.
         measure: whether parts are timed here, by the clock.
         cache: whether costs that were measured before may be taken.
         card: name of the card that is planned for; ``auto`` is the one here, or one that is assumed.
@@ -90,8 +139,8 @@ def task_of(
     if is_on_hub(settings.name):
         made = make_from_config(
             settings,
-            num_classes=num_classes,
-            num_channels=num_channels,
+            num_classes=data.num_classes,
+            num_channels=data.num_channels,
             sequence_length=sequence_length,
             task=hub_task,
         )
@@ -106,11 +155,12 @@ def task_of(
     check_model_name(settings.name)
     # A backbone of a plugin is proved as it is made, for which it needs values.
     with nullcontext() if settings.name in BACKBONES else without_initialization():
-        model = create_model(settings, num_classes=num_classes, num_channels=num_channels)
-    size = input_size_of(model, settings, num_channels)
+        model = create_model(settings, num_classes=data.num_classes, num_channels=data.num_channels)
+    size = input_size_of(model, settings, data.num_channels)
     check_patches(model, size[1:])
     backbone = model if isinstance(model, Backbone) else outline(model, size, blocks=settings.blocks)
-    return replace(task_on(recipe, backbone, **how), measure=measure)
+    task = task_on(recipe, backbone, data=data.splits, **how)
+    return replace(task, measure=measure, num_images=data.num_images)
 
 
 def task_on(

@@ -58,6 +58,8 @@ from localgrad.step.local_module import observed_parts
 from localgrad.units import format_bytes, parse_bytes
 
 LARGEST_BATCH = 1 << 17
+FREE_PERCENT = 5
+"""Of a budget, beside the largest batch that is searched for: nothing is gained by the last image that fits."""
 MOST_MODULES = 4
 """That are taken unasked: accuracy falls with their number, and published results go no further than four or so."""
 ANY = "any"
@@ -154,6 +156,7 @@ class Task:
         loss: of the task; by default what the model is made for.
         shared: what becomes of a parameter that several modules read, as for ``LocalLearner``.
         chunk_logits: whether logits of the model's own end are made chunk by chunk.
+        num_images: that an epoch has, at most: no batch is larger.
     """
 
     backbone: Backbone
@@ -180,6 +183,7 @@ class Task:
     loss: Loss | None = None
     shared: str = "refuse"
     chunk_logits: bool = False
+    num_images: int | None = None
     measured: dict[CostSettings, Costs] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
@@ -813,9 +817,9 @@ def largest_batches(task: Task, budget: int) -> list[LargestBatch]:
         budget: bytes.
 
     Returns:
-        One for each of the methods; the last is the best that any plan does.
+        One for each of the methods; the last is the best that any plan does. A few per cent of the budget stay free.
     """
-    usable = task.margin.usable(budget)
+    usable = task.margin.usable(budget) * (100 - FREE_PERCENT) // 100
     methods: dict[str, Callable[[Search], Solution | None]] = {
         name: _fitting(how, usable) for name, how in RIVALS.items()
     }
@@ -847,7 +851,7 @@ def _largest_batch(task: Task, find: Find, *, exact: bool = True) -> int:
         def fits(size: int, small: Costs = small, large: Costs = large) -> bool:
             return find(Search(task, interpolated(small, large, size))) is not None
 
-        size = _largest(fits)
+        size = _largest(fits, task.num_images or LARGEST_BATCH)
         if size in (0, best):
             break
         if find(Search(task, task.costs(size))) is not None:
@@ -867,12 +871,12 @@ def _fitting(how: Checkpointing, usable: int) -> Callable[[Search], Solution | N
     return find
 
 
-def _largest(fits: Callable[[int], bool]) -> int:
+def _largest(fits: Callable[[int], bool], most: int = LARGEST_BATCH) -> int:
     """The largest number for which ``fits``, which is true up to some number and false beyond; 0 for none."""
-    low, high = 0, 2
-    while high <= LARGEST_BATCH and fits(high):
+    low, high, most = 0, 2, min(most, LARGEST_BATCH)
+    while high <= most and fits(high):
         low, high = high, 2 * high
-    high = min(high, LARGEST_BATCH + 1)
+    high = min(high, most + 1)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if middle < 2 or fits(middle) else (low, middle)

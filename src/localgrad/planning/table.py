@@ -10,7 +10,7 @@ from rich.text import Text
 
 from localgrad.errors import arg
 from localgrad.partition import Forecast, ModuleForecast, Plan, RanksForecast, Rival, forecast_of
-from localgrad.planning.budget import Candidate, LargestBatch
+from localgrad.planning.budget import FREE_PERCENT, Candidate, LargestBatch
 from localgrad.units import format_bytes
 
 WIDTH = 16  # characters of the longest bar
@@ -234,7 +234,9 @@ def print_batches(rows: Sequence[LargestBatch], console: Console) -> None:
         ratio = "" if row.time_ratio is None else f"{row.time_ratio:.2f}"
         bar = Text("█" * round(WIDTH * row.batch_size / most), style="green")
         table.add_row(row.name, str(row.batch_size), bar, ratio)
-    console.print("[bold]The largest batch that fits[/] (time for an image, x end-to-end training)")
+    console.print(
+        f"[bold]The largest batch that fits[/], {FREE_PERCENT} % left free (time for an image, x end-to-end training)"
+    )
     console.print(table)
 
 
