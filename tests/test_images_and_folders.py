@@ -693,15 +693,14 @@ QUIET = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.
 PHASES = [Phase.explicit, Phase.reuse, Phase.generate]  # to make a failing folder smaller takes minutes
 
 
-@pytest.mark.heavy
 @given(random_folders())
-@settings(max_examples=100, derandomize=True, deadline=None, suppress_health_check=QUIET, phases=PHASES)
+@settings(max_examples=25, derandomize=True, deadline=None, suppress_health_check=QUIET, phases=PHASES)
 def test_random_folders_are_read_as_a_slow_reader_reads_them(tree: dict[str, bytes | str | None]) -> None:
     check(tree)
 
 
 @pytest.mark.heavy
 @given(random_folders())
-@settings(max_examples=20_000, deadline=None, suppress_health_check=QUIET, phases=PHASES)
+@settings(max_examples=2_000, deadline=None, suppress_health_check=QUIET, phases=PHASES)
 def test_many_random_folders_are_read_as_a_slow_reader_reads_them(tree: dict[str, bytes | str | None]) -> None:
     check(tree)
