@@ -65,6 +65,7 @@ SAID_BY_HAND = {
     "parallel/parallel_learner.py: ParallelLearner.__init__": "layers of the model decide",
     "parallel/parallel_learner.py: ParallelLearner._refuse": "how the model was split decides",
     "integrations/hf.py: _check_arguments": "arguments of transformers decide",
+    "planning/budget.py: Task.fixed": "two numbers decide",
     "planning/rank_plans.py: _with_modules": "two numbers decide",
     "step/checks.py: check_values": "labels decide",
 }

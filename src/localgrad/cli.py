@@ -282,7 +282,7 @@ _OWN = {
 """What ``train`` takes beside a recipe's values, by name."""
 
 _IN_TRAIN = {**OPTIONS, DOWNLOAD.key: DOWNLOAD, **_OWN}
-_EVERYDAY = ("data", "model", "pretrained", "modules", "objective", "epochs", "batch_size", "lr", "budget", "resume")
+_EVERYDAY = ("data", "model", "weights", "modules", "objective", "epochs", "batch_size", "lr", "budget", "resume")
 
 
 @app.command(epilog="All options: localgrad train --help-all")
@@ -370,7 +370,7 @@ def _start_processes(count: int, recipe: Recipe, folder: Path | None) -> None:
 _RECIPE_IN_PLAN = {
     key: OPTIONS[key]
     for key in (
-        *("model.name", "model.img_size", "model.patch_size", "model.blocks"),
+        *("model.name", "model.img_size", "model.patch_size", "model.weights", "model.blocks"),
         *("local.modules", "local.objective", "local.overlap"),
         *("local.options.decoder", "local.options.classifier", "training.global_every", "training.global_tail"),
         *("training.optimizer", "execution.precision", "execution.compile", "execution.plugins"),
@@ -459,7 +459,7 @@ def plan(**given: Any) -> None:
         check_output_file("json", json)
     if num_classes is not None and num_classes < 2:
         raise RecipeError(f"{arg('num_classes')}: a classifier needs at least 2 classes, got {num_classes}.")
-    named = recipe.method.data.name if values["data"].get("name") else ""
+    named = recipe.method.data.name if "name" in values.get("data", {}) else ""
     data = recipes.data_planned_for(recipe, named)
     device, card = given["device"], given["card"] or "auto"
     kind = recipes.kind_of(recipe.execution.device if device in (None, "auto") else device, card)

@@ -170,6 +170,7 @@ def _rules() -> Iterator[Rule]:
 
     yield Rule(Given("health_reference"), Absent("health_every", 1), "health is not measured in this run")
     yield Rule(Given("preset"), Given("recipe"), "both say where to start")
+    yield Rule(Given("pretrained"), Given("weights"), "both say what to start from")
     for name in ("out", "preset", "recipe", "plan", "budget"):
         yield Rule(Given(name), Given("resume"), "the run has its recipe and folder")
 

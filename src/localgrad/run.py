@@ -214,7 +214,7 @@ def _normalised_as(begun: Recipe, recipe: Recipe) -> Recipe:
     own, data = begun.method.data, recipe.method.data
     if data.transform is None:
         data = replace(data, transform=own.transform)
-    if data.mean is None and recipe.method.model.pretrained:
+    if data.mean is None and (recipe.method.model.pretrained or recipe.method.model.weights):
         data = replace(data, mean=own.mean, std=own.std)
     return replace(recipe, method=replace(recipe.method, data=data))
 

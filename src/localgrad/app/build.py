@@ -23,6 +23,7 @@ from localgrad.app.threads import choose_threads
 from localgrad.backbones.base import BACKBONES, Backbone, split
 from localgrad.backbones.namespaces import Kwargs
 from localgrad.backbones.timm_models import default_input_size
+from localgrad.backbones.weights import LoadedWeights, start_from
 from localgrad.errors import BackboneError, DeviceError, LocalgradError, RecipeError, arg, did_you_mean, reason_of
 from localgrad.evaluating import LARGEST_EVALUATION_BATCH
 from localgrad.learner import Factories, Learner, LocalLearner
@@ -89,7 +90,8 @@ def build(
         recipe: what to build.
         download: let torchvision fetch a data set that is missing.
         has_weights: weights will be loaded, so pretrained ones aren't needed.
-        is_new: a run begins: the job's recipe says how pretrained weights want images normalised, where it was open.
+        is_new: a run begins: the job's recipe says how the weights that it starts from want images normalised, where it
+            was open.
         planned: gives the recipe with its modules and how they run, and the plan that says so, once the model is there.
         team: the processes that train it together.
     """
@@ -111,11 +113,12 @@ def build(
         image_size=None if side is None else (side, side),
         default_transform=default_transform(recipe) if is_new else None,
     )
-    settings_of_model = replace(method.model, pretrained=False) if has_weights else method.model
-    model, size, threads = _make_model(recipe, settings_of_model, data.info, chooses=is_new and device.type == "cpu")
-    execution = replace(execution, num_threads=threads)
+    settings_of_model = replace(method.model, pretrained=False, weights=None) if has_weights else method.model
+    made = _make_model(recipe, settings_of_model, data.info, chooses=is_new and device.type == "cpu")
+    model, size = made.model, made.size
+    execution = replace(execution, num_threads=made.num_threads)
     recipe = replace(recipe, execution=execution)
-    recipe, data = _settled(recipe, data, model, size[1:], has_new_weights=is_new and settings_of_model.pretrained)
+    recipe, data = _settled(recipe, data, made, is_new=is_new)
     objective = objective.with_pixels(data.info.mean, data.info.std)
     waits = is_sequential or execution.offload or team is not None  # on the processor, until its modules are made
     model = model if waits else model.to(device)
@@ -198,7 +201,9 @@ def checked(recipe: Recipe, *, is_planned: bool = False) -> Objective:
     """
     rules.check(recipe.arguments() | ({} if is_planned else {"budget": None}))
     load_plugins(recipe.execution.plugins)
-    check_model_name(recipe.method.model.name)
+    model = recipe.method.model
+    rules.check({"pretrained": model.pretrained, "weights": model.weights})
+    check_model_name(model.name)
     _check_training(recipe)
     objective = build_recipe_objective(recipe)
     objective.check()
@@ -210,16 +215,24 @@ def checked(recipe: Recipe, *, is_planned: bool = False) -> Objective:
     return objective
 
 
-def _make_model(
-    recipe: Recipe, settings: ModelSettings, info: DataInfo, *, chooses: bool
-) -> tuple[nn.Module, tuple[int, int, int], int | None]:
-    """A recipe's model, its (C, H, W), and the number of threads, chosen if it was open."""
+@dataclass(frozen=True)
+class _MadeModel:
+    """A recipe's model, its (C, H, W), the number of threads, chosen if it was open, and what it starts from."""
 
-    def make() -> nn.Module:
+    model: nn.Module
+    size: tuple[int, int, int]
+    num_threads: int | None
+    weights: LoadedWeights | None
+    is_pretrained: bool
+
+
+def _make_model(recipe: Recipe, settings: ModelSettings, info: DataInfo, *, chooses: bool) -> _MadeModel:
+    def make() -> tuple[nn.Module, LoadedWeights | None]:
         _seed_everything(recipe.method.seed)
-        return create_model(settings, num_classes=info.num_classes, num_channels=info.num_channels)
+        made = create_model(settings, num_classes=info.num_classes, num_channels=info.num_channels)
+        return made, None if settings.weights is None else start_from(made, settings.weights)
 
-    model = make()
+    model, weights = make()
     size = input_size_of(model, settings, info.num_channels)
     check_patches(model, size[1:])
     threads = recipe.execution.num_threads
@@ -227,8 +240,8 @@ def _make_model(
         threads = choose_threads(model, size, recipe.method.training.batch_size)
         if threads != torch.get_num_threads():
             torch.set_num_threads(threads)
-            model = make()  # as it will be when this recipe, with its number of threads, is trained again
-    return model, size, threads
+            model, weights = make()  # as it will be when this recipe, with its number of threads, is trained again
+    return _MadeModel(model, size, threads, weights, settings.pretrained)
 
 
 def default_transform(recipe: Recipe) -> tuple[str, tuple[int, int]] | None:
@@ -244,13 +257,11 @@ def default_transform(recipe: Recipe) -> tuple[str, tuple[int, int]] | None:
     return None if size is None else ("imagenet", size)
 
 
-def _settled(
-    recipe: Recipe, data: Splits, model: nn.Module, size: tuple[int, int], *, has_new_weights: bool
-) -> tuple[Recipe, Splits]:
-    """The recipe and the data once the model is there: normalised as new weights were trained, and what is cut off."""
+def _settled(recipe: Recipe, data: Splits, made: _MadeModel, *, is_new: bool) -> tuple[Recipe, Splits]:
+    """The recipe and the data once the model is there: normalised as its weights were trained, and what is cut off."""
     from localgrad.training.data import note_on_fit
 
-    cut_off = note_on_fit(data, size)
+    cut_off = note_on_fit(data, made.size[1:])
     data = data if cut_off is None else data.said(cut_off)
     if data.transform is not None:
         data = data.said(
@@ -258,12 +269,17 @@ def _settled(
         )
         settings = replace(recipe.method.data, transform=data.transform)
         recipe = replace(recipe, method=replace(recipe.method, data=settings))
-    if not has_new_weights or recipe.method.data.mean is not None:
+    if made.weights is not None:
+        data = data.said(str(made.weights))
+    if not is_new or not (made.is_pretrained or made.weights) or recipe.method.data.mean is not None:
         return recipe, data
-    trained_with: dict[str, tuple[float, ...]] = getattr(model, "pretrained_cfg", {})
-    if "mean" not in trained_with or "std" not in trained_with:
-        return recipe, data.said("timm doesn't say what the weights were normalised by; the data's own is taken.")
-    data = data.normalised_by(trained_with["mean"], trained_with["std"])
+    trained_with = _trained_with(made)
+    if trained_with is None:
+        return recipe, data.said(
+            "Nothing says what the weights' images were normalised by; the data's own is taken. data.mean and data.std "
+            "set others."
+        )
+    data = data.normalised_by(*trained_with)
     mean, std = data.info.mean, data.info.std
     data = data.said(
         f"Normalised by mean {', '.join(f'{m:.4g}' for m in mean)} and std {', '.join(f'{s:.4g}' for s in std)}, as "
@@ -271,6 +287,14 @@ def _settled(
     )
     settings = replace(recipe.method.data, mean=mean, std=std)
     return replace(recipe, method=replace(recipe.method, data=settings)), data
+
+
+def _trained_with(made: _MadeModel) -> tuple[Sequence[float], Sequence[float]] | None:
+    """Mean and std of the images that a model's weights were trained on: as their source says, or timm."""
+    if made.weights is not None and made.weights.normalised_by is not None:
+        return made.weights.normalised_by
+    known: Kwargs = getattr(made.model, "pretrained_cfg", None) or {}
+    return (known["mean"], known["std"]) if known.get("mean") and known.get("std") else None
 
 
 def _check_training(recipe: Recipe) -> None:
@@ -384,6 +408,10 @@ def create_model(settings: ModelSettings, *, num_classes: int | None, num_channe
     classes = {} if num_classes is None else {"num_classes": num_classes}
 
     if settings.name in BACKBONES:
+        if settings.weights is not None:
+            raise BackboneError(
+                f"{arg('weights')}: {settings.name} is a plugin's, which loads its own; name timm's model."
+            )
         if settings.pretrained:
             options["pretrained"] = True
         return _made_by_plugin(settings.name, {"in_chans": num_channels, **classes, **options})

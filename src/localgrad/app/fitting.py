@@ -284,7 +284,7 @@ def _end_to_end_weights(path: Path, recipe: Recipe) -> dict[str, Tensor]:
     except LocalgradError as error:
         raise RecipeError(f"{arg('health_reference')}: {error}") from error
     named = arg("health_reference", path)
-    free = ("model.drop_path", "model.pretrained")  # these don't change what features are
+    free = ("model.drop_path", "model.pretrained", "model.weights")  # these don't change what features are
     different = [line for line in difference(found, recipe) if line.startswith("model.") and not line.startswith(free)]
     if different:
         raise RecipeError(f"{named}: it is a run of another model ({'; '.join(different)}).")

@@ -23,6 +23,7 @@ from localgrad.app.recipe import Recipe, overlay
 from localgrad.backbones.base import BACKBONES, Backbone, outline
 from localgrad.backbones.fake import without_initialization
 from localgrad.backbones.namespaces import Kwargs
+from localgrad.backbones.weights import check_source
 from localgrad.errors import BudgetError, PartitionError, RecipeError, arg
 from localgrad.formats import Json, read_input
 from localgrad.memory.cards import card_named, card_of
@@ -135,7 +136,9 @@ def task_of(
     """
     load_plugins(recipe.execution.plugins)
     how: Kwargs = {"device": device, "cache": cache, "card": card, "replays": replays, "gradients": gradients}
-    settings = replace(recipe.method.model, pretrained=False)
+    if recipe.method.model.weights is not None:
+        check_source(recipe.method.model.weights)  # of which figures don't depend on values
+    settings = replace(recipe.method.model, pretrained=False, weights=None)
     if is_on_hub(settings.name):
         made = make_from_config(
             settings,

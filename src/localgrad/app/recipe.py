@@ -72,6 +72,9 @@ class ModelSettings:
     patch_size: Positive | None = option(None, "Side of a patch in pixels; by default the model's own.", METHOD)
     drop_path: Fraction | None = option(None, "Stochastic depth rate; by default the model's own.", METHOD)
     pretrained: bool = option(default=False, help="Start from timm's weights.", panel=METHOD)
+    weights: str | None = option(
+        None, "Start from these: a file, a folder (timm's, or a run's), or hf-hub:OWNER/NAME.", METHOD
+    )
     blocks: str | None = option(None, "Dotted name of the container of its blocks; by default found.", METHOD)
     options: Values = option(dict, "Further keyword arguments of timm.create_model, such as depths.")
 

@@ -124,7 +124,7 @@ def predict(
     info = read_description(path).info
     load_plugins(recipe.execution.plugins)
     where = resolve_device(recipe.execution.device)
-    settings = replace(recipe.method.model, pretrained=False)
+    settings = replace(recipe.method.model, pretrained=False, weights=None)
     made = create_model(settings, num_classes=info.num_classes, num_channels=info.num_channels)
     size = input_size_of(made, settings, info.num_channels)
     model = made.model if isinstance(made, Backbone) else made

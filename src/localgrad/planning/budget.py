@@ -655,7 +655,7 @@ def confirmed(task: Task, search: Search, solution: Solution | None, batch_size:
         modules=modules,
         peak_module=max(range(len(modules)), key=lambda index: modules[index].peak_bytes),
         rivals=_rivals(task, batch_size, base),
-        exact=_exact(search, plan, batch_size, budget, base),
+        exact=_exact_rival(search, plan, batch_size, budget, base),
         notes=(*task.margin.reasons, *_notes(task, plan)),
     )
     return replace(plan, global_checkpoint=None if found is None else found.how, forecast=forecast)
@@ -731,7 +731,7 @@ def _rivals(task: Task, batch_size: int, base: int) -> tuple[Rival, ...]:
     )
 
 
-def _exact(search: Search, plan: Plan, batch_size: int, budget: int | None, base: int) -> Rival | None:
+def _exact_rival(search: Search, plan: Plan, batch_size: int, budget: int | None, base: int) -> Rival | None:
     """Beside local modules: the fastest way to exact gradients within a budget; else the one that needs least."""
     task = search.task
     if plan.num_modules == 1 or budget is None:

@@ -39,7 +39,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     )
     console.print(_head(plan))
     if forecast.exact is not None:
-        console.print(_exact(forecast, forecast.exact), highlight=False, markup=False)
+        console.print(_exact_beside(forecast, forecast.exact), highlight=False, markup=False)
     for line in _on_card(forecast):
         console.print(line, highlight=False, markup=False)
     if forecast.global_peak_bytes is not None:
@@ -108,7 +108,7 @@ def _head(plan: Plan) -> str:
     )
 
 
-def _exact(forecast: Forecast, exact: Rival) -> str:
+def _exact_beside(forecast: Forecast, exact: Rival) -> str:
     """The best way to exact gradients, in a line."""
     figures = f"{format_bytes(exact.needed_bytes)}, {exact.time_ratio:.2f} x the time"
     guessed = ", by the margin" if forecast.is_confirmed else ""
