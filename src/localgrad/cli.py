@@ -373,6 +373,7 @@ _RECIPE_IN_PLAN = {
         *("model.name", "model.img_size", "model.patch_size", "model.weights", "model.blocks"),
         *("local.modules", "local.objective", "local.overlap"),
         *("local.options.decoder", "local.options.classifier", "training.global_every", "training.global_tail"),
+        "training.freeze",
         *("training.optimizer", "execution.precision", "execution.compile", "execution.plugins"),
     )
 } | {

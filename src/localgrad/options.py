@@ -146,6 +146,16 @@ def read_numbers(*example: float) -> Reader:
     return read
 
 
+def read_freeze(name: str, text: str) -> int | float | str:
+    """Read ``stem``, a number of blocks, or a share of them; which words there are is checked by a model."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
 def read_whole(name: str, text: str) -> int:
     """Read a whole number where a word is taken as well."""
     try:
@@ -161,11 +171,13 @@ class Limits:
     Attributes:
         ge: least value.
         gt: what it is above.
+        le: largest value.
         lt: what it is below.
     """
 
     ge: float | None = None
     gt: float | None = None
+    le: float | None = None
     lt: float | None = None
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:

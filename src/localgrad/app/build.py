@@ -123,6 +123,7 @@ def build(
     waits = is_sequential or execution.offload or team is not None  # on the processor, until its modules are made
     model = model if waits else model.to(device)
     backbone = model if isinstance(model, Backbone) else split(model, size, blocks=settings_of_model.blocks)
+    backbone = backbone if training.freeze is None else backbone.frozen(training.freeze)
     made_by = None
     if planned is not None:
         recipe, made_by = planned(recipe, backbone, data)
@@ -323,7 +324,13 @@ def _optimizer_alone(learner: Learner, index: int, optimizer: Factories) -> Opti
 
 def optimizers_of(training: TrainingSettings, model: nn.Module, num_modules: int) -> Factories:
     """One optimizer factory for all local modules, or one each where depth has its own settings."""
-    factory = OptimizerFactory(model, name=training.optimizer, lr=training.lr, weight_decay=training.weight_decay)
+    factory = OptimizerFactory(
+        model,
+        name=training.optimizer,
+        lr=training.lr,
+        weight_decay=training.weight_decay,
+        layer_decay=training.layer_decay,
+    )
     if training.lr_depth == training.weight_decay_depth == (1.0, 1.0):
         return factory
 

@@ -99,10 +99,13 @@ REMEMBERED = (
     *("model.name", "model.img_size", "model.patch_size", "model.drop_path", "model.blocks", "model.options"),
     "training.batch_size",
     *("training.optimizer", "training.ema_decay", "training.clip_grad", "training.global_every"),
-    *("training.global_tail", "local.objective", "local.options", "local.overlap"),
+    *("training.global_tail", "training.freeze", "local.objective", "local.options", "local.overlap"),
     *("execution.precision", "execution.compile"),
 )
 """What a plan's figures depend on, by the recipe's keys."""
+
+LATER = ("training.freeze",)
+"""Of them, those that plans of 0.1.0 don't have: they were off."""
 
 VERSIONS = ("localgrad", "torch", "timm")
 
@@ -149,7 +152,7 @@ def task_of(
         )
         outlined = outline(made.model, example=made.example, blocks=settings.blocks)
         check_precision(recipe.execution.precision, torch.device("cpu"), outlined.dtype)
-        return replace(task_on(recipe, outlined, **how), measure=measure)
+        return replace(task_on(recipe, _frozen(outlined, recipe), **how), measure=measure)
     for name, value in (("sequence_length", sequence_length), ("task", hub_task)):
         if value is not None:
             raise RecipeError(
@@ -162,8 +165,13 @@ def task_of(
     size = input_size_of(model, settings, data.num_channels)
     check_patches(model, size[1:])
     backbone = model if isinstance(model, Backbone) else outline(model, size, blocks=settings.blocks)
-    task = task_on(recipe, backbone, data=data.splits, **how)
+    task = task_on(recipe, _frozen(backbone, recipe), data=data.splits, **how)
     return replace(task, measure=measure, num_images=data.num_images)
+
+
+def _frozen(backbone: Backbone, recipe: Recipe) -> Backbone:
+    freeze = recipe.method.training.freeze
+    return backbone if freeze is None else backbone.frozen(freeze)
 
 
 def task_on(
@@ -291,7 +299,7 @@ def changes_of(plan: Plan) -> dict[str, Json]:
     Raises:
         BudgetError: the plan doesn't say what it was made for.
     """
-    missing = [key for key in REMEMBERED if key not in plan.made_for]
+    missing = [key for key in REMEMBERED if key not in (*plan.made_for, *LATER)]
     if missing:
         raise BudgetError(f"{arg('plan')}: it doesn't say {missing[0]}; make a new one with localgrad plan.")
     kept = (*REMEMBERED, "execution.plugins")

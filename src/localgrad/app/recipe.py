@@ -38,6 +38,7 @@ from localgrad.options import (
     documented,
     entries,
     option,
+    read_freeze,
     read_list,
     read_modules,
 )
@@ -132,6 +133,15 @@ class TrainingSettings:
     lr_depth: tuple[Factor, Factor] = option((1.0, 1.0), "Factors on the learning rate.")
     weight_decay_depth: tuple[Amount, Amount] = option((1.0, 1.0), "Factors on the weight decay.")
     warmup_stagger: Amount = option(0.0, "Epochs by which each module's warm-up is longer than the one before.")
+    freeze: int | float | str | None = option(
+        None,
+        "What stays as it is: stem, the first so many blocks, or a share of them such as 0.5; 1.0 leaves the head.",
+        METHOD,
+        read=read_freeze,
+    )
+    layer_decay: Annotated[float, Limits(gt=0, le=1)] | None = option(
+        None, "Factor on the learning rate from each block to the one before, as 0.75; off by default.", METHOD
+    )
     freeze_from: Fraction | None = option(
         None, "Share of the training after which early modules stop to learn, one after another; off by default."
     )

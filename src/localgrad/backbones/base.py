@@ -109,6 +109,53 @@ class Stem(CopyingPart):
         super().__init__(part, copies_input=True)  # until it is known whether it has to be
 
 
+class FrozenStem(Stem):
+    """The stem and the first blocks of a model as they are: in eval mode, and without a graph."""
+
+    def __init__(self, stem: Stem, blocks: Iterable[nn.Module]) -> None:
+        super().__init__(stem)
+        self.copies_input = False  # the stem does, where it has to
+        self.blocks = nn.ModuleList(blocks)
+        self.requires_grad_(requires_grad=False)
+
+    def run(self, given: Tensor) -> Tensor:
+        """Images or ids to the features of the first block that learns."""
+        with standing_still(self):
+            features: Tensor = self.part(given)
+            for block in self.blocks:
+                features = block(features)
+        return features
+
+
+class FrozenBlock(nn.Module):
+    """A block as it is, where no block behind it learns: in eval mode, and without a graph."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+        self.requires_grad_(requires_grad=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features to features."""
+        with standing_still(self):
+            outputs: Tensor = self.block(features)
+        return outputs
+
+
+@contextmanager
+def standing_still(part: nn.Module) -> Iterator[None]:
+    """A region in which a part runs in eval mode and without a graph; modes are as before at its end."""
+    training = [module for module in part.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 class TimmStem(Stem):
     """A shallow copy of a timm model that holds the stem's children only, its trunk emptied."""
 
@@ -387,6 +434,55 @@ class Backbone(nn.Module):
         """Whether the main input is token ids, and not images or vectors."""
         return self._given is not None and not self._given.tensor.is_floating_point()
 
+    @property
+    def targets_input(self) -> bool:
+        """Whether what the first local module receives can be a target: not ids, and not what is frozen behind it."""
+        return not (self.takes_ids or isinstance(self.stem, FrozenStem))
+
+    def frozen(self, freeze: str | float) -> Backbone:
+        """This backbone with its first blocks as they are: they run once, without a graph, and nothing of them learns.
+
+        They become part of the stem, in eval mode: batch norms and dropout stand still. Their weights are frozen
+        (``requires_grad``), so no optimizer has state of them, and no local module has them. The first module's target
+        is what enters the first block that learns.
+
+        Args:
+            freeze: ``"stem"``, for no block; how many blocks; or a share of them, such as 0.5. All but what follows
+                the last block: 1.0.
+
+        Raises:
+            BackboneError: that is nothing that can be frozen, or something in it is shared with what learns.
+        """
+        count = num_frozen(freeze, len(self.blocks))
+        inner = min(count, len(self.blocks) - 1)
+        still = [FrozenBlock(block) for block in self.blocks[inner:count]]
+        held = {memory_of(tensor): name for name, tensor in self.model.named_parameters()}
+        learning = [*self.blocks[count:], self.tail]
+        learns = {memory_of(weight) for part in learning for weight in part.parameters()}
+        for part in (self.stem, *self.blocks[:count]):
+            tied = [held[where] for where in map(memory_of, part.parameters()) if where in learns and where in held]
+            if tied:
+                raise BackboneError(
+                    f"{arg('freeze', freeze)}: {tied[0]} would be frozen, and is shared with parts that learn; freeze "
+                    "nothing, or build the model without sharing (tie_word_embeddings=False)."
+                )
+        made = Backbone._of_parts(
+            self.model,
+            stem=FrozenStem(self.stem, self.blocks[:inner]),
+            blocks=[*still, *self.blocks[count:]],
+            tail=self.tail,
+            block_names=self.block_names[inner:],
+            layouts=self.layouts[inner:],
+            stage_boundaries=[at - inner for at in self.stage_boundaries if at > inner],
+            input_size=self.input_size,
+            num_classes=self.num_classes,
+            given=self._given,
+            trunk=self.trunk,
+            num_tokens=self.num_tokens,
+        )
+        made._written_buffers = self._written_buffers
+        return made
+
     def inputs(self, num_items: int = 2) -> Tensor:
         """The main input of a made-up batch, [num_items, ...]: random images, or the example's own items again."""
         main = self.given.rows(num_items).tensor
@@ -559,6 +655,25 @@ class Backbone(nn.Module):
         for index, (name, block) in enumerate(zip(self.block_names, self.blocks, strict=True)):
             yield sum(boundary <= index for boundary in boundaries), (name, block)
         yield len(boundaries), ("the tail", self.tail)
+
+
+def num_frozen(freeze: str | float, num_blocks: int) -> int:
+    """How many of a model's first blocks are frozen.
+
+    Raises:
+        BackboneError: it is neither ``"stem"``, a number of blocks, nor a share of them.
+    """
+    if freeze == "stem":
+        return 0
+    if not isinstance(freeze, str) and not isinstance(freeze, bool):
+        if isinstance(freeze, int) and 1 <= freeze <= num_blocks:
+            return freeze
+        if isinstance(freeze, float) and 0 < freeze <= 1:
+            return round(freeze * num_blocks)
+    raise BackboneError(
+        f"{arg('freeze', freeze)}: take stem, a number of blocks from 1 to {num_blocks}, or a share of them, such as "
+        "0.5."
+    )
 
 
 class Shared(NamedTuple):

@@ -515,7 +515,7 @@ def _measure_heads(
                     (last_uses if last else uses).update(built.uses)
                 outputs = likes[stop + 1 + last]
                 numbers[key] = len(heads)
-                is_image = start == 0 and not backbone.takes_ids
+                is_image = start == 0 and backbone.targets_input
                 around = likes[0], likes[0 if is_image else begin + 1], outputs
                 states = likes[begin + 1 : stop + 1 + last]  # with the tail's
                 labels = loss.label_shape(outputs[0][0], backbone), loss.label_dtype

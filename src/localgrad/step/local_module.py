@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from localgrad.backbones.base import Backbone, Layout, Stem, memory_of
+from localgrad.backbones.base import Backbone, FrozenStem, Layout, Stem, memory_of
 from localgrad.backbones.effects import Observed
 from localgrad.backbones.ends import Headless, last_linear
 from localgrad.backbones.halves import AsCut, Piece, find_pieces, observed, whole_block
@@ -174,14 +174,14 @@ class LocalModule(nn.Module):
         branches: list[Tensor] = []
         outputs, handed_on, states = self.run_parts(
             entered,
-            with_states="states" in self.objective.uses or not inputs.is_floating_point(),
+            with_states="states" in self.objective.uses or not self._targets_input(inputs),
             branches=branches if "branches" in self.objective.uses else None,
         )
         self.note_context(batch)
         if self.keeps_gradient and outputs.requires_grad:
             outputs.register_hook(self._keep)  # type: ignore[no-untyped-call]
         target = inputs if received is None else received
-        if not target.is_floating_point():  # token ids: what they were embedded as
+        if not self._targets_input(target):  # token ids, or what is frozen behind them: what enters the first block
             target = states[0].detach()
         batch.branches = tuple(branches)
         value: ObjectiveValue = self.objective(target, outputs, batch, states)
@@ -192,6 +192,9 @@ class LocalModule(nn.Module):
             terms={name: term.detach() for name, term in value.terms.items()},
             logits=None if value.logits is None else value.logits.detach(),
         )
+
+    def _targets_input(self, inputs: Tensor) -> bool:
+        return inputs.is_floating_point() and not isinstance(self.parts[0], FrozenStem)
 
     def begin_batch(self, batch: LocalBatch) -> None:
         """Have the parts run with what goes along with a batch's features.
@@ -277,7 +280,7 @@ def site_of(
     image = image_of(backbone.input_size)
     starts = [edge - shared_blocks(edges, number, overlap) for number, edge in enumerate(edges[:-1])]
     start, stop = starts[index], edges[index + 1]
-    received = [layouts[0] if backbone.takes_ids else image, *(layouts[number] for number in starts[1:])]
+    received = [image if backbone.targets_input else layouts[0], *(layouts[number] for number in starts[1:])]
     return Site(
         index=index,
         num_modules=len(edges) - 1,

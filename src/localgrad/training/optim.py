@@ -39,13 +39,17 @@ class OptimizerFactory:
         name: timm's name of the optimizer.
         lr: peak learning rate.
         weight_decay: of the parameters that are decayed.
+        layer_decay: factor on the learning rate from each of the model's layers to the one before, by timm's order of
+            them; of auxiliary nets it is 1.
 
     Raises:
         RecipeError: unknown optimizer, one that needs more than gradients, or the library that it is in is missing; or
             a learning rate or weight decay that can't be one.
     """
 
-    def __init__(self, model: nn.Module, *, name: str, lr: float, weight_decay: float) -> None:
+    def __init__(
+        self, model: nn.Module, *, name: str, lr: float, weight_decay: float, layer_decay: float | None = None
+    ) -> None:
         info = optimizer_info(name)
         check_rate(arg("lr"), lr)
         if not 0 <= weight_decay <= _LARGEST:
@@ -57,6 +61,7 @@ class OptimizerFactory:
         self.lr = lr
         self.weight_decay = weight_decay
         self._undecayed = undecayed(model, weight_decay)
+        self._scales = {} if layer_decay in (None, 1.0) else _scales_by_layer(model, layer_decay)
 
     def scaled(self, lr: float, weight_decay: float) -> OptimizerFactory:
         """The same factory for one local module, with factors on its learning rate and weight decay."""
@@ -78,14 +83,7 @@ class OptimizerFactory:
         """
         from timm.optim import create_optimizer_v2
 
-        free = [p for p in parameters if p.ndim <= 1 or id(p) in self._undecayed or is_exempt_from_decay(p)]
-        known = set(map(id, free))
-        decayed = [p for p in parameters if id(p) not in known]
-        groups: list[dict[str, list[nn.Parameter] | float]] = [
-            {"params": free, "weight_decay": 0.0},
-            {"params": decayed, "weight_decay": self.weight_decay},
-        ]
-        groups = [group for group in groups if group["params"]]
+        groups = self._groups(parameters)
         if self._eight_bit is not None:
             kind, options = self._eight_bit
             return kind(groups, lr=self.lr, weight_decay=self.weight_decay, **options)
@@ -98,6 +96,26 @@ class OptimizerFactory:
                 f"{arg('optimizer')}: timm can't make {self.name!r} here ({error}); take adamw, sgd or lamb."
             ) from error
         return optimizer
+
+    def _groups(self, parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
+        """Parameters by their decay and, with layer decay, by the factor on their rate: timm's schedulers heed it."""
+        groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+        for weight in parameters:
+            is_free = weight.ndim <= 1 or id(weight) in self._undecayed or is_exempt_from_decay(weight)
+            groups.setdefault((self._scales.get(id(weight), 1.0), not is_free), []).append(weight)
+        made = []
+        for (scale, is_decayed), weights in sorted(groups.items(), key=lambda each: each[0]):
+            group = {"params": weights, "weight_decay": self.weight_decay if is_decayed else 0.0}
+            made.append(group | ({"lr_scale": scale} if self._scales else {}))
+        return made
+
+
+def _scales_by_layer(model: nn.Module, layer_decay: float) -> dict[int, float]:
+    """By id of a model's parameters, the factor on its learning rate, as timm has it."""
+    from timm.optim import param_groups_layer_decay
+
+    groups = param_groups_layer_decay(model, layer_decay=layer_decay)
+    return {id(weight): group["lr_scale"] for group in groups for weight in group["params"]}
 
 
 def optimizer_info(name: str) -> Any:
@@ -289,8 +307,9 @@ class Schedule:
 
     @property
     def learning_rate(self) -> float:
-        """The current learning rate of the first local module."""
-        return float(self.optimizers[0].param_groups[0]["lr"])
+        """The current learning rate of the first local module, without the factors of layer decay."""
+        group = self.optimizers[0].param_groups[0]
+        return float(group["lr"] / group.get("lr_scale", 1.0))
 
 
 def _milestones(epochs: int, batches_per_epoch: int) -> list[float]:
