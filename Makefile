@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Bytecode is made of what is imported, not of all that torch and transformers have.
+INSTALL = --quiet --disable-pip-version-check --no-compile
 # One thread for each of several processes, and bytecode for all those that tests start.
 TESTS = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n auto --dist worksteal
 
@@ -49,9 +51,9 @@ $(VENV)/python:
 	@touch $@
 
 $(VENV)/installed: pyproject.toml | $(VENV)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	$(BIN)/python -m pip install $(INSTALL) -e .
 	@touch $@
 
 $(VENV)/installed-dev: pyproject.toml | $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(BIN)/python -m pip install $(INSTALL) -e '.[dev]'
 	@touch $@

@@ -41,6 +41,7 @@ def step(learner: LocalLearner, name: str, seed: int, items: int = 4) -> Any:
 # Law 1: isolation ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(2)
 @every
 def test_a_modules_loss_reaches_its_own_parameters_and_no_others(name: str) -> None:
     learner = learner_of(name, 4)

@@ -187,6 +187,7 @@ def test_pickle_round_trip() -> None:
     assert torch.equal(pickle.loads(pickle.dumps(backbone))(images()), backbone(images()))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kwargs", [SWIN, EVA, VIT | {"model_name": "xcit_nano_12_p16_224", "num_heads": 2}])
 def test_a_copy_runs_on_fake_tensors(kwargs: dict) -> None:
     backbone = split(make(kwargs), SIZE)

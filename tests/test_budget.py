@@ -663,6 +663,7 @@ def test_without_a_cache_none_is_read_or_written(measured: list[Any], monkeypatc
     assert len(measured) == 3
 
 
+@pytest.mark.heavy
 def test_the_cache_keeps_what_was_used_last(measured: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     tiny().costs(4)
     folder = cache.cache_folder()
@@ -769,6 +770,7 @@ def test_the_largest_batch_of_a_net_with_batch_norms_is_found_without_a_single_i
     assert budgets._largest_batch(net, lambda search: search.fastest(usable)) == 2
 
 
+@pytest.mark.heavy
 def test_no_batch_fits_too_little_and_none_is_beyond_reach(task: Task, whole: Search) -> None:
     rows = largest_batches(task, whole.static_bytes + 1)
     assert [(row.batch_size, row.time_ratio) for row in rows] == [(0, None)] * 6
@@ -819,6 +821,7 @@ def learner_for_estimates(**more: Any) -> LocalLearner:
     return LocalLearner(vit(depth=2), modules=2, input_size=SIZE, **more)
 
 
+@pytest.mark.heavy
 def test_estimate_takes_learners_and_batches_as_they_come() -> None:
     learner = learner_for_estimates()
     expected = estimate_step(learner, 4, adamw).peak_bytes

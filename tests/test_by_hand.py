@@ -271,6 +271,7 @@ def test_in_16_bits_copies_are_proved(net: Net) -> None:
     assert backbone.example(0).dtype == torch.bfloat16
 
 
+@pytest.mark.heavy
 def test_it_is_estimated_and_planned(cost_cache: object) -> None:
     backbone = by_hand(Net(depth=2))
     plan = localgrad.plan(backbone, batch_size=8, budget="2MiB", modules=2)

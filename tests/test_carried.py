@@ -83,6 +83,7 @@ def test_the_estimate_knows_what_is_carried(monkeypatch: pytest.MonkeyPatch) -> 
     assert "scale" not in costs.last_uses
 
 
+@pytest.mark.heavy
 def test_own_things_are_planned_for() -> None:
     model = make("vit")
     options: dict[str, Any] = {"batch_size": 16, "objective": Moments(), "input_size": SIZE, "cache": False}

@@ -167,6 +167,7 @@ def test_a_copy_trains_its_own_weights() -> None:
     train(learner, batches(1))
 
 
+@pytest.mark.heavy
 def test_an_estimate_takes_a_learner_that_was_trained() -> None:
     learner = make_learner()
     train(learner, batches(1))
@@ -781,7 +782,7 @@ class Stops(nn.Module):
         raise ValueError("stopped")
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("settings", [{}, {"accumulation": 2}, {"offload": True}], ids=str)

@@ -285,6 +285,7 @@ def test_a_loss_that_is_no_number_stops_the_run(here: Path, cli_: Cli) -> None:
     assert not (here / "run" / "checkpoints" / "last.pt").exists()
 
 
+@pytest.mark.heavy
 def test_a_run_that_diverges_later_can_still_be_resumed_from(
     here: Path, cli_: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -266,6 +266,7 @@ def test_rows_that_are_asked_for() -> None:
     assert "plan mine, image, compiled" in names
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "method",
     [
@@ -446,7 +447,7 @@ def test_other_json_is_refused(text: str) -> None:
         Comparison.from_json(text)
 
 
-@pytest.mark.few(1)
+@pytest.mark.heavy
 @pytest.mark.parametrize("draw", [plots.plot_trade_off, plots.plot_timeline])
 def test_plots_are_png_files(draw: Callable[[Comparison, Path], None], tmp_path: Path) -> None:
     from PIL import Image

@@ -100,7 +100,7 @@ def weights_of(path: Path) -> int:
     return place
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("damage", ["bit", "half", "zeros", "empty", "another model's", "gone"])
 def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(
     damage: str, copy: Path, finished: Path, tmp_path: Path
@@ -531,6 +531,7 @@ def with_data(folder: Path, place: Path) -> Recipe:
     return Recipe.from_dict(overlay(run_folders.read_recipe(folder).to_dict(), {"data.name": str(place)}))
 
 
+@pytest.mark.heavy
 def test_moved_data_is_known_by_its_content(moved: Path) -> None:
     folder, place = moved / "run", moved / "elsewhere"
     with pytest.raises(DataError, match=r"If it was moved, say where it is now: data"):
@@ -713,7 +714,7 @@ def test_no_file_of_a_run_is_left_out(stopped: Path, finished: Path) -> None:
     assert files(finished) == {*READ, "summary.json", "model.safetensors"} - {"checkpoints/before.pt"}
 
 
-@pytest.mark.few(1)
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ["last.pt", "part-1-0.pt", "part-1-1.pt", "part-0-0.pt"])
 def test_parts_with_flipped_bits_give_way_to_those_before(name: str, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)

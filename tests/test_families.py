@@ -139,7 +139,7 @@ def test_hiera_tokens_come_back_in_raster_order() -> None:
     assert backbone.layouts[0].order is not None
 
 
-@pytest.mark.few(1)
+@pytest.mark.heavy
 @pytest.mark.parametrize("family", ["vit", "swin", "mvitv2", "xcit", "pvt_v2", "eva02"])
 def test_parts_compile_without_graph_breaks(family: str) -> None:
     backbone = parted_copy(family)
@@ -242,6 +242,7 @@ def test_models_are_made_quickly_without_initialization() -> None:
     assert bare < 0.5 * ordinary, (bare, ordinary)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("family", "how"),
     [

@@ -55,7 +55,8 @@ def test_a_plan_of_the_first_version_is_read_figure_for_figure(name: str) -> Non
     assert again.pop("global_checkpoint") == globally
     of_today = {each.name: each.default for each in fields(Forecast) if each.default is not MISSING}
     of_today |= {"notes": [], "budget_parts": {}, "attention": {}}
-    values = {"evaluation_batch": None, **values, "forecast": {**of_today, **values["forecast"]}}
+    rivals = [{**each, "needed_bytes": 0} for each in values["forecast"]["rivals"]]
+    values = {"evaluation_batch": None, **values, "forecast": {**of_today, **values["forecast"], "rivals": rivals}}
     assert again == values
     assert plan.is_for_ranks == ("ranks" in name)
     assert plan.global_checkpoint == (None if globally is None else Checkpointing.parse(globally))
@@ -127,6 +128,7 @@ def test_a_newer_checkpoint_is_refused_in_one_line(old: Path) -> None:
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore::localgrad.errors.RunWarning")
 def test_newer_run_folders_are_refused_in_one_line(old: Path) -> None:
     numbered(old / "data.json", 3)

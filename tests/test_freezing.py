@@ -70,6 +70,7 @@ def test_one_module_is_a_plain_loop_whose_first_blocks_stand_still(kind: str, fr
     assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.stem.state_dict().items())
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", DROPPING)
 def test_nothing_of_it_learns_is_held_or_costs_activations(kind: str) -> None:
     whole = LocalLearner(split(make(kind, **DROPPING[kind]), SIZE), modules=1)
@@ -155,8 +156,7 @@ def test_plans_count_what_stands_still() -> None:
     plans = [plan_to_budget(task, 32) for task in tasks]
     assert plans[1].forecast.peak_bytes < 0.8 * plans[0].forecast.peak_bytes
     assert plans[1].num_blocks == 3
-    for modules in (1, 2, 3):
-        plan = plan_to_budget(replace(tasks[1], modules=modules), 32)
+    for plan in (plans[1], plan_to_budget(replace(tasks[1], modules=3), 32)):
         assert plan.forecast.composed_peak_bytes == pytest.approx(plan.forecast.peak_bytes, rel=0.02)
 
 
@@ -176,6 +176,7 @@ OPTIONS += ["--set", "model.options.depth=4", "--set", "model.options.embed_dim=
 OPTIONS += ["--batch-size", "16", "--device", "cpu"]
 
 
+@pytest.mark.heavy
 def test_a_run_is_planned_trained_stopped_and_resumed(
     cli_: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

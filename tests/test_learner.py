@@ -423,6 +423,7 @@ def test_a_saved_state_goes_on_bit_for_bit(settings: dict[str, Any]) -> None:
     assert [s.state_dict() for s in scalers_of(second)] == [s.state_dict() for s in scalers_of(straight)]
 
 
+@pytest.mark.heavy
 def test_another_models_state_is_refused_with_names() -> None:
     state = make_learner(make("vit", depth=5)).state_dict()
     with pytest.raises(CheckpointError, match=r"of another model: 0 weights are missing .*unknown \(blocks\.4\."):

@@ -223,6 +223,7 @@ def test_hooks_of_users_run_on_values_only_and_stay_on() -> None:
     assert len(model.get_submodule("blocks.1.mlp")._forward_hooks) == 1
 
 
+@pytest.mark.heavy
 def test_hooks_on_all_modules_run_on_values_only() -> None:
     expected = expected_estimates()
     guard = NanGuard()
@@ -274,7 +275,7 @@ def test_hooks_that_are_set_later_and_pass_by_are_said_once(place: str) -> None:
 # Types of weights ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(1)
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [
@@ -323,6 +324,7 @@ def test_weights_and_precisions_that_do_not_go_together_are_refused() -> None:
         split(mixed, SIZE)
 
 
+@pytest.mark.heavy
 def test_the_default_type_of_tensors_is_not_the_models() -> None:
     model, data = make("vit"), batches(1)
     torch.set_default_dtype(torch.float64)
@@ -339,7 +341,7 @@ def test_the_default_type_of_tensors_is_not_the_models() -> None:
 # Channels, batch norms -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["vit", "resnet", "swin"])
 @pytest.mark.parametrize("channels", [1, 4])
 def test_the_default_input_has_the_models_own_channels(kind: str, channels: int) -> None:
@@ -536,7 +538,7 @@ AROUND: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.few(1)
+@pytest.mark.heavy
 @pytest.mark.parametrize("around", AROUND)
 def test_estimates_are_the_same_whatever_is_on_around_them(around: str) -> None:
     def estimates() -> list[Any]:

@@ -118,6 +118,7 @@ def test_a_run_goes_on_bit_for_bit_with_or_without(middle: str) -> None:
 COMPILERS = ["aot_eager", "inductor"]
 
 
+@pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch's own, while compiling
 @pytest.mark.parametrize("backend", ["eager", *(pytest.param(each, marks=pytest.mark.heavy) for each in COMPILERS)])
 def test_compiled_modules_see_the_tensors_that_came(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,6 +394,7 @@ def test_the_average_waits_on_the_host() -> None:
     assert peaks[0.9].host_bytes == peaks[None].host_bytes + weights
 
 
+@pytest.mark.heavy
 def test_the_end_to_end_baseline_has_the_whole_model_on_the_device() -> None:
     learner = make_learner(modules=4)
     baseline = end_to_end(learner)

@@ -202,6 +202,7 @@ def assert_same_state(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Ten
     assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", SMALL)
 def test_small_states_train_and_are_estimated(name: str) -> None:
     learner, factory = learner_with(name)

@@ -124,6 +124,7 @@ def test_overlap_across_a_change_of_resolution() -> None:
         assert torch.equal(learner.logits(images)[-1], learner.model(images))  # type: ignore[arg-type]
 
 
+@pytest.mark.heavy
 def test_overlap_may_be_recomputed_and_cut_in_parts() -> None:
     found = {}
     for checkpoint, accumulation in [("none", 1), ("blocks", 1), ("halves", 1), ("blocks", 2), ("halves/2:1", 2)]:

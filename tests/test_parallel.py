@@ -144,10 +144,12 @@ MORE_BY_RANKS = {
 }
 
 
-@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("size", "names"),
-    [*BY_RANKS.items(), *(pytest.param(*each, marks=pytest.mark.heavy) for each in MORE_BY_RANKS.items())],
+    [
+        (2, ["four", "reconcile"]),
+        *(pytest.param(*each, marks=pytest.mark.heavy) for each in (*BY_RANKS.items(), *MORE_BY_RANKS.items())),
+    ],
 )
 def test_processes_train_what_one_process_trains_bit_for_bit(
     size: int, names: list[str], ranks: Ranks, tmp_path: Path

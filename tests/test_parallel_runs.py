@@ -164,7 +164,7 @@ def test_such_a_run_is_evaluated_and_used_as_any_other(shared_out: Path, cli_: C
 # --------------------------------------------------------------------------------------- stopped and resumed
 
 
-@pytest.mark.few(1)
+@pytest.mark.heavy
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_a_stopped_run_goes_on_in_any_number_of_processes(
     size: int, stopped: Path, alone: Path, ranks: Ranks, tmp_path: Path
@@ -208,6 +208,7 @@ mv {folder}/part.$RANK {folder}/said.$RANK
 """
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("does", "status"),
     [("exit 0", 0), ("test $RANK = 0 && exec sleep 60; exit 3", 3), ("exec sleep 60", 130)],
@@ -442,6 +443,7 @@ def test_replicas_share_each_batch_out_without_overlap(replicas: int) -> None:
             assert {len(share) for share in shares} == {12 // replicas} or len(batch) < 12
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("replicas", [2, 3, 40])
 def test_replicas_evaluate_each_image_once(replicas: int) -> None:
     parts = [batches_of((number, replicas), augment=None) for number in range(replicas)]

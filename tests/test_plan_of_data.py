@@ -39,8 +39,8 @@ def test_a_folders_classes_are_planned_for_and_the_plan_trains_with_it(pets: Pat
     said = cli_("plan", *arguments, "--gradients", "local", "--json", str(path))
     assert said.code == 0, said.err
     assert f"{CLASSES} classes" in said.out
-    printed = " ".join(said.out.split())
-    assert f"localgrad train --plan {path} --data {pets}" in printed
+    printed = "".join(said.out.split())
+    assert f"localgradtrain--plan{path}--data{pets}" in printed, "however a terminal breaks the line"
     assert json.loads(path.read_text())["made_for"]["num_classes"] == CLASSES
     trained = cli_(
         "train", "--plan", str(path), "--data", str(pets), "--epochs", "1", "--device", "cpu",
@@ -54,6 +54,7 @@ def test_data_that_is_missing_is_refused(cli_: Cli, tmp_path: Path) -> None:
     assert_refused(said, "none")
 
 
+@pytest.mark.heavy
 def test_the_largest_batch_is_no_larger_than_the_data(pets: Path, cli_: Cli) -> None:
     said = cli_("plan", *MODEL, "--data", str(pets), "--batch-size", "auto", "--budget", "8GiB", "--device", "cpu")
     assert said.code == 0, said.err

@@ -200,6 +200,7 @@ class Remembering(nn.Module):
         return self.head((x * table(x.shape[-1])).mean(1))  # type: ignore[no-any-return]
 
 
+@pytest.mark.heavy
 def test_tables_that_code_remembers_are_neither_real_among_fakes_nor_fake_afterwards() -> None:
     example = torch.randn(4, 6, 4)
     model = Remembering()

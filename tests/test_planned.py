@@ -426,7 +426,7 @@ def train(learner: LocalLearner) -> dict[str, Tensor]:
     return found | {f"objective.{key}": value for key, value in learner.modules[0].objective.state_dict().items()}
 
 
-@pytest.mark.few(1)
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("where", "error", "times"),
     [("backward", GPU, 1), ("backward", CPU, 2), ("recompute", GPU, 1)],
@@ -515,6 +515,7 @@ def test_a_run_that_ran_out_of_memory_says_what_to_type(
     assert_near(Path("a run"), uninterrupted)
 
 
+@pytest.mark.heavy
 def test_a_run_replans_and_goes_on(
     here: Path, cli_: Cli, uninterrupted: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -546,6 +547,7 @@ def test_a_run_that_always_runs_out_ends(here: Path, monkeypatch: pytest.MonkeyP
     assert "memory ran out in local module 1" in str(caught.value)
 
 
+@pytest.mark.heavy
 def test_memory_that_runs_out_elsewhere_is_told(here: Path, cli_: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     def validate(_: Any) -> Any:
         raise CPU

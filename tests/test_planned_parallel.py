@@ -241,6 +241,7 @@ def test_options_are_read() -> None:
         asked_for(4, "size")
 
 
+@pytest.mark.heavy
 def test_plan_in_python() -> None:
     model = make("vit", embed_dim=16, depth=3)
     plan = localgrad.plan(model, batch_size=16, input_size=SIZE, parallel=2)

@@ -64,6 +64,7 @@ def test_every_block_is_taken_once_and_what_is_given_back_was_taken() -> None:
     assert trace.label_at(indices[3]) == "last batch"
 
 
+@pytest.mark.heavy
 def test_the_learner_is_left_alone_and_two_records_are_the_same() -> None:
     learner = learner_of()
     before = {name: weight.clone() for name, weight in learner.model.named_parameters()}
@@ -125,6 +126,7 @@ def test_counters_of_steps_stay_on_the_processor() -> None:
     assert sizes(trace).count(4) < number
 
 
+@pytest.mark.heavy
 def test_end_to_end_steps_hold_all_gradients() -> None:
     learner = learner_of()
     assert held_at_most(record(learner, globally=True)) != held_at_most(record(learner))

@@ -239,7 +239,7 @@ def test_what_doesnt_go_together_is_refused_in_one_line(changes: dict[str, Any],
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.few(1)
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "changes",
     [

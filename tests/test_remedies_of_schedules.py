@@ -171,7 +171,7 @@ def test_local_and_global_steps_share_state_and_resume_bit_for_bit() -> None:
     assert learners[0].num_steps == 8
 
 
-@pytest.mark.few(1)
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("kind", "more"),
     [

@@ -283,6 +283,7 @@ def test_execution_does_not_change_results(finished: Path, tmp_path: Path) -> No
             assert found == pytest.approx(expected, rel=2e-3)
 
 
+@pytest.mark.heavy
 def test_a_default_folder_is_made_below_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     first, second = (Path(run.train(micro({"training.epochs": 1}))["folder"]) for _ in range(2))
@@ -427,6 +428,7 @@ def test_a_signal_during_validation_stops_the_run_after_the_epoch_is_saved(
     assert_same_run(tmp_path / "run", finished)
 
 
+@pytest.mark.heavy
 def test_a_run_killed_before_its_first_checkpoint_starts_again(finished: Path, tmp_path: Path) -> None:
     def crash(event: Event) -> None:
         if isinstance(event, EpochEnded):
@@ -504,6 +506,7 @@ def only_checkpoint(folder: Path) -> Path:
     return folder / "checkpoints" / "last.pt"
 
 
+@pytest.mark.heavy
 def test_another_method_is_refused_with_the_difference(stopped: Path) -> None:
     changed = micro({"training.epochs": 3, "model.drop_path": 0.1})
     with pytest.raises(RecipeError, match=r"model\.drop_path: None -> 0\.1; training\.epochs: 2 -> 3"):

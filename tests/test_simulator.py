@@ -241,6 +241,7 @@ def test_with_a_core_for_each_rank_it_is_the_exact_simulation(
         assert found[name].batches == expected.batches
 
 
+@pytest.mark.heavy
 @settings(max_examples=30)
 @given(modules=MODULES, num_buffers=COUNTS["num_buffers"], microbatches=COUNTS["microbatches"])
 def test_with_a_core_for_each_rank_it_runs_as_evenly(
@@ -252,6 +253,7 @@ def test_with_a_core_for_each_rank_it_runs_as_evenly(
         assert found[name].period == pytest.approx(expected.period)
 
 
+@pytest.mark.heavy
 @given(ranks=RANKS_ON_CORES, **COUNTS)
 def test_shared_cores_are_between_all_work_on_one_core_and_what_each_must_do(
     ranks: tuple[list[Module], list[int]], steps: int, num_buffers: int, microbatches: int
@@ -273,6 +275,7 @@ def test_shared_cores_are_between_all_work_on_one_core_and_what_each_must_do(
         assert all(0 <= idle <= 1 for idle in found.idle)
 
 
+@pytest.mark.heavy
 @given(modules=MODULES, **COUNTS)
 def test_one_core_is_never_idle(modules: list[Module], steps: int, num_buffers: int, microbatches: int) -> None:
     for found in on_cores(modules, [0] * len(modules), steps, num_buffers, microbatches).values():

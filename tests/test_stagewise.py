@@ -343,6 +343,7 @@ def test_a_cache_is_used_again_only_for_the_same_weights(folder: RunFolder, monk
 # ------------------------------------------------------------------------------------- one module at a time
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("_no_collector")
 def test_only_the_trained_modules_optimizer_lives(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make(folder)
@@ -414,7 +415,7 @@ def test_only_the_trained_modules_weights_are_on_the_device(folder: RunFolder, m
     assert where == {0: "cpu", 1: "cpu:0", 2: "cpu"}
 
 
-@pytest.mark.few(1)
+@pytest.mark.heavy
 @pytest.mark.parametrize(("objective", "model"), [("feature", SWIN), ("image", VIT)], ids=["swin", "vit"])
 def test_the_peak_is_below_that_of_training_together(objective: str, model: dict[str, Any]) -> None:
     """By at least the optimizer state and the weights of the other modules."""
@@ -537,7 +538,7 @@ def test_a_run_stopped_in_any_module_goes_on_bit_for_bit(
     assert not (tmp_path / "run" / "cache").exists()
 
 
-@pytest.mark.few(1)
+@pytest.mark.heavy
 @pytest.mark.parametrize("epoch", [2, 3, 8])
 def test_a_run_killed_between_its_best_weights_and_its_checkpoint_goes_on(
     epoch: int, finished: Path, tmp_path: Path

@@ -73,6 +73,7 @@ def test_the_number_is_written_down_and_trains_the_same_again(tmp_path: Path) ->
     assert weights[0] == weights[1]
 
 
+@pytest.mark.heavy
 def test_the_number_is_kept_on_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     add = EpochSums.add

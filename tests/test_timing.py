@@ -79,6 +79,7 @@ def test_timing_leaves_the_model_and_the_random_state_as_they_were() -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in backbone.state_dict().items())
 
 
+@pytest.mark.heavy
 def test_a_plan_by_the_clock_says_so_and_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     monkeypatch.setattr(

@@ -669,7 +669,7 @@ def num_frozen(freeze: str | float, num_blocks: int) -> int:
         if isinstance(freeze, int) and 1 <= freeze <= num_blocks:
             return freeze
         if isinstance(freeze, float) and 0 < freeze <= 1:
-            return round(freeze * num_blocks)
+            return max(1, round(freeze * num_blocks))
     raise BackboneError(
         f"{arg('freeze', freeze)}: take stem, a number of blocks from 1 to {num_blocks}, or a share of them, such as "
         "0.5."
