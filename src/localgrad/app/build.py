@@ -20,6 +20,7 @@ from localgrad import rules
 from localgrad.app.hub_models import is_on_hub
 from localgrad.app.recipe import ModelSettings, Recipe, TrainingSettings, validated
 from localgrad.app.threads import choose_threads
+from localgrad.backbones.adapters import with_adapters
 from localgrad.backbones.base import BACKBONES, Backbone, split
 from localgrad.backbones.namespaces import Kwargs
 from localgrad.backbones.timm_models import default_input_size
@@ -124,6 +125,8 @@ def build(
     model = model if waits else model.to(device)
     backbone = model if isinstance(model, Backbone) else split(model, size, blocks=settings_of_model.blocks)
     backbone = backbone if training.freeze is None else backbone.frozen(training.freeze)
+    learns = _what_learns(recipe, backbone)
+    data = data if learns is None else data.said(learns)
     made_by = None
     if planned is not None:
         recipe, made_by = planned(recipe, backbone, data)
@@ -230,8 +233,7 @@ class _MadeModel:
 def _make_model(recipe: Recipe, settings: ModelSettings, info: DataInfo, *, chooses: bool) -> _MadeModel:
     def make() -> tuple[nn.Module, LoadedWeights | None]:
         _seed_everything(recipe.method.seed)
-        made = create_model(settings, num_classes=info.num_classes, num_channels=info.num_channels)
-        return made, None if settings.weights is None else start_from(made, settings.weights)
+        return make_model(settings, num_classes=info.num_classes, num_channels=info.num_channels)
 
     model, weights = make()
     size = input_size_of(model, settings, info.num_channels)
@@ -288,6 +290,17 @@ def _settled(recipe: Recipe, data: Splits, made: _MadeModel, *, is_new: bool) ->
     )
     settings = replace(recipe.method.data, mean=mean, std=std)
     return replace(recipe, method=replace(recipe.method, data=settings)), data
+
+
+def _what_learns(recipe: Recipe, backbone: Backbone) -> str | None:
+    """A line for a run in which some weights stay as they are."""
+    how = {"freeze": recipe.method.training.freeze, "lora": recipe.method.model.lora}
+    asked = [arg(name, value) for name, value in how.items() if value is not None]
+    if not asked:
+        return None
+    weights = list(backbone.model.parameters())
+    learning = sum(weight.numel() for weight in weights if weight.requires_grad)
+    return f"{' and '.join(asked)}: {learning / sum(weight.numel() for weight in weights):.2%} of the weights learn."
 
 
 def _trained_with(made: _MadeModel) -> tuple[Sequence[float], Sequence[float]] | None:
@@ -397,6 +410,20 @@ def build_recipe_objective(recipe: Recipe) -> Objective:
     return made
 
 
+def make_model(
+    settings: ModelSettings, *, num_classes: int | None, num_channels: int
+) -> tuple[nn.Module, LoadedWeights | None]:
+    """The model of a recipe with the weights that it starts from and its adapters, and what became of the weights.
+
+    Raises:
+        BackboneError: it can't be made, or its weights can't be loaded.
+        RecipeError: a library is missing.
+    """
+    model = create_model(settings, num_classes=num_classes, num_channels=num_channels)
+    weights = None if settings.weights is None else start_from(model, settings.weights)
+    return model if settings.lora is None else with_adapters(model, settings.lora), weights
+
+
 def create_model(settings: ModelSettings, *, num_classes: int | None, num_channels: int) -> nn.Module:
     """Make the model of a recipe for a data set: timm's, with no number of classes timm's own; or a plugin's backbone.
 
@@ -415,10 +442,9 @@ def create_model(settings: ModelSettings, *, num_classes: int | None, num_channe
     classes = {} if num_classes is None else {"num_classes": num_classes}
 
     if settings.name in BACKBONES:
-        if settings.weights is not None:
-            raise BackboneError(
-                f"{arg('weights')}: {settings.name} is a plugin's, which loads its own; name timm's model."
-            )
+        for name in ("weights", "lora"):
+            if getattr(settings, name) is not None:
+                raise BackboneError(f"{arg(name)}: {settings.name} is a plugin's; it is for timm's models alone.")
         if settings.pretrained:
             options["pretrained"] = True
         return _made_by_plugin(settings.name, {"in_chans": num_channels, **classes, **options})

@@ -22,6 +22,7 @@ from localgrad.app.planned import note_of_plan
 from localgrad.app.recipe import Recipe, difference
 from localgrad.app.replanning import Replanner
 from localgrad.app.run_folders import read_recipe
+from localgrad.backbones.adapters import without_adapters
 from localgrad.errors import (
     CheckpointError,
     DeviceError,
@@ -381,7 +382,7 @@ def _finish(job: Job, trainer: Trainer, peaks: Peaks) -> Summary:
     accuracy, by_module = trainer.test(job.evaluation_batches(job.data.test))
     if job.speaks:
         weights = below(load_saved_weights(trainer.folder.best), "model.")
-        save_weights(trainer.folder.path / "model.safetensors", weights)
+        save_weights(trainer.folder.path / "model.safetensors", without_adapters(weights))
     if job.team is not None:
         add_skipped_of_all(job.team, job.data.skipped)
     position = trainer.position

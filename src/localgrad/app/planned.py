@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from localgrad import rules
-from localgrad.app.build import build_recipe_objective, check_model_name, check_patches, create_model, input_size_of
+from localgrad.app.build import build_recipe_objective, check_model_name, check_patches, input_size_of, make_model
 from localgrad.app.data_path import data_path_of
 from localgrad.app.hub_models import is_on_hub, make_from_config
 from localgrad.app.recipe import Recipe, overlay
@@ -96,7 +96,8 @@ def data_planned_for(recipe: Recipe, name: str) -> PlannedData:
 
 
 REMEMBERED = (
-    *("model.name", "model.img_size", "model.patch_size", "model.drop_path", "model.blocks", "model.options"),
+    *("model.name", "model.img_size", "model.patch_size", "model.drop_path", "model.lora", "model.blocks"),
+    "model.options",
     "training.batch_size",
     *("training.optimizer", "training.ema_decay", "training.clip_grad", "training.global_every"),
     *("training.global_tail", "training.freeze", "local.objective", "local.options", "local.overlap"),
@@ -104,7 +105,7 @@ REMEMBERED = (
 )
 """What a plan's figures depend on, by the recipe's keys."""
 
-LATER = ("training.freeze",)
+LATER = ("model.lora", "training.freeze")
 """Of them, those that plans of 0.1.0 don't have: they were off."""
 
 VERSIONS = ("localgrad", "torch", "timm")
@@ -161,7 +162,7 @@ def task_of(
     check_model_name(settings.name)
     # A backbone of a plugin is proved as it is made, for which it needs values.
     with nullcontext() if settings.name in BACKBONES else without_initialization():
-        model = create_model(settings, num_classes=data.num_classes, num_channels=data.num_channels)
+        model, _ = make_model(settings, num_classes=data.num_classes, num_channels=data.num_channels)
     size = input_size_of(model, settings, data.num_channels)
     check_patches(model, size[1:])
     backbone = model if isinstance(model, Backbone) else outline(model, size, blocks=settings.blocks)

@@ -76,6 +76,9 @@ class ModelSettings:
     weights: str | None = option(
         None, "Start from these: a file, a folder (timm's, or a run's), or hf-hub:OWNER/NAME.", METHOD
     )
+    lora: Positive | None = option(
+        None, "Train adapters of this rank in every linear layer, and the head; no other weight. Needs peft.", METHOD
+    )
     blocks: str | None = option(None, "Dotted name of the container of its blocks; by default found.", METHOD)
     options: Values = option(dict, "Further keyword arguments of timm.create_model, such as depths.")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from localgrad.app.build import create_model, input_size_of, resolve_device
+from localgrad.app.build import input_size_of, make_model, resolve_device
 from localgrad.app.fitting import of_best
 from localgrad.app.recipe import Recipe, validated
 from localgrad.app.run_folders import build_again, check_data, place_of, read_description, read_recipe
@@ -125,7 +125,7 @@ def predict(
     load_plugins(recipe.execution.plugins)
     where = resolve_device(recipe.execution.device)
     settings = replace(recipe.method.model, pretrained=False, weights=None)
-    made = create_model(settings, num_classes=info.num_classes, num_channels=info.num_channels)
+    made, _ = make_model(settings, num_classes=info.num_classes, num_channels=info.num_channels)
     size = input_size_of(made, settings, info.num_channels)
     model = made.model if isinstance(made, Backbone) else made
     load_weights(model, below(load_saved_weights(path / _BEST), "model."))

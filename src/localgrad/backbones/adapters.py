@@ -3,17 +3,23 @@
 So the model is what is split, and each adapter is a layer like any other: trained by the local module that its block is
 in, while frozen weights are only read. ``save_pretrained`` of the wrapper saves the adapters. Adapters that stand in no
 layer (virtual tokens before the inputs) can't be had without the wrapper. peft is known by its name and by public
-methods, and isn't imported.
+methods, and is imported only to make adapters.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from localgrad.backbones.example import Example
 from localgrad.backbones.state import left_as_it_was
-from localgrad.errors import BackboneError
+from localgrad.backbones.timm_models import beginnings_of_heads
+from localgrad.errors import BackboneError, RecipeError, arg
+
+SCALING = 2
+"""Factor on what adapters add: peft's ``lora_alpha`` is so many times the rank."""
 
 
 def is_adapted(model: object) -> bool:
@@ -56,3 +62,44 @@ def check_calls_alike(wrapper: nn.Module, model: nn.Module, given: Example) -> N
                 f"model: {type(wrapper).__name__} gives other logits than the model in it, whose blocks are called "
                 "without it; take adapters that stand in layers alone, such as peft.LoraConfig."
             )
+
+
+def with_adapters(model: nn.Module, rank: int) -> nn.Module:
+    """Put LoRA adapters (arXiv 2106.09685) into every linear layer of a timm model; they and its head learn.
+
+    Args:
+        model: changed in place.
+        rank: of the adapters.
+
+    Raises:
+        RecipeError: peft is missing.
+        BackboneError: there is no linear layer but the head.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise RecipeError(f"{arg('lora', rank)}: it needs peft ({error}); pip install 'localgrad[peft]'.") from error
+    heads = beginnings_of_heads(model)
+    linear = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    targets = [name for name in linear if not f"{name}.".startswith(heads)]
+    if not targets:
+        raise BackboneError(
+            f"{arg('lora', rank)}: {type(model).__name__} has no linear layers but its head; freeze its first blocks "
+            f"instead ({arg('freeze', 0.5)})."
+        )
+    config = peft.LoraConfig(r=rank, lora_alpha=SCALING * rank, target_modules=targets)
+    adapted: nn.Module = peft.inject_adapter_in_model(config, model)
+    for name, weight in adapted.named_parameters():
+        weight.requires_grad = "lora_" in name or name.startswith(heads)
+    return adapted
+
+
+def without_adapters(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The plain model's weights: what adapters learnt is added to the layers that they are in."""
+    plain = {name.replace(".base_layer.", "."): each for name, each in weights.items() if ".lora_" not in name}
+    for name in weights:
+        layer, is_base, rest = name.partition(".base_layer.")
+        if is_base and rest == "weight":
+            low, high = (weights[f"{layer}.lora_{side}.default.weight"] for side in "AB")
+            plain[f"{layer}.{rest}"] = plain[f"{layer}.{rest}"] + SCALING * (high @ low)
+    return plain

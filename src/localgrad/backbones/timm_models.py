@@ -356,3 +356,10 @@ unsupported = Unsplittable
 def attribute(model: nn.Module, name: str) -> Any:
     """One of timm's optional attributes, None where this model has none: the only such look-up in this file."""
     return getattr(model, name, None)
+
+
+def beginnings_of_heads(model: nn.Module) -> tuple[str, ...]:
+    """What the names of a timm model's classifiers begin with."""
+    named = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ("head", "fc", "classifier")
+    names = (named,) if isinstance(named, str) else tuple(named)
+    return tuple(f"{name}." for name in names)

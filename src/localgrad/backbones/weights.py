@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from localgrad.backbones.by_hand import listed
+from localgrad.backbones.timm_models import beginnings_of_heads
 from localgrad.errors import BackboneError, arg, did_you_mean, reason_of
 
 FILES = ("model.safetensors", "pytorch_model.bin", "model.pth")
@@ -81,7 +82,7 @@ def start_from(model: nn.Module, source: str) -> LoadedWeights:
     weights = _renamed(model, found.weights, source)
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     kept = set(model.state_dict())
-    head = _head_of(model)
+    head = beginnings_of_heads(model)
     resized = [
         name for name, tensor in found.weights.items() if name in weights and weights[name].shape != tensor.shape
     ]
@@ -202,13 +203,6 @@ def _renamed(model: nn.Module, weights: dict[str, Tensor], source: str) -> dict[
         ) from error
 
 
-def _head_of(model: nn.Module) -> tuple[str, ...]:
-    """Beginnings of the names of a timm model's classifiers."""
-    named = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ("head", "fc", "classifier")
-    names: Sequence[str] = (named,) if isinstance(named, str) else tuple(named)
-    return tuple(f"{name}." for name in names)
-
-
 def _first_convolution(model: nn.Module) -> str:
     named = (getattr(model, "pretrained_cfg", None) or {}).get("first_conv") or ""
     return named if isinstance(named, str) else str(next(iter(named), ""))
@@ -232,7 +226,7 @@ def _check_enough(
     source: str,
 ) -> None:
     """Refuse a file of which little or nothing is this model's."""
-    head = _head_of(model)
+    head = beginnings_of_heads(model)
     body = {name: tensor.numel() for name, tensor in own.items() if not name.startswith(head)}
     share = sum(count for name, count in body.items() if name in taken) / max(1, sum(body.values()))
     if share < LEAST:

@@ -1,0 +1,106 @@
+"""``--lora``: adapters of peft in a run, alone and under local modules, and plain weights at its end."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from helpers import SIZE, adamw, assert_refused, batches, copied, make
+from localgrad.backbones.adapters import with_adapters, without_adapters
+from localgrad.backbones.base import split
+from localgrad.errors import BackboneError
+from localgrad.learner import LocalLearner
+
+if TYPE_CHECKING:
+    from helpers import Cli
+
+peft = pytest.importorskip("peft")
+
+SMALL = {"depth": 2, "embed_dim": 24, "patch_size": 8, "img_size": 16, "in_chans": 1, "num_classes": 10}
+OPTIONS = ["--data", "digits", "--model", "vit_tiny_patch16_224", "--img-size", "16", "--patch-size", "8"]
+OPTIONS += ["--set", "model.options.depth=2", "--set", "model.options.embed_dim=24", "--set", "data.limit=64"]
+OPTIONS += ["--batch-size", "16", "--device", "cpu", "--epochs", "1"]
+
+
+@pytest.mark.parametrize("kind", ["vit", "swin"])
+@pytest.mark.parametrize("modules", [1, 2])
+def test_adapters_and_head_learn_and_nothing_else(kind: str, modules: int) -> None:
+    plain = make(kind)
+    model = with_adapters(copy.deepcopy(plain), 4)
+    learner = LocalLearner(split(model, SIZE), modules=modules)
+    learner.configure_optimizers(adamw)
+    before = copied(model)
+    for images, labels in batches(2):
+        learner.step(images, labels)
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed
+    assert all(".lora_" in name or name.startswith("head.") for name in changed)
+    assert {name.partition(".lora_")[0] for name in changed if ".lora_" in name} == {
+        name
+        for name, layer in plain.named_modules()
+        if isinstance(layer, torch.nn.Linear) and not name.startswith("head")
+    }
+
+
+def test_plain_weights_are_those_that_peft_merges() -> None:
+    model = with_adapters(make("vit"), 4)
+    learner = LocalLearner(split(model, SIZE), modules=1)
+    learner.configure_optimizers(adamw)
+    for images, labels in batches(3):
+        learner.step(images, labels)
+    plain = make("vit")
+    plain.load_state_dict(without_adapters(model.state_dict()))
+    images = batches(1)[0][0]
+    with torch.no_grad():
+        assert torch.allclose(plain.eval()(images), model.eval()(images), atol=1e-5)
+    for layer in model.modules():
+        if isinstance(layer, peft.tuners.lora.LoraLayer):
+            layer.merge()
+    merged = model.blocks[1].mlp.fc1.base_layer.weight
+    assert torch.allclose(plain.blocks[1].mlp.fc1.weight, merged, atol=1e-7)
+
+
+def test_weights_without_adapters_stay_as_they_are() -> None:
+    weights = make("vit").state_dict()
+    assert all(without_adapters(weights)[name] is tensor for name, tensor in weights.items())
+    assert list(without_adapters(weights)) == list(weights)
+
+
+def test_a_run_starts_from_a_file_and_ends_in_plain_weights(cli_: Cli, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    save_file(timm.create_model("vit_tiny_patch16_224", **SMALL).state_dict(), tmp_path / "w.safetensors")
+    start = load_file(tmp_path / "w.safetensors")
+    lora = ["--lora", "2", "--weights", str(tmp_path / "w.safetensors"), "--modules", "2", "--lr", "0.01"]
+    run = tmp_path / "run"
+    said = cli_("train", *OPTIONS, *lora, "--set", "training.warmup_epochs=0", "--out", str(run))
+    assert said.code == 0, said.err
+    assert "--lora 2: " in said.out
+    assert "% of the weights learn." in said.out
+    trained = load_file(run / "model.safetensors")
+    assert trained.keys() == start.keys()
+    assert not torch.equal(trained["blocks.0.mlp.fc1.weight"], start["blocks.0.mlp.fc1.weight"])
+    assert torch.equal(trained["norm.weight"], start["norm.weight"])
+    evaluated = cli_("evaluate", str(run), "--device", "cpu")
+    assert evaluated.code == 0, evaluated.err
+    summary = json.loads((run / "summary.json").read_text())
+    assert f"{summary['test_accuracy']:.2%}" in evaluated.out
+    planned = cli_("plan", *OPTIONS[:-6], "--lora", "2", "--batch-size", "16", "--device", "cpu", "--budget", "1GiB")
+    assert planned.code == 0, planned.err
+
+
+def test_mistakes_are_one_line(cli_: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_refused(cli_("train", *OPTIONS, "--lora", "0"), "lora")
+    monkeypatch.setitem(__import__("sys").modules, "peft", None)
+    assert_refused(cli_("train", *OPTIONS, "--lora", "2"), "--lora 2", "pip install 'localgrad[peft]'")
+
+
+def test_a_model_without_linear_layers_is_refused() -> None:
+    with pytest.raises(BackboneError, match="lora=4: ResNet has no linear layers but its head"):
+        with_adapters(make("resnet"), 4)
