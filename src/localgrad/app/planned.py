@@ -144,6 +144,11 @@ def task_of(
         check_source(recipe.method.model.weights)  # of which figures don't depend on values
     settings = replace(recipe.method.model, pretrained=False, weights=None)
     if is_on_hub(settings.name):
+        if settings.lora is not None:
+            raise RecipeError(
+                f"{arg('lora')}: adapters aren't put into models of transformers here; in Python, localgrad.plan takes "
+                "the model as peft made it."
+            )
         made = make_from_config(
             settings,
             num_classes=data.num_classes,
@@ -197,7 +202,13 @@ def task_on(
         objective=build_recipe_objective(recipe).with_pixels(
             *zip(*[(0.5, 0.25)] * (backbone.input_size[0] if len(backbone.input_size) == 3 else 1), strict=True)
         ),
-        optimizer=OptimizerFactory(model, name=training.optimizer, lr=training.lr, weight_decay=training.weight_decay),
+        optimizer=OptimizerFactory(
+            model,
+            name=training.optimizer,
+            lr=training.lr,
+            weight_decay=training.weight_decay,
+            layer_decay=training.layer_decay,
+        ),
         precision=execution.precision,
         device=device,
         compiled=execution.compile,

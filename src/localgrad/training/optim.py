@@ -73,7 +73,7 @@ class OptimizerFactory:
     @property
     def cache_key(self) -> str:
         """A text that is the same for factories whose optimizers need the same memory."""
-        return self.name.lower()
+        return self.name.lower() + " by layers" * bool(self._scales)
 
     def __call__(self, parameters: list[nn.Parameter]) -> Optimizer:
         """Make the optimizer of one local module.
