@@ -789,6 +789,7 @@ def test_the_number_of_modules_holds_for_every_batch(task: Task, monkeypatch: py
 # In Python -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.heavy
 def test_plan_in_python() -> None:
     plan = localgrad.plan(vit(), batch_size=16, input_size=SIZE)
     assert plan.num_modules == 1

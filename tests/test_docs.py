@@ -137,7 +137,8 @@ def commands(language: str = "sh") -> Iterator[Any]:
             for line in block.text.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True)
                 if words:
-                    yield pytest.param(words, id=f"{block.page}: {' '.join(words)}")
+                    marks = [pytest.mark.heavy] if "--plugin" in words else []  # a process of its own
+                    yield pytest.param(words, id=f"{block.page}: {' '.join(words)}", marks=marks)
 
 
 def parse(app: typer.Typer, words: list[str]) -> None:

@@ -148,6 +148,7 @@ def test_models_of_every_library(name: str) -> None:
     assert all(torch.equal(tensor, before[key]) for key, tensor in backbone.stem.state_dict().items())
 
 
+@pytest.mark.heavy
 def test_plans_count_what_stands_still() -> None:
     whole = outline(make("vit", depth=6), SIZE)
     still = outline(make("vit", depth=6), SIZE).frozen(0.5)

@@ -73,6 +73,7 @@ def test_weights_without_adapters_stay_as_they_are() -> None:
     assert list(without_adapters(weights)) == list(weights)
 
 
+@pytest.mark.heavy
 def test_a_run_starts_from_a_file_and_ends_in_plain_weights(cli_: Cli, tmp_path: Path) -> None:
     torch.manual_seed(0)
     save_file(timm.create_model("vit_tiny_patch16_224", **SMALL).state_dict(), tmp_path / "w.safetensors")

@@ -147,7 +147,7 @@ MORE_BY_RANKS = {
 @pytest.mark.parametrize(
     ("size", "names"),
     [
-        (2, ["four", "reconcile"]),
+        (2, ["four"]),
         *(pytest.param(*each, marks=pytest.mark.heavy) for each in (*BY_RANKS.items(), *MORE_BY_RANKS.items())),
     ],
 )

@@ -594,6 +594,7 @@ def test_processes_that_want_different_things_are_refused(
     assert_refused(ranks.run([command, [*command, *different]], size=2), "rank 1 has another recipe than rank 0")
 
 
+@pytest.mark.heavy
 def test_a_run_of_other_modules_cant_be_resumed(ranks: Ranks, stopped: Path) -> None:
     assert_refused(ranks.run(["train", "--resume", stopped, "--modules", "2"], size=2), "local.modules")
 
