@@ -7,7 +7,7 @@ import itertools
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from rich.console import Console
@@ -30,10 +30,14 @@ if TYPE_CHECKING:
 BATCH = 128
 
 
+def task_of(depth: int, **more: Any) -> Task:
+    backbone = outline(make("vit", depth=depth), (3, 32, 32))
+    return Task(backbone=backbone, objective=GreedySupervised(classifier="linear"), optimizer=adamw, **more)
+
+
 @pytest.fixture(scope="module")
 def task() -> Task:
-    model = make("vit", depth=6)
-    return Task(backbone=outline(model, (3, 32, 32)), objective=GreedySupervised(classifier="linear"), optimizer=adamw)
+    return task_of(6)
 
 
 @pytest.fixture(scope="module")
@@ -90,12 +94,11 @@ def test_where_no_exact_one_fits_the_least_is_told(task: Task, search: Search) -
 
 
 @pytest.mark.heavy
-def test_so_many_modules_at_most_unless_more_are_asked_for(
-    task: Task, search: Search, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_so_many_modules_at_most_unless_more_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert MOST_MODULES == 4
     monkeypatch.setattr(budget, "MOST_MODULES", 2)  # of so small a model no plan of more than three is the smallest
-    task = replace(task, accumulation=1)
+    task = task_of(10, accumulation=1)
+    search = Search(replace(task, modules="any"), task.costs(BATCH))
     narrow = Search(task, search.costs)
     assert len(search.smallest().choices) > 2 >= len(narrow.smallest().choices)
     assert all(len(each.choices) <= 2 for each in narrow.frontier())
