@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,20 +20,18 @@ def proved_once(prove: Callable[..., Shown]) -> Callable[..., Shown]:
     def proved(
         model: nn.Module,
         chain: nn.Module,
-        parts: Sequence[nn.Module],
+        parts: Any,
         blocks: Sequence[tuple[str, nn.Module]],
         images: Tensor,
-        *,
-        moving: Collection[nn.Module] = (),
-        call: Callable[[Tensor], Any] | None = None,
+        **more: Any,
     ) -> Shown:
         # With a call, the parts were made by hand, or by watching: any parts may be given there.
-        about = None if call is not None or moving else _about(model, images)
+        about = None if any(more.values()) else _about(model, images)
         if about is None:
-            return prove(model, chain, parts, blocks, images, moving=moving, call=call)
+            return prove(model, chain, parts, blocks, images, **more)
         key = (about, tuple(name for name, _ in blocks))
         if key not in passed:
-            passed[key] = prove(model, chain, parts, blocks, images, moving=moving)
+            passed[key] = prove(model, chain, parts, blocks, images)
         return passed[key]
 
     return proved

@@ -335,15 +335,20 @@ def _optimizer_alone(learner: Learner, index: int, optimizer: Factories) -> Opti
     return learner.local_step(index, optimizer).optimizer
 
 
-def optimizers_of(training: TrainingSettings, model: nn.Module, num_modules: int) -> Factories:
-    """One optimizer factory for all local modules, or one each where depth has its own settings."""
-    factory = OptimizerFactory(
+def optimizer_of(training: TrainingSettings, model: nn.Module) -> OptimizerFactory:
+    """The optimizer factory of a recipe, the same for every depth."""
+    return OptimizerFactory(
         model,
         name=training.optimizer,
         lr=training.lr,
         weight_decay=training.weight_decay,
         layer_decay=training.layer_decay,
     )
+
+
+def optimizers_of(training: TrainingSettings, model: nn.Module, num_modules: int) -> Factories:
+    """One optimizer factory for all local modules, or one each where depth has its own settings."""
+    factory = optimizer_of(training, model)
     if training.lr_depth == training.weight_decay_depth == (1.0, 1.0):
         return factory
 

@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from localgrad import rules
-from localgrad.app.build import build_recipe_objective, check_model_name, check_patches, input_size_of, make_model
+from localgrad.app.build import (
+    build_recipe_objective,
+    check_model_name,
+    check_patches,
+    default_transform,
+    input_size_of,
+    make_model,
+    optimizer_of,
+)
 from localgrad.app.data_path import data_path_of
 from localgrad.app.hub_models import is_on_hub, make_from_config
 from localgrad.app.recipe import Recipe, overlay
@@ -36,7 +44,6 @@ from localgrad.planning.rank_plans import Parallel, plan_parallel
 from localgrad.registry import load_plugins
 from localgrad.step.local_step import check_precision
 from localgrad.step.states import kind_of_optimizer
-from localgrad.training.optim import OptimizerFactory
 
 if TYPE_CHECKING:
     from localgrad.training.data import Splits
@@ -82,7 +89,6 @@ def data_planned_for(recipe: Recipe, name: str) -> PlannedData:
         return PlannedData()
     if name in KNOWN:
         return PlannedData(*KNOWN[name])
-    from localgrad.app.build import default_transform
     from localgrad.training.data import load_data  # only who has data of their own needs it
 
     method, side = recipe.method, recipe.method.model.img_size
@@ -192,7 +198,6 @@ def task_on(
     data: Splits | None = None,
 ) -> Task:
     """What a recipe is to train, on a backbone that is there already, and with data that was read, if it was."""
-    model = backbone.model
     is_of_images = len(backbone.input_size) == 3 and backbone.given.is_single
     training, local, execution = recipe.method.training, recipe.method.local, recipe.execution
     rules.check({**recipe.arguments(), "checkpoint": None, "plan": True})  # a plan says itself what is recomputed
@@ -202,13 +207,7 @@ def task_on(
         objective=build_recipe_objective(recipe).with_pixels(
             *zip(*[(0.5, 0.25)] * (backbone.input_size[0] if len(backbone.input_size) == 3 else 1), strict=True)
         ),
-        optimizer=OptimizerFactory(
-            model,
-            name=training.optimizer,
-            lr=training.lr,
-            weight_decay=training.weight_decay,
-            layer_decay=training.layer_decay,
-        ),
+        optimizer=optimizer_of(training, backbone.model),
         precision=execution.precision,
         device=device,
         compiled=execution.compile,
