@@ -205,6 +205,8 @@ def test_a_run_is_planned_trained_stopped_and_resumed(
 
 def test_mistakes_are_one_line(cli_: Cli) -> None:
     assert_refused(cli_("train", *OPTIONS, "--freeze", "head"), "--freeze head", "take stem, a number of blocks")
+    said = cli_("train", *OPTIONS, "--freeze", "0.5", "--modules", "3")
+    assert_refused(said, "--freeze 0.5", "leaves 2 of the blocks", "--modules 2")
     assert_refused(cli_("train", *OPTIONS, "--layer-decay", "1.5"), "layer_decay")
 
 

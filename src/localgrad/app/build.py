@@ -124,7 +124,7 @@ def build(
     waits = is_sequential or execution.offload or team is not None  # on the processor, until its modules are made
     model = model if waits else model.to(device)
     backbone = model if isinstance(model, Backbone) else split(model, size, blocks=settings_of_model.blocks)
-    backbone = backbone if training.freeze is None else backbone.frozen(training.freeze)
+    backbone = frozen_as_said(recipe, backbone)
     learns = _what_learns(recipe, backbone)
     data = data if learns is None else data.said(learns)
     made_by = None
@@ -290,6 +290,26 @@ def _settled(recipe: Recipe, data: Splits, made: _MadeModel, *, is_new: bool) ->
     )
     settings = replace(recipe.method.data, mean=mean, std=std)
     return replace(recipe, method=replace(recipe.method, data=settings)), data
+
+
+def frozen_as_said(recipe: Recipe, backbone: Backbone) -> Backbone:
+    """A backbone whose first blocks stay as they are, where a recipe says so.
+
+    Raises:
+        BackboneError: these can't be frozen.
+        RecipeError: fewer blocks are left to learn than there are to be local modules.
+    """
+    freeze, modules = recipe.method.training.freeze, recipe.method.local.modules
+    if freeze is None:
+        return backbone
+    backbone = backbone.frozen(freeze)
+    left = len(backbone.blocks)
+    if isinstance(modules, int) and modules > left:
+        raise RecipeError(
+            f"{arg('freeze', freeze)}: it leaves {left} of the blocks for local modules, too few for "
+            f"{arg('modules', modules)}; take {arg('modules', left)}, or freeze fewer."
+        )
+    return backbone
 
 
 def _what_learns(recipe: Recipe, backbone: Backbone) -> str | None:

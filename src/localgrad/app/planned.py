@@ -21,6 +21,7 @@ from localgrad.app.build import (
     check_model_name,
     check_patches,
     default_transform,
+    frozen_as_said,
     input_size_of,
     make_model,
     optimizer_of,
@@ -164,7 +165,7 @@ def task_of(
         )
         outlined = outline(made.model, example=made.example, blocks=settings.blocks)
         check_precision(recipe.execution.precision, torch.device("cpu"), outlined.dtype)
-        return replace(task_on(recipe, _frozen(outlined, recipe), **how), measure=measure)
+        return replace(task_on(recipe, frozen_as_said(recipe, outlined), **how), measure=measure)
     for name, value in (("sequence_length", sequence_length), ("task", hub_task)):
         if value is not None:
             raise RecipeError(
@@ -177,13 +178,8 @@ def task_of(
     size = input_size_of(model, settings, data.num_channels)
     check_patches(model, size[1:])
     backbone = model if isinstance(model, Backbone) else outline(model, size, blocks=settings.blocks)
-    task = task_on(recipe, _frozen(backbone, recipe), data=data.splits, **how)
+    task = task_on(recipe, frozen_as_said(recipe, backbone), data=data.splits, **how)
     return replace(task, measure=measure, num_images=data.num_images)
-
-
-def _frozen(backbone: Backbone, recipe: Recipe) -> Backbone:
-    freeze = recipe.method.training.freeze
-    return backbone if freeze is None else backbone.frozen(freeze)
 
 
 def task_on(
