@@ -31,6 +31,7 @@ APART = ("reproduce", "simulator.py", "shared_cores.py")
 REPEATABLE = {
     "main": "entry points are called so",
     "train": "the verb of the command line, and the function of Python that does it",
+    "finetune": "likewise",
     "plan": "likewise",
     "evaluate": "likewise",
     "predict": "likewise",

@@ -216,7 +216,7 @@ def test_folders_that_cannot_be_written_are_refused(out: str, here: Path, cli_: 
         (("trian",), "trian"),
         (("evaluate",), "RUN_FOLDER"),
         (("predict", "run", "x.png", "--top", "0"), "--top"),
-        (("train", "--preset", "foo"), "digits, greedy, infopro, paper"),
+        (("train", "--preset", "foo"), "digits, finetune, greedy, infopro, paper"),
         (("train", "--resume", "gone"), "gone: no run there"),
         (("evaluate", "gone"), "gone: no run there"),
         (("evaluate", "gone", "--part", "all"), "--part"),

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         RecipeError,
         RunFolderError,
     )
+    from localgrad.finetuning import finetune
     from localgrad.isolation import check_isolation
     from localgrad.learner import LocalLearner
     from localgrad.objectives.auxiliary import Classifier, Decoder, register_classifier, register_decoder
@@ -67,6 +68,7 @@ _HOMES = {
     "localgrad.compare.measuring": "Measurement measure",
     "localgrad.errors": "BackboneError BudgetError CheckpointError DataError DeviceError DivergenceError "
     "IsolationError LocalgradError ParallelError PartitionError RecipeError RunFolderError",
+    "localgrad.finetuning": "finetune",
     "localgrad.isolation": "check_isolation",
     "localgrad.learner": "LocalLearner",
     "localgrad.objectives.auxiliary": "Classifier Decoder register_classifier register_decoder",
@@ -136,6 +138,7 @@ __all__ = [
     "balance",
     "check_isolation",
     "estimate",
+    "finetune",
     "measure",
     "plan",
     "register_backbone",

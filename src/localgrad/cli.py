@@ -1,4 +1,4 @@
-"""The command line: ``localgrad train | plan | compare | evaluate | predict``.
+"""The command line: ``localgrad train | finetune | plan | compare | evaluate | predict``.
 
 It turns options into a recipe and calls ``localgrad.run``; torch is imported only inside a verb. Every mistake that
 a user can make ends in one line on standard error and exit status 2. An interrupted run is saved and exits with 128
@@ -40,6 +40,7 @@ from localgrad.options import (
     Values,
     declared,
     read_modules,
+    read_share,
     read_whole,
     values_of,
 )
@@ -247,7 +248,7 @@ _OWN = {
     for each in (
         Option(
             name="preset",
-            help="Start from a preset: digits, paper, infopro, greedy, infopro-source, trgl-source.",
+            help="Start from a preset: digits, finetune, paper, infopro, greedy, infopro-source, trgl-source.",
             panel=RUN,
         ),
         Option(name="recipe", help="Start from a recipe in TOML.", panel=RUN, kind=Path),
@@ -281,6 +282,7 @@ _OWN = {
 }
 """What ``train`` takes beside a recipe's values, by name."""
 
+_METHOD = "full, freeze, probe, lora, local, or some of the last four joined by +."
 _IN_TRAIN = {**OPTIONS, DOWNLOAD.key: DOWNLOAD, **_OWN}
 _EVERYDAY = ("data", "model", "weights", "modules", "objective", "epochs", "batch_size", "lr", "budget", "resume")
 
@@ -333,6 +335,61 @@ def train(**given: Any) -> None:
                 confirm=not given["no_confirm"],
                 gradients=given["gradients"] or "any",
             )
+
+
+_IN_FINETUNE = {
+    key: each for key, each in _IN_TRAIN.items() if key not in ("preset", "resume", "dry_run", "num_processes")
+} | {
+    each.name: each
+    for each in (
+        replace(_OWN["recipe"], help="Start from a recipe in TOML, in the preset's place."),
+        replace(_OWN["plan"], help="Fine-tune as a plan from `localgrad plan --finetune --json` says."),
+        replace(_OWN["budget"], help="Memory, such as 6GiB: take the best method that fits, or plan the named one."),
+        replace(_OWN["gradients"], help="With a budget and no method: exact ones, local ones, or any (default)."),
+        Option(name="method", help=_METHOD, panel=METHOD),
+        Option(name="pilot", help="Try the methods on such a share of the images first, as 2%.", panel=METHOD),
+    )
+}
+
+
+@app.command(epilog="All options: localgrad finetune --help-all")
+@takes(
+    _IN_FINETUNE,
+    ("data", "model", "weights", "method", "budget", "pilot", "epochs", "batch_size", "lr", "out"),
+)
+def finetune(**given: Any) -> None:
+    """Fine-tune a pretrained model on your images: every weight by default, or the best method that fits a budget."""
+    if given["data"] is None:
+        given["data"] = given["train_data"]
+    changes = _changes(OPTIONS, given)
+    share = None if given["pilot"] is None else read_share("pilot", given["pilot"])
+    rules.check({name: given[name] for name in _IN_FINETUNE if name in given} | _decided(changes))
+    plan = None
+    if given["plan"] is not None:
+        from localgrad.app.planned import read_plan
+
+        plan = read_plan(given["plan"])
+
+    from localgrad import finetuning
+
+    with _saying_how_to_resume():
+        finetuning.finetune(
+            changes,
+            method=given["method"],
+            budget=given["budget"],
+            gradients=given["gradients"] or "any",
+            pilot=share,
+            plan=plan,
+            out=given["out"],
+            base=None if given["recipe"] is None else read_toml(given["recipe"]),
+            sinks=[_console_sink()],
+            say=typer.echo,
+            download=bool(given["download"]),
+            on_oom=given["on_oom"] or "stop",
+            cache=not given["no_cache"],
+            card=given["card"] or "auto",
+            confirm=not given["no_confirm"],
+        )
 
 
 def _changes(options: Mapping[str, Option], given: Mapping[str, Any]) -> Values:
@@ -409,6 +466,8 @@ _IN_PLAN = _RECIPE_IN_PLAN | {
             panel=EXECUTION,
         ),
         Option(name="frontier", help="Print all plans worth having.", panel=RUN, kind=bool),
+        Option(name="finetune", help="Print all ways to fine-tune, and plan the best that fits.", panel=RUN, kind=bool),
+        Option(name="method", help=f"With --finetune: plan this one. {_METHOD}", panel=METHOD),
         Option(name="json", help="Write the plan, for train --plan.", panel=RUN, kind=Path),
         Option(
             name="measure", help="Time the model's parts here, in a minute, not by nominal rates.", panel=RUN, kind=bool
@@ -427,6 +486,9 @@ _IN_PLAN = _RECIPE_IN_PLAN | {
 )
 def plan(**given: Any) -> None:
     """Find the fastest way to train a model within a memory budget; no GPU, no data and no weights are needed."""
+    if given["finetune"]:
+        _plan_finetuning(given)
+        return
     size, json, num_classes = given.pop("batch_size"), given["json"], given["num_classes"]
     frontier, largest_batch = bool(given["frontier"]), size == "auto"
     if not (size is None or largest_batch):
@@ -434,7 +496,7 @@ def plan(**given: Any) -> None:
     changes = _changes(_RECIPE_IN_PLAN, given)
     changes.setdefault("local.modules", "auto")
     rules.check({**_decided(changes), "budget": "any"})  # with none, a plan decides them as well
-    told = ("preset", "recipe", "budget", "gradients", "parallel")
+    told = ("preset", "recipe", "budget", "gradients", "parallel", "method", "finetune")
     rules.check({"batch_size": size} | {name: given[name] for name in told})
     budget = None if given["budget"] is None else parse_bytes(given["budget"])
     values = overlay(_base(given, {"data.name": "", **changes}), changes)
@@ -465,13 +527,12 @@ def plan(**given: Any) -> None:
     device, card = given["device"], given["card"] or "auto"
     kind = recipes.kind_of(recipe.execution.device if device in (None, "auto") else device, card)
     data = data if num_classes is None else replace(data, num_classes=num_classes)
-    cache = not given["no_cache"]
     task = recipes.task_of(
         recipe,
         device=kind,
         data=data,
         measure=bool(given["measure"]),
-        cache=cache,
+        cache=not given["no_cache"],
         card=card,
         replays=not given["no_confirm"],
         gradients=given["gradients"] or "any",
@@ -494,6 +555,52 @@ def plan(**given: Any) -> None:
     if json is not None:
         json.write_text(found.to_json(), encoding="utf-8")
         path, train_with = shlex.quote(str(json)), _training_by(found, json, recipe.method.model.name, named)
+        console.print(f"[dim]written: {escape(path)}; train with: {escape(train_with)}[/]")
+
+
+def _plan_finetuning(given: dict[str, Any]) -> None:
+    """Print what every way to fine-tune needs, and plan the best that fits, or the one that is named."""
+    told = ("preset", "budget", "gradients", "parallel", "frontier", "num_classes", "sequence_length", "task", "method")
+    rules.check({name: given[name] for name in (*told, "finetune", "batch_size", "device", "card")})
+    if given["batch_size"] is not None:
+        given["batch_size"] = read_whole("batch_size", given["batch_size"])
+    changes = _changes(_RECIPE_IN_PLAN, given)
+    from rich.console import Console
+    from rich.markup import escape
+
+    from localgrad.app.ways import Tuning
+    from localgrad.app.ways_table import print_ways
+    from localgrad.formats import check_output_file
+    from localgrad.planning.table import print_plan
+
+    json = given["json"]
+    if json is not None:
+        check_output_file("json", json)
+    if given["device"] not in (None, "auto"):
+        changes["execution.device"] = given["device"]
+    tuning = Tuning.of(
+        changes,
+        method=given["method"],
+        budget=given["budget"],
+        gradients=given["gradients"] or "any",
+        base=None if given["recipe"] is None else read_toml(given["recipe"]),
+        planning={
+            "cache": not given["no_cache"],
+            "card": given["card"] or "auto",
+            "replays": not given["no_confirm"],
+            "measure": bool(given["measure"]),
+        },
+    )
+    console = Console()
+    ways = tuning.ways()
+    print_ways(ways, tuning.budget, console)
+    found = tuning.plan_of_best(ways, console.print)
+    console.print()
+    print_plan(found, console)
+    if json is not None:
+        json.write_text(found.to_json(), encoding="utf-8")
+        path = shlex.quote(str(json))
+        train_with = f"localgrad finetune --plan {path} --data {shlex.quote(tuning.name)}"
         console.print(f"[dim]written: {escape(path)}; train with: {escape(train_with)}[/]")
 
 

@@ -6,6 +6,7 @@ fields) imports pydantic or torch, so that help comes at once.
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
@@ -154,6 +155,22 @@ def read_freeze(name: str, text: str) -> int | float | str:
         except ValueError:
             continue
     return text
+
+
+def read_share(name: str, text: str) -> float:
+    """Read a share: ``2%``, or ``0.02``.
+
+    Raises:
+        RecipeError: it is none.
+    """
+    number, percent, rest = text.strip().partition("%")
+    try:
+        share = float(number) / (100 if percent else 1)
+    except ValueError:
+        share = math.nan
+    if not 0 < share < 1 or rest:
+        raise RecipeError(f"{arg(name, text)}: expected a share such as 2% or 0.02.")
+    return share
 
 
 def read_whole(name: str, text: str) -> int:

@@ -194,6 +194,12 @@ def _rules_of_plans() -> Iterator[Rule]:
         yield Rule(Given("modules", name), Absent("budget", "6GiB"), "how many is found within a budget")
     yield Rule(GRADIENTS, Absent("budget", "6GiB"), "it says which plans are looked for")
     yield Rule(Given("batch_size", "auto"), Absent("budget", "6GiB"), "it is the largest that fits")
+    for name in ("method", "pilot"):
+        yield Rule(Given(name), Given("plan"), "a plan says what is trained")
+    for name in ("preset", "parallel", "frontier", "num_classes", "sequence_length", "task"):
+        yield Rule(Given(name), Given("finetune"), "fine-tuning has its preset, its data's classes, and one process")
+    yield Rule(Given("batch_size", "auto"), Given("finetune"), "methods are compared at one batch size")
+    yield Rule(GRADIENTS, Given("method"), "a method says so itself")
 
 
 RULES = tuple(_rules())

@@ -286,7 +286,7 @@ class Task:
 
     def confirm(self, plan: Plan, batch_size: int, globally: Checkpointing | None = None) -> MemoryProfile:
         """Simulate one whole step of a plan; an end-to-end one that recomputes in some way, where that is given."""
-        learner, device = self._learner(plan, globally), torch.device(self.device)
+        learner, device = self.learner(plan, globally), torch.device(self.device)
         return estimate_step(learner, batch_size, self.optimizer, device, globally=globally is not None)
 
     def replayed(self, plan: Plan, batch_size: int, room: Room) -> Confirmation:
@@ -323,7 +323,7 @@ class Task:
         largest = plan.evaluation_batch or batch_size
         sizes = [min(largest, count) for count in self.data.num_evaluated] or [largest]
         return record_run(
-            self._learner(plan, plan.global_checkpoint),
+            self.learner(plan, plan.global_checkpoint),
             batch_size,
             self.optimizer,
             card,
@@ -334,7 +334,8 @@ class Task:
             kept_bytes=self.data.kept_bytes,
         )
 
-    def _learner(self, plan: Plan, globally: Checkpointing | None) -> LocalLearner:
+    def learner(self, plan: Plan, globally: Checkpointing | None = None) -> LocalLearner:
+        """The learner of a plan, on this task's outline."""
         return LocalLearner(
             self.backbone,
             modules=plan,
@@ -392,19 +393,20 @@ class Search:
 
     def exact(self, budget: int) -> Solution | None:
         """The fastest way to train end to end whose estimated peak is within a budget."""
-        fitting = self._exact_within(min(budget, UNLIMITED) - self.static_bytes)
+        inner = min(budget, UNLIMITED) - self.static_bytes
+        fitting = [solution for solution in self.exact_ways() if solution.peak_bytes <= inner]
         return min(fitting, key=lambda solution: solution.nanoseconds, default=None)
 
     def smallest_exact(self) -> Solution:
         """The way to train end to end with the least peak."""
-        return min(self._exact_within(UNLIMITED), key=lambda solution: solution.peak_bytes)
+        return min(self.exact_ways(), key=lambda solution: solution.peak_bytes)
 
-    def _exact_within(self, inner: int) -> list[Solution]:
+    def exact_ways(self) -> list[Solution]:
+        """All ways to train end to end, with one that recomputes nothing."""
         num_blocks = self.costs.num_blocks
         own = self.costs.static_of(0, num_blocks)
         ways = self._choices(0, num_blocks)
-        found = [Solution((), (way,), way.nanoseconds, way.peak_bytes + own) for way in ways]
-        return [solution for solution in found if solution.peak_bytes <= inner]
+        return [Solution((), (way,), way.nanoseconds, way.peak_bytes + own) for way in ways]
 
     def _plain(self, start: int, stop: int) -> list[Choice]:
         """A module that recomputes nothing, where it may be one."""

@@ -1,0 +1,271 @@
+"""Fine-tuning side by side: pretrained on CIFAR-100, fine-tuned on CIFAR-10 by each method.
+
+::
+
+    python research/benchmarks/finetuning.py --data-path FOLDER    # with cifar10/ and cifar100/; what isn't done yet
+    python research/benchmarks/finetuning.py --report              # the page alone
+
+Every cell is a run of `localgrad train`, one thread, in a process of its own. A cell that is done is kept in
+``research/results/finetuning/cells.json``; a run that was cut off goes on. The learning rate of a method is chosen of
+two, by validation images of seed 0; the test set is read once a run, at its end. The page is
+``research/docs/finetuning.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from localgrad.app.recipe import Recipe, overlay
+
+RESEARCH = Path(__file__).parents[1]
+RESULTS = RESEARCH / "results" / "finetuning" / "cells.json"
+PAGE = RESEARCH / "docs" / "finetuning.md"
+
+Values = dict[str, Any]
+
+MODELS: dict[str, Values] = {
+    "vit": {
+        "model.name": "vit_tiny_patch16_224",
+        "model.img_size": 32,
+        "model.patch_size": 8,
+        "model.options": {"embed_dim": 96, "depth": 6, "num_heads": 3},
+    },
+    "swin": {
+        "model.name": "swin_tiny_patch4_window7_224",
+        "model.img_size": 32,
+        "model.patch_size": 4,
+        "model.options": {"embed_dim": 48, "depths": [2, 2, 2], "num_heads": [2, 4, 8], "window_size": 4},
+    },
+}
+COMMON: Values = {
+    "data.val_fraction": 0.02,
+    "augment.flip": True,
+    "augment.crop_padding": 2,
+    "training.weight_decay": 0.05,
+    "execution.num_threads": 1,
+}
+PRETRAINING: Values = {
+    **COMMON,
+    "local.modules": 1,
+    "local.objective": "greedy",
+    "training.epochs": 20,
+    "training.batch_size": 128,
+    "training.lr": 2e-3,
+    "training.warmup_epochs": 1.0,
+}
+FINE_TUNING: Values = {**COMMON, "training.epochs": 10, "training.batch_size": 64, "training.warmup_epochs": 1.0}
+RATES = (5e-4, 2e-3)
+SEEDS = (0, 1, 2)
+
+
+def _local(modules: int, classifier: str) -> Values:
+    own = {"classifier": classifier, "decoder": "linear"}
+    return {"local.modules": modules, "local.objective": "feature", "local.options": own}
+
+
+WHOLE: Values = {"local.modules": 1, "local.objective": "greedy"}
+LORA: Values = {"model.lora": 8}
+METHODS: dict[str, Values] = {
+    "full": WHOLE,
+    "lower half frozen": {**WHOLE, "training.freeze": 0.5},
+    "probe": {**WHOLE, "training.freeze": 1.0},
+    "LoRA": {**WHOLE, **LORA},
+    "K = 2, transformer heads": _local(2, "transformer"),
+    "K = 4, transformer heads": _local(4, "transformer"),
+    "K = 2, tail heads": _local(2, "tail"),
+    "K = 2, transformer heads + LoRA": {**_local(2, "transformer"), **LORA},
+    "scratch": {**WHOLE, "model.weights": None},
+    "K = 3, transformer heads": _local(3, "transformer"),
+    "K = 3, tail heads": _local(3, "tail"),
+    "K = 4, tail heads": _local(4, "tail"),
+    "LoRA, blocks recomputed": {**WHOLE, **LORA, "execution.checkpoint": "blocks"},
+}
+"""What each changes, in the order in which cells are run."""
+OF_ALL_IMAGES = ("full", "lower half frozen", "LoRA", "K = 2, transformer heads")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: which model, on how many images (none: all), how, at which rate, from which seed."""
+
+    model: str
+    images: int | None
+    method: str
+    rate: float
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.model}; {self.images or 'all'}; {self.method}; {self.rate:g}; seed {self.seed}"
+
+    @property
+    def values(self) -> Values:
+        """Its recipe, but for its data and its weights, by dotted key."""
+        limit = {} if self.images is None else {"data.limit": self.images}
+        own = {"training.lr": self.rate, "seed": self.seed}
+        return {**MODELS[self.model], **FINE_TUNING, **limit, **METHODS[self.method], **own}
+
+
+def wanted(model: str, images: int | None, results: dict[str, Values]) -> list[Cell]:
+    """Cells of a model and a number of images that aren't done and can be run, in order; rates first."""
+    methods = tuple(METHODS) if images else OF_ALL_IMAGES
+    cells = [Cell(model, images, method, rate, SEEDS[0]) for method in methods for rate in rates_of(images)]
+    for seed in SEEDS[1:] if images else ():
+        found = [(method, best_rate(model, images, method, results)) for method in methods]
+        cells += [Cell(model, images, method, rate, seed) for method, rate in found if rate is not None]
+    if images is None:  # at the rate that was chosen on fewer
+        cells = [
+            Cell(model, None, method, rate, SEEDS[0])
+            for method in methods
+            if (rate := best_rate(model, 5_000, method, results)) is not None
+        ]
+    return [cell for cell in cells if str(cell) not in results]
+
+
+def rates_of(images: int | None) -> tuple[float, ...]:
+    """The rates that are tried for so many images."""
+    return RATES if images else ()
+
+
+def best_rate(model: str, images: int | None, method: str, results: dict[str, Values]) -> float | None:
+    """The rate of a method by validation images of the first seed, once all were tried."""
+    found = {rate: results.get(str(Cell(model, images, method, rate, SEEDS[0]))) for rate in RATES}
+    done = {rate: row["val_accuracy"] for rate, row in found.items() if row is not None}
+    return max(done, key=lambda rate: done[rate]) if len(done) == len(RATES) else None
+
+
+def trained(values: Values, folder: Path) -> dict[str, Any]:
+    """Train a recipe in a folder, or go on with it; its summary."""
+    recipe = folder.with_name(f"{folder.name}.toml")
+    recipe.parent.mkdir(parents=True, exist_ok=True)
+    recipe.write_text(Recipe.from_dict(overlay({}, {k: v for k, v in values.items() if v is not None})).to_toml())
+    begun = (folder / "recipe.toml").exists()
+    how = ["--resume", str(folder)] if begun else ["--recipe", str(recipe), "--out", str(folder)]
+    command = [sys.executable, "-m", "localgrad", "train", *how]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return summary
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run what isn't done, model by model, in the order that the module says."""
+    for model, images in (("vit", 5_000), ("swin", 5_000), ("vit", None)):
+        if options.model and (model, images) != (options.model, options.images or 5_000):
+            continue
+        values = {**MODELS[model], **PRETRAINING, "data.name": str(options.data_path / "cifar100")}
+        pretrained = options.out / f"{model}-pretrained"
+        told = trained(values, pretrained)
+        keep(f"{model}; pretrained", told)
+        while cells := wanted(model, images, read()):
+            cell = cells[0]
+            values = {"model.weights": str(pretrained), **cell.values, "data.name": str(options.data_path / "cifar10")}
+            keep(str(cell), trained(values, options.out / str(cell).replace("; ", "-").replace(" ", "_")))
+
+
+def read() -> dict[str, Values]:
+    """What is done."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}  # type: ignore[no-any-return]
+
+
+def keep(key: str, summary: dict[str, Any]) -> None:
+    """Add a cell to what is done."""
+    names = ("val_accuracy", "test_accuracy", "estimated_peak_bytes", "measured_peak_bytes", "measured_peak_of")
+    row = {name: summary.get(name) for name in names}
+    row |= {"seconds": summary["seconds"], "torch": summary["versions"]["torch"]}
+    row["date"] = datetime.now(UTC).date().isoformat()
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    RESULTS.write_text(json.dumps({**read(), key: {**row, **read().get(key, {})}}, indent=1) + "\n")
+    print(key, row["val_accuracy"], row["test_accuracy"], flush=True)
+
+
+def table(model: str, images: int | None, results: dict[str, Values]) -> list[str]:
+    """Markdown: a row for each method that was run."""
+    lines = [
+        "| | seeds | rate | test accuracy | estimated memory | measured memory | time |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    base: list[Values] = []
+    for method in METHODS:
+        rate = best_rate(model, 5_000, method, results)
+        if rate is None:
+            continue
+        keys = [str(Cell(model, images, method, rate, seed)) for seed in SEEDS]
+        rows = [results[key] for key in keys if key in results]
+        if not rows:
+            continue
+        base = base or rows  # of `full`, which is the first
+        found = [100 * row["test_accuracy"] for row in rows]
+        ends = f" ({min(found):.1f} to {max(found):.1f})" if len(found) > 1 else ""
+        ratios = [
+            f"{rows[0][key] / base[0][key]:.2f} x" for key in ("estimated_peak_bytes", "measured_peak_bytes", "seconds")
+        ]
+        lines.append(
+            f"| {method} | {len(rows)} | {rate:g} | {statistics.fmean(found):.1f}{ends} | {' | '.join(ratios)} |"
+        )
+    return lines if base else []
+
+
+def page(results: dict[str, Values]) -> str:
+    """The tables of what there is."""
+    rows = [row for key, row in results.items()]
+    dates, versions = sorted({row["date"] for row in rows}), sorted({row["torch"] for row in rows})
+    lines = [
+        "# Fine-tuning, method by method",
+        "",
+        "Pretrained on CIFAR-100 end to end, then fine-tuned on CIFAR-10, both at 32 x 32 pixels. CIFAR-10 is a",
+        "copy in JPEG: its figures compare methods, and aren't to be set beside published ones. Every method has",
+        f"its rate of {' and '.join(f'{rate:g}' for rate in RATES)}, by validation images of the first seed;",
+        f"AdamW, {FINE_TUNING['training.epochs']} epochs, batches of {FINE_TUNING['training.batch_size']}, fp32, one",
+        "thread. Accuracy is of the test set, the mean over seeds with the least and the greatest; memory and",
+        "time are beside full fine-tuning: memory of seed 0 (estimated, and as measured on the processor),",
+        "time as it passed on a machine that did other things too.",
+        "",
+        f"Made by `python research/benchmarks/finetuning.py`; {dates[0]} to {dates[-1]}, torch {', '.join(versions)}."
+        if rows
+        else "",
+        "",
+    ]
+    for model, images in (("vit", 5_000), ("swin", 5_000), ("vit", None)):
+        own = table(model, images, results)
+        if own:
+            name = {"vit": "A ViT of 6 blocks, width 96", "swin": "A Swin of 6 blocks, width 48"}[model]
+            first = results[f"{model}; pretrained"]
+            lines += [
+                f"## {name}, {images or 'all 49,000'} images",
+                "",
+                f"Pretrained to {100 * first['test_accuracy']:.1f} % on CIFAR-100 in {PRETRAINING['training.epochs']} "
+                "epochs.",
+                "",
+                *own,
+                "",
+            ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main() -> None:
+    """Run what isn't done, or report."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data-path", type=Path, help="a folder with cifar10/ and cifar100/")
+    parser.add_argument("--out", type=Path, default=Path("runs/finetuning"))
+    parser.add_argument("--model", choices=MODELS, help="this one alone")
+    parser.add_argument("--images", type=int, help="with --model; 0 and none: 5000")
+    parser.add_argument("--report", action="store_true", help="write the page, and stop")
+    options = parser.parse_args()
+    if not options.report:
+        if options.data_path is None:
+            parser.error("--data-path: say where cifar10/ and cifar100/ lie.")
+        run(options)
+    if read():
+        PAGE.write_text(page(read()))
+
+
+if __name__ == "__main__":
+    main()
