@@ -150,10 +150,17 @@ def _rules() -> Iterator[Rule]:
     yield Rule(Given("num_processes"), Absent("parallel", "modules"), "it says what processes share")
     yield Rule(BUDGET, Given("parallel", "modules"), "plan first, for so many ranks, then train by that plan")
     yield Rule(Given("on_oom", "replan"), PARALLEL, "no process plans for others; resume with another checkpoint")
-    yield Rule(Given("balance"), Absent("parallel", 4), "it is of the modules of several ranks")
+    ranks = OneOf("balance", values=("time", "memory"))  # of a plan; a run's are of classes
+    yield Rule(ranks, Absent("parallel", 4), "it is of the modules of several ranks")
     yield Rule(GRADIENTS, PARALLEL, "ranks have a local module each")
     yield Rule(Given("frontier"), PARALLEL, "it is of plans for one process")
     yield Rule(Given("batch_size", "auto"), PARALLEL, "it is for plans of one process")
+
+    weights = Given("balance", "weights")
+    yield Rule(weights, REPLICAS, "replicas weigh alike, whatever classes their images are of; sampling does it")
+    yield Rule(weights, Given("objective", "contrastive"), "that weighs pairs of images alike; sampling does it")
+    for name in ("data.interpolation", "data.crop"):
+        yield Rule(Given(name), Absent("data.transform", "imagenet"), "it is of how a transform resizes")
 
     for given in GLOBAL:
         yield Rule(OFFLOAD, given, "end-to-end steps need all modules on the device")

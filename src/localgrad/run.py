@@ -214,6 +214,8 @@ def _normalised_as(begun: Recipe, recipe: Recipe) -> Recipe:
     own, data = begun.method.data, recipe.method.data
     if data.transform is None:
         data = replace(data, transform=own.transform)
+    if data.transform == own.transform:
+        data = replace(data, interpolation=data.interpolation or own.interpolation, crop=data.crop or own.crop)
     if data.mean is None and (recipe.method.model.pretrained or recipe.method.model.weights):
         data = replace(data, mean=own.mean, std=own.std)
     return replace(recipe, method=replace(recipe.method, data=data))

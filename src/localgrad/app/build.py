@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from localgrad.backbones.weights import LoadedWeights, start_from
 from localgrad.errors import BackboneError, DeviceError, LocalgradError, RecipeError, arg, did_you_mean, reason_of
 from localgrad.evaluating import LARGEST_EVALUATION_BATCH
 from localgrad.learner import Factories, Learner, LocalLearner
+from localgrad.objectives.losses import CrossEntropy
 from localgrad.objectives.methods import Objective, build_objective
 from localgrad.parallel.parallel_learner import ParallelLearner
 from localgrad.parallel.team import Team
@@ -36,7 +37,8 @@ from localgrad.partitioning import make_plan
 from localgrad.registry import load_plugins
 from localgrad.step.local_step import check_precision
 from localgrad.training.optim import OptimizerFactory, Schedule, check_schedule, optimizer_info
-from localgrad.training.transforms import NONE
+from localgrad.training.settings import Interpolation
+from localgrad.training.transforms import INTERPOLATION, NONE, resizing_of
 
 Planned = Callable[[Recipe, Backbone, "Splits"], tuple[Recipe, Plan]]
 
@@ -96,7 +98,7 @@ def build(
         planned: gives the recipe with its modules and how they run, and the plan that says so, once the model is there.
         team: the processes that train it together.
     """
-    from localgrad.training.data import Batches, load_data
+    from localgrad.training.data import Batches, load_data, resizing_set
 
     objective = checked(recipe, is_planned=planned is not None)
     method, execution = recipe.method, recipe.execution
@@ -127,6 +129,7 @@ def build(
     backbone = frozen_as_said(recipe, backbone)
     learns = _what_learns(recipe, backbone)
     data = data if learns is None else data.said(learns)
+    loss, data = _balanced(training.balance, data, device)
     made_by = None
     if planned is not None:
         recipe, made_by = planned(recipe, backbone, data)
@@ -135,6 +138,7 @@ def build(
     settings_of_learner: Kwargs = {
         "modules": plan,
         "objective": objective,
+        "loss": loss,
         "precision": execution.precision,
         "compile": execution.compile,
         "accumulation": execution.accumulation,
@@ -179,6 +183,8 @@ def build(
         num_workers=execution.num_workers,
         shard=(0, 1) if team is None else (team.replica, team.num_replicas),
         transform=data.transform,
+        resizing=resizing_set(recipe.method.data),
+        draws_alike=training.balance == "sampling",
     )
 
     def schedule_for(optimizers: Sequence[Optimizer]) -> Schedule:
@@ -205,8 +211,10 @@ def checked(recipe: Recipe, *, is_planned: bool = False) -> Objective:
     """
     rules.check(recipe.arguments() | ({} if is_planned else {"budget": None}))
     load_plugins(recipe.execution.plugins)
-    model = recipe.method.model
+    model, data = recipe.method.model, recipe.method.data
     rules.check({"pretrained": model.pretrained, "weights": model.weights})
+    if data.transform is not None:
+        rules.check({"transform": data.transform, "interpolation": data.interpolation, "crop": data.crop})
     check_model_name(model.name)
     _check_training(recipe)
     objective = build_recipe_objective(recipe)
@@ -228,6 +236,11 @@ class _MadeModel:
     num_threads: int | None
     weights: LoadedWeights | None
     is_pretrained: bool
+
+    @property
+    def starts_from_weights(self) -> bool:
+        """Whether its weights were trained before."""
+        return self.is_pretrained or self.weights is not None
 
 
 def _make_model(recipe: Recipe, settings: ModelSettings, info: DataInfo, *, chooses: bool) -> _MadeModel:
@@ -272,9 +285,16 @@ def _settled(recipe: Recipe, data: Splits, made: _MadeModel, *, is_new: bool) ->
         )
         settings = replace(recipe.method.data, transform=data.transform)
         recipe = replace(recipe, method=replace(recipe.method, data=settings))
+    settings = recipe.method.data
+    rules.check({"transform": data.transform, "interpolation": settings.interpolation, "crop": settings.crop})
     if made.weights is not None:
         data = data.said(str(made.weights))
-    if not is_new or not (made.is_pretrained or made.weights) or recipe.method.data.mean is not None:
+    return _evaluated_as_weights(*_normalised_as_weights(recipe, data, made), made) if is_new else (recipe, data)
+
+
+def _normalised_as_weights(recipe: Recipe, data: Splits, made: _MadeModel) -> tuple[Recipe, Splits]:
+    """The recipe and the data, normalised as the weights that a run starts from were trained."""
+    if not made.starts_from_weights or recipe.method.data.mean is not None:
         return recipe, data
     trained_with = _trained_with(made)
     if trained_with is None:
@@ -290,6 +310,82 @@ def _settled(recipe: Recipe, data: Splits, made: _MadeModel, *, is_new: bool) ->
     )
     settings = replace(recipe.method.data, mean=mean, std=std)
     return replace(recipe, method=replace(recipe.method, data=settings)), data
+
+
+def _evaluated_as_weights(recipe: Recipe, data: Splits, made: _MadeModel) -> tuple[Recipe, Splits]:
+    """The recipe and the data, brought to the model's size as the weights want it, or by the transform's defaults."""
+    from localgrad.training.data import resizing_set
+
+    settings = recipe.method.data
+    given = resizing_set(settings)
+    if data.transform is None or None not in given.values():
+        return recipe, data
+    known, notes = _resized_with(made) if made.starts_from_weights else ({}, [])
+    wanted = {key: known.get(key) if value is None else value for key, value in given.items()}
+    # A transform of one's own may have defaults that a recipe can't have; they stay its own.
+    found = {key: value for key, value in resizing_of(data.transform, wanted).items() if _can_be_set(value)}
+    taken = [key for key in known if key in found and given[key] is None]
+    if taken:
+        told = {"interpolation": "images are resized {}", "crop": "the central {:.4g} of their side is evaluated"}
+        said = " and ".join(told[key].format(found[key]) for key in taken)
+        others = " and ".join(f"data.{key}" for key in taken)
+        sets = "set others" if len(taken) > 1 else "sets another"
+        data = data.said(f"{said[0].upper()}{said[1:]}, as with the pretrained weights; {others} {sets}.", *notes)
+    settings = replace(settings, **found)
+    return replace(recipe, method=replace(recipe.method, data=settings)), data
+
+
+def _can_be_set(value: object) -> bool:
+    return value in get_args(Interpolation) or (isinstance(value, float) and 0 < value <= 1)
+
+
+def _resized_with(made: _MadeModel) -> tuple[dict[str, Any], list[str]]:
+    """Interpolation and crop of the images that a model's weights are evaluated on, and what of it isn't made here."""
+    from timm.data import resolve_data_config
+
+    known: Kwargs = getattr(made.model, "pretrained_cfg", None) or {}
+    if made.weights is not None and made.weights.evaluated_by is not None:
+        known = dict(made.weights.evaluated_by)
+    if not known:
+        return {}, []
+    config = resolve_data_config(pretrained_cfg=known)
+    interpolation, crop, mode, notes = config["interpolation"], config["crop_pct"], config["crop_mode"], []
+    if interpolation not in get_args(Interpolation):
+        notes.append(f"The weights' interpolation is {interpolation}, which there isn't here: it is {INTERPOLATION}.")
+        interpolation = INTERPOLATION
+    if mode != "center":
+        notes.append(f"The weights' images were brought to size by crop mode {mode}; here their centre is cut out.")
+    if not 0 < crop <= 1:
+        notes.append(f"The weights' crop is {crop:.4g}, of a border around images; here it is 1.")
+        crop = 1.0
+    return {"interpolation": interpolation, "crop": crop}, notes
+
+
+def _balanced(balance: str, data: Splits, device: torch.device) -> tuple[CrossEntropy | None, Splits]:
+    """The loss where classes are weighted, and the data with a line on how unequal ones are balanced."""
+    from localgrad.training.data import class_weights
+
+    if balance == "none":
+        return None, data
+    names, labels = data.info.class_names, data.train.labels
+    weights, counts = class_weights(labels, len(names)), torch.bincount(labels, minlength=len(names))
+    rarest = int(weights.argmax())
+    commonest = int(counts.argmax())
+    ends = [(float(weights[each]), names[each], f"{int(counts[each]):,}") for each in (commonest, rarest)]
+    (low, most, num_most), (high, least, num_least) = ends
+    empty = bool((counts == 0).any())
+    if balance == "sampling":
+        never = ", one without images never" if empty else ""
+        return None, data.said(
+            f"Classes are drawn alike often{never}: an image of {most} (of {num_most}) {low:.3g} times an epoch, one "
+            f"of {least} (of {num_least}) {high:.3g} times, on average."
+        )
+    none = "; a class without images weighs 0" if empty else ""
+    # Where the step is: else each loss would wait for a copy.
+    return CrossEntropy(weights.to(device)), data.said(
+        f"Cross-entropy is weighted by class: from {low:.3g} ({most}, {num_most} images) to {high:.3g} ({least}, "
+        f"{num_least} images){none}."
+    )
 
 
 def frozen_as_said(recipe: Recipe, backbone: Backbone) -> Backbone:

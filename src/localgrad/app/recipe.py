@@ -145,6 +145,11 @@ class TrainingSettings:
     layer_decay: Annotated[float, Limits(gt=0, le=1)] | None = option(
         None, "Factor on the learning rate from each block to the one before, as 0.75; off by default.", METHOD
     )
+    balance: Literal["none", "weights", "sampling"] = option(
+        "none",
+        "Unbalanced classes: weights (cross-entropy weighted by class), sampling (classes drawn alike often), none.",
+        METHOD,
+    )
     freeze_from: Fraction | None = option(
         None, "Share of the training after which early modules stop to learn, one after another; off by default."
     )

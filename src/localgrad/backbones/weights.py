@@ -24,6 +24,7 @@ FILES = ("model.safetensors", "pytorch_model.bin", "model.pth")
 """What a folder's weights are called: of timm, of transformers, and of a run of ours."""
 ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
 HUB = ("hf-hub:", "hf_hub:")
+_RESIZING = ("crop_pct", "interpolation", "crop_mode")
 LEAST = 0.5
 """Share of a model's weights without its head that a file must have: else it is another model's."""
 
@@ -39,6 +40,8 @@ class LoadedWeights:
         left_out: in the file, not in the model.
         made_new: in the model, not in the file: the head, for other classes.
         normalised_by: (mean, std) of the images that they were trained on, where the source says so.
+        evaluated_by: likewise how images are brought to the model's size, as timm's configs say it: ``crop_pct``,
+            ``interpolation`` and ``crop_mode``.
     """
 
     source: str
@@ -47,6 +50,7 @@ class LoadedWeights:
     left_out: tuple[str, ...] = ()
     made_new: tuple[str, ...] = ()
     normalised_by: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    evaluated_by: Mapping[str, Any] | None = None
 
     def __str__(self) -> str:
         """One line for people."""
@@ -110,6 +114,7 @@ def start_from(model: nn.Module, source: str) -> LoadedWeights:
         left_out=tuple(sorted(weights.keys() - taken.keys())),
         made_new=tuple(sorted(kept - taken.keys())),
         normalised_by=_normalised_by(found.config),
+        evaluated_by={key: found.config[key] for key in _RESIZING if found.config.get(key)} or None,
     )
 
 
@@ -163,8 +168,19 @@ def _read_folder(path: Path) -> _SourceFound:
         read = json.loads((path / "config.json").read_text(encoding="utf-8"))
         config = {**read, **(read.get("pretrained_cfg") or {})}
     elif (path / "data.json").is_file():  # a run of ours
-        config = json.loads((path / "data.json").read_text(encoding="utf-8"))
+        config = json.loads((path / "data.json").read_text(encoding="utf-8")) | _resized_in_run(path)
     return _SourceFound(_only_tensors(timm.models.load_state_dict(str(files[0])), str(path)), config)
+
+
+def _resized_in_run(path: Path) -> dict[str, Any]:
+    """How a run's images were brought to its model's size, in timm's words; nothing where it doesn't say."""
+    import tomllib
+
+    file = path / "recipe.toml"
+    own = tomllib.loads(file.read_text(encoding="utf-8")).get("data", {}) if file.is_file() else {"transform": "?"}
+    if own.get("transform", "none") == "none":
+        return {"crop_pct": 1.0, "interpolation": "bicubic"}
+    return {"crop_pct": own.get("crop"), "interpolation": own.get("interpolation")}
 
 
 def _only_tensors(found: Any, source: str) -> dict[str, Tensor]:

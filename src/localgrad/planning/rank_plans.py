@@ -57,8 +57,12 @@ class Parallel:
             raise RecipeError(
                 f"{arg('parallel', self.num_ranks)}: a plan needs at least one rank; take {arg('parallel', 2)}."
             )
-        if self.balance not in BALANCES:
-            raise RecipeError(f"{arg('balance')}: unknown {self.balance!r}; take time or memory.")
+        _check_balance(self.balance)
+
+
+def _check_balance(balance: str) -> None:
+    if balance not in BALANCES:
+        raise RecipeError(f"{arg('balance')}: unknown {balance!r}; take time or memory.")
 
 
 def asked_for(
@@ -74,6 +78,8 @@ def asked_for(
     Raises:
         RecipeError: they contradict others, or are impossible.
     """
+    if balance is not None:
+        _check_balance(balance)
     auto = "auto" if largest_batch else None
     rules.check({"parallel": num_ranks, "balance": balance, "frontier": frontier, "batch_size": auto})
     if num_ranks is None:

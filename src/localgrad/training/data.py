@@ -22,7 +22,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -37,6 +37,8 @@ from localgrad.training.loading import Found, find, list_image_files, read_image
 from localgrad.training.settings import Augment, DataSettings, Fit
 from localgrad.training.transforms import NONE, Prepared
 
+RESIZING = ("interpolation", "crop")
+"""Settings of data that are of how a transform resizes."""
 MEMORY_LIMIT_BYTES = 2 * 1024**3
 TEST_FRACTION = 0.2
 _WORTH_SAYING = 0.01  # share of an image that may be cut off without a word: rounding
@@ -201,6 +203,11 @@ def load_data(
         skipped={part: own.counts() for part, own in skipped.items() if own.counts()},
     )
     return Splits(train, val, test, info, skipped, settled.sizes, settled.transform)
+
+
+def resizing_set(settings: DataSettings) -> dict[str, Any]:
+    """What settings say of how a transform resizes."""
+    return {key: getattr(settings, key) for key in RESIZING}
 
 
 def note_on_fit(splits: Splits, image_size: tuple[int, int]) -> str | None:
@@ -499,6 +506,8 @@ class Batches:
         shard: (number, of how many) replicas that share the images out without overlap: in training each takes a
             part of every batch, in evaluation every so many-th batch.
         transform: what each image goes through, by name; by default it is resized as ``info.fit`` says.
+        resizing: ``interpolation`` and ``crop`` of the transform, where they are set.
+        draws_alike: in training, draw classes alike often, with replacement.
 
     Raises:
         DataError: for a batch that is larger than the images are many, where that would leave no batch; or a label that
@@ -516,6 +525,8 @@ class Batches:
     num_workers: int = 0
     shard: tuple[int, int] = (0, 1)
     transform: str | None = None
+    resizing: Mapping[str, Any] = field(default_factory=dict)
+    draws_alike: bool = False
 
     def __post_init__(self) -> None:
         """Check what can't be, and what images go through."""
@@ -530,7 +541,7 @@ class Batches:
         )
         prepared, training = None, self.augment is not None
         if self.transform is not None:
-            prepared = Prepared(self.transform, self.image_size, training=training)
+            prepared = Prepared(self.transform, self.image_size, training=training, resizing=self.resizing)
             prepared.try_on(info.num_channels)
         self.wanted = Wanted(
             image_size=self.image_size, device=self.device, num_workers=self.num_workers, prepared=prepared
@@ -590,7 +601,10 @@ class Batches:
     def _order(self, epoch: int) -> Tensor:
         if self.augment is None:
             return torch.arange(len(self.images))
-        return torch.randperm(len(self.images), generator=generator_for(self.seed, "order", epoch))
+        generator = generator_for(self.seed, "order", epoch)
+        if self.draws_alike:
+            return draw_alike(self.images.labels, generator)
+        return torch.randperm(len(self.images), generator=generator)
 
     def _prepare(self, images: Tensor, targets: Tensor, seed: int) -> LocalBatch:
         if self.augment is None:
@@ -599,6 +613,35 @@ class Batches:
             images, targets, self.input, augment=self.augment, num_classes=self.info.num_classes, seed=seed
         )
         return LocalBatch(floats, labels, targets=targets, counts_all=True)
+
+
+def draw_alike(labels: Tensor, generator: torch.Generator) -> Tensor:
+    """As many images as there are, with replacement: every class alike often, but for one; in random order.
+
+    Args:
+        labels: int64 [N].
+        generator: draws.
+
+    Returns:
+        int64 [N], indices.
+    """
+    by_class, counts = labels.argsort(stable=True), torch.bincount(labels)
+    present = counts.nonzero().squeeze(1)
+    present = present[torch.randperm(len(present), generator=generator)]  # whose turn it is to be drawn once more
+    classes = present[torch.randperm(len(labels), generator=generator) % len(present)]
+    shares = torch.rand(len(labels), generator=generator, dtype=torch.float64)
+    place = (shares * counts[classes]).long()
+    return by_class[(counts.cumsum(0) - counts)[classes] + place]
+
+
+def class_weights(labels: Tensor, num_classes: int) -> Tensor:
+    """Weights of classes, inverse to their number of images: float32 [K], with mean 1 over the images.
+
+    One without images has 0. It is also how often an image is drawn in an epoch by `draw_alike`, on average.
+    """
+    counts = torch.bincount(labels, minlength=num_classes).double()
+    share = len(labels) / counts.count_nonzero()
+    return torch.where(counts > 0, share / counts.clamp(min=1), 0.0).float()
 
 
 # -------------------------------------------------------------------------------------------- prediction
@@ -623,7 +666,9 @@ def load_images_for_prediction(
     paths = list_image_files(path, left_out)
     reading = Reading.as_set(settings, info.num_channels)
     name = settings.transform
-    transform = None if name in (None, NONE) else Prepared(str(name), image_size, training=False)
+    transform = None
+    if name not in (None, NONE):
+        transform = Prepared(str(name), image_size, training=False, resizing=resizing_set(settings))
     to = ModelInput(size=image_size, mean=info.mean, std=info.std, fit=reading.fit, background=reading.background)
 
     def prepared() -> Iterator[tuple[Path, Tensor]]:

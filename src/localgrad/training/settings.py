@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from localgrad.errors import RecipeError, arg
-from localgrad.options import DATA, METHOD, STRICT, Factor, Fraction, Number, Positive, documented, option, read_numbers
+from localgrad.options import (
+    DATA,
+    METHOD,
+    STRICT,
+    Factor,
+    Fraction,
+    Limits,
+    Number,
+    Positive,
+    documented,
+    option,
+    read_numbers,
+)
 
 OnCorrupt = Literal["error", "skip"]
 Fit = Literal["crop", "pad", "squash"]
 """How an image of another shape is brought to the model's: its central part, bars at its sides, other proportions."""
+Interpolation = Literal["nearest", "bilinear", "bicubic"]
+"""How transforms resize."""
 
 
 @documented
@@ -49,8 +63,19 @@ class DataSettings:
     fit: Fit | None = option(None, "Images of another shape: crop (cut; by default), pad (bars) or squash.", DATA)
     transform: str | None = option(
         None,
-        "What images of files go through: imagenet, none, module:function, or a plugin's; by default imagenet where "
-        "they are larger than the model's and nothing is said of augmenting.",
+        "What images go through: imagenet, light (crops and flips), none, module:function, or a plugin's; by default "
+        "imagenet for files larger than the model's, where nothing is said of augmenting.",
+        DATA,
+    )
+    interpolation: Interpolation | None = option(
+        None,
+        "With a transform: nearest, bilinear or bicubic; by default as pretrained weights say, or bicubic.",
+        DATA,
+    )
+    crop: Annotated[float, Limits(gt=0, le=1)] | None = option(
+        None,
+        "With a transform: central share of the side that is evaluated; by default as pretrained weights say, or "
+        "0.875.",
         DATA,
     )
 

@@ -208,6 +208,7 @@ class StagewiseTrainer(TrainerOfAll):
         progress = self._num_updates() / (self._own_epochs * len(self.train))
         self.learner.modules[self.index].objective.at(progress)
         self.learner.check_ready([self._local_step])
+        batch.loss = self.learner.loss
         for visit in walk([self._local_step], batch, self.learner.route, first=self.index):
             output = visit.module(visit.received, batch)
             visit.hand_on(output.loss)  # nobody is behind it; what it received may go
