@@ -16,6 +16,7 @@ from localgrad.backbones.watching import Segment
 from localgrad.learner import Factories, make_ema
 from localgrad.memory.track import MemoryProfile, simulate
 from localgrad.objectives.carried import LocalBatch, Route, empty_batch
+from localgrad.objectives.losses import CROSS_ENTROPY, Loss
 from localgrad.objectives.site import Site
 from localgrad.parallel.parallel_learner import ParallelLearner
 from localgrad.step.executor import SequentialExecutor
@@ -59,6 +60,7 @@ def estimate_share(
         own, step.shapes = _by_rows(learner.skeleton, step.sharers, averages=learner.averages)
     elif learner.team.num_replicas > 1:  # DDP averages gradients in buckets of its own, which it keeps
         own.buckets = [torch.empty_like(weight) for module in own.modules for weight in trained(module)]
+    own.loss = learner.loss
     return simulate(
         own,
         step,
@@ -75,6 +77,7 @@ class _Own:
     parts: nn.Module
     average: ModelEmaV3 | None
     buckets: list[Tensor] = field(default_factory=list)
+    loss: Loss = CROSS_ENTROPY  # which may have weights of classes
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Own:
         """Without the weights of others, of which a model that was split by watching has shapes."""
@@ -87,6 +90,7 @@ class _Own:
             copy.deepcopy(self.parts, memo),
             copy.deepcopy(self.average, memo),
             copy.deepcopy(self.buckets, memo),
+            copy.deepcopy(self.loss, memo),
         )
 
 
@@ -201,7 +205,7 @@ class _ShareStep:
             self.sent: deque[object] = deque(maxlen=self.num_sent)
         batch = self.received[0] if self.received else self._batch(own, labels)
         batch = batch.onward(batch.features, dict(batch.carried))
-        batch.labels = labels
+        batch.labels, batch.loss = labels, own.loss
         has_next = self.first + len(own.modules) < len(self.route.uses)
         result = self.executor.step(batch, self.sent.append if has_next else None)
         if own.average is not None:
