@@ -349,7 +349,8 @@ def _resized_with(made: _MadeModel) -> tuple[dict[str, Any], list[str]]:
     if not known:
         return {}, []
     config = resolve_data_config(pretrained_cfg=known)
-    interpolation, crop, mode, notes = config["interpolation"], config["crop_pct"], config["crop_mode"], []
+    interpolation, crop, mode = config["interpolation"], float(config["crop_pct"]), config["crop_mode"]
+    notes = []
     if interpolation not in get_args(Interpolation):
         notes.append(f"The weights' interpolation is {interpolation}, which there isn't here: it is {INTERPOLATION}.")
         interpolation = INTERPOLATION
