@@ -633,6 +633,7 @@ PUBLIC = [
     "Sink",
     "Site",
     "StepResult",
+    "StoppedEarly",
     "Team",
     "Term",
     "TermValue",

@@ -229,6 +229,12 @@ SEQUENTIAL = {"training.schedule": "sequential"}
         ({**SEQUENTIAL, "local.options.context": 0.5}, "context=0.5"),
         ({**SEQUENTIAL, "local.options.reconstruct": "previous"}, "reconstruct='previous'"),
         ({**SEQUENTIAL, "local.options.classifier": "next"}, "classifier='next'"),
+        ({**SEQUENTIAL, "training.patience": 2}, "patience=2 doesn't go with schedule='sequential'"),
+        ({"training.patience": 2, "data.val_fraction": 0.0}, "patience=2 needs val_fraction: validation images tell"),
+        ({"training.patience": 2, "data.val_fraction": 1e-4}, "patience=2: there are no validation images to tell"),
+        ({"training.patience": 2, "training.global_tail": 0.5}, "global_tail=0.5 doesn't go with patience"),
+        ({"training.patience": 2, "training.freeze_from": 0.5}, "freeze_from=0.5 doesn't go with patience"),
+        ({"training.patience": 2, "local.options.context": 0.5}, "context=0.5 doesn't go with patience"),
     ],
     ids=str,
 )

@@ -508,8 +508,8 @@ def only_checkpoint(folder: Path) -> Path:
 
 @pytest.mark.heavy
 def test_another_method_is_refused_with_the_difference(stopped: Path) -> None:
-    changed = micro({"training.epochs": 3, "model.drop_path": 0.1})
-    with pytest.raises(RecipeError, match=r"model\.drop_path: None -> 0\.1; training\.epochs: 2 -> 3"):
+    changed = micro({"training.epochs": 3, "training.lr": 0.1, "model.drop_path": 0.1})
+    with pytest.raises(RecipeError, match=r"\(model\.drop_path: None -> 0\.1; training\.lr: 0\.002 -> 0\.1\)"):
         run.resume(stopped, changed)
 
 

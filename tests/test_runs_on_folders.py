@@ -16,10 +16,11 @@ from safetensors.torch import save_file
 from data_cases import array, plant
 from helpers import Cli, assert_refused
 from localgrad import run
-from localgrad.app import build, fitting, run_folders, using_runs
+from localgrad.app import build, fitting, places, run_folders, using_runs
 from localgrad.app.comparison import Settings
 from localgrad.app.recipe import Recipe, overlay
 from localgrad.compare import verb
+from localgrad.errors import DataError, RecipeError
 from localgrad.training import data
 from localgrad.training.events import Event, RunStarted, Sink
 from localgrad.training.image_sets import Skipped
@@ -300,3 +301,95 @@ def test_what_each_replica_left_out_is_listed() -> None:
     fitting.add_skipped_of_all(team, ours)  # type: ignore[arg-type]
     assert ours["train"].images == {"a.png": "empty", "b.png": "empty"}
     assert ours["train"].counts() == {"empty": 2}
+
+
+# From another working directory ----------------------------------------------------------------------------------
+
+
+def trained_here(here: Path, changes: dict[str, Any] | None = None) -> Path:
+    """A finished run by relative paths; and a folder to go to."""
+    if not (here / "set").exists():
+        write_set(here / "set")
+    run.train(micro(changes), out=here / "run")
+    (here / "away").mkdir()
+    return here / "run"
+
+
+def test_a_run_goes_on_from_another_working_directory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_set(here / "more" / "test", count=3)
+    images = {"data.root": "more", "data.test_data": "test"}
+    folder = trained_here(here, images)
+    before, recipe = using_runs.evaluate_run(folder), (folder / "recipe.toml").read_text()
+    assert json.loads((folder / "places.json").read_text())["paths"] == {
+        "data.name": str(here / "set"), "data.root": str(here / "more"), "data.test_data": str(here / "more" / "test"),
+    }  # fmt: skip
+    monkeypatch.chdir(here / "away")
+    assert using_runs.evaluate_run(folder) == before
+    assert len(list(using_runs.predict(folder, here / "set"))) == 16
+    (folder / "places.json").unlink()  # which the checkpoint keeps
+    with pytest.warns(match=r"places\.json: missing; taken as the checkpoint keeps it"):
+        run.resume(folder, {"training.epochs": 2})
+    assert (folder / "recipe.toml").read_text() == recipe.replace("epochs = 1", "epochs = 2"), "it stays portable"
+    assert json.loads((folder / "data.json").read_text())["name"] == "set"
+
+
+def test_what_lies_beside_is_taken_first_if_it_is_the_same(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = trained_here(here)
+    (here / "set").rename(here / "away" / "set")
+    monkeypatch.chdir(here / "away")
+    run.resume(folder, {"training.epochs": 2})
+    assert json.loads((folder / "places.json").read_text())["paths"] == {"data.name": str(here / "away" / "set")}
+    write_set(here / "set", count=9)
+    monkeypatch.chdir(here)
+    with pytest.raises(DataError, match=r"^data='set': this is not what the run in .* was trained on"):
+        run.resume(folder, {"training.epochs": 3})
+    with pytest.raises(DataError, match=r"^data='set': this is not what the run in .* was trained on"):
+        using_runs.evaluate_run(folder)
+    assert using_runs.evaluate_run(folder, data="away/set")["num_images"] == 3
+
+
+def test_data_that_is_in_neither_place_is_said_with_both(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = trained_here(here)
+    (here / "set").rename(here / "elsewhere")
+    monkeypatch.chdir(here / "away")
+    for use in (using_runs.evaluate_run, lambda path: run.resume(path, {"training.epochs": 2})):
+        with pytest.raises(DataError) as refused:
+            use(folder)
+        assert str(refused.value).startswith("No data set or path is called 'set'")
+        assert str(refused.value).endswith(
+            f" When the run was made, it was {here / 'set'}. If it was moved, say where it is now: data, or root."
+        )
+    using_runs.evaluate_run(folder, data="../elsewhere")
+    run.resume(folder, {"training.epochs": 2, "data.name": "../elsewhere"})
+    assert json.loads((folder / "places.json").read_text())["paths"] == {
+        "data.name": str(here / "away" / ".." / "elsewhere")
+    }
+
+
+@pytest.mark.heavy
+def test_a_reference_is_found_from_another_working_directory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_set(here / "set")
+    run.train(micro({"local.modules": 1}), out=here / "reference")
+    folder = trained_here(here, {"execution.health_every": 1, "execution.health_reference": "reference"})
+    monkeypatch.chdir(here / "away")
+    run.resume(folder, {"training.epochs": 2})
+    (here / "reference").rename(here / "gone")
+    with pytest.raises(
+        RecipeError, match=r"^health_reference: reference: no run there .* made, it was .*/reference\.$"
+    ):
+        run.resume(folder, {"training.epochs": 3})
+
+
+def test_where_sets_lie_that_are_known_by_name(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = micro({"data.name": "cifar10"})
+    assert places.found_places(recipe) == {}
+    (here / "data").mkdir()
+    found = places.found_places(recipe)
+    assert found == {"data.root": str(here / "data")}
+    assert places.located(recipe, found) is recipe
+    (here / "away").mkdir()
+    monkeypatch.chdir(here / "away")
+    elsewhere = places.located(recipe, found)
+    assert elsewhere.method.data.root == str(here / "data")
+    assert places.with_paths_of(elsewhere, recipe) == recipe
+    assert places.found_places(micro({"data.name": "digits", "data.root": str(here / "data")})) == {}, "absolute"

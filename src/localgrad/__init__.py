@@ -57,6 +57,7 @@ if TYPE_CHECKING:
         RunEnded,
         RunStarted,
         Sink,
+        StoppedEarly,
         register_sink,
     )
     from localgrad.training.transforms import register_transform
@@ -83,7 +84,7 @@ _HOMES = {
     "localgrad.run": "resume train",
     "localgrad.step.executor": "StepResult",
     "localgrad.training.events": "EpochEnded FeaturesCached HealthMeasured Progressed "
-    "Replanned RunEnded RunStarted Sink register_sink",
+    "Replanned RunEnded RunStarted Sink StoppedEarly register_sink",
     "localgrad.training.transforms": "register_transform",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
@@ -131,6 +132,7 @@ __all__ = [
     "Sink",
     "Site",
     "StepResult",
+    "StoppedEarly",
     "Team",
     "Term",
     "TermValue",

@@ -270,7 +270,7 @@ _OWN = {
         ),
         Option(name="on_oom", help="When memory runs out: stop (default), or replan and go on.", panel=RUN),
         Option(name="out", help="The run folder; by default a new one under runs/.", panel=RUN, kind=Path),
-        Option(name="resume", help="Continue the run in this folder.", panel=RUN, kind=Path),
+        Option(name="resume", help="Continue the run in this folder; more --epochs extend it.", panel=RUN, kind=Path),
         Option(name="dry_run", help="Check and print the recipe, and stop.", panel=RUN, kind=bool),
         Option(
             name="num_processes",

@@ -117,6 +117,7 @@ DEVICE = Given("device")
 COMPILE = Given("compile")
 EMA_DECAY = Given("ema_decay")
 BUDGET = Given("budget")
+PATIENCE = Given("patience")
 GRADIENTS = Given("gradients", off=(None, "any"))
 REPLICAS = Given("replicas", off=(None, 1))
 GLOBAL = (Given("global_every"), Given("global_tail"), Given("global_share"))
@@ -134,6 +135,11 @@ def _rules() -> Iterator[Rule]:
     yield Rule(OFFLOAD, SEQUENTIAL, "only one module is on the device anyway")
     yield Rule(BUDGET, SEQUENTIAL, "planners plan modules that train together")
     yield Rule(Given("plan"), SEQUENTIAL, "a plan is of modules that train together")
+
+    yield Rule(PATIENCE, SEQUENTIAL, "each module is trained for all its epochs")
+    yield Rule(PATIENCE, Absent("val_fraction", 0.1), "validation images tell when to stop")
+    for given in (GLOBAL[1], FREEZE_FROM, CONTEXT):
+        yield Rule(given, PATIENCE, "its share is of all epochs, and the last ones may not come")
 
     whole = "no process has all local modules"
     for given in (SEQUENTIAL, *GLOBAL, OFFLOAD, Given("health_every"), TEACHER):

@@ -16,18 +16,19 @@ from localgrad import rules
 from localgrad.app.agreement import team_of, together
 from localgrad.app.build import Job, build, resolve_device
 from localgrad.app.fitting import fit, health_check, plan_of_run
+from localgrad.app.places import located, read_places, telling_places, write_places
 from localgrad.app.planned import check_plan_fits, laid_over, plan_recipe, task_on
-from localgrad.app.recipe import Recipe, as_recipe, difference, flat, overlay
+from localgrad.app.recipe import Recipe, as_recipe, flat, overlay
 from localgrad.app.run_folders import (
     build_again,
     check_data,
     describe_data,
+    finished_as,
+    is_moved,
     load_last,
-    place_of,
+    other_method,
     read_recipe,
-    read_summary,
     rewrite,
-    without_place,
 )
 from localgrad.app.threads import threads_kept
 from localgrad.backbones.base import Backbone
@@ -122,6 +123,7 @@ def train(
             if job.speaks:
                 folder.write_text("recipe.toml", job.recipe.to_toml())
                 folder.write_json("data.json", describe_data(job).to_dict())
+                write_places(folder, job.recipe, {})
                 folder.write_text("skipped.csv", skipped_table(job.data.skipped))
                 if job.plan is not None:
                     folder.write_text("plan.json", job.plan.to_json())
@@ -136,18 +138,20 @@ def resume(
     sinks: Sequence[Sink | str] = (),
     on_oom: str = "stop",
 ) -> Summary:
-    """Continue a run where its last checkpoint stands; a finished run only gives its summary.
+    """Continue a run where its last checkpoint stands; a finished run only gives its summary, unless it is extended.
 
     Args:
         path: the run folder.
         changes: the recipe as it is wanted now, or values to be laid over the run's own; its method must be the run's
             own, its execution may differ, and so may where the data lies (``data.name``, ``data.root``), if it is the
-            same data. It becomes the run's recipe.
+            same data. It becomes the run's recipe. Another number of epochs (``training.epochs``) extends the run,
+            also a finished one, from its last checkpoint on, by the learning rates of so many epochs; it waits anew for
+            a better one (``training.patience``, which may differ too). The summary is replaced at the new end.
         sinks: take the events, as for ``train``.
         on_oom: as for ``train``.
 
     Raises:
-        RecipeError: another method; the message lists the differences.
+        RecipeError: another method; the message lists the differences. Or fewer epochs than were trained.
         RunFolderError: no run there, or another process uses it.
         CheckpointError: both checkpoints are damaged, or of another model; or the best epoch's weights are damaged.
         DataError: the data is missing, or was moved and is not what the run was trained on.
@@ -156,34 +160,48 @@ def resume(
     place = Path(path)
     own = read_recipe(place)
     recipe = changes if isinstance(changes, Recipe) else as_recipe(overlay(own.to_dict(), flat(changes or {})))
-    different = difference(without_place(own), without_place(recipe))
-    if different:
-        raise RecipeError(
-            f"{arg('resume', place)}: the run has another recipe ({'; '.join(different)}); leave those options out, "
-            "or start a new run."
-        )
+    _check_same_run(place, own, recipe)
     rules.check({**recipe.arguments(), "on_oom": on_oom})
     load_plugins(recipe.execution.plugins)
     check_sinks((*recipe.execution.sinks, *sinks))
-    finished = read_summary(place)
+    finished = finished_as(place, own, recipe)
     if finished is not None:
         for sink in make_sinks(sinks, place):
             sink.emit(RunEnded(summary=finished))
             sink.close()
         return finished
+    places = read_places(place, own, recipe)
     with team_of(recipe) as team, _held(place, team) as folder:
         state = together(team, lambda: load_last(folder, recipe))
-        job = together(team, lambda: build_again(recipe, has_weights=state is not None, team=team))
+        job = together(team, lambda: build_again(recipe, places, has_weights=state is not None, team=team))
         job = replace(job, plan=plan_of_run(folder, job.recipe, job.device))
-        is_moved = place_of(own) != place_of(recipe)
-        described = together(team, lambda: check_data(place, job, is_moved=is_moved) if job.speaks else None)
+        moved = is_moved(own, recipe, places)
+        described = together(team, lambda: check_data(place, job, is_moved=moved) if job.speaks else None)
         _check_space(job, place)
 
         def go_on() -> None:
             if described is not None:
-                rewrite(folder, job.recipe, described, is_moved=is_moved)
+                rewrite(folder, job.recipe, described, places, is_moved=moved)
 
-        return fit(job, folder, sinks, state, health=health_check(job), replan=on_oom == "replan", fits=go_on)
+        with telling_places(recipe, places, RecipeError):
+            health = health_check(replace(job, recipe=located(job.recipe, places)))
+        return fit(job, folder, sinks, state, health=health, replan=on_oom == "replan", fits=go_on)
+
+
+def _check_same_run(path: Path, own: Recipe, recipe: Recipe) -> None:
+    """Refuse a recipe by which a run can't go on."""
+    different = other_method(own, recipe)
+    if different:
+        raise RecipeError(
+            f"{arg('resume', path)}: the run has another recipe ({'; '.join(different)}); leave those options out, "
+            "or start a new run."
+        )
+    before, settings = own.method.training.epochs, recipe.method.training
+    if settings.schedule == "sequential" and settings.epochs != before:
+        raise RecipeError(
+            f"{arg('epochs', settings.epochs)}: with {arg('schedule', 'sequential')} a run stays as long as it began, "
+            f"{before} epochs a module, as finished modules don't go on; leave it out, or start a new run."
+        )
 
 
 def _check_on_oom(on_oom: str) -> None:

@@ -116,6 +116,12 @@ def build(
         image_size=None if side is None else (side, side),
         default_transform=default_transform(recipe) if is_new else None,
     )
+    if training.patience is not None and data.val is None:
+        raise RecipeError(
+            f"{arg('patience', training.patience)}: there are no validation images to tell when to stop, as so few "
+            f"images have no share of {arg('val_fraction', method.data.val_fraction)}; take a larger share, or leave "
+            f"{arg('patience')} out."
+        )
     settings_of_model = replace(method.model, pretrained=False, weights=None) if has_weights else method.model
     made = _make_model(recipe, settings_of_model, data.info, chooses=is_new and device.type == "cpu")
     model, size = made.model, made.size

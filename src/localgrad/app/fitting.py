@@ -112,7 +112,7 @@ def fit(
 
     def run() -> Summary:
         if job.speaks:
-            _emit_start(job, trainer, peaks)
+            _emit_start(job, trainer, peaks, [] if state is None or "note" not in state else [state["note"]])
         with explaining():
             trainer.fit()
         seen: Peaks = {**peaks, **measured_peak(job.device)}
@@ -163,6 +163,7 @@ def make_trainer(job: Job, folder: RunFolder) -> Trainer:
         "val": None if job.data.val is None else job.evaluation_batches(job.data.val),
         "epochs": settings.epochs,
         "folder": folder,
+        "patience": settings.patience,
     }
     if isinstance(learner, ParallelLearner):
         return ParallelTrainer(learner=learner, schedule=job.schedule_for(learner.optimizers), **common)
@@ -297,7 +298,7 @@ def _end_to_end_weights(path: Path, recipe: Recipe) -> dict[str, Tensor]:
 # The start -------------------------------------------------------------------------------------------------------
 
 
-def _emit_start(job: Job, trainer: Trainer, peaks: Peaks) -> None:
+def _emit_start(job: Job, trainer: Trainer, peaks: Peaks, notes: Sequence[str]) -> None:
     method, learner, info = job.recipe.method, job.learner, job.data.info
     modules = "end-to-end" if learner.plan.num_modules == 1 else f"{learner.plan.num_modules} local modules"
     names = learner.backbone.block_names
@@ -319,6 +320,7 @@ def _emit_start(job: Job, trainer: Trainer, peaks: Peaks) -> None:
         *([_shared_out(learner)] if isinstance(learner, ParallelLearner) else []),
         *trainer.details(),
         *(note for note in (warmup, _note_of_plan(job, trainer.folder)) if note is not None),
+        *notes,
     ]
     event = RunStarted(
         folder=str(trainer.folder.path),

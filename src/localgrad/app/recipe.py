@@ -113,6 +113,11 @@ class TrainingSettings:
 
     __pydantic_config__ = STRICT
     epochs: Positive = option(100, "Passes over the training images.", METHOD)
+    patience: Positive | None = option(
+        None,
+        "Stop after so many epochs without a better validation accuracy; learning rates stay those of all epochs.",
+        METHOD,
+    )
     batch_size: Positive = option(128, "Images an update.", METHOD)
     optimizer: str = option("adamw", "timm's name of the optimizer, such as adamw, sgd, lamb.", METHOD)
     lr: Factor = option(5e-4, "Peak learning rate.", METHOD)
@@ -253,13 +258,14 @@ class Recipe:
         return cast(Values, _without_none({**asdict(self.method), "execution": asdict(self.execution)}))
 
     def arguments(self) -> Values:
-        """What local modules are trained by, as arguments by their own names; for ``rules.check``.
+        """What local modules are trained and selected by, as arguments by their own names; for ``rules.check``.
 
         But for the device: a run moves its model there, while a learner's ``device`` is for offloading alone.
         """
         local, training, execution = asdict(self.method.local), asdict(self.method.training), asdict(self.execution)
         del execution["device"]
-        return {**training, **execution, **local.pop("options"), **local}
+        selected = {"val_fraction": self.method.data.val_fraction}
+        return {**selected, **training, **execution, **local.pop("options"), **local}
 
     def to_toml(self) -> str:
         """The recipe as TOML text."""

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from localgrad.app.build import Job, build
-from localgrad.app.recipe import Recipe, difference
-from localgrad.errors import CheckpointError, DataError, RunFolderError, arg
+from localgrad.app.places import Places, are_elsewhere, located, telling_places, with_paths_of, write_places
+from localgrad.app.recipe import Recipe, TrainingSettings, difference
+from localgrad.errors import CheckpointError, DataError, RecipeError, RunFolderError, arg
 from localgrad.formats import check_format
 from localgrad.training.events import summary_rows
 from localgrad.training.fingerprint import DataDescription, fingerprint_of
@@ -31,6 +32,23 @@ def without_place(recipe: Recipe) -> Recipe:
     """A recipe that doesn't say where its data lies."""
     data = replace(recipe.method.data, **{key: getattr(DataSettings(), key) for key in _PLACE})
     return replace(recipe, method=replace(recipe.method, data=data))
+
+
+def length_of(recipe: Recipe) -> tuple[int, int | None]:
+    """What says how long a run is: its epochs, and how many it waits for a better one."""
+    return recipe.method.training.epochs, recipe.method.training.patience
+
+
+def other_method(own: Recipe, recipe: Recipe) -> list[str]:
+    """The lines in which a recipe isn't one that a run may go on with: all but where its data lies and its length."""
+    lengths = ("epochs", "patience")
+
+    def bare(each: Recipe) -> Recipe:
+        method = without_place(each).method
+        training = replace(method.training, **{key: getattr(TrainingSettings(), key) for key in lengths})
+        return replace(each, method=replace(method, training=training))
+
+    return difference(bare(own), bare(recipe))
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -66,8 +84,18 @@ def read_description(path: Path) -> DataDescription:
         ) from error
 
 
-def read_summary(path: Path) -> Summary | None:
-    """The summary of a finished run, the last thing that it writes; ``None`` also where that is damaged."""
+def finished_as(path: Path, own: Recipe, recipe: Recipe) -> Summary | None:
+    """The summary of a run, if by a recipe, too, nothing is left to train; ``own`` is the run's."""
+    summary = read_summary(path, own) if own.method.training.epochs == recipe.method.training.epochs else None
+    goes_on = summary is not None and summary.get("stopped_early") and length_of(own) != length_of(recipe)
+    return None if goes_on else summary
+
+
+def read_summary(path: Path, recipe: Recipe) -> Summary | None:
+    """The summary of a finished run, the last thing that it writes; ``None`` also where that is damaged.
+
+    While a finished run is extended, its summary stays until there is a new one: it is of another length.
+    """
     file = path / "summary.json"
     if not file.exists():
         return None
@@ -81,12 +109,23 @@ def read_summary(path: Path) -> Summary | None:
         say(f"{file}: damaged; made again from the last checkpoint.")
         return None
     check_format(str(file), summary.get("format", 1), RUN_FORMAT, RunFolderError)
-    return summary
+    return summary if (summary["epochs"], summary.get("patience")) == length_of(recipe) else None
 
 
 def load_last(folder: RunFolder, recipe: Recipe) -> Checkpoint | None:
-    """The state to resume from, and the weights of the best epoch are there; ``None`` before the first checkpoint."""
+    """The state to resume from, and the weights of the best epoch are there; ``None`` before the first checkpoint.
+
+    Raises:
+        CheckpointError: there is no sound one of this run.
+        RecipeError: it was trained for more epochs than the recipe has.
+        RunFolderError: the run is finished and has none.
+    """
     if not folder.has_checkpoint:
+        if (folder.path / "summary.json").exists():
+            raise RunFolderError(
+                f"{arg('resume', folder.path)}: the run is finished, and its checkpoint is gone ({folder.last}), so it "
+                f"can't go on; start a new one, from its weights by {arg('weights', str(folder.path))}."
+            )
         return None
 
     def agree(state: Checkpoint) -> str | None:
@@ -97,13 +136,44 @@ def load_last(folder: RunFolder, recipe: Recipe) -> Checkpoint | None:
         text = kept_of(state).get("recipe.toml")
         if not isinstance(text, str):
             return None
-        different = difference(without_place(Recipe.from_toml(text, "checkpoint")), without_place(recipe))
+        different = other_method(Recipe.from_toml(text, "checkpoint"), recipe)
         # A number of modules and its boundaries are the same (``on_oom``); the learner compares those.
         different = [line for line in different if not line.startswith("local.modules:")]
         return f"it has another recipe: {', '.join(different)}" if different else None
 
-    state = joined_checkpoint(folder.load_last(agree))
+    state = _of_length(folder, joined_checkpoint(folder.load_last(agree)), recipe)
     return {**state, "lost_best": _has_lost_best(folder, state["position"], recipe)}
+
+
+def _of_length(folder: RunFolder, state: Checkpoint, recipe: Recipe) -> Checkpoint:
+    """A checkpoint of a run that goes on for another number of epochs than it was saved with, or for the same.
+
+    The checkpoint says for how many it was saved: the recipe may be the new one already, if that was all that was done
+    before the run was interrupted again.
+    """
+    text = kept_of(state).get("recipe.toml")
+    begun = Recipe.from_toml(text, "checkpoint") if isinstance(text, str) else read_recipe(folder.path)
+    if length_of(begun) == length_of(recipe):
+        return state
+    (before, _), (epochs, patience) = length_of(begun), length_of(recipe)
+    complete, batch = state["position"].get("epoch", 0), state["position"].get("batch", 0)
+    trained = complete + (batch > 0)
+    if epochs < trained:
+        raise RecipeError(
+            f"{arg('epochs', epochs)}: the run is in epoch {trained} already; take {trained} or more, or start a new "
+            "run."
+            if batch
+            else f"{arg('epochs', epochs)}: the run has trained {trained} already; take more, or start a new run."
+        )
+    note = (
+        f"learning rates from epoch {complete + 1} on are those of {epochs} epochs, before it of {before}: this isn't "
+        f"bit for bit a run of {epochs} from its start"
+        if epochs != before
+        else f"from epoch {complete + 1} on no epoch is the last one for not being better"
+        if patience is None
+        else f"from epoch {complete + 1} on {patience} epochs are waited for a better one"
+    )
+    return {**state, "position": {**state["position"], "extended_at": complete}, "note": note}
 
 
 def _has_lost_best(folder: RunFolder, position: PositionState, recipe: Recipe) -> bool:
@@ -126,10 +196,13 @@ def _has_lost_best(folder: RunFolder, position: PositionState, recipe: Recipe) -
     return False
 
 
-def build_again(recipe: Recipe, **settings: Any) -> Job:
-    """Build what a run's recipe names, which was there once."""
+def build_again(recipe: Recipe, places: Places, **settings: Any) -> Job:
+    """Build what a run's recipe names, which was there once; the job's recipe has its paths as they were typed."""
     try:
-        return build(recipe, **settings)
+        with telling_places(recipe, places, DataError):
+            wanted = located(recipe, places)
+            job = build(wanted, **settings)
+        return job if wanted is recipe else replace(job, recipe=with_paths_of(job.recipe, recipe))
     except DataError as error:
         name = recipe.method.data.root or recipe.method.data.name
         if Path(name).expanduser().exists():
@@ -140,6 +213,11 @@ def build_again(recipe: Recipe, **settings: Any) -> Job:
 def describe_data(job: Job) -> DataDescription:
     """What ``data.json`` holds of a job's data."""
     return DataDescription(job.data.info, fingerprint_of(job.data))
+
+
+def is_moved(own: Recipe, recipe: Recipe, places: Places) -> bool:
+    """Whether a run's data lies elsewhere than it did: somebody says so, or a relative path leads elsewhere."""
+    return place_of(own) != place_of(recipe) or are_elsewhere(recipe, places)
 
 
 def check_data(path: Path, job: Job, *, is_moved: bool) -> DataDescription:
@@ -165,8 +243,9 @@ def check_data(path: Path, job: Job, *, is_moved: bool) -> DataDescription:
     return found
 
 
-def rewrite(folder: RunFolder, recipe: Recipe, described: DataDescription, *, is_moved: bool) -> None:
-    """Write down what a run goes on with: what was laid over its recipe, and what was damaged."""
+def rewrite(folder: RunFolder, recipe: Recipe, described: DataDescription, places: Places, *, is_moved: bool) -> None:
+    """Write down what a run goes on with: what was laid over its recipe, where files are now, what was damaged."""
+    write_places(folder, recipe, places)
     text = recipe.to_toml()
     if not (is_sound(folder.path, "recipe.toml") and read_text(folder.path, "recipe.toml") == text):
         folder.write_text("recipe.toml", text)

@@ -11,8 +11,9 @@ import torch
 
 from localgrad.app.build import input_size_of, make_model, resolve_device
 from localgrad.app.fitting import of_best
+from localgrad.app.places import read_places
 from localgrad.app.recipe import Recipe, validated
-from localgrad.app.run_folders import build_again, check_data, place_of, read_description, read_recipe
+from localgrad.app.run_folders import build_again, check_data, is_moved, read_description, read_recipe
 from localgrad.backbones.base import Backbone
 from localgrad.errors import RecipeError, arg
 from localgrad.registry import load_plugins
@@ -51,8 +52,9 @@ def evaluate_run(
     place = replace(place, name=data or place.name, root=root or place.root)
     recipe = replace(own, method=replace(own.method, data=place))
     weights = load_saved_weights(path / _BEST)
-    job = build_again(recipe, has_weights=True)
-    check_data(path, job, is_moved=place_of(own) != place_of(recipe))
+    places = read_places(path, own, recipe)
+    job = build_again(recipe, places, has_weights=True)
+    check_data(path, job, is_moved=is_moved(own, recipe, places))
     images = job.data.part(part)
     if images is None:
         raise RecipeError(

@@ -131,6 +131,21 @@ class Replanned:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StoppedEarly:
+    """A run is over before its last epoch, as validation accuracy didn't rise for as long as it was waited for.
+
+    Attributes:
+        epoch: the last that was trained, from 0.
+        epochs: how many there would have been.
+        num_waited: epochs since the best one.
+    """
+
+    epoch: int
+    epochs: int
+    num_waited: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class FeaturesCached:
     """A finished module's features were computed and stored.
 
@@ -152,7 +167,7 @@ class RunEnded:
     summary: Mapping[str, Any]
 
 
-Event = RunStarted | Progressed | EpochEnded | HealthMeasured | FeaturesCached | Replanned | RunEnded
+Event = RunStarted | Progressed | EpochEnded | HealthMeasured | FeaturesCached | Replanned | StoppedEarly | RunEnded
 
 
 @runtime_checkable
@@ -349,6 +364,11 @@ class ConsoleSink(Sink):
             case Replanned():
                 peak = "" if event.peak_bytes is None else f": {format_bytes(event.peak_bytes)}"
                 self._print(f"memory ran out in {event.place}; going on with {event.how}{peak}")
+            case StoppedEarly():
+                self._print(
+                    f"Stopped after epoch {event.epoch + 1} of {event.epochs}: validation accuracy hasn't risen for "
+                    f"{event.num_waited} epoch{'s' * (event.num_waited > 1)}."
+                )
             case FeaturesCached():
                 size, seconds = format_bytes(event.num_bytes), format_seconds(event.seconds)
                 self._print(f"features of module {event.module + 1} cached: {size}, {seconds}")
@@ -470,12 +490,24 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
         console.print(text, highlight=False, soft_wrap=True)
 
 
+def _epochs_row(summary: Mapping[str, Any]) -> str:
+    """How many epochs there were, and the best of them."""
+    epochs = f"{summary['num_epochs']} of " if summary.get("stopped_early") else ""
+    parts = [f"{epochs}{summary['epochs']}, the best was {summary['best_epoch'] + 1}"]
+    if summary.get("stopped_early"):
+        parts.append("stopped early")
+    if summary.get("extended_at"):
+        parts.append(f"extended after {summary['extended_at']}")
+    return "; ".join(parts)
+
+
 def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The lines of a printed summary, as (name, value)."""
     left_out = summary.get("skipped", {}).get("test", {})
     without = f"; left out: {format_counts(left_out)}" if left_out else ""
     peak, baseline = summary["estimated_peak_bytes"], summary["estimated_end_to_end_peak_bytes"]
-    epochs, while_training = f"{summary['epochs']}, the best was {summary['best_epoch'] + 1}", "while training"
+    epochs, while_training = _epochs_row(summary), "while training"
+    when = "at the end" if summary.get("extended_at") else "once, at the end"  # it may have been read before
     if "best_epochs" in summary:  # modules were trained one after another
         best = ", ".join(str(epoch + 1) for epoch in summary["best_epochs"])
         epochs = f"{summary['epochs']} a module, one after another; the best were {best}"
@@ -486,7 +518,7 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         (
             "test accuracy",
-            f"{summary['test_accuracy']:.2%}  ({summary['num_test']:,} images, read once, at the end{without})",
+            f"{summary['test_accuracy']:.2%}  ({summary['num_test']:,} images, read {when}{without})",
         ),
         ("by module", accuracies(summary["test_module_accuracy"]) + "  (each local module's own classifier)"),
         (

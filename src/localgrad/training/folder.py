@@ -4,6 +4,7 @@
 
     recipe.toml                what was asked for, whole
     data.json                  the data set in words and figures, and a fingerprint of it
+    places.json                where lay what the recipe names by relative paths, if it does
     skipped.csv                the images that were left out: part, image, reason
     metrics.jsonl              one line an epoch, and one a health check
     tensorboard/               the same for TensorBoard
@@ -62,7 +63,7 @@ _DAMAGED = (ValueError, KeyError, IndexError, AttributeError, TypeError, Asserti
 _NO_ZIP = (zipfile.BadZipFile, NotImplementedError, struct.error, zlib.error, OverflowError, MemoryError)
 """The same of Python's reader of zip files."""
 
-KEPT = ("recipe.toml", "data.json")
+KEPT = ("recipe.toml", "data.json", "places.json")
 """Text files that every checkpoint keeps a copy of, beside the lines of ``metrics.jsonl``."""
 CHECKPOINTS = ("last.pt", "before.pt", "best.safetensors")
 _SUMS = "checkpoints/checksums.json"

@@ -83,14 +83,14 @@ def find(name: str, *, root: Path | None, download: bool, given: Mapping[Split, 
 
 def _found_parts(name: str, root: Path | None, given: Mapping[Split, str]) -> Parts:
     """The parts of a path or a hub name, with those that were given."""
-    path, train, found = _path_of(name, root), given.get("train"), Parts()
-    if path is not None and (train is None or _path_of(train, root) != path):
+    path, train, found = existing_path(name, root), given.get("train"), Parts()
+    if path is not None and (train is None or existing_path(train, root) != path):
         found = find_tables(str(path), path) if _is_table(path) else _parts_in(path, train_is_given=train is not None)
     elif path is None and name != train:
         found = _from_hub(name)
     parts, skipped = dict(found.parts), dict(found.skipped)
     for split, where in given.items():
-        own = _path_of(where, root)
+        own = existing_path(where, root)
         if own is None:
             raise DataError(f"--{split}-data: there is no file or folder {where}.")
         read = find_tables(str(own), own) if _is_table(own) else _parts_of_folders(read_classes(own))
@@ -102,7 +102,8 @@ def _is_table(path: Path) -> bool:
     return path.is_file() or holds_tables(path) == "only"
 
 
-def _path_of(name: str, root: Path | None) -> Path | None:
+def existing_path(name: str, root: Path | None) -> Path | None:
+    """The file or folder of a name, by itself or in a root; ``None`` where there is none."""
     candidates = [Path(name).expanduser()] + ([root / name] if root else []) if name.strip() else []
     return next((path for path in candidates if path.exists()), None)
 

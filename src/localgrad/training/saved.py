@@ -25,6 +25,7 @@ class PositionState(TypedDict):
     seconds: float
     last_losses: list[dict[str, float]]
     finished: list[tuple[int, float | None]]
+    extended_at: NotRequired[int]
 
 
 class SumsState(TypedDict):
@@ -66,13 +67,14 @@ class Checkpoint(TrainerState):
     """``last.pt`` as it was read, with what is kept beside the trainer's state.
 
     In a parallel run's file the learner's state is missing; its ``parts`` are there instead, until they are joined.
-    ``lost_best`` is of no file: the best epoch's weights are to be written again.
+    Two are of no file: ``lost_best``: the best epoch's weights are to be written again; ``note``: a line to say.
     """
 
     format: int
     kept: NotRequired[Kept]
     parts: NotRequired[list[LearnerPart]]
     lost_best: NotRequired[bool]
+    note: NotRequired[str]
 
 
 RUN_FORMAT = 2
@@ -99,11 +101,20 @@ class RankFigures(Peak):
 
 
 class Selection(TypedDict):
-    """What was selected; the last three where modules were trained one after another."""
+    """What was selected of how many epochs.
+
+    ``epochs`` were wanted and ``num_epochs`` trained, of which ``extended_at`` before the run last got another number
+    of them; these are missing in older summaries, and where modules were trained one after another, as the last three
+    are everywhere else.
+    """
 
     val_accuracy: float | None
     best_epoch: int | None
     epochs: int
+    patience: NotRequired[int | None]
+    num_epochs: NotRequired[int]
+    stopped_early: NotRequired[bool]
+    extended_at: NotRequired[int]
     best_epochs: NotRequired[list[int]]
     module_val_accuracy: NotRequired[list[float | None]]
     images_per_second: NotRequired[float]

@@ -32,7 +32,7 @@ from localgrad.step.executor import Attempt, StepResult, free_cache, out_of_memo
 from localgrad.step.sharding import rows_of
 from localgrad.step.states import load_weights
 from localgrad.training.data import Batches
-from localgrad.training.events import EpochEnded, Event, Progressed, Sink
+from localgrad.training.events import EpochEnded, Event, Progressed, Sink, StoppedEarly
 from localgrad.training.folder import RunFolder, load_saved_weights, save_weights
 from localgrad.training.health import HealthCheck
 from localgrad.training.optim import Schedule
@@ -66,6 +66,7 @@ class Position:
         seconds: spent in all.
         last_losses: each local module's terms, averaged over the last complete epoch that trained it.
         finished: in sequential mode, (epoch of its own, validation accuracy) selected for each finished module.
+        extended_at: epochs that were complete when the run last got another number of them; 0 if it never did.
     """
 
     epoch: int = 0
@@ -77,6 +78,7 @@ class Position:
     seconds: float = 0.0
     last_losses: list[dict[str, float]] = field(default_factory=list)
     finished: list[tuple[int, float | None]] = field(default_factory=list)
+    extended_at: int = 0
 
 
 @final
@@ -161,6 +163,7 @@ class Common(TypedDict):
     epochs: int
     folder: RunFolder
     sinks: NotRequired[Sequence[Sink]]
+    patience: NotRequired[int | None]
 
 
 class Trainer(ABC):
@@ -174,6 +177,7 @@ class Trainer(ABC):
         epochs: length of the run.
         folder: where checkpoints go.
         sinks: take the events.
+        patience: epochs without a better validation accuracy after which the run is over; by default it never is.
 
     Attributes:
         health: what measures the modules' health after some epochs; nothing by default.
@@ -195,6 +199,7 @@ class Trainer(ABC):
         epochs: int,
         folder: RunFolder,
         sinks: Sequence[Sink] = (),
+        patience: int | None = None,
     ) -> None:
         self.learner = learner
         self.schedule = schedule
@@ -203,6 +208,7 @@ class Trainer(ABC):
         self.epochs = epochs
         self.folder = folder
         self.sinks = tuple(sinks)
+        self.patience = patience
         self.health: HealthCheck | None = None
         self.evaluation_batch: int | None = None
         self.with_less: Callable[[str, str], bool] = lambda place, less: False
@@ -211,7 +217,7 @@ class Trainer(ABC):
         self._signal: int | None = None
 
     def fit(self) -> None:
-        """Train from the current position to the last epoch.
+        """Train from the current position to the last epoch, or until none was better for too long.
 
         Raises:
             DivergenceError: a loss is no longer finite; the last checkpoint is from before.
@@ -220,13 +226,36 @@ class Trainer(ABC):
         """
         self._limit(self.val)
         with self._catching_signals():
-            while self.position.epoch < self.epochs:
+            while self.position.epoch < self.epochs and not self.has_stopped:
                 self._prepare()
                 start = time.perf_counter()
                 self._train_epoch()
                 train_seconds = time.perf_counter() - start
                 self._finish_epoch(start, train_seconds)
                 self._leave_if_told()
+        if self.has_stopped:
+            self._emit(StoppedEarly(epoch=self.position.epoch - 1, epochs=self.epochs, num_waited=self._waited()))
+
+    @property
+    def has_stopped(self) -> bool:
+        """Whether the run is over before its last epoch, as none was better for too long.
+
+        It is told by the saved position alone, so that all processes, and a run that goes on, decide alike.
+        """
+        position = self.position
+        return position.batch == 0 and position.epoch < self.epochs and self._has_waited(position.epoch)
+
+    def _has_waited(self, num_epochs: int) -> bool:
+        """Whether, with so many epochs complete, none was better for too long; a run that was extended waits anew."""
+        position = self.position
+        if self.patience is None or position.best_epoch is None:
+            return False
+        return num_epochs - max(position.best_epoch + 1, position.extended_at) >= self.patience
+
+    def _waited(self) -> int:
+        """Complete epochs since the best one."""
+        assert self.position.best_epoch is not None, "an epoch was judged"
+        return self.position.epoch - 1 - self.position.best_epoch
 
     def load_state_dict(self, state: TrainerState) -> None:
         """Take up a saved state.
@@ -284,7 +313,15 @@ class Trainer(ABC):
     def selection(self) -> Selection:
         """What was selected, for the summary; the selected weights are in the learner."""
         position = self.position
-        return {"val_accuracy": position.best_accuracy, "best_epoch": position.best_epoch, "epochs": self.epochs}
+        return {
+            "val_accuracy": position.best_accuracy,
+            "best_epoch": position.best_epoch,
+            "epochs": self.epochs,
+            "patience": self.patience,
+            "num_epochs": position.epoch,
+            "stopped_early": self.has_stopped,
+            "extended_at": position.extended_at,
+        }
 
     # ------------------------------------------------------------------- what is trained: said otherwise by others
 
@@ -434,7 +471,8 @@ class Trainer(ABC):
         )
         self._emit(event)  # before saving: a line too many is dropped on resuming, one too few would be missing
         position.seconds += seconds
-        if self.health is not None and self.health.is_due(event.epoch, self.epochs_per_module or self.epochs):
+        last = event.epoch + 1 if self._has_waited(event.epoch + 1) else self.epochs_per_module or self.epochs
+        if self.health is not None and self.health.is_due(event.epoch, last):
             self._measure_health(self.health, event)
         return losses
 
