@@ -116,12 +116,7 @@ def build(
         image_size=None if side is None else (side, side),
         default_transform=default_transform(recipe) if is_new else None,
     )
-    if training.patience is not None and data.val is None:
-        raise RecipeError(
-            f"{arg('patience', training.patience)}: there are no validation images to tell when to stop, as so few "
-            f"images have no share of {arg('val_fraction', method.data.val_fraction)}; take a larger share, or leave "
-            f"{arg('patience')} out."
-        )
+    _check_patience(recipe, data)
     settings_of_model = replace(method.model, pretrained=False, weights=None) if has_weights else method.model
     made = _make_model(recipe, settings_of_model, data.info, chooses=is_new and device.type == "cpu")
     model, size = made.model, made.size
@@ -432,6 +427,16 @@ def _trained_with(made: _MadeModel) -> tuple[Sequence[float], Sequence[float]] |
         return made.weights.normalised_by
     known: Kwargs = getattr(made.model, "pretrained_cfg", None) or {}
     return (known["mean"], known["std"]) if known.get("mean") and known.get("std") else None
+
+
+def _check_patience(recipe: Recipe, data: Splits) -> None:
+    """Refuse to wait for a better validation accuracy where so few images came to no validation part."""
+    patience, share = recipe.method.training.patience, recipe.method.data.val_fraction
+    if patience is not None and data.val is None:
+        raise RecipeError(
+            f"{arg('patience', patience)}: there are no validation images to tell when to stop: "
+            f"{data.info.num_train} training images are too few for {arg('val_fraction', share)}; take a larger share."
+        )
 
 
 def _check_training(recipe: Recipe) -> None:
