@@ -268,7 +268,7 @@ def test_a_run_from_start_to_prediction(here: Path, cli_: Cli, tmp_path: Path) -
     assert "test accuracy" in said.out
 
     assert_refused(cli_("train", "--recipe", "../micro.toml", "--out", "my runs/first"), "--resume", "already holds")
-    assert_refused(cli_("train", "--resume", "my runs/first", "--epochs", "3"), "training.epochs: 2 -> 3")
+    assert_refused(cli_("train", "--resume", "my runs/first", "--seed", "3"), "seed: 0 -> 3")
     assert_refused(cli_("predict", "my runs/first", "gone.png"), "gone.png")
 
     (here / "my runs/first/checkpoints/best.safetensors").write_bytes(b"torn")

@@ -117,6 +117,14 @@ def test_a_run_of_the_first_version_is_evaluated_resumed_and_told(old: Path) -> 
     assert run.resume(old) == summary, "finished"
 
 
+@pytest.mark.heavy
+@pytest.mark.filterwarnings("ignore::localgrad.errors.RunWarning")
+def test_a_run_of_the_first_version_is_extended(old: Path) -> None:
+    summary = run.resume(old, {"training.epochs": 3, "training.patience": 9})
+    assert (summary["num_epochs"], summary["extended_at"]) == (3, 1)
+    assert run.resume(old) == summary
+
+
 NEWER = "its format is 3, written by a newer version"
 
 

@@ -231,7 +231,7 @@ def test_patience_changes_nothing_where_no_epoch_is_left(short: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in short.rglob("*")} == before
 
 
-def test_what_cant_be_extended_is_refused_in_a_line(short: Path, tmp_path: Path, cli_: Cli) -> None:
+def test_what_cant_be_extended_is_refused_in_a_line(short: Path, early: Path, tmp_path: Path, cli_: Cli) -> None:
     folder = copy_of(short, tmp_path)
     kept = {path: path.read_bytes() for path in folder.rglob("*.*") if path.is_file()}
     said = cli_("train", "--resume", folder, "--epochs", 1)
@@ -239,6 +239,8 @@ def test_what_cant_be_extended_is_refused_in_a_line(short: Path, tmp_path: Path,
     said = cli_("train", "--resume", folder, "--epochs", 4, "--lr", 0.1)
     assert_refused(said, "(training.lr: 0.002 -> 0.1); leave those options out")
     assert {path: path.read_bytes() for path in kept} == kept
+    with pytest.raises(RecipeError, match="epochs=3: the run has trained 3 already; take more"):
+        run.resume(early, {"training.epochs": 3})
     (folder / "checkpoints" / "last.pt").unlink()
     with pytest.raises(RunFolderError, match=r"its checkpoint is gone .*last\.pt.* from its weights by weights="):
         run.resume(folder, {"training.epochs": 4})

@@ -39,7 +39,7 @@ def _relative(recipe: Recipe) -> dict[str, Path]:
     root = None if data.root is None else Path(data.root)
     paths = {_REFERENCE: values.get(_REFERENCE)}
     if data.name in NAMED_DATA:
-        paths[_ROOT] = data.root or str(DEFAULT_ROOT)
+        paths[_ROOT] = data.root or (None if data.name == "digits" else str(DEFAULT_ROOT))  # those come with a library
     else:
         named = {key: values.get(key) for key in _IMAGES}
         paths |= {key: str(existing_path(name, root) or name) for key, name in named.items() if name}

@@ -157,8 +157,8 @@ def _of_length(folder: RunFolder, state: Checkpoint, recipe: Recipe) -> Checkpoi
         return state
     (before, _), (epochs, patience) = length_of(begun), length_of(recipe)
     complete, batch = state["position"].get("epoch", 0), state["position"].get("batch", 0)
-    trained = complete + (batch > 0)
-    if epochs < trained:
+    trained, is_finished = complete + (batch > 0), (folder.path / "summary.json").exists()
+    if epochs < trained or (epochs == trained and epochs != before and is_finished and not batch):
         raise RecipeError(
             f"{arg('epochs', epochs)}: the run is in epoch {trained} already; take {trained} or more, or start a new "
             "run."
