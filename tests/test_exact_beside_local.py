@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from rich.console import Console
 
 import localgrad
@@ -170,3 +171,16 @@ def test_a_run_is_planned_with_the_gradients_that_are_asked_for(cli_: Cli, tmp_p
 def _every_way(num_blocks: int) -> list[Checkpointing]:
     firsts = [None, *range(1, num_blocks)]
     return [replace(way, first=first) for way in WAYS for first in (firsts if way.level != "none" else [None])]
+
+
+def test_classes_that_are_weighted_are_planned_for() -> None:
+    """Their weights are real tensors, where all else has shapes alone."""
+    model = make("vit")
+    plain, weighted = (
+        localgrad.plan(model, batch_size=8, modules=2, loss=torch.nn.CrossEntropyLoss(weight), cache=False)
+        for weight in (None, torch.linspace(0.5, 1.5, model.num_classes))
+    )
+    assert weighted.forecast is not None
+    assert plain.forecast is not None
+    more = weighted.forecast.peak_bytes - plain.forecast.peak_bytes
+    assert 0 <= more <= 1024, "the weights themselves"

@@ -233,9 +233,7 @@ def test_bad_input(arguments: list[str], said: str, cli_: Cli, tmp_path: Path) -
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    "given", [["--parallel", "2"], ["--preset", "digits"], ["--batch-size", "auto", "--budget", "1GiB"]]
-)
+@pytest.mark.parametrize("given", ["--parallel 2", "--preset digits", "--batch-size auto --budget 1GiB"])
 def test_what_does_not_go_with_a_plan_for_fine_tuning(given: str, cli_: Cli) -> None:
     assert_refused(cli_("plan", "--finetune", "--data", "digits", *given.split()), "finetune")
 

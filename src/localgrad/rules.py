@@ -136,11 +136,6 @@ def _rules() -> Iterator[Rule]:
     yield Rule(BUDGET, SEQUENTIAL, "planners plan modules that train together")
     yield Rule(Given("plan"), SEQUENTIAL, "a plan is of modules that train together")
 
-    yield Rule(PATIENCE, SEQUENTIAL, "each module is trained for all its epochs")
-    yield Rule(PATIENCE, Absent("val_fraction", 0.1), "validation images tell when to stop")
-    for given in (GLOBAL[1], FREEZE_FROM, CONTEXT):
-        yield Rule(given, PATIENCE, "its share is of all epochs, and the last ones may not come")
-
     whole = "no process has all local modules"
     for given in (SEQUENTIAL, *GLOBAL, OFFLOAD, Given("health_every"), TEACHER):
         yield Rule(given, PARALLEL, whole)
@@ -162,12 +157,6 @@ def _rules() -> Iterator[Rule]:
     yield Rule(Given("frontier"), PARALLEL, "it is of plans for one process")
     yield Rule(Given("batch_size", "auto"), PARALLEL, "it is for plans of one process")
 
-    weights = Given("balance", "weights")
-    yield Rule(weights, REPLICAS, "replicas weigh alike, whatever classes their images are of; sampling does it")
-    yield Rule(weights, Given("objective", "contrastive"), "that weighs pairs of images alike; sampling does it")
-    for name in ("data.interpolation", "data.crop"):
-        yield Rule(Given(name), Absent("data.transform", "imagenet"), "it is of how a transform resizes")
-
     for given in GLOBAL:
         yield Rule(OFFLOAD, given, "end-to-end steps need all modules on the device")
     yield Rule(OVERLAP, FREEZE_FROM, "a frozen module's last blocks would go on learning")
@@ -187,10 +176,25 @@ def _rules() -> Iterator[Rule]:
     for name in ("out", "preset", "recipe", "plan", "budget"):
         yield Rule(Given(name), Given("resume"), "the run has its recipe and folder")
 
+    yield from _rules_of_data()
+    yield Rule(Given("plot"), Given("estimate_only"), "it needs step times; take a timeline instead")
+
+
+def _rules_of_data() -> Iterator[Rule]:
     yield Rule(Given("num_classes"), Given("data"), "it has its own classes")
     for name in ("train_data", "val_data", "test_data"):
         yield Rule(Given(name), OneOf("data", values=NAMED_DATA), "it brings its own parts")
-    yield Rule(Given("plot"), Given("estimate_only"), "it needs step times; take a timeline instead")
+
+    weights = Given("balance", "weights")
+    yield Rule(weights, REPLICAS, "replicas weigh alike, whatever classes their images are of; sampling does it")
+    yield Rule(weights, Given("objective", "contrastive"), "that weighs pairs of images alike; sampling does it")
+    for name in ("data.interpolation", "data.crop"):
+        yield Rule(Given(name), Absent("data.transform", "imagenet"), "it is of how a transform resizes")
+
+    yield Rule(PATIENCE, SEQUENTIAL, "each module is trained for all its epochs")
+    yield Rule(PATIENCE, Absent("val_fraction", 0.1), "validation images tell when to stop")
+    for given in (GLOBAL[1], FREEZE_FROM, CONTEXT):
+        yield Rule(given, PATIENCE, "its share is of all epochs, and the last ones may not come")
 
 
 def _rules_of_plans() -> Iterator[Rule]:

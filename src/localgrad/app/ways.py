@@ -93,6 +93,8 @@ def recipe_for(
     name = changes.get("model.name")
     if name is not None and is_on_hub(name):
         own["training.layer_decay"] = None  # its groups are timm's
+    if changes.get("training.schedule") == "sequential" or changes.get("data.val_fraction") == 0:
+        own["training.patience"] = None  # which is by validation images, of modules that train together
     if not changes.get("model.weights"):
         own["model.pretrained"] = True
     modules = changes.get("local.modules")

@@ -303,7 +303,7 @@ def measure_costs(
     """
     # The collector would look at every fake tensor again and again: a sixth of the time.
     with without_collector(), by_shapes_alone():
-        fake_mode, (fake, fake_pieces) = fake_copy((backbone, find_cuts(backbone)))
+        fake_mode, (fake, fake_pieces, loss) = fake_copy((backbone, find_cuts(backbone), loss))
         fake.train()
         with single_images_refused(settings.batch_size, settings.accumulation), fake_mode:
             shop = Workshop(ByShapes(fake_mode, settings), settings)
