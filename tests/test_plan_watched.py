@@ -418,7 +418,7 @@ def test_a_config_is_planned_and_its_model_trains_by_the_plan(folder: Path, tmp_
     learner = LocalLearner(model, modules=plan, example={k: v for k, v in tokens().items() if k != "labels"})
     assert plan.forecast is not None
     assert localgrad.estimate(learner, BATCH, optimizer=adamw).peak_bytes == plan.forecast.peak_bytes
-    assert_refused(cli_("train", "--plan", str(out)), "planned here, and trained in Python", f"--model hf:{folder}")
+    assert_refused(cli_("train", "--plan", str(out)), "is planned here, and trained in Python", f"--model hf:{folder}")
 
 
 @pytest.mark.heavy
@@ -441,7 +441,7 @@ def test_what_a_config_cannot_be_planned_for_is_one_line(folder: Path, tmp_path:
     )
     refused("--sequence-length", "8", "--img-size", "8")("--img-size", "is given tokens")
     refused("--sequence-length", "8", "--num-classes", "8")("--num-classes", "its vocabulary")
-    refused("--sequence-length", "8", "--patch-size", "8")("--patch-size: it is of timm's models")
+    refused("--sequence-length", "8", "--patch-size", "8")("--patch-size 8 doesn't go with --model hf:")
     refused("--sequence-length", "8", "--task", "image-classification")("is given images")
     refused("--sequence-length", "8", "--blocks", "model.embed_tokens")(
         "--blocks model.embed_tokens", "calls no module"

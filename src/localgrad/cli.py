@@ -608,7 +608,7 @@ def _training_by(plan: Any, path: Path, model: str, data: str) -> str:
     """What to type to train by a plan that was written."""
     from localgrad.app.hub_models import is_on_hub
 
-    if is_on_hub(model):
+    if is_on_hub(model) and len(plan.made_for["input_size"]) != 3:  # what recipes train is given images
         return f"LocalLearner(model, modules=Plan.from_json(open({str(path)!r}).read()), example=batch)"
     how = f" --parallel modules --num-processes {plan.num_modules}" if plan.is_for_ranks else ""
     return f"localgrad train --plan {shlex.quote(str(path))}{how} --data {shlex.quote(data) if data else '…'}"

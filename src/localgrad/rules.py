@@ -13,6 +13,8 @@ from typing import Any
 
 from localgrad.errors import LocalgradError, RecipeError, arg
 
+HUB_PREFIX = "hf:"
+"""What the names of transformers' models begin with."""
 OFF: tuple[object, ...] = (None, False, 0, "none", (0, 0))
 
 
@@ -80,6 +82,20 @@ class OneOf(Given):
     def shown(self) -> str:
         """How the docs write it."""
         return f"{super().shown} of {', '.join(f'`{value}`' for value in self.values)}"
+
+
+@dataclass(frozen=True)
+class OfTransformers(OneOf):
+    """The condition that a model is one of transformers."""
+
+    def holds(self, values: Mapping[str, Any]) -> bool:
+        """Whether it is."""
+        return str(values[self.key]).startswith(HUB_PREFIX)
+
+    @property
+    def shown(self) -> str:
+        """How the docs write it."""
+        return f"`{arg(self.name, f'{HUB_PREFIX}FOLDER')}`"
 
 
 @dataclass(frozen=True)
@@ -173,6 +189,11 @@ def _rules() -> Iterator[Rule]:
     yield Rule(Given("health_reference"), Absent("health_every", 1), "health is not measured in this run")
     yield Rule(Given("preset"), Given("recipe"), "both say where to start")
     yield Rule(Given("pretrained"), Given("weights"), "both say what to start from")
+    hub = OfTransformers("model")
+    yield Rule(Given("weights"), hub, "its folder has its weights: name that as the model, and add pretrained")
+    yield Rule(Given("layer_decay"), hub, "the order of layers is known of timm's models alone")
+    yield Rule(Given("patch_size"), hub, "its config says it, which model.options change")
+    yield Rule(Given("drop_path"), hub, "its config says it, which model.options change")
     for name in ("out", "preset", "recipe", "plan", "budget"):
         yield Rule(Given(name), Given("resume"), "the run has its recipe and folder")
 

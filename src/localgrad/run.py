@@ -22,7 +22,9 @@ from localgrad.app.recipe import Recipe, as_recipe, flat, overlay
 from localgrad.app.run_folders import (
     build_again,
     check_data,
+    config_kept,
     describe_data,
+    describe_model,
     finished_as,
     is_moved,
     load_last,
@@ -124,6 +126,8 @@ def train(
                 folder.write_text("recipe.toml", job.recipe.to_toml())
                 folder.write_json("data.json", describe_data(job).to_dict())
                 write_places(folder, job.recipe, {})
+                for name, text in describe_model(job).items():
+                    folder.write_text(name, text)
                 folder.write_text("skipped.csv", skipped_table(job.data.skipped))
                 if job.plan is not None:
                     folder.write_text("plan.json", job.plan.to_json())
@@ -173,7 +177,9 @@ def resume(
     places = read_places(place, own, recipe)
     with team_of(recipe) as team, _held(place, team) as folder:
         state = together(team, lambda: load_last(folder, recipe))
-        job = together(team, lambda: build_again(recipe, places, has_weights=state is not None, team=team))
+        config = together(team, lambda: config_kept(place, recipe))
+        has_weights = state is not None
+        job = together(team, lambda: build_again(recipe, places, has_weights=has_weights, team=team, config=config))
         job = replace(job, plan=plan_of_run(folder, job.recipe, job.device))
         moved = is_moved(own, recipe, places)
         described = together(team, lambda: check_data(place, job, is_moved=moved) if job.speaks else None)

@@ -17,7 +17,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from localgrad import rules
-from localgrad.app.hub_models import is_on_hub
+from localgrad.app.hub_classifiers import check_classifier, make_classifier, size_of_images
+from localgrad.app.hub_models import is_on_hub, side_of
 from localgrad.app.recipe import ModelSettings, Recipe, TrainingSettings, validated
 from localgrad.app.threads import choose_threads
 from localgrad.backbones.adapters import with_adapters
@@ -86,6 +87,7 @@ def build(
     is_new: bool = False,
     planned: Planned | None = None,
     team: Team | None = None,
+    config: str | None = None,
 ) -> Job:
     """Build what a recipe names, and check all of it; nothing is written.
 
@@ -97,10 +99,11 @@ def build(
             was open.
         planned: gives the recipe with its modules and how they run, and the plan that says so, once the model is there.
         team: the processes that train it together.
+        config: of a model of transformers, as its run keeps it.
     """
     from localgrad.training.data import Batches, load_data, resizing_set
 
-    objective = checked(recipe, is_planned=planned is not None)
+    objective = checked(recipe, is_planned=planned is not None, config=config)
     method, execution = recipe.method, recipe.execution
     device = resolve_device(execution.device) if team is None else team.device
     check_precision(execution.precision, device)
@@ -118,7 +121,8 @@ def build(
     )
     _check_patience(recipe, data)
     settings_of_model = replace(method.model, pretrained=False, weights=None) if has_weights else method.model
-    made = _make_model(recipe, settings_of_model, data.info, chooses=is_new and device.type == "cpu")
+    chooses = is_new and device.type == "cpu"
+    made = _make_model(recipe, settings_of_model, data.info, chooses=chooses, config=config)
     model, size = made.model, made.size
     execution = replace(execution, num_threads=made.num_threads)
     recipe = replace(recipe, execution=execution)
@@ -126,7 +130,7 @@ def build(
     objective = objective.with_pixels(data.info.mean, data.info.std)
     waits = is_sequential or execution.offload or team is not None  # on the processor, until its modules are made
     model = model if waits else model.to(device)
-    backbone = model if isinstance(model, Backbone) else split(model, size, blocks=settings_of_model.blocks)
+    backbone = _split(model, size, settings_of_model)
     backbone = frozen_as_said(recipe, backbone)
     learns = _what_learns(recipe, backbone)
     data = data if learns is None else data.said(learns)
@@ -197,12 +201,13 @@ def build(
     return Job(recipe, data, learner, optimizer, schedule_for, batches, device, team, made_by)
 
 
-def checked(recipe: Recipe, *, is_planned: bool = False) -> Objective:
+def checked(recipe: Recipe, *, is_planned: bool = False, config: str | None = None) -> Objective:
     """Refuse names and numbers that can't be, before data is read and a model built; no device is asked for.
 
     Args:
         recipe: as it would be trained.
         is_planned: whether a plan or a budget decides modules and how they run.
+        config: of a model of transformers, as its run keeps it.
 
     Returns:
         Its objective, but for what the data tells.
@@ -213,10 +218,13 @@ def checked(recipe: Recipe, *, is_planned: bool = False) -> Objective:
     rules.check(recipe.arguments() | ({} if is_planned else {"budget": None}))
     load_plugins(recipe.execution.plugins)
     model, data = recipe.method.model, recipe.method.data
-    rules.check({"pretrained": model.pretrained, "weights": model.weights})
+    check_model_settings(recipe)
     if data.transform is not None:
         rules.check({"transform": data.transform, "interpolation": data.interpolation, "crop": data.crop})
-    check_model_name(model.name)
+    if is_on_hub(model.name):
+        check_classifier(model, config)
+    else:
+        check_model_name(model.name)
     _check_training(recipe)
     objective = build_recipe_objective(recipe)
     objective.check()
@@ -226,6 +234,27 @@ def checked(recipe: Recipe, *, is_planned: bool = False) -> Objective:
             "aren't trained yet; take another one."
         )
     return objective
+
+
+def check_model_settings(recipe: Recipe) -> None:
+    """Refuse what doesn't go with a recipe's model, by its name.
+
+    Raises:
+        RecipeError: the first of it.
+    """
+    model = recipe.method.model
+    asked = {key: getattr(model, key) for key in ("pretrained", "weights", "patch_size", "drop_path")}
+    rules.check({"model": model.name, "layer_decay": recipe.method.training.layer_decay, **asked})
+
+
+def _split(model: nn.Module, size: tuple[int, int, int], settings: ModelSettings) -> Backbone:
+    """A recipe's model in parts; one of transformers is watched while it is given images as data gives them."""
+    if isinstance(model, Backbone):
+        return model
+    if not is_on_hub(settings.name):
+        return split(model, size, blocks=settings.blocks)
+    images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0), device="cpu")
+    return split(model, example=images, blocks=settings.blocks)
 
 
 @dataclass(frozen=True)
@@ -244,10 +273,13 @@ class _MadeModel:
         return self.is_pretrained or self.weights is not None
 
 
-def _make_model(recipe: Recipe, settings: ModelSettings, info: DataInfo, *, chooses: bool) -> _MadeModel:
+def _make_model(
+    recipe: Recipe, settings: ModelSettings, info: DataInfo, *, chooses: bool, config: str | None
+) -> _MadeModel:
     def make() -> tuple[nn.Module, LoadedWeights | None]:
         _seed_everything(recipe.method.seed)
-        return make_model(settings, num_classes=info.num_classes, num_channels=info.num_channels)
+        classes, channels = info.num_classes, info.num_channels
+        return make_model(settings, num_classes=classes, num_channels=channels, config=config)
 
     model, weights = make()
     size = input_size_of(model, settings, info.num_channels)
@@ -266,6 +298,8 @@ def default_transform(recipe: Recipe) -> tuple[str, tuple[int, int]] | None:
     data, augment, model = recipe.method.data, recipe.method.augment, recipe.method.model
     if data.transform or data.fit or augment.crop_padding or augment.flip or augment.rand_augment or augment.erasing:
         return None
+    if is_on_hub(model.name):
+        return "imagenet", size_of_images(model)
     import timm
 
     known = None if model.name in BACKBONES else timm.get_pretrained_cfg(model.name)
@@ -289,7 +323,7 @@ def _settled(recipe: Recipe, data: Splits, made: _MadeModel, *, is_new: bool) ->
     settings = recipe.method.data
     rules.check({"transform": data.transform, "interpolation": settings.interpolation, "crop": settings.crop})
     if made.weights is not None:
-        data = data.said(str(made.weights))
+        data = data.said(str(made.weights), *made.weights.notes)
     return _evaluated_as_weights(*_normalised_as_weights(recipe, data, made), made) if is_new else (recipe, data)
 
 
@@ -513,7 +547,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def check_model_name(name: str) -> None:
-    """Refuse a model that neither timm has nor a plugin registered: none other is trained by recipes.
+    """Refuse a model that neither timm has nor a plugin registered.
 
     Raises:
         BackboneError: with the nearest names.
@@ -522,8 +556,8 @@ def check_model_name(name: str) -> None:
 
     if is_on_hub(name):
         raise BackboneError(
-            f"{arg('model', name)}: models of transformers are planned here, and trained in Python: "
-            "localgrad.LocalLearner(model, modules=4, example=batch), where a plan may stand in place of 4."
+            f"{arg('model', name)}: by name, models of transformers are known to localgrad plan and localgrad train "
+            "alone; take one of timm's here, or, in Python, give the model itself, with an example."
         )
     if name not in BACKBONES and not timm.is_model(name.split(".", maxsplit=1)[0]):
         nearest = did_you_mean(name, [*timm.list_models(), *BACKBONES]) or " timm.list_models() names them all."
@@ -544,14 +578,22 @@ def build_recipe_objective(recipe: Recipe) -> Objective:
 
 
 def make_model(
-    settings: ModelSettings, *, num_classes: int | None, num_channels: int
+    settings: ModelSettings, *, num_classes: int | None, num_channels: int, config: str | None = None
 ) -> tuple[nn.Module, LoadedWeights | None]:
     """The model of a recipe with the weights that it starts from and its adapters, and what became of the weights.
+
+    Args:
+        settings: as the recipe has them.
+        num_classes: by default the model's own.
+        num_channels: of the images.
+        config: of a model of transformers, as its run keeps it.
 
     Raises:
         BackboneError: it can't be made, or its weights can't be loaded.
         RecipeError: a library is missing.
     """
+    if is_on_hub(settings.name):
+        return make_classifier(settings, num_classes=num_classes, num_channels=num_channels, kept=config)
     model = create_model(settings, num_classes=num_classes, num_channels=num_channels)
     weights = None if settings.weights is None else start_from(model, settings.weights)
     return model if settings.lora is None else with_adapters(model, settings.lora), weights
@@ -625,12 +667,16 @@ def input_size_of(model: nn.Module, settings: ModelSettings, num_channels: int) 
         return model.image_size
     if settings.img_size is not None:
         return num_channels, settings.img_size, settings.img_size
+    if is_on_hub(settings.name):
+        return num_channels, *side_of(model.config)
     return num_channels, *default_input_size(model)[1:]
 
 
 def check_patches(model: nn.Module, image_size: tuple[int, int]) -> None:
-    """Refuse an image size that isn't a whole number of patches: timm would leave the rest of the image unseen."""
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    """Refuse an image size that isn't a whole number of patches: a model would leave the rest of the image unseen."""
+    embed, config = getattr(model, "patch_embed", None), getattr(model, "config", None)
+    option = arg("patch_size") if config is None else "model.options.patch_size"
+    patch = getattr(embed if config is None else config, "patch_size", None)
     if patch is None:
         return
     patches = (patch, patch) if isinstance(patch, int) else tuple(patch)
@@ -640,7 +686,7 @@ def check_patches(model: nn.Module, image_size: tuple[int, int]) -> None:
             near = f"{below} or {below + length}" if below else f"{length}"
             raise BackboneError(
                 f"{arg('img_size')}: {side} pixels aren't a whole number of patches of {length}; take {near}, or "
-                f"another {arg('patch_size')}."
+                f"another {option}."
             )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from localgrad.app.agreement import together
 from localgrad.app.build import Job
+from localgrad.app.hub_models import is_on_hub
 from localgrad.app.planned import note_of_plan
 from localgrad.app.recipe import Recipe, difference
 from localgrad.app.replanning import Replanner
@@ -403,7 +404,7 @@ def _finish(job: Job, trainer: Trainer, peaks: Peaks) -> Summary:
         "num_skipped": sum(len(own.images) for own in job.data.skipped.values()),
         "skipped": {part: own.counts() for part, own in job.data.skipped.items() if own.counts()},
         "device": device_name(job.device),
-        "versions": versions(),
+        "versions": versions(*(["transformers"] if is_on_hub(job.recipe.method.model.name) else [])),
         "folder": str(trainer.folder.path),
     }
     if job.speaks:
@@ -462,9 +463,9 @@ def measured_peak(device: torch.device) -> Peak:
     }
 
 
-def versions() -> dict[str, str]:
-    """What ran: Python and the packages that results may depend on."""
-    names = ("localgrad", "torch", "timm", "torchvision", "numpy")
+def versions(*more: str) -> dict[str, str]:
+    """What ran: Python and the packages that results may depend on, and more that these do."""
+    names = ("localgrad", "torch", "timm", "torchvision", "numpy", *more)
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
 
 

@@ -19,6 +19,7 @@ from localgrad import rules
 from localgrad.app.build import (
     build_recipe_objective,
     check_model_name,
+    check_model_settings,
     check_patches,
     default_transform,
     frozen_as_said,
@@ -151,11 +152,7 @@ def task_of(
         check_source(recipe.method.model.weights)  # of which figures don't depend on values
     settings = replace(recipe.method.model, pretrained=False, weights=None)
     if is_on_hub(settings.name):
-        if settings.lora is not None:
-            raise RecipeError(
-                f"{arg('lora')}: adapters aren't put into models of transformers here; in Python, localgrad.plan takes "
-                "the model as peft made it."
-            )
+        check_model_settings(recipe)
         made = make_from_config(
             settings,
             num_classes=data.num_classes,
@@ -165,7 +162,8 @@ def task_of(
         )
         outlined = outline(made.model, example=made.example, blocks=settings.blocks)
         check_precision(recipe.execution.precision, torch.device("cpu"), outlined.dtype)
-        return replace(task_on(recipe, frozen_as_said(recipe, outlined), **how), measure=measure)
+        on_hub = task_on(recipe, frozen_as_said(recipe, outlined), data=data.splits, **how)
+        return replace(on_hub, measure=measure, num_images=data.num_images)
     for name, value in (("sequence_length", sequence_length), ("task", hub_task)):
         if value is not None:
             raise RecipeError(

@@ -65,14 +65,14 @@ class ModelSettings:
     __pydantic_config__ = STRICT
     name: str = option(
         "swin_tiny_patch4_window7_224",
-        "timm's name of the model, or a plugin's; plan also takes hf:FOLDER_OR_NAME of transformers.",
+        "timm's name of the model, a plugin's, or hf:FOLDER_OR_NAME of transformers (to train: image classifiers).",
         METHOD,
         name="model",
     )
     img_size: Positive | None = option(None, "Side of the images in pixels; by default the model's own.", METHOD)
     patch_size: Positive | None = option(None, "Side of a patch in pixels; by default the model's own.", METHOD)
     drop_path: Fraction | None = option(None, "Stochastic depth rate; by default the model's own.", METHOD)
-    pretrained: bool = option(default=False, help="Start from timm's weights.", panel=METHOD)
+    pretrained: bool = option(default=False, help="Start from timm's weights, or those of hf:.", panel=METHOD)
     weights: str | None = option(
         None, "Start from these: a file, a folder (timm's, or a run's), or hf-hub:OWNER/NAME.", METHOD
     )
@@ -80,7 +80,9 @@ class ModelSettings:
         None, "Train adapters of this rank in every linear layer, and the head; no other weight. Needs peft.", METHOD
     )
     blocks: str | None = option(None, "Dotted name of the container of its blocks; by default found.", METHOD)
-    options: Values = option(dict, "Further keyword arguments of timm.create_model, such as depths.")
+    options: Values = option(
+        dict, "Further keyword arguments of timm.create_model, such as depths; of hf: values of its config."
+    )
 
 
 @documented

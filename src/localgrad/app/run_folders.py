@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from localgrad.app.build import Job, build
+from localgrad.app.hub_classifiers import CONFIG, PROCESSOR, config_text, processor_text
+from localgrad.app.hub_models import is_on_hub
 from localgrad.app.places import Places, are_elsewhere, located, telling_places, with_paths_of, write_places
 from localgrad.app.recipe import Recipe, TrainingSettings, difference
 from localgrad.errors import CheckpointError, DataError, RecipeError, RunFolderError, arg
@@ -82,6 +84,33 @@ def read_description(path: Path) -> DataDescription:
         raise CheckpointError(
             f"{path / 'data.json'}: missing or damaged ({error}); restore it from a copy, or train the run again."
         ) from error
+
+
+def config_kept(path: Path, recipe: Recipe) -> str | None:
+    """The text of the config of a run's model of transformers; of any other model ``None``.
+
+    Raises:
+        RunFolderError: it is missing or damaged, and no checkpoint keeps it.
+    """
+    if not is_on_hub(recipe.method.model.name):
+        return None
+    try:
+        return read_text(path, CONFIG)
+    except OSError as error:
+        raise RunFolderError(
+            f"{path / CONFIG}: missing, and no checkpoint keeps it; restore it from a copy, or train the run again."
+        ) from error
+
+
+def describe_model(job: Job) -> dict[str, str]:
+    """Files of a run, by name, by which transformers reads its model; none of a model that isn't its own."""
+    method, info, backbone = job.recipe.method, job.data.info, job.learner.backbone
+    if not is_on_hub(method.model.name):
+        return {}
+    size = (backbone.image_size[1], backbone.image_size[2])
+    processor = processor_text(size, info.mean, info.std, method.data.transform, info.fit)
+    found = {CONFIG: config_text(backbone.model, info.class_names)}
+    return found if processor is None else found | {PROCESSOR: processor}
 
 
 def finished_as(path: Path, own: Recipe, recipe: Recipe) -> Summary | None:
@@ -254,3 +283,8 @@ def rewrite(folder: RunFolder, recipe: Recipe, described: DataDescription, place
         folder.write_json("data.json", described.to_dict())
     else:
         folder.kept["data.json"] = read_text(folder.path, "data.json")
+    config = config_kept(folder.path, recipe)
+    if config is not None and not is_sound(folder.path, CONFIG):
+        folder.write_text(CONFIG, config)
+    if config is not None:
+        folder.kept[CONFIG] = config

@@ -13,8 +13,16 @@ from localgrad.app.build import input_size_of, make_model, resolve_device
 from localgrad.app.fitting import of_best
 from localgrad.app.places import read_places
 from localgrad.app.recipe import Recipe, validated
-from localgrad.app.run_folders import build_again, check_data, is_moved, read_description, read_recipe
+from localgrad.app.run_folders import (
+    build_again,
+    check_data,
+    config_kept,
+    is_moved,
+    read_description,
+    read_recipe,
+)
 from localgrad.backbones.base import Backbone
+from localgrad.backbones.example import logits_of
 from localgrad.errors import RecipeError, arg
 from localgrad.registry import load_plugins
 from localgrad.step.states import load_weights
@@ -53,7 +61,7 @@ def evaluate_run(
     recipe = replace(own, method=replace(own.method, data=place))
     weights = load_saved_weights(path / _BEST)
     places = read_places(path, own, recipe)
-    job = build_again(recipe, places, has_weights=True)
+    job = build_again(recipe, places, has_weights=True, config=config_kept(path, recipe))
     check_data(path, job, is_moved=is_moved(own, recipe, places))
     images = job.data.part(part)
     if images is None:
@@ -101,7 +109,7 @@ def predict(
     fit: str | None = None,
     skipped: Skipped | None = None,
 ) -> Iterator[Prediction]:
-    """Classify images with a run's best weights; the plain timm model alone is used, and the data set not needed.
+    """Classify images with a run's best weights; the plain model alone is used, and the data set not needed.
 
     Args:
         path: the run folder.
@@ -127,14 +135,16 @@ def predict(
     load_plugins(recipe.execution.plugins)
     where = resolve_device(recipe.execution.device)
     settings = replace(recipe.method.model, pretrained=False, weights=None)
-    made, _ = make_model(settings, num_classes=info.num_classes, num_channels=info.num_channels)
+    config = config_kept(path, recipe)
+    made, _ = make_model(settings, num_classes=info.num_classes, num_channels=info.num_channels, config=config)
     size = input_size_of(made, settings, info.num_channels)
     model = made.model if isinstance(made, Backbone) else made
     load_weights(model, below(load_saved_weights(path / _BEST), "model."))
     model.to(where).eval()
     for image_path, image in load_images_for_prediction(images, reading, info, image_size=size[1:], skipped=skipped):
         with torch.no_grad():
-            shares = model(image[None].to(where)).float().softmax(dim=1)[0]
+            logits = logits_of(model, model(image[None].to(where)))
+            shares = logits.float().softmax(dim=1)[0]
         best = shares.topk(min(top, len(info.class_names)))
         yield Prediction(
             image_path,

@@ -8,7 +8,7 @@ methods, and is imported only to make adapters.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -64,12 +64,13 @@ def check_calls_alike(wrapper: nn.Module, model: nn.Module, given: Example) -> N
             )
 
 
-def with_adapters(model: nn.Module, rank: int) -> nn.Module:
-    """Put LoRA adapters (arXiv 2106.09685) into every linear layer of a timm model; they and its head learn.
+def with_adapters(model: nn.Module, rank: int, *, heads: Sequence[str] | None = None) -> nn.Module:
+    """Put LoRA adapters (arXiv 2106.09685) into every linear layer of a model but its head; they and the head learn.
 
     Args:
         model: changed in place.
         rank: of the adapters.
+        heads: what the names of weights begin with that learn themselves; by default timm's classifiers.
 
     Raises:
         RecipeError: peft is missing.
@@ -79,9 +80,9 @@ def with_adapters(model: nn.Module, rank: int) -> nn.Module:
         import peft
     except ImportError as error:
         raise RecipeError(f"{arg('lora', rank)}: it needs peft ({error}); pip install 'localgrad[peft]'.") from error
-    heads = beginnings_of_heads(model)
+    heads = beginnings_of_heads(model) if heads is None else tuple(heads)
     linear = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
-    targets = [name for name in linear if not f"{name}.".startswith(heads)]
+    targets = [name for name in linear if not f"{name}.weight".startswith(heads)]
     if not targets:
         raise BackboneError(
             f"{arg('lora', rank)}: {type(model).__name__} has no linear layers but its head; freeze its first blocks "

@@ -42,6 +42,7 @@ class LoadedWeights:
         normalised_by: (mean, std) of the images that they were trained on, where the source says so.
         evaluated_by: likewise how images are brought to the model's size, as timm's configs say it: ``crop_pct``,
             ``interpolation`` and ``crop_mode``.
+        notes: what else is to be known of them, a sentence each.
     """
 
     source: str
@@ -51,6 +52,7 @@ class LoadedWeights:
     made_new: tuple[str, ...] = ()
     normalised_by: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     evaluated_by: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """One line for people."""

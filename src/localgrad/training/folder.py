@@ -5,6 +5,7 @@
     recipe.toml                what was asked for, whole
     data.json                  the data set in words and figures, and a fingerprint of it
     places.json                where lay what the recipe names by relative paths, if it does
+    config.json                a model of transformers: its config; preprocessor_config.json: its image processor
     skipped.csv                the images that were left out: part, image, reason
     metrics.jsonl              one line an epoch, and one a health check
     tensorboard/               the same for TensorBoard
@@ -13,7 +14,7 @@
     checkpoints/part-*.pt      a parallel run's: the state of each rank's modules
     checkpoints/best.safetensors   model and auxiliary nets of the best epoch
     checkpoints/checksums.json     of the text files
-    model.safetensors          the best epoch's plain timm weights, at the end
+    model.safetensors          the best epoch's weights by the model's own names, at the end
     summary.json               the figures, at the end
 
 Files are written under another name, flushed to disk and renamed, so each is whole or absent. One process at a time
@@ -63,7 +64,7 @@ _DAMAGED = (ValueError, KeyError, IndexError, AttributeError, TypeError, Asserti
 _NO_ZIP = (zipfile.BadZipFile, NotImplementedError, struct.error, zlib.error, OverflowError, MemoryError)
 """The same of Python's reader of zip files."""
 
-KEPT = ("recipe.toml", "data.json", "places.json")
+KEPT = ("recipe.toml", "data.json", "places.json", "config.json")
 """Text files that every checkpoint keeps a copy of, beside the lines of ``metrics.jsonl``."""
 CHECKPOINTS = ("last.pt", "before.pt", "best.safetensors")
 _SUMS = "checkpoints/checksums.json"
