@@ -643,6 +643,7 @@ PUBLIC = [
     "estimate",
     "measure",
     "plan",
+    "quantize_base",
     "register_backbone",
     "register_carried",
     "register_classifier",

@@ -2,9 +2,11 @@
 
     python research/benchmarks/lora_memory.py             # estimates, without a GPU
     python research/benchmarks/lora_memory.py --measured  # on a card, real or simulated: real steps
+    python research/benchmarks/lora_memory.py --4bit      # estimates: weights of 4 bits, AdamW of 8 bits
 
 224 px, batch 8, AdamW, fp32; LoRA of rank 16 in attention and MLP, the head trained as a whole. Needs the extra
-``peft``. "Above static" is what a step takes beside weights and optimizer state: activations, gradients, temporaries.
+``peft``, and ``8bit`` for the last. "Above static" is what a step takes beside weights and optimizer state:
+activations, gradients, temporaries.
 """
 
 from __future__ import annotations
@@ -21,7 +23,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import localgrad
+from localgrad.backbones.adapters import with_adapters
+from localgrad.backbones.quantized import quantize_base
 from localgrad.estimating import estimate_step
+from localgrad.training.optim import OptimizerFactory
 
 BATCH, SIZE = 8, (3, 224, 224)
 MODEL = "vit_small_patch16_224"
@@ -57,6 +62,40 @@ def learners(device: str = "cpu") -> Iterator[tuple[str, localgrad.LocalLearner]
         yield name, localgrad.LocalLearner(backbone.to(device), **options)
 
 
+def in_4_bits(models: list[str]) -> Iterator[str]:
+    """The table of weights held in full and in 4 bits, line by line: bytes in MiB."""
+    columns = ["", "weights", "AdamW: state", "above static", "total", "8-bit AdamW: state", "total"]
+    yield f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|"
+    ways: dict[str, dict[str, Any]] = {
+        "": {"modules": 1},
+        ", every block recomputed": CHECKPOINTED,
+        ", K = 2": {"modules": 2},
+        ", K = 4": {"modules": 4},
+        ", K = 4, linear heads": {"modules": 4, "objective": localgrad.GreedySupervised(classifier="linear")},
+    }
+    for name in models:
+        for what in ("full", "LoRA", "LoRA, 4 bits"):
+            torch.manual_seed(0)
+            model: nn.Module = timm.create_model(name, num_classes=100)
+            model = model if what == "full" else with_adapters(model, 16)
+            model = quantize_base(model) if "4 bits" in what else model
+            backbone = localgrad.split(model, SIZE)
+            for way, options in ways.items():
+                told = []
+                for optimizer in ("adamw", "bnbadamw8bit"):
+                    learner = localgrad.LocalLearner(backbone, **options)
+                    profile = estimate_step(
+                        learner, BATCH, OptimizerFactory(model, name=optimizer, lr=1e-4, weight_decay=0.05)
+                    )
+                    static, state = profile.static_bytes, profile.by_category["optimizer"]
+                    shown = [state, profile.peak_bytes]
+                    told += shown if told else [static - state, state, profile.peak_bytes - static, shown[1]]
+                    del learner
+                    gc.collect()
+                cells = " | ".join(f"{nbytes / 2**20:,.1f}" for nbytes in told)
+                yield f"| {name.removesuffix('_patch16_224')}, {what}{way} | {cells} |"
+
+
 def estimated(learner: localgrad.LocalLearner) -> Peak:
     profile = estimate_step(learner, BATCH, ADAMW)
     return Peak(profile.static_bytes, profile.peak_bytes)
@@ -78,7 +117,13 @@ def measured(learner: localgrad.LocalLearner) -> Peak:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--measured", action="store_true", help="real steps on a card")
-    on_card = parser.parse_args().measured
+    parser.add_argument("--4bit", dest="in_4_bits", nargs="*", metavar="MODEL", help="of these models; a ViT-S/16")
+    given = parser.parse_args()
+    if given.in_4_bits is not None:
+        for line in in_4_bits(given.in_4_bits or [MODEL]):
+            print(line, flush=True)
+        return
+    on_card = given.measured
     print("| | total | x full | above static | x full |\n|---|---|---|---|---|")
     first = None
     for name, learner in learners("cuda" if on_card else "cpu"):

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from localgrad.app.planning import estimate, plan
     from localgrad.app.recipe import Recipe
     from localgrad.backbones.base import Backbone, Layout, register_backbone, split
+    from localgrad.backbones.quantized import quantize_base
     from localgrad.compare.measuring import Measurement, measure
     from localgrad.errors import (
         BackboneError,
@@ -66,6 +67,7 @@ _HOMES = {
     "localgrad.app.planning": "estimate plan",
     "localgrad.app.recipe": "Recipe",
     "localgrad.backbones.base": "Backbone Layout register_backbone split",
+    "localgrad.backbones.quantized": "quantize_base",
     "localgrad.compare.measuring": "Measurement measure",
     "localgrad.errors": "BackboneError BudgetError CheckpointError DataError DeviceError DivergenceError "
     "IsolationError LocalgradError ParallelError PartitionError RecipeError RunFolderError",
@@ -143,6 +145,7 @@ __all__ = [
     "finetune",
     "measure",
     "plan",
+    "quantize_base",
     "register_backbone",
     "register_carried",
     "register_classifier",

@@ -427,7 +427,8 @@ def _start_processes(count: int, recipe: Recipe, folder: Path | None) -> None:
 _RECIPE_IN_PLAN = {
     key: OPTIONS[key]
     for key in (
-        *("model.name", "model.img_size", "model.patch_size", "model.weights", "model.lora", "model.blocks"),
+        *("model.name", "model.img_size", "model.patch_size", "model.weights", "model.lora"),
+        *("model.quantize", "model.blocks"),
         *("local.modules", "local.objective", "local.overlap"),
         *("local.options.decoder", "local.options.classifier", "training.global_every", "training.global_tail"),
         "training.freeze",

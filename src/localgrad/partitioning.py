@@ -11,6 +11,7 @@ from torch import nn
 
 from localgrad import rules
 from localgrad.backbones.base import Backbone
+from localgrad.backbones.quantized import num_weights
 from localgrad.errors import (
     BackboneError,
     PartitionError,
@@ -72,7 +73,7 @@ def activation_bytes(backbone: Backbone) -> list[int]:
 
 def num_parameters(backbone: Backbone) -> int:
     """Numbers that a model learns or holds still: what tells models of one name and depth apart."""
-    return sum(parameter.numel() for parameter in backbone.parameters())
+    return num_weights(backbone)
 
 
 def model_name(model: nn.Module) -> str:

@@ -194,6 +194,7 @@ def _rules() -> Iterator[Rule]:
     yield Rule(Given("layer_decay"), hub, "the order of layers is known of timm's models alone")
     yield Rule(Given("patch_size"), hub, "its config says it, which model.options change")
     yield Rule(Given("drop_path"), hub, "its config says it, which model.options change")
+    yield Rule(Given("quantize"), Absent("lora", 8), "weights of 4 bits don't learn, adapters beside them do")
     for name in ("out", "preset", "recipe", "plan", "budget"):
         yield Rule(Given(name), Given("resume"), "the run has its recipe and folder")
 

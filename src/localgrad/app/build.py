@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
@@ -24,6 +24,7 @@ from localgrad.app.threads import choose_threads
 from localgrad.backbones.adapters import with_adapters
 from localgrad.backbones.base import BACKBONES, Backbone, split
 from localgrad.backbones.namespaces import Kwargs
+from localgrad.backbones.quantized import check_quantizer, num_quantized, num_weights, quantize_base
 from localgrad.backbones.timm_models import default_input_size
 from localgrad.backbones.weights import LoadedWeights, start_from
 from localgrad.errors import BackboneError, DeviceError, LocalgradError, RecipeError, arg, did_you_mean, reason_of
@@ -243,8 +244,7 @@ def check_model_settings(recipe: Recipe) -> None:
         RecipeError: the first of it.
     """
     model = recipe.method.model
-    asked = {key: getattr(model, key) for key in ("pretrained", "weights", "patch_size", "drop_path")}
-    rules.check({"model": model.name, "layer_decay": recipe.method.training.layer_decay, **asked})
+    rules.check({**asdict(model), "model": model.name, "layer_decay": recipe.method.training.layer_decay})
 
 
 def _split(model: nn.Module, size: tuple[int, int, int], settings: ModelSettings) -> Backbone:
@@ -446,13 +446,18 @@ def frozen_as_said(recipe: Recipe, backbone: Backbone) -> Backbone:
 
 def _what_learns(recipe: Recipe, backbone: Backbone) -> str | None:
     """A line for a run in which some weights stay as they are."""
-    how = {"freeze": recipe.method.training.freeze, "lora": recipe.method.model.lora}
+    model = recipe.method.model
+    how = {"freeze": recipe.method.training.freeze, "lora": model.lora, "quantize": model.quantize}
     asked = [arg(name, value) for name, value in how.items() if value is not None]
     if not asked:
         return None
-    weights = list(backbone.model.parameters())
-    learning = sum(weight.numel() for weight in weights if weight.requires_grad)
-    return f"{' and '.join(asked)}: {learning / sum(weight.numel() for weight in weights):.2%} of the weights learn."
+    learning = sum(weight.numel() for weight in backbone.model.parameters() if weight.requires_grad)
+    packed = num_quantized(backbone.model)
+    total = num_weights(backbone.model)
+    said = f"{' and '.join(asked)}: {learning / total:.2%} of the weights learn"
+    if not packed:
+        return f"{said}."
+    return f"{said}; {packed / total:.1%} are held in 4 bits, which model.safetensors will have dequantised and merged."
 
 
 def _trained_with(made: _MadeModel) -> tuple[Sequence[float], Sequence[float]] | None:
@@ -578,7 +583,12 @@ def build_recipe_objective(recipe: Recipe) -> Objective:
 
 
 def make_model(
-    settings: ModelSettings, *, num_classes: int | None, num_channels: int, config: str | None = None
+    settings: ModelSettings,
+    *,
+    num_classes: int | None,
+    num_channels: int,
+    config: str | None = None,
+    has_values: bool = True,
 ) -> tuple[nn.Module, LoadedWeights | None]:
     """The model of a recipe with the weights that it starts from and its adapters, and what became of the weights.
 
@@ -587,16 +597,23 @@ def make_model(
         num_classes: by default the model's own.
         num_channels: of the images.
         config: of a model of transformers, as its run keeps it.
+        has_values: false where nobody reads weights.
 
     Raises:
         BackboneError: it can't be made, or its weights can't be loaded.
         RecipeError: a library is missing.
     """
+    if settings.quantize is not None:
+        check_quantizer()
     if is_on_hub(settings.name):
-        return make_classifier(settings, num_classes=num_classes, num_channels=num_channels, kept=config)
-    model = create_model(settings, num_classes=num_classes, num_channels=num_channels)
-    weights = None if settings.weights is None else start_from(model, settings.weights)
-    return model if settings.lora is None else with_adapters(model, settings.lora), weights
+        model, weights = make_classifier(settings, num_classes=num_classes, num_channels=num_channels, kept=config)
+    else:
+        model = create_model(settings, num_classes=num_classes, num_channels=num_channels)
+        weights = None if settings.weights is None else start_from(model, settings.weights)
+        model = model if settings.lora is None else with_adapters(model, settings.lora)
+    if settings.quantize is not None:
+        model = quantize_base(model, has_values=has_values)
+    return model, weights
 
 
 def create_model(settings: ModelSettings, *, num_classes: int | None, num_channels: int) -> nn.Module:

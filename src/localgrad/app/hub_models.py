@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from localgrad.app.recipe import ModelSettings
 from localgrad.backbones.adapters import with_adapters
 from localgrad.backbones.namespaces import Kwargs
+from localgrad.backbones.quantized import quantize_base
 from localgrad.errors import BackboneError, RecipeError, arg, did_you_mean, reason_of
 from localgrad.rules import HUB_PREFIX
 
@@ -131,6 +132,7 @@ def make_from_config(
     if settings.lora is not None:
         with torch.device("meta"):
             model = with_adapters(model, settings.lora, heads=heads_of(config, settings))
+            model = model if settings.quantize is None else quantize_base(model, has_values=False)
     if kind.is_of_images:  # as a recipe's data gives them
         side = settings.img_size
         size = side_of(config) if side is None else (side, side)

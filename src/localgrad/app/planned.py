@@ -104,8 +104,8 @@ def data_planned_for(recipe: Recipe, name: str) -> PlannedData:
 
 
 REMEMBERED = (
-    *("model.name", "model.img_size", "model.patch_size", "model.drop_path", "model.lora", "model.blocks"),
-    "model.options",
+    *("model.name", "model.img_size", "model.patch_size", "model.drop_path", "model.lora", "model.quantize"),
+    *("model.blocks", "model.options"),
     "training.batch_size",
     *("training.optimizer", "training.ema_decay", "training.clip_grad", "training.global_every"),
     *("training.global_tail", "training.freeze", "local.objective", "local.options", "local.overlap"),
@@ -113,7 +113,7 @@ REMEMBERED = (
 )
 """What a plan's figures depend on, by the recipe's keys."""
 
-LATER = ("model.lora", "training.freeze")
+LATER = ("model.lora", "model.quantize", "training.freeze")
 """Of them, those that plans of 0.1.0 don't have: they were off."""
 
 VERSIONS = ("localgrad", "torch", "timm")
@@ -150,9 +150,9 @@ def task_of(
     how: Kwargs = {"device": device, "cache": cache, "card": card, "replays": replays, "gradients": gradients}
     if recipe.method.model.weights is not None:
         check_source(recipe.method.model.weights)  # of which figures don't depend on values
+    check_model_settings(recipe)
     settings = replace(recipe.method.model, pretrained=False, weights=None)
     if is_on_hub(settings.name):
-        check_model_settings(recipe)
         made = make_from_config(
             settings,
             num_classes=data.num_classes,
@@ -172,7 +172,7 @@ def task_of(
     check_model_name(settings.name)
     # A backbone of a plugin is proved as it is made, for which it needs values.
     with nullcontext() if settings.name in BACKBONES else without_initialization():
-        model, _ = make_model(settings, num_classes=data.num_classes, num_channels=data.num_channels)
+        model, _ = make_model(settings, num_classes=data.num_classes, num_channels=data.num_channels, has_values=False)
     size = input_size_of(model, settings, data.num_channels)
     check_patches(model, size[1:])
     backbone = model if isinstance(model, Backbone) else outline(model, size, blocks=settings.blocks)

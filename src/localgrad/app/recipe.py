@@ -79,6 +79,9 @@ class ModelSettings:
     lora: Positive | None = option(
         None, "Train adapters of this rank in every linear layer, and the head; no other weight. Needs peft.", METHOD
     )
+    quantize: Literal["4bit"] | None = option(
+        None, "4bit: with lora, the weights below the adapters are held in 4 bits (NF4). Needs bitsandbytes.", METHOD
+    )
     blocks: str | None = option(None, "Dotted name of the container of its blocks; by default found.", METHOD)
     options: Values = option(
         dict, "Further keyword arguments of timm.create_model, such as depths; of hf: values of its config."

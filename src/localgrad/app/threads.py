@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from localgrad.backbones.quantized import num_weights
+
 SMALL_PARAMETERS = 4_000_000
 """A model with more is large whatever its images are: its optimizer alone has work for several threads."""
 SMALL_FLOPS = 4e9
@@ -23,7 +25,7 @@ more threads gain little alone, and lose much beside another busy process."""
 def choose_threads(model: nn.Module, input_size: Sequence[int], batch_size: int) -> int:
     """Processor threads for a model of (C, H, W): one for a small one, else as many as torch takes by itself."""
     weight = next(model.parameters(), None)
-    if weight is None or sum(parameter.numel() for parameter in model.parameters()) > SMALL_PARAMETERS:
+    if weight is None or num_weights(model) > SMALL_PARAMETERS:
         return torch.get_num_threads()
     training = {module: module.training for module in model.modules()}
     try:

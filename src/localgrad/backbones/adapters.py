@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from localgrad.backbones.example import Example
+from localgrad.backbones.quantized import plain_weight
 from localgrad.backbones.state import left_as_it_was
 from localgrad.backbones.timm_models import beginnings_of_heads
 from localgrad.errors import BackboneError, RecipeError, arg
@@ -96,11 +97,13 @@ def with_adapters(model: nn.Module, rank: int, *, heads: Sequence[str] | None = 
 
 
 def without_adapters(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The plain model's weights: what adapters learnt is added to the layers that they are in."""
-    plain = {name.replace(".base_layer.", "."): each for name, each in weights.items() if ".lora_" not in name}
-    for name in weights:
+    """The plain model's weights: what adapters learnt is added to the layers that they are in; dequantised."""
+    plain: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
         layer, is_base, rest = name.partition(".base_layer.")
-        if is_base and rest == "weight":
+        if is_base and rest in ("weight", "packed"):
             low, high = (weights[f"{layer}.lora_{side}.default.weight"] for side in "AB")
-            plain[f"{layer}.{rest}"] = plain[f"{layer}.{rest}"] + SCALING * (high @ low)
+            plain[f"{layer}.weight"] = plain_weight(weights, f"{layer}.base_layer") + SCALING * (high @ low)
+        elif ".lora_" not in name and not (is_base and rest == "scales"):
+            plain[name.replace(".base_layer.", ".")] = tensor
     return plain

@@ -1127,7 +1127,7 @@ def _check_weights(model: nn.Module) -> None:
         if not (weight.is_floating_point() or weight.is_complex()):
             raise BackboneError(
                 f"model: {name} is of type {weight.dtype}, which has no gradients: pass the model as it was before it "
-                "was quantised, or make that a buffer."
+                "was quantised, make that a buffer, or localgrad.quantize_base(model) below adapters of peft."
             )
         if weight.is_inference():
             raise BackboneError(
