@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import localgrad
 from helpers import SIZE, adamw, assert_refused, assert_same_run, batches, copied, interrupt_at_step, make
 from helpers import profiler_peak as measured_peak
 from localgrad import run
@@ -27,6 +28,9 @@ from localgrad.errors import BackboneError
 from localgrad.estimating import estimate_step
 from localgrad.learner import LocalLearner
 from localgrad.objectives.methods import FeatureReconstruction
+from localgrad.partition import forecast_of
+from localgrad.training.optim import OptimizerFactory
+from localgrad.training.stagewise import estimate_stages
 from localgrad.training.trainer import Interrupted
 
 if TYPE_CHECKING:
@@ -273,3 +277,25 @@ def test_layers_of_bitsandbytes_below_adapters_are_taken_over(nested: bool) -> N
     learner = LocalLearner(adapted_one, modules=1, input_size=SIZE)
     learner.configure_optimizers(adamw)
     assert torch.stack(learner.step(images, labels).losses).isfinite().all()
+
+
+@pytest.mark.parametrize("schedule", ["together", "sequential"])
+def test_optimizers_of_eight_bits_are_planned_and_estimated(schedule: str) -> None:
+    """They compute tables of their own when they are made, and keep more beside their state than a copy has."""
+    model = make("vit", embed_dim=64)
+    factory = OptimizerFactory(model, name="bnbadamw8bit", lr=1e-3, weight_decay=0.05)
+    if schedule == "together":
+        found = {
+            name: forecast_of(localgrad.plan(model, batch_size=8, modules=1, optimizer=make_one, cache=False))
+            for name, make_one in (("8bit", factory), ("32bit", torch.optim.AdamW))
+        }
+        states = {name: forecast.modules[0].by_category["optimizer"] for name, forecast in found.items()}
+    else:
+        learner = localgrad.LocalLearner(model, modules=2)
+        states = {
+            name: sum(
+                step.by_category["optimizer"] for step in estimate_stages(learner, 8, make_one, torch.device("cpu"))
+            )
+            for name, make_one in (("8bit", factory), ("32bit", torch.optim.AdamW))
+        }
+    assert 0.2 < states["8bit"] / states["32bit"] < 0.5, "small tensors keep 32 bits"

@@ -282,7 +282,7 @@ _OWN = {
 }
 """What ``train`` takes beside a recipe's values, by name."""
 
-_METHOD = "full, freeze, probe, lora, local, or some of the last four joined by +."
+_METHOD = "full, freeze, probe, lora, qlora, local, or some joined by +, as lora+local."
 _IN_TRAIN = {**OPTIONS, DOWNLOAD.key: DOWNLOAD, **_OWN}
 _EVERYDAY = ("data", "model", "weights", "modules", "objective", "epochs", "batch_size", "lr", "budget", "resume")
 
@@ -593,7 +593,8 @@ def _plan_finetuning(given: dict[str, Any]) -> None:
         },
     )
     console = Console()
-    ways = tuning.ways()
+    with console.status("measuring the parts of each method; the next time they are known"):
+        ways = tuning.ways()
     print_ways(ways, tuning.budget, console)
     found = tuning.plan_of_best(ways, console.print)
     console.print()

@@ -15,7 +15,7 @@ from typing import Any
 from localgrad import rules
 from localgrad.app.planned import changes_of, check_plan_is_for
 from localgrad.app.recipe import Recipe, flat
-from localgrad.app.ways import FREEZE, FULL, LOCAL, LORA, PRESET, PROBE, Tuning, typed
+from localgrad.app.ways import FREEZE, FULL, LOCAL, LORA, PRESET, PROBE, QLORA, Tuning, typed
 from localgrad.errors import BudgetError, RecipeError, arg
 from localgrad.partition import Plan
 from localgrad.run import resume, train
@@ -53,8 +53,8 @@ def finetune(
     Args:
         changes: values of the recipe, nested or by dotted key: ``data.name`` and ``model.name`` at least; all else is
             as the preset ``finetune`` has it. Without ``model.weights`` the library's own weights are loaded.
-        method: ``full``, ``freeze``, ``probe``, ``lora``, ``local``, or some of the last four joined by ``+``. By
-            default ``full``; within a budget, the best that fits.
+        method: ``full``, ``freeze``, ``probe``, ``lora``, ``qlora``, ``local``, or some joined by ``+``. By default
+            ``full``; within a budget, the best that fits.
         budget: bytes, or such as ``"6GiB"``.
         gradients: with a budget and no method, which are looked for: ``exact``, ``local`` or ``any``.
         pilot: share of the training images, from 0 to 1, on which methods are tried first; the best goes on, or the
@@ -114,7 +114,8 @@ def method_of(plan: Plan) -> str:
     found = {
         FREEZE: freeze is not None and freeze != 1.0,
         PROBE: freeze == 1.0,
-        LORA: plan.made_for.get("model.lora") is not None,
+        LORA: plan.made_for.get("model.lora") is not None and not plan.made_for.get("model.quantize"),
+        QLORA: bool(plan.made_for.get("model.quantize")),
         LOCAL: plan.num_modules > 1,
     }
     return typed(word for word, holds in found.items() if holds) or FULL

@@ -1,9 +1,10 @@
 """Fine-tuning: methods by name, what each of them needs, and which fits.
 
 A *method* is words joined by ``+``, each of which sets options of the recipe: ``full`` (every weight), ``freeze`` (the
-lower half stays as it is), ``probe`` (the head alone), ``lora`` (adapters), ``local`` (two local modules or more). A
-*way* is a method and how it is run: with nothing recomputed, recomputed, in so many local modules, or those one after
-another. The table of ways is composed from costs of parts, as plans are; the plan that is chosen is confirmed.
+lower half stays as it is), ``probe`` (the head alone), ``lora`` (adapters), ``qlora`` (likewise, above weights of 4
+bits), ``local`` (two local modules or more). A *way* is a method and how it is run: plainly, recomputing, in so many
+local modules, or in those one after another. The table of ways is composed from costs of parts, as plans are; the plan
+that is chosen is confirmed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from localgrad.app.hub_models import is_on_hub
 from localgrad.app.planned import PlannedData, data_planned_for, kind_of, plan_recipe, task_of
 from localgrad.app.recipe import Recipe, flat, overlay, preset
+from localgrad.backbones.quantized import num_weights
 from localgrad.errors import BudgetError, LocalgradError, RecipeError, arg, did_you_mean
 from localgrad.options import Values
 from localgrad.partition import Checkpointing, Plan
@@ -27,13 +29,14 @@ from localgrad.planning.search import Solution
 from localgrad.units import format_bytes, parse_bytes
 
 PRESET = "finetune"
-FULL, FREEZE, PROBE, LORA, LOCAL = "full", "freeze", "probe", "lora", "local"
+FULL, FREEZE, PROBE, LORA, QLORA, LOCAL = "full", "freeze", "probe", "lora", "qlora", "local"
 METHODS: dict[str, Values] = {
     FULL: {},
     FREEZE: {"training.freeze": 0.5},
     PROBE: {"training.freeze": 1.0},
     # Adapters are of every depth alike, and start at nothing.
     LORA: {"model.lora": 8, "training.layer_decay": None},
+    QLORA: {"model.lora": 8, "model.quantize": "4bit", "training.layer_decay": None},
     LOCAL: {"local.modules": 2},
 }
 """What each word sets, by dotted key of the recipe; the rest is the preset's."""
@@ -88,7 +91,7 @@ def recipe_for(
         own |= METHODS[word]
     if base is None:
         size = changes.get("training.batch_size") or _batch_of(data)
-        rate = RATE * math.sqrt(size / BATCH) * (FASTER if {LORA, PROBE} & set(words) else 1.0)
+        rate = RATE * math.sqrt(size / BATCH) * (FASTER if {LORA, QLORA, PROBE} & set(words) else 1.0)
         own |= {"training.batch_size": size, "training.lr": float(f"{rate:.3g}")}
     name = changes.get("model.name")
     if name is not None and is_on_hub(name):
@@ -202,8 +205,9 @@ def ways_of(changes: Mapping[str, Any], data: PlannedData, *, budget: int | None
 def _bases(left_out: list[str]) -> Iterator[tuple[tuple[str, ...], str | None]]:
     yield from ((words, None) for words in BASES)
     if util.find_spec("bitsandbytes") is None:
-        left_out.append("8-bit optimizer states need bitsandbytes: pip install 'localgrad[8bit]'")
+        left_out.append(f"{QLORA} and 8-bit optimizer states need bitsandbytes: pip install 'localgrad[8bit]'")
     else:
+        yield (QLORA,), None
         yield (FULL,), EIGHT_BIT
 
 
@@ -217,8 +221,8 @@ class _Maker:
     optimizer: str | None
 
     def __call__(self, how: str, num_modules: int, peak: int, time: float | None) -> Way:
-        weights = list(self.task.backbone.model.parameters())
-        learning = sum(weight.numel() for weight in weights if weight.requires_grad)
+        model = self.task.backbone.model
+        learning = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
         return Way(
             words=self.words,
             how=how,
@@ -226,7 +230,7 @@ class _Maker:
             peak_bytes=peak,
             needed_bytes=self.task.margin.needed(peak),
             time_ratio=None if time is None else time / self.base,
-            share=learning / sum(weight.numel() for weight in weights),
+            share=learning / num_weights(model),
             optimizer=self.optimizer,
         )
 
@@ -263,12 +267,13 @@ def _recomputing(search: Search, budget: int | None) -> Solution:
 
 def _sequential(task: Task, count: int, batch_size: int) -> int:
     """Peak bytes of local modules that are trained one after another: the others are on the processor meanwhile."""
-    from localgrad.training.stagewise import estimate_stages
+    from localgrad.training.stagewise import estimate_stage
 
     search = Search(replace(task, modules=count), task.costs(batch_size))
-    learner = task.learner(search.as_plan(search.balanced()))
-    steps = estimate_stages(learner, batch_size, task.optimizer, torch.device(task.device))
-    return max(step.peak_bytes for step in steps)
+    found = search.balanced()
+    largest = max(range(count), key=lambda index: found.choices[index].peak_bytes)
+    learner = task.learner(search.as_plan(found))
+    return estimate_stage(learner, largest, batch_size, task.optimizer, torch.device(task.device)).peak_bytes
 
 
 def fastest_way(
@@ -298,16 +303,14 @@ def in_order(ways: Sequence[Way], budget: int | None) -> list[Way]:
 
     Whatever isn't exact comes last, however fast: what it costs in accuracy is only known once it is trained.
     """
-    full = fastest_way(ways, budget, is_exact=True, words=(FULL,))
-    exact = sorted(
-        (way for way in ways if way.is_exact and way.fits(budget)), key=lambda way: way.time_ratio or math.inf
-    )
+    fitting = [way for way in ways if way.fits(budget) and way.time_ratio is not None and way.optimizer is None]
+    full = fastest_way(fitting, budget, is_exact=True, words=(FULL,))
+    exact = sorted((way for way in fitting if way.is_exact), key=lambda way: way.time_ratio or math.inf)
     local = sorted(
-        (way for way in ways if not way.is_exact and way.fits(budget) and way.time_ratio is not None),
+        (way for way in fitting if not way.is_exact),
         key=lambda way: (way.num_modules, way.words != (FULL,), way.time_ratio),
     )
-    found = [*([full] if full else []), *exact, *local]
-    return list(dict.fromkeys(way for way in found if way.optimizer is None))
+    return list(dict.fromkeys([*([full] if full else []), *exact, *local]))
 
 
 @dataclass(frozen=True)

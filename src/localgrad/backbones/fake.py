@@ -17,6 +17,7 @@ import math
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar, final
 
@@ -31,6 +32,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch._subclasses.fake_tensor import unset_fake_temporarily as real_tensors
 from torch.autograd.graph import _engine_run_backward
+from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 from torch.utils import _python_dispatch
 
@@ -501,6 +503,26 @@ def fake_copy_with_memo(obj: T) -> tuple[FakeTensorMode, T, list[tuple[Any, Any]
 def _copied_in(memo: dict[int, Any]) -> list[tuple[Any, Any]]:
     """(original, copy) of what a deep copy has reached: its memo keeps the originals alive, in a list of their own."""
     return [(original, memo[id(original)]) for original in memo.get(id(memo), []) if id(original) in memo]
+
+
+def optimizer_over(
+    mode: AbstractContextManager[Any],
+    factory: Callable[[list[nn.Parameter]], Optimizer],
+    weights: Iterable[nn.Parameter],
+) -> Optimizer:
+    """An optimizer over weights that are shapes alone; tables that it computes for itself are, too.
+
+    It is made in no mode, as some read the values of their tables while they make them (bitsandbytes' do).
+    """
+    with real_tensors():
+        optimizer = factory(list(weights))
+    for name, value in vars(optimizer).items() if isinstance(mode, FakeTensorMode) else ():
+        if isinstance(value, dict) and value and all(type(entry) is Tensor for entry in value.values()):
+            with mode:
+                setattr(
+                    optimizer, name, {key: torch.empty(entry.shape, dtype=entry.dtype) for key, entry in value.items()}
+                )
+    return optimizer
 
 
 def copy_on_host(module: M) -> tuple[M, list[tuple[Any, Any]]]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.flop_counter import flop_registry
 
-from localgrad.backbones.fake import FakeTensorMode, copies_within
+from localgrad.backbones.fake import FakeTensorMode, copies_within, optimizer_over
 from localgrad.backbones.namespaces import Kwargs
 from localgrad.memory.costs import CostSettings, PartCost
 from localgrad.memory.track import CUDA_ROUNDING, Observer, Tracker, autocast_of, choose_foreach, rounded
@@ -199,7 +199,7 @@ class ByShapes(Gauge):
             copies = [nn.Parameter(torch.empty_like(weight)) for weight in weights]
             for weight in copies:
                 weight.grad = torch.empty_like(weight)
-            optimizer = factory(copies)
+            optimizer = optimizer_over(self.mode, factory, copies)
             if self.settings.device == "cuda":
                 choose_foreach([optimizer])
             optimizer.step()

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from localgrad.backbones.base import Backbone
-from localgrad.backbones.fake import by_shapes_alone, fake_copy
+from localgrad.backbones.fake import by_shapes_alone, fake_copy, optimizer_over
 from localgrad.backbones.halves import Branch, Piece, find_pieces, signature, whole_block
 from localgrad.memory.costs import WAYS, Costs, CostSettings, Head, PartCost
 from localgrad.memory.gauge import (
@@ -196,7 +196,8 @@ class Workshop:
         if not weights:
             return UpdateCost(0, 0)
         nanoseconds = self.gauge.updating(weights, factory)
-        ordered = [weight for group in factory(list(weights)).param_groups for weight in group["params"]]
+        optimizer = optimizer_over(self.mode, factory, weights)
+        ordered = [weight for group in optimizer.param_groups for weight in group["params"]]
         found = [self._updated([weight], factory) for weight in ordered]
         state, temporary = sum(cost.state for cost in found), [cost.temporary for cost in found]
         if self.temporaries_add(ordered, factory):

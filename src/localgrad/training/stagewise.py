@@ -366,12 +366,13 @@ def estimate_stages(
     learner: LocalLearner, batch_size: int, optimizer: Factories, device: torch.device
 ) -> list[MemoryProfile]:
     """Predict the memory of each local module's step on its own, on fake tensors; the learner is not touched."""
-    return [_estimate_stage(learner, index, batch_size, optimizer, device) for index in range(len(learner.modules))]
+    return [estimate_stage(learner, index, batch_size, optimizer, device) for index in range(len(learner.modules))]
 
 
-def _estimate_stage(
+def estimate_stage(
     learner: LocalLearner, index: int, batch_size: int, optimizer: Factories, device: torch.device
 ) -> MemoryProfile:
+    """Predict the memory of one local module's step on its own."""
     bare = copy.copy(learner)  # without compiled code, which a fake copy can't hold
     bare._settings = {**learner._settings, "compile": False}
     step = bare.local_step(index, optimizer)
@@ -379,8 +380,13 @@ def _estimate_stage(
     span = learner.plan.spans[index]
     inputs = images if index == 0 else (batch_size, *learner.backbone.layouts[span.start].shape)
     looks, dtype = "images" in learner.modules[index].objective.uses, learner.backbone.dtype
+    make = optimizer if callable(optimizer) else optimizer[index]
+    seen: set[int] = set()
 
     def run(copied: LocalStep, labels: Tensor) -> object:
+        if id(copied) not in seen:  # anew: a copy lacks what bitsandbytes' keep beside their state
+            seen.add(id(copied))
+            copied.optimizer = make([weight for group in copied.optimizer.param_groups for weight in group["params"]])
         if index == 0:
             received = torch.empty(inputs, dtype=dtype)
             return copied(received, LocalBatch(received if looks else None, labels))
