@@ -27,6 +27,7 @@ import localgrad
 from localgrad import rules
 from localgrad.app.recipe import Recipe
 from localgrad.units import format_bytes
+from research.benchmarks import finetuning
 from research.reproduce.published import PUBLISHED, QUOTED, RECIPES, published_for
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,6 +112,16 @@ def _ratios(row: Mapping[str, Any]) -> str:
         return f"{peak} ({format_bytes(row['measured_peak_bytes'])}) | 1.00"
     least, most = row["time_ratio_range"]
     return f"{peak} | {row['time_ratio']:.2f} ({least:.2f} to {most:.2f})"
+
+
+def fine_tuned() -> Lines:
+    """Fine-tuning by each method, a ViT on 5,000 images."""
+    results = finetuning.read()
+    yield from finetuning.table("vit", 5_000, results)
+    yield ""
+    first, dates = results["vit; pretrained"], sorted(row["date"] for row in results.values())
+    yield f"A ViT of 6 blocks, 32 px, pretrained on CIFAR-100 to {first['test_accuracy']:.1%}, then 10 epochs on 5,000"
+    yield f"images of CIFAR-10 (JPEG copies); torch {first['torch']}, one thread, {dates[0]} to {dates[-1]}."
 
 
 # The recipe ------------------------------------------------------------------------------------------------------
@@ -239,6 +250,7 @@ def example(path: Path) -> Lines:
 MADE: Mapping[str, Callable[[], Lines]] = {
     "published": published,
     "published-methods": published_methods,
+    "fine-tuned": fine_tuned,
     "measured": lambda: measured(short=False),
     "measured-short": lambda: measured(short=True),
     "recipe": recipe,

@@ -132,7 +132,8 @@ class Splits:
         if len(mean) == len(std) == 3 and channels == 1:
             mean, std = [sum(mean) / 3], [sum(std) / 3]
         mean, std = _checked_statistics(channels, mean, std)
-        return replace(self, info=replace(self.info, mean=mean, std=std))
+        notes = tuple(note for note in self.info.notes if note != _BY_IMAGENET)
+        return replace(self, info=replace(self.info, mean=mean, std=std, notes=notes))
 
 
 def load_data(
@@ -447,11 +448,12 @@ def _statistics(
     if mean is None or std is None:
         if isinstance(train, InMemoryImages):
             return *_measured(train.images), []
-        return *_IMAGENET[num_channels], [
-            "Normalised by the mean and std of ImageNet; data.mean and data.std set others."
-        ]
+        return *_IMAGENET[num_channels], [_BY_IMAGENET]
     used = _checked_statistics(num_channels, mean, std)
     return *used, [f"Normalised by mean {_rounded_figures(used[0])} and std {_rounded_figures(used[1])}."]
+
+
+_BY_IMAGENET = "Normalised by the mean and std of ImageNet; data.mean and data.std set others."
 
 
 def _checked_statistics(

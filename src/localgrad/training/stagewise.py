@@ -376,6 +376,7 @@ def estimate_stage(
     bare = copy.copy(learner)  # without compiled code, which a fake copy can't hold
     bare._settings = {**learner._settings, "compile": False}
     step = bare.local_step(index, optimizer)
+    step.device_type = HOST.type  # where copies are, of an outline's weights, too
     images = (batch_size, *learner.backbone.input_size)
     span = learner.plan.spans[index]
     inputs = images if index == 0 else (batch_size, *learner.backbone.layouts[span.start].shape)
