@@ -28,7 +28,7 @@ def folder(name, classes, images_each):
     return name
 
 
-def main(epochs=30):
+def main(epochs=30, *methods):
     """Pretrain, fine-tune by each method, and from scratch; print the table."""
     common = {"model": VIT, "training.epochs": epochs, "training.warmup_epochs": 1, "data.transform": "none"}
     common |= {"training.lr": 2e-3, "training.batch_size": 16}  # for all, as so small a model wants
@@ -38,7 +38,7 @@ def main(epochs=30):
     data = {**common, "data.name": folder("new-digits", range(5, 10), 40), "data.val_fraction": 0.3}
     found = {"from scratch": localgrad.train({**data, **whole}, out=runs / "scratch")}
     data["model.weights"] = str(runs / "pretrained")
-    for method in METHODS:
+    for method in methods or METHODS:
         found[method] = localgrad.finetune(data, method=method, out=runs / method)
     for method, summary in found.items():
         peak = summary["estimated_peak_bytes"] / 2**20
@@ -46,4 +46,4 @@ def main(epochs=30):
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(*map(int, sys.argv[1:2]), *sys.argv[2:])

@@ -513,6 +513,7 @@ LAYERS = (
     ("training",),
     ("app",),
     ("run",),
+    ("finetuning",),
     ("compare",),
     ("integrations",),
     ("cli",),
@@ -641,6 +642,7 @@ PUBLIC = [
     "balance",
     "check_isolation",
     "estimate",
+    "finetune",
     "measure",
     "plan",
     "quantize_base",
@@ -682,7 +684,7 @@ def test_cli_verbs_are_frozen() -> None:
     from localgrad.cli import app
 
     verbs = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
-    assert sorted(verbs) == ["compare", "evaluate", "plan", "predict", "train"]
+    assert sorted(verbs) == ["compare", "evaluate", "finetune", "plan", "predict", "train"]
     assert not app.registered_groups
 
 

@@ -201,7 +201,7 @@ def test_every_field_of_a_recipe_is_declared_with_its_help() -> None:
     assert "wire: How features travel" in str(Execution.__doc__)
 
 
-@pytest.mark.parametrize("verb", ["train", "plan", "compare"])
+@pytest.mark.parametrize("verb", ["train", "finetune", "plan", "compare"])
 def test_help_shows_ten_options_and_help_all_the_others(verb: str, cli_: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     listed = {flag: re.findall(r"│ (--[a-z-]+)", cli_(verb, flag).out) for flag in ("--help", "--help-all")}
@@ -232,6 +232,8 @@ def test_options_read_what_is_typed() -> None:
 
 def value_for(condition: rules.Given) -> object:
     """A value for which a condition holds."""
+    if isinstance(condition, rules.OfTransformers):
+        return f"{rules.HUB_PREFIX}folder"
     if isinstance(condition, rules.OneOf):
         return condition.values[0]
     return None if isinstance(condition, rules.Absent) else 3 if condition.value is None else condition.value
@@ -259,7 +261,7 @@ def test_the_rules_name_arguments_that_there_are() -> None:
     from localgrad import cli
 
     known = {key.rpartition(".")[2] for key in OPTIONS} | {"global_share"}
-    for verb in (cli.train, cli.plan, cli.compare):
+    for verb in (cli.train, cli.finetune, cli.plan, cli.compare):
         known |= {name.rstrip("_") for name in inspect.signature(verb).parameters}
     known |= {each.name for kind in (GREEDY, FEATURE) for each in fields(kind)}
     known |= set(inspect.signature(NextClassifier).parameters) | set(inspect.signature(LocalLearner).parameters)

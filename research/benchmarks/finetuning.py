@@ -3,6 +3,7 @@
 ::
 
     python research/benchmarks/finetuning.py --data-path FOLDER    # with cifar10/ and cifar100/; what isn't done yet
+    python research/benchmarks/finetuning.py --measure             # memory and time of a step, on a quiet machine
     python research/benchmarks/finetuning.py --report              # the page alone
 
 Every cell is a run of `localgrad train`, one thread, in a process of its own. A cell that is done is kept in
@@ -24,10 +25,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
+import localgrad
+from localgrad.app.build import build_recipe_objective, frozen_as_said, make_model, optimizer_of
 from localgrad.app.recipe import Recipe, overlay
 
 RESEARCH = Path(__file__).parents[1]
 RESULTS = RESEARCH / "results" / "finetuning" / "cells.json"
+STEPS = RESULTS.with_name("steps.json")
 PAGE = RESEARCH / "docs" / "finetuning.md"
 
 Values = dict[str, Any]
@@ -170,9 +176,43 @@ def run(options: argparse.Namespace) -> None:
             keep(str(cell), trained(values, options.out / str(cell).replace("; ", "-").replace(" ", "_")))
 
 
-def read() -> dict[str, Values]:
+def read(path: Path = RESULTS) -> dict[str, Values]:
     """What is done."""
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}  # type: ignore[no-any-return]
+    return json.loads(path.read_text()) if path.exists() else {}  # type: ignore[no-any-return]
+
+
+def measure_steps() -> None:
+    """Measure memory and time of a step of every method, in turns, on images that are drawn; needs no data."""
+    found = {}
+    for model in MODELS:
+        learners = {method: _learner(model, method) for method in METHODS if method != "scratch"}
+        torch.manual_seed(0)
+        images, labels = torch.randn(FINE_TUNING["training.batch_size"], 3, 32, 32), torch.arange(64) % 10
+        seconds: dict[str, list[float]] = {method: [] for method in learners}
+        for _ in range(9):
+            for method, learner in learners.items():
+                measured = localgrad.measure(learner, images, labels, repeats=1, warmup=1)
+                seconds[method].append(measured.seconds[0])
+                found[f"{model}; {method}"] = {"peak_bytes": measured.peak_bytes}
+        for method, times in seconds.items():
+            found[f"{model}; {method}"] |= {"seconds": times, "torch": torch.__version__}
+        print(model, {method: f"{min(times):.3f} s" for method, times in seconds.items()}, flush=True)
+    STEPS.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _learner(model: str, method: str) -> localgrad.LocalLearner:
+    """The learner of a method, without weights that were trained."""
+    values = {**Cell(model, None, method, RATES[0], 0).values, "data.name": "digits", "model.weights": None}
+    recipe = Recipe.from_dict(overlay({}, {key: value for key, value in values.items() if value is not None}))
+    made, _ = make_model(recipe.method.model, num_classes=10, num_channels=3)
+    backbone = frozen_as_said(recipe, localgrad.split(made, (3, 32, 32)))
+    local, checkpoint = recipe.method.local, recipe.execution.checkpoint
+    objective = build_recipe_objective(recipe)
+    assert isinstance(local.modules, int), "as METHODS have it"
+    assert isinstance(checkpoint, str), "as METHODS have it"
+    learner = localgrad.LocalLearner(backbone, modules=local.modules, objective=objective, checkpoint=checkpoint)
+    learner.configure_optimizers(optimizer_of(recipe.method.training, backbone.model))
+    return learner
 
 
 def keep(key: str, summary: dict[str, Any]) -> None:
@@ -188,29 +228,37 @@ def keep(key: str, summary: dict[str, Any]) -> None:
 
 def table(model: str, images: int | None, results: dict[str, Values]) -> list[str]:
     """Markdown: a row for each method that was run."""
+    steps = read(STEPS)
     lines = [
-        "| | seeds | rate | test accuracy | estimated memory | measured memory | time |",
+        "| | gradients | seeds | test accuracy | memory: estimated | measured | time of a step |",
         "|---|---|---|---|---|---|---|",
     ]
-    base: list[Values] = []
-    for method in METHODS:
+    base: Values = {}
+    for method, changes in METHODS.items():
         rate = best_rate(model, 5_000, method, results)
-        if rate is None:
-            continue
-        keys = [str(Cell(model, images, method, rate, seed)) for seed in SEEDS]
+        keys = [] if rate is None else [str(Cell(model, images, method, rate, seed)) for seed in SEEDS]
         rows = [results[key] for key in keys if key in results]
         if not rows:
             continue
-        base = base or rows  # of `full`, which is the first
+        base = base or rows[0]  # of `full`, which is the first
         found = [100 * row["test_accuracy"] for row in rows]
         ends = f" ({min(found):.1f} to {max(found):.1f})" if len(found) > 1 else ""
-        ratios = [
-            f"{rows[0][key] / base[0][key]:.2f} x" for key in ("estimated_peak_bytes", "measured_peak_bytes", "seconds")
-        ]
+        gradients = "exact" if changes["local.modules"] == 1 else "local"
+        estimated = f"{rows[0]['estimated_peak_bytes'] / base['estimated_peak_bytes']:.2f}"
+        measured = _measured(steps, model, method)
         lines.append(
-            f"| {method} | {len(rows)} | {rate:g} | {statistics.fmean(found):.1f}{ends} | {' | '.join(ratios)} |"
+            f"| {method} | {gradients} | {len(rows)} | {statistics.fmean(found):.1f}{ends} | {estimated} | {measured} |"
         )
     return lines if base else []
+
+
+def _measured(steps: dict[str, Values], model: str, method: str) -> str:
+    """Memory and time of a method's step, beside those of full fine-tuning."""
+    own, base = (steps.get(f"{model}; {name}") for name in ("full" if method == "scratch" else method, "full"))
+    if own is None or base is None:
+        return " | "
+    ratios = [mine / other for mine, other in zip(own["seconds"], base["seconds"], strict=True)]
+    return f"{own['peak_bytes'] / base['peak_bytes']:.2f} | {statistics.median(ratios):.2f}"
 
 
 def page(results: dict[str, Values]) -> str:
@@ -225,8 +273,8 @@ def page(results: dict[str, Values]) -> str:
         f"its rate of {' and '.join(f'{rate:g}' for rate in RATES)}, by validation images of the first seed;",
         f"AdamW, {FINE_TUNING['training.epochs']} epochs, batches of {FINE_TUNING['training.batch_size']}, fp32, one",
         "thread. Accuracy is of the test set, the mean over seeds with the least and the greatest; memory and",
-        "time are beside full fine-tuning: memory of seed 0 (estimated, and as measured on the processor),",
-        "time as it passed on a machine that did other things too.",
+        "time are of a step, beside full fine-tuning: as estimated, and as measured on the processor (`--measure`,",
+        "methods in turns, the median of nine ratios).",
         "",
         f"Made by `python research/benchmarks/finetuning.py`; {dates[0]} to {dates[-1]}, torch {', '.join(versions)}."
         if rows
@@ -257,9 +305,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/finetuning"))
     parser.add_argument("--model", choices=MODELS, help="this one alone")
     parser.add_argument("--images", type=int, help="with --model; 0 and none: 5000")
+    parser.add_argument("--measure", action="store_true", help="measure a step of every method, and stop")
     parser.add_argument("--report", action="store_true", help="write the page, and stop")
     options = parser.parse_args()
-    if not options.report:
+    if options.measure:
+        torch.set_num_threads(1)
+        measure_steps()
+    elif not options.report:
         if options.data_path is None:
             parser.error("--data-path: say where cifar10/ and cifar100/ lie.")
         run(options)

@@ -256,11 +256,13 @@ def _rows(search: Search, make: _Maker, budget: int | None, batch_size: int) -> 
 
 
 def _recomputing(search: Search, budget: int | None) -> Solution:
-    """Where that is needed, the fastest end-to-end way that recomputes and fits; else the one that needs least."""
+    """The fastest end-to-end way that recomputes and fits, else the one that needs least; every block where all fit."""
     usable = None if budget is None else search.task.margin.usable(budget)
+    if usable is None or search.peak(search.end_to_end()) <= usable:
+        return search.end_to_end(Checkpointing("blocks"))
     ways = [way for way in search.exact_ways() if way.choices[0].how != Checkpointing()]
-    fitting = [way for way in ways if usable is None or search.peak(way) <= usable]
-    if usable is None or not fitting or search.peak(search.end_to_end()) <= usable:
+    fitting = [way for way in ways if search.peak(way) <= usable]
+    if not fitting:
         return min(ways, key=search.peak)
     return min(fitting, key=lambda way: way.nanoseconds)
 

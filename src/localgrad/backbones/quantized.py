@@ -50,6 +50,7 @@ def dequantized(packed: Tensor, scales: Tensor, dtype: torch.dtype = torch.float
     return weight.to(dtype)
 
 
+@final
 class _TimesDequantized(torch.autograd.Function):
     """``F.linear`` that keeps no more of its weight than the packed one."""
 
