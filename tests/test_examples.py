@@ -24,7 +24,7 @@ from localgrad.training.events import SINKS
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 LINES = 50
-SHORT = {"language_model": ("3",), "hf_trainer": ("0.1",), "finetune": ("1", "lora")}
+SHORT = {"language_model": ("3",), "hf_trainer": ("0.1",), "finetune": ("1", "freeze")}
 """What is typed behind the name, to be quick."""
 SMALL = ["--limit", "100", "--epochs", "1", "--batch-size", "20", "--num-threads", "1", "--device", "cpu"]
 VIT = ["--model", "vit_tiny_patch16_224", "--img-size", "8", "--patch-size", "2", "--modules", "2"]
@@ -78,7 +78,7 @@ def test_an_example_runs(
     monkeypatch.setattr(sys, "argv", [path.name, *SHORT.get(path.stem, ())])
     runpy.run_path(str(here / path.name), run_name="__main__")
     said = capsys.readouterr().out
-    prints = {"own_term": "sparsity", "own_sink": "written: ", "finetune": r"lora +\d"}
+    prints = {"own_term": "sparsity", "own_sink": "written: ", "finetune": r"freeze +\d"}
     assert re.search(prints.get(path.stem, r"\d\.\d\d"), said)
 
 

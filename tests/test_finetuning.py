@@ -16,8 +16,10 @@ from safetensors.torch import load_file, save_file
 
 import localgrad
 from helpers import assert_refused
+from localgrad import finetuning
+from localgrad.app import ways
 from localgrad.app.planned import PlannedData
-from localgrad.app.ways import METHODS, Way, fastest_way, in_order, recipe_for, words_of
+from localgrad.app.ways import METHODS, Way, fastest_way, in_order, recipe_for, typed, words_of
 from localgrad.errors import RecipeError
 from localgrad.units import parse_bytes
 
@@ -50,6 +52,12 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "vit.safetensors"
     save_file(model.state_dict(), path)
     return path
+
+
+@pytest.fixture
+def given(photos: Path, weights: Path) -> list[str]:
+    """What is typed for both."""
+    return ["--data", str(photos), *MODEL, "--weights", str(weights), "--batch-size", "8"]
 
 
 # Methods ---------------------------------------------------------------------------------------------------------
@@ -161,14 +169,15 @@ def test_what_the_table_says_is_what_a_plan_says(photos: Path, cli_: Cli, tmp_pa
 # The verb --------------------------------------------------------------------------------------------------------
 
 
-def test_plan_finetune_evaluate_predict(photos: Path, weights: Path, cli_: Cli, tmp_path: Path) -> None:
+def test_plan_finetune_evaluate_predict(
+    given: list[str], photos: Path, cli_: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ways, "_bases", lambda left_out: iter([(("full",), None)]))  # all are in the heavy tests
     plan, run = tmp_path / "plan.json", tmp_path / "run"
-    given = ["--data", str(photos), *MODEL, "--weights", str(weights), "--batch-size", "8"]
     planned = cli_("plan", "--finetune", "--method", "lora+local", *given, "--budget", "50MiB", "--json", str(plan))
     assert planned.code == 0, planned.err
     assert f"localgradfinetune--plan{plan}--data{photos}" in "".join(planned.out.split())
-    more = ["--plan", str(plan), "--data", str(photos), "--weights", str(weights), "--device", "cpu", *SHORT]
-    tuned = cli_("finetune", *more, "--out", str(run))
+    tuned = cli_("finetune", "--plan", str(plan), *given, *SHORT, "--out", str(run))
     assert tuned.code == 0, tuned.err
     recipe = tomllib.loads((run / "recipe.toml").read_text())
     assert recipe["model"]["lora"] == 8
@@ -196,9 +205,8 @@ def test_what_a_method_trains(method: str, photos: Path, weights: Path, tmp_path
 
 
 @pytest.mark.heavy
-def test_within_a_budget_the_best_that_fits_is_taken(photos: Path, weights: Path, cli_: Cli, tmp_path: Path) -> None:
-    given = ["--data", str(photos), *MODEL, "--weights", str(weights), "--batch-size", "8", *SHORT]
-    said = cli_("finetune", *given, "--budget", "100MiB", "--out", str(tmp_path / "run"))
+def test_within_a_budget_the_best_that_fits_is_taken(given: list[str], cli_: Cli, tmp_path: Path) -> None:
+    said = cli_("finetune", *given, *SHORT, "--budget", "100MiB", "--out", str(tmp_path / "run"))
     assert said.code == 0, said.err
     assert "Fine-tuning by --method full." in said.out
     assert tomllib.loads((tmp_path / "run" / "recipe.toml").read_text())["local"]["modules"] == 1
@@ -207,13 +215,19 @@ def test_within_a_budget_the_best_that_fits_is_taken(photos: Path, weights: Path
     assert not (tmp_path / "none").exists()
 
 
-def test_a_pilot_tries_all_and_goes_on_with_the_best(photos: Path, weights: Path, cli_: Cli, tmp_path: Path) -> None:
-    given = ["--data", str(photos), *MODEL, "--weights", str(weights), "--batch-size", "8", *SHORT, "--lr", "1e-3"]
+@pytest.mark.parametrize(
+    "methods", [("full", "freeze"), pytest.param(("full", "freeze", "lora", "local"), marks=pytest.mark.heavy)]
+)
+def test_a_pilot_tries_all_and_goes_on_with_the_best(
+    methods: tuple[str, ...], given: list[str], cli_: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert [typed(words) for words in finetuning.PILOTED] == ["full", "freeze", "lora", "local"]
+    monkeypatch.setattr(finetuning, "PILOTED", tuple(words_of(method) for method in methods))
     run = tmp_path / "run"
-    said = cli_("finetune", *given, "--pilot", "30%", "--out", str(run))
+    said = cli_("finetune", *given, *SHORT, "--lr", "1e-3", "--pilot", "30%", "--out", str(run))
     assert said.code == 0, said.err
     lines = [line.split() for line in said.out.splitlines() if line.startswith("pilot: ")]
-    assert [line[1] for line in lines] == ["full:", "freeze:", "lora:", "local:"]
+    assert [line[1].rstrip(":") for line in lines] == list(methods)
     accuracy = {line[1].rstrip(":"): float(line[4].rstrip("%,")) for line in lines}
     best = max(accuracy, key=lambda name: accuracy[name])
     assert f"Fine-tuning by --method {best}." in said.out

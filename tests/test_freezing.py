@@ -10,19 +10,32 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from timm.optim import param_groups_layer_decay
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
 import localgrad
-from helpers import SIZE, adamw, assert_refused, assert_same_run, batches, copied, make
+from helpers import (
+    SIZE,
+    adamw,
+    assert_refused,
+    assert_same,
+    assert_same_run,
+    batches,
+    copied,
+    interrupt_at_step,
+    make,
+)
 from libraries import LIBRARIES, called, inputs_of, plain_model, task_loss
-from localgrad.backbones.base import Backbone, outline, split
+from localgrad.backbones.base import Backbone, FrozenStem, outline, split
 from localgrad.errors import BackboneError
 from localgrad.learner import LocalLearner
 from localgrad.objectives.methods import FeatureReconstruction
 from localgrad.planning.budget import Task, plan_to_budget
+from localgrad.training import feature_cache
 from localgrad.training.optim import OptimizerFactory, Schedule
+from localgrad.training.trainer import Interrupted
 
 if TYPE_CHECKING:
     from helpers import Cli
@@ -241,3 +254,70 @@ def test_rates_fall_from_layer_to_layer_as_timms_do() -> None:
                     else:
                         assert group["lr"] == pytest.approx(schedule.learning_rate), "auxiliary nets are new"
         assert seen == set(expected)
+
+
+# Cached features -------------------------------------------------------------------------------------------------
+
+CACHED = {
+    "model.name": "vit_tiny_patch16_224",
+    "model.img_size": 16,
+    "model.patch_size": 8,
+    "model.options": {"depth": 4, "embed_dim": 24, "num_heads": 2},
+    "data.name": "digits",
+    "data.limit": 64,
+    "augment.crop_padding": 1,
+    "local.modules": 2,
+    "training.freeze": 0.5,
+    "training.epochs": 2,
+    "training.batch_size": 16,
+    "training.warmup_epochs": 0.0,
+    "training.cached_epochs": 2,
+    "execution.num_threads": 1,
+}
+
+
+@pytest.mark.parametrize("objective", ["feature", pytest.param("image", marks=pytest.mark.heavy)])
+def test_features_that_are_kept_whole_train_the_same_weights(
+    objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of as many augmented epochs as there are epochs, and without rounding."""
+    monkeypatch.setattr(feature_cache, "STORED", torch.float32)
+    recipe = {**CACHED, "local.objective": objective}
+    localgrad.train(recipe, out=tmp_path / "images")
+    cached = localgrad.train({**recipe, "training.cache_frozen": True}, out=tmp_path / "features")
+    assert_same(load_file(tmp_path / "features/model.safetensors"), load_file(tmp_path / "images/model.safetensors"))
+    assert not (tmp_path / "features/cache").exists()
+    assert cached["test_accuracy"] is not None
+
+
+def test_frozen_blocks_run_no_more_once_all_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a run that was cut off takes up what is on disk, and ends bit for bit as one that wasn't."""
+    ran: list[bool] = []
+    run_blocks = FrozenStem.run
+
+    def counted(self: FrozenStem, given: torch.Tensor) -> torch.Tensor:
+        if self.training and not self.passes and type(given) is torch.Tensor and len(given) == 16:
+            ran.append(True)
+        return run_blocks(self, given)
+
+    monkeypatch.setattr(FrozenStem, "run", counted)
+    recipe = {**CACHED, "training.cache_frozen": True, "training.epochs": 4}
+    localgrad.train(recipe, out=tmp_path / "whole")
+    num_steps = 64 // 16
+    assert len(ran) == 2 * num_steps, "two epochs of four"
+    monkeypatch.setattr(FrozenStem, "run", run_blocks)
+    interrupt_at_step(monkeypatch, 3 * num_steps + 1)
+    with pytest.raises(Interrupted):
+        localgrad.train(recipe, out=tmp_path / "cut")
+    assert (tmp_path / "cut/cache").exists()
+    localgrad.resume(tmp_path / "cut")
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_what_has_no_features_to_keep_is_refused(cli_: Cli) -> None:
+    for given, said in (
+        ([], "--cache-frozen needs --freeze"),
+        (["--freeze", "1", "--schedule", "sequential"], "--cache-frozen doesn't go with --schedule sequential"),
+        (["--freeze", "1", "--global-every", "2"], "--cache-frozen doesn't go with --global-every"),
+    ):
+        assert_refused(cli_("train", "--cache-frozen", *given), said)

@@ -175,6 +175,7 @@ def _rules() -> Iterator[Rule]:
 
     for given in GLOBAL:
         yield Rule(OFFLOAD, given, "end-to-end steps need all modules on the device")
+    yield from _rules_of_frozen_blocks()
     yield Rule(OVERLAP, FREEZE_FROM, "a frozen module's last blocks would go on learning")
     yield Rule(OVERLAP, OFFLOAD, "blocks that two modules train can't be offloaded")
     yield Rule(TEACHER, Absent("ema_decay", 0.999), "the averaged model teaches, and none is kept")
@@ -200,6 +201,17 @@ def _rules() -> Iterator[Rule]:
 
     yield from _rules_of_data()
     yield Rule(Given("plot"), Given("estimate_only"), "it needs step times; take a timeline instead")
+
+
+def _rules_of_frozen_blocks() -> Iterator[Rule]:
+    cached = Given("cache_frozen")
+    yield Rule(cached, Absent("freeze", 0.5, off=(None,)), "it is the features of frozen blocks that are kept")
+    yield Rule(cached, SEQUENTIAL, "its first module reads images")
+    yield Rule(cached, PARALLEL, "the first process reads images")
+    yield Rule(cached, OFFLOAD, "the frozen blocks would wait on the processor")
+    yield Rule(cached, COMPILE, "compiled code has the frozen blocks in it")
+    for given in (*GLOBAL, TEACHER):
+        yield Rule(cached, given, "the whole model runs from images on")
 
 
 def _rules_of_data() -> Iterator[Rule]:

@@ -42,6 +42,7 @@ from localgrad.training.data import Splits
 from localgrad.training.events import RunEnded, Sink, check_sinks, make_sinks
 from localgrad.training.feature_cache import check_space
 from localgrad.training.folder import RunFolder, check_writable, holds_run, new_folder
+from localgrad.training.frozen_features import FrozenFeatures
 from localgrad.training.image_sets import skipped_table
 from localgrad.training.saved import Summary
 from localgrad.training.stagewise import disk_needed
@@ -221,6 +222,9 @@ def _check_space(job: Job, path: Path) -> None:
     if settings.schedule == "sequential":
         variants = min(settings.cached_epochs, settings.epochs)
         check_space(path / "cache", disk_needed(job.local, job.batches, job.data.info.num_val, variants))
+    elif settings.cache_frozen:
+        variants = min(settings.cached_epochs, settings.epochs)
+        check_space(path / "cache", FrozenFeatures(job.local, job.batches, path / "cache", variants).num_bytes)
 
 
 @contextmanager

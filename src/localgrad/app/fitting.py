@@ -45,6 +45,7 @@ from localgrad.step.executor import out_of_memory
 from localgrad.training.data import DataInfo
 from localgrad.training.events import JsonlSink, Replanned, RunEnded, RunStarted, Sink, make_sinks
 from localgrad.training.folder import RunFolder, load_saved_weights, save_weights
+from localgrad.training.frozen_features import FrozenFeatures
 from localgrad.training.health import HealthCheck
 from localgrad.training.image_sets import Skipped, skipped_table
 from localgrad.training.optim import note_of_warmup
@@ -176,8 +177,10 @@ def make_trainer(job: Job, folder: RunFolder) -> Trainer:
             cached_epochs=settings.cached_epochs,
             **common,
         )
+    cached = min(settings.cached_epochs, settings.epochs)
     return TogetherTrainer(
         learner=job.local,
+        frozen=FrozenFeatures(job.local, job.batches, folder.path / "cache", cached) if settings.cache_frozen else None,
         schedule=job.schedule_for(learner.optimizers),
         is_global=settings.is_global if settings.has_global_steps and learner.plan.num_modules > 1 else None,
         **common,

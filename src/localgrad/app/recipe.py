@@ -138,7 +138,14 @@ class TrainingSettings:
     schedule: Literal["together", "sequential"] = option(
         "together", "Train the modules together, or sequential: one after another, on cached features.", METHOD
     )
-    cached_epochs: Positive = option(4, "Augmented epochs of features that sequential caches on disk.", METHOD)
+    cached_epochs: Positive = option(
+        4, "Augmented epochs of features that sequential, or cache_frozen, keeps on disk.", METHOD
+    )
+    cache_frozen: bool = option(
+        default=False,
+        help="Run frozen blocks for the cached epochs alone; later ones read features.",
+        panel=METHOD,
+    )
     global_every: Positive | None = option(
         None, "Every step of that number is end-to-end, recomputing within the same memory.", METHOD
     )

@@ -110,16 +110,23 @@ class Stem(CopyingPart):
 
 
 class FrozenStem(Stem):
-    """The stem and the first blocks of a model as they are: in eval mode, and without a graph."""
+    """The stem and the first blocks of a model as they are: in eval mode, and without a graph.
+
+    Attributes:
+        passes: whether what it is given are the features that it gave before, which then pass it by.
+    """
 
     def __init__(self, stem: Stem, blocks: Iterable[nn.Module]) -> None:
         super().__init__(stem)
+        self.passes = False
         self.copies_input = False  # the stem does, where it has to
         self.blocks = nn.ModuleList(blocks)
         self.requires_grad_(requires_grad=False)
 
     def run(self, given: Tensor) -> Tensor:
         """Images or ids to the features of the first block that learns."""
+        if self.passes:
+            return given
         with standing_still(self):
             features: Tensor = self.part(given)
             for block in self.blocks:

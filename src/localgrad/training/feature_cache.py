@@ -169,7 +169,7 @@ def check_space(folder: Path, needed_bytes: int) -> None:
     free = free_bytes(folder)
     if free < needed_bytes:
         raise RunFolderError(
-            f"{arg('schedule', 'sequential')}: the features need {format_bytes(needed_bytes)} of disk in {folder}, "
+            f"{arg('cached_epochs')}: the features need {format_bytes(needed_bytes)} of disk in {folder}, "
             f"{format_bytes(free)} are free; take fewer {arg('cached_epochs')}, fewer {arg('modules')}, or another "
             f"{arg('out')}."
         )

@@ -34,9 +34,11 @@ from localgrad.step.states import load_weights
 from localgrad.training.data import Batches
 from localgrad.training.events import EpochEnded, Event, Progressed, Sink, StoppedEarly
 from localgrad.training.folder import RunFolder, load_saved_weights, save_weights
+from localgrad.training.frozen_features import FrozenFeatures
 from localgrad.training.health import HealthCheck
 from localgrad.training.optim import Schedule
 from localgrad.training.saved import PositionState, RandomStates, Selection, Standing, SumsState, TrainerState
+from localgrad.units import format_bytes
 
 SECONDS_BETWEEN_READINGS = 1.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -586,6 +588,7 @@ class TogetherTrainer(TrainerOfAll):
 
     Args:
         is_global: whether a step is end-to-end, given its number from 0 and how many there are; by default none is.
+        frozen: what gives batches from behind frozen blocks; by default they are of images.
         learner: with its optimizers configured.
         schedule: of the learning rates.
         others: as for ``Trainer``.
@@ -597,10 +600,32 @@ class TogetherTrainer(TrainerOfAll):
         learner: LocalLearner,
         schedule: Schedule,
         is_global: Callable[[int, int], bool] | None = None,
+        frozen: FrozenFeatures | None = None,
         **others: Unpack[Common],
     ) -> None:
         super().__init__(learner=learner, schedule=schedule, **others)
         self.is_global = is_global or (lambda step, num_steps: False)
+        self.frozen = frozen
+
+    def fit(self) -> None:
+        """Train as every trainer does; afterwards features of frozen blocks are gone."""
+        super().fit()
+        if self.frozen is not None:
+            self.frozen.drop()
+
+    def details(self) -> tuple[str, ...]:
+        """Lines about this way of training, for the start of a run."""
+        if self.frozen is None:
+            return ()
+        return (
+            f"frozen blocks run for the first {self.frozen.num_variants} epochs alone; their features, in bf16, take "
+            f"{format_bytes(self.frozen.num_bytes)} of disk in {self.frozen.folder}",
+        )
+
+    def _feed(self) -> Iterator[LocalBatch]:
+        if self.frozen is None:
+            return super()._feed()
+        return self.frozen.epoch(self.position.epoch, self.position.batch)
 
     def _step(self, batch: LocalBatch) -> StepResult:
         step, num_steps = self._num_updates(), self.epochs * len(self.train)
