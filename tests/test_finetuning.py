@@ -246,12 +246,17 @@ def test_a_pilot_tries_all_and_goes_on_with_the_best(
         (["--data", "digits", "--pilot", "2"], "--pilot 2: expected a share such as 2% or 0.02."),
         (["--data", "digits", "--method", "lora", "--modules", "2"], "local modules are of --method lora+local"),
         (["--data", "digits", "--method", "lora", "--budget", "1GiB", "--gradients", "exact"], "--gradients exact"),
+        (["--data", "digits", "--pilot", "5%", "--val-fraction", "0"], "--pilot 0.05 needs --val-fraction"),
         (["--data", "digits", "--plan", "none.json", "--method", "lora"], "a plan says what is trained"),
     ],
 )
 def test_bad_input(arguments: list[str], said: str, cli_: Cli, tmp_path: Path) -> None:
     assert_refused(cli_("finetune", *arguments, "--out", str(tmp_path / "run")), said)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_method_alone_is_no_plan(cli_: Cli) -> None:
+    assert_refused(cli_("plan", "--data", "digits", "--method", "lora"), "--method lora needs --finetune")
 
 
 @pytest.mark.parametrize("given", ["--parallel 2", "--preset digits", "--batch-size auto --budget 1GiB"])

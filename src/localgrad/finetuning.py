@@ -92,6 +92,7 @@ def finetune(
         check_plan_is_for(plan, recipe)
         return train(recipe, out=out, sinks=sinks, plan=plan, **how)
     candidates = asked.candidates(say)
+    rules.check({"pilot": pilot, "val_fraction": asked.recipe(candidates[0]).method.data.val_fraction})
     if pilot is not None:
         out = Path(out) if out is not None else new_folder(asked.name, PRESET)
         candidates = _piloted(asked, candidates, pilot, out, say, **how)
@@ -168,11 +169,7 @@ def _piloted(
             say(f"pilot: {typed(words)} doesn't fit: {error}")
             continue
         accuracy = summary["val_accuracy"]
-        if accuracy is None:
-            raise RecipeError(
-                f"{arg('pilot', share)}: methods are compared on validation images, and there are none; set "
-                f"{arg('val_fraction', 0.1)}."
-            )
+        assert accuracy is not None, "`rules` ask for validation images, and patience for enough of them"
         seconds = summary["seconds"]
         trained = (recipe.method.data.limit or 0) * summary["epochs"]
         found.append(Piloted(words, accuracy, summary.get("measured_peak_bytes", 0), trained / seconds))

@@ -251,6 +251,8 @@ def _rules_of_plans() -> Iterator[Rule]:
         yield Rule(Given(name), Given("finetune"), "fine-tuning has its preset, its data's classes, and one process")
     yield Rule(Given("batch_size", "auto"), Given("finetune"), "methods are compared at one batch size")
     yield Rule(GRADIENTS, Given("method"), "a method says so itself")
+    yield Rule(Given("method"), Absent("finetune", value=True), "it is one of the ways to fine-tune")
+    yield Rule(Given("pilot"), Absent("val_fraction", 0.1), "methods are compared on validation images")
 
 
 RULES = tuple(_rules())

@@ -659,7 +659,8 @@ def create_model(settings: ModelSettings, *, num_classes: int | None, num_channe
         raise BackboneError(
             f"{arg('model')}: timm can't make {settings.name!r} with {_as_options(options)}: "
             f"{reason_of(error).rstrip('.')}. "
-            f"Check {arg('img_size')}, {arg('patch_size')} and model.options."
+            f"Check {arg('img_size')}, {arg('patch_size')} and model.options"
+            f"{', or name weights that lie here by ' + arg('weights') if settings.pretrained else ''}."
         ) from error
 
 
