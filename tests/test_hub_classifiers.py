@@ -19,12 +19,14 @@ from helpers import EVERYTHING, MICRO, assert_refused, assert_same_run, interrup
 from localgrad import run
 from localgrad.app import using_runs
 from localgrad.app.build import build
-from localgrad.app.hub_classifiers import make_classifier, statistics_of
+from localgrad.app.hub_classifiers import make_classifier, processor_text, resizing_beside, statistics_of
 from localgrad.app.recipe import ModelSettings, Recipe, overlay
 from localgrad.errors import BackboneError
 from localgrad.partition import Plan
 from localgrad.training.folder import load_saved_weights
+from localgrad.training.settings import DataSettings
 from localgrad.training.trainer import Interrupted
+from localgrad.training.transforms import light
 
 if TYPE_CHECKING:
     from helpers import Cli
@@ -128,6 +130,39 @@ def test_images_are_normalised_as_by_the_models_own_processor(kind: str, values:
     mean, std = (torch.tensor(each).view(-1, 1, 1) for each in found)
     ours = (torch.from_numpy(pixels).permute(2, 0, 1) / 255 - mean) / std
     assert torch.allclose(ours, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "wanted"),
+    [
+        ("ViTImageProcessor", {}, {"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "squash"}),
+        (
+            "CLIPImageProcessor",
+            {"size": {"shortest_edge": 256}, "crop_size": 224},
+            {"interpolation": "bicubic", "crop_pct": 0.875, "crop_mode": "center"},
+        ),
+        (
+            "ConvNextImageProcessor",
+            {"crop_pct": 0.875, "resample": 2},
+            {"interpolation": "bilinear", "crop_pct": 0.875, "crop_mode": "center"},
+        ),
+        ("ViTImageProcessor", {"do_resize": False}, None),
+    ],
+)
+def test_images_are_resized_as_by_the_models_own_processor(kind: str, values: dict, wanted: dict | None) -> None:
+    assert resizing_beside(getattr(transformers, kind)(**values).to_dict()) == wanted
+
+
+def test_the_processor_of_a_run_prepares_images_as_its_evaluation_does(tmp_path: Path) -> None:
+    data = DataSettings(name="pets", transform="light", interpolation="bilinear", crop=0.875)
+    text = processor_text((32, 32), (0.5,) * 3, (0.25,) * 3, data)
+    assert text is not None
+    (tmp_path / "preprocessor_config.json").write_text(text)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 50, 100), dtype=np.uint8)
+    theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path)(torch.from_numpy(pixels), return_tensors="pt")
+    ours = light((32, 32), training=False, interpolation="bilinear", crop=0.875)(torch.from_numpy(pixels))
+    found = theirs["pixel_values"][0] * 0.25 + 0.5
+    assert (found * 255 - ours).abs().max() <= 2, "of 255, where one rounds and the other cuts off"
 
 
 # Runs --------------------------------------------------------------------------------------------------------------

@@ -230,7 +230,7 @@ def table(model: str, images: int | None, results: dict[str, Values]) -> list[st
     """Markdown: a row for each method that was run."""
     steps = read(STEPS)
     lines = [
-        "| | gradients | seeds | test accuracy | memory: estimated | measured | time of a step |",
+        "| | gradients | seeds | test accuracy, % | memory, estimated | memory, measured | time of a step |",
         "|---|---|---|---|---|---|---|",
     ]
     base: Values = {}

@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,15 +45,16 @@ from localgrad.backbones.by_hand import listed
 from localgrad.backbones.namespaces import Kwargs
 from localgrad.backbones.weights import LEAST, LoadedWeights
 from localgrad.errors import BackboneError, arg, reason_of
-from localgrad.training.transforms import EVALUATED_SHARE, NONE
+from localgrad.training.settings import DataSettings
+from localgrad.training.transforms import EVALUATED_SHARE, INTERPOLATION, NONE
 
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 """Files of a run that transformers reads."""
 STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb", "do_pad")
 """Of image processors, that data of recipes goes through in its own way, or needn't go through."""
 BYTE = 255
-BICUBIC = 3
-"""PIL's number of that filter."""
+FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+"""PIL's numbers of filters."""
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
@@ -158,13 +160,14 @@ def _load(settings: ModelSettings, config: Any, theirs: Any, heads: Sequence[str
             f"{listed(sorted(told['unexpected_keys']))}, the model {listed(sorted(new - set(heads)))}. Name a folder "
             "whose weights are of its config."
         )
-    normalised_by, notes = _processor_beside(settings, config)
+    normalised_by, evaluated_by, notes = _processor_beside(settings, config)
     loaded = LoadedWeights(
         source=name,
         num_loaded=len(own.keys() - new),
         left_out=tuple(sorted({*told["unexpected_keys"], *other})),
         made_new=tuple(sorted(new)),
         normalised_by=normalised_by,
+        evaluated_by=evaluated_by,
         notes=notes,
     )
     return model, loaded
@@ -182,15 +185,17 @@ def _why_other(settings: ModelSettings, config: Any, theirs: Any) -> str:
     return "take its config as it is, without model.options"
 
 
-def _processor_beside(settings: ModelSettings, config: Any) -> tuple[Statistics | None, tuple[str, ...]]:
-    """What the image processor beside the weights normalises by, and what is to be said of it."""
+def _processor_beside(
+    settings: ModelSettings, config: Any
+) -> tuple[Statistics | None, dict[str, Any] | None, tuple[str, ...]]:
+    """What the image processor beside the weights normalises by, how it resizes, and what is to be said of it."""
     try:
         with quietly():
             processor = library_for(settings.name).AutoImageProcessor.from_pretrained(
                 place_on_hub(settings.name), **ITS_OWN_CODE
             )
     except (OSError, ValueError, ImportError):  # there is none, or none that is of images alone
-        return None, ()
+        return None, None, ()
     values: Mapping[str, Any] = processor.to_dict()
     others = [key for key, value in values.items() if key.startswith("do_") and value and key not in STEPS]
     if others:
@@ -198,13 +203,27 @@ def _processor_beside(settings: ModelSettings, config: Any) -> tuple[Statistics 
             f"{arg('model', settings.name)}: its image processor asks for {', '.join(others)}, which recipes don't do; "
             "take another model, or train in Python: localgrad.LocalLearner(model, modules=4, example=batch)."
         )
-    found = statistics_of(values)
+    found, resized = statistics_of(values), resizing_beside(values)
     side, taken = _side_of_processor(values), size_of_images(settings) if settings.img_size else side_of(config)
     if side is None or side == taken:
-        return found, ()
+        return found, resized, ()
     advice = f"; {arg('img_size', side[0])} takes those" if side[0] == side[1] else ""
     note = f"Images are {taken[0]}x{taken[1]}, and the image processor's {side[0]}x{side[1]}{advice}."
-    return found, (note,)
+    return found, resized, (note,)
+
+
+def resizing_beside(processor: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How an image processor brings images to its size, as timm's configs say it; ``None`` where it doesn't say."""
+    if not processor.get("do_resize", True) or processor.get("resample") is None:
+        return None
+    size: Any = processor.get("size") or {}
+    crop: Any = processor.get("crop_size") if processor.get("do_center_crop") else None
+    found = {"interpolation": FILTERS.get(int(processor["resample"]), "another"), "crop_pct": 1.0}
+    if isinstance(crop, Mapping) and "height" in crop and "shortest_edge" in size:
+        return {**found, "crop_mode": "center", "crop_pct": int(crop["height"]) / int(size["shortest_edge"])}
+    if isinstance(size, Mapping) and processor.get("crop_pct") and "shortest_edge" in size:  # ConvNext's
+        return {**found, "crop_mode": "center", "crop_pct": float(processor["crop_pct"])}
+    return {**found, "crop_mode": "squash"}
 
 
 def statistics_of(processor: Mapping[str, Any]) -> Statistics | None:
@@ -257,7 +276,7 @@ def config_text(model: nn.Module, class_names: Sequence[str]) -> str:
 
 
 def processor_text(
-    image_size: tuple[int, int], mean: Sequence[float], std: Sequence[float], transform: str | None, fit: str
+    image_size: tuple[int, int], mean: Sequence[float], std: Sequence[float], data: DataSettings
 ) -> str | None:
     """The image processor of a run, as transformers reads it: CLIP's, whose steps are those of a recipe's images.
 
@@ -265,24 +284,24 @@ def processor_text(
         image_size: (H, W).
         mean: of pixels from 0 to 1; one for each of three channels.
         std: likewise.
-        transform: that images go through.
-        fit: of images of another shape, without one.
+        data: what images go through.
 
     Returns:
         The text of its file; ``None`` where it has no steps that do what is done to images here.
     """
     height, width = image_size
-    is_whole = transform in (None, NONE)
-    if len(mean) != 3 or height != width or (transform != "imagenet" and not is_whole) or (is_whole and fit == "pad"):
+    is_whole, is_ours = data.transform in (None, NONE), data.transform in ("imagenet", "light")
+    if len(mean) != 3 or height != width or not (is_ours or (is_whole and data.fit != "pad")):
         return None
     sides = {"height": height, "width": width}
-    shorter = height if is_whole else round(height / EVALUATED_SHARE)
-    is_cropped = not (is_whole and fit == "squash")
+    shorter = height if is_whole else math.floor(height / (data.crop or EVALUATED_SHARE))
+    is_cropped = not (is_whole and data.fit == "squash")
+    numbers = {name: number for number, name in FILTERS.items()}
     values = {
         "image_processor_type": "CLIPImageProcessor",
         "do_resize": True,
         "size": {"shortest_edge": shorter} if is_cropped else sides,
-        "resample": BICUBIC,
+        "resample": numbers[INTERPOLATION if is_whole else data.interpolation or INTERPOLATION],
         "do_center_crop": is_cropped,
         "crop_size": sides,
         "do_rescale": True,

@@ -108,7 +108,7 @@ def describe_model(job: Job) -> dict[str, str]:
     if not is_on_hub(method.model.name):
         return {}
     size = (backbone.image_size[1], backbone.image_size[2])
-    processor = processor_text(size, info.mean, info.std, method.data.transform, info.fit)
+    processor = processor_text(size, info.mean, info.std, replace(method.data, fit=info.fit))
     found = {CONFIG: config_text(backbone.model, info.class_names)}
     return found if processor is None else found | {PROCESSOR: processor}
 
