@@ -122,7 +122,7 @@ class Cell:
 
 def wanted(model: str, images: int | None, results: dict[str, Values]) -> list[Cell]:
     """Cells of a model and a number of images that aren't done and can be run, in order; rates first."""
-    methods = tuple(METHODS) if images else OF_ALL_IMAGES
+    methods = methods_of(model) if images else OF_ALL_IMAGES
     cells = [Cell(model, images, method, rate, SEEDS[0]) for method in methods for rate in rates_of(images)]
     for seed in SEEDS[1:] if images else ():
         found = [(method, best_rate(model, images, method, results)) for method in methods]
@@ -134,6 +134,11 @@ def wanted(model: str, images: int | None, results: dict[str, Values]) -> list[C
             if (rate := best_rate(model, 5_000, method, results)) is not None
         ]
     return [cell for cell in cells if str(cell) not in results]
+
+
+def methods_of(model: str) -> tuple[str, ...]:
+    """The methods that a model can be trained by: a tail's blocks don't take features of another of Swin's stages."""
+    return tuple(method for method in METHODS if model != "swin" or "tail" not in method)
 
 
 def rates_of(images: int | None) -> tuple[float, ...]:
@@ -181,11 +186,11 @@ def read(path: Path = RESULTS) -> dict[str, Values]:
     return json.loads(path.read_text()) if path.exists() else {}  # type: ignore[no-any-return]
 
 
-def measure_steps() -> None:
+def measure_steps(only: str | None) -> None:
     """Measure memory and time of a step of every method, in turns, on images that are drawn; needs no data."""
-    found = {}
-    for model in MODELS:
-        learners = {method: _learner(model, method) for method in METHODS if method != "scratch"}
+    found = read(STEPS)
+    for model in MODELS if only is None else [only]:
+        learners = {method: _learner(model, method) for method in methods_of(model) if method != "scratch"}
         torch.manual_seed(0)
         images, labels = torch.randn(FINE_TUNING["training.batch_size"], 3, 32, 32), torch.arange(64) % 10
         seconds: dict[str, list[float]] = {method: [] for method in learners}
@@ -197,7 +202,7 @@ def measure_steps() -> None:
         for method, times in seconds.items():
             found[f"{model}; {method}"] |= {"seconds": times, "torch": torch.__version__}
         print(model, {method: f"{min(times):.3f} s" for method, times in seconds.items()}, flush=True)
-    STEPS.write_text(json.dumps(found, indent=1) + "\n")
+        STEPS.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def _learner(model: str, method: str) -> localgrad.LocalLearner:
@@ -252,6 +257,13 @@ def table(model: str, images: int | None, results: dict[str, Values]) -> list[st
     return lines if base else []
 
 
+def _num_run(model: str, images: int | None, results: dict[str, Values]) -> int:
+    """Cells at the chosen rates that are done."""
+    rates = {method: best_rate(model, 5_000, method, results) for method in METHODS}
+    keys = {str(Cell(model, images, name, rate, seed)) for name, rate in rates.items() if rate for seed in SEEDS}
+    return len(keys & results.keys())
+
+
 def _measured(steps: dict[str, Values], model: str, method: str) -> str:
     """Memory and time of a method's step, beside those of full fine-tuning."""
     own, base = (steps.get(f"{model}; {name}") for name in ("full" if method == "scratch" else method, "full"))
@@ -268,13 +280,14 @@ def page(results: dict[str, Values]) -> str:
     lines = [
         "# Fine-tuning, method by method",
         "",
-        "Pretrained on CIFAR-100 end to end, then fine-tuned on CIFAR-10, both at 32 x 32 pixels. CIFAR-10 is a",
-        "copy in JPEG: its figures compare methods, and aren't to be set beside published ones. Every method has",
-        f"its rate of {' and '.join(f'{rate:g}' for rate in RATES)}, by validation images of the first seed;",
-        f"AdamW, {FINE_TUNING['training.epochs']} epochs, batches of {FINE_TUNING['training.batch_size']}, fp32, one",
-        "thread. Accuracy is of the test set, the mean over seeds with the least and the greatest; memory and",
-        "time are of a step, beside full fine-tuning: as estimated, and as measured on the processor (`--measure`,",
-        "methods in turns, the median of nine ratios).",
+        "Pretrained on CIFAR-100 end to end, then fine-tuned on CIFAR-10, both at 32 x 32 pixels. CIFAR-10 is",
+        "a copy in JPEG: its figures compare methods, and aren't to be set beside published ones. Every method",
+        f"has its rate, of {' and '.join(f'{rate:g}' for rate in RATES)}, by validation images of the first seed; "
+        "AdamW,",
+        f"{FINE_TUNING['training.epochs']} epochs, batches of {FINE_TUNING['training.batch_size']}, fp32, one thread.",
+        "Accuracy is of the test set, the mean over seeds with the least and the greatest. Memory and time are",
+        "of a step, beside full fine-tuning: as estimated, and as measured on the processor (`--measure`, methods",
+        "in turns, the median of nine ratios).",
         "",
         f"Made by `python research/benchmarks/finetuning.py`; {dates[0]} to {dates[-1]}, torch {', '.join(versions)}."
         if rows
@@ -283,6 +296,7 @@ def page(results: dict[str, Values]) -> str:
     ]
     for model, images in (("vit", 5_000), ("swin", 5_000), ("vit", None)):
         own = table(model, images, results)
+        asked = len(methods_of(model)) * len(SEEDS) if images else len(OF_ALL_IMAGES)
         if own:
             name = {"vit": "A ViT of 6 blocks, width 96", "swin": "A Swin of 6 blocks, width 48"}[model]
             first = results[f"{model}; pretrained"]
@@ -294,7 +308,11 @@ def page(results: dict[str, Values]) -> str:
                 "",
                 *own,
                 "",
+                f"{_num_run(model, images, results)} of {asked} cells at the chosen rates were run.",
+                "",
             ]
+        else:
+            lines += [f"Not run yet: {model}, {images or 'all'} images, {asked} cells.", ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -310,7 +328,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.measure:
         torch.set_num_threads(1)
-        measure_steps()
+        measure_steps(options.model)
     elif not options.report:
         if options.data_path is None:
             parser.error("--data-path: say where cifar10/ and cifar100/ lie.")
