@@ -280,14 +280,14 @@ def page(results: dict[str, Values]) -> str:
     lines = [
         "# Fine-tuning, method by method",
         "",
-        "Pretrained on CIFAR-100 end to end, then fine-tuned on CIFAR-10, both at 32 x 32 pixels. CIFAR-10 is",
-        "a copy in JPEG: its figures compare methods, and aren't to be set beside published ones. Every method",
-        f"has its rate, of {' and '.join(f'{rate:g}' for rate in RATES)}, by validation images of the first seed; "
-        "AdamW,",
+        "Pretrained on CIFAR-100 end to end, then fine-tuned on CIFAR-10, both at 32 x 32 pixels. CIFAR-10",
+        "is a copy in JPEG: its figures compare methods, and aren't to be set beside published ones. Every",
+        f"method has its rate, of {' and '.join(f'{rate:g}' for rate in RATES)}, by validation images of the "
+        "first seed; AdamW,",
         f"{FINE_TUNING['training.epochs']} epochs, batches of {FINE_TUNING['training.batch_size']}, fp32, one thread.",
-        "Accuracy is of the test set, the mean over seeds with the least and the greatest. Memory and time are",
-        "of a step, beside full fine-tuning: as estimated, and as measured on the processor (`--measure`, methods",
-        "in turns, the median of nine ratios).",
+        "Accuracy is of the test set, the mean over seeds with the least and the greatest. Memory and time",
+        "are of a step, beside full fine-tuning: as estimated, and as measured on the processor",
+        "(`--measure`, methods in turns, the median of nine ratios).",
         "",
         f"Made by `python research/benchmarks/finetuning.py`; {dates[0]} to {dates[-1]}, torch {', '.join(versions)}."
         if rows
