@@ -183,7 +183,8 @@ def run(options: argparse.Namespace) -> None:
 
 def read(path: Path = RESULTS) -> dict[str, Values]:
     """What is done."""
-    return json.loads(path.read_text()) if path.exists() else {}  # type: ignore[no-any-return]
+    found: dict[str, Values] = json.loads(path.read_text()) if path.exists() else {}
+    return found
 
 
 def measure_steps(only: str | None) -> None:
