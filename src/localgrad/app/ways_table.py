@@ -11,12 +11,6 @@ from localgrad.units import format_bytes
 
 COLUMNS = ("method", "run", "gradients", "trained", "needs", "memory", "time", "fits")
 
-ADVICE = (
-    "where it was measured, local gradients cost accuracy, with two modules less than with four: choose exact ones "
-    "where they fit, or try both on your images: localgrad finetune --pilot 5%"
-)
-"""From ``research/docs/finetuning.md``."""
-
 
 def print_ways(ways: Ways, budget: int | None, console: Console) -> None:
     """Print every way, and name the fastest ones that fit."""
@@ -38,8 +32,16 @@ def print_ways(ways: Ways, budget: int | None, console: Console) -> None:
         )
     console.print("[bold]Ways to fine-tune[/] (composed; memory and time beside the first line, predicted)")
     console.print(table)
-    for line in (*_fastest_ones(ways, budget), ADVICE, *(f"not tried: {reason}" for reason in ways.left_out)):
+    for line in (*_fastest_ones(ways, budget), _advice(), *(f"not tried: {reason}" for reason in ways.left_out)):
         console.print(line, highlight=False, markup=False)
+
+
+def _advice() -> str:
+    """What ``research/docs/finetuning.md`` shows."""
+    return (
+        "where it was measured, local gradients cost accuracy, with two modules less than with four: choose exact ones "
+        f"where they fit, or try both on your images: localgrad finetune {arg('pilot', '5%')}"
+    )
 
 
 def _fastest_ones(ways: Ways, budget: int | None) -> list[str]:

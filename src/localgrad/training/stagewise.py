@@ -99,9 +99,7 @@ class StagewiseTrainer(TrainerOfAll):
         """The only optimizer there is."""
         return None if self._local_step is None else self._local_step.optimizer
 
-    def fit(self) -> None:
-        """Train every module from the current position on; afterwards the features are gone. Raises as ``Trainer``."""
-        super().fit()
+    def _end(self) -> None:
         self._inputs = None
         shutil.rmtree(self.cache_folder, ignore_errors=True)
 

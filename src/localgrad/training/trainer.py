@@ -235,6 +235,7 @@ class Trainer(ABC):
                 train_seconds = time.perf_counter() - start
                 self._finish_epoch(start, train_seconds)
                 self._leave_if_told()
+        self._end()
         if self.has_stopped:
             self._emit(StoppedEarly(epoch=self.position.epoch - 1, epochs=self.epochs, num_waited=self._waited()))
 
@@ -334,6 +335,9 @@ class Trainer(ABC):
 
     def _prepare(self) -> None:  # noqa: B027  # most have nothing to prepare
         """Whatever must be ready before an epoch, or the rest of one, is trained."""
+
+    def _end(self) -> None:  # noqa: B027  # most have nothing to let go
+        """Let go of what was there for training alone."""
 
     def _feed(self) -> Iterator[LocalBatch]:
         """The rest of the epoch under way."""
@@ -607,9 +611,7 @@ class TogetherTrainer(TrainerOfAll):
         self.is_global = is_global or (lambda step, num_steps: False)
         self.frozen = frozen
 
-    def fit(self) -> None:
-        """Train as every trainer does; afterwards features of frozen blocks are gone."""
-        super().fit()
+    def _end(self) -> None:
         if self.frozen is not None:
             self.frozen.drop()
 
