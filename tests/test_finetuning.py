@@ -268,3 +268,13 @@ def test_methods_name_fields_of_the_recipe() -> None:
     from localgrad.app.recipe import OPTIONS
 
     assert all(key in OPTIONS for changes in METHODS.values() for key in changes)
+
+
+def test_a_pilot_of_before_is_not_taken_for_this_one(given: list[str], cli_: Cli, tmp_path: Path) -> None:
+    """It may have had another share, or another rate."""
+    before = tmp_path / "run-pilot" / "full"
+    before.mkdir(parents=True)
+    (before / "recipe.toml").write_text("format = 1\n")
+    said = cli_("finetune", *given, *SHORT, "--pilot", "30%", "--out", str(tmp_path / "run"))
+    assert_refused(said, f"{before} already holds a run")
+    assert not (tmp_path / "run").exists()

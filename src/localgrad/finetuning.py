@@ -18,9 +18,9 @@ from localgrad.app.recipe import Recipe, flat
 from localgrad.app.ways import FREEZE, FULL, LOCAL, LORA, PRESET, PROBE, QLORA, Tuning, typed
 from localgrad.errors import BudgetError, RecipeError, arg
 from localgrad.partition import Plan
-from localgrad.run import resume, train
+from localgrad.run import train
 from localgrad.training.events import Sink
-from localgrad.training.folder import holds_run, new_folder
+from localgrad.training.folder import new_folder
 from localgrad.training.saved import Summary
 from localgrad.units import format_bytes
 
@@ -164,7 +164,7 @@ def _piloted(
         recipe = _on_share(asked, asked.recipe(words), share)
         folder = place.with_name(f"{place.name}-pilot") / typed(words)
         try:
-            summary = resume(folder) if holds_run(folder) else train(recipe, out=folder, **asked.within(words), **how)
+            summary = train(recipe, out=folder, **asked.within(words), **how)
         except BudgetError as error:
             say(f"pilot: {typed(words)} doesn't fit: {error}")
             continue

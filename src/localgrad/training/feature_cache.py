@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from localgrad.errors import RunFolderError, arg
 from localgrad.formats import Json
@@ -206,6 +206,16 @@ def _write_part(folder: Path, name: str, batches: Iterable[Rows]) -> dict[str, J
         for kind, (dtype, shape) in shapes.items()
     }
     return {**described, "made_in": str(made_in.pop())}
+
+
+def weights_digest(parts: Iterable[nn.Module]) -> str:
+    """What tells the weights of some parts, in order, from any others."""
+    digest = hashlib.sha256()
+    for number, part in enumerate(parts):
+        for name, value in part.state_dict().items():
+            digest.update(f"{number}.{name}:{value.dtype}:{list(value.shape)}".encode())
+            digest.update(raw_bytes(value))
+    return digest.hexdigest()
 
 
 def _digest_of(values: object) -> str:

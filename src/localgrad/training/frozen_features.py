@@ -9,7 +9,6 @@ A cache tells the weights and the data that it was made of; one of others, missi
 
 from __future__ import annotations
 
-import hashlib
 import math
 import shutil
 from collections.abc import Iterator
@@ -28,8 +27,7 @@ from localgrad.objectives.carried import LocalBatch
 from localgrad.step.local_step import autocast
 from localgrad.training.augment import derive_seed
 from localgrad.training.data import Batches
-from localgrad.training.feature_cache import FeatureCache, Rows, open_cache, row_bytes, write_cache
-from localgrad.training.folder import raw_bytes
+from localgrad.training.feature_cache import FeatureCache, Rows, open_cache, row_bytes, weights_digest, write_cache
 
 _PART = "train"
 
@@ -111,12 +109,9 @@ class FrozenFeatures:
 
     def _identity(self, variant: int) -> dict[str, Json]:
         """All that features are made of: the frozen weights, and the data path."""
-        train, digest = self.train, hashlib.sha256()
-        for name, value in self._stem.state_dict().items():
-            digest.update(f"{name}:{value.dtype}:{list(value.shape)}".encode())
-            digest.update(raw_bytes(value))
+        train = self.train
         return {
-            "weights": digest.hexdigest(),
+            "weights": weights_digest([self._stem]),
             "seed": train.seed,
             "order": derive_seed(train.seed, "order", variant),
             "precision": self.learner.precision,

@@ -23,7 +23,6 @@ Epochs of all modules are counted through in events and checkpoints: epoch e of 
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 import shutil
 import time
@@ -47,8 +46,7 @@ from localgrad.step.states import StepState, check_optimizer_state, check_scaler
 from localgrad.training.augment import derive_seed
 from localgrad.training.data import Batches
 from localgrad.training.events import EpochEnded, FeaturesCached
-from localgrad.training.feature_cache import FeatureCache, Rows, open_cache, row_bytes, write_cache
-from localgrad.training.folder import raw_bytes
+from localgrad.training.feature_cache import FeatureCache, Rows, open_cache, row_bytes, weights_digest, write_cache
 from localgrad.training.health import HealthCheck
 from localgrad.training.optim import Schedule
 from localgrad.training.saved import Selection, TrainerState
@@ -310,13 +308,9 @@ class StagewiseTrainer(TrainerOfAll):
 
     def _identity(self, index: int) -> dict[str, Json]:
         """All that a module's features are made of: the weights up to it, and the data path."""
-        train, digest = self.train, hashlib.sha256()
-        for number, module in enumerate(self.learner.modules[: index + 1]):
-            for name, value in module.parts.state_dict().items():
-                digest.update(f"{number}.{name}:{value.dtype}:{list(value.shape)}".encode())
-                digest.update(raw_bytes(value))
+        train = self.train
         return {
-            "weights": digest.hexdigest(),
+            "weights": weights_digest(module.parts for module in self.learner.modules[: index + 1]),
             "seed": train.seed,
             "variants": {_name(v): derive_seed(train.seed, "order", v) for v in range(self.num_variants)},
             "batch_size": train.batch_size,
