@@ -26,7 +26,9 @@ def reproduce(  # noqa: PLR0917  # one parameter an option
         str | None,
         typer.Argument(help="cifar10, cifar100, stl10, svhn, vit, ranking, epochs, images or sources; all by default."),
     ] = None,
-    profile: Annotated[str | None, typer.Option(help="Size: smoke (seconds), cpu (reduced), gpu (full).")] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="Size: smoke (seconds), cpu (few images), cpu-full (a small model), gpu (all).")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="Only these: cifar10,svhn.")] = None,
     data_path: Annotated[
         list[str] | None,

@@ -26,10 +26,12 @@ _WHOLE: Overlay = {**_local("greedy"), "local.modules": 1, "execution.checkpoint
 BASELINES: dict[str, Overlay] = {
     END_TO_END: _WHOLE,
     "end-to-end-checkpointed": {**_WHOLE, "execution.checkpoint": "blocks"},
+    "half-frozen": {**_WHOLE, "training.freeze": 0.5},
     AVERAGED: {**_WHOLE, **_AVERAGE},
 }
 """One module, whatever K. Recomputation doesn't change results: the second one is there for its memory and its time.
-What keeps an average of the weights is held against the third one."""
+The third is a floor: what its lower half adds to a network if it stays as it was drawn. What keeps an average of the
+weights is held against the fourth one."""
 
 METHODS: dict[str, Overlay] = {
     **{name: changes for name, changes in BASELINES.items() if name != AVERAGED},
@@ -57,6 +59,7 @@ REMEDIES: dict[str, Overlay] = {
     # The auxiliary classifier.
     "classifier-mlp": _remedy("mlp"),
     "classifier-transformer": _remedy(),
+    "classifier-transformer-2": _remedy(classifier_options={"depth": 2}),
     "classifier-transformer-3-1": _remedy(classifier_options={"depth": [3, 1]}),
     "classifier-next": _remedy("next"),
     "classifier-next-ema": _remedy("next", classifier_options={"weights": "ema"}),

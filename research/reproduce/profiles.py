@@ -1,4 +1,6 @@
-"""How large a reproduction is: ``smoke`` shows that it works, ``cpu`` compares methods on two cores, ``gpu`` is it all.
+"""How large a reproduction is: ``smoke`` shows that it works, ``cpu`` ranks methods on few images, ``gpu`` is it all.
+
+``cpu-full`` is the small model of ``cpu`` on all images: what local training costs, and not what few images make of it.
 
 A profile sets everything but the method, the data set and the seed, so that all methods of a table are trained alike.
 It is part of every figure: figures of different profiles are never put into one table. Values are recipe keys, dotted
@@ -16,6 +18,27 @@ SWIN, VIT = "swin_tiny_patch4_window7_224", "vit_tiny_patch16_224"
 
 
 @dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """A part of a profile's agenda: every method with every K and seed, seeds first.
+
+    Attributes:
+        table: of which table they are.
+        methods: by name.
+        modules: choices of K for all but the baselines.
+        data: data set.
+        seeds: of the runs.
+        epochs: of the runs; by default the profile's.
+    """
+
+    table: str
+    methods: tuple[str, ...]
+    modules: tuple[int, ...] = (4,)
+    data: str = "cifar10"
+    seeds: tuple[int, ...] = (0,)
+    epochs: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Profile:
     """One size of a reproduction.
 
@@ -28,6 +51,7 @@ class Profile:
         models: for each of the two models, what it is.
         num_blocks: of each model; a table's larger K are left out.
         seeds: by default.
+        agenda: the cells that it is for, in the order in which they are run; without one, all cells of every table.
     """
 
     name: str
@@ -38,6 +62,7 @@ class Profile:
     models: dict[str, Settings]
     num_blocks: dict[str, int]
     seeds: tuple[int, ...] = (0, 1, 2)
+    agenda: tuple[Wanted, ...] = ()
 
     @property
     def epochs(self) -> int:
@@ -124,6 +149,50 @@ CPU = Profile(
     num_blocks={"swin": 13, "vit": 6},
 )
 
+_MAIN = ("end-to-end", "default", "feature-linear", "greedy")
+_LATER = (1, 2)
+
+CPU_FULL = Profile(
+    name="cpu-full",
+    about="a small model and 32 x 32 pixels, on all images that aren't for validation",
+    settings={
+        **{key: value for key, value in CPU.settings.items() if key != "data.limit"},
+        "training.epochs": 30,
+        "execution.precision": "fp32",  # on processors without units for it, bf16 takes seven times as long
+    },
+    models=CPU.models,
+    num_blocks=CPU.num_blocks,
+    agenda=(
+        # 1. What each method costs.
+        Wanted(
+            table="cifar10",
+            methods=("end-to-end", "half-frozen", "greedy", "image", "feature-linear", "default", "trgl"),
+        ),
+        Wanted(table="cifar10", methods=("default", "feature-linear"), modules=(2,)),
+        # 2. With what spread.
+        Wanted(table="cifar10", methods=_MAIN, seeds=_LATER),
+        Wanted(table="cifar10", methods=("default",), modules=(2,), seeds=_LATER),
+        # 3. On other images.
+        Wanted(table="cifar100", methods=("end-to-end", "default"), modules=(4, 2), data="cifar100"),
+        Wanted(table="cifar100", methods=("feature-linear", "greedy"), data="cifar100"),
+        Wanted(table="cifar100", methods=("end-to-end", "default"), data="cifar100", seeds=_LATER),
+        # 4. Whether the gap grows.
+        Wanted(table="epochs", methods=("end-to-end", "default")),
+        Wanted(table="epochs", methods=("end-to-end", "default"), epochs=60),
+        # 5. What helps, chosen by validation.
+        Wanted(
+            table="ranking",
+            methods=(
+                *("end-to-end", "default"),
+                *("classifier-transformer-2", "classifier-next", "global-tail-10", "global-tail-20", "overlap-1"),
+                *("transport", "end-to-end-average", "teacher", "reconstruct-fading", "lr-depth"),
+            ),
+        ),
+        # 6. Another model.
+        Wanted(table="vit", methods=("end-to-end", "default", "feature-linear"), modules=(3,)),
+    ),
+)
+
 GPU = Profile(
     name="gpu",
     size="-T",
@@ -134,4 +203,4 @@ GPU = Profile(
     num_blocks={"swin": 12, "vit": 12},
 )
 
-PROFILES: dict[str, Profile] = {profile.name: profile for profile in (SMOKE, CPU, GPU)}
+PROFILES: dict[str, Profile] = {profile.name: profile for profile in (SMOKE, CPU, CPU_FULL, GPU)}

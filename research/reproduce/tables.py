@@ -146,6 +146,9 @@ TABLES: dict[str, Table] = {table.name: table for table in _ALL}
 
 def epochs_of(table: Table, profile: Profile) -> tuple[int, ...]:
     """Epochs that a table's cells are run for by default."""
+    wanted = [each.epochs or profile.epochs for each in profile.agenda if each.table == table.name]
+    if wanted:
+        return tuple(dict.fromkeys(wanted))
     return tuple(dict.fromkeys(max(1, round(share * profile.epochs)) for share in table.shares))
 
 
@@ -165,6 +168,8 @@ def cells_of(
         seeds: instead of the profile's.
         epochs: instead of the table's.
     """
+    if profile.agenda:
+        return _agreed([table], profile, seeds, epochs)
     modules = modules_of(table, profile)
     rows = [(method, 1) for method in table.methods if method == END_TO_END]
     rows += [(method, modules[0]) for method in table.methods if method not in BASELINES]
@@ -177,6 +182,44 @@ def cells_of(
         for num_epochs in (epochs_of(table, profile) if epochs is None else epochs)
         for method, k in rows
     ]
+
+
+def _agreed(
+    tables: Sequence[Table], profile: Profile, seeds: Sequence[int] | None, epochs: Sequence[int] | None
+) -> list[Cell]:
+    """The cells of some tables that a profile's agenda has, in its order."""
+    names = {table.name for table in tables}
+    return list(
+        dict.fromkeys(
+            Cell(wanted.table, wanted.data, method, 1 if method in BASELINES else k, seed, number)
+            for wanted in profile.agenda
+            if wanted.table in names
+            for seed in (wanted.seeds if seeds is None else seeds)
+            for number in ((wanted.epochs or profile.epochs,) if epochs is None else epochs)
+            for k in wanted.modules
+            for method in wanted.methods
+        )
+    )
+
+
+def cells_of_all(
+    tables: Sequence[Table],
+    profile: Profile,
+    *,
+    seeds: Sequence[int] | None = None,
+    epochs: Sequence[int] | None = None,
+) -> list[Cell]:
+    """The cells of several tables: in the order of the profile's agenda, or the first seed of all of them first.
+
+    Args:
+        tables: which.
+        profile: their size.
+        seeds: instead of the profile's.
+        epochs: instead of the tables'.
+    """
+    if profile.agenda:
+        return _agreed(tables, profile, seeds, epochs)
+    return interleaved(cell for table in tables for cell in cells_of(table, profile, seeds=seeds, epochs=epochs))
 
 
 def interleaved(cells: Iterable[Cell]) -> list[Cell]:

@@ -31,7 +31,7 @@ from research.reproduce.results import (
 )
 from research.reproduce.runner import Errand, run_errands
 from research.reproduce.sources import OFFICIAL, Source
-from research.reproduce.tables import TABLES, cells_of, command_of, interleaved
+from research.reproduce.tables import TABLES, cells_of_all, command_of
 
 Say = Callable[[str], None]
 
@@ -42,7 +42,7 @@ class Settings:
 
     Attributes:
         table: one table; all by default.
-        profile: smoke, cpu or gpu.
+        profile: smoke, cpu, cpu-full or gpu.
         data: only these data sets.
         data_path: DATA=FOLDER, folders that stand in for the official files.
         root: where the official files lie.
@@ -93,14 +93,13 @@ def chosen_errands(settings: Settings) -> list[Errand]:
     modules = _numbers("--modules", settings.modules, least=2)
     seeds, epochs = _numbers("--seeds", settings.seeds, least=0), _numbers("--epochs", settings.epochs, least=1)
     sources = _sources(settings)
-    cells = interleaved(
+    cells = [
         cell
-        for table in tables
-        for cell in cells_of(table, profile, seeds=seeds, epochs=epochs)
+        for cell in cells_of_all(tables, profile, seeds=seeds, epochs=epochs)
         if cell.method in methods
         and cell.data in data
         and (modules is None or cell.method in BASELINES or cell.modules in modules)
-    )
+    ]
     if not cells:
         raise RecipeError(
             "--methods, --modules and --data together leave no cell; `python -m research.reproduce "
