@@ -271,7 +271,6 @@ def empty_card() -> None:
     Raises:
         RuntimeError: something is still there.
     """
-    gc.collect()
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
     if torch.cuda.memory_reserved():
@@ -325,6 +324,7 @@ def compare(row: Configuration, backbone: Backbone) -> dict[str, Any]:
     learner._executor = None
     learner.backbone.cpu()
     del learner
+    gc.collect()
     empty_card()
     side = torch.cuda.Stream().cuda_stream  # type: ignore[no-untyped-call]
     first, last = int(0.97 * allocated), reserved + 24 * MIB
