@@ -15,7 +15,15 @@ from torch import Tensor, nn
 
 import localgrad
 from helpers import SIZE, VIT, adamw, assert_same, batches, copied, flat, make, make_backbone, term_of, train
-from localgrad import Contrastive, FeatureReconstruction, GreedySupervised, ImageReconstruction, LocalLearner, Plan
+from localgrad import (
+    Contrastive,
+    FeatureReconstruction,
+    GreedySupervised,
+    ImageReconstruction,
+    LocalLearner,
+    Plan,
+    partitioning,
+)
 from localgrad.errors import BackboneError, CheckpointError, DeviceError, PartitionError, RecipeError
 from localgrad.estimating import end_to_end
 from localgrad.memory.track import block_activation_bytes
@@ -546,3 +554,22 @@ def test_auxiliary_nets_can_draw_as_any_new_layer_does() -> None:
     assert not torch.equal(made(3), made(4))
     with pytest.raises(RecipeError, match="auxiliary_from: unknown 'x'; take seed or state"):
         LocalLearner(make(), modules=2, input_size=SIZE, auxiliary_from="x")
+
+
+def test_what_autograd_keeps_is_found_once_for_models_that_are_made_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+    found = partitioning.block_activation_bytes
+    monkeypatch.setattr(partitioning, "_kept_bytes", {})
+    monkeypatch.setattr(partitioning, "block_activation_bytes", lambda *given: runs.append(given) or found(*given))
+    one, same = (localgrad.split(make("vit"), SIZE) for _ in range(2))
+    assert partitioning.activation_bytes(one) == partitioning.activation_bytes(same) != []
+    assert len(runs) == 1
+    same.eval()
+    partitioning.activation_bytes(same)
+    other = partitioning.activation_bytes(localgrad.split(make("vit", attn_drop_rate=0.1), SIZE))
+    assert other != partitioning.activation_bytes(one)
+    assert len(runs) == 3
+    hooked = localgrad.split(make("vit"), SIZE)
+    hooked.blocks[0].register_forward_hook(lambda _module, _given, output: output)
+    partitioning.activation_bytes(hooked)
+    assert len(runs) == 4

@@ -11,6 +11,7 @@ from torch import nn
 
 from localgrad import rules
 from localgrad.backbones.base import Backbone
+from localgrad.backbones.likeness import signature
 from localgrad.backbones.quantized import num_weights
 from localgrad.errors import (
     BackboneError,
@@ -19,6 +20,8 @@ from localgrad.errors import (
 )
 from localgrad.memory.track import block_activation_bytes
 from localgrad.partition import Checkpointing, Plan, Request, resolve
+
+_kept_bytes: dict[tuple[object, ...], list[int]] = {}
 
 CheckpointRequest = bool | str | Checkpointing | Sequence[bool | str | Checkpointing]
 
@@ -61,11 +64,19 @@ def make_plan(backbone: Backbone, modules: Request | Plan, *, checkpoint: Checkp
 
 
 def activation_bytes(backbone: Backbone) -> list[int]:
-    """Bytes that autograd keeps for one image in each block; the stem counts to the first, the tail to the last."""
+    """Bytes that autograd keeps for one image in each block; the stem counts to the first, the tail to the last.
+
+    What was found for a model is remembered for the next one that is made alike.
+    """
+    parts = [backbone.stem, *backbone.blocks, backbone.tail]
     # Two images: batch norms refuse to train on one.
     shape, dtype = backbone.like(2)
-    images = torch.empty(shape, dtype=dtype, device="meta")
-    stem, *blocks, tail = block_activation_bytes([backbone.stem, *backbone.blocks, backbone.tail], images)
+    signatures = [signature(part) for part in parts]
+    training = tuple(net.training for part in parts for net in part.modules())
+    key = (*signatures, shape, dtype, training, torch.get_default_dtype())
+    if key not in _kept_bytes or None in signatures:
+        _kept_bytes[key] = block_activation_bytes(parts, torch.empty(shape, dtype=dtype, device="meta"))
+    stem, *blocks, tail = _kept_bytes[key]
     blocks[0] += stem
     blocks[-1] += tail
     return [kept // 2 for kept in blocks]
