@@ -133,7 +133,18 @@ def with_8bit(environment: Environment) -> None:
     environment.localgrad("train", "--epochs", "1", "--device", "cpu", "--optimizer", "bnbadamw8bit", "--out", "small")
 
 
-BY_EXTRA: dict[str, Callable[[Environment], None]] = {"": without_extras, "plots": with_plots, "8bit": with_8bit}
+def with_trackers(environment: Environment) -> None:
+    """A tracker itself is the user's to install, and is asked for by name."""
+    said = environment.localgrad("train", "--epochs", "1", "--device", "cpu", "--sink", "wandb", code=2)
+    assert "needs wandb: pip install wandb" in said
+
+
+BY_EXTRA: dict[str, Callable[[Environment], None]] = {
+    "": without_extras,
+    "plots": with_plots,
+    "8bit": with_8bit,
+    "trackers": with_trackers,
+}
 
 
 def main() -> None:

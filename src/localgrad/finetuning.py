@@ -26,6 +26,8 @@ from localgrad.units import format_bytes
 
 PILOTED: tuple[tuple[str, ...], ...] = ((FULL,), (FREEZE,), (LORA,), (LOCAL,))
 """Methods that a pilot tries."""
+PILOT_SUFFIX = "-pilot"
+"""Of the folder that a pilot's runs are in, after the name of the run that it is for."""
 FEWEST_PILOTED = 2
 """Batches of images in a pilot's epoch, at least."""
 
@@ -162,7 +164,7 @@ def _piloted(
     found: list[Piloted] = []
     for words in tried:
         recipe = _on_share(asked, asked.recipe(words), share)
-        folder = place.with_name(f"{place.name}-pilot") / typed(words)
+        folder = place.with_name(place.name + PILOT_SUFFIX) / typed(words)
         try:
             summary = train(recipe, out=folder, **asked.within(words), **how)
         except BudgetError as error:

@@ -2,7 +2,8 @@
 
 What ships with localgrad registers by the same call as what others add. A name is looked for among what was
 registered, then among the Python entry points of the kind's group (``localgrad.objectives``, ...), which an installed
-package declares; those are imported when they are asked for. A plugin is any module whose import registers something.
+package declares; those are imported when they are asked for, and so is what ships behind an extra (``declare``). A
+plugin is any module whose import registers something.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Registry(Mapping[str, T]):
         self.kind, self.base = kind, base
         self.group = f"localgrad.{kind}s"
         self._known: dict[str, T] = {}
+        self._declared: dict[str, metadata.EntryPoint] = {}
 
     def register(self, name: str, value: T) -> None:
         """Give something a name.
@@ -43,10 +45,16 @@ class Registry(Mapping[str, T]):
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
             raise RecipeError(f"register_{self.kind}: {name!r} is no name; take letters, digits, _, - and dots.")
         self._check(f"register_{self.kind}({name!r})", value)
+        if name in self._declared:
+            raise RecipeError(f"register_{self.kind}: {name!r} is localgrad's own; take another name.")
         before = self._known.get(name, value)
         if _home_of(before) != _home_of(value):  # the same one again comes of a module that is loaded anew
             raise RecipeError(f"register_{self.kind}: {name!r} is {_home_of(before)} already; take another name.")
         self._known[name] = value
+
+    def declare(self, name: str, place: str) -> None:
+        """Name what ships as ``module:name``, to be imported when asked for: it stands higher up, or needs an extra."""
+        self._declared[name] = metadata.EntryPoint(name, place, self.group)
 
     def find(self, name: str) -> T:
         """What has a name.
@@ -65,6 +73,7 @@ class Registry(Mapping[str, T]):
     def __getitem__(self, name: str) -> T:
         if name not in self._known:
             [*found] = metadata.entry_points(group=self.group, name=name) if isinstance(name, str) else ()
+            found = [self._declared[name]] if name in self._declared else found
             if not found:
                 raise KeyError(name)
             try:
@@ -78,7 +87,8 @@ class Registry(Mapping[str, T]):
         return self._known[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys([*self._known, *(each.name for each in metadata.entry_points(group=self.group))]))
+        installed = (each.name for each in metadata.entry_points(group=self.group))
+        return iter(dict.fromkeys([*self._known, *self._declared, *installed]))
 
     def __len__(self) -> int:
         return len(list(iter(self)))

@@ -20,7 +20,7 @@ from localgrad.app.agreement import together
 from localgrad.app.build import Job
 from localgrad.app.hub_models import is_on_hub
 from localgrad.app.planned import note_of_plan
-from localgrad.app.recipe import Recipe, difference
+from localgrad.app.recipe import Recipe, difference, flat
 from localgrad.app.replanning import Replanner
 from localgrad.app.run_folders import read_recipe
 from localgrad.backbones.adapters import without_adapters
@@ -335,6 +335,10 @@ def _emit_start(job: Job, trainer: Trainer, peaks: Peaks, notes: Sequence[str]) 
         start_epoch=trainer.position.epoch,
         batches_per_epoch=len(trainer.train),
         epochs_per_module=trainer.epochs_per_module,
+        recipe=flat(job.recipe.to_dict()),
+        plan=(job.plan or learner.plan).to_dict(),
+        estimated_peak_bytes=peaks["estimated_peak_bytes"],
+        estimated_end_to_end_peak_bytes=peaks["estimated_end_to_end_peak_bytes"],
     )
     for sink in trainer.sinks:
         sink.emit(event)

@@ -244,7 +244,7 @@ class Execution:
     health_reference: str | None = option(None, "With health: an end-to-end run, to compare features with.", EXECUTION)
     sinks: list[str] = option(
         lambda: ["tensorboard"],
-        "Where figures go beside metrics.jsonl: tensorboard, or a plugin's; may be repeated.",
+        "Where figures go beside metrics.jsonl: tensorboard, wandb, mlflow, trackio, or a plugin's; may be repeated.",
         EXECUTION,
         name="sink",
         repeated=str,

@@ -1,1 +1,1 @@
-"""What fits localgrad into other libraries' own loops: a file each, behind the extra of that name."""
+"""Other libraries: local modules in their own loops, and runs in their trackers; a file each, behind its extra."""

@@ -10,7 +10,7 @@ import json
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, final, runtime_checkable
 
@@ -37,6 +37,10 @@ class RunStarted:
         start_epoch: first one to run.
         batches_per_epoch: updates an epoch.
         epochs_per_module: where modules are trained one after another, the epochs of each; ``epochs`` is their sum.
+        recipe: values of the run's recipe by dotted key; what isn't set is left out.
+        plan: the plan that it runs by, as ``Plan.to_dict`` gives it.
+        estimated_peak_bytes: of the run's largest step.
+        estimated_end_to_end_peak_bytes: of such a step of the whole model.
     """
 
     folder: str
@@ -46,6 +50,10 @@ class RunStarted:
     start_epoch: int
     batches_per_epoch: int
     epochs_per_module: int | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    estimated_peak_bytes: int | None = None
+    estimated_end_to_end_peak_bytes: int | None = None
 
     def name_of(self, epoch: int) -> str:
         """An epoch as a person counts: ``12/24``, or ``12/24 of module 3/4``."""
@@ -190,7 +198,9 @@ def register_sink(name: str, sink: Callable[[Path], Sink]) -> None:
 
     Args:
         name: for ``--sink``.
-        sink: a class or function, called with the run folder when the run begins or is resumed.
+        sink: a class or function, called with the run folder when the run begins or is resumed. If it has a
+            ``check_available`` (of a class, a class method), that is called before anything is made, and raises a
+            ``RecipeError`` where the sink can't be had.
 
     Raises:
         RecipeError: the name is another's.
@@ -199,14 +209,14 @@ def register_sink(name: str, sink: Callable[[Path], Sink]) -> None:
 
 
 def check_sinks(sinks: Sequence[Sink | str]) -> None:
-    """Refuse unknown names, and what takes no events.
+    """Refuse unknown names, what can't be had here, and what takes no events.
 
     Raises:
         RecipeError: naming it.
     """
     for sink in sinks:
         if isinstance(sink, str):
-            SINKS.find(sink)
+            getattr(SINKS.find(sink), "check_available", lambda: None)()
         elif isinstance(sink, type) or not isinstance(sink, Sink):
             raise RecipeError(
                 f"{arg('sinks')}: got {sink!r}, which is no sink; give a name, or an object with emit and close."
@@ -284,6 +294,24 @@ def read_metrics(path: Path) -> tuple[list[str], list[int]]:
     return sound, unsound
 
 
+def figures_of(event: EpochEnded | HealthMeasured) -> dict[str, float]:
+    """An event's figures by name, as TensorBoard and other trackers show them; what wasn't measured is left out."""
+    if isinstance(event, HealthMeasured):
+        modules = enumerate(event.modules)
+        return {f"health/module{index}/{name}": value for index, own in modules for name, value in own.items()}
+    figures: dict[str, float | None] = {
+        "accuracy/train": event.train_accuracy,
+        "accuracy/val": event.val_accuracy,
+        "learning_rate": event.learning_rate,
+        "images_per_second": event.images_per_second,
+    }
+    for index, terms in enumerate(event.losses):
+        figures |= {f"loss/module{index}/{name}": value for name, value in terms.items()}
+    for index, accuracy in enumerate(event.val_module_accuracy):
+        figures[f"accuracy/val_module{index}"] = accuracy
+    return {name: value for name, value in figures.items() if value is not None}
+
+
 @final
 class TensorBoardSink(Sink):
     """TensorBoard event files: losses by module and term, accuracies, learning rate, speed, health by module.
@@ -300,12 +328,8 @@ class TensorBoardSink(Sink):
         match event:
             case RunStarted():
                 self._open(event.start_epoch)
-            case EpochEnded():
-                self._write(event.epoch, self._figures(event))
-            case HealthMeasured():
-                modules = enumerate(event.modules)
-                figures = {f"health/module{i}/{name}": value for i, own in modules for name, value in own.items()}
-                self._write(event.epoch, figures)
+            case EpochEnded() | HealthMeasured():
+                self._write(event.epoch, figures_of(event))
 
     def _open(self, epoch: int) -> SummaryWriter:
         from torch.utils.tensorboard import SummaryWriter
@@ -313,24 +337,10 @@ class TensorBoardSink(Sink):
         self._writer = SummaryWriter(str(self.folder), purge_step=epoch or None)
         return self._writer
 
-    def _figures(self, event: EpochEnded) -> dict[str, float | None]:
-        figures: dict[str, float | None] = {
-            "accuracy/train": event.train_accuracy,
-            "accuracy/val": event.val_accuracy,
-            "learning_rate": event.learning_rate,
-            "images_per_second": event.images_per_second,
-        }
-        for index, terms in enumerate(event.losses):
-            figures |= {f"loss/module{index}/{name}": value for name, value in terms.items()}
-        for index, accuracy in enumerate(event.val_module_accuracy):
-            figures[f"accuracy/val_module{index}"] = accuracy
-        return figures
-
-    def _write(self, epoch: int, figures: Mapping[str, float | None]) -> None:
+    def _write(self, epoch: int, figures: Mapping[str, float]) -> None:
         writer = self._writer or self._open(0)
         for name, value in figures.items():
-            if value is not None:
-                writer.add_scalar(name, value, epoch)
+            writer.add_scalar(name, value, epoch)
         writer.flush()  # else a killed process would take the last two minutes with it
 
     def close(self) -> None:
@@ -457,6 +467,8 @@ def _console(_folder: Path) -> Sink:
 
 register_sink("tensorboard", lambda folder: TensorBoardSink(folder / "tensorboard"))
 register_sink("console", _console)
+for _name in ("wandb", "mlflow", "trackio"):
+    SINKS.declare(_name, f"localgrad.integrations.trackers:{_name.upper()}")
 
 
 def accuracies(values: Sequence[float | None]) -> str:
