@@ -133,6 +133,26 @@ def with_8bit(environment: Environment) -> None:
     environment.localgrad("train", "--epochs", "1", "--device", "cpu", "--optimizer", "bnbadamw8bit", "--out", "small")
 
 
+def with_hf(environment: Environment) -> None:
+    """A model of transformers trains, from its folder."""
+    made = (
+        "import transformers as t; sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, "
+        "intermediate_size=32, image_size=16, patch_size=4, num_labels=10); "
+        "t.ViTForImageClassification(t.ViTConfig(**sizes)).save_pretrained('vit')"
+    )
+    environment.timed("make a ViT", environment.python, "-c", made)
+    environment.localgrad(
+        "train", "--model", "hf:vit", "--modules", "2", "--epochs", "1", "--device", "cpu", "--out", "hub"
+    )
+    assert (environment.work / "hub" / "config.json").exists()
+
+
+def with_peft(environment: Environment) -> None:
+    """Adapters are trained, and merged in the end."""
+    environment.localgrad("train", *SMALL, "--epochs", "1", "--device", "cpu", "--lora", "2", "--out", "lora")
+    assert (environment.work / "lora" / "model.safetensors").exists()
+
+
 def with_trackers(environment: Environment) -> None:
     """A tracker itself is the user's to install, and is asked for by name."""
     said = environment.localgrad("train", "--epochs", "1", "--device", "cpu", "--sink", "wandb", code=2)
@@ -143,6 +163,8 @@ BY_EXTRA: dict[str, Callable[[Environment], None]] = {
     "": without_extras,
     "plots": with_plots,
     "8bit": with_8bit,
+    "hf": with_hf,
+    "peft": with_peft,
     "trackers": with_trackers,
 }
 

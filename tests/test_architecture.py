@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import release
 from research import architecture
 
 
@@ -84,3 +85,7 @@ def test_frames_lead_from_the_verb_to_the_objective() -> None:
     assert frames[0] == "cli.py train"
     assert frames[-1] == "the objective forward"
     assert "local_module.py forward" in frames
+
+
+def test_every_extra_is_used_by_the_release_check() -> None:
+    assert release.BY_EXTRA.keys() == {"", *release.EXTRAS}
