@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -843,3 +844,33 @@ def test_results_that_are_none_are_refused(text: str, tmp_path: Path) -> None:
 def test_a_commit_is_named() -> None:
     assert results.commit_of_code()
     assert " " not in results.commit_of_code()
+
+
+def test_accuracy_is_drawn_against_memory(here: Path) -> None:
+    verb.fill(asked(methods="end-to-end,half-frozen,greedy", seeds="0,1"), lambda _: None)
+    words = ["cifar10", "--profile", "smoke", "--plot", "accuracy.svg"]
+    said = CliRunner().invoke(command_line.app, words)
+    assert said.exit_code == 0, said.output
+    assert said.output.startswith("accuracy.svg: 3 of ")
+    drawn = Path("accuracy.svg").read_text()
+    assert all(
+        f"<!-- {name} -->" in drawn for name in ("end-to-end", "half-frozen", "greedy, K = 2", "2 local modules")
+    )
+    again = drawn.count("\n")
+    CliRunner().invoke(command_line.app, words)
+    assert Path("accuracy.svg").read_text().count("\n") == again
+    with pytest.raises(RecipeError, match="nothing of svhn was run"):
+        verb.draw("svhn", "smoke", Path("research/results"), Path("accuracy.png"))
+    with pytest.raises(RecipeError, match="which table"):
+        verb.draw(None, "smoke", Path("research/results"), Path("accuracy.png"))
+
+
+def test_what_is_trained_in_part_is_held_against_what_is_trained_in_whole(here: Path) -> None:
+    """Its own estimate of end-to-end training is of the same part."""
+    verb.fill(asked(methods="end-to-end,half-frozen"), lambda _: None)
+    rows = rows_of()
+    for row in rows:
+        row["peak_bytes"] = {"end-to-end": 100, "half-frozen": 60}[row["method"]]
+        row["peak_ratio"] = 1.0
+    text = report.markdown(TABLES["cifar10"], SMOKE, rows)
+    assert re.search(r"\| half-frozen \| 1 \|.*\| 0\.60 x \|", text)

@@ -50,6 +50,9 @@ def reproduce(  # noqa: PLR0917  # one parameter an option
     docs: Annotated[Path, typer.Option(help="File whose tables --report writes.")] = Path("research/docs/accuracy.md"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells and their commands, and stop.")] = False,
     report: Annotated[bool, typer.Option("--report", help="Write the tables in the docs from the results.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw TABLE's accuracy against memory, .png or .svg, from the results.")
+    ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="With --report: only say where docs and results differ.")
     ] = False,
@@ -64,6 +67,9 @@ def reproduce(  # noqa: PLR0917  # one parameter an option
         sys.exit(1 if differences else 0)
     if report:
         typer.echo(f"{docs}: {'rewritten' if reports.rewrite(docs, results) else 'as it was'}")
+        return
+    if plot is not None:
+        typer.echo(verb.draw(table, profile, results, plot))
         return
     settings = verb.Settings(
         table=table,

@@ -25,7 +25,7 @@ from pathlib import Path
 from localgrad.errors import RecipeError, did_you_mean
 from localgrad.training.folder import write_atomically
 from localgrad.units import format_bytes
-from research.reproduce.methods import AVERAGED, BASELINES, DEFAULT, END_TO_END, begins_at, keeps_average
+from research.reproduce.methods import AVERAGED, BASELINES, DEFAULT, END_TO_END, begins_at, keeps_average, overlay_of
 from research.reproduce.profiles import PROFILES, Profile
 from research.reproduce.published import Published, published_for
 from research.reproduce.results import Row, device_kind, identity, identity_of, load_rows, path_of
@@ -130,9 +130,9 @@ def markdown(table: Table, profile: Profile, rows: Iterable[Row]) -> str:
         rows: what was run, in any order.
     """
     rows = list(rows)
-    current = [row for row in rows if _is_current(table, profile, row)]
+    current = [row for row in rows if is_current(table, profile, row)]
     parts = [f"*{_title(table, profile, current)}; profile `{profile.name}`: {profile.about}.*"]
-    for mine in _alike(current):
+    for mine in alike(current):
         parts += [_circumstances(table, profile, mine), _table(table, profile, mine)]
     parts += _not_run(table, profile, current)
     if len(rows) > len(current):
@@ -147,7 +147,7 @@ def _title(table: Table, profile: Profile, rows: Sequence[Row]) -> str:
     return f"{title}; {' or '.join(dict.fromkeys(told))} parameters" if told else title
 
 
-def _alike(rows: Sequence[Row]) -> list[list[Row]]:
+def alike(rows: Sequence[Row]) -> list[list[Row]]:
     """Rows that may stand in one table: one kind of device, of copies, and one lot of images of each data set."""
 
     def lot(row: Row) -> tuple[str, ...]:
@@ -164,7 +164,8 @@ def _alike(rows: Sequence[Row]) -> list[list[Row]]:
     return [alike[key] for key in sorted(alike)]
 
 
-def _is_current(table: Table, profile: Profile, row: Row) -> bool:
+def is_current(table: Table, profile: Profile, row: Row) -> bool:
+    """Whether a row is of a table's recipes as they are now."""
     if row["method"] not in table.methods or row["data"] not in table.data:
         return False
     cell = Cell(table.name, row["data"], row["method"], row["modules"], row["seed"], row["epochs"])
@@ -173,7 +174,7 @@ def _is_current(table: Table, profile: Profile, row: Row) -> bool:
 
 def _not_run(table: Table, profile: Profile, rows: Sequence[Row]) -> list[str]:
     """A line that counts the rows that weren't run, where there are any."""
-    groups = _groups(table, profile, rows)
+    groups = groups_of(table, profile, rows)
     count = sum(not group.rows for group in groups)
     command = f"`{_command(table, profile)}`"
     return [f"Not run yet: {count} of {len(groups)} rows; {command} fills them."] if count else []
@@ -208,7 +209,7 @@ def _images(rows: Sequence[Row]) -> str:
 
 
 def _table(table: Table, profile: Profile, rows: Sequence[Row]) -> str:
-    groups = _groups(table, profile, rows)
+    groups = groups_of(table, profile, rows)
     several_data = len(table.data) > 1
     several_epochs = len({group.epochs for group in groups}) > 1
     groups = [group for group in groups if group.rows]
@@ -251,7 +252,7 @@ def _table(table: Table, profile: Profile, rows: Sequence[Row]) -> str:
     return "\n".join([*lines, *(["", " ".join(notes)] if notes else [])])
 
 
-def _groups(table: Table, profile: Profile, rows: Sequence[Row]) -> list[Group]:
+def groups_of(table: Table, profile: Profile, rows: Sequence[Row]) -> list[Group]:
     """Every group that the table asks for, and those that were run for other epochs; in the table's order."""
     others = {row["epochs"] for row in rows} - set(epochs_of(table, profile))
     epochs = sorted({*epochs_of(table, profile), *others})
@@ -287,7 +288,7 @@ def _figures(group: Group, baseline: Group | None) -> list[str]:
     gap = "baseline not run" if not gaps else _spread(gaps, sign="+")
     if gaps and len(gaps) < len(rows):
         gap += f" ({len(gaps)} seeds)" if len(gaps) > 1 else " (1 seed)"
-    ratio = statistics.fmean(row["peak_ratio"] for row in rows)
+    ratio = peak_ratio(group, baseline)
     training = [100 * row["train_accuracy"] for row in rows if row["train_accuracy"] is not None]
     return [
         _spread(list(own.values())),
@@ -298,6 +299,18 @@ def _figures(group: Group, baseline: Group | None) -> list[str]:
         format_bytes(max(row["measured_peak_bytes"] for row in rows)),
         f"{statistics.fmean(row['seconds'] for row in rows) / 3600:.2g}",
     ]
+
+
+def peak_ratio(group: Group, baseline: Group | None) -> float:
+    """Peak as a share of end-to-end training's.
+
+    That is the one which the run estimated; of a network that isn't trained in whole, that isn't either, so the runs
+    themselves are held against one another.
+    """
+    if baseline is not None and "training.freeze" in overlay_of(group.method):
+        peaks = [statistics.fmean(row["peak_bytes"] for row in each.rows) for each in (group, baseline)]
+        return peaks[0] / peaks[1]
+    return statistics.fmean(row["peak_ratio"] for row in group.rows)
 
 
 def _spread(values: Sequence[float], sign: str = "") -> str:

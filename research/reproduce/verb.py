@@ -16,6 +16,7 @@ from localgrad.app.build import resolve_device
 from localgrad.errors import DataError, LocalgradError, RecipeError, did_you_mean
 from localgrad.training.folder import check_writable
 from localgrad.units import format_seconds
+from research.reproduce import plot
 from research.reproduce.methods import BASELINES, METHODS, REMEDIES, SOURCES
 from research.reproduce.profiles import DATA, PROFILES, Profile
 from research.reproduce.results import (
@@ -119,6 +120,18 @@ def list_cells(settings: Settings, say: Say) -> None:
         is_done = _run(errand) in known or errand.is_finished
         state = "done" if is_done else "begun" if errand.is_begun else "not run"
         say(f"{state:8} {command_of(errand.cell, errand.profile, errand.source.path)}")
+
+
+def draw(table: str | None, profile: str | None, results: Path, path: Path) -> str:
+    """Draw a table's results; give a line that says what was drawn.
+
+    Raises:
+        RecipeError: no table is named, or its results can't be drawn.
+    """
+    if table is None:
+        raise RecipeError(f"--plot: which table? Take {', '.join(TABLES)}.")
+    name = _names("TABLE", table, TABLES)[0]
+    return plot.draw(TABLES[name], _profile(profile), results, path)
 
 
 def fill(settings: Settings, say: Say) -> int:
