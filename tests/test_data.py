@@ -21,7 +21,8 @@ from PIL import Image
 from helpers import load_named
 from localgrad.errors import DataError
 from localgrad.training import data, image_sets, images
-from localgrad.training.data import Batches, load_images_for_prediction
+from localgrad.training.data import Batches
+from localgrad.training.prediction import images_named, load_images_for_prediction
 from localgrad.training.settings import Augment, DataSettings
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -277,7 +278,7 @@ def test_sizes_are_unified_at_the_models(tmp_path):
 
 
 def test_one_odd_image_among_many_is_noticed_though_it_was_not_probed(tmp_path, monkeypatch):
-    monkeypatch.setattr(image_sets, "_PROBED", 2)
+    monkeypatch.setattr(image_sets, "PROBED", 2)
     write_folder(tmp_path, {"cat": 10, "dog": 10}, mode="L")
     picture(0, (6, 9)).save(tmp_path / "cat" / "5.png")
     splits = load_named(str(tmp_path), image_size=(6, 6))
@@ -673,7 +674,8 @@ MEAN, STD = (0.5,) * 3, (0.25,) * 3
 
 def prepared(path, skipped=None, **settings):
     info = dataclasses.replace(load_named("digits").info, mean=MEAN, std=STD, num_channels=3)
-    return load_images_for_prediction(path, DataSettings(**settings), info, image_size=(8, 8), skipped=skipped)
+    paths = images_named([path], skipped or image_sets.Skipped())
+    return load_images_for_prediction(paths, DataSettings(**settings), info, image_size=(8, 8))
 
 
 def test_prediction_walks_a_folder_and_prepares_as_evaluation_does(tmp_path):
@@ -701,8 +703,9 @@ def test_prediction_of_a_corrupt_image(tmp_path):
     broken.write_bytes(broken.read_bytes()[:60])
     with pytest.raises(DataError, match=r"0\.png"):
         list(prepared(tmp_path))
-    [(path, _)] = prepared(tmp_path, on_corrupt="skip")
-    assert path.name == "1.png"
+    [(path, error), (other, image)] = prepared(tmp_path, on_corrupt="skip")
+    assert (path.name, error.kind, other.name) == ("0.png", "corrupt", "1.png")
+    assert isinstance(image, torch.Tensor)
 
 
 def test_prediction_passes_over_what_is_no_image_and_says_so(tmp_path):
@@ -711,9 +714,9 @@ def test_prediction_passes_over_what_is_no_image_and_says_so(tmp_path):
     strange.write_bytes(b"hello")
     (tmp_path / "notes.txt").write_text("hello")
     left_out = image_sets.Skipped()
-    [(path, _)] = prepared(tmp_path, skipped=left_out)
-    assert path.name == "1.png"
-    assert left_out.counts() == {"no image by its content": 1, ".txt": 1}
+    [(path, error), (other, _)] = prepared(tmp_path, skipped=left_out)
+    assert (path.name, str(error), other.name) == ("0.png", "no image by its content", "1.png")
+    assert left_out.counts() == {".txt": 1}
     with pytest.raises(DataError, match=r"0\.png can't be read \(no image by its content\)"):  # it was named
         list(prepared(strange))
 

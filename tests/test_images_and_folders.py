@@ -27,8 +27,9 @@ from helpers import load_named
 from localgrad.errors import DataError
 from localgrad.training import data, folders, images
 from localgrad.training.augment import ModelInput
-from localgrad.training.data import Splits, load_images_for_prediction
-from localgrad.training.image_sets import InMemoryImages, Wanted
+from localgrad.training.data import Splits
+from localgrad.training.image_sets import InMemoryImages, Skipped, Wanted
+from localgrad.training.prediction import images_named, load_images_for_prediction
 from localgrad.training.settings import DataSettings
 
 
@@ -116,7 +117,8 @@ def test_kinds_of_images(case: Kind, tmp_path: Path) -> None:
     info = splits.info
     of_255 = dataclasses.replace(info, mean=(0.0,) * info.num_channels, std=(1 / 255,) * info.num_channels)
     reading = DataSettings(**case.options)
-    [(_, image), *_] = load_images_for_prediction(tmp_path, reading, of_255, image_size=size)
+    paths = images_named([tmp_path], Skipped())
+    [(_, image), *_] = load_images_for_prediction(paths, reading, of_255, image_size=size)
     assert np.abs(image.expand(3, -1, -1).permute(1, 2, 0).numpy() - case.pixels).max() <= case.close + 1e-3
 
 
@@ -158,7 +160,7 @@ def pairs(root: Path, encoded: bytes, ending: str = "png", count: int = 4) -> Pa
 
 
 def test_one_deep_image_that_wasnt_sampled_is_refused_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("localgrad.training.image_sets._PROBED", 2)
+    monkeypatch.setattr("localgrad.training.image_sets.PROBED", 2)
     fine = array(np.full((2, 2), 0.5, np.float32), "tiff")
     pairs(tmp_path / "set", fine, "tiff")
     (tmp_path / "set" / "b" / "1.tiff").write_bytes(array(np.full((2, 2), 5.0, np.float32), "tiff"))

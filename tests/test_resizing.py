@@ -23,7 +23,7 @@ from localgrad.app.recipe import Recipe, as_recipe
 from localgrad.backbones.weights import start_from
 from localgrad.errors import DataError
 from localgrad.run import _normalised_as
-from localgrad.training.data import load_images_for_prediction
+from localgrad.training.prediction import load_images_for_prediction
 from localgrad.training.settings import DataSettings
 from localgrad.training.transforms import LIGHT_AREA, Prepared
 
@@ -140,7 +140,7 @@ def test_pretrained_weights_bring_interpolation_and_crop_and_the_run_keeps_them(
     assert torch.equal(seen[0].wanted.prepared(image, 0), wanted(image, 0))
     assert not torch.equal(wanted(image, 0), by_default(image, 0))
     info = run_folders.read_description(here / "run").info
-    [(_, found)] = load_images_for_prediction(path, kept, info, image_size=(32, 32))
+    [(_, found)] = load_images_for_prediction([path], kept, info, image_size=(32, 32))
     assert torch.equal(found, seen[0].input.of(wanted(image, 0)))
     # A run that starts from this one's folder takes its own, and torchrun's restart what the run has settled.
     own = as_recipe({**RECIPE, "model": {**RECIPE["model"], "weights": str(here / "run")}})

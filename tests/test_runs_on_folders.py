@@ -114,9 +114,9 @@ def test_counts_stand_beside_the_accuracy(here: Path, cli_: Cli) -> None:
     said = cli_("evaluate", "run")
     assert "(11 images; left out: 1 empty)" in said.out
     said = cli_("predict", "run", "set/test")
-    assert said.code == 0
+    assert said.code == 1
     assert len(said.out.splitlines()) == 11
-    assert said.err == "left out: set/test/cat/2.png (empty)\n"
+    assert said.err == "left out: set/test/cat/2.png (empty)\n1 of 12 images are left out\n"
 
 
 @pytest.mark.parametrize("limit_bytes", [0, 2**30])
@@ -219,7 +219,7 @@ def test_how_images_are_read_is_kept_with_the_run(here: Path, cli_: Cli) -> None
     asked, corrupt = [], []
     load = using_runs.load_images_for_prediction
 
-    def watched(path: Path, reading: DataSettings, *arguments: Any, **settings: Any) -> Any:
+    def watched(path: list[Path], reading: DataSettings, *arguments: Any, **settings: Any) -> Any:
         asked.append(Reading.as_set(reading))
         corrupt.append(reading.on_corrupt)
         return load(path, reading, *arguments, **settings)
@@ -227,12 +227,12 @@ def test_how_images_are_read_is_kept_with_the_run(here: Path, cli_: Cli) -> None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(using_runs, "load_images_for_prediction", watched)
         assert len(list(using_runs.predict(here / "run", here / "set"))) == 16
-        otherwise = ("--image-range", "0,1000", "--background", "white", "--fit", "squash", "--on-corrupt", "skip")
+        otherwise = ("--image-range", "0,1000", "--background", "white", "--fit", "squash", "--on-corrupt", "error")
         assert cli_("predict", "run", "set", *otherwise).code == 0
     kept, typed = ([each.image_range, each.background, each.fit] for each in asked)
     assert kept == [(0, 4095), (16, 16, 16), "pad"]
     assert typed == [(0, 1000), (255, 255, 255), "squash"]
-    assert corrupt == ["error", "skip"]
+    assert corrupt == ["skip", "error"]
     assert_refused(cli_("predict", "run", "set", "--fit", "bend"), "data.fit = 'bend'")
     assert_refused(cli_("predict", "run", "set", "--image-range", "a"), "--image-range: 'a'", "--image-range 0,4095")
     assert using_runs.evaluate_run(here / "run")["num_images"] == 3

@@ -1,8 +1,8 @@
 """The command line: ``localgrad train | finetune | plan | compare | evaluate | predict``.
 
 It turns options into a recipe and calls ``localgrad.run``; torch is imported only inside a verb. Every mistake that
-a user can make ends in one line on standard error and exit status 2. An interrupted run is saved and exits with 128
-plus the signal's number, as shells do.
+a user can make ends in one line on standard error and exit status 2; 1 is that of ``predict`` where some images could
+not be read. An interrupted run is saved and exits with 128 plus the signal's number, as shells do.
 """
 
 from __future__ import annotations
@@ -429,6 +429,7 @@ _RECIPE_IN_PLAN = {
     for key in (
         *("model.name", "model.img_size", "model.patch_size", "model.weights", "model.lora"),
         *("model.quantize", "model.blocks"),
+        *("data.image_column", "data.label_column", "data.config"),
         *("local.modules", "local.objective", "local.overlap"),
         *("local.options.decoder", "local.options.classifier", "training.global_every", "training.global_tail"),
         "training.freeze",
@@ -638,32 +639,53 @@ def evaluate(
 
 
 _READING = ("data.on_corrupt", "data.image_range", "data.background", "data.fit")
-_IN_PREDICT = {key: OPTIONS[key] for key in ("execution.device", *_READING)}
+_IN_PREDICT = {key: OPTIONS[key] for key in ("execution.device", *_READING)} | {
+    "data.on_corrupt": replace(
+        OPTIONS["data.on_corrupt"], help="An image that can't be read: skip (and say; by default), or error."
+    )
+}
 
 
 @app.command()
-@takes(_IN_PREDICT, ("top", *(each.name for each in _IN_PREDICT.values())))
+@takes(_IN_PREDICT, ("top", "csv", "json", *(each.name for each in _IN_PREDICT.values())))
 def predict(
     *,
     run_folder: RunFolderArgument,
-    images: Annotated[Path, typer.Argument(help="An image, or a folder of images.")],
+    images: Annotated[list[str], typer.Argument(help="Images, folders of images, and patterns such as 'a/**/*.jpg'.")],
     top: Annotated[int, typer.Option(min=1, help="Classes to name for each image.")] = 3,
+    csv: Annotated[Path | None, typer.Option(help="Write a table to this file, in place of lines.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Likewise as a list of objects.")] = None,
     **given: Any,
 ) -> None:
-    """Classify images with a run's best weights."""
+    """Classify images with a run's best weights. Exit status 1: some could not be read; the others are there."""
     from localgrad.app import using_runs
+    from localgrad.app.prediction_files import check_prediction_files, is_stream, shown_path, written_predictions
     from localgrad.training.image_sets import Skipped
 
+    files = {name: path for name, path in (("csv", csv), ("json", json)) if path is not None}
+    check_prediction_files(files)
     skipped = Skipped()
     reading = {key.rpartition(".")[2]: value for key, value in values_of(_IN_PREDICT, given).items()}
-    for prediction in using_runs.predict(run_folder, images, top=top, skipped=skipped, **reading):
-        classes = "  ".join(f"{name} {share:.1%}" for name, share in prediction.classes)
-        typer.echo(f"{prediction.path}  {classes}")
-    for name, reason in skipped.images.items():
-        typer.echo(f"left out: {name} ({reason})", err=True)
+    predictions = using_runs.predict(run_folder, images, top=top, skipped=skipped, **reading)
+    total = failed = 0
+    with written_predictions(files, predictions.num_named) as write:
+        for prediction in predictions:
+            total += 1
+            failed += prediction.error is not None
+            write(prediction)
+            if prediction.error is not None:
+                typer.echo(f"left out: {shown_path(prediction.path)} ({prediction.error})", err=True)
+            elif not files:
+                classes = "  ".join(f"{name} {share:.1%}" for name, share in prediction.classes)
+                typer.echo(f"{shown_path(prediction.path)}  {classes}")
     if skipped.others:
         counts = format_counts(dict(sorted(skipped.others.items())))
-        typer.echo(f"left out, which are no images: {counts}", err=True)
+        typer.echo(f"passed over: {counts}", err=True)
+    for path in (each for each in files.values() if not is_stream(each)):
+        typer.echo(f"written: {shown_path(path)} ({total - failed:,} images, {failed:,} left out)")
+    if failed:
+        typer.echo(f"{failed:,} of {total:,} images are left out", err=True)
+        raise typer.Exit(1)
 
 
 _IN_COMPARE = declared(Settings)

@@ -94,7 +94,8 @@ def finetune(
         check_plan_is_for(plan, recipe)
         return train(recipe, out=out, sinks=sinks, plan=plan, **how)
     candidates = asked.candidates(say)
-    rules.check({"pilot": pilot, "val_fraction": asked.recipe(candidates[0]).method.data.val_fraction})
+    data = asked.recipe(candidates[0]).method.data
+    rules.check({"pilot": pilot, "val_fraction": data.val_fraction, "streaming": data.streaming})
     if pilot is not None:
         out = Path(out) if out is not None else new_folder(asked.name, PRESET)
         candidates = _piloted(asked, candidates, pilot, out, say, **how)

@@ -218,6 +218,18 @@ def _rules_of_data() -> Iterator[Rule]:
     yield Rule(Given("num_classes"), Given("data"), "it has its own classes")
     for name in ("train_data", "val_data", "test_data"):
         yield Rule(Given(name), OneOf("data", values=NAMED_DATA), "it brings its own parts")
+    streaming = Given("streaming")
+    for name in ("image_column", "label_column", "config"):
+        yield Rule(Given(name), OneOf("data", values=NAMED_DATA), "it is of tables")
+    yield Rule(streaming, OneOf("data", values=NAMED_DATA), "it is of tables")
+    for name in ("data.num_examples", "data.shuffle_buffer"):
+        yield Rule(Given(name), Absent("streaming", value=True), "it is of a stream")
+    yield Rule(Given("balance", off=(None, "none")), streaming, "labels aren't known before they are read")
+    yield Rule(SEQUENTIAL, streaming, "features are kept by image, and a stream doesn't number them")
+    yield Rule(Given("cache_frozen"), streaming, "features are kept by image, and a stream doesn't number them")
+    yield Rule(Given("health_every"), streaming, "it measures on images chosen by class")
+    yield Rule(Given("pilot"), streaming, "it needs a part of the images of every class")
+    yield Rule(PARALLEL, streaming, "one process reads a stream")
 
     weights = Given("balance", "weights")
     yield Rule(weights, REPLICAS, "replicas weigh alike, whatever classes their images are of; sampling does it")

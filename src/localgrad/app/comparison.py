@@ -32,6 +32,9 @@ class Settings:
     train_data: str | None = _as_in_recipe("data.train_data")
     val_data: str | None = _as_in_recipe("data.val_data")
     test_data: str | None = _as_in_recipe("data.test_data")
+    image_column: str | None = _as_in_recipe("data.image_column")
+    label_column: str | None = _as_in_recipe("data.label_column")
+    config: str | None = _as_in_recipe("data.config")
     image_range: list[float] | None = _as_in_recipe("data.image_range")  # noqa: RUF009  # a field, as of the others
     background: str | None = _as_in_recipe("data.background")
     fit: str | None = _as_in_recipe("data.fit")

@@ -276,7 +276,7 @@ class Recipe:
         """
         local, training, execution = asdict(self.method.local), asdict(self.method.training), asdict(self.execution)
         del execution["device"]
-        selected = {"val_fraction": self.method.data.val_fraction}
+        selected = {"val_fraction": self.method.data.val_fraction, "streaming": self.method.data.streaming}
         return {**selected, **training, **execution, **local.pop("options"), **local}
 
     def to_toml(self) -> str:

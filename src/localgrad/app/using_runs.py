@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from localgrad.app.build import input_size_of, make_model, resolve_device
 from localgrad.app.fitting import of_best
@@ -26,14 +28,17 @@ from localgrad.backbones.example import logits_of
 from localgrad.errors import RecipeError, arg
 from localgrad.registry import load_plugins
 from localgrad.step.states import load_weights
-from localgrad.training.data import load_images_for_prediction
 from localgrad.training.folder import load_saved_weights, say
 from localgrad.training.image_sets import Skipped
+from localgrad.training.images import Unreadable
+from localgrad.training.prediction import images_named, load_images_for_prediction
 from localgrad.training.saved import Evaluation
 from localgrad.training.settings import DataSettings
 from localgrad.training.stagewise import gather
 from localgrad.training.trainer import below, evaluate, halve, load_best_weights, with_less
 
+PREDICTED_AT_ONCE = 32
+"""Images: enough for a card not to wait, few enough for any."""
 _BEST = Path("checkpoints") / "best.safetensors"
 
 
@@ -91,40 +96,67 @@ def _say_less(place: str, less: str) -> bool:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The classes that a model finds in one image, as (name, probability), the likeliest first."""
+    """What a model finds in one image.
+
+    Attributes:
+        path: of the image.
+        classes: (name, probability), the likeliest first; none where there is an error.
+        error: why the image has no classes.
+    """
 
     path: Path
     classes: tuple[tuple[str, float], ...]
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Predictions as they are made, once.
+
+    Attributes:
+        num_named: classes that each image has.
+        made: goes through the images.
+    """
+
+    num_named: int
+    made: Iterator[Prediction]
+
+    def __iter__(self) -> Iterator[Prediction]:
+        return self.made
 
 
 def predict(
     path: Path,
-    images: Path,
+    images: Path | str | Sequence[Path | str],
     *,
     top: int = 3,
     device: str | None = None,
-    on_corrupt: str | None = None,
+    on_corrupt: str = "skip",
     image_range: Sequence[float] | None = None,
     background: str | None = None,
     fit: str | None = None,
     skipped: Skipped | None = None,
-) -> Iterator[Prediction]:
+    batch_size: int = PREDICTED_AT_ONCE,
+) -> Predictions:
     """Classify images with a run's best weights; the plain model alone is used, and the data set not needed.
+
+    All that can be wrong but for single images is found before this returns.
 
     Args:
         path: the run folder.
-        images: an image, or a folder of images.
-        top: classes to name for each.
-        device: by default the recipe's; so are the four that follow, as ``data.`` of a recipe has them.
-        on_corrupt: an image that is corrupt.
+        images: image files, folders and patterns, or one of them.
+        top: classes to name for each, as far as there are so many.
+        device: by default the recipe's; so are the three that follow the next one, as ``data.`` of a recipe has them.
+        on_corrupt: an image that can't be read has an ``error`` (``skip``), or ends all (``error``).
         image_range: (black, white) of images of more than 8 bits.
         background: behind transparent images.
         fit: of images of another shape.
-        skipped: takes what is passed over.
+        skipped: takes what is passed over: unreadable images, and what is no image.
+        batch_size: images that the model is given at once; where memory runs out, fewer.
 
     Raises:
         RecipeError: an impossible value.
-        DataError: an image that can't be read.
+        DataError: no image there; or, later, one that can't be read.
     """
     asked = {"on_corrupt": on_corrupt, "image_range": image_range, "background": background, "fit": fit}
     given = {key: value for key, value in asked.items() if value is not None}
@@ -132,6 +164,8 @@ def predict(
     recipe = _on_device(read_recipe(path), device)
     reading = replace(recipe.method.data, **{key: getattr(checked, key) for key in given})
     info = read_description(path).info
+    left_out = Skipped() if skipped is None else skipped
+    found = images_named([images] if isinstance(images, Path | str) else images, left_out)
     load_plugins(recipe.execution.plugins)
     where = resolve_device(recipe.execution.device)
     settings = replace(recipe.method.model, pretrained=False, weights=None)
@@ -140,16 +174,55 @@ def predict(
     size = input_size_of(made, settings, info.num_channels)
     model = made.model if isinstance(made, Backbone) else made
     load_weights(model, below(load_saved_weights(path / _BEST), "model."))
-    model.to(where).eval()
-    for image_path, image in load_images_for_prediction(images, reading, info, image_size=size[1:], skipped=skipped):
-        with torch.no_grad():
-            logits = logits_of(model, model(image[None].to(where)))
-            shares = logits.float().softmax(dim=1)[0]
-        best = shares.topk(min(top, len(info.class_names)))
-        yield Prediction(
-            image_path,
-            tuple((info.class_names[i], p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)),
-        )
+    classifier = _Classifier(model.to(where).eval(), where, info.class_names, batch_size)
+    loaded = load_images_for_prediction(found, reading, info, image_size=size[1:])
+    num_named = min(top, info.num_classes)
+    return Predictions(num_named, _predictions(classifier, loaded, num_named, left_out))
+
+
+@dataclass
+class _Classifier:
+    """A plain model in evaluation mode, and how many images it is given at once: fewer where memory runs out."""
+
+    model: nn.Module
+    device: torch.device
+    class_names: tuple[str, ...]
+    batch_size: int
+
+    def shares(self, images: Sequence[Tensor]) -> Tensor:
+        """Probabilities, float32 [B, K] on the processor, of images [C, H, W]."""
+        return with_less("prediction", lambda: self._shares(images), partial(halve, self), self.device, _say_less)
+
+    @torch.no_grad()
+    def _shares(self, images: Sequence[Tensor]) -> Tensor:
+        found = []
+        for start in range(0, len(images), self.batch_size):
+            batch = torch.stack(list(images[start : start + self.batch_size])).to(self.device)
+            found.append(logits_of(self.model, self.model(batch)).float().softmax(dim=1).cpu())
+        return torch.cat(found)
+
+
+def _predictions(
+    classifier: _Classifier, loaded: Iterator[tuple[Path, Tensor | Unreadable]], top: int, skipped: Skipped
+) -> Iterator[Prediction]:
+    """In the images' order, batch by batch."""
+    while batch := list(itertools.islice(loaded, classifier.batch_size)):
+        images = [image for _, image in batch if isinstance(image, Tensor)]
+        shares = iter(classifier.shares(images) if images else ())
+        for path, image in batch:
+            if isinstance(image, Unreadable):
+                skipped.add(str(path), image)
+                yield Prediction(path, (), skipped.images[str(path)])
+            else:
+                yield _likeliest(path, next(shares), classifier.class_names, top)
+
+
+def _likeliest(path: Path, shares: Tensor, class_names: tuple[str, ...], top: int) -> Prediction:
+    if not shares.isfinite().all():
+        return Prediction(path, (), "the model's logits are no finite numbers")
+    best = shares.sort(descending=True, stable=True)
+    values = zip(best.indices[:top].tolist(), best.values[:top].tolist(), strict=True)
+    return Prediction(path, tuple((class_names[index], share) for index, share in values))
 
 
 def _on_device(recipe: Recipe, device: str | None) -> Recipe:

@@ -239,7 +239,10 @@ def _images(settings: Settings) -> _Images:
 
 def _images_of_data(settings: Settings, name: str) -> _Images:
     side = settings.img_size
-    names = ("root", "on_corrupt", "train_data", "val_data", "test_data", "image_range", "background", "fit")
+    names = (
+        *("root", "on_corrupt", "train_data", "val_data", "test_data", "image_column", "label_column", "config"),
+        *("image_range", "background", "fit"),
+    )
     asked = {key: getattr(settings, key) for key in names if getattr(settings, key) is not None}
     data: DataSettings = validated(DataSettings, {**asked, "name": name, "val_fraction": 0.0}, "data.")
     splits = load_data(data, download=settings.download, image_size=None if side is None else (side, side))

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -31,10 +31,11 @@ from localgrad.errors import DataError, arg
 from localgrad.objectives.carried import LocalBatch
 from localgrad.training.augment import WHITE, ModelInput, augment_batch, derive_seed, generator_for, share_cut_off
 from localgrad.training.folders import Split
-from localgrad.training.image_sets import FileImages, ImageSet, InMemoryImages, Skipped, Wanted
+from localgrad.training.image_sets import EncodedImages, FileImages, ImageSet, InMemoryImages, Skipped, Wanted
 from localgrad.training.images import Probed, Reading, check_range
-from localgrad.training.loading import Found, find, list_image_files, read_image_files
+from localgrad.training.loading import Found, find
 from localgrad.training.settings import Augment, DataSettings, Fit
+from localgrad.training.tables import Chosen
 from localgrad.training.transforms import NONE, Prepared
 
 RESIZING = ("interpolation", "crop")
@@ -114,7 +115,7 @@ class Splits:
     def num_read(self, part: str) -> int:
         """Images of a part without those that were left out, as far as they were read."""
         images = self.part(part)
-        left_out = len(self.skipped[part].images) if isinstance(images, FileImages) else 0
+        left_out = len(self.skipped[part].images) if isinstance(images, EncodedImages) else 0
         return 0 if images is None else len(images) - left_out
 
     def said(self, *notes: str) -> Splits:
@@ -166,7 +167,8 @@ def load_data(
         "test": settings.test_data,
     }
     root = None if settings.root is None else Path(settings.root)
-    found = find(name, root=root, download=download, given={k: v for k, v in given.items() if v})
+    chosen = Chosen(**{each.name: getattr(settings, each.name) for each in fields(Chosen)})
+    found = find(name, root=root, download=download, given={k: v for k, v in given.items() if v}, chosen=chosen)
     _check_labels(name, found)
     parts, notes = _split(found, settings, seed)
     skipped = {part: found.skipped.get(part) or Skipped() for part in parts}
@@ -183,7 +185,8 @@ def load_data(
     train, val, test = (settled.parts.get(part) for part in ("train", "val", "test"))
     assert train is not None, "every set has a training part"
     assert test is not None, "and a test part"
-    _check_classes(name, found.class_names, train)
+    if train.knows_labels:
+        _check_classes(name, found.class_names, train)
     _check_read(name, parts, settled.parts)
     mean, std, measured = _statistics(train, settled.num_channels, settings.mean, settings.std)
     info = DataInfo(
@@ -233,7 +236,8 @@ def _check_labels(name: str, found: Found) -> None:
             continue
         if not len(images):
             raise DataError(f"The part {part!r} of {name} is empty: it has no images.")
-        _check_range(f"part {part!r} of {name}", images.labels, num_classes)
+        if images.knows_labels:
+            _check_range(f"part {part!r} of {name}", images.labels, num_classes)
 
 
 def _check_range(what: str, labels: Tensor, num_classes: int) -> None:
@@ -262,6 +266,8 @@ def _check_read(name: str, before: Mapping[str, ImageSet], after: Mapping[str, I
 
 def _without_images(class_names: Sequence[str], train: ImageSet) -> list[str]:
     """Say which classes have no training image."""
+    if not train.knows_labels:
+        return []
     counts = torch.bincount(train.labels, minlength=len(class_names)).tolist()
     empty = [name for name, count in zip(class_names, counts, strict=True) if not count]
     listed = ", ".join(empty[:6]) + (f" and {len(empty) - 6} more" if len(empty) > 6 else "")
@@ -313,7 +319,9 @@ def _split(found: Found, settings: DataSettings, seed: int) -> tuple[dict[str, I
         raise DataError(f"{arg('limit')} must leave at least 2 training images, got {limit}.")
     if test is None:
         test, train = _cut(train, round(TEST_FRACTION * len(train)), leave_one=True, seed=_TEST_SEED)
-        notes.append(f"No test part: {len(test)} of {len(test) + len(train)} images are held out as one.")
+        notes.append(
+            f"No test part: {_said_order(test)}{len(test)} of {len(test) + len(train)} images are held out as one."
+        )
         if not len(test):
             raise DataError(f"{len(train)} images are too few to hold out a test part of {TEST_FRACTION:.0%}.")
     if found.val is not None and val_fraction:
@@ -323,6 +331,10 @@ def _split(found: Found, settings: DataSettings, seed: int) -> tuple[dict[str, I
         notes.append("The part 'val' is not used: val_fraction is 0, which takes the last epoch.")
     elif val_fraction:
         val, train = _cut(train, round(val_fraction * len(train)), leave_one=True, seed=seed)
+        if len(val) and not val.knows_labels:
+            notes.append(
+                f"Validation images are {_said_order(val)}{len(val)} training images of the stream, in its order."
+            )
         if not len(val):
             val = None
             notes.append(f"{len(train)} training images are too few for a validation part of {val_fraction}.")
@@ -333,8 +345,16 @@ def _split(found: Found, settings: DataSettings, seed: int) -> tuple[dict[str, I
     return {part: images for part, images in parts.items() if images is not None}, notes
 
 
+def _said_order(images: ImageSet) -> str:
+    return "" if images.knows_labels else "the first "
+
+
 def _cut(images: ImageSet, num_wanted: int, *, leave_one: bool, seed: int) -> tuple[ImageSet, ImageSet]:
-    chosen, others = stratified_choice(images.labels, num_wanted, leave_one=leave_one, seed=seed)
+    """Cut a part off: images of all classes in proportion, or the first ones of a stream."""
+    if images.knows_labels:
+        chosen, others = stratified_choice(images.labels, num_wanted, leave_one=leave_one, seed=seed)
+    else:
+        chosen, others = torch.tensor_split(torch.arange(len(images)), [num_wanted])
     return images.subset(chosen), images.subset(others)
 
 
@@ -379,10 +399,10 @@ def _settle(
         check_range((), reading.image_range)
         _, num_channels, height, width = first.images.shape
         return _Settled(parts, num_channels, (height, width), sizes=((height, width),), transform=transform)
-    files = {
-        part: replace(images, reading=reading, on_corrupt=settings.on_corrupt, skipped=skipped[part])
+    files: dict[str, EncodedImages] = {
+        part: images.read_as(reading, on_corrupt=settings.on_corrupt, skipped=skipped[part])
         for part, images in parts.items()
-        if isinstance(images, FileImages)
+        if isinstance(images, EncodedImages)
     }
     probed = [image for images in files.values() for image in images.probe()]
     check_range(probed, reading.image_range)
@@ -415,23 +435,21 @@ def _notes_on(probed: Sequence[Probed], reading: Reading) -> list[str]:
 
 
 def _decode_if_small(
-    files: Mapping[str, FileImages],
+    files: Mapping[str, EncodedImages],
     num_channels: int,
     size: tuple[int, int] | None,
     image_size: tuple[int, int] | None,
     limit_bytes: int,
 ) -> _Settled:
-    files = {
-        part: replace(images, reading=replace(images.reading, num_channels=num_channels))
-        for part, images in files.items()
-    }
+    files = {part: images.read_as(replace(images.reading, num_channels=num_channels)) for part, images in files.items()}
     num_values = sum(len(images) for images in files.values()) * num_channels
     wanted = [each for each in (size, image_size) if each is not None]
     fitting = [each for each in wanted if num_values * each[0] * each[1] <= limit_bytes]
-    if not fitting:
+    kept = {part: images for part, images in files.items() if isinstance(images, FileImages)}
+    if not fitting or len(kept) < len(files):
         return _Settled(files, num_channels, size, notes=("Images are decoded while training.",))
     stored = fitting[0]
-    decoded = {part: images.decode(stored) for part, images in files.items()}
+    decoded = {part: images.decode(stored) for part, images in kept.items()}
     if stored == size and not all(alike for _, alike in decoded.values()):
         # The few images probed were alike but others are not: take the set for mixed, and for colour.
         return _decode_if_small(files, 3, None, image_size, limit_bytes)
@@ -537,7 +555,8 @@ class Batches:
             raise DataError(f"{arg('batch_size')} must be 1 or more, got {batch_size}.")
         if self.num_workers < 0:
             raise DataError(f"{arg('num_workers')} must be 0 or more, got {self.num_workers}.")
-        _check_range("set that batches are made of", self.images.labels, info.num_classes)
+        if self.images.knows_labels:
+            _check_range("set that batches are made of", self.images.labels, info.num_classes)
         self.input = ModelInput(
             size=self.image_size, mean=info.mean, std=info.std, fit=info.fit, background=info.background
         )
@@ -586,9 +605,10 @@ class Batches:
         """
         indices = self._batches(epoch)[start : len(self)]
         number, replicas = self.shard
-        own = () if replicas == 1 else (number,)
-        seeds = [derive_seed(self.seed, "batch", epoch, index, *own) for index in range(start, start + len(indices))]
-        read = self.images.read(indices, self.wanted, seeds)
+        shard = () if replicas == 1 else (number,)
+        seeds = [derive_seed(self.seed, "batch", epoch, index, *shard) for index in range(start, start + len(indices))]
+        own = self.images if self.augment is None else self.images.in_epoch(derive_seed(self.seed, "order", epoch))
+        read = own.read(indices, self.wanted, seeds)
         for seed, (images, targets) in zip(seeds, read, strict=True):
             yield self._prepare(images, targets, seed)
 
@@ -601,7 +621,7 @@ class Batches:
         return [batch.tensor_split(replicas)[number] for batch in batches]
 
     def _order(self, epoch: int) -> Tensor:
-        if self.augment is None:
+        if self.augment is None or not self.images.knows_labels:
             return torch.arange(len(self.images))
         generator = generator_for(self.seed, "order", epoch)
         if self.draws_alike:
@@ -644,37 +664,3 @@ def class_weights(labels: Tensor, num_classes: int) -> Tensor:
     counts = torch.bincount(labels, minlength=num_classes).double()
     share = len(labels) / counts.count_nonzero()
     return torch.where(counts > 0, share / counts.clamp(min=1), 0.0).float()
-
-
-# -------------------------------------------------------------------------------------------- prediction
-
-
-def load_images_for_prediction(
-    path: Path, settings: DataSettings, info: DataInfo, *, image_size: tuple[int, int], skipped: Skipped | None = None
-) -> Iterator[tuple[Path, Tensor]]:
-    """Load images without labels, float32 [C, H, W], as a model is evaluated on them; with their paths.
-
-    Args:
-        path: an image file, or a folder that is searched with all below it.
-        settings: how images are read, and what they go through.
-        info: of the data that the model was trained on: channels, mean and std.
-        image_size: (H, W) that the model takes, in pixels.
-        skipped: takes what is passed over.
-
-    Raises:
-        DataError: at once, if there is no such path or no image in it; later, at a corrupt image that isn't skipped.
-    """
-    left_out = Skipped() if skipped is None else skipped
-    paths = list_image_files(path, left_out)
-    reading = Reading.as_set(settings, info.num_channels)
-    name = settings.transform
-    transform = None
-    if name not in (None, NONE):
-        transform = Prepared(str(name), image_size, training=False, resizing=resizing_set(settings))
-    to = ModelInput(size=image_size, mean=info.mean, std=info.std, fit=reading.fit, background=reading.background)
-
-    def prepared() -> Iterator[tuple[Path, Tensor]]:
-        for found, pixels in read_image_files(paths, reading, settings.on_corrupt, left_out):
-            yield found, to.of(pixels if transform is None else transform(pixels, 0))
-
-    return prepared()

@@ -2,7 +2,8 @@
 
 It is made of what training sees: the classes, every label of every part in order, and the pixels where they are in
 memory. Of sets that are decoded while training, which may be too large to be read for this, it takes the encoded bytes
-of ``SAMPLE`` images of each part, spread evenly.
+of ``SAMPLE`` images of each part, spread evenly. Of a stream it takes the lengths of its parts, and the first images
+with their labels.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from localgrad.training.data import DataInfo, Splits
 from localgrad.training.folder import raw_bytes
 from localgrad.training.image_sets import FileImages, ImageSet, InMemoryImages
 from localgrad.training.saved import RUN_FORMAT
+from localgrad.training.streams import StreamedImages
 
 SAMPLE = 1024
 _OF_PLACE = ("name", "notes", "num_skipped", "skipped")
@@ -31,7 +33,7 @@ def fingerprint_of(data: Splits) -> str:
     for images in (data.train, data.val, data.test):
         digest.update(b"none" if images is None else b"part")
         if images is not None:
-            digest.update(raw_bytes(images.labels))
+            digest.update(raw_bytes(images.labels if images.knows_labels else torch.tensor(len(images))))
             _add_pixels(digest, images)
     return digest.hexdigest()
 
@@ -43,6 +45,11 @@ def _add_pixels(digest: Any, images: ImageSet) -> None:
     elif isinstance(images, FileImages):
         spread = torch.linspace(0, len(images) - 1, min(SAMPLE, len(images))).long()
         for _, encoded in images.files.encoded(images.rows[spread].tolist()):
+            digest.update(hashlib.sha256(encoded).digest())
+    elif isinstance(images, StreamedImages):
+        first, labels = images.head()
+        digest.update(raw_bytes(labels))
+        for _, encoded in first:
             digest.update(hashlib.sha256(encoded).digest())
 
 

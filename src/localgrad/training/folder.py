@@ -41,7 +41,8 @@ import time
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast, final
 
@@ -368,12 +369,19 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         RunFolderError: no permission, or the disk is full; what was there before is still there.
     """
+    with written_atomically(path) as temporary:
+        write(temporary)
+
+
+@contextmanager
+def written_atomically(path: Path) -> Iterator[Path]:
+    """A region that fills a temporary file, which has the name at its end; see `write_atomically`."""
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(handle)
         temporary = Path(name)
         try:
-            write(temporary)
+            yield temporary
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             temporary.chmod(0o644)

@@ -13,6 +13,7 @@ Shapes: N images of a set, B batch, C channels, H W image.
 
 from __future__ import annotations
 
+import copy
 import csv
 import io
 import os
@@ -24,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict, cast, final
+from typing import Any, ClassVar, Self, TypedDict, cast, final
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ from localgrad.training.transforms import Prepared
 _COLUMNS = ("part", "image", "reason")
 _DEVICE_SHARE = 0.1  # of the free memory: the rest belongs to the model, which is why one uses localgrad
 _CHUNK = 256  # images a thread decodes before it takes the next lot
-_PROBED = 64  # images opened to learn size and channels; decoding checks the rest
+PROBED = 64  # images opened to learn size and channels; decoding checks the rest
 
 
 @dataclass
@@ -110,10 +111,12 @@ class ImageSet(ABC):
     """Labelled images of one part of a data set.
 
     Attributes:
-        labels: int64 class indices [N], on the CPU.
+        labels: int64 class indices [N], on the CPU; a stream has none before it is read.
+        knows_labels: whether they are there, and images can be had in any order.
     """
 
     labels: Tensor
+    knows_labels: ClassVar[bool] = True
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -121,6 +124,10 @@ class ImageSet(ABC):
     @abstractmethod
     def subset(self, indices: Tensor) -> ImageSet:
         """The images at ``indices`` (int64 [M]), in that order."""
+
+    def in_epoch(self, seed: int) -> ImageSet:
+        """The images as an epoch has them, where they bring an order of their own."""
+        return self
 
     @abstractmethod
     def read(
@@ -235,9 +242,88 @@ class FilesInTable(ImageFiles):
         return label, cell["bytes"] or b""
 
 
+class EncodedImages(ImageSet):
+    """Encoded images, decoded when they are read, by worker processes.
+
+    Attributes:
+        reading: how they are read.
+        on_corrupt: whether an image that can't be decoded is left out of its batch, or ends the run.
+        skipped: takes what is left out.
+    """
+
+    reading: Reading
+    on_corrupt: OnCorrupt
+    skipped: Skipped
+
+    def read_as(self, reading: Reading, on_corrupt: OnCorrupt | None = None, skipped: Skipped | None = None) -> Self:
+        """The same images, read otherwise."""
+        other = copy.copy(self)
+        other.reading, other.on_corrupt = reading, on_corrupt or self.on_corrupt
+        other.skipped = self.skipped if skipped is None else skipped
+        return other
+
+    @abstractmethod
+    def sampled(self) -> Sequence[tuple[str, bytes]]:
+        """Names and bytes of a few images, to learn what they are like."""
+
+    @abstractmethod
+    def requests(self, batches: Sequence[Tensor]) -> Iterator[Any]:
+        """What a worker is to be told of each batch, given the indices int64 [B] of its images."""
+
+    @abstractmethod
+    def fetch(self, request: Any) -> tuple[Sequence[tuple[str, bytes]], Tensor]:
+        """Names and bytes of a batch's images, and their labels int64 [B]; in a worker."""
+
+    def probe(self) -> list[Probed]:
+        """Open a few images to learn what they are like.
+
+        Raises:
+            DataError: if none of them can be read, or one is corrupt and not to be skipped.
+        """
+        seen, sampled = [], self.sampled()
+        for name, encoded in sampled:
+            try:
+                seen.append(probe(encoded, self.reading))
+            except Unreadable as error:
+                raise_unless_skipped(name, error, self.on_corrupt)
+        if not seen:
+            raise DataError(f"None of the {len(sampled)} images tried can be read, {sampled[-1][0]} among them.")
+        return seen
+
+    def read(
+        self, batches: Sequence[Tensor], wanted: Wanted, seeds: Sequence[int] = ()
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Decode batch after batch in worker processes; see `ImageSet.read`.
+
+        A skipped image makes its batch smaller, the same in every epoch and after every resume.
+        """
+        device = wanted.device
+        loader = torch.utils.data.DataLoader(
+            _DecodedBatches(self, wanted.image_size, wanted.prepared),
+            batch_size=None,
+            sampler=cast("Any", zip(self.requests(batches), seeds or [0] * len(batches), strict=True)),
+            num_workers=wanted.num_workers,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=_ignore_signals,
+            generator=torch.Generator(),  # else the loader draws its workers' seed from the global state
+        )
+        for images, labels, unreadable, failure in loader:
+            if failure is not None:
+                raise DataError(failure)
+            for name, kind, reason in unreadable:
+                error = Unreadable(kind, reason)
+                self.skipped.add(name, raise_unless_skipped(name, error, self.on_corrupt))
+            if not len(images):
+                name, _, reason = unreadable[0]
+                raise DataError(
+                    f"Not one image of a batch of {len(unreadable)} can be read, {name} among them ({reason})."
+                )
+            yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+
 @final
 @dataclass(eq=False)
-class FileImages(ImageSet):
+class FileImages(EncodedImages):
     """Encoded images, decoded when they are read.
 
     Attributes:
@@ -265,22 +351,18 @@ class FileImages(ImageSet):
         """The images at ``indices`` (int64 [M]), in that order; nothing is read."""
         return replace(self, labels=self.labels[indices], rows=self.rows[indices])
 
-    def probe(self) -> list[Probed]:
-        """Open a few images, spread evenly, to learn what they are like.
+    def sampled(self) -> Sequence[tuple[str, bytes]]:
+        """Some, spread evenly."""
+        spread = self.rows[torch.linspace(0, len(self) - 1, min(PROBED, len(self))).long()]
+        return self.files.encoded(spread.tolist())
 
-        Raises:
-            DataError: if none of them can be read, or one is corrupt and not to be skipped.
-        """
-        spread = self.rows[torch.linspace(0, len(self) - 1, min(_PROBED, len(self))).long()]
-        seen = []
-        for name, encoded in self.files.encoded(spread.tolist()):
-            try:
-                seen.append(probe(encoded, self.reading))
-            except Unreadable as error:
-                raise_unless_skipped(name, error, self.on_corrupt)
-        if not seen:
-            raise DataError(f"None of the {len(spread)} images tried can be read, {name} among them.")
-        return seen
+    def requests(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        """The indices alone."""
+        return iter(batches)
+
+    def fetch(self, request: Any) -> tuple[Sequence[tuple[str, bytes]], Tensor]:
+        """Read the files at some indices; see `EncodedImages.fetch`."""
+        return self.files.encoded(self.rows[request].tolist()), self.labels[request]
 
     def decode(self, image_size: tuple[int, int]) -> tuple[InMemoryImages, bool]:
         """Decode every image, in threads, and bring it to (H, W).
@@ -317,36 +399,6 @@ class FileImages(ImageSet):
             pixels[i] = reading.to_size(decoded, (pixels.shape[2], pixels.shape[3]))
         return alike
 
-    def read(
-        self, batches: Sequence[Tensor], wanted: Wanted, seeds: Sequence[int] = ()
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Decode batch after batch in worker processes; see `ImageSet.read`.
-
-        A skipped image makes its batch smaller, the same in every epoch and after every resume.
-        """
-        device = wanted.device
-        loader = torch.utils.data.DataLoader(
-            _DecodedBatches(self, wanted.image_size, wanted.prepared),
-            batch_size=None,
-            sampler=cast("Any", list(zip(batches, seeds or [0] * len(batches), strict=True))),
-            num_workers=wanted.num_workers,
-            pin_memory=device.type == "cuda",
-            worker_init_fn=_ignore_signals,
-            generator=torch.Generator(),  # else the loader draws its workers' seed from the global state
-        )
-        for images, labels, unreadable, failure in loader:
-            if failure is not None:
-                raise DataError(failure)
-            for name, kind, reason in unreadable:
-                error = Unreadable(kind, reason)
-                self.skipped.add(name, raise_unless_skipped(name, error, self.on_corrupt))
-            if not len(images):
-                name, _, reason = unreadable[0]
-                raise DataError(
-                    f"Not one image of a batch of {len(unreadable)} can be read, {name} among them ({reason})."
-                )
-            yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-
 
 def _ignore_signals(_worker: int) -> None:
     """Leave Ctrl-C and SIGTERM to the main process, which stops its workers once the run is saved."""
@@ -361,19 +413,19 @@ _Decoded = tuple[Tensor, Tensor, list[tuple[str, Kind, str]], str | None]
 class _DecodedBatches(torch.utils.data.Dataset[_Decoded]):
     """What a worker runs; failures travel as text, since a raised one would arrive with its traceback."""
 
-    def __init__(self, images: FileImages, image_size: tuple[int, int], prepared: Prepared | None) -> None:
+    def __init__(self, images: EncodedImages, image_size: tuple[int, int], prepared: Prepared | None) -> None:
         self.images = images
         self.image_size = image_size
         self.prepared = prepared
 
-    def __getitem__(self, request: tuple[Tensor, int]) -> _Decoded:
-        indices, seed = request
+    def __getitem__(self, request: tuple[Any, int]) -> _Decoded:
+        what, seed = request
         good, decoded = [], []
         unreadable: list[tuple[str, Kind, str]] = []
-        rows, reading = self.images.rows[indices].tolist(), self.images.reading
+        reading = self.images.reading
         empty = torch.empty((0, reading.num_channels, *self.image_size), dtype=torch.uint8)
-        encoded_files = self.images.files.encoded(rows)
-        for place, (index, (name, encoded)) in enumerate(zip(indices.tolist(), encoded_files, strict=True)):
+        encoded_files, labels = self.images.fetch(what)
+        for place, (name, encoded) in enumerate(encoded_files):
             try:
                 pixels = to_pixels(open_image(encoded), reading)
                 ready = (
@@ -383,10 +435,10 @@ class _DecodedBatches(torch.utils.data.Dataset[_Decoded]):
                 unreadable.append((name, error.kind, error.reason))
                 continue
             except DataError as error:
-                return empty, self.images.labels[[]], [], f"{error} The image: {name}."
-            good.append(index)
+                return empty, labels[[]], [], f"{error} The image: {name}."
+            good.append(place)
             decoded.append(ready)
-        return torch.stack(decoded) if decoded else empty, self.images.labels[good], unreadable, None
+        return torch.stack(decoded) if decoded else empty, labels[good], unreadable, None
 
 
 def raise_unless_skipped(name: str, error: Unreadable, on_corrupt: OnCorrupt) -> Unreadable:

@@ -85,6 +85,10 @@ class Missing(bytes):
         made.kind, made.reason = kind, reason
         return made
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Both arguments, for what goes to a worker process."""
+        return type(self), (self.kind, self.reason)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:

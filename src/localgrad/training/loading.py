@@ -10,31 +10,21 @@ Classes are matched by name: a part whose classes stand in another order gets th
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from localgrad import rules
 from localgrad.errors import DataError, arg, did_you_mean, reason_of
 from localgrad.training.folders import SPLITS, Folders, Split, images_under, read_classes, read_folders
-from localgrad.training.image_sets import (
-    FileImages,
-    FilesOnDisk,
-    ImageSet,
-    InMemoryImages,
-    Skipped,
-    bytes_of,
-    raise_unless_skipped,
-)
-from localgrad.training.images import Reading, Unreadable, image_suffixes, open_image, to_pixels
-from localgrad.training.settings import OnCorrupt
-from localgrad.training.tables import Part, Parts, find_tables, holds_tables, matched
+from localgrad.training.image_sets import FileImages, FilesOnDisk, ImageSet, InMemoryImages, Skipped
+from localgrad.training.streams import StreamedImages
+from localgrad.training.tables import Chosen, Part, Parts, find_tables, holds_tables, matched
 
 DEFAULT_ROOT = Path("data")
 
@@ -60,7 +50,14 @@ class Found:
     skipped: Mapping[str, Skipped] = field(default_factory=dict)
 
 
-def find(name: str, *, root: Path | None, download: bool, given: Mapping[Split, str] | None = None) -> Found:
+def find(
+    name: str,
+    *,
+    root: Path | None,
+    download: bool,
+    given: Mapping[Split, str] | None = None,
+    chosen: Chosen | None = None,
+) -> Found:
     """Resolve a name: known names first, then paths, then the Hugging Face hub. Labels aren't checked yet.
 
     Args:
@@ -69,33 +66,41 @@ def find(name: str, *, root: Path | None, download: bool, given: Mapping[Split, 
             as folders in it.
         download: whether torchvision may fetch what is missing.
         given: folders or tables of single parts, in place of those that are found.
+        chosen: what is said of tables.
 
     Raises:
         DataError: for a name that is nothing of these, for files that are missing or unusable, and for folders that can
             be read in two ways.
     """
-    given = dict(given or {})
-    rules.check({"data": name, **{f"{split}_data": where for split, where in given.items()}}, DataError)
+    given, chosen = dict(given or {}), chosen or Chosen()
+    parts = {f"{split}_data": where for split, where in given.items()}
+    rules.check({"data": name, **parts, **asdict(chosen)}, DataError)
     if name in _READERS:
         return _READERS[name](root or DEFAULT_ROOT, download)
-    return _together(name, _found_parts(name, root, given))
+    return _together(name, _found_parts(name, root, given, chosen))
 
 
-def _found_parts(name: str, root: Path | None, given: Mapping[Split, str]) -> Parts:
+def _found_parts(name: str, root: Path | None, given: Mapping[Split, str], chosen: Chosen) -> Parts:
     """The parts of a path or a hub name, with those that were given."""
     path, train, found = existing_path(name, root), given.get("train"), Parts()
     if path is not None and (train is None or existing_path(train, root) != path):
-        found = find_tables(str(path), path) if _is_table(path) else _parts_in(path, train_is_given=train is not None)
+        is_table = _is_table(path) or bool(chosen.config)
+        found = (
+            find_tables(str(path), path, chosen)
+            if is_table
+            else _parts_in(path, train_is_given=train is not None, chosen=chosen)
+        )
     elif path is None and name != train:
-        found = _from_hub(name)
-    parts, skipped = dict(found.parts), dict(found.skipped)
+        found = _from_hub(name, chosen)
+    parts, skipped, notes = dict(found.parts), dict(found.skipped), dict.fromkeys(found.notes)
     for split, where in given.items():
-        own = existing_path(where, root)
+        own, said = existing_path(where, root), chosen if split == "train" else replace(chosen, num_examples=None)
         if own is None:
             raise DataError(f"--{split}-data: there is no file or folder {where}.")
-        read = find_tables(str(own), own) if _is_table(own) else _parts_of_folders(read_classes(own))
+        read = find_tables(str(own), own, said) if _is_table(own) else _parts_of_folders(own, read_classes(own), said)
         parts[split], skipped[split] = read.parts["train"], read.skipped.get("train", Skipped())
-    return Parts(parts, found.notes, skipped)
+        notes |= dict.fromkeys(read.notes)
+    return Parts(parts, tuple(notes), skipped)
 
 
 def _is_table(path: Path) -> bool:
@@ -108,12 +113,15 @@ def existing_path(name: str, root: Path | None) -> Path | None:
     return next((path for path in candidates if path.exists()), None)
 
 
-def _from_hub(name: str) -> Parts:
+def _from_hub(name: str, chosen: Chosen) -> Parts:
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?", name):
-        _, _, config = name.partition(":")
+        source, _, config = name.partition(":")
         if Path(name).parent.is_dir():
             raise DataError(f"There is no file or folder {name}, though there is {Path(name).parent}.")
-        return find_tables(name, config=config or None)
+        if config:
+            chosen.refuse(f"{name} names one already", "config")
+            chosen = replace(chosen, config=config)
+        return find_tables(source, chosen=chosen)
     raise DataError(
         f"No data set or path is called {name!r}: give one of {', '.join(rules.NAMED_DATA)}, an existing folder, "
         f"or OWNER/NAME on the Hugging Face hub.{did_you_mean(name.lower(), rules.NAMED_DATA)}"
@@ -129,8 +137,11 @@ def _together(name: str, found: Parts) -> Found:
     if "train" not in found.parts:
         raise DataError(f"{name} has no training part: name one with {arg('train_data')}.")
     class_names = found.parts["train"].class_names
-    images: dict[Split, FileImages] = {}
+    images: dict[Split, FileImages | StreamedImages] = {}
     for split, part in found.parts.items():
+        if isinstance(part.images, StreamedImages):
+            images[split] = part.images.as_classes(part.class_names, class_names)
+            continue
         used = torch.bincount(part.images.labels[part.images.labels >= 0]).nonzero().flatten().tolist()
         own = [part.class_names[k] for k in used if 0 <= k < len(part.class_names)]
         strange = [each for each in own if each not in class_names] if split != "train" else []
@@ -192,11 +203,13 @@ _READERS: dict[str, Callable[[Path, bool], Found]] = {
 # ------------------------------------------------------------------------------------------------ folders
 
 
-def _parts_in(path: Path, *, train_is_given: bool) -> Parts:
+def _parts_in(path: Path, *, train_is_given: bool, chosen: Chosen) -> Parts:
     """The parts of a folder: of folders by split and class, or else of a table beside images without classes."""
     if not any(path.iterdir()):
         raise DataError(f"The data folder {path} is empty: expected class folders of images, or parquet files.")
     has_tables = not train_is_given and holds_tables(path) == "beside"
+    if has_tables and (chosen.image_column or chosen.label_column):
+        return find_tables(str(path), path, chosen)
     folders, why_not = Folders({}), ""
     try:
         folders = read_folders(path, train_is_given=train_is_given)
@@ -206,14 +219,19 @@ def _parts_in(path: Path, *, train_is_given: bool) -> Parts:
         why_not = str(error)
     if has_tables and len(folders.classes.get("train", ())) < 2:  # images without classes, and a table that names them
         try:
-            return find_tables(str(path), path)
+            return find_tables(str(path), path, chosen)
         except DataError as error:
             raise DataError(f"{why_not or f'There is one class at most in {path}.'} As a table: {error}") from error
-    return _parts_of_folders(folders)
+    return _parts_of_folders(path, folders, chosen)
 
 
-def _parts_of_folders(folders: Folders) -> Parts:
-    """List the images of each split and class, and say which classes have none."""
+def _parts_of_folders(path: Path, folders: Folders, chosen: Chosen) -> Parts:
+    """List the images of each split and class, and say which classes have none.
+
+    Raises:
+        DataError: something is said of a table, which this isn't.
+    """
+    chosen.refuse(f"{path} is read by its class folders, and this is of tables")
     parts: dict[Split, Part] = {}
     skipped: dict[str, Skipped] = {}
     empty: dict[str, list[Split]] = {}
@@ -245,41 +263,3 @@ def _parts_of_folders(folders: Folders) -> Parts:
         listed = ", ".join(f"{name} ({', '.join(splits)})" for name, splits in empty.items())
         notes.append(f"Class folders without an image: {listed}.")
     return Parts(parts, tuple(notes), skipped)
-
-
-def list_image_files(path: Path, skipped: Skipped) -> list[Path]:
-    """List a file itself, or all image files below a folder, sorted; at least one. What is no image is counted.
-
-    Raises:
-        DataError: if there is no such path, or no image below it.
-    """
-    if path.is_file():
-        return [path]
-    if not path.exists():
-        raise DataError(f"There is no file or folder {path}: name an image or a folder of images.")
-    found = sorted(map(Path, images_under(path, skipped)))
-    if not found:
-        raise DataError(
-            f"There is no image in {path}: looked below it for what Pillow opens, such as "
-            f"{', '.join(ending for ending in ('.jpg', '.png', '.webp') if ending in image_suffixes())}."
-        )
-    return found
-
-
-def read_image_files(
-    paths: list[Path], reading: Reading, on_corrupt: OnCorrupt, skipped: Skipped
-) -> Iterator[tuple[Path, Tensor]]:
-    """Decode image files one after the other: path and uint8 [C, h, w] of each.
-
-    Raises:
-        DataError: for a corrupt image that is not to be skipped, and for a single file that is no image.
-    """
-    for path in paths:
-        try:
-            pixels = to_pixels(open_image(bytes_of(str(path))), reading)
-        except Unreadable as error:
-            alone = len(paths) == 1 and error.kind == "no image"
-            kept = Unreadable("corrupt", error.reason) if alone else error
-            skipped.add(str(path), raise_unless_skipped(str(path), kept, on_corrupt))
-            continue
-        yield path, pixels

@@ -46,6 +46,26 @@ class DataSettings:
     train_data: str | None = option(None, "Class folders or a table to train on, whatever the data set holds.", DATA)
     val_data: str | None = option(None, "Likewise, of the images that select the best epoch.", DATA)
     test_data: str | None = option(None, "Likewise, of the test images.", DATA)
+    image_column: str | None = option(
+        None, "Of a table: the column of images; by default the only one, or image or img.", DATA
+    )
+    label_column: str | None = option(
+        None,
+        "Of a table: the column of labels; by default the only one of classes, or label, fine_label, labels.",
+        DATA,
+    )
+    config: str | None = option(
+        None, "Of a Hugging Face data set: its configuration; by default the only one, or default.", DATA
+    )
+    streaming: bool = option(
+        default=False, help="Of a table: read it as it comes, without keeping it; parts are cut in order.", panel=DATA
+    )
+    num_examples: Positive | None = option(
+        None, "With streaming: training images, where the data set doesn't say how many there are."
+    )
+    shuffle_buffer: Positive | None = option(
+        None, "With streaming: images that wait for their turn, from which each is drawn; 1000 by default."
+    )
     image_range: tuple[Number, Number] | None = option(
         None, "BLACK,WHITE of images of more than 8 bits: 0,4095.", DATA, read=read_numbers(0, 4095)
     )

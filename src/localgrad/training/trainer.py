@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NotRequired, TypedDict, TypeVar, Unpack, cast, final
+from typing import NotRequired, Protocol, TypedDict, TypeVar, Unpack, cast, final
 
 import numpy as np
 import torch
@@ -667,7 +667,13 @@ def with_less(
             raise MemoryExceeded(place, attempt.reason)
 
 
-def halve(batches: Batches | None) -> str | None:
+class InBatches(Protocol):
+    """What looks at so many images at once."""
+
+    batch_size: int
+
+
+def halve(batches: InBatches | None) -> str | None:
     """Halve evaluation batches; accuracies don't depend on how many images are looked at together."""
     if batches is None or batches.batch_size == 1:
         return None
