@@ -35,6 +35,7 @@ REPEATABLE = {
     "plan": "likewise",
     "evaluate": "likewise",
     "predict": "likewise",
+    "export": "likewise",
     "compare": "likewise",
 }
 """Public top-level names that may be defined twice, and why."""

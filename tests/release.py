@@ -120,6 +120,7 @@ def without_extras(environment: Environment) -> None:
     assert "pip install 'localgrad[plots]'" in environment.localgrad(*PICTURE, code=2)
     options = ("--epochs", "1", "--device", "cpu", "--optimizer", "bnbadamw8bit")
     assert "pip install 'localgrad[8bit]'" in environment.localgrad("train", *options, code=2)
+    assert "pip install 'localgrad[onnx]'" in environment.localgrad("export", "run", "--to", "onnx", code=2)
 
 
 def with_plots(environment: Environment) -> None:
@@ -159,6 +160,11 @@ def with_trackers(environment: Environment) -> None:
     assert "needs wandb: pip install wandb" in said
 
 
+def with_onnx(environment: Environment) -> None:
+    """A run becomes ONNX, which is run."""
+    assert "logits differ by" in environment.localgrad("export", "run", "--to", "onnx")
+
+
 BY_EXTRA: dict[str, Callable[[Environment], None]] = {
     "": without_extras,
     "plots": with_plots,
@@ -166,6 +172,7 @@ BY_EXTRA: dict[str, Callable[[Environment], None]] = {
     "hf": with_hf,
     "peft": with_peft,
     "trackers": with_trackers,
+    "onnx": with_onnx,
 }
 
 

@@ -132,7 +132,7 @@ def test_digits_are_the_real_ones():
     splits = load_named("digits", val_fraction=0.25)
     info = splits.info
     assert (info.num_train, info.num_val, info.num_test) == (1078, 360, 359)
-    assert (info.num_channels, info.image_size, info.num_classes) == (1, (8, 8), 10)
+    assert (info.num_channels, info.found_size, info.num_classes) == (1, (8, 8), 10)
     assert "held out" in info.notes[0]
     together = torch.cat([part.images for part in (splits.train, splits.val, splits.test)]).flatten(1)
     real = torch.from_numpy(load_digits().data * 255 / 16).round().to(torch.uint8)
@@ -217,7 +217,7 @@ def test_stl10_from_its_binaries(tmp_path, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.STL10._check_integrity", lambda _: True)
     splits = load_named("stl10", root=tmp_path, val_fraction=0)
     assert splits.info.class_names == tuple(names)
-    assert splits.info.image_size == (96, 96)
+    assert splits.info.found_size == (96, 96)
     assert splits.train.labels.tolist() == [*range(10), 0, 1]
     assert np.array_equal(splits.train.images.numpy(), images)
 
@@ -269,7 +269,7 @@ def test_sizes_are_unified_at_the_models(tmp_path):
     (tmp_path / "a").rmdir()
     (tmp_path / "b").rmdir()
     splits = load_named(str(tmp_path), image_size=(8, 8))
-    assert splits.info.image_size is None
+    assert splits.info.found_size is None
     assert splits.train.images.shape[1:] == (3, 8, 8)
     assert "stored at 8x8" in splits.info.notes[-1]
     lazy = load_named(str(tmp_path))
@@ -282,7 +282,7 @@ def test_one_odd_image_among_many_is_noticed_though_it_was_not_probed(tmp_path, 
     write_folder(tmp_path, {"cat": 10, "dog": 10}, mode="L")
     picture(0, (6, 9)).save(tmp_path / "cat" / "5.png")
     splits = load_named(str(tmp_path), image_size=(6, 6))
-    assert (splits.info.image_size, splits.info.num_channels) == (None, 3)
+    assert (splits.info.found_size, splits.info.num_channels) == (None, 3)
     assert len(splits.train) + len(splits.val) + len(splits.test) == 20
 
 
@@ -488,7 +488,7 @@ def test_the_real_images_beside_the_repository(name, num_classes):
         pytest.skip(f"{SHARED_DATA / name} is not on this machine")
     info = load_named(str(SHARED_DATA / name)).info
     assert (info.num_train, info.num_val, info.num_test) == (45_000, 5_000, 10_000)
-    assert (info.num_classes, info.image_size, info.num_skipped) == (num_classes, (32, 32), 0)
+    assert (info.num_classes, info.found_size, info.num_skipped) == (num_classes, (32, 32), 0)
 
 
 def test_some_real_images_beside_the_repository():

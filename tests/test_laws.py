@@ -642,6 +642,7 @@ PUBLIC = [
     "balance",
     "check_isolation",
     "estimate",
+    "export",
     "finetune",
     "measure",
     "plan",
@@ -684,7 +685,7 @@ def test_cli_verbs_are_frozen() -> None:
     from localgrad.cli import app
 
     verbs = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
-    assert sorted(verbs) == ["compare", "evaluate", "finetune", "plan", "predict", "train"]
+    assert sorted(verbs) == ["compare", "evaluate", "export", "finetune", "plan", "predict", "train"]
     assert not app.registered_groups
 
 

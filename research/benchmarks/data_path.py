@@ -100,7 +100,7 @@ def made_of(options: argparse.Namespace, device: torch.device) -> Batches:
         name="random",
         class_names=tuple(map(str, range(100))),
         num_channels=3,
-        image_size=(side, side),
+        found_size=(side, side),
         mean=(0.5, 0.5, 0.5),
         std=(0.25, 0.25, 0.25),
         num_skipped=0,

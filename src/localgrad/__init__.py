@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         RunFolderError,
     )
     from localgrad.finetuning import finetune
+    from localgrad.integrations.exporting import export
     from localgrad.isolation import check_isolation
     from localgrad.learner import LocalLearner
     from localgrad.objectives.auxiliary import Classifier, Decoder, register_classifier, register_decoder
@@ -72,6 +73,7 @@ _HOMES = {
     "localgrad.errors": "BackboneError BudgetError CheckpointError DataError DeviceError DivergenceError "
     "IsolationError LocalgradError ParallelError PartitionError RecipeError RunFolderError",
     "localgrad.finetuning": "finetune",
+    "localgrad.integrations.exporting": "export",
     "localgrad.isolation": "check_isolation",
     "localgrad.learner": "LocalLearner",
     "localgrad.objectives.auxiliary": "Classifier Decoder register_classifier register_decoder",
@@ -142,6 +144,7 @@ __all__ = [
     "balance",
     "check_isolation",
     "estimate",
+    "export",
     "finetune",
     "measure",
     "plan",

@@ -1,4 +1,4 @@
-"""The command line: ``localgrad train | finetune | plan | compare | evaluate | predict``.
+"""The command line: ``localgrad train | finetune | plan | compare | evaluate | predict | export``.
 
 It turns options into a recipe and calls ``localgrad.run``; torch is imported only inside a verb. Every mistake that
 a user can make ends in one line on standard error and exit status 2; 1 is that of ``predict`` where some images could
@@ -686,6 +686,26 @@ def predict(
     if failed:
         typer.echo(f"{failed:,} of {total:,} images are left out", err=True)
         raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    *,
+    run_folder: RunFolderArgument,
+    to: Annotated[str, typer.Option(help="timm (a folder), onnx, torch-export (a file), or hub (uploads a folder).")],
+    out: Annotated[Path | None, typer.Option(help="What to write; by default below export/ of the run folder.")] = None,
+    repo: Annotated[str | None, typer.Option(help="With hub: OWNER/NAME to upload to.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="An image, or a folder of images, to compare logits on; by default noise.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be written; with hub: write it, and upload nothing.")
+    ] = False,
+) -> None:
+    """Write a run's model for timm, transformers, ONNX, torch.export or the hub; it is read again and compared."""
+    from localgrad.integrations.exporting import export as write
+
+    typer.echo(str(write(run_folder, to=to, out=out, example=images, repo=repo, dry_run=dry_run)))
 
 
 _IN_COMPARE = declared(Settings)

@@ -200,7 +200,12 @@ def _rules() -> Iterator[Rule]:
         yield Rule(Given(name), Given("resume"), "the run has its recipe and folder")
 
     yield from _rules_of_data()
+    yield from _rules_of_files()
+
+
+def _rules_of_files() -> Iterator[Rule]:
     yield Rule(Given("plot"), Given("estimate_only"), "it needs step times; take a timeline instead")
+    yield Rule(Given("repo"), OneOf("to", values=("timm", "onnx", "torch-export")), "only the hub has repositories")
 
 
 def _rules_of_frozen_blocks() -> Iterator[Rule]:

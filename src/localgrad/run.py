@@ -16,6 +16,7 @@ from localgrad import rules
 from localgrad.app.agreement import team_of, together
 from localgrad.app.build import Job, build, resolve_device
 from localgrad.app.fitting import fit, health_check, plan_of_run
+from localgrad.app.hub_classifiers import CONFIG
 from localgrad.app.places import located, read_places, telling_places, write_places
 from localgrad.app.planned import check_plan_fits, laid_over, plan_recipe, task_on
 from localgrad.app.recipe import Recipe, as_recipe, flat, overlay
@@ -188,7 +189,8 @@ def resume(
 
         def go_on() -> None:
             if described is not None:
-                rewrite(folder, job.recipe, described, places, is_moved=moved)
+                text = describe_model(job).get(CONFIG) if config is None else config
+                rewrite(folder, job.recipe, described, places, is_moved=moved, config=text)
 
         with telling_places(recipe, places, RecipeError):
             health = health_check(replace(job, recipe=located(job.recipe, places)))

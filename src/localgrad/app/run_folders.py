@@ -7,13 +7,17 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from localgrad.app.build import Job, build
 from localgrad.app.hub_classifiers import CONFIG, PROCESSOR, config_text, processor_text
 from localgrad.app.hub_models import is_on_hub
 from localgrad.app.places import Places, are_elsewhere, located, telling_places, with_paths_of, write_places
 from localgrad.app.recipe import Recipe, TrainingSettings, difference
-from localgrad.errors import CheckpointError, DataError, RecipeError, RunFolderError, arg
+from localgrad.app.timm_classifiers import is_timm_run, timm_config_of_run
+from localgrad.errors import BackboneError, CheckpointError, DataError, RecipeError, RunFolderError, arg
 from localgrad.formats import check_format
+from localgrad.training.data import DataInfo
 from localgrad.training.events import summary_rows
 from localgrad.training.fingerprint import DataDescription, fingerprint_of
 from localgrad.training.folder import RunFolder, is_sound, kept_of, load_saved_weights, read_text, say
@@ -103,13 +107,36 @@ def config_kept(path: Path, recipe: Recipe) -> str | None:
 
 
 def describe_model(job: Job) -> dict[str, str]:
-    """Files of a run, by name, by which transformers reads its model; none of a model that isn't its own."""
-    method, info, backbone = job.recipe.method, job.data.info, job.learner.backbone
-    if not is_on_hub(method.model.name):
+    """Files of a run, by name, by which transformers or timm reads its model; none of a model that is neither's."""
+    backbone = job.learner.backbone
+    try:
+        return files_beside_weights(job.recipe, backbone.model, job.data.info, backbone.image_size)
+    except BackboneError as error:  # which stops no training
+        say(f"There will be no {CONFIG}, by which timm would load the run's folder: {error}")
         return {}
-    size = (backbone.image_size[1], backbone.image_size[2])
-    processor = processor_text(size, info.mean, info.std, replace(method.data, fit=info.fit))
-    found = {CONFIG: config_text(backbone.model, info.class_names)}
+
+
+def files_beside_weights(
+    recipe: Recipe, model: nn.Module, info: DataInfo, size: tuple[int, int, int]
+) -> dict[str, str]:
+    """Texts, by the names of files, by which transformers or timm reads a run's model; none of another model.
+
+    Args:
+        recipe: of the run.
+        model: with adapters in its layers or without.
+        info: of the data.
+        size: (C, H, W) that the model takes.
+
+    Raises:
+        BackboneError: timm can't write its config.
+    """
+    if is_timm_run(recipe, model):
+        return {CONFIG: timm_config_of_run(recipe, model, info, size)}
+    if not is_on_hub(recipe.method.model.name):
+        return {}
+    _, height, width = size
+    processor = processor_text((height, width), info.mean, info.std, replace(recipe.method.data, fit=info.fit))
+    found = {CONFIG: config_text(model, info.class_names)}
     return found if processor is None else found | {PROCESSOR: processor}
 
 
@@ -241,7 +268,8 @@ def build_again(recipe: Recipe, places: Places, **settings: Any) -> Job:
 
 def describe_data(job: Job) -> DataDescription:
     """What ``data.json`` holds of a job's data."""
-    return DataDescription(job.data.info, fingerprint_of(job.data))
+    height, width = job.batches.image_size
+    return DataDescription(job.data.info, fingerprint_of(job.data), (height, width))
 
 
 def is_moved(own: Recipe, recipe: Recipe, places: Places) -> bool:
@@ -272,8 +300,25 @@ def check_data(path: Path, job: Job, *, is_moved: bool) -> DataDescription:
     return found
 
 
-def rewrite(folder: RunFolder, recipe: Recipe, described: DataDescription, places: Places, *, is_moved: bool) -> None:
-    """Write down what a run goes on with: what was laid over its recipe, where files are now, what was damaged."""
+def rewrite(
+    folder: RunFolder,
+    recipe: Recipe,
+    described: DataDescription,
+    places: Places,
+    *,
+    is_moved: bool,
+    config: str | None = None,
+) -> None:
+    """Write down what a run goes on with: what was laid over its recipe, where files are now, what was damaged.
+
+    Args:
+        folder: of the run.
+        recipe: that it goes on by.
+        described: what ``data.json`` holds.
+        places: of what the recipe names.
+        is_moved: whether the data lies elsewhere now.
+        config: the text of ``config.json``, of a model that has one.
+    """
     write_places(folder, recipe, places)
     text = recipe.to_toml()
     if not (is_sound(folder.path, "recipe.toml") and read_text(folder.path, "recipe.toml") == text):
@@ -283,8 +328,7 @@ def rewrite(folder: RunFolder, recipe: Recipe, described: DataDescription, place
         folder.write_json("data.json", described.to_dict())
     else:
         folder.kept["data.json"] = read_text(folder.path, "data.json")
-    config = config_kept(folder.path, recipe)
-    if config is not None and not is_sound(folder.path, CONFIG):
+    if config is not None and not (is_sound(folder.path, CONFIG) and read_text(folder.path, CONFIG) == config):
         folder.write_text(CONFIG, config)
     if config is not None:
         folder.kept[CONFIG] = config

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,20 +20,24 @@ from localgrad.app.run_folders import (
     build_again,
     check_data,
     config_kept,
+    files_beside_weights,
     is_moved,
     read_description,
     read_recipe,
+    read_summary,
 )
 from localgrad.backbones.base import Backbone
 from localgrad.backbones.example import logits_of
-from localgrad.errors import RecipeError, arg
+from localgrad.backbones.timm_config import WEIGHTS
+from localgrad.errors import RecipeError, RunFolderError, arg
 from localgrad.registry import load_plugins
 from localgrad.step.states import load_weights
+from localgrad.training.data import DataInfo
 from localgrad.training.folder import load_saved_weights, say
 from localgrad.training.image_sets import Skipped
 from localgrad.training.images import Unreadable
 from localgrad.training.prediction import images_named, load_images_for_prediction
-from localgrad.training.saved import Evaluation
+from localgrad.training.saved import Evaluation, Summary
 from localgrad.training.settings import DataSettings
 from localgrad.training.stagewise import gather
 from localgrad.training.trainer import below, evaluate, halve, load_best_weights, with_less
@@ -168,13 +173,8 @@ def predict(
     found = images_named([images] if isinstance(images, Path | str) else images, left_out)
     load_plugins(recipe.execution.plugins)
     where = resolve_device(recipe.execution.device)
-    settings = replace(recipe.method.model, pretrained=False, weights=None)
-    config = config_kept(path, recipe)
-    made, _ = make_model(settings, num_classes=info.num_classes, num_channels=info.num_channels, config=config)
-    size = input_size_of(made, settings, info.num_channels)
-    model = made.model if isinstance(made, Backbone) else made
-    load_weights(model, below(load_saved_weights(path / _BEST), "model."))
-    classifier = _Classifier(model.to(where).eval(), where, info.class_names, batch_size)
+    model, size = _model_with(path, recipe, info, below(load_saved_weights(path / _BEST), "model."))
+    classifier = _Classifier(model.to(where), where, info.class_names, batch_size)
     loaded = load_images_for_prediction(found, reading, info, image_size=size[1:])
     num_named = min(top, info.num_classes)
     return Predictions(num_named, _predictions(classifier, loaded, num_named, left_out))
@@ -223,6 +223,76 @@ def _likeliest(path: Path, shares: Tensor, class_names: tuple[str, ...], top: in
     best = shares.sort(descending=True, stable=True)
     values = zip(best.indices[:top].tolist(), best.values[:top].tolist(), strict=True)
     return Prediction(path, tuple((class_names[index], share) for index, share in values))
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a finished run leaves, to be used elsewhere; on the processor, in evaluation mode.
+
+    Attributes:
+        path: the run folder.
+        recipe: of the run.
+        info: of its data.
+        summary: its figures.
+        model: the plain one, with the weights of ``model.safetensors``.
+        trained: as it was trained, with the best epoch's weights: with adapters, or weights of 4 bits, where it has
+            them.
+        size: (C, H, W) that it takes.
+        files: texts by which its library reads it, by name.
+    """
+
+    path: Path
+    recipe: Recipe
+    info: DataInfo
+    summary: Summary
+    model: nn.Module
+    trained: nn.Module
+    size: tuple[int, int, int]
+    files: Mapping[str, str]
+
+    def images(self, path: Path, count: int) -> Tensor:
+        """So many images of a file or a folder at most, [B, C, H, W], as the model is evaluated on them."""
+        paths = images_named([path], Skipped())[:count]
+        reading = replace(self.recipe.method.data, on_corrupt="error")
+        found = load_images_for_prediction(paths, reading, self.info, image_size=self.size[1:])
+        return torch.stack([cast(Tensor, image) for _, image in found])
+
+
+def open_run(path: Path) -> FinishedRun:
+    """A finished run, with its model twice: as its folder has it for other libraries, and as it was trained.
+
+    Raises:
+        RunFolderError: no run there, or it isn't finished.
+        CheckpointError: its weights are missing or damaged.
+    """
+    recipe = read_recipe(path)
+    summary = read_summary(path, recipe)
+    if summary is None:
+        raise RunFolderError(
+            f"{path}: this run isn't finished, and has no {WEIGHTS} of its best epoch yet; go on with "
+            f"{arg('resume', path)}."
+        )
+    info = read_description(path).info
+    load_plugins(recipe.execution.plugins)
+    settings = recipe.method.model
+    bare = replace(recipe, method=replace(recipe.method, model=replace(settings, lora=None, quantize=None)))
+    model, size = _model_with(path, bare, info, load_saved_weights(path / WEIGHTS))
+    trained, _ = _model_with(path, recipe, info, below(load_saved_weights(path / _BEST), "model."))
+    return FinishedRun(
+        path, recipe, info, summary, model, trained, size, files_beside_weights(recipe, model, info, size)
+    )
+
+
+def _model_with(
+    path: Path, recipe: Recipe, info: DataInfo, weights: dict[str, Tensor]
+) -> tuple[nn.Module, tuple[int, int, int]]:
+    """The model of a run's recipe with weights, in evaluation mode, and the (C, H, W) that it takes."""
+    settings = replace(recipe.method.model, pretrained=False, weights=None)
+    config = config_kept(path, recipe)
+    made, _ = make_model(settings, num_classes=info.num_classes, num_channels=info.num_channels, config=config)
+    model = made.model if isinstance(made, Backbone) else made
+    load_weights(model, weights)
+    return model.eval(), input_size_of(made, settings, info.num_channels)
 
 
 def _on_device(recipe: Recipe, device: str | None) -> Recipe:

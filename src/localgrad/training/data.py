@@ -56,7 +56,7 @@ class DataInfo:
         name: as the user gave it.
         class_names: in the order of the labels.
         num_channels: 1 or 3.
-        image_size: (H, W) of the images as they were found, None if they differ.
+        found_size: (H, W) of the images as they were found, None if they differ.
         mean: per channel, of pixel values scaled to 0..1, over the training part.
         std: likewise.
         num_skipped: images left out while loading: corrupt ones, and files that are none by their content.
@@ -73,7 +73,7 @@ class DataInfo:
     name: str
     class_names: tuple[str, ...]
     num_channels: int
-    image_size: tuple[int, int] | None
+    found_size: tuple[int, int] | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
     num_skipped: int
@@ -193,7 +193,7 @@ def load_data(
         name=name,
         class_names=found.class_names,
         num_channels=settled.num_channels,
-        image_size=settled.size,
+        found_size=settled.size,
         mean=mean,
         std=std,
         num_skipped=sum(len(own.images) for own in skipped.values()),

@@ -60,14 +60,17 @@ class DataDescription:
     Attributes:
         info: all but the images.
         fingerprint: of the images and labels; ``None`` where an older version wrote none.
+        image_size: (H, W) that the model is given; ``None`` where an older version didn't write it.
     """
 
     info: DataInfo
     fingerprint: str | None
+    image_size: tuple[int, int] | None = None
 
     def to_dict(self) -> dict[str, Json]:
         """Plain values, side by side."""
-        return {"format": RUN_FORMAT, **asdict(self.info), "fingerprint": self.fingerprint}
+        size = None if self.image_size is None else list(self.image_size)
+        return {"format": RUN_FORMAT, **asdict(self.info), "image_size": size, "fingerprint": self.fingerprint}
 
     @classmethod
     def from_dict(cls, values: Any) -> DataDescription:
@@ -78,8 +81,11 @@ class DataDescription:
             DataError: they are of a newer version.
         """
         check_format("data.json", values.pop("format", 1), RUN_FORMAT, DataError)
-        fingerprint = values.pop("fingerprint", None)
-        return cls(DataInfo(**{key: _with_tuples(value) for key, value in values.items()}), fingerprint)
+        fingerprint, size = values.pop("fingerprint", None), values.pop("image_size")
+        if "found_size" not in values:  # what older versions called so: the images as they were found
+            values["found_size"], size = size, None
+        info = DataInfo(**{key: _with_tuples(value) for key, value in values.items()})
+        return cls(info, fingerprint, _with_tuples(size))
 
     def differences(self, found: DataDescription) -> list[str]:
         """In what other data differ from these, wherever they lie, by key.

@@ -5,7 +5,7 @@
     recipe.toml                what was asked for, whole
     data.json                  the data set in words and figures, and a fingerprint of it
     places.json                where lay what the recipe names by relative paths, if it does
-    config.json                a model of transformers: its config; preprocessor_config.json: its image processor
+    config.json                by which timm or transformers reads its model; preprocessor_config.json likewise
     skipped.csv                the images that were left out: part, image, reason
     metrics.jsonl              one line an epoch, and one a health check
     tensorboard/               the same for TensorBoard
