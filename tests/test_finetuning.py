@@ -1,7 +1,8 @@
-"""``localgrad finetune``: methods, what fits, a pilot; and plan -> finetune -> evaluate -> predict on a folder."""
+"""``localgrad finetune``: methods, what fits, a pilot; and plan, finetune, export, reload, predict on a folder."""
 
 from __future__ import annotations
 
+import csv
 import json
 import tomllib
 from pathlib import Path
@@ -169,7 +170,7 @@ def test_what_the_table_says_is_what_a_plan_says(photos: Path, cli_: Cli, tmp_pa
 # The verb --------------------------------------------------------------------------------------------------------
 
 
-def test_plan_finetune_evaluate_predict(
+def test_plan_finetune_evaluate_export_reload_predict(
     given: list[str], photos: Path, cli_: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ways, "_bases", lambda left_out: iter([(("full",), None)]))  # all are in the heavy tests
@@ -186,9 +187,20 @@ def test_plan_finetune_evaluate_predict(
     evaluated = cli_("evaluate", str(run), "--device", "cpu")
     assert evaluated.code == 0, evaluated.err
     assert "test accuracy" in evaluated.out
-    predicted = cli_("predict", str(run), str(photos / "cat" / "0.png"), "--device", "cpu")
+    exported = cli_("export", str(run), "--to", "timm", "--out", str(tmp_path / "photos"))
+    assert exported.code == 0, exported.err
+    model = timm.create_model(f"local-dir:{tmp_path / 'photos'}", pretrained=True).eval()
+    ready = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    some, written = str(photos / "*" / "1*.png"), tmp_path / "classes.csv"
+    predicted = cli_("predict", str(run), some, "--device", "cpu", "--csv", str(written))
     assert predicted.code == 0, predicted.err
-    assert any(name in predicted.out for name in ("cat", "dog", "eel"))
+    rows = list(csv.DictReader(written.read_text().splitlines()))
+    assert len(rows) == 3 * 11
+    images = torch.stack([ready(Image.open(row["path"]).convert("RGB")) for row in rows])
+    names, shares = model.pretrained_cfg["label_names"], model(images).softmax(dim=1)
+    assert [names[index] for index in shares.argmax(dim=1)] == [row["class"] for row in rows]
+    told = torch.tensor([float(row["probability"]) for row in rows])
+    assert torch.allclose(shares.amax(dim=1), told, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["full", "freeze+local", "probe"])
