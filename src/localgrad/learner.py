@@ -44,6 +44,7 @@ from localgrad.step.checks import (
     FACTORY,
     Remembered,
     ReplacedOptimizers,
+    check_alone,
     check_images,
     check_inputs,
     check_labels,
@@ -456,6 +457,11 @@ class Learner(ABC):
             ours = [module for module in self._still if module not in theirs]
             self._still = [*ours, *(module for module in theirs if not module.training)]
 
+    def _count_step(self) -> None:
+        self.num_steps += 1
+        if self._joint is not None:
+            self._joint.num_updates += 1
+
     def at(self, progress: float) -> None:
         """Tell the learner how much of its training is over, for what changes over time.
 
@@ -530,6 +536,8 @@ class Learner(ABC):
         for index, step in zip(self.own, steps, strict=False):
             step.scaler.load_state_dict(state["scalers"][index])
         self.num_steps, self.seed = state["num_steps"], state["seed"]
+        if self._joint is not None:
+            self._joint.num_updates = 0
         self._seed(steps)
 
     def check_state_dict(self, state: LearnerState) -> None:
@@ -623,6 +631,8 @@ class LocalLearner(Learner):
             aren't in the mean; an end-to-end step updates w once, by the optimizer of the first that has it.)
         chunk_logits: make the logits of a language model's own end chunk by chunk, too, and again in the backward pass:
             those of a large vocabulary are then never whole in memory, and results have none. Rounds otherwise.
+        alone: train beside other processes of torch.distributed and average nothing with them, each a model of its own.
+            Otherwise steps are refused there, as loops that start several processes count on averaged gradients.
 
     Two learners of equal models that are made after the same ``torch.manual_seed`` are the same, and draw the same in
     their steps, whether the seed was set before or after the model was made. (With one module, steps draw from torch's
@@ -658,6 +668,7 @@ class LocalLearner(Learner):
         auxiliary_from: str = "seed",
         shared: str = "refuse",
         chunk_logits: bool = False,
+        alone: bool = False,
     ) -> None:
         _check_overlap(overlap)
         rules.check({"overlap": overlap, "freeze_from": freeze_from, "offload": offload, "device": device})
@@ -679,6 +690,7 @@ class LocalLearner(Learner):
             shared=shared,
             chunk_logits=chunk_logits,
         )
+        self.alone = alone
         self.overlap = overlap
         self.offload = offload
         self.global_checkpoint = Checkpointing.parse(global_checkpoint, "global_checkpoint")
@@ -775,6 +787,7 @@ class LocalLearner(Learner):
         Raises:
             RecipeError: no optimizers yet, schedulers for some of them only, weights that no optimizer holds, or
                 gradients that are off (``torch.no_grad``).
+            ParallelError: other processes train beside this one, and it wasn't made with ``alone``.
             BackboneError: images of another size, dtype or device than the model was split for; or the model was
                 changed since the learner was made.
             DataError: an empty batch; labels that don't fit the images or the classes; images that aren't finite.
@@ -830,6 +843,8 @@ class LocalLearner(Learner):
         """Refuse a step that would train something else than it seems, before anything is changed."""
         if self._executor is None:
             raise no_optimizers()
+        if not self.alone:
+            check_alone(self._executor.steps[0].parameters[0])
         if self.check_ready(self._executor.steps):
             self._global_step = None  # it holds the weights of before
         is_checked = self._values_checked
@@ -891,7 +906,7 @@ class LocalLearner(Learner):
         before = [each.num_updates for each in steps]
         try:
             yield
-            self.num_steps += 1
+            self._count_step()
             if self._ema is not None:
                 self._ema.update(self.model, step=self.num_steps)
         except BaseException as error:

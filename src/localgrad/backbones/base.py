@@ -1026,9 +1026,9 @@ def _check_example(model: object, input_size: object, given: Example, *, is_real
 def _check_arguments(model: nn.Module, input_size: tuple[int, int, int] | None) -> tuple[int, int, int]:
     if not isinstance(model, nn.Module):
         raise BackboneError(f"split takes a timm model, got {model!r}: pass timm.create_model({model!r}).")
-    size = _checked_size(default_input_size(model) if input_size is None else input_size)
     _check_is_plain(model)
     _check_is_not_around(model, next((n for n, m in model.named_modules() if n and _is_timms(m)), None))
+    size = _checked_size(default_input_size(model) if input_size is None else input_size)
     for method in ("forward_features", "forward_head"):
         if not callable(attribute(model, method)):
             raise BackboneError(
@@ -1102,6 +1102,8 @@ def _check_is_plain(model: nn.Module) -> None:
 def _check_is_not_around(model: nn.Module, inner: str | None) -> None:
     """Refuse a wrapper, whose own forward would never run; ``inner`` is the dotted name of what it has."""
     if inner is not None and not _is_timms(model):
+        if getattr(model, "module", None) is model.get_submodule(inner):
+            inner = "module"  # what is public, of frameworks that keep it elsewhere
         path = "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in inner.split("."))
         raise BackboneError(
             f"model: {type(model).__name__} stands around the model, whose blocks are called without it: pass "

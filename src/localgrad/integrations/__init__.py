@@ -1,1 +1,1 @@
-"""Other libraries: local modules in their own loops, and runs in their trackers; a file each, behind its extra."""
+"""Other libraries: local modules in their own loops, runs in their trackers, models in their formats; a file each."""

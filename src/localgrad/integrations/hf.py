@@ -37,6 +37,7 @@ from localgrad.backbones.example import LABEL_NAMES, logits_of
 from localgrad.backbones.proof import digest
 from localgrad.errors import CheckpointError, RecipeError, arg, reason_of
 from localgrad.formats import check_format
+from localgrad.integrations.remaining import FORMAT, load_remaining_state, remaining_state
 from localgrad.learner import LocalLearner
 from localgrad.objectives.base import in_float32
 from localgrad.objectives.losses import Loss
@@ -56,7 +57,6 @@ except ImportError as error:
 
 FILE = "localgrad.pt"
 """What Trainer's checkpoints lack: auxiliary nets, loss scales, the average of weights, the count of steps."""
-FORMAT = 1
 OPTIMIZER_FILE = "optimizer.pt"
 """Where Trainer saves its optimizer: here those of all local modules."""
 ACTIVATION_CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
@@ -368,8 +368,7 @@ class LocalTrainer(Trainer):  # type: ignore[misc]  # its types aren't read
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Save what Trainer saves, and ``localgrad.pt`` beside it."""
         super()._save_optimizer_and_scheduler(output_dir)
-        state: dict[str, Any] = {**self.learner.state_dict(), "format": FORMAT, "digest": self._digest()}
-        del state["model"], state["optimizers"]  # in files of Trainer's own
+        state = {**remaining_state(self.learner), "digest": self._digest()}
         target = Path(output_dir) / FILE
         torch.save(state, target.with_suffix(".part"))
         os.replace(target.with_suffix(".part"), target)  # noqa: PTH105  # over one that is there
@@ -391,7 +390,7 @@ class LocalTrainer(Trainer):  # type: ignore[misc]  # its types aren't read
                 "from_pretrained."
             )
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        check_format(f"checkpoint {path}", saved.pop("format", None), FORMAT, CheckpointError)
+        check_format(f"checkpoint {path}", saved.get("format"), FORMAT, CheckpointError)
         learner = self.learner
         if tuple(saved["boundaries"]) != learner.plan.boundaries:
             raise CheckpointError(
@@ -400,8 +399,7 @@ class LocalTrainer(Trainer):  # type: ignore[misc]  # its types aren't read
             )
         self._check_weights(checkpoint, saved.pop("digest"))
         super()._load_optimizer_and_scheduler(checkpoint)
-        own = learner.state_dict()
-        learner.load_state_dict({**saved, "model": own["model"], "optimizers": own["optimizers"]})  # type: ignore[typeddict-item]
+        load_remaining_state(learner, saved)
 
     def _load_best_model(self) -> None:
         """Load the best checkpoint's weights, as Trainer does, and by the library where Trainer misses them."""

@@ -284,7 +284,7 @@ class ParallelLearner(Learner):
         result = self._pipeline.step(received, unsound)
         for index in self.own:
             release(self.modules[index])  # a frozen one has no backward pass, after which that is done
-        self.num_steps += 1
+        self._count_step()
         if self._ema is not None:
             self._ema.update(self._own_parts, step=self.num_steps)
         return result

@@ -16,6 +16,7 @@ from operator import is_
 from typing import Any, final
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -23,7 +24,7 @@ from localgrad.backbones.base import Backbone
 from localgrad.backbones.example import Example
 from localgrad.backbones.fake import FakeTensor
 from localgrad.backbones.namespaces import Attributes
-from localgrad.errors import BackboneError, DataError, RecipeError
+from localgrad.errors import BackboneError, DataError, ParallelError, RecipeError, arg
 from localgrad.objectives.carried import LocalBatch
 from localgrad.objectives.losses import CROSS_ENTROPY, IGNORED, Loss
 
@@ -247,6 +248,28 @@ def _rates(optimizer: Optimizer) -> list[object]:
     """Learning rates by group; of those in tensors how often they were written, which waits for no device."""
     rates = (group.get("lr") for group in optimizer.param_groups)
     return [(id(rate), rate._version) if isinstance(rate, Tensor) else rate for rate in rates]
+
+
+def check_alone(weight: Tensor) -> None:
+    """Refuse to train beside other processes that may count on averaged gradients; what only estimates passes.
+
+    Frameworks' wrappers (DDP) average in the backward pass of the whole model, which never runs here.
+
+    Args:
+        weight: any of the model's.
+
+    Raises:
+        ParallelError: this is one of several processes of torch.distributed.
+    """
+    if not dist.is_available() or not dist.is_initialized() or isinstance(weight, FakeTensor):
+        return
+    size = dist.get_world_size()
+    if size > 1:
+        raise ParallelError(
+            f"step: there are {size} processes, and LocalLearner averages no gradients with the others; take "
+            f"localgrad.ParallelLearner(model, team=localgrad.Team.join(num_replicas={size})), which does, or say "
+            f"{arg('alone', value=True)}."
+        )
 
 
 # ------------------------------------------------------------------------------------------------------- batches

@@ -3,9 +3,11 @@
 Learning rate schedulers, Accelerate and trainers of frameworks keep one optimizer: they read and write its groups, save
 its state and call its ``step``. Here that is all of the modules' own, behind one object: its groups *are* theirs, so
 that a scheduler made of it changes every module's learning rate, just as one for each would. The updates themselves are
-made by ``learner.step``, module after module; there is nothing left to do in ``step``.
+made by ``learner.step``, module after module; there is nothing left to do in ``step`` but to notice a loop that means
+something else by it: one that has other gradients, scales a loss of its own, or takes several batches to an update.
 
-Public parts of ``torch.optim.Optimizer`` alone are used (its hooks come by ``__setstate__``, as in unpickling).
+Public parts of ``torch.optim.Optimizer`` alone are used (its hooks come by ``__setstate__``, as in unpickling), and
+what ``torch.amp.GradScaler`` asks of an optimizer (``_step_supports_amp_scaling``): that is how ``step`` sees one.
 """
 
 from __future__ import annotations
@@ -27,13 +29,16 @@ class JointOptimizer(Optimizer):
     """The optimizers of all local modules as one.
 
     ``step`` updates nothing: ``learner.step`` has made every module's update, and freed its gradients. Call it after
-    ``learner.step`` all the same where something counts on it, such as a scheduler, or Accelerate.
+    each ``learner.step`` all the same where something counts on it, such as a scheduler, or Accelerate.
 
     Args:
         optimizers: those of the modules, first to last.
     """
 
     optimizers: tuple[Optimizer, ...]
+    num_updates: int = 0
+    """Updates that the learner has made since ``step`` was last called."""
+    _step_supports_amp_scaling = True
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         # Not torch's own __init__, which would make groups of its own.
@@ -73,11 +78,25 @@ class JointOptimizer(Optimizer):
         """Update nothing: ``learner.step`` has updated all modules.
 
         Raises:
-            RecipeError: there are gradients, of another backward pass than ``learner.step``'s, or a closure to make
-                some: they would update nothing.
+            RecipeError: there are gradients, of another backward pass than ``learner.step``'s, or a closure or a
+                ``GradScaler`` to make some: they would update nothing; or the learner has updated more than once since
+                the last call, where a loop takes several batches to an update.
         """
+        count, self.num_updates = self.num_updates, 0
         if closure is not None:
             raise RecipeError("optimizer.step: a closure has no part in it; call learner.step(batch), which updates.")
+        if "grad_scale" in vars(self):  # GradScaler leaves both there for the time of the call
+            del vars(self)["grad_scale"], vars(self)["found_inf"]
+            raise RecipeError(
+                "optimizer.step: a GradScaler called it, and each local module scales its own loss; make the learner "
+                "with precision='fp16', and leave the loop's own loss scale out."
+            )
+        if count > 1:
+            raise RecipeError(
+                f"optimizer.step: the learner has made {count} updates since the last one, one for each batch; call it "
+                f"after each learner.step, or train on {count} batches at once: learner.step_parts([...]), or a larger "
+                f"batch and LocalLearner(..., accumulation={count})."
+            )
         if any(weight.grad is not None for group in self.param_groups for weight in group["params"]):
             raise RecipeError(
                 "optimizer.step: there are gradients of another backward pass, and learner.optimizer updates nothing; "
@@ -156,6 +175,7 @@ class JointOptimizer(Optimizer):
                     }
                 )
                 first += count
+        self.num_updates = 0
 
     def __repr__(self) -> str:
         """The optimizers, one a line."""
