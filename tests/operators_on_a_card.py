@@ -5,6 +5,7 @@ Standard output: JSON, case to [asked for, foretold]: bytes that are taken, and 
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import random
@@ -256,6 +257,7 @@ def reductions(number: int, seed: int) -> Iterator[tuple[str, list[int], list[in
 
 
 def main() -> None:
+    gc.disable()  # else what an earlier case left in a cycle might be given back in the middle of a later one
     torch.backends.cudnn.enabled = False
     torch.backends.cuda.enable_cudnn_sdp(False)
     square = on_card(64, 64)

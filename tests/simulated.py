@@ -34,6 +34,10 @@ class SimulatedCard:
         assert ran.code == 0, ran.out + ran.err
         return ran.out
 
+    def environment(self, **card: Any) -> dict[str, str]:
+        """Of a process that is started by other means; as ``simulated_card.environment`` takes it."""
+        return simulated_card.environment(cache=self._given["cache"], **card) | self._more
+
     def localgrad(self, *arguments: str, **given: Any) -> Ran:
         """``localgrad ...``; the rest as ``simulated_card.command_line`` takes it."""
         return simulated_card.command_line(*arguments, **self._with(given))

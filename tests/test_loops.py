@@ -363,15 +363,15 @@ def test_timms_loop_on_a_task_with_what_it_may_ask_for(tmp_path: Path) -> None:
 def test_what_timms_loop_would_do_to_gradients_that_are_not_there_is_refused() -> None:
     task, (images, labels) = task_of(), batches(1)[0]
     task(images, labels)
-    with pytest.raises(RecipeError, match=r"twice before one optimizer.step.*--grad-accum-steps.*accumulation=2"):
+    with pytest.raises(RecipeError, match=r"twice before one optimizer.step.*its grad-accum-steps.*accumulation=2"):
         task(images, labels)
     task.learner.optimizer.step()
     with pytest.raises(RecipeError, match=r"GradScaler called it.*precision='fp16'"):
         NativeScaler("cpu")(task(images, labels)["loss"], task.learner.optimizer)
     for call, words in (
-        (task.get_clip_parameters, "leave --clip-grad out.*clip_grad=1.0"),
+        (task.get_clip_parameters, "leave the loop's clip-grad out.*clip_grad=1.0"),
         (task.prepare_distributed, "LocalTask trains in one process"),
-        (task.compile, "leave --torchcompile out.*compile=True"),
+        (task.compile, "leave the loop's torchcompile out.*compile=True"),
     ):
         with pytest.raises(RecipeError, match=words):
             call()

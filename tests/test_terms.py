@@ -261,7 +261,7 @@ def test_the_rules_name_arguments_that_there_are() -> None:
     from localgrad import cli
 
     known = {key.rpartition(".")[2] for key in OPTIONS} | {"global_share"}
-    for verb in (cli.train, cli.finetune, cli.plan, cli.compare):
+    for verb in (cli.train, cli.finetune, cli.plan, cli.compare, cli.export):
         known |= {name.rstrip("_") for name in inspect.signature(verb).parameters}
     known |= {each.name for kind in (GREEDY, FEATURE) for each in fields(kind)}
     known |= set(inspect.signature(NextClassifier).parameters) | set(inspect.signature(LocalLearner).parameters)

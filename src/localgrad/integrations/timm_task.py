@@ -64,7 +64,7 @@ class LocalTask(TrainingTask):  # type: ignore[misc]  # its types aren't read
         if self.learner.optimizer.num_updates:
             raise RecipeError(
                 "task: it was called twice before one optimizer.step, and each call is an update of its own; give the "
-                "loop batches of that size (leave --grad-accum-steps out), and cut them: LocalLearner(..., "
+                "loop batches of that size (leave out its grad-accum-steps), and cut them: LocalLearner(..., "
                 "accumulation=2)."
             )
         result = self.learner.step(input, target)
@@ -81,8 +81,8 @@ class LocalTask(TrainingTask):  # type: ignore[misc]  # its types aren't read
             RecipeError: always.
         """
         raise RecipeError(
-            "clip_grad: each local module clips its own gradient; leave --clip-grad out, and say it when the learner "
-            "is made: LocalLearner(..., clip_grad=1.0)."
+            "clip_grad: each local module clips its own gradient; leave the loop's clip-grad out, and say it when the "
+            "learner is made: LocalLearner(..., clip_grad=1.0)."
         )
 
     def prepare_distributed(self, *_: Any, **__: Any) -> NoReturn:
@@ -103,8 +103,8 @@ class LocalTask(TrainingTask):  # type: ignore[misc]  # its types aren't read
             RecipeError: always.
         """
         raise RecipeError(
-            f"torchcompile: the model's blocks are called one by one; leave --torchcompile out, and compile local "
-            f"modules: LocalLearner(..., {arg('compile', value=True)})."
+            f"torchcompile: the model's blocks are called one by one; leave the loop's torchcompile out, and "
+            f"compile local modules: LocalLearner(..., {arg('compile', value=True)})."
         )
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> Attributes:  # noqa: FBT001, FBT002
