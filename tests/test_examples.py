@@ -71,7 +71,14 @@ def test_an_example_is_short_and_takes_public_names_only(path: Path) -> None:
             assert node.attr in localgrad.__all__
 
 
-@pytest.mark.parametrize("path", [path for path in EXAMPLES if path.stem not in OF_LOOPS], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=[pytest.mark.heavy] if path.stem == "finetune" else [], id=path.stem)
+        for path in EXAMPLES
+        if path.stem not in OF_LOOPS
+    ],
+)
 def test_an_example_runs(
     path: Path, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -290,6 +290,7 @@ def test_features_that_are_kept_whole_train_the_same_weights(
     assert cached["test_accuracy"] is not None
 
 
+@pytest.mark.heavy
 def test_frozen_blocks_run_no_more_once_all_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And a run that was cut off takes up what is on disk, and ends bit for bit as one that wasn't."""
     ran: list[bool] = []

@@ -470,6 +470,7 @@ def still(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     return root / "one", root / "four"
 
 
+@pytest.mark.heavy
 def test_replicas_train_and_count_as_one_process_on_the_whole_batch(still: tuple[Path, Path]) -> None:
     one, four = still
     for ours, theirs in zip(metrics_of(four), metrics_of(one), strict=True):

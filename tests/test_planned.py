@@ -134,10 +134,10 @@ def test_a_plan_alone_says_how_to_train(plan_file: Path, here: Path, cli_: Cli) 
 
 
 def test_a_budget_is_trained_to(here: Path, cli_: Cli) -> None:
-    said = cli_("train", "--recipe", "../micro.toml", "--budget", "600KiB", "--out", "run")
+    said = cli_("train", "--recipe", "../micro.toml", "--budget", "1000KiB", "--out", "run")
     assert said.code == 0, said.err
     summary = json.loads(Path("run/summary.json").read_text())
-    assert summary["estimated_peak_bytes"] <= 600 * 1024 < summary["estimated_end_to_end_peak_bytes"]
+    assert summary["estimated_peak_bytes"] <= 1000 * 1024 < summary["estimated_end_to_end_peak_bytes"]
     plan = Plan.from_json(Path("run/plan.json").read_text())
     written = Recipe.from_toml(Path("run/recipe.toml").read_text())
     assert written.method.local.modules == (list(plan.boundaries) or 1)

@@ -279,7 +279,7 @@ def test_layers_of_bitsandbytes_below_adapters_are_taken_over(nested: bool) -> N
     assert torch.stack(learner.step(images, labels).losses).isfinite().all()
 
 
-@pytest.mark.parametrize("schedule", ["together", "sequential"])
+@pytest.mark.parametrize("schedule", ["together", pytest.param("sequential", marks=pytest.mark.heavy)])
 def test_optimizers_of_eight_bits_are_planned_and_estimated(schedule: str) -> None:
     """They compute tables of their own when they are made, and keep more beside their state than a copy has."""
     model = make("vit", embed_dim=64)
