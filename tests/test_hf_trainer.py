@@ -156,7 +156,8 @@ def test_one_module_is_transformers_trainer_bit_for_bit(kind: str, way: str, tmp
     assert logged(trainer, "loss", "learning_rate") == logged(reference, "loss", "learning_rate")
     assert logged(trainer, "train_loss") == logged(reference, "train_loss")
     assert logged(trainer, "eval_loss") == logged(reference, "eval_loss")
-    assert not any("grad_norm" in entry for entry in trainer.state.log_history)
+    is_clipped = options.get("max_grad_norm") != 0
+    assert logged(trainer, "grad_norm") == (logged(reference, "grad_norm") if is_clipped else [])
 
 
 def test_several_modules_train_by_one_schedule_and_log_their_losses(tmp_path: Path) -> None:
@@ -171,6 +172,9 @@ def test_several_modules_train_by_one_schedule_and_log_their_losses(tmp_path: Pa
     for loss, first, last in logged(trainer, "loss", "loss/module_0", "loss/module_1"):
         assert loss == pytest.approx(last, rel=1e-6)
         assert first > 0
+    for norm, first, last in logged(trainer, "grad_norm", "grad_norm/module_0", "grad_norm/module_1"):
+        assert norm == pytest.approx((first**2 + last**2) ** 0.5)
+        assert min(first, last) > 0
     still = {name for name, value in copied(trainer.model).items() if torch.equal(value, before[name])}
     assert not still
     decays = [group["weight_decay"] for group in trainer.learner.optimizer.param_groups]
@@ -384,6 +388,34 @@ class OwnStep(LocalTrainer):
 def test_methods_that_would_not_be_called_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"OwnStep\.compute_loss: local modules train without it; give loss="):
         OwnStep(made("vit"), arguments(tmp_path), **DATA["vit"])
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["instead", "afterwards"])
+def test_an_optimizer_of_the_whole_model_in_place_of_the_modules_own_is_refused(first: bool, tmp_path: Path) -> None:
+    """It would have the schedule, and train nothing."""
+
+    class Own(LocalTrainer):  # type: ignore[misc]
+        def create_optimizer(self, *_: Any) -> Any:
+            if first:
+                super().create_optimizer()
+            self.optimizer = torch.optim.AdamW(self.model.parameters())
+            return self.optimizer
+
+    trainer = Own(made("vit"), arguments(tmp_path), modules=2, **DATA["vit"])
+    with pytest.raises(RecipeError, match=r"Own has a AdamW of its own.*self\.learner\.configure_optimizers"):
+        trainer.train()
+
+
+def test_a_create_optimizer_that_makes_each_modules_own_trains_by_them(tmp_path: Path) -> None:
+    class Own(LocalTrainer):  # type: ignore[misc]
+        def create_optimizer(self, *_: Any) -> Any:
+            self.learner.configure_optimizers(lambda params: torch.optim.SGD(params, lr=0.5))
+            self.optimizer = self.learner.optimizer
+            return self.optimizer
+
+    trainer = Own(made("vit"), arguments(tmp_path, max_steps=2), modules=2, **DATA["vit"])
+    trainer.train()
+    assert [rate for (rate,) in logged(trainer, "learning_rate")] == [0.5, 0.25]
 
 
 def test_several_devices_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

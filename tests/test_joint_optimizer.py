@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR
 
-from helpers import adamw, assert_same, batches, copied, make_backbone, make_learner, train
+from helpers import adamw, assert_same, batches, copied, make, make_backbone, make_learner, train
 from localgrad.errors import CheckpointError, RecipeError
 from localgrad.learner import LocalLearner
 from localgrad.step.joint_optimizer import JointOptimizer
@@ -275,6 +276,64 @@ def test_accelerate_takes_it_and_its_scheduler() -> None:
         assert [group["lr"] for group in learner.optimizer.param_groups] == reference.get_last_lr()
     assert not optimizer.step_was_skipped
     assert_same(learner.state_dict(), plain.state_dict())
+
+
+class _Modal(torch.optim.AdamW):
+    """With modes, as schedule-free optimizers have them."""
+
+    mode = ""
+
+    def train(self) -> None:
+        self.mode = "train"
+
+    def eval(self) -> None:
+        self.mode = "eval"
+
+
+def test_modes_are_passed_on_to_the_modules_that_have_them() -> None:
+    """Accelerate and others look for them by ``hasattr``, and do nothing where they aren't."""
+    learner = make_learner(optimizer=[adamw, _Modal, _Modal])
+    for name in ("eval", "train"):
+        getattr(copy.copy(learner.optimizer), name)()
+        assert [getattr(optimizer, "mode", None) for optimizer in learner.optimizers] == [None, name, name]
+    assert not any(hasattr(make_learner().optimizer, name) for name in ("train", "eval", "sync_lookahead"))
+
+
+def test_timms_lookahead_is_synced_as_in_a_loop_of_its_own() -> None:
+    """It passes over weights without a gradient, as all are here after a step; frozen ones stay as they are."""
+    options = {"opt": "lookahead_sgd", "lr": 0.1}
+    learner, model = make_learner(modules=1, optimizer=lambda params: create_optimizer_v2(params, **options)), make()
+    optimizer = create_optimizer_v2(list(model.parameters()), **options)
+    for images, labels in DATA[:2]:
+        learner.step(images, labels)
+        learner.optimizer.step()
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    for each in (learner, optimizer):
+        getattr(each, "optimizer", each).sync_lookahead()
+    assert_same(copied(learner.model), copied(model))
+    assert all(weight.grad is None for weight in learner.model.parameters())
+
+
+def test_norms_of_gradients_are_those_before_clipping() -> None:
+    learner, free = make_learner(clip_grad=0.01, freeze_from=0.5), make_learner()
+    assert free.gradient_norms == (None,) * 3
+    norms: list[torch.Tensor] = []
+    for number, parameters in enumerate(map(learner.parameters, range(3))):
+        learner.optimizers[number].register_step_pre_hook(
+            lambda *_, own=parameters: norms.append(torch.cat([w.grad.flatten() for w in own if w.grad is not None]))
+        )
+    learner.step(*DATA[0])
+    free.step(*DATA[0])
+    assert free.gradient_norms == (None,) * 3
+    for norm, clipped in zip(learner.gradient_norms, norms, strict=True):
+        assert norm is not None
+        assert norm > 0.02
+        torch.testing.assert_close(clipped.norm(), torch.tensor(0.01), rtol=1e-3, atol=0)
+    learner.at(0.6)
+    learner.step(*DATA[1])
+    assert [norm is None for norm in learner.gradient_norms] == [True, False, False]
 
 
 # Batches that come in parts -----------------------------------------------------------------------------------------

@@ -369,7 +369,7 @@ def test_what_timms_loop_would_do_to_gradients_that_are_not_there_is_refused() -
     with pytest.raises(RecipeError, match=r"GradScaler called it.*precision='fp16'"):
         NativeScaler("cpu")(task(images, labels)["loss"], task.learner.optimizer)
     for call, words in (
-        (task.get_clip_parameters, "leave the loop's clip-grad out.*clip_grad=1.0"),
+        (task.get_clip_parameters, "clip-grad out, and its amp in float16.*clip_grad=1.0, precision='fp16'"),
         (task.prepare_distributed, "LocalTask trains in one process"),
         (task.compile, "leave the loop's torchcompile out.*compile=True"),
     ):

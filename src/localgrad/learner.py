@@ -309,6 +309,15 @@ class Learner(ABC):
             raise no_optimizers()
         return self._joint
 
+    @property
+    def gradient_norms(self) -> tuple[Tensor | None, ...]:
+        """Norm of each local module's gradient in the last ``step``, before clipping: scalars on the device.
+
+        ``None`` without ``clip_grad``, where nothing computes it; of a module that is frozen; after an end-to-end step.
+        In fp16 one that overflowed is infinite or NaN: that module skipped its update.
+        """
+        return tuple(step.gradient_norm for step in self._executor.steps) if self._executor else ()
+
     def parameters(self, index: int) -> list[nn.Parameter]:
         """Trainable parameters of a local module: the model's in the model's own order, then the auxiliary nets'.
 

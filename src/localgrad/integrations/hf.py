@@ -20,6 +20,7 @@ forward that it has wrapped. ``tests/test_hf_trainer.py`` pins what they do. Sou
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -86,16 +87,17 @@ class LocalTrainer(Trainer):  # type: ignore[misc]  # its types aren't read
     ========================================= =================================================================
     ``bf16``, ``fp16``                        the learner's precision; a loss scale for each module
     ``gradient_accumulation_steps``           each module runs all batches of an update before it is updated
-    ``max_grad_norm``                         largest norm of each module's gradient; no ``grad_norm`` is logged
+    ``max_grad_norm``                         largest norm of each module's gradient
     ``learning_rate``, ``optim``, schedulers  one optimizer a module, of that class; one schedule for all
     ``activation_checkpointing``              ``checkpoint="blocks"`` (before: ``gradient_checkpointing``)
     ``label_smoothing_factor``                ``label_smoothing`` of the objective
     ========================================= =================================================================
 
     The model is split when training begins, or ``learner`` is first asked for. Logged is the model's task loss, and for
-    several modules each one's own loss as ``loss/module_0``. A checkpoint has one more file, ``localgrad.pt``; training
-    that is resumed from it goes on bit for bit. In fp16 the schedule goes on where modules skip an update, whose
-    gradients overflowed.
+    several modules each one's own loss as ``loss/module_0``; with ``max_grad_norm`` the norm of all gradients together
+    as ``grad_norm``, and each module's, which is what is clipped, as ``grad_norm/module_0``. A checkpoint has one more
+    file, ``localgrad.pt``; training that is resumed from it goes on bit for bit. In fp16 the schedule goes on where
+    modules skip an update, whose gradients overflowed.
 
     Args:
         model: as for Trainer; one of peft trains its adapters.
@@ -338,6 +340,7 @@ class LocalTrainer(Trainer):  # type: ignore[misc]  # its types aren't read
         """
         if not self._shares:
             model.train()
+            self._check_optimizer()
             self.learner.at(min(1.0, self.state.global_step / max(1, self.state.max_steps)))
             results = self.learner.step_parts([self._prepare_inputs(batch) for batch in self._batches], logits=False)
             self._note_losses(results)
@@ -347,6 +350,21 @@ class LocalTrainer(Trainer):  # type: ignore[misc]  # its types aren't read
                 free_cache(self.learner.device)
         return self._shares.pop(0)
 
+    def _check_optimizer(self) -> None:
+        """Refuse an optimizer that a subclass or a callback has put in the place of the modules' own.
+
+        Raises:
+            RecipeError: saying how to make some.
+        """
+        ours, theirs = self.learner.optimizers, getattr(self.optimizer, "optimizer", self.optimizer)
+        if not ours or theirs is not self.learner.optimizer:
+            raise RecipeError(
+                f"optimizer: {type(self).__name__} has a {type(theirs).__name__} of its own, which would train "
+                "nothing; give optimizer_cls_and_kwargs=, or have create_optimizer call "
+                "self.learner.configure_optimizers(lambda params: ...), and set and return self.optimizer = "
+                "self.learner.optimizer."
+            )
+
     def _note_losses(self, results: Sequence[StepResult]) -> None:
         if len(results[0].losses) > 1:
             summed = torch.stack([torch.stack(result.losses) for result in results]).sum(dim=0)
@@ -354,14 +372,27 @@ class LocalTrainer(Trainer):  # type: ignore[misc]  # its types aren't read
             self._num_summed += 1
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As Trainer's, with each module's loss, a mean since the last time; gradients' norms aren't known here."""
+        """As Trainer's, with each module's loss, a mean since the last time, and the last gradients' norms."""
         if "loss" in logs:
             logs.pop("grad_norm", None)  # Trainer's own, of no gradients
+            logs |= self._gradient_norms()
             if self._sums is not None:
                 means = (self._sums / self._num_summed).tolist()
                 logs |= {f"loss/module_{index}": mean for index, mean in enumerate(means)}
                 self._sums, self._num_summed = None, 0
         super().log(logs, *args, **kwargs)
+
+    def _gradient_norms(self) -> dict[str, float]:
+        """Of the last update, by name: of all modules' gradients together, and for several modules each one's."""
+        norms = () if self._learner is None else self._learner.gradient_norms
+        known = [(index, norm) for index, norm in enumerate(norms) if norm is not None]
+        if not known:
+            return {}
+        values = torch.stack([norm for _, norm in known]).tolist()  # waits for the device once, as the loss does
+        found = {"grad_norm": math.hypot(*values)}
+        if len(norms) > 1:
+            found |= {f"grad_norm/module_{index}": value for (index, _), value in zip(known, values, strict=True)}
+        return found
 
     # Checkpoints ----------------------------------------------------------------------------------------------------
 

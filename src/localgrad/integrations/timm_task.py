@@ -75,14 +75,15 @@ class LocalTask(TrainingTask):  # type: ignore[misc]  # its types aren't read
         return found | {f"loss/module_{index}": loss for index, loss in enumerate(result.losses)}
 
     def get_clip_parameters(self, exclude_head: bool = False) -> NoReturn:  # noqa: FBT001, FBT002  # timm's own signature
-        """Refused: there are no gradients left to clip.
+        """Refused: there are no gradients left to clip. A loss scale of timm asks for them whether it clips or not.
 
         Raises:
             RecipeError: always.
         """
         raise RecipeError(
-            "clip_grad: each local module clips its own gradient; leave the loop's clip-grad out, and say it when the "
-            "learner is made: LocalLearner(..., clip_grad=1.0)."
+            "clip_grad: each local module clips its own gradient and scales its own loss; leave the loop's clip-grad out, "
+            "and its amp in float16, and say it when the learner is made: LocalLearner(..., clip_grad=1.0, "
+            "precision='fp16')."
         )
 
     def prepare_distributed(self, *_: Any, **__: Any) -> NoReturn:

@@ -14,14 +14,36 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from operator import methodcaller
 from typing import Any, final
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from localgrad.backbones.namespaces import Attributes
 from localgrad.errors import CheckpointError, RecipeError
 from localgrad.step.states import or_as_before
+
+
+def _sync_lookahead(optimizer: Any) -> None:
+    """Sync one of timm, which passes over weights without a gradient: those of a local module are freed by then."""
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
+    optimizer.sync_lookahead()
+    optimizer.zero_grad()
+
+
+PASSED_ON: dict[str, Callable[[Any], object]] = {
+    "train": methodcaller("train"),
+    "eval": methodcaller("eval"),
+    "sync_lookahead": _sync_lookahead,
+}
+"""Methods that torch's optimizers lack, and that loops call where one has them.
+
+The modes of schedule-free optimizers, and what timm's loop calls after an epoch.
+"""
 
 
 @final
@@ -47,6 +69,18 @@ class JointOptimizer(Optimizer):
     def __getstate__(self) -> Attributes:
         """For copies: what schedulers put on the object stays with it."""
         return {"optimizers": self.optimizers}
+
+    def __getattr__(self, name: str) -> Any:
+        """What loops look for with ``hasattr``: there where a module's optimizer has it, and passed on to those."""
+        having = [each for each in self.optimizers if hasattr(each, name)] if name in PASSED_ON else []
+        if not having:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+        def pass_on() -> None:
+            for optimizer in having:
+                PASSED_ON[name](optimizer)
+
+        return pass_on
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]

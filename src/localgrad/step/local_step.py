@@ -97,6 +97,7 @@ class LocalStep:
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=precision == "fp16")
         self.updating = False  # whether weights may have been changed in part
         self.num_updates = 0
+        self.gradient_norm: Tensor | None = None  # of the last update, before clipping; none where nothing clips
         self.frozen = False  # whether the module only runs, and learns no more
         self._undo = Undo(module)
         self.as_frozen = Frozen(module)
@@ -180,7 +181,7 @@ class LocalStep:
         for weight in self.parameters:
             if weight.grad is not None:
                 weight.grad = None
-        self.module.gradient = None
+        self.module.gradient = self.gradient_norm = None
         if self.updating:  # the scaler may think that the optimizer is in the middle of its step
             state = self.scaler.state_dict()
             self.scaler = torch.amp.GradScaler(self.device_type, enabled=self.precision == "fp16")
@@ -354,7 +355,7 @@ class LocalStep:
         self.updating = True
         if self.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.parameters, self.clip_grad)
+            self.gradient_norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_grad)
         with explained(self.optimizer):
             self.scaler.step(self.optimizer)
         self.scaler.update()
