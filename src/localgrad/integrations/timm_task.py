@@ -81,8 +81,8 @@ class LocalTask(TrainingTask):  # type: ignore[misc]  # its types aren't read
             RecipeError: always.
         """
         raise RecipeError(
-            "clip_grad: each local module clips its own gradient and scales its own loss; leave the loop's clip-grad out, "
-            "and its amp in float16, and say it when the learner is made: LocalLearner(..., clip_grad=1.0, "
+            "clip_grad: each local module clips its own gradient and scales its own loss; leave the loop's clip-grad "
+            "out, and its amp in float16, and say it when the learner is made: LocalLearner(..., clip_grad=1.0, "
             "precision='fp16')."
         )
 
