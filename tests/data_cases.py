@@ -423,7 +423,12 @@ LABELS = (
     Labels(what="booleans", values=(True, False), classes=("False", "True")),
     Labels(what="whole floats", values=(1.0, 2.0), classes=("1", "2")),
     Labels(what="other floats", values=(0.5, 1.0), classes=(), refused="Labels must be classes"),
-    Labels(what="missing in the training part", values=(0, 1, None), classes=(), refused="Labels must be from 0 to 1"),
+    Labels(
+        what="missing in the training part",
+        values=(0, 1, None),
+        classes=(),
+        refused="a label that is missing",
+    ),
 )
 
 # The page ----------------------------------------------------------------------------------------------------------

@@ -214,6 +214,16 @@ def test_the_default_configuration_is_taken_and_said(tmp_path: Path) -> None:
     assert "Of the configurations wild, tame the default one is read." in splits.info.notes
 
 
+def test_tables_that_the_library_passes_over_are_said(tmp_path: Path) -> None:
+    path = tmp_path / "set"
+    for name in ("train-0", "test-0", "extra-0"):
+        written(path / f"{name}.parquet", table(LABELS))
+    notes = load_named(str(path), val_fraction=0).info.notes
+    assert "Not read: extra-0.parquet: the Hugging Face library takes them for no part." in notes
+    (path / "extra-0.parquet").rename(path / "train-1.parquet")
+    assert not any("Not read" in note for note in load_named(str(path), val_fraction=0).info.notes)
+
+
 def test_a_saved_data_set_has_columns_and_no_configurations(tmp_path: Path) -> None:
     datasets.DatasetDict({"train": table(LABELS, breed=TEXTS)}).save_to_disk(tmp_path / "saved")
     splits = load_named(str(tmp_path / "saved"), label_column="breed", val_fraction=0)

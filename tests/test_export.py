@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from math import nan
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -27,7 +28,7 @@ from localgrad.app.build import input_size_of, make_model
 from localgrad.app.recipe import Recipe, overlay
 from localgrad.app.timm_classifiers import evaluated_images, timm_config_of_run
 from localgrad.backbones.base import BACKBONES
-from localgrad.errors import BackboneError, LocalgradError, RecipeError, RunWarning
+from localgrad.errors import BackboneError, LocalgradError, RecipeError, RunFolderError, RunWarning
 from localgrad.integrations import exporting, programs
 from localgrad.integrations.model_card import model_card
 from localgrad.training.data import DataInfo
@@ -519,6 +520,14 @@ def test_a_run_is_compared_on_images_where_some_are_named(runs: Path, tmp_path: 
     assert f"written: {out} (config.json, model.safetensors)" in said.out
     assert "logits differ by 0 at most" in said.out
     assert (out / "config.json").read_text() == (runs / "plain" / "config.json").read_text()
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(b"\x89PNG\r\n\x1a\nno more")
+    words = ("export", str(runs / "plain"), "--to", "timm", "--images", str(tmp_path / "photos"), "--out")
+    assert_refused(cli_(*words, str(tmp_path / "none")), "None of the images in", "a.png (")
+    shutil.copy(tmp_path / "one.png", tmp_path / "photos" / "b.png")
+    said = cli_(*words, str(tmp_path / "some"))
+    assert said.code == 0
+    assert "a.png" in said.err
 
 
 # The hub -----------------------------------------------------------------------------------------------------------
@@ -643,7 +652,7 @@ def test_what_cannot_be_exported_is_refused_in_a_line(runs: Path, tmp_path: Path
     (tmp_path / "file").write_text("")
     (there / "m.onnx.data").write_text("")
     beside = str(there / "m.onnx")
-    assert_refused(cli_("export", plain, "--to", "onnx", "--out", beside), f"--out {beside}: m.onnx.data is there")
+    assert_refused(cli_("export", plain, "--to", "onnx", "--out", beside), f"--out {beside}: {beside}.data is there")
     assert_refused(cli_("export", plain, "--to", "timn"), "--to: unknown 'timn'", "Nearest: timm")
     assert_refused(cli_("export", str(tmp_path / "none"), "--to", "timm"), "no run there")
     assert_refused(cli_("export", plain, "--to", "timm", "--out", str(there)), f"--out {there}", "there already")
@@ -693,6 +702,9 @@ def test_a_file_that_is_another_model_is_refused_and_not_left_behind(
     monkeypatch.setattr(exporting, "read_program", nothing)
     with pytest.raises(BackboneError, match=r"logits of \[1, 256\], and the model of \[1, 10\]"):
         localgrad.export(runs / "plain", to="torch-export", out=tmp_path / "new" / "p.pt2")
+    monkeypatch.setattr(exporting, "read_program", lambda _: lambda example: torch.full((example.num_items, 10), nan))
+    with pytest.raises(BackboneError, match=r"read again, its logits differ from the model's by up to nan"):
+        localgrad.export(runs / "plain", to="torch-export", out=tmp_path / "new" / "p.pt2")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -704,6 +716,47 @@ def test_weights_that_arent_the_best_epochs_are_refused(runs: Path, tmp_path: Pa
     with pytest.raises(BackboneError, match="differ from the model's"):
         localgrad.export(tmp_path / "run", to="timm")
     assert not (tmp_path / "run" / "export").exists()
+
+
+def test_what_a_model_is_called_with_and_what_it_gives_are_checked_first(tmp_path: Path) -> None:
+    def refused(words: str, model: nn.Module, kind: type[LocalgradError] = BackboneError, **how: Any) -> None:
+        given = {"to": "torch-export", "out": tmp_path / "x.pt2", "example": torch.randn(4, 6), **how}
+        with pytest.raises(kind, match=words):
+            localgrad.export(model, **given)
+
+    plain = nn.Linear(6, 3)
+    refused("class_names: 2 names, and the model has 3 logits", plain, RecipeError, class_names=["a", "b"])
+    refused("class_names='abc': give a list of names", plain, RecipeError, class_names="abc")
+    refused("example: Linear can't be called with it .*dtype of its weights", plain.double())
+    refused("example: give a batch of one item or more", nn.Linear(6, 3), example=torch.randn(0, 6))
+    refused("example: give a batch of one item or more", nn.Identity(), example=torch.tensor(1.0))
+    broken = nn.Linear(6, 3)
+    nn.init.constant_(broken.bias, nan)
+    refused("logits of Linear are no finite numbers", broken)
+    kept = nn.Linear(6, 3)
+    kept.last = kept(torch.randn(2, 6))
+    refused("Linear can't be copied .* torch.no_grad", kept)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("to", ["timm", "onnx"])
+@pytest.mark.parametrize("out", [".", "", "/", ".."])
+def test_a_place_without_a_name_is_refused(to: str, out: str) -> None:
+    with pytest.raises(RecipeError, match=r"out=.* is there already; remove it, or name another"):
+        localgrad.export(nn.Linear(6, 3), to=to, out=out, example=torch.randn(4, 6))
+
+
+def test_a_place_that_cannot_be_written_is_told_in_a_line(tmp_path: Path) -> None:
+    name = "x" * 300
+    with pytest.raises(RunFolderError, match=r"out=.*: it can't be written \(.*File name too long"):
+        localgrad.export(nn.Linear(6, 3), to="torch-export", out=tmp_path / name, example=torch.randn(4, 6))
+
+
+def test_a_place_at_home_and_a_compiled_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=8, num_classes=3, **VIT)
+    done = localgrad.export(torch.compile(model), to="timm", out="~/there")
+    assert (done.path, done.difference) == (tmp_path / "there", 0)
 
 
 def test_models_that_no_library_makes_again_are_refused(tmp_path: Path) -> None:
@@ -739,6 +792,13 @@ def test_a_run_of_a_model_that_timm_cannot_describe_goes_on_and_says_so(
     with pytest.warns(RunWarning, match=r"no config.json, .*'norm_layer' is not serializable"):
         localgrad.train(recipe(), out=tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()
+    with pytest.warns(RunWarning, match="no config.json"):
+        done = localgrad.export(tmp_path / "run", to="torch-export")
+    assert done.path.name == "model.pt2"
+    model = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=8, num_classes=3, **VIT)
+    localgrad.export(model, to="torch-export", out=tmp_path / "own.pt2")
+    with pytest.raises(BackboneError, match="norm_layer"):
+        localgrad.export(model, to="timm", out=tmp_path / "own")
 
 
 def test_a_plugins_model_has_no_config_and_is_exported_as_a_program(

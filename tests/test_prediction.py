@@ -189,6 +189,7 @@ def test_files_that_cannot_be_written_are_refused_before_any_work(
     monkeypatch.setattr(using_runs, "predict", lambda *_, **__: pytest.fail("it has begun"))
     words = ("predict", str(here / "plain"), str(image))
     assert_refused(cli_(*words, "--csv", str(tmp_path / "gone/out.csv")), "--csv: there is no folder")
+    assert_refused(cli_(*words, "--csv", "-"), "--csv -: name a file; of a pipe, --csv /dev/stdout")
     assert_refused(cli_(*words, "--json", str(tmp_path)), "--json:", "is a folder; name a file in it")
     assert_refused(cli_(*words, "--csv", str(image)), "--csv:", "a.png' is an image; name another file")
     both = (str(tmp_path / "out"), str(tmp_path / "x/../out"))
@@ -274,6 +275,7 @@ def test_files_folders_and_patterns_are_found(tree: Path) -> None:
     [
         ("gone.png", "There is no file or folder gone.png: name an image, a folder of images or a pattern."),
         ("", "There is no file or folder : name an image"),
+        ("pipe", "pipe is no file: a pipe or a device can't be read again; save the image as a file."),
         ("*.webp", r"Nothing matches '\*.webp': a pattern is written like"),
         ("*.txt", r"There is no image in what matches '\*.txt': looked for what Pillow opens, such as .jpg, .png"),
         ("empty", "There is no image in empty: looked below it for what Pillow opens"),
@@ -281,5 +283,6 @@ def test_files_folders_and_patterns_are_found(tree: Path) -> None:
 )
 def test_what_has_no_image_is_refused(tree: Path, what: str, words: str) -> None:
     (tree / "empty").mkdir()
+    os.mkfifo(tree / "pipe")
     with pytest.raises(DataError, match=words):
         images_named(["a.png", what], Skipped())

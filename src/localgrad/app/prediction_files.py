@@ -33,6 +33,8 @@ def check_prediction_files(files: Mapping[str, Path]) -> None:
         RecipeError: as `check_output_file` says; two are one file; or one is an image.
     """
     for name, path in files.items():
+        if str(path) == "-":
+            raise RecipeError(f"{arg(name, '-')}: name a file; of a pipe, {arg(name, '/dev/stdout')}.")
         check_output_file(name, path)
         if not is_stream(path):
             check_output_file(name, path.parent / f".{path.name}.part")  # beside it, where it is written first

@@ -109,11 +109,7 @@ def config_kept(path: Path, recipe: Recipe) -> str | None:
 def describe_model(job: Job) -> dict[str, str]:
     """Files of a run, by name, by which transformers or timm reads its model; none of a model that is neither's."""
     backbone = job.learner.backbone
-    try:
-        return files_beside_weights(job.recipe, backbone.model, job.data.info, backbone.image_size)
-    except BackboneError as error:  # which stops no training
-        say(f"There will be no {CONFIG}, by which timm would load the run's folder: {error}")
-        return {}
+    return files_beside_weights(job.recipe, backbone.model, job.data.info, backbone.image_size)
 
 
 def files_beside_weights(
@@ -121,17 +117,20 @@ def files_beside_weights(
 ) -> dict[str, str]:
     """Texts, by the names of files, by which transformers or timm reads a run's model; none of another model.
 
+    A model that timm can't describe has none, which is said: it is trained, and becomes a program, all the same.
+
     Args:
         recipe: of the run.
         model: with adapters in its layers or without.
         info: of the data.
         size: (C, H, W) that the model takes.
-
-    Raises:
-        BackboneError: timm can't write its config.
     """
     if is_timm_run(recipe, model):
-        return {CONFIG: timm_config_of_run(recipe, model, info, size)}
+        try:
+            return {CONFIG: timm_config_of_run(recipe, model, info, size)}
+        except BackboneError as error:
+            say(f"There is no {CONFIG}, by which timm would load the run's folder: {error}")
+            return {}
     if not is_on_hub(recipe.method.model.name):
         return {}
     _, height, width = size

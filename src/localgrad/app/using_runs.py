@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ from localgrad.app.run_folders import (
 from localgrad.backbones.base import Backbone
 from localgrad.backbones.example import logits_of
 from localgrad.backbones.timm_config import WEIGHTS
-from localgrad.errors import RecipeError, RunFolderError, arg
+from localgrad.errors import DataError, RecipeError, RunFolderError, arg
 from localgrad.registry import load_plugins
 from localgrad.step.states import load_weights
 from localgrad.training.data import DataInfo
@@ -251,11 +250,27 @@ class FinishedRun:
     files: Mapping[str, str]
 
     def images(self, path: Path, count: int) -> Tensor:
-        """So many images of a file or a folder at most, [B, C, H, W], as the model is evaluated on them."""
-        paths = images_named([path], Skipped())[:count]
-        reading = replace(self.recipe.method.data, on_corrupt="error")
+        """So many images of a file or a folder at most, [B, C, H, W], as the model is evaluated on them.
+
+        Raises:
+            DataError: there is none that can be read.
+        """
+        paths = images_named([path], Skipped())
+        reading = replace(self.recipe.method.data, on_corrupt="skip")
         found = load_images_for_prediction(paths, reading, self.info, image_size=self.size[1:])
-        return torch.stack([cast(Tensor, image) for _, image in found])
+        images, left_out = [], []
+        for place, image in found:
+            if isinstance(image, Unreadable):
+                left_out.append(f"{place} ({image.reason})")
+            else:
+                images.append(image)
+            if len(images) == count:
+                break
+        if not images:
+            raise DataError(f"None of the images in {path} can be read, such as {left_out[0]}; name others.")
+        for each in left_out:
+            say(f"left out: {each}.")
+        return torch.stack(images)
 
 
 def open_run(path: Path) -> FinishedRun:

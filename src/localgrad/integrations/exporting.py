@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -39,7 +40,7 @@ from localgrad.backbones.example import Example
 from localgrad.backbones.namespaces import Kwargs
 from localgrad.backbones.timm_config import WEIGHTS, is_of_timm, timm_config
 from localgrad.backbones.timm_models import default_input_size
-from localgrad.errors import BackboneError, RecipeError, arg, did_you_mean, reason_of
+from localgrad.errors import BackboneError, LocalgradError, RecipeError, RunFolderError, arg, did_you_mean, reason_of
 from localgrad.integrations.model_card import model_card
 from localgrad.integrations.programs import (
     TRACED_ITEMS,
@@ -190,13 +191,22 @@ def export(
         raise RecipeError(
             f"{arg('source')}: got {type(source).__name__}; give a model (of a learner, its .model), or a run's folder."
         )
+    if class_names and (is_run or isinstance(class_names, str)):
+        raise RecipeError(
+            f"{arg('class_names', class_names)}: "
+            f"{'a run knows its own; leave it out' if is_run else 'give a list of names, one a class'}."
+        )
     place = _place_of(source, to, out)
-    subject = _subject_of_run(Path(source), example) if is_run else _subject_of_model(source, example, class_names)  # type: ignore[arg-type]
+    if is_run:
+        subject = _subject_of_run(Path(source), example)  # type: ignore[arg-type]
+    else:
+        subject = _subject_of_model(source, example, class_names, has_config=to in (TIMM, HUB))  # type: ignore[arg-type]
     if to in (TIMM, HUB) and subject.library is None:
         raise BackboneError(
             f"{arg('to', to)}: no library makes {subject.name} again by its name; take {arg('to', ONNX)} or "
             f"{arg('to', PROGRAM)}."
         )
+    _check_called(subject)
     if dry_run and to != HUB:
         named = (*subject.files, WEIGHTS) if to == TIMM else (place.name,)
         return Exported(place, tuple(dict.fromkeys(named)), notes=subject.notes)
@@ -223,11 +233,11 @@ def _place_of(source: object, to: str, out: Path | str | None) -> Path:
     """Where it is to be written; refused where something is there, or nothing can be."""
     if out is None and not isinstance(source, (str, Path)):
         raise RecipeError(f"{arg('out')}: name the file or folder to write, as {arg('out', PLACES[to])}.")
-    place = Path(str(source)) / "export" / PLACES[to] if out is None else Path(out)
-    beside = place.with_name(f"{place.name}.data")  # which large ONNX models have
-    for path in (place, beside) if to == ONNX else (place,):
-        if path.exists() or path.is_symlink():
-            raise RecipeError(f"{arg('out', place)}: {path.name} is there already; remove it, or name another.")
+    place = Path(str(source)) / "export" / PLACES[to] if out is None else Path(out).expanduser()
+    for path in (place, Path(f"{place}.data")) if to == ONNX else (place,):  # large ONNX models have the second one
+        if os.path.lexists(path):
+            upload_it = f"upload it as it is by `hf upload OWNER/NAME {place}`, " if to == HUB else ""
+            raise RecipeError(f"{arg('out', place)}: {path} is there already; {upload_it}remove it, or name another.")
     if out is not None or Path(str(source)).is_dir():  # else there is no run, which is told in its own words
         check_writable(place.absolute().parent)
     return place
@@ -272,8 +282,15 @@ def _config_of_source(name: str) -> Mapping[str, Any]:
     return {} if found is None else dict(found.to_dict())
 
 
-def _subject_of_model(model: nn.Module, batch: Any, class_names: Sequence[str]) -> _Subject:
-    trained = copy.deepcopy(model).cpu().eval()
+def _subject_of_model(model: nn.Module, batch: Any, class_names: Sequence[str], *, has_config: bool) -> _Subject:
+    bare: nn.Module = getattr(model, "_orig_mod", model)  # of what torch.compile made
+    try:
+        trained = copy.deepcopy(bare).cpu().eval()
+    except RuntimeError as error:  # of tensors that a model keeps of its last call
+        raise BackboneError(
+            f"model: {type(bare).__name__} can't be copied ({reason_of(error, 300)}); call it once within "
+            "torch.no_grad() beforehand, if it keeps what it computed."
+        ) from error
     plain: Any = trained
     if is_adapted(trained):
         plain = copy.deepcopy(trained).merge_and_unload()  # type: ignore[operator]
@@ -283,7 +300,7 @@ def _subject_of_model(model: nn.Module, batch: Any, class_names: Sequence[str]) 
     library = None
     if is_of_timm(plain):
         library, known = "timm", plain.pretrained_cfg
-        files = {"config.json": timm_config(plain, class_names=names)}
+        files = {"config.json": timm_config(plain, class_names=names)} if has_config else {}
         about |= {"model": known["architecture"], "input_size": list(example.tensor.shape[1:])}
         about |= {key: known[key] for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode") if key in known}
         notes.append("Images are to be normalised as model.pretrained_cfg says: set mean and std there, if by others.")
@@ -318,6 +335,30 @@ def _noise_for(model: nn.Module) -> Example:
     return Example.of(torch.randn(TRACED_ITEMS, *size, generator=torch.Generator().manual_seed(0)).to(like.dtype))
 
 
+def _check_called(subject: _Subject) -> None:
+    """Refuse a model that gives no finite logits for its example, or others than there are names of classes."""
+    example = subject.example if subject.has_own_batch else subject.example.rows(1)
+    try:
+        with torch.no_grad():
+            logits = example.call(subject.trained)
+    except LocalgradError:
+        raise
+    except Exception as error:  # whatever a model's code says
+        raise BackboneError(
+            f"{arg('example')}: {subject.name} can't be called with it ({type(error).__name__}: "
+            f"{reason_of(error, 300)}); give one batch as the model takes it, in the dtype of its weights."
+        ) from error
+    if not (example.tensor.ndim and logits.ndim and logits.numel()):
+        raise BackboneError(f"{arg('example')}: give a batch of one item or more, the first axis of every tensor.")
+    if not logits.isfinite().all():
+        raise BackboneError(f"model: logits of {subject.name} are no finite numbers, and can't be compared.")
+    if subject.class_names and len(subject.class_names) != logits.shape[-1]:
+        raise RecipeError(
+            f"{arg('class_names')}: {len(subject.class_names)} names, and the model has {logits.shape[-1]} logits; "
+            "name each."
+        )
+
+
 # Writing and reading -------------------------------------------------------------------------------------------------
 
 
@@ -326,12 +367,14 @@ def _beside(place: Path) -> Iterator[Path]:
     """A region that writes a file or a folder under its own name beside its place, and puts it there at the end."""
     parent = place.absolute().parent
     is_new = not parent.exists()
-    parent.mkdir(parents=True, exist_ok=True)
     try:
+        parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=parent, prefix=f".{place.name}.") as folder:
             yield Path(folder) / place.name
             for each in Path(folder).iterdir():  # large ONNX models have a second file
                 each.rename(parent / each.name)
+    except OSError as error:  # no space, a file system that can't be written, a name that it doesn't take
+        raise RunFolderError(f"{arg('out', place)}: it can't be written ({reason_of(error, 200)}).") from error
     finally:
         if is_new:
             with contextlib.suppress(OSError):  # it isn't empty: all went well
@@ -369,7 +412,7 @@ def _write_and_read(subject: _Subject, to: str, path: Path) -> Exported:
 def _compared(subject: _Subject, to: str, read: Calls, sizes: Sequence[int]) -> tuple[float, float]:
     """The largest difference between logits, and the largest logit; refused beyond rounding."""
     dtype = next((each.dtype for each in subject.model.parameters() if each.is_floating_point()), torch.float32)
-    difference = largest = 0.0
+    differences, logits = [], []
     for count in sizes:
         given = subject.example.rows(count)
         with torch.no_grad():
@@ -386,18 +429,15 @@ def _compared(subject: _Subject, to: str, read: Calls, sizes: Sequence[int]) -> 
                 f"{arg('to', to)}: read again it gives logits of {list(found.shape)}, and the model of "
                 f"{list(wanted.shape)}; it was removed."
             )
-        difference = max(difference, _utmost(found - wanted))
-        largest = max(largest, _utmost(wanted))
+        differences.append((found - wanted).abs().max())
+        logits.append(wanted.abs().max())
+    difference, largest = (float(torch.stack(each).max()) for each in (differences, logits))  # a NaN stays one
     if not difference <= ROUNDING.get(dtype, ROUNDING[torch.float32]) * largest:  # not a number is more, too
         raise BackboneError(
             f"{arg('to', to)}: read again, its logits differ from the model's by up to {difference:.3g}, where the "
             f"largest is {largest:.3g}: that is more than rounding, and it was removed; take another format."
         )
     return difference, largest
-
-
-def _utmost(values: Tensor) -> float:
-    return float(values.abs().max())
 
 
 def _write_folder(subject: _Subject, folder: Path) -> Calls:

@@ -180,10 +180,20 @@ def read_onnx(path: Path, names: tuple[str, ...]) -> Callable[[Example], Tensor]
     Args:
         path: of the file.
         names: of the inputs, in the order of an example's tensors; one that nothing depends on may be gone.
+
+    Raises:
+        BackboneError: onnxruntime doesn't run it, as with weights of bfloat16.
     """
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    except Exception as error:  # of onnxruntime's own kinds
+        raise BackboneError(
+            f"{arg('to', 'onnx')}: onnxruntime can't run what was written ({type(error).__name__}: "
+            f"{reason_of(error, 300)}); it was removed. Convert the model to float32, or take "
+            f"{arg('to', 'torch-export')}."
+        ) from error
     taken = {each.name for each in session.get_inputs()}
 
     def call(example: Example) -> Tensor:

@@ -246,7 +246,7 @@ def _check_range(what: str, labels: Tensor, num_classes: int) -> None:
         row = int(strange[0])
         raise DataError(
             f"Labels must be from 0 to {num_classes - 1} ({num_classes} classes), got {int(labels[row])} for image "
-            f"{row} of the {what}."
+            f"{row} of the {what}{'; -1 is also a label that is missing' if int(labels[row]) == -1 else ''}."
         )
 
 

@@ -66,6 +66,8 @@ def _images_meant(text: str, skipped: Skipped) -> list[str]:
         if not found:
             raise DataError(f"There is no image in {text}: looked below it for {_looked_for()}.")
         return found
+    if text and os.path.exists(path):  # noqa: PTH110
+        raise DataError(f"{text} is no file: a pipe or a device can't be read again; save the image as a file.")
     if not glob.has_magic(path):
         raise DataError(f"There is no file or folder {text}: name an image, a folder of images or a pattern.")
     matches = {os.path.normpath(match) for match in _matches(path)}

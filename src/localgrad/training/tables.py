@@ -40,6 +40,8 @@ METADATA = ("metadata.csv", "metadata.jsonl")
 """Tables of images beside them, by the library's own names."""
 
 UNLABELLED = -1
+_NAMED = 5
+"""Files that a note names; of more, their number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,16 +140,18 @@ def find_tables(name: str, path: Path | None = None, chosen: Chosen | None = Non
             f"The Hugging Face library takes the brackets, * or ? in {path.resolve()} for a pattern: rename the "
             f"folder, or name single files with {arg('train_data')}, {arg('val_data')} and {arg('test_data')}."
         )
-    counts = {}
+    counts, notes = {}, _notes_on_configs(path, chosen)
     if holds_tables(path, kinds=(".parquet", ".arrow")) or chosen.streaming:
         files = _loaded_by_name(name, str(path), chosen, partial(_data_files, str(path), chosen.config))
+        notes += [] if _says_configs(path) else _notes_on_unread(path, files)
         own_names = {_class_names_in(file) for paths in files.values() for file in paths} - {None}
         if len(own_names) > 1:
             chosen.refuse(f"files of {path} list their classes otherwise than others", "streaming")
-            return _parts_of(name, _by_files(name, files, chosen), str(path), chosen)
+            found = _parts_of(name, _by_files(name, files, chosen), str(path), chosen)
+            return replace(found, notes=(*found.notes, *notes))
         counts = _counts_in(files) if chosen.streaming else {}
     found = _parts_of(name, _loaded_by_name(name, str(path), chosen), str(path), chosen, counts)
-    return replace(found, notes=(*found.notes, *_notes_on_configs(path, chosen)))
+    return replace(found, notes=(*found.notes, *notes))
 
 
 def holds_tables(path: Path, kinds: tuple[str, ...] = tuple(TABLE_LOADERS)) -> str:
@@ -209,6 +213,16 @@ def _notes_on_configs(path: Path, chosen: Chosen) -> list[str]:
 
     known = datasets.get_dataset_config_names(str(path)) if _says_configs(path) and chosen.config is None else []
     return [f"Of the configurations {', '.join(known)} the default one is read."] if len(known) > 1 else []
+
+
+def _notes_on_unread(path: Path, files: Mapping[str, Sequence[str]]) -> list[str]:
+    """Say which tables the library passes over: where some are named after splits, it takes no others."""
+    read = {Path(file).resolve() for paths in files.values() for file in paths}
+    tables = [each for each in sorted(path.rglob("*")) if each.suffix.lower() in (".parquet", ".arrow")]
+    left = [str(each.relative_to(path)) for each in tables if each.resolve() not in read and not is_hidden(each.name)]
+    more = f" and {len(left) - _NAMED:,} more" if len(left) > _NAMED else ""
+    said = f"Not read: {', '.join(left[:_NAMED])}{more}: the Hugging Face library takes them for no part."
+    return [said] if left and read else []
 
 
 def _loaded_by_name(name: str, source: str, chosen: Chosen, load: Callable[[], Any] | None = None) -> Mapping[str, Any]:
