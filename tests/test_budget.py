@@ -497,6 +497,7 @@ def test_costs_are_measured_once(measured: list[Any], monkeypatch: pytest.Monkey
     assert len(measured) == 1
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize(
     "more",
     [

@@ -51,6 +51,7 @@ def frozen(kind: str, freeze: str | float) -> Backbone:
     return split(make(kind, **DROPPING[kind]), SIZE).frozen(freeze)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("kind", DROPPING)
 @pytest.mark.parametrize("freeze", ["stem", 1, 0.5])
 def test_one_module_is_a_plain_loop_whose_first_blocks_stand_still(kind: str, freeze: str | float) -> None:

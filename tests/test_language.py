@@ -242,6 +242,7 @@ def test_parts_of_other_lengths_and_sizes_train_as_the_whole(kind: str) -> None:
         torch.testing.assert_close(other, one, rtol=1e-6, atol=1e-7, msg=lambda text, n=name: f"{n}: {text}")
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("name", [name for name in HEADS if name != "lopt"])
 def test_no_head_of_a_causal_model_looks_ahead(name: str) -> None:
     learner = learner_of("llama", 2, HEADS[name]).eval()
@@ -314,6 +315,7 @@ def test_a_tail_starts_as_the_models_own() -> None:
     torch.testing.assert_close(first, last)  # two blocks, and the last two are copied
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", [*GREEDY, "readout with blocks"])
 def test_logits_of_a_head_are_never_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = learner_of("llama", 2, HEADS[name], double=True)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -522,6 +522,7 @@ LAYERS = (
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 
+@cache
 def source_files() -> list[Path]:
     return [
         path
@@ -535,6 +536,7 @@ def dotted(path: Path) -> str:
     return ".".join(part for part in parts if part != "__init__")
 
 
+@cache
 def imports_of(path: Path) -> set[str]:
     """Modules of the package that a file imports anywhere, functions and type checking included."""
     known = {dotted(other) for other in source_files()}

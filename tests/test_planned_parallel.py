@@ -321,6 +321,7 @@ REFUSALS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
 ]
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(("options", "words"), REFUSALS, ids=[" ".join(o)[:40] for o, _ in REFUSALS])
 def test_impossible_plans_for_ranks_are_refused(
     options: tuple[str, ...], words: tuple[str, ...], here: Path, cli_: Cli
