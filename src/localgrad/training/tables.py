@@ -15,7 +15,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -307,9 +307,28 @@ def _parts_of(
     """The parts that a loaded table has, by the names of splits."""
     if chosen.streaming:
         return _streamed_parts(name, loaded, folder, chosen, counts or {})
-    splits = _splits_in(name, loaded)
     parts: dict[Split, Part] = {}
-    notes = [f"The part {part!r} is not used." for part in loaded if part not in splits.values()]
+    notes: list[str] = []
+    for split, part, rows in _labelled_parts(name, loaded, chosen, notes):
+        read = _part(f"{name} {split}", rows, folder, chosen)
+        unlabelled = read.images.labels == UNLABELLED
+        if split == "train" and len(read.images) and unlabelled.all():
+            raise DataError(f"The part {part!r} of {name} has no labels: all are missing or -1.")
+        if split != "train" and len(read.images) and unlabelled.all():
+            # Some publishers keep the labels of the test part to themselves, and write -1.
+            notes.append(f"The part {part!r} is not used: its images have no labels.")
+            continue
+        parts[split] = read
+        notes += _notes_on_columns(rows[0], chosen) if split == "train" else []
+    return Parts(parts, tuple(notes))
+
+
+def _labelled_parts(
+    name: str, loaded: Mapping[str, Any], chosen: Chosen, notes: list[str]
+) -> Iterator[tuple[Split, str, list[Any]]]:
+    """Each split, what its part is called, and its rows, file by file; what isn't used is noted."""
+    splits = _splits_in(name, loaded)
+    notes += [f"The part {part!r} is not used." for part in loaded if part not in splits.values()]
     for split in SPLITS:
         if split not in splits:
             continue
@@ -318,17 +337,7 @@ def _parts_of(
         if split != "train" and not all(_has_columns(own, chosen) for own in rows):
             notes.append(f"The part {splits[split]!r} is not used: it has no labels.")
             continue
-        read = _part(f"{name} {split}", rows, folder, chosen)
-        unlabelled = read.images.labels == UNLABELLED
-        if split == "train" and len(read.images) and unlabelled.all():
-            raise DataError(f"The part {splits[split]!r} of {name} has no labels: all are missing or -1.")
-        if split != "train" and len(read.images) and unlabelled.all():
-            # Some publishers keep the labels of the test part to themselves, and write -1.
-            notes.append(f"The part {splits[split]!r} is not used: its images have no labels.")
-            continue
-        parts[split] = read
-        notes += _notes_on_columns(rows[0], chosen) if split == "train" else []
-    return Parts(parts, tuple(notes))
+        yield split, splits[split], rows
 
 
 def _splits_in(name: str, loaded: Mapping[str, Any]) -> dict[Split, str]:
@@ -341,8 +350,7 @@ def _splits_in(name: str, loaded: Mapping[str, Any]) -> dict[Split, str]:
         if split in splits and part != split and splits[split] != split:
             raise DataError(
                 f"{name} has two parts for the split {split}, {splits[split]!r} and {part!r}: name the file of "
-                f"one with "
-                f"--{split}-data FILE."
+                f"one with {arg(f'{split}_data', 'FILE')}."
             )
         if split not in splits or part == split:
             splits[split] = part
@@ -359,25 +367,17 @@ def _streamed_parts(
     Raises:
         DataError: its classes or its length aren't known before it is read.
     """
-    splits = _splits_in(name, loaded)
     parts: dict[Split, Part] = {}
-    notes = [f"The part {part!r} is not used." for part in loaded if part not in splits.values()]
-    for split in SPLITS:
-        if split not in splits:
-            continue
-        rows = loaded[splits[split]]
-        rows = rows[0] if isinstance(rows, list) else rows
-        if split != "train" and not _has_columns(rows, chosen):
-            notes.append(f"The part {splits[split]!r} is not used: it has no labels.")
-            continue
-        images, class_names = _streamed_part(f"{name} {split}", rows, folder, chosen, counts.get(splits[split]))
+    notes: list[str] = []
+    for split, part, (rows, *_) in _labelled_parts(name, loaded, chosen, notes):
+        images, class_names = _streamed_part(f"{name} {split}", rows, folder, chosen, counts.get(part))
         labels = images.head()[1]
         if split != "train" and len(labels) and (labels < 0).all():
-            notes.append(f"The part {splits[split]!r} is not used: its first {len(labels)} images have no labels.")
+            notes.append(f"The part {part!r} is not used: its first {len(labels)} images have no labels.")
             continue
         if len(set(labels.tolist())) == 1 < len(labels):
             notes.append(
-                f"The first {len(labels)} images of the part {splits[split]!r} are of one class: if the stream is "
+                f"The first {len(labels)} images of the part {part!r} are of one class: if the stream is "
                 "sorted by class, its order doesn't mix classes, and parts cut off of it don't have all."
             )
         parts[split] = Part(images, class_names)
