@@ -158,7 +158,7 @@ CPU_FULL = Profile(
     settings={
         **{key: value for key, value in CPU.settings.items() if key != "data.limit"},
         "training.epochs": 30,
-        "execution.precision": "fp32",  # on processors without units for it, bf16 takes seven times as long
+        "execution.precision": "fp32",  # on processors without units for it, bf16 takes far longer
     },
     models=CPU.models,
     num_blocks=CPU.num_blocks,
