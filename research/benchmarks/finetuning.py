@@ -169,7 +169,7 @@ def trained(values: Values, folder: Path) -> dict[str, Any]:
 def run(options: argparse.Namespace) -> None:
     """Run what isn't done, model by model, in the order that the module says."""
     for model, images in (("vit", 5_000), ("swin", 5_000), ("vit", None)):
-        if options.model and (model, images) != (options.model, options.images or 5_000):
+        if options.model and (model, images) != (options.model, options.images or None):
             continue
         values = {**MODELS[model], **PRETRAINING, "data.name": str(options.data_path / "cifar100")}
         pretrained = options.out / f"{model}-pretrained"
@@ -323,7 +323,7 @@ def main() -> None:
     parser.add_argument("--data-path", type=Path, help="a folder with cifar10/ and cifar100/")
     parser.add_argument("--out", type=Path, default=Path("runs/finetuning"))
     parser.add_argument("--model", choices=MODELS, help="this one alone")
-    parser.add_argument("--images", type=int, help="with --model; 0 and none: 5000")
+    parser.add_argument("--images", type=int, default=5_000, help="with --model; 0: all of them")
     parser.add_argument("--measure", action="store_true", help="measure a step of every method, and stop")
     parser.add_argument("--report", action="store_true", help="write the page, and stop")
     options = parser.parse_args()
