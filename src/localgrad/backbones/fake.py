@@ -131,10 +131,9 @@ class FakeTensorMode(fake_tensor.FakeTensorMode):  # type: ignore[no-untyped-cal
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Give the fake tensors that an operator gives."""
         kwargs = kwargs or {}
-        if func is _VALUE_OF and type(args[0]) is FakeTensor and args[0].fake_mode is self:
-            return self._value_of(args[0])
-        if func is _NEW_NUMBER and _is_number(args[0]):
-            return self._number(args[0])
+        at_once = _AT_ONCE.get(func)
+        if at_once is not None and (made := at_once(self, func, args, kwargs)) is not NotImplemented:
+            return made
         if self.channels_first and func in _CONVOLUTIONS:
             return self._contiguous(_dispatch(self, func, types, args, kwargs))
         key = self._key_of(func, args, kwargs)
@@ -192,22 +191,49 @@ class FakeTensorMode(fake_tensor.FakeTensorMode):  # type: ignore[no-untyped-cal
         vars(tensor).update(self._attributes, fake_mode=self)
         return tensor
 
-    def _value_of(self, tensor: FakeTensor) -> Any:
+    def _value_of(self, _: Any, args: tuple[Any, ...], kwargs: Kwargs) -> Any:
         """The value of a fake tensor that has one: ``item()``.
 
         Raises:
             DataDependentOutputException: it has none.
         """
-        if tensor.constant is None:
+        if type(args[0]) is not FakeTensor or args[0].fake_mode is not self:
+            return NotImplemented
+        if args[0].constant is None:
             raise DataDependentOutputException(_VALUE_OF)
-        return tensor.constant.item()
+        return args[0].constant.item()
 
-    def _number(self, made: Tensor) -> FakeTensor:
+    def _number(self, _: Any, args: tuple[Any, ...], kwargs: Kwargs) -> Any:
         """A single number as a fake tensor that knows its value, until something unknown is written into it."""
-        tensor = self.make((), (), made.dtype)
-        tensor.constant = made.clone()
+        if not _is_number(args[0]):
+            return NotImplemented
+        tensor = self.make((), (), args[0].dtype)
+        tensor.constant = args[0].clone()
         self.fake_tensor_converter.add_constant_storage_mapping(tensor)
         return tensor
+
+    def _into_first(self, _: Any, args: tuple[Any, ...], kwargs: Kwargs) -> Any:
+        """What optimizers do to each parameter, with numbers that change at every step; and their counts of steps."""
+        first = args[0]
+        if type(first) is FakeTensor and first.constant is not None:
+            if first.fake_mode is not self or first.ndim or type(args[1]) not in _NUMBERS or kwargs:
+                return NotImplemented
+            first.constant.add_(args[1])
+            return first
+        are_alike = all(
+            type(each) is FakeTensor
+            and each.fake_mode is self
+            and _is_simple(each)
+            and each.shape == first.shape
+            and each.dtype is first.dtype
+            for each in args
+            if type(each) not in _NUMBERS
+        )
+        return first if are_alike else NotImplemented
+
+    def _as_it_is(self, func: Any, args: tuple[Any, ...], kwargs: Kwargs) -> Any:
+        """What has nothing to do with tensors."""
+        return func(*args, **kwargs)
 
     def _contiguous(self, made: Any) -> Any:
         """The same tensors, contiguous; those that operators just made."""
@@ -265,7 +291,19 @@ _BY_KERNEL = {
 _CONVOLUTIONS = {torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default}
 _NAMESPACES = ("aten", "prims")
 _VALUE_OF = torch.ops.aten._local_scalar_dense.default
-_NEW_NUMBER = torch.ops.aten.lift_fresh.default  # of torch.tensor(...)
+_AT_ONCE: dict[Any, Callable[..., Any]] = {
+    _VALUE_OF: FakeTensorMode._value_of,
+    torch.ops.aten.lift_fresh.default: FakeTensorMode._number,  # of torch.tensor(...)
+    torch.ops.aten.add_.Tensor: FakeTensorMode._into_first,
+    torch.ops.aten.mul_.Tensor: FakeTensorMode._into_first,
+    torch.ops.aten.lerp_.Scalar: FakeTensorMode._into_first,
+    torch.ops.aten.addcmul_.default: FakeTensorMode._into_first,
+    torch.ops.aten.addcdiv_.default: FakeTensorMode._into_first,
+    torch.ops.profiler._record_function_enter_new.default: FakeTensorMode._as_it_is,
+    torch.ops.profiler._record_function_exit._RecordFunction: FakeTensorMode._as_it_is,
+}
+"""How to do what needs no recipe; ``NotImplemented``: not with these arguments."""
+_NUMBERS = (int, float)
 _CPU = torch.device("cpu")
 _Recipe = Callable[[FakeTensorMode, tuple[Any, ...]], Any]
 """Given the mode and the positional arguments of an operator, makes what the operator gives."""
