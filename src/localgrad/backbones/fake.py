@@ -57,7 +57,7 @@ __all__ = [
     "fake_copy_with_memo",
     "looks_at_values",
     "on_meta",
-    "quick_view",
+    "quick_result",
     "real_tensors",
     "without_initialization",
 ]
@@ -131,20 +131,17 @@ class FakeTensorMode(fake_tensor.FakeTensorMode):  # type: ignore[no-untyped-cal
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Give the fake tensors that an operator gives."""
         kwargs = kwargs or {}
-        at_once = _AT_ONCE.get(func)
-        if at_once is not None and (made := at_once(self, func, args, kwargs)) is not NotImplemented:
-            return made
+        known = self.known(func, args, kwargs)
+        if known is not NotImplemented:
+            return known
         if self.channels_first and func in _CONVOLUTIONS:
             return self._contiguous(_dispatch(self, func, types, args, kwargs))
         key = self._key_of(func, args, kwargs)
         if key is None:
             return _dispatch(self, func, types, args, kwargs)
-        recipe = self._recipes.get(key)
-        if recipe is None and key not in self._recipes:
-            recipe = self._quickly(func, args, kwargs)
-            if recipe is not None:
-                self._recipes[key] = recipe
+        recipe = self._quickly(func, args, kwargs) if key not in self._recipes else None
         if recipe is not None:
+            self._recipes[key] = recipe
             return recipe(self, args)
         result = _dispatch(self, func, types, args, kwargs)
         if key not in self._recipes:
@@ -152,6 +149,17 @@ class FakeTensorMode(fake_tensor.FakeTensorMode):  # type: ignore[no-untyped-cal
             is_pytorchs = func.namespace in _NAMESPACES and torch.Tag.inplace_view not in func.tags
             self._recipes[key] = _recipe_for(result, self, args, kwargs) if is_pytorchs else None
         return result
+
+    def known(self, func: Any, args: tuple[Any, ...], kwargs: Kwargs) -> Any:
+        """What an operator gives, where that needn't be found out any more; else ``NotImplemented``."""
+        at_once = _AT_ONCE.get(func)
+        if at_once is not None and (made := at_once(self, func, args, kwargs)) is not NotImplemented:
+            return made
+        if self.channels_first and func in _CONVOLUTIONS:
+            return NotImplemented
+        key = self._key_of(func, args, kwargs)
+        recipe = None if key is None else self._recipes.get(key)
+        return NotImplemented if recipe is None else recipe(self, args)
 
     def _quickly(self, func: Any, args: tuple[Any, ...], kwargs: Kwargs) -> _Recipe | None:
         """A recipe for an operator that PyTorch's mode needn't be asked about, which takes it up to milliseconds."""
@@ -201,24 +209,27 @@ class FakeTensorMode(fake_tensor.FakeTensorMode):  # type: ignore[no-untyped-cal
             return NotImplemented
         if args[0].constant is None:
             raise DataDependentOutputException(_VALUE_OF)
-        return args[0].constant.item()
+        with torch._C._DisableTorchDispatch():
+            return args[0].constant.item()
 
     def _number(self, _: Any, args: tuple[Any, ...], kwargs: Kwargs) -> Any:
         """A single number as a fake tensor that knows its value, until something unknown is written into it."""
         if not _is_number(args[0]):
             return NotImplemented
         tensor = self.make((), (), args[0].dtype)
-        tensor.constant = args[0].clone()
+        with torch._C._DisableTorchDispatch():
+            tensor.constant = args[0].clone()
         self.fake_tensor_converter.add_constant_storage_mapping(tensor)
         return tensor
 
-    def _into_first(self, _: Any, args: tuple[Any, ...], kwargs: Kwargs) -> Any:
+    def _into_first(self, func: Any, args: tuple[Any, ...], kwargs: Kwargs) -> Any:
         """What optimizers do to each parameter, with numbers that change at every step; and their counts of steps."""
         first = args[0]
         if type(first) is FakeTensor and first.constant is not None:
             if first.fake_mode is not self or first.ndim or type(args[1]) not in _NUMBERS or kwargs:
                 return NotImplemented
-            first.constant.add_(args[1])
+            with torch._C._DisableTorchDispatch():
+                func(first.constant, args[1])
             return first
         are_alike = all(
             type(each) is FakeTensor
@@ -233,7 +244,8 @@ class FakeTensorMode(fake_tensor.FakeTensorMode):  # type: ignore[no-untyped-cal
 
     def _as_it_is(self, func: Any, args: tuple[Any, ...], kwargs: Kwargs) -> Any:
         """What has nothing to do with tensors."""
-        return func(*args, **kwargs)
+        with torch._C._DisableTorchDispatch():
+            return func(*args, **kwargs)
 
     def _contiguous(self, made: Any) -> Any:
         """The same tensors, contiguous; those that operators just made."""
@@ -304,6 +316,7 @@ _AT_ONCE: dict[Any, Callable[..., Any]] = {
 }
 """How to do what needs no recipe; ``NotImplemented``: not with these arguments."""
 _NUMBERS = (int, float)
+_VIEWS = {torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default}
 _CPU = torch.device("cpu")
 _Recipe = Callable[[FakeTensorMode, tuple[Any, ...]], Any]
 """Given the mode and the positional arguments of an operator, makes what the operator gives."""
@@ -482,8 +495,8 @@ def backward_under_modes(tensor: Tensor, gradient: Tensor | None, *, retain_grap
     )
 
 
-def quick_view(tensor: FakeTensor, shape: Sequence[int]) -> Tensor:
-    """A view of a fake tensor, for those who see the operator; of a contiguous one without asking what its shape gives.
+def _quick_view(tensor: FakeTensor, shape: Sequence[int]) -> Tensor:
+    """A view of a fake tensor; of a contiguous one without asking what its shape gives.
 
     PyTorch makes the view itself of up to ten operators in Python.
     """
@@ -498,6 +511,17 @@ def quick_view(tensor: FakeTensor, shape: Sequence[int]) -> Tensor:
     strides = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
     offset = int(tensor.storage_offset())
     return mode.make(sizes, strides, tensor.dtype, memory=tensor.untyped_storage(), offset=offset)
+
+
+def quick_result(func: Any, args: tuple[Any, ...], kwargs: Kwargs) -> Any:
+    """What an operator gives, without running it, for a mode that has the fake mode right below it.
+
+    ``NotImplemented`` where it has to run. From mode to mode by PyTorch's way takes longer than this answer.
+    """
+    if func in _VIEWS and isinstance(args[0], FakeTensor):
+        return _quick_view(*args, **kwargs)
+    below = _python_dispatch._get_current_dispatch_mode()
+    return below.known(func, args, kwargs) if type(below) is FakeTensorMode else NotImplemented
 
 
 def fake_copy(obj: T) -> tuple[FakeTensorMode, T]:

@@ -67,7 +67,7 @@ from localgrad.backbones.fake import (
     by_shapes_alone,
     fake_copy,
     fake_copy_with_memo,
-    quick_view,
+    quick_result,
 )
 from localgrad.backbones.namespaces import Kwargs
 from localgrad.memory.cards import Card
@@ -403,16 +403,11 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: Kwargs | None) -> Any:
-        for argument in args:
-            if isinstance(argument, Tensor):
-                self._touch(argument)
-            elif isinstance(argument, (list, tuple)):
-                for item in argument:
-                    if isinstance(item, Tensor):
-                        self._touch(item)
-        call = quick_view if func in _VIEWS and isinstance(args[0], FakeTensor) else func
+        self._touch_all(args)
         try:
-            result = call(*args, **kwargs) if kwargs else call(*args)
+            result = quick_result(func, args, kwargs or {})
+            if result is NotImplemented:
+                result = func(*args, **kwargs) if kwargs else func(*args)
         except DataDependentOutputException:
             # A fake tensor has no values. A step that reads its loss, or asks whether a gradient was
             # infinite, gets the harmless answer; any other question about values stays an error.
@@ -428,6 +423,15 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if isinstance(item, Tensor):
                     self._made(item)
         return result
+
+    def _touch_all(self, args: tuple[Any, ...]) -> None:
+        for argument in args:
+            if isinstance(argument, Tensor):
+                self._touch(argument)
+            elif isinstance(argument, (list, tuple)):
+                for item in argument:
+                    if isinstance(item, Tensor):
+                        self._touch(item)
 
     # Both look-ups run for every tensor of every operator: keep them lean.
     def _touch(self, tensor: Tensor) -> None:
@@ -609,7 +613,6 @@ def autocast_of(device: str, card: Card | None = None) -> contextlib.AbstractCon
 
 
 _DEVICE_OF = torch.ops.prim.device.default
-_VIEWS = {torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default}
 _FULL_SIZE_LOSSES = {torch.ops.aten.mse_loss.default, torch.ops.aten.smooth_l1_loss.default}
 """Losses that write every element's error, twice, and return its mean at the beginning of one of the two."""
 
