@@ -86,6 +86,7 @@ CHANGES: dict[str, tuple[Change, str]] = {
 }
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize("configured", [True, False])
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_is_replaced_in_the_model_is_not_left_untrained(name: str, configured: bool) -> None:

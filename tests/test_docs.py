@@ -10,6 +10,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
@@ -141,9 +142,12 @@ def commands(language: str = "sh") -> Iterator[Any]:
                     yield pytest.param(words, id=f"{block.page}: {' '.join(words)}", marks=marks)
 
 
+command_of = cache(typer.main.get_command)
+
+
 def parse(app: typer.Typer, words: list[str]) -> None:
     """Hold options and arguments against the command line, and run nothing."""
-    command: Any = typer.main.get_command(app)
+    command: Any = command_of(app)
     if words[0] in getattr(command, "commands", {}):
         command = command.commands[words.pop(0)]
     command.make_context(command.name, words)

@@ -56,6 +56,7 @@ def test_parts_equal_the_model_forward_and_backward(family: str) -> None:
         assert torch.equal(mine, other)
 
 
+@pytest.mark.few(10)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_parameter_is_in_exactly_one_part(family: str) -> None:
     backbone = parted(family)

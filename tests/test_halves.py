@@ -121,6 +121,7 @@ def assert_same_run(ours: Ran, theirs: Ran, *, tolerance: float = 0.0) -> None:
 # Pieces ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(10)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_pieces_of_every_family(family: str) -> None:
     backbone = parted(family)

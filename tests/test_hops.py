@@ -49,8 +49,8 @@ def test_there_are_few_frames_between_the_verb_and_the_objective(
 
 def test_planning_loads_nothing_of_comparing_or_of_training_data() -> None:
     options = {"model": "vit_tiny_patch16_224", "data": "cifar10", "batch-size": "4", "budget": "4GiB", "device": "cpu"}
-    arguments = ["plan", "--no-cache", *(f"--{name}={value}" for name, value in options.items())]
-    arguments += ["--set", "model.options.depth=1"]
+    arguments = ["plan", "--no-cache", "--no-confirm", *(f"--{name}={value}" for name, value in options.items())]
+    arguments += ["--set", "model.options={depth=1, embed_dim=24, num_heads=1}", "--modules", "1"]
     code = (
         "import sys; from localgrad import cli\n"
         f"cli.app({arguments}, standalone_mode=False)\n"

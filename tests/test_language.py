@@ -172,6 +172,7 @@ def test_causal_models_are_known() -> None:
     }
 
 
+@pytest.mark.few(8)
 @every_head
 def test_every_head_trains_isolated_modules_on_any_length(kind: str, objective: Objective) -> None:
     learner = learner_of(kind, 2 if kind != "llama" else 4, objective)
@@ -209,7 +210,7 @@ def test_padding_leaves_losses_and_gradients_alone(kind: str, objective: Objecti
         torch.testing.assert_close(padded[name], value, rtol=1e-9, atol=1e-11, msg=lambda text, n=name: f"{n}: {text}")
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(2)
 @every_head
 def test_parts_of_a_batch_train_as_the_whole(kind: str, objective: Objective) -> None:
     """Parts hold unequal numbers of tokens and of labels that count."""
@@ -242,7 +243,7 @@ def test_parts_of_other_lengths_and_sizes_train_as_the_whole(kind: str) -> None:
         torch.testing.assert_close(other, one, rtol=1e-6, atol=1e-7, msg=lambda text, n=name: f"{n}: {text}")
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", [name for name in HEADS if name != "lopt"])
 def test_no_head_of_a_causal_model_looks_ahead(name: str) -> None:
     learner = learner_of("llama", 2, HEADS[name]).eval()

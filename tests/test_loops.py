@@ -224,7 +224,7 @@ class Stopped(BaseException):
     """What kills a loop in the middle."""
 
 
-QUICK = {("plain", 1), ("accelerate", 2), ("timm", 2)}
+QUICK = {("plain", 1), ("timm", 2)}
 
 
 def case(loop: Loop, modules: int) -> Any:

@@ -29,6 +29,7 @@ OPTIONS += ["--set", "model.options.depth=2", "--set", "model.options.embed_dim=
 OPTIONS += ["--batch-size", "16", "--device", "cpu", "--epochs", "1"]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", ["vit", "swin"])
 @pytest.mark.parametrize("modules", [1, 2])
 def test_adapters_and_head_learn_and_nothing_else(kind: str, modules: int) -> None:

@@ -217,6 +217,7 @@ PLAN_REFUSALS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
 ]
 
 
+@pytest.mark.few(15)
 @pytest.mark.parametrize(("options", "words"), PLAN_REFUSALS, ids=[" ".join(o)[:40] for o, _ in PLAN_REFUSALS])
 def test_impossible_plans_are_refused(options: tuple[str, ...], words: tuple[str, ...], here: Path, cli_: Cli) -> None:
     assert_refused(cli_("plan", "--recipe", "../micro.toml", *options), *words)
