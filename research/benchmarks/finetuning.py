@@ -7,25 +7,28 @@
     python research/benchmarks/finetuning.py --report              # the page alone
 
 Every cell is a run of `localgrad train`, one thread, in a process of its own. A cell that is done is kept in
-``research/results/finetuning/cells.json``; a run that was cut off goes on. The learning rate of a method is chosen of
-two, by validation images of seed 0; the test set is read once a run, at its end. The page is
-``research/docs/finetuning.md``.
+``research/results/finetuning/cells.json``; a run that was cut off goes on; several processes share the cells among
+them. The learning rate of a method is chosen of two, by validation images of seed 0; the test set is read once a run,
+at its end. The page is ``research/docs/finetuning.md``.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 import localgrad
 from localgrad.app.build import build_recipe_objective, frozen_as_said, make_model, optimizer_of
@@ -175,10 +178,25 @@ def run(options: argparse.Namespace) -> None:
         pretrained = options.out / f"{model}-pretrained"
         told = trained(values, pretrained)
         keep(f"{model}; pretrained", told)
-        while cells := wanted(model, images, read()):
-            cell = cells[0]
+        while one := next(free_of(wanted(model, images, read()), options.out), None):
+            cell, folder, lock = one
             values = {"model.weights": str(pretrained), **cell.values, "data.name": str(options.data_path / "cifar10")}
-            keep(str(cell), trained(values, options.out / str(cell).replace("; ", "-").replace(" ", "_")))
+            try:
+                keep(str(cell), trained(values, folder))
+            finally:
+                lock.release()
+
+
+def free_of(cells: list[Cell], out: Path) -> Iterator[tuple[Cell, Path, FileLock]]:
+    """The cells that no other process runs, each with its folder, and held for this one."""
+    for cell in cells:
+        folder = out / str(cell).replace("; ", "-").replace(" ", "_")
+        lock = FileLock(folder.with_suffix(f"{folder.suffix}.lock"))
+        with contextlib.suppress(Timeout):
+            lock.acquire(blocking=False)
+            if str(cell) not in read():  # it may have been done meanwhile
+                yield cell, folder, lock
+            lock.release()
 
 
 def read(path: Path = RESULTS) -> dict[str, Values]:
@@ -228,7 +246,8 @@ def keep(key: str, summary: dict[str, Any]) -> None:
     row |= {"seconds": summary["seconds"], "torch": summary["versions"]["torch"]}
     row["date"] = datetime.now(UTC).date().isoformat()
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps({**read(), key: {**row, **read().get(key, {})}}, indent=1) + "\n")
+    with FileLock(RESULTS.with_suffix(".lock")):
+        RESULTS.write_text(json.dumps({**read(), key: {**row, **read().get(key, {})}}, indent=1) + "\n")
     print(key, row["val_accuracy"], row["test_accuracy"], flush=True)
 
 
