@@ -117,7 +117,7 @@ def test_local_modules_without_the_word_are_refused() -> None:
 # What fits -------------------------------------------------------------------------------------------------------
 
 
-def way(words: str, num_modules: int, needs: int, time: float | None, **more: Any) -> Way:
+def way(words: str, num_modules: int, needs: int, time: float, **more: Any) -> Way:
     return Way((words,), "plain", num_modules, needs, needs, time, 1.0, **more)
 
 
@@ -127,7 +127,7 @@ WAYS = (
     way("full", 2, 50, 1.02),
     way("freeze", 1, 55, 0.66),
     way("freeze", 2, 30, 0.7),
-    way("full", 4, 20, None),
+    way("full", 4, 20, 0.5, in_turn=True),
     way("full", 1, 59, 1.2, optimizer="bnbadamw8bit"),
 )
 
@@ -138,7 +138,7 @@ def test_the_fastest_is_of_those_that_fit() -> None:
     assert fastest_way(WAYS, 70, words=("full",), is_exact=True) is WAYS[-1], "other optimizers are named, too"
     assert fastest_way(WAYS, 52) is WAYS[4]
     assert fastest_way(WAYS, 52, is_exact=True) is None
-    assert fastest_way(WAYS, 25) is None, "how long modules take in turn isn't told"
+    assert fastest_way(WAYS, 25) is None, "no plan trains modules in turn"
 
 
 def test_unasked_exact_gradients_come_first_and_all_weights_before_some() -> None:

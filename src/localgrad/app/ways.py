@@ -9,6 +9,7 @@ that is chosen is confirmed.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -125,9 +126,11 @@ class Way:
         num_modules: 1 for end-to-end training.
         peak_bytes: of a step.
         needed_bytes: the budget that it needs, by the margin.
-        time_ratio: of a step, to full fine-tuning end to end with nothing recomputed; ``None`` where it isn't told.
+        time_ratio: of a step, to full fine-tuning end to end with nothing recomputed. Of modules in turn it is a whole
+            training's, but for the features' way to the disk and back.
         share: of the weights that are trained, from 0 to 1.
         optimizer: where it isn't the recipe's.
+        in_turn: modules are trained one after another; no plan says so, and so it is never chosen unasked.
     """
 
     words: tuple[str, ...]
@@ -135,9 +138,10 @@ class Way:
     num_modules: int
     peak_bytes: int
     needed_bytes: int
-    time_ratio: float | None
+    time_ratio: float
     share: float
     optimizer: str | None = None
+    in_turn: bool = False
 
     @property
     def is_exact(self) -> bool:
@@ -198,7 +202,7 @@ def ways_of(changes: Mapping[str, Any], data: PlannedData, *, budget: int | None
             left_out.append(f"{typed(words)}: {error}")
             continue
         base = base or search.end_to_end().nanoseconds
-        rows += _rows(search, _Maker(task, words, base, optimizer), budget, size)
+        rows += _rows(search, _Maker(task, words, base, optimizer), budget, recipe)
     return Ways(tuple(rows), tuple(left_out))
 
 
@@ -220,7 +224,7 @@ class _Maker:
     base: float
     optimizer: str | None
 
-    def __call__(self, how: str, num_modules: int, peak: int, time: float | None) -> Way:
+    def __call__(self, how: str, num_modules: int, peak: int, time: float, *, in_turn: bool = False) -> Way:
         model = self.task.backbone.model
         learning = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
         return Way(
@@ -229,13 +233,14 @@ class _Maker:
             num_modules=num_modules,
             peak_bytes=peak,
             needed_bytes=self.task.margin.needed(peak),
-            time_ratio=None if time is None else time / self.base,
+            time_ratio=time / self.base,
             share=learning / num_weights(model),
             optimizer=self.optimizer,
+            in_turn=in_turn,
         )
 
 
-def _rows(search: Search, make: _Maker, budget: int | None, batch_size: int) -> Iterator[Way]:
+def _rows(search: Search, make: _Maker, budget: int | None, recipe: Recipe) -> Iterator[Way]:
     """The ways of one method: end to end, recomputing, in 2 to 4 local modules, and those one after another."""
     task = search.task
     plain = search.end_to_end()
@@ -252,7 +257,7 @@ def _rows(search: Search, make: _Maker, budget: int | None, batch_size: int) -> 
         recomputes = any(choice.how != Checkpointing() for choice in found.choices)
         yield make(f"K = {count}{', recompute' * recomputes}", count, own.peak(found), found.nanoseconds)
     if counts:
-        yield make(f"K = {counts[-1]} in turn", counts[-1], _sequential(task, counts[-1], batch_size), None)
+        yield make(f"K = {counts[-1]} in turn", counts[-1], *_in_turn(task, counts[-1], recipe), in_turn=True)
 
 
 def _recomputing(search: Search, budget: int | None) -> Solution:
@@ -267,15 +272,27 @@ def _recomputing(search: Search, budget: int | None) -> Solution:
     return min(fitting, key=lambda way: way.nanoseconds)
 
 
-def _sequential(task: Task, count: int, batch_size: int) -> int:
-    """Peak bytes of local modules that are trained one after another: the others are on the processor meanwhile."""
+def _in_turn(task: Task, count: int, recipe: Recipe) -> tuple[int, float]:
+    """Peak bytes and nanoseconds a batch of local modules one after another: the others are on the processor meanwhile.
+
+    Each is trained for all epochs; all but the last one then run over the epochs whose features are kept.
+    """
     from localgrad.training.stagewise import estimate_stage
 
-    search = Search(replace(task, modules=count), task.costs(batch_size))
+    training = recipe.method.training
+    batch_size = training.batch_size
+    costs = task.costs(batch_size)
+    search = Search(replace(task, modules=count), costs)
     found = search.balanced()
+    runs = sum(
+        costs.forward_ns(start, stop, with_objective=False)
+        for start, stop in itertools.pairwise((0, *found.boundaries))
+    )
+    time = found.nanoseconds + runs * min(training.cached_epochs, training.epochs) / training.epochs
     largest = max(range(count), key=lambda index: found.choices[index].peak_bytes)
     learner = task.learner(search.as_plan(found))
-    return estimate_stage(learner, largest, batch_size, task.optimizer, torch.device(task.device)).peak_bytes
+    stage = estimate_stage(learner, largest, batch_size, task.optimizer, torch.device(task.device))
+    return stage.peak_bytes, time
 
 
 def fastest_way(
@@ -293,11 +310,11 @@ def fastest_way(
         way
         for way in ways
         if way.fits(budget)
-        and way.time_ratio is not None
+        and not way.in_turn
         and (is_exact is None or way.is_exact == is_exact)
         and (words is None or way.words == words)
     ]
-    return min(fitting, key=lambda way: way.time_ratio or math.inf, default=None)
+    return min(fitting, key=lambda way: way.time_ratio, default=None)
 
 
 def in_order(ways: Sequence[Way], budget: int | None) -> list[Way]:
@@ -305,9 +322,9 @@ def in_order(ways: Sequence[Way], budget: int | None) -> list[Way]:
 
     Whatever isn't exact comes last, however fast: what it costs in accuracy is only known once it is trained.
     """
-    fitting = [way for way in ways if way.fits(budget) and way.time_ratio is not None and way.optimizer is None]
+    fitting = [way for way in ways if way.fits(budget) and not way.in_turn and way.optimizer is None]
     full = fastest_way(fitting, budget, is_exact=True, words=(FULL,))
-    exact = sorted((way for way in fitting if way.is_exact), key=lambda way: way.time_ratio or math.inf)
+    exact = sorted((way for way in fitting if way.is_exact), key=lambda way: way.time_ratio)
     local = sorted(
         (way for way in fitting if not way.is_exact),
         key=lambda way: (way.num_modules, way.words != (FULL,), way.time_ratio),

@@ -27,7 +27,7 @@ def print_ways(ways: Ways, budget: int | None, console: Console) -> None:
             f"{way.share:.1%}",
             format_bytes(way.needed_bytes),
             f"{way.peak_bytes / base.peak_bytes:.2f}",
-            "" if way.time_ratio is None else f"{way.time_ratio:.2f}",
+            f"{way.time_ratio:.2f}",
             "" if budget is None else "yes" if way.fits(budget) else "no",
         )
     console.print("[bold]Ways to fine-tune[/] (composed; memory and time beside the first line, predicted)")
