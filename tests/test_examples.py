@@ -74,7 +74,7 @@ def test_an_example_is_short_and_takes_public_names_only(path: Path) -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        pytest.param(path, marks=[pytest.mark.heavy] if path.stem == "finetune" else [], id=path.stem)
+        pytest.param(path, marks=[pytest.mark.heavy] if path.stem in SHORT else [], id=path.stem)
         for path in EXAMPLES
         if path.stem not in OF_LOOPS
     ],

@@ -576,10 +576,9 @@ NOT_COMPARED |= {func for func in _fake._AT_ONCE if func.namespace == "profiler"
 """What gives no tensor that operators could give."""
 
 
-@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("build", "bf16"),
-    [(mlp, False), (mlp, True), (vit, True), (swin, False), heavy(vit, False), heavy(swin, True)],
+    [(mlp, False), *(heavy(*each) for each in [(mlp, True), (vit, True), (swin, False), (vit, False), (swin, True)])],
 )
 def test_remembered_operators_give_what_pytorch_gives(build, bf16, monkeypatch):
     monkeypatch.setattr(_fake.FakeTensorMode, "_recipes", {})

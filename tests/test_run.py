@@ -303,6 +303,7 @@ def write_image_folder(root: Path, num_images: int = 24) -> Path:
     return root
 
 
+@pytest.mark.heavy  # quick: test_finetuning.py, on a folder too
 def test_an_image_folder_is_trained_on_and_predicted(tmp_path: Path) -> None:
     data = write_image_folder(tmp_path / "photos")
     changes = {"data": {"name": str(data), "val_fraction": 0.2}, "training.epochs": 3, "training.batch_size": 8}
