@@ -12,7 +12,7 @@ import signal
 import statistics
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,9 @@ from localgrad.app.recipe import Recipe, overlay
 from localgrad.errors import RecipeError
 from localgrad.objectives.methods import OBJECTIVES
 from research.reproduce import __main__ as command_line
-from research.reproduce import report, results, runner, tables, verb
+from research.reproduce import costs, report, results, runner, tables, verb
 from research.reproduce.methods import BASELINES, DEFAULT, END_TO_END, METHODS, REMEDIES
-from research.reproduce.profiles import CPU, CPU_FULL, DATA, GPU, PROFILES, SMOKE
+from research.reproduce.profiles import CPU, CPU_FULL, DATA, GPU, PROFILES, SMOKE, Wanted
 from research.reproduce.published import PUBLISHED, published_for
 from research.reproduce.sources import Source, image_format
 from research.reproduce.tables import (
@@ -844,6 +844,29 @@ def test_results_that_are_none_are_refused(text: str, tmp_path: Path) -> None:
 def test_a_commit_is_named() -> None:
     assert results.commit_of_code()
     assert " " not in results.commit_of_code()
+
+
+def test_what_a_step_costs_is_measured_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    agenda = (Wanted(table="cifar10", methods=("half-frozen", "default"), modules=(2,)),)
+    small = replace(SMOKE, agenda=agenda)
+    monkeypatch.setitem(PROFILES, "smoke", small)
+    said: list[str] = []
+    costs.measure_costs_of(small, tmp_path, said.append)
+    assert [line.split(":")[0] for line in said] == [
+        "end-to-end, K = 1",
+        "end-to-end-checkpointed, K = 1",
+        "half-frozen, K = 1",
+        "default, K = 2",
+    ]
+    docs = tmp_path / "docs.md"
+    docs.write_text("before\n<!-- costs: smoke -->\n<!-- end -->\nafter\n")
+    assert report.rewrite(docs, tmp_path)
+    lines = docs.read_text().splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
+    assert cells[0] == ["method", "K", "memory", "time of a step", "cifar10, points"]
+    assert cells[1] == ["end-to-end", "1", "1.00", "1.00", ""]
+    assert float(cells[2][2]) < 1, "recomputing takes less"
+    assert report.differences(docs, tmp_path) == []
 
 
 def test_accuracy_is_drawn_against_memory(here: Path) -> None:

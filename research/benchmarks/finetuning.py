@@ -31,8 +31,8 @@ import torch
 from filelock import FileLock, Timeout
 
 import localgrad
-from localgrad.app.build import build_recipe_objective, frozen_as_said, make_model, optimizer_of
 from localgrad.app.recipe import Recipe, overlay
+from research.learners import learner_of
 
 RESEARCH = Path(__file__).parents[1]
 RESULTS = RESEARCH / "results" / "finetuning" / "cells.json"
@@ -227,16 +227,7 @@ def measure_steps(only: str | None) -> None:
 def _learner(model: str, method: str) -> localgrad.LocalLearner:
     """The learner of a method, without weights that were trained."""
     values = {**Cell(model, None, method, RATES[0], 0).values, "data.name": "digits", "model.weights": None}
-    recipe = Recipe.from_dict(overlay({}, {key: value for key, value in values.items() if value is not None}))
-    made, _ = make_model(recipe.method.model, num_classes=10, num_channels=3)
-    backbone = frozen_as_said(recipe, localgrad.split(made, (3, 32, 32)))
-    local, checkpoint = recipe.method.local, recipe.execution.checkpoint
-    objective = build_recipe_objective(recipe)
-    assert isinstance(local.modules, int), "as METHODS have it"
-    assert isinstance(checkpoint, str), "as METHODS have it"
-    learner = localgrad.LocalLearner(backbone, modules=local.modules, objective=objective, checkpoint=checkpoint)
-    learner.configure_optimizers(optimizer_of(recipe.method.training, backbone.model))
-    return learner
+    return learner_of(overlay({}, {key: value for key, value in values.items() if value is not None}), (3, 32, 32))
 
 
 def keep(key: str, summary: dict[str, Any]) -> None:

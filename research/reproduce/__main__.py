@@ -16,6 +16,7 @@ from localgrad import cli
 from localgrad.errors import RecipeError
 from research.reproduce import report as reports
 from research.reproduce import verb
+from research.reproduce.costs import measure_costs_of
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -53,6 +54,9 @@ def reproduce(  # noqa: PLR0917  # one parameter an option
     plot: Annotated[
         Path | None, typer.Option(help="Draw TABLE's accuracy against memory, .png or .svg, from the results.")
     ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure memory and time of a step of the profile's methods, and stop.")
+    ] = False,
     check: Annotated[
         bool, typer.Option("--check", help="With --report: only say where docs and results differ.")
     ] = False,
@@ -70,6 +74,9 @@ def reproduce(  # noqa: PLR0917  # one parameter an option
         return
     if plot is not None:
         typer.echo(verb.draw(table, profile, results, plot))
+        return
+    if measure:
+        measure_costs_of(verb.profile_named(profile), results, typer.echo)
         return
     settings = verb.Settings(
         table=table,

@@ -25,6 +25,7 @@ from pathlib import Path
 from localgrad.errors import RecipeError, did_you_mean
 from localgrad.training.folder import write_atomically
 from localgrad.units import format_bytes
+from research.reproduce.costs import markdown_of_costs
 from research.reproduce.methods import AVERAGED, BASELINES, DEFAULT, END_TO_END, begins_at, keeps_average, overlay_of
 from research.reproduce.profiles import PROFILES, Profile
 from research.reproduce.published import Published, published_for
@@ -34,7 +35,7 @@ from research.reproduce.tables import TABLES, Cell, Table, cells_of, epochs_of
 DOCS = Path("research/docs/accuracy.md")
 DAGGER = "†"
 DOUBLE_DAGGER = "‡"
-_MARKED = re.compile(r"(<!-- table: (\S+) (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+_MARKED = re.compile(r"(<!-- (table|costs): (\S+)(?: (\S+))? -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -85,14 +86,16 @@ def rewrite(docs: Path, results: Path) -> bool:
 def differences(docs: Path, results: Path) -> list[str]:
     """What differs between the docs' tables and the results: names of tables, empty where all is in step."""
     text = _read(docs)
-    new = {match.group(2, 3): match[4] for match in _MARKED.finditer(_filled(text, results))}
-    old = {match.group(2, 3): match[4] for match in _MARKED.finditer(text)}
+    new = {match.group(2, 3, 4): match[5] for match in _MARKED.finditer(_filled(text, results))}
+    old = {match.group(2, 3, 4): match[5] for match in _MARKED.finditer(text)}
     found = [
-        f"{' '.join(names)}: the docs' table isn't what its results give" for names in old if old[names] != new[names]
+        f"{' '.join(filter(None, names[1:]))}: the docs' table isn't what its results give"
+        for names in old
+        if old[names] != new[names]
     ]
     known = {path_of(results, table, profile): (table, profile) for table in TABLES for profile in PROFILES}
     for path in sorted(results.glob("*.json")):
-        if path in known and known[path] not in old and known[path][1] != "smoke":
+        if path in known and ("table", *known[path]) not in old and known[path][1] != "smoke":
             found.append(f"{path.name}: the docs have no table for these results")
     return found
 
@@ -106,14 +109,18 @@ def _read(docs: Path) -> str:
 
 def _filled(text: str, results: Path) -> str:
     def fill(match: re.Match[str]) -> str:
-        table, profile = match[2], match[3]
+        kind, table, profile = match.group(2, 3, 4)
+        if kind == "costs":
+            table, profile = None, table
         for name, known in ((table, TABLES), (profile, PROFILES)):
-            if name not in known:
+            if name is not None and name not in known:
                 raise RecipeError(
                     f"--docs: a marker names {name!r}; there are {', '.join(known)}.{did_you_mean(name, known)}"
                 )
+        if table is None:
+            return f"{match[1]}{costs(PROFILES[profile], results)}{match[6]}"
         rows = load_rows(path_of(results, table, profile))
-        return f"{match[1]}{markdown(TABLES[table], PROFILES[profile], rows)}{match[5]}"
+        return f"{match[1]}{markdown(TABLES[table], PROFILES[profile], rows)}{match[6]}"
 
     return _MARKED.sub(fill, text)
 
@@ -138,6 +145,22 @@ def markdown(table: Table, profile: Profile, rows: Iterable[Row]) -> str:
     if len(rows) > len(current):
         parts.append(f"{len(rows) - len(current)} runs of recipes that have changed since are left out.")
     return "\n\n".join(parts) + "\n"
+
+
+def costs(profile: Profile, results: Path) -> str:
+    """The table of what steps cost, beside what was lost in accuracy."""
+    accuracy: dict[str, dict[tuple[str, int], str]] = {}
+    for name in dict.fromkeys(wanted.table for wanted in profile.agenda if wanted.table == wanted.data):
+        table = TABLES[name]
+        rows = load_rows(path_of(results, name, profile.name))
+        lots = alike([row for row in rows if is_current(table, profile, row)])
+        groups = groups_of(table, profile, lots[0] if lots else [])
+        accuracy[name] = {
+            (group.method, group.modules): f"{_figures(group, _baseline(group, groups))[3]} ({len(group.rows)})"
+            for group in groups
+            if group.rows and group.method != END_TO_END
+        }
+    return markdown_of_costs(profile, results, accuracy)
 
 
 def _title(table: Table, profile: Profile, rows: Sequence[Row]) -> str:

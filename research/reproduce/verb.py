@@ -83,7 +83,7 @@ def chosen_errands(settings: Settings) -> list[Errand]:
         RecipeError: an option names what there is not.
         DeviceError: this machine has no such device.
     """
-    profile = _profile(settings.profile)
+    profile = profile_named(settings.profile)
     for option, value in (("--jobs", settings.jobs), ("--num-threads", settings.num_threads)):
         if value is not None and value < 1:
             raise RecipeError(f"{option}: {value} is below 1; take 1.")
@@ -131,7 +131,7 @@ def draw(table: str | None, profile: str | None, results: Path, path: Path) -> s
     if table is None:
         raise RecipeError(f"--plot: which table? Take {', '.join(TABLES)}.")
     name = _names("TABLE", table, TABLES)[0]
-    return plot.draw(TABLES[name], _profile(profile), results, path)
+    return plot.draw(TABLES[name], profile_named(profile), results, path)
 
 
 def fill(settings: Settings, say: Say) -> int:
@@ -227,7 +227,12 @@ def _split_by_data(errands: Iterable[Errand], *, download: bool) -> tuple[list[E
 # Options ---------------------------------------------------------------------------------------------------------
 
 
-def _profile(name: str | None) -> Profile:
+def profile_named(name: str | None) -> Profile:
+    """The profile of a name.
+
+    Raises:
+        RecipeError: no name, or one that there isn't.
+    """
     if name is None:
         raise RecipeError(f"--profile: how large? Take {', '.join(PROFILES)}; figures of one never mix with another's.")
     return PROFILES[_names("--profile", name, PROFILES)[0]]
