@@ -237,6 +237,7 @@ class FakeTensorMode(fake_tensor.FakeTensorMode):  # type: ignore[no-untyped-cal
             and _is_simple(each)
             and each.shape == first.shape
             and each.dtype is first.dtype
+            and each.dtype.is_floating_point
             for each in args
             if type(each) not in _NUMBERS
         )
