@@ -16,6 +16,7 @@ import dataclasses
 import inspect
 import json
 import re
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -122,6 +123,26 @@ def fine_tuned() -> Lines:
     first, dates = results["vit; pretrained"], sorted(row["date"] for row in results.values())
     yield f"A ViT of 6 blocks, 32 px, pretrained on CIFAR-100 to {first['test_accuracy']:.1%}, then 10 epochs on 5,000"
     yield f"images of CIFAR-10 (JPEG copies); torch {first['torch']}, one thread, {dates[0]} to {dates[-1]}."
+
+
+SHORT = {
+    "full": "full fine-tuning {mean:.1f} %",
+    "lower half frozen": "the lower half frozen {mean:.1f} at {measured:.2f} x the memory and {time:.2f} x the time",
+    "LoRA, blocks recomputed": "LoRA with its blocks recomputed {mean:.1f} at {measured:.2f} x and {time:.2f} x",
+    "K = 2, transformer heads": "two local modules {mean:.1f} at {measured:.2f} x and {time:.2f} x",
+}
+
+
+def fine_tuned_short() -> Lines:
+    """The same in a sentence."""
+    told, seeds = [], []
+    for method, text in SHORT.items():
+        figures = finetuning.figures_of("vit", 5_000, method, finetuning.read())
+        assert figures is not None, "it is in the results"
+        told.append(text.format(mean=figures.mean, **vars(figures)))
+        seeds.append(len(figures.accuracies))
+    text = f"**Fine-tuned**, a small ViT on 5,000 images, {min(seeds)} seeds: {'; '.join(told)}."
+    yield from textwrap.wrap(text, 100)
 
 
 # The recipe ------------------------------------------------------------------------------------------------------
@@ -251,6 +272,7 @@ MADE: Mapping[str, Callable[[], Lines]] = {
     "published": published,
     "published-methods": published_methods,
     "fine-tuned": fine_tuned,
+    "fine-tuned-short": fine_tuned_short,
     "measured": lambda: measured(short=False),
     "measured-short": lambda: measured(short=True),
     "recipe": recipe,

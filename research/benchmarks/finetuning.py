@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import operator
 import os
 import statistics
 import subprocess
@@ -242,46 +243,73 @@ def keep(key: str, summary: dict[str, Any]) -> None:
     print(key, row["val_accuracy"], row["test_accuracy"], flush=True)
 
 
+@dataclass(frozen=True)
+class Figures:
+    """What a method came to.
+
+    Attributes:
+        accuracies: on the test set, in percent, of each seed that was run.
+        estimated: memory of a step, as a share of full fine-tuning's; likewise, as measured.
+        measured: likewise; ``None`` where no step was measured.
+        time: of a step, likewise.
+    """
+
+    accuracies: tuple[float, ...]
+    estimated: float
+    measured: float | None
+    time: float | None
+
+    @property
+    def mean(self) -> float:
+        """Of the accuracies."""
+        return statistics.fmean(self.accuracies)
+
+
+def figures_of(model: str, images: int | None, method: str, results: dict[str, Values]) -> Figures | None:
+    """Of a method at its chosen rate; ``None`` where it wasn't run, or full fine-tuning wasn't."""
+    rows, base = (_rows_of(model, images, name, results) for name in (method, "full"))
+    if not rows or not base:
+        return None
+    steps = read(STEPS)
+    own, whole = (steps.get(f"{model}; {name}") for name in ("full" if method == "scratch" else method, "full"))
+    ratios = [] if own is None or whole is None else list(map(operator.truediv, own["seconds"], whole["seconds"]))
+    return Figures(
+        accuracies=tuple(100 * row["test_accuracy"] for row in rows),
+        estimated=rows[0]["estimated_peak_bytes"] / base[0]["estimated_peak_bytes"],
+        measured=None if own is None or whole is None else own["peak_bytes"] / whole["peak_bytes"],
+        time=statistics.median(ratios) if ratios else None,
+    )
+
+
+def _rows_of(model: str, images: int | None, method: str, results: dict[str, Values]) -> list[Values]:
+    rate = best_rate(model, 5_000, method, results)
+    keys = [] if rate is None else [str(Cell(model, images, method, rate, seed)) for seed in SEEDS]
+    return [results[key] for key in keys if key in results]
+
+
 def table(model: str, images: int | None, results: dict[str, Values]) -> list[str]:
     """Markdown: a row for each method that was run."""
-    steps = read(STEPS)
     lines = [
         "| | gradients | seeds | test accuracy, % | memory, estimated | memory, measured | time of a step |",
         "|---|---|---|---|---|---|---|",
     ]
-    base: Values = {}
-    for method, changes in METHODS.items():
-        rate = best_rate(model, 5_000, method, results)
-        keys = [] if rate is None else [str(Cell(model, images, method, rate, seed)) for seed in SEEDS]
-        rows = [results[key] for key in keys if key in results]
-        if not rows:
-            continue
-        base = base or rows[0]  # of `full`, which is the first
-        found = [100 * row["test_accuracy"] for row in rows]
-        ends = f" ({min(found):.1f} to {max(found):.1f})" if len(found) > 1 else ""
-        gradients = "exact" if changes["local.modules"] == 1 else "local"
-        estimated = f"{rows[0]['estimated_peak_bytes'] / base['estimated_peak_bytes']:.2f}"
-        measured = _measured(steps, model, method)
-        lines.append(
-            f"| {method} | {gradients} | {len(rows)} | {statistics.fmean(found):.1f}{ends} | {estimated} | {measured} |"
-        )
-    return lines if base else []
+    found = {method: figures_of(model, images, method, results) for method in METHODS}
+    for method, figures in found.items():
+        if figures is not None:
+            own = figures.accuracies
+            ends = f" ({min(own):.1f} to {max(own):.1f})" if len(own) > 1 else ""
+            gradients = "exact" if METHODS[method]["local.modules"] == 1 else "local"
+            told = ("" if value is None else f"{value:.2f}" for value in (figures.measured, figures.time))
+            lines.append(
+                f"| {method} | {gradients} | {len(own)} | {figures.mean:.1f}{ends} | {figures.estimated:.2f} "
+                f"| {' | '.join(told)} |"
+            )
+    return lines if any(found.values()) else []
 
 
-def _num_run(model: str, images: int | None, results: dict[str, Values]) -> int:
+def num_runs(model: str, images: int | None, results: dict[str, Values]) -> int:
     """Cells at the chosen rates that are done."""
-    rates = {method: best_rate(model, 5_000, method, results) for method in METHODS}
-    keys = {str(Cell(model, images, name, rate, seed)) for name, rate in rates.items() if rate for seed in SEEDS}
-    return len(keys & results.keys())
-
-
-def _measured(steps: dict[str, Values], model: str, method: str) -> str:
-    """Memory and time of a method's step, beside those of full fine-tuning."""
-    own, base = (steps.get(f"{model}; {name}") for name in ("full" if method == "scratch" else method, "full"))
-    if own is None or base is None:
-        return " | "
-    ratios = [mine / other for mine, other in zip(own["seconds"], base["seconds"], strict=True)]
-    return f"{own['peak_bytes'] / base['peak_bytes']:.2f} | {statistics.median(ratios):.2f}"
+    return sum(len(_rows_of(model, images, method, results)) for method in METHODS)
 
 
 def page(results: dict[str, Values]) -> str:
@@ -319,7 +347,7 @@ def page(results: dict[str, Values]) -> str:
                 "",
                 *own,
                 "",
-                f"{_num_run(model, images, results)} of {asked} cells at the chosen rates were run.",
+                f"{num_runs(model, images, results)} of {asked} cells at the chosen rates were run.",
                 "",
             ]
         else:
