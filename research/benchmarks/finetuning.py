@@ -312,10 +312,16 @@ def num_runs(model: str, images: int | None, results: dict[str, Values]) -> int:
     return sum(len(_rows_of(model, images, method, results)) for method in METHODS)
 
 
+def days_of(results: dict[str, Values]) -> str:
+    """On which days, from the first to the last, cells ended."""
+    days = sorted(row["date"] for row in results.values())
+    return " to ".join(dict.fromkeys((days[0], days[-1])))
+
+
 def page(results: dict[str, Values]) -> str:
     """The tables of what there is."""
     rows = [row for key, row in results.items()]
-    dates, versions = sorted({row["date"] for row in rows}), sorted({row["torch"] for row in rows})
+    versions = sorted({row["torch"] for row in rows})
     lines = [
         "# Fine-tuning, method by method",
         "",
@@ -328,7 +334,7 @@ def page(results: dict[str, Values]) -> str:
         "are of a step, beside full fine-tuning: as estimated, and as measured on the processor",
         "(`--measure`, methods in turns, the median of nine ratios).",
         "",
-        f"Made by `python research/benchmarks/finetuning.py`; {dates[0]} to {dates[-1]}, torch {', '.join(versions)}."
+        f"Made by `python research/benchmarks/finetuning.py`; {days_of(results)}, torch {', '.join(versions)}."
         if rows
         else "",
         "",
