@@ -50,7 +50,7 @@ PAIRS = (  # model, MiB, precision, modules (None: any)
     ("swin-t", 2600, "bf16", 1),
     ("swin-s", 2800, "bf16", None),
     ("vit-b", 3200, "fp32", 4),
-    ("vit-b", 2000, "fp32", 1),
+    ("vit-b", 2400, "fp32", 1),
     ("deit-s", 2200, "fp32", 4),
     ("deit-s", 700, "bf16", None),
     ("convnext-t", 2000, "bf16", 4),
