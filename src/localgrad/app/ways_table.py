@@ -39,8 +39,9 @@ def print_ways(ways: Ways, budget: int | None, console: Console) -> None:
 def _advice() -> str:
     """What ``research/docs/finetuning.md`` shows."""
     return (
-        "where it was measured, local gradients cost accuracy, with two modules less than with four: choose exact ones "
-        f"where they fit, or try both on your images: localgrad finetune {arg('pilot', '5%')}"
+        "where it was measured, freezing the lower half cost a point or nothing, two local modules one or two points, "
+        "four up to four: choose exact gradients where they fit, or try both on your images: "
+        f"localgrad finetune {arg('pilot', '5%')}"
     )
 
 
