@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import platform
 import statistics
+import textwrap
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,7 +36,7 @@ TURNS = 9
 
 def path_of_costs(results: Path, profile: Profile) -> Path:
     """The file of a profile's measurements."""
-    return results / f"costs-{profile.name}.json"
+    return results / "costs" / f"{profile.name}.json"
 
 
 def measured_pairs(profile: Profile) -> list[tuple[str, int]]:
@@ -75,6 +76,7 @@ def measure_costs_of(profile: Profile, results: Path, say: Callable[[str], None]
     told: dict[str, Any] = {"rows": rows, "batch_size": size, "torch": torch.__version__, "machine": platform.machine()}
     told["date"] = datetime.now(UTC).date().isoformat()
     text = json.dumps(told, indent=1) + "\n"
+    path_of_costs(results, profile).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path_of_costs(results, profile), lambda path: path.write_text(text, encoding="utf-8"))
     for row in rows:
         say(f"{row['method']}, K = {row['modules']}: {min(row['seconds']):.3f} s, {row['peak_bytes'] / 2**20:,.1f} MiB")
@@ -103,11 +105,11 @@ def markdown_of_costs(profile: Profile, results: Path, accuracy: dict[str, dict[
         cells += [f"{statistics.median(ratios):.2f}{spread}"]
         cells += [found.get((row["method"], row["modules"]), "") for found in accuracy.values()]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += [
-        "",
+    about = (
         f"Memory and time of a step of {told['batch_size']} images beside end-to-end training's, as measured on a "
         f"processor: one thread, methods in {TURNS} turns, the median of their ratios with the least and the greatest; "
-        f"torch {told['torch']}, {told['machine']}, {told['date']}. `{RECOMPUTED}` recomputes every block, to the same "
-        "accuracy. Points are test accuracy less end-to-end training's, seed by seed; empty where it wasn't run.",
-    ]
+        f"torch {told['torch'].partition('+')[0]}, {told['machine']}, {told['date']}. `{RECOMPUTED}` recomputes every block, to the same "
+        "accuracy. Points are test accuracy less end-to-end training's, seed by seed; empty where it wasn't run."
+    )
+    lines += ["", *textwrap.wrap(about, 100, break_on_hyphens=False)]
     return "\n".join(lines) + "\n"
