@@ -105,10 +105,11 @@ def markdown_of_costs(profile: Profile, results: Path, accuracy: dict[str, dict[
         cells += [f"{statistics.median(ratios):.2f}{spread}"]
         cells += [found.get((row["method"], row["modules"]), "") for found in accuracy.values()]
         lines.append(f"| {' | '.join(cells)} |")
+    torch_version = told["torch"].partition("+")[0]
     about = (
         f"Memory and time of a step of {told['batch_size']} images beside end-to-end training's, as measured on a "
         f"processor: one thread, methods in {TURNS} turns, the median of their ratios with the least and the greatest; "
-        f"torch {told['torch'].partition('+')[0]}, {told['machine']}, {told['date']}. `{RECOMPUTED}` recomputes every block, to the same "
+        f"torch {torch_version}, {told['machine']}, {told['date']}. `{RECOMPUTED}` recomputes every block, to the same "
         "accuracy. Points are test accuracy less end-to-end training's, seed by seed; empty where it wasn't run."
     )
     lines += ["", *textwrap.wrap(about, 100, break_on_hyphens=False)]
