@@ -37,7 +37,7 @@ format: $(VENV)/installed-dev  ## mend format and what the linter can mend
 	$(BIN)/ruff format src tests research docs examples
 
 docs: $(VENV)/installed-dev  ## the site, built strictly: open site/index.html
-	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --fresh-env -c docs . site
+	PYTHONDONTWRITEBYTECODE= $(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --fresh-env -c docs . site
 
 bench: $(VENV)/installed  ## step time and peak memory of all methods, interleaved, as ratios
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736 $(BIN)/localgrad compare $(ARGS)

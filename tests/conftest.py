@@ -30,7 +30,12 @@ BUILDS = default_cache()  # of the simulated card: before a test points the cach
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a test marked ``few(n)`` n cases are quick, evenly chosen; the others are heavy."""
+    """Of a test marked ``few(n)`` n cases are quick, evenly chosen; the others are heavy.
+
+    Files that fork processes come first, and so to one worker: what they are forked from takes ten seconds to start.
+    """
+    forking = {item.path for item in items if "ranks" in getattr(item, "fixturenames", ())}
+    items.sort(key=lambda item: item.path not in forking)
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
         if item.get_closest_marker("few") and not item.get_closest_marker("heavy"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -17,21 +17,54 @@ if TYPE_CHECKING:
 TESTS = Path(__file__).parent
 
 
-@pytest.mark.parametrize("kind", ["vit", pytest.param("swin", marks=pytest.mark.heavy)])
-def test_a_small_model_reserves_what_is_predicted(kind: str, simulated: SimulatedCard) -> None:
-    printed = simulated.run(
-        TESTS / "compared_on_a_card.py",
-        kind,
-        card=card_named("H200"),
-        total_bytes=table.TOTAL,
-        more={"PYTHONPATH": f"{TESTS.parent / 'src'}:{TESTS.parent}:{TESTS}"},
-    )
-    result = json.loads(printed.splitlines()[-1])[kind]
+BOTH = """
+import sys, torch
+import compared_on_a_card, operators_on_a_card
+
+for script, argument in (compared_on_a_card, "vit"), (operators_on_a_card, "40"):
+    sys.argv = ["", argument]
+    script.main()
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+"""
+"""Of two scripts, one after the other: what takes longest is to start a process."""
+
+
+def on_an_h200(simulated: SimulatedCard, code: str | Path, *arguments: str) -> list[str]:
+    """The lines that are printed there."""
+    more = {"PYTHONPATH": f"{TESTS.parent / 'src'}:{TESTS.parent}:{TESTS}"}
+    return simulated.run(code, *arguments, card=card_named("H200"), total_bytes=table.TOTAL, more=more).splitlines()
+
+
+@pytest.fixture(scope="module")
+def operators_and_model(simulated: SimulatedCard) -> tuple[Any, Any]:
+    model, operators = on_an_h200(simulated, BOTH)[-2:]
+    return json.loads(operators), json.loads(model)["vit"]
+
+
+def test_operators_take_what_the_table_says(operators_and_model: tuple[Any, Any]) -> None:
+    """On other cards, and more of them, in ``test_temporaries.py``."""
+    operators, _ = operators_and_model
+    assert len(operators) > 60
+    assert not {case: each for case, each in operators.items() if each[0] != each[1]}
+
+
+def assert_foretold(result: Any) -> None:
     assert abs(table.off(result, "allocated")) <= 0.005
     assert abs(table.off(result, "reserved")) <= 0.02
     assert table.num_same(result) >= 19
     assert not all(result["fits"]), "caps lie on both sides of the limit"
     assert any(result["fits"])
+
+
+def test_a_small_model_reserves_what_is_predicted(operators_and_model: tuple[Any, Any]) -> None:
+    assert_foretold(operators_and_model[1])
+
+
+@pytest.mark.heavy
+def test_a_small_swin_reserves_what_is_predicted(simulated: SimulatedCard) -> None:
+    [*_, printed] = on_an_h200(simulated, TESTS / "compared_on_a_card.py", "swin")
+    assert_foretold(json.loads(printed)["swin"])
 
 
 def test_the_results_are_as_good_as_the_page_says() -> None:

@@ -396,6 +396,39 @@ def check_elsewhere(cases: list[Case], wanted: dict[str, Tensor], folder: Path) 
         assert not agrees(found[name], logits.roll(1, dims=1)), "the comparison can fail"
 
 
+def of_timm(path: Path, images: Tensor) -> Any:
+    return timm.create_model(f"local-dir:{path}", pretrained=True).eval()(images)
+
+
+def of_torch(path: Path, images: Tensor) -> Any:
+    extra = {programs.ABOUT: ""}
+    program = torch.export.load(path, extra_files=extra)
+    assert json.loads(extra[programs.ABOUT])["class_names"] == [str(number) for number in range(10)]
+    return program.module()(images)
+
+
+def of_onnx(path: Path, images: Tensor) -> Tensor:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    [given], [taken] = session.get_inputs(), session.get_outputs()
+    assert given.shape[0] == taken.shape[0] == "batch"
+    about = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+    assert about["input_size"] == [1, 16, 16]
+    return torch.from_numpy(session.run(None, {given.name: images.numpy()})[0])
+
+
+@pytest.mark.parametrize(("to", "read"), [("timm", of_timm), ("torch-export", of_torch), ("onnx", of_onnx)])
+def test_what_is_exported_of_a_run_gives_its_logits(to: str, read: Any, runs: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    images, done = torch.randn(5, 1, 16, 16), localgrad.export(runs / "plain", to=to, out=tmp_path / to)
+    with torch.no_grad():
+        found = read(done.path, images)
+    assert agrees(found, logits_of_run(runs / "plain", images))
+    assert not agrees(found, logits_of_run(runs / "plain", -images)), "the comparison can fail"
+
+
+@pytest.mark.heavy
 def test_exports_give_their_logits_in_their_own_libraries(runs: Path, tmp_path: Path) -> None:
     plain = runs / "plain"
     check_elsewhere(*cases_of_runs(plain, None, None, tmp_path), tmp_path)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from localgrad import cli
 from localgrad.objectives.base import LocalObjective
+
+if TYPE_CHECKING:
+    from ranks import Ranks
 
 MOST_FRAMES = 14
 """Of the package, from the command line's verb to a local objective's ``forward``, both counted."""
@@ -47,17 +49,13 @@ def test_there_are_few_frames_between_the_verb_and_the_objective(
         assert len(stack) <= MOST_FRAMES, stack
 
 
-def test_planning_loads_nothing_of_comparing_or_of_training_data() -> None:
+def test_planning_loads_nothing_of_comparing_or_of_training_data(ranks: Ranks) -> None:
     options = {"model": "vit_tiny_patch16_224", "data": "cifar10", "batch-size": "4", "budget": "4GiB", "device": "cpu"}
     arguments = ["plan", "--no-cache", "--no-confirm", *(f"--{name}={value}" for name, value in options.items())]
     arguments += ["--set", "model.options={depth=1, embed_dim=24, num_heads=1}", "--modules", "1"]
-    code = (
-        "import sys; from localgrad import cli\n"
-        f"cli.app({arguments}, standalone_mode=False)\n"
-        "print('loaded', *(name for name in sys.modules if name.startswith('localgrad.')))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
-    loaded = next(line for line in done.stdout.splitlines() if line.startswith("loaded")).split()[1:]
+    done = ranks.run(arguments, call="loaded:main", estimates=True)
+    assert done.codes == [0], done.err
+    loaded = next(line for line in done.out[0].splitlines() if line.startswith("loaded")).split()[1:]
     assert "localgrad.planning.budget" in loaded
     parts = ("data", "folders", "image_sets", "images", "loading", "trainer")
     unwanted = [name for name in loaded if name in {f"localgrad.training.{part}" for part in parts}]

@@ -850,6 +850,7 @@ def test_what_a_step_costs_is_measured_and_told(tmp_path: Path, monkeypatch: pyt
     agenda = (Wanted(table="cifar10", methods=("half-frozen", "default"), modules=(2,)),)
     small = replace(SMOKE, agenda=agenda)
     monkeypatch.setitem(PROFILES, "smoke", small)
+    monkeypatch.setattr(costs, "TURNS", 2)
     said: list[str] = []
     costs.measure_costs_of(small, tmp_path, said.append)
     assert [line.split(":")[0] for line in said] == [

@@ -110,12 +110,16 @@ class Called(NamedTuple):
     peaks: list[int]
 
 
+def calls_of(folder: Path) -> list[Called]:
+    return [Called(**each) for each in json.loads((folder / "calls.json").read_text())]
+
+
 def call(simulated: SimulatedCard, folder: Path, *lines: str, recipe: str = RECIPE, **card: Any) -> list[Called]:
     """Run command lines, one after another, on simulated cards with values; each must end well."""
     (folder / "recipe.toml").write_text(recipe)
     arguments = json.dumps([line.split() for line in lines])
     said = simulated.run(VERBS, arguments, folder=folder, **({"values": True} | card))
-    calls = [Called(**each) for each in json.loads((folder / "calls.json").read_text())]
+    calls = calls_of(folder)
     assert [each.code for each in calls] == [0] * len(lines), said
     return calls
 
@@ -125,16 +129,31 @@ def summary_of(folder: Path) -> dict[str, Any]:
     return found
 
 
+class Found(NamedTuple):
+    """What a process said and left; one process, as what takes longest is to start one."""
+
+    facts: Any
+    calls: list[Called]
+    losses: Any
+    folder: Path
+
+
 @pytest.fixture(scope="module")
-def facts_and_losses(simulated: SimulatedCard) -> tuple[Any, Any]:
-    """What two scripts say, in one process."""
+def found(simulated: SimulatedCard, tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """Of three scripts, one after the other: facts, a run that is trained and evaluated, and losses."""
+    folder = tmp_path_factory.mktemp("card")
+    settings = overlay(MICRO, {"training.epochs": 1, "data.limit": 32, "data.val_fraction": 0.02})
+    (folder / "recipe.toml").write_text(Recipe.from_dict(settings).to_toml())
+    lines = "train --recipe recipe.toml --out run --device cuda:1", "evaluate run --device cuda:1"
     options = {"card": card_named("T4"), "total_bytes": 600 * MIB, "taken_bytes": 88 * MIB, "devices": 2}
-    lines = simulated.run(FACTS + LOSSES, "vit", values=True, **options).splitlines()
-    return json.loads(lines[-2]), json.loads(lines[-1])
+    verbs = json.dumps([line.split() for line in lines])
+    code = f"{FACTS}del held\n{VERBS}sys.argv = ['', 'vit']\n{LOSSES}"
+    said = simulated.run(code, verbs, folder=folder, values=True, **options).splitlines()
+    return Found(json.loads(said[0]), calls_of(folder), json.loads(said[-1]), folder)
 
 
-def test_the_simulated_card_is_what_it_says(facts_and_losses: tuple[Any, Any]) -> None:
-    card, (facts, _) = card_named("T4"), facts_and_losses
+def test_the_simulated_card_is_what_it_says(found: Found) -> None:
+    card, facts = card_named("T4"), found.facts
     assert facts["available"]
     assert facts["devices"] == 2
     assert (facts["name"], facts["total"]) == ("T4", 600 * MIB)
@@ -174,8 +193,8 @@ print(json.dumps(losses))
 """
 
 
-def test_ten_steps_of_four_modules_have_the_losses_of_the_processor(facts_and_losses: tuple[Any, Any]) -> None:
-    assert_losses("vit", facts_and_losses[1])
+def test_ten_steps_of_four_modules_have_the_losses_of_the_processor(found: Found) -> None:
+    assert_losses("vit", found.losses)
 
 
 @pytest.mark.heavy
@@ -190,20 +209,18 @@ def assert_losses(kind: str, losses: Any) -> None:
     assert (theirs[0] != theirs[9]).all()
 
 
-def assert_measured(folder: Path, peak: int) -> None:
+def assert_measured(folder: Path, peak: int, name: str = "Simulated card") -> None:
     summary = summary_of(folder)
-    assert summary["device"] == "Simulated card"
+    assert summary["device"] == name
     # That is before the test: its batches are such that it needs no more.
     assert 0 < summary["measured_peak_bytes"] <= summary["measured_reserved_bytes"]
     assert peak == summary["measured_peak_bytes"]
 
 
-def test_a_run_is_trained_and_evaluated(simulated: SimulatedCard, tmp_path: Path) -> None:
-    lines = "train --recipe recipe.toml --out run --device cuda:1", "evaluate run --device cuda:1"
-    settings = overlay(MICRO, {"training.epochs": 1, "data.limit": 32, "data.val_fraction": 0.02})
-    calls = call(simulated, tmp_path, *lines, recipe=Recipe.from_dict(settings).to_toml(), devices=2)
-    assert_measured(tmp_path / "run", calls[0].peaks[1])
-    assert calls[0].peaks[0] == 0, "all of it is on the device that was named"
+def test_a_run_is_trained_and_evaluated(found: Found) -> None:
+    assert [each.code for each in found.calls] == [0, 0]
+    assert_measured(found.folder / "run", found.calls[0].peaks[1], "T4")
+    assert found.calls[0].peaks[0] == 0, "all of it is on the device that was named"
 
 
 @pytest.mark.heavy
