@@ -804,3 +804,18 @@ def test_pinned_backward_on_the_cpu_runs_under_the_mode():
     profile = memory.track(step, categories={"parameters": [weight]})
     assert profile.peak_label == "backward"
     assert profile.by_category["gradients"] + profile.by_category["temporary"] > 0
+
+
+def test_objects_that_others_froze_stay_so_and_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts, done = [0, 5], []
+    monkeypatch.setattr(memory, "_frozen_by", [])
+    monkeypatch.setattr(gc, "get_freeze_count", lambda: counts.pop(0))
+    monkeypatch.setattr(gc, "freeze", lambda: done.append("freeze"))
+    monkeypatch.setattr(gc, "unfreeze", lambda: done.append("unfreeze"))
+    with memory.collecting_own_garbage(), memory.collecting_own_garbage():
+        assert done == ["freeze"], "one within the other"
+    assert done == ["freeze", "unfreeze"]
+    for _ in range(3):
+        with memory.collecting_own_garbage():
+            pass
+    assert (done, counts) == (["freeze", "unfreeze"], [])

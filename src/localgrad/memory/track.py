@@ -692,22 +692,30 @@ def without_collector() -> Iterator[None]:
             gc.enable()
 
 
+_frozen_by: list[str] = []
+"""``"us"`` while an estimate is made; ``"others"`` for good, once they were seen to have frozen objects."""
+
+
 @contextlib.contextmanager
 def collecting_own_garbage() -> Iterator[None]:
     """Let collections of cycles, which are asked for, look at what is made from here on: all else is a process's own.
 
     A process that has imported torch holds a million objects, at which each collection would look. One that has frozen
-    them itself is left to it.
+    them itself is left to it, and asked once: the answer takes a look at each of them.
     """
-    own = gc.get_freeze_count() == 0
+    if not _frozen_by and gc.get_freeze_count():
+        _frozen_by.append("others")
+    own = not _frozen_by
     if own:
         gc.freeze()
+        _frozen_by.append("us")
     try:
         with without_collector():
             yield
     finally:
         if own:
             gc.unfreeze()
+            _frozen_by.remove("us")
 
 
 def simulate(
