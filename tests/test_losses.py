@@ -166,6 +166,7 @@ WRONG_LABELS: dict[str, tuple[str, Any, Tensor, Tensor, str]] = {
     "whole numbers for regression": ("regression", ITEMS, torch.zeros(4, 5).long(), IMAGES, r"labels.float\(\)"),
     "too few for regression": ("regression", ITEMS, torch.zeros(4), IMAGES, r"a number for each, \[B, 5\]"),
     "one a sequence": ("next-token", TOKENS, torch.zeros(4, dtype=torch.int64), IDS, r"takes one a token, \[B, N\]"),
+    "classes of a model without a head": ("per-token", TOKENS, torch.zeros(4).long(), IMAGES, "has no head: take the"),
     "floats for tokens": ("per-token", TOKENS, torch.zeros(4, 6), IDS, r"pass labels.long\(\)"),
     "shifted already": ("next-token", TOKENS, IDS[:, 1:], IDS, "the loss itself shifts"),
     "a single token": ("next-token", TOKENS, IDS[:, :1], IDS[:, :1], "two tokens or more"),

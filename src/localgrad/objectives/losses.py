@@ -326,9 +326,12 @@ def _check_tokens(labels: Tensor, inputs: Tensor) -> None:
     shape = list(labels.shape)
     if labels.dtype != torch.int64:
         raise DataError(f"labels: got {labels.dtype} {shape}; classes of tokens are int64: pass labels.long().")
-    if labels.ndim != 2:
-        raise DataError(f"labels: got {shape}; this loss takes one a token, [B, N], {IGNORED} where none counts.")
     is_of_ids = inputs.ndim == 2 and not inputs.is_floating_point()
+    if labels.ndim != 2:
+        raise DataError(
+            f"labels: got {shape}; this loss takes one a token, [B, N], {IGNORED} where none counts."
+            + ("" if is_of_ids else " A model that gives features of tokens has no head: take the one that has.")
+        )
     if is_of_ids and shape[1] != inputs.shape[1]:
         raise DataError(
             f"labels: got {shape} for tokens {list(inputs.shape)}; give one a token, {IGNORED} where none counts (the "
