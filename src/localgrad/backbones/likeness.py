@@ -104,6 +104,8 @@ class _Reader:
         return sorted(found, key=lambda item: item[0])
 
     def _value(self, value: Any) -> object:
+        if type(value) in _PLAIN:  # most are
+            return type(value).__name__, value
         readers: tuple[tuple[Any, Callable[[Any], object]], ...] = (
             (enum.Enum, lambda v: (type(v).__qualname__, v.name)),
             (_PLAIN, lambda v: (type(v).__name__, v)),
