@@ -39,9 +39,9 @@ def print_ways(ways: Ways, budget: int | None, console: Console) -> None:
 def _advice() -> str:
     """What ``research/docs/finetuning.md`` shows."""
     return (
-        "where it was measured, freezing the lower half cost at most 1.2 points of accuracy, two local modules 2.0, "
-        "four 4.2: choose exact gradients where they fit, or try both on your images: "
-        f"localgrad finetune {arg('pilot', '5%')}"
+        "where it was measured, on 5,000 images and on 49,000, freezing the lower half cost at most 1.2 and 3.1 points "
+        "of accuracy, two local modules 2.0 and 0.9, LoRA 1.0 and 1.9: choose exact gradients where they fit, or try "
+        f"some on your images: localgrad finetune {arg('pilot', '5%')}"
     )
 
 
