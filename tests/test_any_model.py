@@ -66,6 +66,7 @@ def test_a_modules_loss_reaches_its_own_parameters_and_no_others(name: str) -> N
 # Law 2: equivalence ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(3)
 @every
 def test_one_module_is_plain_training_bit_for_bit(name: str) -> None:
     plain, learner = plain_model(name).train(), learner_of(name, 1, clip_grad=1.0)
@@ -165,6 +166,7 @@ def test_a_modules_graph_and_gradients_are_gone_before_the_next_one_runs(name: s
 # Law 4: round trip -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(3)
 @every
 def test_parts_are_the_model_and_trained_weights_do_in_its_library(name: str, tmp_path: Path) -> None:
     learner, untouched = learner_of(name, 2), plain_model(name)

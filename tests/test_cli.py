@@ -135,7 +135,7 @@ BAD_OPTIONS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
 ]
 
 
-@pytest.mark.few(20)
+@pytest.mark.few(12)
 @pytest.mark.parametrize(("options", "words"), BAD_OPTIONS, ids=[" ".join(options)[:40] for options, _ in BAD_OPTIONS])
 def test_bad_options_are_refused(
     options: tuple[str, ...], words: tuple[str, ...], here: Path, cli_: Cli, monkeypatch: pytest.MonkeyPatch

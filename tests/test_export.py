@@ -418,7 +418,10 @@ def of_onnx(path: Path, images: Tensor) -> Tensor:
     return torch.from_numpy(session.run(None, {given.name: images.numpy()})[0])
 
 
-@pytest.mark.parametrize(("to", "read"), [("timm", of_timm), ("torch-export", of_torch), ("onnx", of_onnx)])
+@pytest.mark.parametrize(
+    ("to", "read"),
+    [("timm", of_timm), ("torch-export", of_torch), pytest.param("onnx", of_onnx, marks=pytest.mark.heavy)],
+)
 def test_what_is_exported_of_a_run_gives_its_logits(to: str, read: Any, runs: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     images, done = torch.randn(5, 1, 16, 16), localgrad.export(runs / "plain", to=to, out=tmp_path / to)

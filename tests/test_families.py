@@ -29,7 +29,7 @@ def test_every_family_is_tested() -> None:
     assert {family.split()[0] for family in FAMILIES} == set(SUPPORTED_FAMILIES)
 
 
-@pytest.mark.few(8)
+@pytest.mark.few(5)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parts_equal_the_model_forward_and_backward(family: str) -> None:
     backbone = parted_copy(family)

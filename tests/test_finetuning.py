@@ -203,6 +203,7 @@ def test_plan_finetune_evaluate_export_reload_predict(
     assert torch.allclose(shares.amax(dim=1), told, atol=1e-4)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("method", ["full", "freeze+local", "probe"])
 def test_what_a_method_trains(method: str, photos: Path, weights: Path, tmp_path: Path) -> None:
     model = {"name": "vit_tiny_patch16_224", "img_size": 16, "patch_size": 8, "options": VIT, "weights": str(weights)}

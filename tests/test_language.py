@@ -172,7 +172,7 @@ def test_causal_models_are_known() -> None:
     }
 
 
-@pytest.mark.few(8)
+@pytest.mark.few(4)
 @every_head
 def test_every_head_trains_isolated_modules_on_any_length(kind: str, objective: Objective) -> None:
     learner = learner_of(kind, 2 if kind != "llama" else 4, objective)
@@ -192,7 +192,7 @@ def test_every_head_trains_isolated_modules_on_any_length(kind: str, objective: 
             assert logits is None or logits.shape == expected
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(3)
 @every_head
 def test_padding_leaves_losses_and_gradients_alone(kind: str, objective: Objective) -> None:
     """More of it, and whatever stands there."""

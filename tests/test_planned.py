@@ -217,7 +217,7 @@ PLAN_REFUSALS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
 ]
 
 
-@pytest.mark.few(15)
+@pytest.mark.few(9)
 @pytest.mark.parametrize(("options", "words"), PLAN_REFUSALS, ids=[" ".join(o)[:40] for o, _ in PLAN_REFUSALS])
 def test_impossible_plans_are_refused(options: tuple[str, ...], words: tuple[str, ...], here: Path, cli_: Cli) -> None:
     assert_refused(cli_("plan", "--recipe", "../micro.toml", *options), *words)
@@ -281,6 +281,7 @@ DAMAGED: dict[str, tuple[Callable[[dict[str, Any]], Any], tuple[str, ...]]] = {
 }
 
 
+@pytest.mark.few(10)
 @pytest.mark.parametrize("name", DAMAGED)
 def test_plans_of_something_else_are_refused(name: str, plan_file: Path, here: Path, cli_: Cli, tmp_path: Path) -> None:
     change, words = DAMAGED[name]
