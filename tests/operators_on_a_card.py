@@ -37,14 +37,24 @@ Make = Callable[..., Tensor]
 
 
 def asked_for(run: Callable[[], Any]) -> list[int]:
-    """What the allocator is asked for while something runs."""
+    """What the allocator is asked for while something runs.
+
+    What it gets back of an earlier case is left out: autograd's thread lets go of its results when it comes to it.
+    """
     torch.cuda.memory._record_memory_history(enabled=None)
     torch.cuda.memory._record_memory_history(enabled="all", context=None)
     result = run()
     trace = torch.cuda.memory._snapshot()["device_traces"][0]
     del result
-    sign = {"alloc": 1, "free_completed": -1}
-    return [sign[entry["action"]] * entry["size"] for entry in trace if entry["action"] in sign]
+    asked, live = [], set()
+    for entry in trace:
+        if entry["action"] == "alloc":
+            live.add(entry["addr"])
+            asked.append(entry["size"])
+        elif entry["action"] == "free_completed" and entry["addr"] in live:
+            live.remove(entry["addr"])
+            asked.append(-entry["size"])
+    return asked
 
 
 def foretold(prepare: Callable[[Make], Callable[[], Any]]) -> list[int]:

@@ -18,12 +18,13 @@ TESTS = Path(__file__).parent
 
 
 BOTH = """
-import sys, torch
+import gc, sys, torch
 import compared_on_a_card, operators_on_a_card
 
 for script, argument in (compared_on_a_card, "vit"), (operators_on_a_card, "40"):
     sys.argv = ["", argument]
     script.main()
+    gc.collect()
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
 """
