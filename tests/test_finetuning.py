@@ -18,11 +18,12 @@ from safetensors.torch import load_file, save_file
 import localgrad
 from helpers import assert_refused
 from localgrad import finetuning
-from localgrad.app import ways
+from localgrad.app import ways, ways_table
 from localgrad.app.planned import PlannedData
 from localgrad.app.ways import METHODS, Way, fastest_way, in_order, recipe_for, typed, words_of
 from localgrad.errors import RecipeError
 from localgrad.units import parse_bytes
+from research.benchmarks import finetuning as measured
 
 if TYPE_CHECKING:
     from helpers import Cli
@@ -165,6 +166,22 @@ def test_what_the_table_says_is_what_a_plan_says(photos: Path, cli_: Cli, tmp_pa
         forecast = json.loads(path.read_text())["forecast"]
         assert parse_bytes(needs[method, "plain"]) == pytest.approx(forecast["needed_bytes"], rel=0.02)
     assert "the fastest that fits: --method freeze, plain" in " ".join(said.out.split())
+
+
+def test_the_advice_has_the_figures_of_the_results() -> None:
+    results = measured.read()
+
+    def most_lost(method: str, images: int | None, *models: str) -> float:
+        pairs = [[measured.figures_of(model, images, name, results) for name in ("full", method)] for model in models]
+        return max(full.mean - own.mean for full, own in pairs if full is not None and own is not None)
+
+    told = {
+        method: f"{most_lost(method, 5_000, 'vit', 'swin'):.1f} and {most_lost(method, None, 'vit'):.1f}"
+        for method in ("lower half frozen", "K = 2, transformer heads", "LoRA")
+    }
+    frozen, local, lora = told.values()
+    expected = f"at most {frozen} points of accuracy, two local modules {local}, LoRA {lora}:"
+    assert expected in ways_table._advice(), told
 
 
 # The verb --------------------------------------------------------------------------------------------------------
