@@ -566,7 +566,7 @@ def test_images_may_have_their_channels_last(kind: str) -> None:
 # Messages --------------------------------------------------------------------------------------------------------
 
 
-def test_a_forward_that_looks_at_values_trains_with_boundaries_and_says_so() -> None:
+def test_a_forward_that_looks_at_values_trains_and_is_balanced_by_running_it() -> None:
     class Checked(nn.Module):
         def __init__(self, block: nn.Module) -> None:
             super().__init__()
@@ -578,14 +578,18 @@ def test_a_forward_that_looks_at_values_trains_with_boundaries_and_says_so() -> 
             return self.block(features)
 
     model = make("vit")
+    plain = make_learner(copy.deepcopy(model), modules=2)
     model.blocks[2] = Checked(model.blocks[2])
-    for make_one in (
-        functools.partial(LocalLearner, modules=2, input_size=SIZE),
-        functools.partial(outline, input_size=SIZE),
-    ):
-        with pytest.raises(BackboneError, match=r"its forward looks at values .* modules=\[\.\.\.\]"):
-            make_one(model)
-    train(make_learner(model, modules=[2]), batches(1))
+    with pytest.raises(BackboneError, match=r"its forward looks at values .*LocalLearner trains it"):
+        outline(model, SIZE)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    learner = make_learner(model, modules=2)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert (learner.plan.boundaries, learner.plan.activation_bytes) == (
+        plain.plan.boundaries,
+        plain.plan.activation_bytes,
+    )
+    train(learner, batches(1))
 
 
 def test_dropped_tokens_are_named_and_nothing_else() -> None:

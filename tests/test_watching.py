@@ -193,6 +193,51 @@ def test_examples_are_a_tensor_a_tuple_or_a_dict() -> None:
         assert_split(made(lambda: Tokens(*WAYS["position"])), example, BLOCKS)
 
 
+class Old(nn.Module):
+    """Code as GPT's first and CTRL have it: writes into what was looked up, asks its first parameter for its dtype.
+
+    Args:
+        checks: whether it asks blocks for values that a stand-in doesn't give.
+    """
+
+    def __init__(self, *, checks: bool = False) -> None:
+        super().__init__()
+        self.embed, self.checks = nn.Embedding(11, D), checks
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        scale = mask[..., None].to(next(self.parameters()).dtype)
+        x = self.embed(ids)
+        x *= 2.0
+        x += scale
+        if self.checks and not x.is_contiguous():
+            raise ValueError("features lie apart")
+        for block in self.blocks:
+            x = block(x, scale)
+            if self.checks and not x.is_contiguous():
+                raise ValueError("features lie apart")
+        return x
+
+
+class OldWithHead(nn.Module):
+    def __init__(self, *, checks: bool = False) -> None:
+        super().__init__()
+        self.body, self.head = Old(checks=checks), nn.Linear(D, 5)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.head(self.body(ids, mask))
+
+
+def test_code_that_writes_into_what_it_looked_up_and_asks_its_parameters() -> None:
+    assert_split(made(OldWithHead), tokens(), [f"body.{name}" for name in BLOCKS])
+
+
+def test_code_that_fails_without_its_blocks_is_refused_in_a_line() -> None:
+    with pytest.raises(BackboneError, match=r"OldWithHead can't be split: .*features lie apart") as refused:
+        localgrad.split(made(lambda: OldWithHead(checks=True)), example=tokens())
+    assert "\n" not in str(refused.value)
+
+
 def test_another_mask_is_another_context() -> None:
     model = made(lambda: Tokens(*WAYS["position"])).eval()
     backbone = localgrad.split(model, example=tokens())

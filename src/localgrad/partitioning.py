@@ -18,7 +18,7 @@ from localgrad.errors import (
     PartitionError,
     arg,
 )
-from localgrad.memory.track import block_activation_bytes
+from localgrad.memory.track import block_activation_bytes, block_activation_bytes_by_values
 from localgrad.partition import Checkpointing, Plan, Request, resolve
 
 _kept_bytes: dict[tuple[object, ...], list[int]] = {}
@@ -44,12 +44,7 @@ def make_plan(backbone: Backbone, modules: Request | Plan, *, checkpoint: Checkp
             raise _other_model(modules, name, len(backbone.blocks))
         rules.check({"checkpoint": checkpoint, "plan": True}, PartitionError)
         return modules
-    try:
-        costs = activation_bytes(backbone)
-    except BackboneError:
-        if isinstance(modules, int):
-            raise
-        costs = [0] * len(backbone.blocks)  # by values only, and boundaries are given
+    costs = activation_bytes(backbone)
     boundaries = resolve(modules, costs, backbone.stage_boundaries)
     num_modules = len(boundaries) + 1
     is_list = isinstance(checkpoint, Sequence) and not isinstance(checkpoint, str)
@@ -75,7 +70,10 @@ def activation_bytes(backbone: Backbone) -> list[int]:
     training = tuple(net.training for part in parts for net in part.modules())
     key = (*signatures, shape, dtype, training, torch.get_default_dtype())
     if key not in _kept_bytes or None in signatures:
-        _kept_bytes[key] = block_activation_bytes(parts, torch.empty(shape, dtype=dtype, device="meta"))
+        try:
+            _kept_bytes[key] = block_activation_bytes(parts, torch.empty(shape, dtype=dtype, device="meta"))
+        except BackboneError:  # a part looks at values
+            _kept_bytes[key] = block_activation_bytes_by_values(parts, backbone.inputs(2))
     stem, *blocks, tail = _kept_bytes[key]
     blocks[0] += stem
     blocks[-1] += tail

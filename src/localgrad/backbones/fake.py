@@ -691,8 +691,8 @@ def by_shapes_alone() -> Iterator[None]:
 def looks_at_values(error: Exception) -> BackboneError:
     """The error of a model whose own forward can't do with shapes alone."""
     return BackboneError(
-        f"model: its forward looks at values ({reason_of(error)}), and estimates have shapes alone: train it with "
-        "explicit modules=[...] (the first block of every module but the first), or leave the check out."
+        f"model: its forward looks at values ({reason_of(error)}), and estimates and plans have shapes alone; "
+        "LocalLearner trains it all the same, without a budget."
     )
 
 

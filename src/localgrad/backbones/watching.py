@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -49,7 +49,7 @@ from localgrad.backbones.flow import (
 from localgrad.backbones.namespaces import Kwargs
 from localgrad.backbones.proof import digest, nothing_hidden
 from localgrad.backbones.random_numbers import RandomState
-from localgrad.errors import BackboneError, arg, reason_of
+from localgrad.errors import BackboneError, LocalgradError, arg, reason_of
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,10 @@ def _filled(given: Any, num_items: int, like: Tensor) -> Any:
             found = replaced(found, (key,), _filled(item, num_items, like))
         return found
     return given
+
+
+def _with_memory(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _outline_of(value: Any, num_items: int) -> Any:
@@ -235,10 +239,21 @@ class _Stop(BaseException):
 
 
 class _StandIn(nn.Module):
-    """In a module's place: answers by a function, and looks like the module otherwise."""
+    """In a module's place: answers by a function, and looks like the module otherwise.
 
-    def __init__(self, module: nn.Module, answer: Callable[[tuple[Any, ...], Kwargs], Any]) -> None:
+    Args:
+        module: in whose place.
+        answer: what it gives, by what it is given.
+        device: where the model runs, to code that asks a parameter.
+    """
+
+    def __init__(
+        self, module: nn.Module, answer: Callable[[tuple[Any, ...], Kwargs], Any], device: torch.device
+    ) -> None:
         super().__init__()
+        if (weight := next(module.parameters(), None)) is not None:  # models ask their first parameter for its dtype
+            empty = nn.Parameter(torch.empty(0, dtype=weight.dtype, device=device), requires_grad=False)
+            self._parameters["empty"] = empty
         vars(self)["of"] = module
         vars(self)["answer"] = answer
 
@@ -348,6 +363,8 @@ class Trunk:
         """Modules outside of the trunk that are called between two stations only, and between which: 0 is the stem."""
         self.outputs: dict[int, Any] = {}
         """What those give, by their number, for the example."""
+        self.written: set[int] = set()
+        """Those whose output the model writes into, so that a stand-in for it needs memory of its own."""
         self.reads_inputs = True
         """Whether something behind the first block looks at the main tensor."""
         self.draws: dict[int, bool] = {}
@@ -371,18 +388,19 @@ class Trunk:
         Raises:
             _Stop: an answer has ended it.
         """
+        like = example.tensor
         stand_ins = [
-            (station.slot, _StandIn(station.slot.module, partial(answer, index)))
+            (station.slot, _StandIn(station.slot.module, partial(answer, index), like.device))
             for index, station in enumerate(self.stations)
         ]
-        like = example.tensor
         zeros = [
             (table, name, torch.zeros(tensor.shape, dtype=tensor.dtype, device=like.device))
             for table, name, tensor in self._elsewhere()
         ]
         for number, (slot, _) in enumerate(self.around):
             if number in others:
-                stand_ins.append((slot, _StandIn(slot.module, self._filling(others[number], example.num_items, like))))
+                fill = self._filling(number, others[number], example.num_items, like)
+                stand_ins.append((slot, _StandIn(slot.module, fill, like.device)))
         with _standing_in(stand_ins), _put_in(zeros):
             return example.call(self.model)
 
@@ -403,11 +421,14 @@ class Trunk:
             if tensor is not None and tensor.device.type == "meta"
         ]
 
-    def _filling(self, given: Any, num_items: int, like: Tensor) -> Callable[[tuple[Any, ...], Kwargs], Any]:
+    def _filling(
+        self, number: int, given: Any, num_items: int, like: Tensor
+    ) -> Callable[[tuple[Any, ...], Kwargs], Any]:
         def fill(args: tuple[Any, ...], kwargs: Kwargs) -> Any:
             received = next((leaf for _, leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)), like)
             dtype = received.dtype if received.is_floating_point() else next(self.model.parameters()).dtype
-            return _filled(given, num_items, torch.empty(0, dtype=dtype, device=received.device))
+            filled = _filled(given, num_items, torch.empty(0, dtype=dtype, device=received.device))
+            return mapped(filled, _with_memory) if number in self.written else filled
 
         return fill
 
@@ -825,9 +846,20 @@ def take_apart(model: nn.Module, example: Example, blocks: str | None = None, *,
     Raises:
         BackboneError: no blocks in a chain.
     """
-    with nullcontext() if by_shapes else nothing_hidden(model):
-        stations, glued = stations_of(model, example, blocks, by_shapes=by_shapes)
-        return _made_of(model, stations, glued, example, by_shapes=by_shapes)
+    if by_shapes:
+        return _made_of(model, *stations_of(model, example, blocks, by_shapes=True), example, by_shapes=True)
+    with nothing_hidden(model):
+        stations, glued = stations_of(model, example, blocks, by_shapes=False)
+        try:
+            return _made_of(model, stations, glued, example, by_shapes=False)
+        except (LocalgradError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever a model's own code says
+            raise BackboneError(
+                f"{type(model).__name__} can't be split: with its blocks left out, its own code fails "
+                f"({reason_of(error)}). Give {arg('blocks')}, the dotted name of the container of its blocks, or make "
+                "a localgrad.Backbone of its parts by hand."
+            ) from error
 
 
 def _made_of(
@@ -859,6 +891,7 @@ def _find_around(trunk: Trunk) -> set[int]:
     spanning = {id(m) for m in model.modules() if any(id(inner) in stations for inner in m.modules())}
     places: dict[int, set[int]] = {}
     outputs: dict[int, Any] = {}
+    versions: list[tuple[int, Tensor, int]] = []
     left = 0
 
     def passed(_module: nn.Module, _args: Any, _output: Any) -> None:
@@ -872,6 +905,7 @@ def _find_around(trunk: Trunk) -> set[int]:
         if id(module) in outputs and outputs[id(module)] != _outline_of(output, example.num_items):
             places[id(module)].add(-1)  # it gives now this, now that: no stand-in for it
         outputs[id(module)] = _outline_of(output, example.num_items)
+        versions.extend((id(module), leaf, leaf._version) for _, leaf in leaves(output) if isinstance(leaf, Tensor))
 
     counts: dict[int, int] = {}
     found = list(slots(model))
@@ -888,6 +922,7 @@ def _find_around(trunk: Trunk) -> set[int]:
     finally:
         for handle in handles:
             handle.remove()
+    written = {module for module, tensor, version in versions if tensor._version != version}
     taken: set[int] = set()
     for slot in found:
         where = places.get(id(slot.module), set())
@@ -898,6 +933,8 @@ def _find_around(trunk: Trunk) -> set[int]:
         if all(each == {place} for each in inner):
             trunk.around.append((slot, place))
             trunk.outputs[len(trunk.around) - 1] = outputs[id(slot.module)]
+            if id(slot.module) in written:
+                trunk.written.add(len(trunk.around) - 1)
             taken |= set(map(id, slot.module.modules()))
     idle = {id(slot.module) for slot in found if isinstance(slot.module, nn.Identity)}
     return {place for number, where in places.items() if number not in idle for place in where}

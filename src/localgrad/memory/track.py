@@ -70,6 +70,7 @@ from localgrad.backbones.fake import (
     quick_result,
 )
 from localgrad.backbones.namespaces import Kwargs
+from localgrad.backbones.state import left_as_it_was
 from localgrad.memory.cards import Card
 from localgrad.memory.temporaries import attention_kernel
 
@@ -863,12 +864,23 @@ def block_activation_bytes(parts: Sequence[nn.Module], inputs: Tensor) -> list[i
     """
     with by_shapes_alone():
         fake_mode, (chain, features) = fake_copy((list(parts), inputs.detach()))
-        states = [tensor for part in chain for tensor in (*part.parameters(), *part.buffers())]
-        saved = _SavedStorages(states)
-        totals = [0]
-        with fake_mode, saved.recording():
-            for part in chain:
-                outputs = part(features)
-                features = outputs.detach().requires_grad_(outputs.requires_grad)
-                totals.append(saved.nbytes)
+        with fake_mode:
+            return _kept_in_turn(chain, features)
+
+
+def block_activation_bytes_by_values(parts: Sequence[nn.Module], inputs: Tensor) -> list[int]:
+    """The same for parts that look at values: they are run, and left as they were."""
+    with left_as_it_was(*parts), torch.inference_mode(mode=False), torch.enable_grad():
+        return _kept_in_turn(parts, inputs)
+
+
+def _kept_in_turn(chain: Sequence[nn.Module], features: Tensor) -> list[int]:
+    states = [tensor for part in chain for tensor in (*part.parameters(), *part.buffers())]
+    saved = _SavedStorages(states)
+    totals = [0]
+    with saved.recording():
+        for part in chain:
+            outputs = part(features)
+            features = outputs.detach().requires_grad_(outputs.requires_grad)
+            totals.append(saved.nbytes)
     return [after - before for before, after in itertools.pairwise(totals)]
