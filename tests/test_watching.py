@@ -232,6 +232,41 @@ def test_code_that_writes_into_what_it_looked_up_and_asks_its_parameters() -> No
     assert_split(made(OldWithHead), tokens(), [f"body.{name}" for name in BLOCKS])
 
 
+class Sound(nn.Module):
+    """A wave [B, T], whose gradient it asks for itself, or video [B, frames, C, H, W]; convolved, then as tokens."""
+
+    def __init__(self, *, of_video: bool) -> None:
+        super().__init__()
+        self.of_video = of_video
+        self.embed = nn.Conv3d(3, D, 4, 4) if of_video else nn.Conv1d(1, D, 4, 4)
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.head = nn.Linear(D, 5)
+
+    def forward(self, given: Tensor) -> Tensor:
+        x = given.movedim(1, 2) if self.of_video else given[:, None]
+        if self.training and not self.of_video:
+            x.requires_grad = True
+        x = self.embed(x).flatten(2).mT
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize("of_video", [False, True])
+def test_sound_and_video_train_with_the_first_features_as_the_first_target(of_video: bool) -> None:
+    given = torch.randn(4, 4, 3, 8, 8) if of_video else torch.randn(4, 32)
+    model = made(lambda: Sound(of_video=of_video))
+    learner = localgrad.LocalLearner(model, modules=3, example=given)
+    learner.configure_optimizers(lambda params: torch.optim.SGD(params, lr=0.1))
+    first = learner.modules[0].objective
+    seen: list[Tensor] = []
+    hook = first.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    result = learner.step(given, torch.arange(4))
+    hook.remove()
+    assert all(bool(torch.isfinite(loss)) for loss in result.losses)
+    assert seen[0].shape == (4, 4 if of_video else 8, D)
+
+
 def test_code_that_fails_without_its_blocks_is_refused_in_a_line() -> None:
     with pytest.raises(BackboneError, match=r"OldWithHead can't be split: .*features lie apart") as refused:
         localgrad.split(made(lambda: OldWithHead(checks=True)), example=tokens())
@@ -359,6 +394,32 @@ def test_a_skip_over_little_leaves_what_stands_in_a_chain() -> None:
         return in_a_row(blocks[2:], blocks[1](blocks[0](x)) + x)
 
     assert_split(made(lambda: Written(way)), features(), ["blocks.2", "blocks.3"])
+
+
+def test_layers_that_are_dropped_at_random_are_refused() -> None:
+    def way(blocks: nn.ModuleList, x: Tensor) -> Tensor:
+        for block in blocks:
+            if not (blocks.training and torch.rand([]) < 0.1):
+                x = block(x)
+        return x
+
+    with pytest.raises(BackboneError, match=r"in training it leaves out blocks\.\d at random, .*layerdrop=0"):
+        localgrad.split(made(lambda: Written(way)), example=features())
+
+
+def test_a_batch_that_is_not_the_first_dimension_is_refused() -> None:
+    layers = [nn.TransformerEncoderLayer(D, 2, 16, batch_first=first) for first in (False, True)]
+    others, own = (
+        made(
+            lambda layer=layer: nn.Sequential(
+                nn.Linear(4, D), nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+            )
+        )
+        for layer in layers
+    )
+    with pytest.raises(BackboneError, match=r"logits for the first item of a batch depend on the second.*batch_first"):
+        localgrad.split(others, example=features())
+    localgrad.split(own, example=features())
 
 
 def test_an_encoder_with_a_decoder_is_refused() -> None:

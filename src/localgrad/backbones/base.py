@@ -443,8 +443,11 @@ class Backbone(nn.Module):
 
     @property
     def targets_input(self) -> bool:
-        """Whether what the first local module receives can be a target: not ids, and not what is frozen behind it."""
-        return not (self.takes_ids or isinstance(self.stem, FrozenStem))
+        """Whether what the first local module receives can be a target: images or vectors that no frozen stem is given.
+
+        Token ids, sound [B, T] and video [B, T, C, H, W] aren't: there it is what enters the first block.
+        """
+        return len(self.input_size) in (2, 3) and not (self.takes_ids or isinstance(self.stem, FrozenStem))
 
     def frozen(self, freeze: str | float) -> Backbone:
         """This backbone with its first blocks as they are: they run once, without a graph, and nothing of them learns.
@@ -764,6 +767,9 @@ def _watched(model: nn.Module, given: Example, blocks: str | None) -> Backbone:
         moving = state.changed()
         state.restore()
         model.eval()
+        _check_items_are_apart(model, given)
+        state.restore()
+        model.eval()
         parts = take_apart(model, given, blocks)
         state.restore()
         model.eval()
@@ -775,6 +781,8 @@ def _watched(model: nn.Module, given: Example, blocks: str | None) -> Backbone:
             if not torch.equal(backbone(given.tensor.clone()), logits):
                 raise unsupported(model, "in eval mode its parts give other logits than the model")
             state.restore()
+            _check_is_all_called(model.train(), parts)
+            state.restore()
             with backbone._keeping_inputs():
                 shown = prove(
                     model, backbone, backbone.parts, stations, given.tensor, moving=moving, call=backbone._call
@@ -782,19 +790,52 @@ def _watched(model: nn.Module, given: Example, blocks: str | None) -> Backbone:
         except torch.OutOfMemoryError:
             raise
         except Unsplittable as error:
-            containers = list(dict.fromkeys(name.rpartition(".")[0] for name in backbone.block_names))
-            raise BackboneError(
-                f"{type(model).__name__} can't be split: {error.what}. Blocks were seen in {listed(containers)}; give "
-                f"{arg('blocks')}, the dotted name of another container, or make a localgrad.Backbone of its parts by "
-                "hand."
-            ) from None
+            raise _refused_of(backbone, error.what) from None
         except (AttributeError, TypeError, RuntimeError) as error:
-            raise unsupported(model, f"its parts don't run on their own ({reason_of(error)})") from error
+            raise _refused_of(backbone, f"its parts don't run on their own ({reason_of(error)})") from error
         backbone._written_buffers = shown.written
         backbone._check_written_by_parts()
     for module in set(backbone.modules()) - set(model.modules()):
         module.training = model.training
     return backbone
+
+
+ITEMS_APART = 1e-3
+"""Of the greatest logit: what kernels may give otherwise for an item when another one changes."""
+
+
+def _refused_of(backbone: Backbone, why: str) -> BackboneError:
+    containers = list(dict.fromkeys(name.rpartition(".")[0] for name in backbone.block_names))
+    return BackboneError(
+        f"{type(backbone.model).__name__} can't be split: {why}. Blocks were seen in {listed(containers)}; give "
+        f"{arg('blocks')}, the dotted name of another container, or make a localgrad.Backbone of its parts by hand."
+    )
+
+
+def _check_items_are_apart(model: nn.Module, given: Example) -> None:
+    """Refuse a model in eval mode of whose logits the first depend on the second item: its batch isn't what is first.
+
+    Local losses, parts of a batch and what is left out as padding go by items; given are two.
+    """
+    same = given.rows(1).rows(2)
+    main = same.tensor
+    ours, theirs = (
+        _called(model, each)[:1] for each in (same, same.with_main(torch.cat([main[:1], main[1:].roll(1, -1)])))
+    )
+    if ours.shape == theirs.shape and not bool((ours - theirs).abs().max() <= ITEMS_APART * ours.abs().max()):
+        raise BackboneError(
+            f"{type(model).__name__} can't be split: its logits for the first item of a batch depend on the second. If "
+            "the batch isn't the first dimension of what it takes, build it so (batch_first=True)."
+        )
+
+
+def _check_is_all_called(model: nn.Module, parts: TakenApart) -> None:
+    """Refuse a model in train mode that drops layers at random."""
+    if (name := parts.trunk.left_out()) is not None:
+        raise BackboneError(
+            f"{type(model).__name__} can't be split: in training it leaves out {name} at random, and a local module "
+            "runs all its blocks; build it without that (layerdrop=0)."
+        )
 
 
 def _called(model: nn.Module, given: Example) -> Tensor:

@@ -87,22 +87,30 @@ def prove(
     counts = Counter(id(weight) for part in parts for weight in part.parameters())
     shared = {number for number, count in counts.items() if count > 1}
     with left_as_it_was(model, chain) as state, torch.enable_grad(), nothing_hidden(model):
-        for mode in ("eval", "train"):
+
+        def traced(run: Callable[[Tensor], Any], mode: str, *, into_images: bool) -> Passes:
             # Only batch norms need a second image, and only in training; what else the number of images may
             # show, splitting has seen by its own two.
             count = 2 if mode == "train" and any(isinstance(m, _BatchNorm) for m in model.modules()) else 1
-            traces = []
-            for run in (call or model, chain):
-                state.restore()
-                for each in (model, chain):
-                    each.train(mode == "train")
-                with _noting_blocks(blocks, moving) as trace:
-                    _run(run, model, images[:count], trace, shared)
-                traces.append(trace)
-                if run is not chain:
-                    written |= state.written_buffers(model)
-                    _check_written(model, state)
-            theirs, ours = traces
+            state.restore()
+            for each in (model, chain):
+                each.train(mode == "train")
+            with _noting_blocks(blocks, moving) as trace:
+                _run(run, model, images[:count], trace, shared, into_images=into_images)
+            return trace
+
+        into_images = images.is_floating_point()
+        for mode in ("eval", "train"):
+            try:
+                theirs = traced(call or model, mode, into_images=into_images)
+            except RuntimeError:  # models of sound set requires_grad on what they are given, and it must be a leaf
+                if not into_images:
+                    raise
+                into_images = False
+                theirs = traced(call or model, mode, into_images=False)
+            written |= state.written_buffers(model)
+            _check_written(model, state)
+            ours = traced(chain, mode, into_images=into_images)
             _compare(model, theirs, ours, mode)
             unread -= {name for name, gradient in theirs.gradients.items() if gradient is not None}
     return Shown(frozenset(written), frozenset(unread))
@@ -137,10 +145,16 @@ def _check_written(model: nn.Module, state: ModelState) -> None:
 
 
 def _run(
-    run: Callable[[Tensor], Any], model: nn.Module, images: Tensor, trace: Passes, shared: Collection[int]
+    run: Callable[[Tensor], Any],
+    model: nn.Module,
+    images: Tensor,
+    trace: Passes,
+    shared: Collection[int],
+    *,
+    into_images: bool,
 ) -> None:
-    """One forward and one backward pass, noted in a trace."""
-    entered = images.detach().clone().requires_grad_(images.is_floating_point())
+    """One forward and one backward pass, to the images if asked for, noted in a trace."""
+    entered = images.detach().clone().requires_grad_(into_images)
     starts = [("the images", entered)] if entered.requires_grad else []
     starts += [*((name, w) for name, w in model.named_parameters() if w.requires_grad)]
     # A clone, since a leaf that needs a gradient could not be written into, as images can.

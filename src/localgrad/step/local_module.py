@@ -181,7 +181,7 @@ class LocalModule(nn.Module):
         if self.keeps_gradient and outputs.requires_grad:
             outputs.register_hook(self._keep)  # type: ignore[no-untyped-call]
         target = inputs if received is None else received
-        if not self._targets_input(target):  # token ids, or what is frozen behind them: what enters the first block
+        if not self._targets_input(target):  # as ``Backbone.targets_input``: what enters the first block
             target = states[0].detach()
         batch.branches = tuple(branches)
         value: ObjectiveValue = self.objective(target, outputs, batch, states)
@@ -194,7 +194,7 @@ class LocalModule(nn.Module):
         )
 
     def _targets_input(self, inputs: Tensor) -> bool:
-        return inputs.is_floating_point() and not isinstance(self.parts[0], FrozenStem)
+        return inputs.is_floating_point() and inputs.ndim in (3, 4) and not isinstance(self.parts[0], FrozenStem)
 
     def begin_batch(self, batch: LocalBatch) -> None:
         """Have the parts run with what goes along with a batch's features.
