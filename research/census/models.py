@@ -104,6 +104,36 @@ _ALL_HEADS = {**_GQA, "num_key_value_heads": 4}
 _GPT2 = {"vocab_size": 97, "n_embd": 48, "n_layer": 4, "n_head": 4, "n_positions": 64}
 _SLIDING = {"head_dim": 12, "sliding_window": 8}
 
+_SPEECH_SIZES = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 96}
+_SPEECH: dict[str, Any] = {**_SPEECH_SIZES, "conv_dim": [16] * 3, "conv_stride": [5, 4, 4], "conv_kernel": [10, 3, 3]}
+_SPEECH |= {"num_feat_extract_layers": 3}
+_SPEECH |= {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4, "mask_time_prob": 0.0}
+_FRAMES = {**_VIT, "num_frames": 4}
+_WAVE, _SPECTRUM, _VIDEO = (1600,), (64, 32), (4, 3, 64, 64)
+
+SOUND_AND_VIDEO: dict[str, tuple[str, dict[str, Any], str, tuple[int, ...]]] = {
+    "Wav2Vec2ForSequenceClassification": ("Wav2Vec2Config", {**_SPEECH, "layerdrop": 0.0}, "input_values", _WAVE),
+    "HubertForSequenceClassification": ("HubertConfig", {**_SPEECH, "layerdrop": 0.0}, "input_values", _WAVE),
+    "WavLMForSequenceClassification": ("WavLMConfig", {**_SPEECH, "layerdrop": 0.0}, "input_values", _WAVE),
+    "ASTForAudioClassification": (
+        "ASTConfig",
+        {
+            **_SPEECH_SIZES,
+            "patch_size": 8,
+            "num_mel_bins": 32,
+            "max_length": 64,
+            "frequency_stride": 8,
+            "time_stride": 8,
+        },
+        "input_values",
+        _SPECTRUM,
+    ),
+    "VideoMAEForVideoClassification": ("VideoMAEConfig", _FRAMES, "pixel_values", _VIDEO),
+    "TimesformerForVideoClassification": ("TimesformerConfig", _FRAMES, "pixel_values", _VIDEO),
+    "VivitForVideoClassification": ("VivitConfig", {**_FRAMES, "tubelet_size": [2, 8, 8]}, "pixel_values", _VIDEO),
+}
+"""Of transformers: its configuration's class, what is small in it, its input's name, and one item's shape."""
+
 LANGUAGE: dict[str, tuple[str, dict[str, Any]]] = {
     "LlamaForCausalLM": ("LlamaConfig", _GQA),
     "MistralForCausalLM": ("MistralConfig", {**_GQA, "sliding_window": 8}),
@@ -201,12 +231,19 @@ def entries() -> Iterator[Entry]:
                 lambda name=name, config=config, options=options: transformer(name, config, options),
                 _pixels if table is VISION else _tokens,
             )
+    for name, (config, options, given, shape) in SOUND_AND_VIDEO.items():
+        yield Entry(
+            "transformers-sound-video",
+            name,
+            lambda name=name, config=config, options=options: transformer(name, config, options),
+            lambda _, given=given, shape=shape: {given: images(shape)},
+        )
     for name in OPEN_CLIP:
         yield Entry("open_clip", name, lambda name=name: _open_clip(name), lambda _: images((3, 224, 224)))
 
 
 def images(size: tuple[int, ...]) -> Tensor:
-    """Two images, [2, *size]."""
+    """Two images, or what else has numbers, [2, *size]."""
     return torch.randn(2, *size, generator=torch.Generator().manual_seed(1))
 
 
