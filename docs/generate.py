@@ -29,7 +29,9 @@ from localgrad import rules
 from localgrad.app.recipe import Recipe
 from localgrad.units import format_bytes
 from research.benchmarks import finetuning
+from research.reproduce.profiles import CPU_FULL
 from research.reproduce.published import PUBLISHED, QUOTED, RECIPES, published_for
+from research.reproduce.report import in_a_sentence
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "research/docs").glob("*.md"))]
@@ -148,6 +150,19 @@ def fine_tuned_short() -> Lines:
         f"{'; '.join(told)}.",
         100,
     )
+
+
+def from_scratch_short() -> Lines:
+    """What local modules lose and save here, from scratch, on all images."""
+    told = in_a_sentence(CPU_FULL, ROOT / "research/results", DATA)
+    if not told:
+        yield "No run of that size was made here yet: [accuracy](research/docs/accuracy.md)."
+        return
+    text = (
+        f"**Here**, a Swin of 0.9 million parameters on all images but 1,000 (JPEG copies of CIFAR-10), "
+        f"{CPU_FULL.epochs} epochs. {told} [All rows](research/docs/accuracy.md)."
+    )
+    yield from textwrap.wrap(text, 100, break_on_hyphens=False)
 
 
 # The recipe ------------------------------------------------------------------------------------------------------
@@ -278,6 +293,7 @@ MADE: Mapping[str, Callable[[], Lines]] = {
     "published-methods": published_methods,
     "fine-tuned": fine_tuned,
     "fine-tuned-short": fine_tuned_short,
+    "from-scratch-short": from_scratch_short,
     "measured": lambda: measured(short=False),
     "measured-short": lambda: measured(short=True),
     "recipe": recipe,

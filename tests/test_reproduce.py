@@ -870,6 +870,27 @@ def test_what_a_step_costs_is_measured_and_told(tmp_path: Path, monkeypatch: pyt
     assert report.differences(docs, tmp_path) == []
 
 
+def test_what_is_lost_and_saved_is_told_in_a_sentence(here: Path) -> None:
+    where = Path("research/results")
+    small = replace(SMOKE, agenda=(Wanted(table="cifar10", methods=("end-to-end", "default"), modules=(2,)),))
+    names = {"cifar10": "CIFAR-10"}
+    rows = [
+        {"method": method, "modules": modules, "peak_bytes": peak, "seconds": [second, 2 * second, 3 * second]}
+        for method, modules, peak, second in (("end-to-end", 1, 100, 1.0), ("default", 2, 50, 1.5))
+    ]
+    rows.append({"method": "end-to-end-checkpointed", "modules": 1, "peak_bytes": 25, "seconds": [2.0, 4.0, 6.0]})
+    verb.fill(asked(methods="end-to-end", seeds="0"), lambda _: None)
+    costs.path_of_costs(where, small).parent.mkdir(parents=True)
+    costs.path_of_costs(where, small).write_text(json.dumps({"rows": rows}))
+    assert report.in_a_sentence(small, where, names) == "", "nothing local was run"
+    verb.fill(asked(methods="default", seeds="0,1"), lambda _: None)
+    told = report.in_a_sentence(small, where, names)
+    assert told == (
+        "CIFAR-10, end to end 80.00 % (1 seed): K = 2 −10.00 points (1 seed) at 0.50 x the memory and 1.50 x "  # noqa: RUF001
+        "the time. Every block recomputed, exact: 0.25 x and 2.00 x."
+    )
+
+
 def test_accuracy_is_drawn_against_memory(here: Path) -> None:
     verb.fill(asked(methods="end-to-end,half-frozen,greedy", seeds="0,1"), lambda _: None)
     words = ["cifar10", "--profile", "smoke", "--plot", "accuracy.svg"]

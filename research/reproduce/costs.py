@@ -14,6 +14,7 @@ import platform
 import statistics
 import textwrap
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,31 @@ def measure_costs_of(profile: Profile, results: Path, say: Callable[[str], None]
         say(f"{row['method']}, K = {row['modules']}: {min(row['seconds']):.3f} s, {row['peak_bytes'] / 2**20:,.1f} MiB")
 
 
+@dataclass(frozen=True)
+class Cost:
+    """Of a step of a method beside end-to-end training's: share of memory, and of time turn by turn."""
+
+    memory: float
+    times: tuple[float, ...]
+
+    @property
+    def time(self) -> float:
+        """The median."""
+        return statistics.median(self.times)
+
+
+def costs_of(told: dict[str, Any]) -> dict[tuple[str, int], Cost]:
+    """What was measured, by method and K, in its order."""
+    base = next(row for row in told["rows"] if row["method"] == END_TO_END)
+    return {
+        (row["method"], row["modules"]): Cost(
+            row["peak_bytes"] / base["peak_bytes"],
+            tuple(mine / other for mine, other in zip(row["seconds"], base["seconds"], strict=True)),
+        )
+        for row in told["rows"]
+    }
+
+
 def markdown_of_costs(profile: Profile, results: Path, accuracy: dict[str, dict[tuple[str, int], str]]) -> str:
     """The table of what was measured.
 
@@ -94,16 +120,13 @@ def markdown_of_costs(profile: Profile, results: Path, accuracy: dict[str, dict[
     if not path.exists():
         return f"Not measured yet: `python -m research.reproduce --measure --profile {profile.name}`.\n"
     told = json.loads(path.read_text())
-    base = next(row for row in told["rows"] if row["method"] == END_TO_END)
     head = ["method", "K", "memory", "time of a step", *(f"{data}, points" for data in accuracy)]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    for row in told["rows"]:
-        ratios = [mine / other for mine, other in zip(row["seconds"], base["seconds"], strict=True)]
-        low, high = min(ratios), max(ratios)
-        spread = "" if row is base else f" ({low:.2f} to {high:.2f})"
-        cells = [row["method"], str(row["modules"]), f"{row['peak_bytes'] / base['peak_bytes']:.2f}"]
-        cells += [f"{statistics.median(ratios):.2f}{spread}"]
-        cells += [found.get((row["method"], row["modules"]), "") for found in accuracy.values()]
+    for (method, modules), cost in costs_of(told).items():
+        low, high = min(cost.times), max(cost.times)
+        spread = "" if method == END_TO_END else f" ({low:.2f} to {high:.2f})"
+        cells = [method, str(modules), f"{cost.memory:.2f}", f"{cost.time:.2f}{spread}"]
+        cells += [found.get((method, modules), "") for found in accuracy.values()]
         lines.append(f"| {' | '.join(cells)} |")
     torch_version = told["torch"].partition("+")[0]
     about = (

@@ -15,6 +15,7 @@ Results whose recipe has changed since are left out, and counted.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import statistics
@@ -25,7 +26,7 @@ from pathlib import Path
 from localgrad.errors import RecipeError, did_you_mean
 from localgrad.training.folder import write_atomically
 from localgrad.units import format_bytes
-from research.reproduce.costs import markdown_of_costs
+from research.reproduce.costs import RECOMPUTED, costs_of, markdown_of_costs, path_of_costs
 from research.reproduce.methods import AVERAGED, BASELINES, DEFAULT, END_TO_END, begins_at, keeps_average, overlay_of
 from research.reproduce.profiles import PROFILES, Profile
 from research.reproduce.published import Published, published_for
@@ -149,18 +150,58 @@ def markdown(table: Table, profile: Profile, rows: Iterable[Row]) -> str:
 
 def costs(profile: Profile, results: Path) -> str:
     """The table of what steps cost, beside what was lost in accuracy."""
-    accuracy: dict[str, dict[tuple[str, int], str]] = {}
-    for name in dict.fromkeys(wanted.table for wanted in profile.agenda if wanted.table == wanted.data):
-        table = TABLES[name]
-        rows = load_rows(path_of(results, name, profile.name))
-        lots = alike([row for row in rows if is_current(table, profile, row)])
-        groups = groups_of(table, profile, lots[0] if lots else [])
-        accuracy[name] = {
+    accuracy = {
+        name: {
             (group.method, group.modules): f"{_figures(group, _baseline(group, groups))[3]} ({len(group.rows)})"
             for group in groups
             if group.rows and group.method != END_TO_END
         }
+        for name, groups in _groups_by_data(profile, results).items()
+    }
     return markdown_of_costs(profile, results, accuracy)
+
+
+def _groups_by_data(profile: Profile, results: Path) -> dict[str, list[Group]]:
+    """Of the agenda's tables by data set: the runs, where there are several kinds of the first."""
+    found = {}
+    for name in dict.fromkeys(wanted.table for wanted in profile.agenda if wanted.table == wanted.data):
+        rows = load_rows(path_of(results, name, profile.name))
+        lots = alike([row for row in rows if is_current(TABLES[name], profile, row)])
+        found[name] = groups_of(TABLES[name], profile, lots[0] if lots else [])
+    return found
+
+
+def in_a_sentence(profile: Profile, results: Path, names: dict[str, str]) -> str:
+    """What ``default`` loses and saves on all images, for a first screen; empty where none was run.
+
+    Args:
+        profile: of which.
+        results: where results lie.
+        names: of data sets.
+    """
+    steps = costs_of(json.loads(path_of_costs(results, profile).read_text()))
+    parts = []
+    for data, groups in _groups_by_data(profile, results).items():
+        base = next(group for group in groups if group.method == END_TO_END and group.epochs == profile.epochs)
+        local = [group for group in groups if group.rows and (group.method, group.epochs) == (DEFAULT, profile.epochs)]
+        told = [
+            f"K = {group.modules} {_spread(gaps, sign='+')} points ({_seeds(gaps)}) at "
+            f"{steps[DEFAULT, group.modules].memory:.2f} x the memory and {steps[DEFAULT, group.modules].time:.2f} x "
+            "the time"
+            for group in local
+            if (gaps := _gaps(group, base))
+        ]
+        if told:
+            parts.append(
+                f"{names[data]}, end to end {_figures(base, None)[0]} % ({_seeds(base.rows)}): {'; '.join(told)}"
+            )
+    exact = steps[RECOMPUTED, 1]
+    recomputed = f"Every block recomputed, exact: {exact.memory:.2f} x and {exact.time:.2f} x."
+    return f"{'. '.join(parts)}. {recomputed}" if parts else ""
+
+
+def _seeds(runs: Sequence[object]) -> str:
+    return "1 seed" if len(runs) == 1 else f"{len(runs)} seeds"
 
 
 def _title(table: Table, profile: Profile, rows: Sequence[Row]) -> str:
@@ -305,16 +346,15 @@ def _is_averaged(group: Group) -> bool:
 def _figures(group: Group, baseline: Group | None) -> list[str]:
     """Test accuracy, training accuracy, seeds, gap, peak, measured peak, hours of one line."""
     rows = group.rows
-    own = {row["seed"]: 100 * row["test_accuracy"] for row in rows}
-    theirs = {row["seed"]: 100 * row["test_accuracy"] for row in baseline.rows} if baseline else {}
-    gaps = [own[seed] - theirs[seed] for seed in own if seed in theirs]
+    own = [100 * row["test_accuracy"] for row in rows]
+    gaps = _gaps(group, baseline)
     gap = "baseline not run" if not gaps else _spread(gaps, sign="+")
     if gaps and len(gaps) < len(rows):
         gap += f" ({len(gaps)} seeds)" if len(gaps) > 1 else " (1 seed)"
     ratio = peak_ratio(group, baseline)
     training = [100 * row["train_accuracy"] for row in rows if row["train_accuracy"] is not None]
     return [
-        _spread(list(own.values())),
+        _spread(own),
         f"{statistics.fmean(training):.1f}" if training else "",
         str(len(rows)),
         "" if group.method == END_TO_END else gap,
@@ -322,6 +362,12 @@ def _figures(group: Group, baseline: Group | None) -> list[str]:
         format_bytes(max(row["measured_peak_bytes"] for row in rows)),
         f"{statistics.fmean(row['seconds'] for row in rows) / 3600:.2g}",
     ]
+
+
+def _gaps(group: Group, baseline: Group | None) -> list[float]:
+    """Points of test accuracy above the baseline's, for each seed that both have."""
+    theirs = {row["seed"]: row["test_accuracy"] for row in baseline.rows} if baseline else {}
+    return [100 * (row["test_accuracy"] - theirs[row["seed"]]) for row in group.rows if row["seed"] in theirs]
 
 
 def peak_ratio(group: Group, baseline: Group | None) -> float:
