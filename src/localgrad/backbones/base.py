@@ -767,7 +767,7 @@ def _watched(model: nn.Module, given: Example, blocks: str | None) -> Backbone:
         moving = state.changed()
         state.restore()
         model.eval()
-        _check_items_are_apart(model, given)
+        _check_items_are_apart(model, given, logits)
         state.restore()
         model.eval()
         parts = take_apart(model, given, blocks)
@@ -812,16 +812,13 @@ def _refused_of(backbone: Backbone, why: str) -> BackboneError:
     )
 
 
-def _check_items_are_apart(model: nn.Module, given: Example) -> None:
+def _check_items_are_apart(model: nn.Module, given: Example, logits: Tensor) -> None:
     """Refuse a model in eval mode of whose logits the first depend on the second item: its batch isn't what is first.
 
-    Local losses, parts of a batch and what is left out as padding go by items; given are two.
+    Local losses, parts of a batch and what is left out as padding go by items; given are two, and their logits.
     """
-    same = given.rows(1).rows(2)
-    main = same.tensor
-    ours, theirs = (
-        _called(model, each)[:1] for each in (same, same.with_main(torch.cat([main[:1], main[1:].roll(1, -1)])))
-    )
+    main = given.tensor
+    ours, theirs = logits[:1], _called(model, given.with_main(torch.cat([main[:1], main[1:].roll(1, -1)])))[:1]
     if ours.shape == theirs.shape and not bool((ours - theirs).abs().max() <= ITEMS_APART * ours.abs().max()):
         raise BackboneError(
             f"{type(model).__name__} can't be split: its logits for the first item of a batch depend on the second. If "
