@@ -49,6 +49,7 @@ from localgrad.backbones.flow import (
 from localgrad.backbones.namespaces import Kwargs
 from localgrad.backbones.proof import digest, nothing_hidden
 from localgrad.backbones.random_numbers import RandomState
+from localgrad.backbones.state import version_of
 from localgrad.errors import BackboneError, LocalgradError, arg, reason_of
 
 RUNS_OF_DRAWS = 64
@@ -938,7 +939,7 @@ def _find_around(trunk: Trunk) -> set[int]:
         if id(module) in outputs and outputs[id(module)] != _outline_of(output, example.num_items):
             places[id(module)].add(-1)  # it gives now this, now that: no stand-in for it
         outputs[id(module)] = _outline_of(output, example.num_items)
-        versions.extend((id(module), leaf, leaf._version) for _, leaf in leaves(output) if isinstance(leaf, Tensor))
+        versions.extend((id(module), leaf, version_of(leaf)) for _, leaf in leaves(output) if isinstance(leaf, Tensor))
 
     counts: dict[int, int] = {}
     found = list(slots(model))
@@ -955,7 +956,7 @@ def _find_around(trunk: Trunk) -> set[int]:
     finally:
         for handle in handles:
             handle.remove()
-    written = {module for module, tensor, version in versions if tensor._version != version}
+    written = {module for module, tensor, version in versions if version_of(tensor) != version}
     taken: set[int] = set()
     for slot in found:
         where = places.get(id(slot.module), set())
