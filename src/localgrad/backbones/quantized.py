@@ -87,6 +87,9 @@ def packed_weight(layer: object, *, has_values: bool = True) -> _Packed | None:
     Args:
         layer: plain, with an even number of inputs; or bitsandbytes' own of NF4 in blocks of 64 numbers.
         has_values: false where nobody reads values: nothing is computed then.
+
+    Raises:
+        BackboneError: bitsandbytes has rearranged its own layer's weight.
     """
     if not isinstance(layer, nn.Linear) or layer.in_features % 2:
         return None
@@ -95,6 +98,11 @@ def packed_weight(layer: object, *, has_values: bool = True) -> _Packed | None:
     if state is not None:
         if (state.quant_type, state.blocksize, weight.dtype) != (_KIND, BLOCK, torch.uint8):
             return None
+        if getattr(state, "packing_format_for_cpu", False):  # with AVX512-BF16, in its layer's first evaluation
+            raise BackboneError(
+                "bitsandbytes has put a layer's 4 bits in another order, for this processor, when the model was "
+                "evaluated; call localgrad.quantize_base(model) before that."
+            )
         functional = importlib.import_module("bitsandbytes.functional")
         scales = state.absmax
         if state.nested:
