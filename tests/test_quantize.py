@@ -82,8 +82,7 @@ def test_a_layer_is_a_plain_one_of_the_rounded_weight(sizes: tuple[int, int]) ->
     torch.manual_seed(0)
     plain = nn.Linear(*sizes)
     layer = quantized(plain)
-    # With AVX512-BF16 its kernels compute in bfloat16.
-    assert torch.allclose(layer.weight, nearest(plain.weight), rtol=2**-6, atol=1e-6)
+    assert torch.allclose(layer.weight, nearest(plain.weight), atol=1e-6)
     assert layer.packed.nbytes + layer.scales.nbytes == plain.weight.numel() // 2 + -(-plain.weight.numel() // 64) * 4
     ours, theirs = (torch.randn(2, 5, sizes[0], generator=torch.manual_seed(1)).requires_grad_() for _ in range(2))
     out, expected = layer(ours), F.linear(theirs, layer.weight, plain.bias)
@@ -258,7 +257,7 @@ def test_a_layer_in_two_places_stays_one() -> None:
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_layers_of_bitsandbytes_below_adapters_are_taken_over(nested: bool) -> None:
-    model = make(depth=1)
+    model = make(depth=1, embed_dim=64)  # where a row isn't whole blocks, its own AVX512 kernels are wrong
     for name in ("fc1", "fc2"):
         layer = getattr(model.blocks[0].mlp, name)
         theirs = bitsandbytes.nn.Linear4bit(

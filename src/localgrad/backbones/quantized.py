@@ -44,10 +44,12 @@ def check_quantizer() -> None:
 
 def dequantized(packed: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """A weight [out, in] from its bytes [out, in / 2] and the scales of its blocks."""
-    shape = [packed.shape[0], 2 * packed.shape[1]]
     narrow = dtype if dtype in _NARROW else torch.float32
-    weight: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(packed, scales, BLOCK, _KIND, shape, narrow)
-    return weight.to(dtype)
+    # As one row: bitsandbytes 0.50's kernels for AVX512 take a block for ended where a row ends.
+    flat: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
+        packed, scales, BLOCK, _KIND, [2 * packed.numel()], narrow
+    )
+    return flat.view(packed.shape[0], 2 * packed.shape[1]).to(dtype)
 
 
 @final
