@@ -32,6 +32,7 @@ from research.benchmarks import finetuning
 from research.reproduce.profiles import CPU_FULL
 from research.reproduce.published import PUBLISHED, QUOTED, RECIPES, published_for
 from research.reproduce.report import in_a_sentence
+from research.reproduce.results import load_rows, path_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "research/docs").glob("*.md"))]
@@ -158,8 +159,10 @@ def from_scratch_short() -> Lines:
     if not told:
         yield "No run of that size was made here yet."
         return
+    row = load_rows(path_of(ROOT / "research/results", "cifar10", CPU_FULL.name))[0]
     text = (
-        f"**Here**, a Swin of 0.9 million parameters on all images but 1,000 (JPEG copies of CIFAR-10), "
+        f"**Here**, a Swin of {row['num_parameters'] / 1e6:.1f} million parameters on all images but "
+        f"{row['num_val']:,} (JPEG copies of CIFAR-10), "
         f"{CPU_FULL.epochs} epochs. {told}"
     )
     yield from textwrap.wrap(text, 100, break_on_hyphens=False)
