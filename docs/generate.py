@@ -28,6 +28,7 @@ import localgrad
 from localgrad import rules
 from localgrad.app.recipe import Recipe
 from localgrad.units import format_bytes
+from research import panels, picture
 from research.benchmarks import finetuning
 from research.reproduce.profiles import CPU_FULL
 from research.reproduce.published import PUBLISHED, QUOTED, RECIPES, published_for
@@ -314,6 +315,9 @@ def main() -> None:
         if new != old:
             page.write_text(new, encoding="utf-8")
             print(f"{page.relative_to(ROOT)}: rewritten")
+    if not picture.is_in_step():
+        panels.draw(picture.all_panels(), picture.SHOWN)
+        print(f"{picture.SHOWN.relative_to(ROOT)}: drawn anew")
 
 
 if __name__ == "__main__":

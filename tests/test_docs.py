@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 from docs import generate
 from localgrad import cli
 from ranks import free_port
+from research import picture
 from research.reproduce import __main__ as reproduce
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -212,6 +213,10 @@ def check_localgrad(words: list[str]) -> None:
 def test_what_is_made_of_code_and_results_is_in_step(name: str) -> None:
     text = BY_NAME[name].read_text(encoding="utf-8")
     assert generate.filled(text) == text, f"{name} is out of step; type: python -m docs.generate"
+
+
+def test_the_picture_of_accuracy_and_memory_is_in_step() -> None:
+    assert picture.is_in_step(), "the results have changed since; type: python -m docs.generate"
 
 
 def test_the_readme_tells_the_published_gap_in_its_first_screen() -> None:

@@ -28,8 +28,9 @@ from localgrad.app.build import build_recipe_objective
 from localgrad.app.recipe import Recipe, overlay
 from localgrad.errors import RecipeError
 from localgrad.objectives.methods import OBJECTIVES
+from research.panels import EXACT, IN_PART, RECOMPUTED
 from research.reproduce import __main__ as command_line
-from research.reproduce import costs, report, results, runner, tables, verb
+from research.reproduce import costs, plot, report, results, runner, tables, verb
 from research.reproduce.methods import BASELINES, DEFAULT, END_TO_END, METHODS, REMEDIES
 from research.reproduce.profiles import CPU, CPU_FULL, DATA, GPU, PROFILES, SMOKE, Wanted
 from research.reproduce.published import PUBLISHED, published_for
@@ -864,8 +865,9 @@ def test_what_a_step_costs_is_measured_and_told(tmp_path: Path, monkeypatch: pyt
     assert report.rewrite(docs, tmp_path)
     lines = docs.read_text().splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
-    assert cells[0] == ["method", "K", "memory", "time of a step", "cifar10, points"]
-    assert cells[1] == ["end-to-end", "1", "1.00", "1.00", ""]
+    assert cells[0] == ["method", "K", "memory", "arithmetic", "time of a step", "cifar10, points"]
+    assert cells[1] == ["end-to-end", "1", "1.00", "1.00", "1.00", ""]
+    assert 1.1 < float(cells[2][3]) < 1.4, "recomputing takes up to a third more arithmetic"
     assert float(cells[2][2]) < 1, "recomputing takes less"
     assert report.differences(docs, tmp_path) == []
 
@@ -875,10 +877,12 @@ def test_what_is_lost_and_saved_is_told_in_a_sentence(here: Path) -> None:
     small = replace(SMOKE, agenda=(Wanted(table="cifar10", methods=("end-to-end", "default"), modules=(2,)),))
     names = {"cifar10": "CIFAR-10"}
     rows = [
-        {"method": method, "modules": modules, "peak_bytes": peak, "seconds": [second, 2 * second, 3 * second]}
-        for method, modules, peak, second in (("end-to-end", 1, 100, 1.0), ("default", 2, 50, 1.5))
+        {"method": method, "modules": modules, "peak_bytes": peak, "flops": 1, "seconds": [time, 2 * time, 3 * time]}
+        for method, modules, peak, time in (
+            *(("end-to-end", 1, 100, 1.0), ("default", 2, 50, 1.5)),
+            ("end-to-end-checkpointed", 1, 25, 2.0),
+        )
     ]
-    rows.append({"method": "end-to-end-checkpointed", "modules": 1, "peak_bytes": 25, "seconds": [2.0, 4.0, 6.0]})
     verb.fill(asked(methods="end-to-end", seeds="0"), lambda _: None)
     costs.path_of_costs(where, small).parent.mkdir(parents=True)
     costs.path_of_costs(where, small).write_text(json.dumps({"rows": rows}))
@@ -891,23 +895,63 @@ def test_what_is_lost_and_saved_is_told_in_a_sentence(here: Path) -> None:
     )
 
 
+def test_local_training_is_told_at_equal_epochs_arithmetic_and_time(here: Path) -> None:
+    """Runs of two epochs; a step of `default` takes 1.25 x the arithmetic and 2 x the time."""
+    where = Path("research/results")
+    agenda = tuple(Wanted(table="epochs", methods=("end-to-end", "default"), epochs=epochs) for epochs in (2, 3))
+    small = replace(SMOKE, agenda=agenda)
+    measured = (("end-to-end", 1, 4, 1.0), ("end-to-end-checkpointed", 1, 5, 3.2), ("default", 4, 5, 2.0))
+    rows = [
+        {"method": name, "modules": modules, "peak_bytes": 1, "flops": flops, "seconds": [seconds]}
+        for name, modules, flops, seconds in measured
+    ]
+    costs.path_of_costs(where, small).parent.mkdir(parents=True)
+    told = {"rows": rows, "batch_size": 16, "torch": "2.14.1", "machine": "x86_64", "date": "2026-11-30"}
+    costs.path_of_costs(where, small).write_text(json.dumps(told))
+    verb.fill(asked(methods="end-to-end,default", seeds="0,1", modules="4"), lambda _: None)
+    verb.fill(asked(table="epochs", methods="default", seeds="0", epochs="2,3", modules="4"), lambda _: None)
+    lines = report.at_equal_costs(small, where).splitlines()
+    assert lines[0] == "| end-to-end training, 2 epochs | in as much | epochs of `default`, K = 4 | points |"
+    assert lines[2:] == [
+        "| nothing recomputed | epochs | 2 for 2.0 | −10.00 ± 0.00 (2 seeds) |",  # noqa: RUF001  # a minus
+        "| nothing recomputed | arithmetic | 1.6 | not run |",
+        "| nothing recomputed | time | 1.0 | not run |",
+        "| every block recomputed | arithmetic | 2 for 2.0 | −10.00 ± 0.00 (2 seeds) |",  # noqa: RUF001
+        "| every block recomputed | time | 3 for 3.2 | −10.00 (1 seed) |",  # noqa: RUF001
+    ]
+    assert report.costs(small, where).endswith("\n".join(lines) + "\n")
+
+
 def test_accuracy_is_drawn_against_memory(here: Path) -> None:
     verb.fill(asked(methods="end-to-end,half-frozen,greedy", seeds="0,1"), lambda _: None)
     words = ["cifar10", "--profile", "smoke", "--plot", "accuracy.svg"]
     said = CliRunner().invoke(command_line.app, words)
     assert said.exit_code == 0, said.output
-    assert said.output.startswith("accuracy.svg: 3 of ")
+    assert said.output.startswith("accuracy.svg: 3 points; from scratch, Swin on CIFAR-10: ")
     drawn = Path("accuracy.svg").read_text()
-    assert all(
-        f"<!-- {name} -->" in drawn for name in ("end-to-end", "half-frozen", "greedy, K = 2", "2 local modules")
-    )
-    again = drawn.count("\n")
+    panel = plot.panel_of(TABLES["cifar10"], SMOKE, Path("research/results"))
+    assert panel is not None
+    assert {point.family for point in panel.points} == {EXACT, IN_PART, "2 local modules"}
+    assert all(f">{text}<" in drawn for point in panel.points for text in (point.label, point.family))
     CliRunner().invoke(command_line.app, words)
-    assert Path("accuracy.svg").read_text().count("\n") == again
+    assert Path("accuracy.svg").read_text() == drawn
     with pytest.raises(RecipeError, match="nothing of svhn was run"):
         verb.draw("svhn", "smoke", Path("research/results"), Path("accuracy.png"))
     with pytest.raises(RecipeError, match="which table"):
         verb.draw(None, "smoke", Path("research/results"), Path("accuracy.png"))
+
+
+def test_recomputed_training_is_drawn_at_end_to_end_accuracy_where_it_was_measured(here: Path) -> None:
+    where = Path("research/results")
+    verb.fill(asked(methods="end-to-end", seeds="0,1"), lambda _: None)
+    shares = (("end-to-end", 100), ("end-to-end-checkpointed", 25))
+    rows = [{"method": name, "modules": 1, "peak_bytes": peak, "flops": 1, "seconds": [1.0]} for name, peak in shares]
+    costs.path_of_costs(where, SMOKE).parent.mkdir(parents=True)
+    costs.path_of_costs(where, SMOKE).write_text(json.dumps({"rows": rows}))
+    panel = plot.panel_of(TABLES["cifar10"], SMOKE, where)
+    assert panel is not None
+    exact, recomputed = panel.points
+    assert (recomputed.family, recomputed.memory, recomputed.accuracies) == (RECOMPUTED, 0.25, exact.accuracies)
 
 
 def test_what_is_trained_in_part_is_held_against_what_is_trained_in_whole(here: Path) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import localgrad
 from localgrad.training.folder import write_atomically
@@ -65,13 +66,24 @@ def measure_costs_of(profile: Profile, results: Path, say: Callable[[str], None]
     images, labels = torch.randn(size, 3, side, side), torch.arange(size) % CLASSES
     seconds: dict[tuple[str, int], list[float]] = {pair: [] for pair in learners}
     peaks: dict[tuple[str, int], int] = {}
+    flops: dict[tuple[str, int], int] = {}
+    for pair, learner in learners.items():
+        with FlopCounterMode(display=False) as counter:
+            learner.step(images, labels)
+        flops[pair] = counter.get_total_flops()
     for _ in range(TURNS):
         for pair, learner in learners.items():
             step = localgrad.measure(learner, images, labels, repeats=1, warmup=1)
             seconds[pair] += step.seconds
             peaks[pair] = step.peak_bytes
     rows: list[dict[str, Any]] = [
-        {"method": method, "modules": modules, "peak_bytes": peaks[method, modules], "seconds": times}
+        {
+            "method": method,
+            "modules": modules,
+            "peak_bytes": peaks[method, modules],
+            "flops": flops[method, modules],
+            "seconds": times,
+        }
         for (method, modules), times in seconds.items()
     ]
     told: dict[str, Any] = {"rows": rows, "batch_size": size, "torch": torch.__version__, "machine": platform.machine()}
@@ -85,9 +97,10 @@ def measure_costs_of(profile: Profile, results: Path, say: Callable[[str], None]
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a step of a method beside end-to-end training's: share of memory, and of time turn by turn."""
+    """Of a step of a method beside end-to-end training's: shares of memory and arithmetic, and of time by turns."""
 
     memory: float
+    flops: float
     times: tuple[float, ...]
 
     @property
@@ -102,6 +115,7 @@ def costs_of(told: dict[str, Any]) -> dict[tuple[str, int], Cost]:
     return {
         (row["method"], row["modules"]): Cost(
             row["peak_bytes"] / base["peak_bytes"],
+            row["flops"] / base["flops"],
             tuple(mine / other for mine, other in zip(row["seconds"], base["seconds"], strict=True)),
         )
         for row in told["rows"]
@@ -120,20 +134,22 @@ def markdown_of_costs(profile: Profile, results: Path, accuracy: dict[str, dict[
     if not path.exists():
         return f"Not measured yet: `python -m research.reproduce --measure --profile {profile.name}`.\n"
     told = json.loads(path.read_text())
-    head = ["method", "K", "memory", "time of a step", *(f"{data}, points" for data in accuracy)]
+    head = ["method", "K", "memory", "arithmetic", "time of a step", *(f"{data}, points" for data in accuracy)]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for (method, modules), cost in costs_of(told).items():
         low, high = min(cost.times), max(cost.times)
         spread = "" if method == END_TO_END else f" ({low:.2f} to {high:.2f})"
-        cells = [method, str(modules), f"{cost.memory:.2f}", f"{cost.time:.2f}{spread}"]
+        cells = [method, str(modules), f"{cost.memory:.2f}", f"{cost.flops:.2f}", f"{cost.time:.2f}{spread}"]
         cells += [found.get((method, modules), "") for found in accuracy.values()]
         lines.append(f"| {' | '.join(cells)} |")
     torch_version = told["torch"].partition("+")[0]
     about = (
-        f"Memory and time of a step of {told['batch_size']} images beside end-to-end training's, as measured on a "
-        f"processor: one thread, methods in {TURNS} turns, the median of their ratios with the least and the greatest; "
-        f"torch {torch_version}, {told['machine']}, {told['date']}. `{RECOMPUTED}` recomputes every block, to the same "
-        "accuracy. Points are test accuracy less end-to-end training's, seed by seed; empty where it wasn't run."
+        f"Of a step of {told['batch_size']} images beside end-to-end training's, as measured on a processor, one "
+        f"thread: methods in {TURNS} turns, the median of their ratios of time with the least and the greatest; "
+        f"torch {torch_version}, {told['machine']}, {told['date']}. Arithmetic is that of matrix products and "
+        f"convolutions, as PyTorch counts it; fused attention isn't counted. `{RECOMPUTED}` recomputes every block, "
+        "to the same accuracy. Points are test accuracy less end-to-end training's, seed by seed; empty where it "
+        "wasn't run."
     )
     lines += ["", *textwrap.wrap(about, 100, break_on_hyphens=False)]
     return "\n".join(lines) + "\n"

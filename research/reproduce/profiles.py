@@ -181,6 +181,8 @@ CPU_FULL = Profile(
         # 4. Whether the gap grows.
         Wanted(table="epochs", methods=("end-to-end", "default")),
         Wanted(table="epochs", methods=("end-to-end", "default"), epochs=60),
+        # As much time as 30 epochs end to end, as much arithmetic with every block recomputed, as much time with that.
+        *(Wanted(table="epochs", methods=("default",), epochs=epochs) for epochs in (28, 36, 44)),
         # 5. What helps, chosen by validation.
         Wanted(
             table="ranking",

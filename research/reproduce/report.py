@@ -19,14 +19,14 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from localgrad.errors import RecipeError, did_you_mean
 from localgrad.training.folder import write_atomically
 from localgrad.units import format_bytes
-from research.reproduce.costs import RECOMPUTED, costs_of, markdown_of_costs, path_of_costs
+from research.reproduce.costs import RECOMPUTED, Cost, costs_of, markdown_of_costs, path_of_costs
 from research.reproduce.methods import AVERAGED, BASELINES, DEFAULT, END_TO_END, begins_at, keeps_average, overlay_of
 from research.reproduce.profiles import PROFILES, Profile
 from research.reproduce.published import Published, published_for
@@ -34,6 +34,8 @@ from research.reproduce.results import Row, device_kind, identity, identity_of, 
 from research.reproduce.tables import TABLES, Cell, Table, cells_of, epochs_of
 
 DOCS = Path("research/docs/accuracy.md")
+LENGTHS = "epochs"
+"""The table whose runs differ in their length."""
 DAGGER = "†"
 DOUBLE_DAGGER = "‡"
 _MARKED = re.compile(r"(<!-- (table|costs): (\S+)(?: (\S+))? -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -158,7 +160,60 @@ def costs(profile: Profile, results: Path) -> str:
         }
         for name, groups in _groups_by_data(profile, results).items()
     }
-    return markdown_of_costs(profile, results, accuracy)
+    told = markdown_of_costs(profile, results, accuracy)
+    has_lengths = any(wanted.table == LENGTHS for wanted in profile.agenda)
+    is_measured = path_of_costs(results, profile).exists()
+    return f"{told}\n{at_equal_costs(profile, results)}" if has_lengths and is_measured else told
+
+
+def at_equal_costs(profile: Profile, results: Path) -> str:
+    """What `default` comes to in the epochs, the arithmetic and the time that end-to-end training takes.
+
+    Its length is the nearest of those that are asked for or were run, where that is within a tenth.
+    """
+    table = TABLES[LENGTHS]
+    lot = _runs_of([table.data[0], LENGTHS], profile, results)
+    base = [row for row in lot if (row["method"], row["epochs"]) == (END_TO_END, profile.epochs)]
+    modules = table.modules[0]
+    own = [row for row in lot if (row["method"], row["modules"]) == (DEFAULT, modules)]
+    lengths = sorted({*epochs_of(table, profile), *(row["epochs"] for row in own)})
+    head = [f"end-to-end training, {profile.epochs} epochs", "in as much", f"epochs of `{DEFAULT}`, K = {modules}"]
+    lines = [f"| {' | '.join(head)} | points |", "|---|---|---|---|"]
+    for name, what, share in _shares(costs_of(json.loads(path_of_costs(results, profile).read_text())), modules):
+        exact = share * profile.epochs
+        nearest = min(lengths, key=lambda length: abs(length - exact))
+        is_near = abs(nearest - exact) <= 0.1 * exact
+        same = tuple(row for row in own if row["epochs"] == nearest) if is_near else ()
+        gaps = _gaps(_group_of(same), _group_of(tuple(base))) if same and base else []
+        points = f"{_spread(gaps, sign='+')} ({_seeds(gaps)})" if gaps else "not run"
+        lines.append(f"| {name} | {what} | {f'{nearest} for ' if is_near else ''}{exact:.1f} | {points} |")
+    return "\n".join(lines) + "\n"
+
+
+def _shares(steps: dict[tuple[str, int], Cost], modules: int) -> Iterator[tuple[str, str, float]]:
+    """How many steps of `default` cost as much as one of end-to-end training, in each way."""
+    local, whole, recomputed = steps[DEFAULT, modules], steps[END_TO_END, 1], steps[RECOMPUTED, 1]
+    yield "nothing recomputed", "epochs", 1.0
+    for name, cost in (("nothing recomputed", whole), ("every block recomputed", recomputed)):
+        yield name, "arithmetic", cost.flops / local.flops
+        yield name, "time", cost.time / local.time
+
+
+def _runs_of(names: Iterable[str], profile: Profile, results: Path) -> list[Row]:
+    """What was run of some tables that share runs, each run once, on the first kind of images and device."""
+    found = {
+        tuple(row[key] for key in ("method", "modules", "epochs", "seed", "data_digest", "device")): row
+        for name in names
+        for row in load_rows(path_of(results, name, profile.name))
+        if is_current(TABLES[name], profile, row)
+    }
+    lots = alike(list(found.values()))
+    return lots[0] if lots else []
+
+
+def _group_of(rows: tuple[Row, ...]) -> Group:
+    """Runs that differ in their seed alone, as a group."""
+    return Group(*(rows[0][key] for key in ("data", "method", "modules", "epochs")), rows)
 
 
 def _groups_by_data(profile: Profile, results: Path) -> dict[str, list[Group]]:
@@ -319,8 +374,8 @@ def _table(table: Table, profile: Profile, rows: Sequence[Row]) -> str:
 def groups_of(table: Table, profile: Profile, rows: Sequence[Row]) -> list[Group]:
     """Every group that the table asks for, and those that were run for other epochs; in the table's order."""
     others = {row["epochs"] for row in rows} - set(epochs_of(table, profile))
-    epochs = sorted({*epochs_of(table, profile), *others})
-    cells = cells_of(table, profile, seeds=[0], epochs=epochs)
+    cells = cells_of(table, profile, seeds=[0])
+    cells += cells_of(table, profile, seeds=[0], epochs=sorted(others)) if others else []
     cells.sort(
         key=lambda cell: (table.data.index(cell.data), cell.epochs, cell.modules, table.methods.index(cell.method))
     )
