@@ -213,7 +213,8 @@ def _runs_of(names: Iterable[str], profile: Profile, results: Path) -> list[Row]
 
 def _group_of(rows: tuple[Row, ...]) -> Group:
     """Runs that differ in their seed alone, as a group."""
-    return Group(*(rows[0][key] for key in ("data", "method", "modules", "epochs")), rows)
+    first = rows[0]
+    return Group(first["data"], first["method"], first["modules"], first["epochs"], rows)
 
 
 def _groups_by_data(profile: Profile, results: Path) -> dict[str, list[Group]]:
