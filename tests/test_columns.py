@@ -353,6 +353,22 @@ def test_corrupt_images_of_a_stream_are_counted_once(tmp_path: Path) -> None:
     assert splits.num_read("train") == 10
 
 
+def test_colour_in_a_stream_that_began_grey_is_refused_when_it_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("localgrad.training.streams.PROBED", 2)
+    text = io.BytesIO()
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(text, "png")
+    photos = [{"bytes": png(9) if number == 12 else text.getvalue(), "path": None} for number in range(15)]
+    rows = datasets.Dataset.from_dict({"photo": photos, "species": LABELS}, features=table(LABELS).features)
+    splits = load_named(str(written(tmp_path / "all.parquet", rows)), streaming=True, val_fraction=0)
+    assert splits.info.num_channels == 1
+    with pytest.raises(
+        DataError, match=r"The image .* has colour, and the first images .* have none; leave streaming out"
+    ):
+        batches_of(splits) + batches_of(splits, images=splits.test)
+
+
 @pytest.mark.heavy
 def test_a_run_on_a_stream_is_resumed_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped in the middle of its second epoch."""

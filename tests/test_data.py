@@ -633,6 +633,18 @@ def test_files_give_the_same_batches_as_memory(tmp_path, num_workers):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_a_batch_of_nothing_but_corrupt_images_is_left_out_of_an_evaluation(tmp_path):
+    write_folder(tmp_path / "train", {"cat": 4, "dog": 4})
+    write_folder(tmp_path / "test", {"cat": 3, "dog": 2})
+    splits = load_named(str(tmp_path), on_corrupt="skip", val_fraction=0, memory_limit_bytes=0)
+    (tmp_path / "test/dog/1.png").write_bytes(b"")
+    last = sorted((tmp_path / "test/dog").iterdir())[-1]
+    last.write_bytes(b"")
+    read = list(all_batches(splits, part="test", batch_size=4, augment=None))
+    assert [len(batch.images) for batch in read] == [4]
+    assert splits.num_read("test") == 4
+
+
 def test_a_batch_of_nothing_but_corrupt_images_ends_the_run(tmp_path):
     write_folder(tmp_path / "train", {"cat": 4, "dog": 4})
     write_folder(tmp_path / "test", {"cat": 1, "dog": 1})

@@ -25,6 +25,7 @@ from helpers import (
     batches,
     copied,
     interrupt_at_step,
+    load_named,
     make,
 )
 from libraries import LIBRARIES, called, inputs_of, plain_model, task_loss
@@ -34,7 +35,11 @@ from localgrad.learner import LocalLearner
 from localgrad.objectives.methods import FeatureReconstruction
 from localgrad.planning.budget import Task, plan_to_budget
 from localgrad.training import feature_cache
+from localgrad.training.data import Batches
+from localgrad.training.frozen_features import FrozenFeatures
+from localgrad.training.image_sets import InMemoryImages
 from localgrad.training.optim import OptimizerFactory, Schedule
+from localgrad.training.settings import Augment
 from localgrad.training.trainer import Interrupted
 
 if TYPE_CHECKING:
@@ -289,6 +294,28 @@ def test_features_that_are_kept_whole_train_the_same_weights(
     assert_same(load_file(tmp_path / "features/model.safetensors"), load_file(tmp_path / "images/model.safetensors"))
     assert not (tmp_path / "features/cache").exists()
     assert cached["test_accuracy"] is not None
+
+
+def test_features_are_made_again_for_other_labels_or_another_normalisation(tmp_path: Path) -> None:
+    learner, info = LocalLearner(frozen("vit", 0.5), modules=1), load_named("digits").info
+    images = torch.randint(0, 256, (16, *SIZE), dtype=torch.uint8)
+    own = {"num_channels": SIZE[0], "std": (0.5,) * SIZE[0]}
+    how: dict[str, Any] = {"batch_size": 8, "image_size": SIZE[1:], "device": torch.device("cpu"), "seed": 0}
+
+    def trained_on(labels: torch.Tensor, mean: float) -> list[int]:
+        here = replace(info, mean=(mean,) * SIZE[0], **own)
+        train = Batches(images=InMemoryImages(images, labels), info=here, augment=Augment(), **how)
+        batches = list(FrozenFeatures(learner, train, tmp_path, 1).epoch(0, 0))
+        sums.append(float(torch.cat([batch.features for batch in batches]).sum()))
+        return torch.cat([batch.targets for batch in batches]).tolist()
+
+    labels = torch.arange(16) % 2
+    sums: list[float] = []
+    first = trained_on(labels, 0.5)
+    assert trained_on(labels, 0.5) == first
+    assert trained_on(1 - labels, 0.5) == [1 - label for label in first]
+    trained_on(labels, 0.2)
+    assert sums[0] == sums[1] == sums[2] != sums[3]
 
 
 @pytest.mark.heavy

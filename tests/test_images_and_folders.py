@@ -173,6 +173,30 @@ def test_one_deep_image_that_wasnt_sampled_is_refused_too(tmp_path: Path, monkey
             list(splits.test.read([torch.arange(len(splits.test))], wanted))
 
 
+@pytest.mark.parametrize("limit", [0, 2**30], ids=["decoded while training", "in memory"])
+@pytest.mark.parametrize("size", [2, 3], ids=["alike", "of several sizes"])
+def test_one_image_of_colour_that_wasnt_sampled_counts(
+    limit: int, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("localgrad.training.image_sets.PROBED", 2)
+    root = pairs(tmp_path / "set", array(np.zeros((2, 2), np.uint8), "png"))
+    (root / "a" / "2.png").write_bytes(array(np.full((size, size, 3), (0, 0, 255), np.uint8), "png"))
+    splits = load_named(str(root), val_fraction=0, memory_limit_bytes=limit, image_size=(2, 2))
+    assert splits.info.num_channels == 3
+    wanted = Wanted(image_size=(2, 2), device=torch.device("cpu"))
+    read = [next(part.read([torch.arange(len(part))], wanted))[0] for part in (splits.train, splits.test)]
+    assert (torch.cat(read)[:, 2] == 255).all(dim=2).all(dim=1).sum() == 1
+
+
+def test_grey_images_of_several_sizes_stay_grey(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("localgrad.training.image_sets.PROBED", 2)
+    root = pairs(tmp_path / "set", array(np.zeros((2, 2), np.uint8), "png"))
+    (root / "a" / "2.png").write_bytes(array(np.zeros((3, 3), np.uint8), "png"))
+    splits = load_named(str(root), val_fraction=0, image_size=(2, 2))
+    assert splits.info.num_channels == 1
+    assert "Images are stored at 2x2 pixels." in splits.info.notes
+
+
 def test_a_range_for_images_of_8_bits_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"image_range: no sampled image has more than 8 bits"):
         load_named(str(pairs(tmp_path, array(COLOUR, "png"))), image_range=(0, 4095))

@@ -441,6 +441,8 @@ def _decode_if_small(
     image_size: tuple[int, int] | None,
     limit_bytes: int,
 ) -> _Settled:
+    if num_channels == 1 and any(images.has_colour() for images in files.values()):  # among those not probed, too
+        num_channels = 3
     files = {part: images.read_as(replace(images.reading, num_channels=num_channels)) for part, images in files.items()}
     num_values = sum(len(images) for images in files.values()) * num_channels
     wanted = [each for each in (size, image_size) if each is not None]
@@ -451,8 +453,8 @@ def _decode_if_small(
     stored = fitting[0]
     decoded = {part: images.decode(stored) for part, images in kept.items()}
     if stored == size and not all(alike for _, alike in decoded.values()):
-        # The few images probed were alike but others are not: take the set for mixed, and for colour.
-        return _decode_if_small(files, 3, None, image_size, limit_bytes)
+        # The few images probed were alike but others are not: take the set for mixed.
+        return _decode_if_small(files, num_channels, None, image_size, limit_bytes)
     notes = () if stored == size else (f"Images are stored at {stored[0]}x{stored[1]} pixels.",)
     return _Settled({part: images for part, (images, _) in decoded.items()}, num_channels, size, notes)
 
@@ -565,7 +567,11 @@ class Batches:
             prepared = Prepared(self.transform, self.image_size, training=training, resizing=self.resizing)
             prepared.try_on(info.num_channels)
         self.wanted = Wanted(
-            image_size=self.image_size, device=self.device, num_workers=self.num_workers, prepared=prepared
+            image_size=self.image_size,
+            device=self.device,
+            num_workers=self.num_workers,
+            prepared=prepared,
+            may_be_empty=not training,
         )
         if training and batch_size % replicas:
             raise DataError(
@@ -609,8 +615,14 @@ class Batches:
         seeds = [derive_seed(self.seed, "batch", epoch, index, *shard) for index in range(start, start + len(indices))]
         own = self.images if self.augment is None else self.images.in_epoch(derive_seed(self.seed, "order", epoch))
         read = own.read(indices, self.wanted, seeds)
+        if self.augment is None:  # in evaluation a batch of which nothing can be read is left out
+            yield from (LocalBatch(self.input.of(images), targets, counts_all=True) for images, targets in read)
+            return
         for seed, (images, targets) in zip(seeds, read, strict=True):
-            yield self._prepare(images, targets, seed)
+            floats, labels = augment_batch(
+                images, targets, self.input, augment=self.augment, num_classes=self.info.num_classes, seed=seed
+            )
+            yield LocalBatch(floats, labels, targets=targets, counts_all=True)
 
     def _batches(self, epoch: int) -> Sequence[Tensor]:
         """Indices of the images of each batch."""
@@ -627,14 +639,6 @@ class Batches:
         if self.draws_alike:
             return draw_alike(self.images.labels, generator)
         return torch.randperm(len(self.images), generator=generator)
-
-    def _prepare(self, images: Tensor, targets: Tensor, seed: int) -> LocalBatch:
-        if self.augment is None:
-            return LocalBatch(self.input.of(images), targets, counts_all=True)
-        floats, labels = augment_batch(
-            images, targets, self.input, augment=self.augment, num_classes=self.info.num_classes, seed=seed
-        )
-        return LocalBatch(floats, labels, targets=targets, counts_all=True)
 
 
 def draw_alike(labels: Tensor, generator: torch.Generator) -> Tensor:

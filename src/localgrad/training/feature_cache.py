@@ -11,7 +11,8 @@ A cache is a folder of raw arrays and a manifest (shapes, dtypes, checksums, and
         val.features
 
 A *part* (``train-0``) is one pass over the images. Labels are stored beside the features that belong to them, so
-mixed labels can't come apart from mixed features.
+mixed labels can't come apart from mixed features. It is read back in the batches in which it was written: where
+images were left out, those are smaller.
 
 The folder is written under another name, flushed to disk and renamed: it is there whole, or not at all. It is opened
 only where its manifest tells the identity that is asked for and every file has the size and, unless it was just
@@ -24,6 +25,7 @@ Shapes: R rows of a part, B batch, ... one image's features.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -42,7 +44,7 @@ from localgrad.formats import Json
 from localgrad.training.folder import raw_bytes
 from localgrad.units import format_bytes
 
-FORMAT = 2
+FORMAT = 3
 STORED = torch.bfloat16
 ARRAYS = ("features", "labels", "targets")
 _DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64)}
@@ -65,21 +67,29 @@ class Rows(NamedTuple):
 @final
 @dataclass(frozen=True)
 class FeatureCache:
-    """An open cache: each part's arrays, the dtype of features when they were made (and of batches), bytes on disk."""
+    """An open cache.
+
+    Attributes:
+        arrays: each part's.
+        sizes: rows of each batch, by part.
+        dtype: of features when they were made, and of batches.
+        num_bytes: on disk.
+    """
 
     arrays: Mapping[str, Rows]
+    sizes: Mapping[str, Sequence[int]]
     dtype: torch.dtype
     num_bytes: int
 
-    def batches(self, part: str, batch_size: int, device: torch.device, start: int = 0) -> Iterator[Rows]:
-        """Read a part in order, from the batch of index ``start`` on; the last batch may be smaller.
+    def batches(self, part: str, device: torch.device, start: int = 0) -> Iterator[Rows]:
+        """Read a part in order, from the batch of index ``start`` on.
 
         Yields:
             Copies that are the caller's own: features in the dtype in which they were made.
         """
         whole = self.arrays[part]
-        for first in range(start * batch_size, len(whole.targets), batch_size):
-            rows = slice(first, first + batch_size)
+        ends = list(itertools.accumulate(self.sizes[part], initial=0))
+        for rows in itertools.starmap(slice, itertools.pairwise(ends[start:])):
             # To the device while it is small, then to its dtype; a copy even where neither changes.
             yield Rows(
                 whole.features[rows].to(device, copy=True).to(self.dtype),
@@ -134,7 +144,7 @@ def open_cache(folder: Path, identity: Mapping[str, Any], *, verify: bool = True
             return None
         if manifest["sha256"] != _digest_of({key: manifest[key] for key in ("identity", "parts")}):
             return None
-        dtypes, arrays, num_bytes = set(), {}, 0
+        dtypes, arrays, sizes, num_bytes = set(), {}, {}, 0
         for name, described in manifest["parts"].items():
             found = []
             for kind in ARRAYS:
@@ -147,10 +157,11 @@ def open_cache(folder: Path, identity: Mapping[str, Any], *, verify: bool = True
                 num_bytes += path.stat().st_size
                 found.append(_map(path, dtype, shape))
             arrays[name] = Rows(*found)
+            sizes[name] = described["batches"]
             dtypes.add(_DTYPES[described["made_in"]])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return FeatureCache(arrays, dtypes.pop(), num_bytes) if len(dtypes) == 1 else None
+    return FeatureCache(arrays, sizes, dtypes.pop(), num_bytes) if len(dtypes) == 1 else None
 
 
 def free_bytes(folder: Path) -> int:
@@ -184,7 +195,7 @@ def row_bytes(num_values: int, num_label_classes: int | None) -> int:
 def _write_part(folder: Path, name: str, batches: Iterable[Rows]) -> dict[str, Json]:
     """Write one part's arrays and describe them."""
     shapes: dict[str, tuple[torch.dtype, list[int]]] = {}
-    num_rows, made_in, digests = 0, set(), {kind: hashlib.sha256() for kind in ARRAYS}
+    sizes, made_in, digests = [], set(), {kind: hashlib.sha256() for kind in ARRAYS}
     with ExitStack() as stack:
         files = {kind: stack.enter_context((folder / f"{name}.{kind}").open("wb")) for kind in ARRAYS}
         for batch in batches:
@@ -197,15 +208,15 @@ def _write_part(folder: Path, name: str, batches: Iterable[Rows]) -> dict[str, J
                 content = raw_bytes(tensor)
                 digests[kind].update(content)
                 files[kind].write(content)
-            num_rows += len(stored.targets)
+            sizes.append(len(stored.targets))
         for file in files.values():
             _flush(file)
     assert len(made_in) == 1, "a part has rows, all made in one dtype"
     described: dict[str, Json] = {
-        kind: {"dtype": str(dtype), "shape": [num_rows, *shape], "sha256": digests[kind].hexdigest()}
+        kind: {"dtype": str(dtype), "shape": [sum(sizes), *shape], "sha256": digests[kind].hexdigest()}
         for kind, (dtype, shape) in shapes.items()
     }
-    return {**described, "made_in": str(made_in.pop())}
+    return {**described, "batches": list(sizes), "made_in": str(made_in.pop())}
 
 
 def weights_digest(parts: Iterable[nn.Module]) -> str:

@@ -16,7 +16,7 @@ import torch
 
 from localgrad.errors import DataError
 from localgrad.formats import Json, check_format
-from localgrad.training.data import DataInfo, Splits
+from localgrad.training.data import Batches, DataInfo, Splits
 from localgrad.training.folder import raw_bytes
 from localgrad.training.image_sets import FileImages, ImageSet, InMemoryImages
 from localgrad.training.saved import RUN_FORMAT
@@ -33,9 +33,32 @@ def fingerprint_of(data: Splits) -> str:
     for images in (data.train, data.val, data.test):
         digest.update(b"none" if images is None else b"part")
         if images is not None:
-            digest.update(raw_bytes(images.labels if images.knows_labels else torch.tensor(len(images))))
-            _add_pixels(digest, images)
+            _add_part(digest, images)
     return digest.hexdigest()
+
+
+def identity_of(batches: Batches) -> dict[str, Json]:
+    """All that the batches of every epoch are made of, as plain values: what a cache of them has to tell."""
+    digest = hashlib.sha256()
+    _add_part(digest, batches.images)
+    return {
+        "images": digest.hexdigest(),
+        "num_images": len(batches.images),
+        "mean": list(batches.info.mean),
+        "std": list(batches.info.std),
+        "seed": batches.seed,
+        "batch_size": batches.batch_size,
+        "image_size": list(batches.image_size),
+        "transform": str(batches.transform),
+        "resizing": dict(batches.resizing),
+        "augment": None if batches.augment is None else asdict(batches.augment),
+        "draws_alike": batches.draws_alike,
+    }
+
+
+def _add_part(digest: Any, images: ImageSet) -> None:
+    digest.update(raw_bytes(images.labels if images.knows_labels else torch.tensor(len(images))))
+    _add_pixels(digest, images)
 
 
 def _add_pixels(digest: Any, images: ImageSet) -> None:

@@ -13,7 +13,7 @@ import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import final
 
@@ -28,6 +28,7 @@ from localgrad.step.local_step import autocast
 from localgrad.training.augment import derive_seed
 from localgrad.training.data import Batches
 from localgrad.training.feature_cache import FeatureCache, Rows, open_cache, row_bytes, weights_digest, write_cache
+from localgrad.training.fingerprint import identity_of
 
 _PART = "train"
 
@@ -73,7 +74,7 @@ class FrozenFeatures:
         cache = self._cache_of(variant)
         images = self.train.epoch(variant, start=start) if self._looks_at_images else None
         with self._passing():
-            for rows in cache.batches(_PART, self.train.batch_size, self.train.device, start):
+            for rows in cache.batches(_PART, self.train.device, start):
                 seen = None if images is None else next(images).images
                 batch = LocalBatch(seen, rows.labels, features=rows.features, targets=rows.targets, counts_all=True)
                 del rows, seen  # what they hold is the step's to free
@@ -109,15 +110,13 @@ class FrozenFeatures:
 
     def _identity(self, variant: int) -> dict[str, Json]:
         """All that features are made of: the frozen weights, and the data path."""
-        train = self.train
         return {
             "weights": weights_digest([self._stem]),
-            "seed": train.seed,
-            "order": derive_seed(train.seed, "order", variant),
+            "order": derive_seed(self.train.seed, "order", variant),
             "precision": self.learner.precision,
-            "batch_size": train.batch_size,
-            "num_images": len(train.images),
-            "image_size": list(train.image_size),
-            "transform": str(train.transform),
-            "augment": None if train.augment is None else asdict(train.augment),
+            "data": self._data,
         }
+
+    @cached_property
+    def _data(self) -> dict[str, Json]:
+        return identity_of(self.train)

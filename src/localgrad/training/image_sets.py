@@ -37,6 +37,7 @@ from localgrad.training.images import (
     Probed,
     Reading,
     Unreadable,
+    has_colour,
     num_channels_of,
     open_image,
     probe,
@@ -99,12 +100,14 @@ class Wanted:
         device: where.
         num_workers: processes that decode ahead, where there is something to decode.
         prepared: what each image goes through; then they come at its size.
+        may_be_empty: leave out a batch of which no image can be read, instead of ending the run there.
     """
 
     image_size: tuple[int, int]
     device: torch.device
     num_workers: int = 0
     prepared: Prepared | None = None
+    may_be_empty: bool = False
 
 
 class ImageSet(ABC):
@@ -205,6 +208,10 @@ class ImageFiles(ABC):
     def encoded(self, rows: Sequence[int]) -> list[tuple[str, bytes]]:
         """Name and bytes of each row's image; `Missing` where the file can't be read."""
 
+    @abstractmethod
+    def sources(self, rows: Sequence[int]) -> Sequence[str | bytes]:
+        """Path or bytes of each row's image: its header is read without the rest."""
+
 
 @final
 @dataclass(frozen=True)
@@ -216,6 +223,10 @@ class FilesOnDisk(ImageFiles):
     def encoded(self, rows: Sequence[int]) -> list[tuple[str, bytes]]:
         """Read the files at ``rows``; see `ImageFiles.encoded`."""
         return [(self.paths[row], bytes_of(self.paths[row])) for row in rows]
+
+    def sources(self, rows: Sequence[int]) -> Sequence[str]:
+        """The paths; see `ImageFiles.sources`."""
+        return [self.paths[row] for row in rows]
 
 
 @final
@@ -230,10 +241,18 @@ class FilesInTable(ImageFiles):
 
     def encoded(self, rows: Sequence[int]) -> list[tuple[str, bytes]]:
         """Fetch the cells at ``rows``; see `ImageFiles.encoded`."""
-        cells = self.table[list(rows)][self.column].to_pylist()
+        return [self._name_and_bytes(row, cell) for row, cell in zip(rows, self._cells(rows), strict=True)]
+
+    def sources(self, rows: Sequence[int]) -> Sequence[str | bytes]:
+        """The bytes in the table, or the path; see `ImageFiles.sources`."""
         return [
-            self._name_and_bytes(row, cell or Cell(bytes=b"", path=None)) for row, cell in zip(rows, cells, strict=True)
+            os.path.join(self.folder, cell["path"]) if cell["bytes"] is None and cell["path"] else cell["bytes"] or b""  # noqa: PTH118
+            for cell in self._cells(rows)
         ]
+
+    def _cells(self, rows: Sequence[int]) -> list[Cell]:
+        cells = self.table[list(rows)][self.column].to_pylist()
+        return [cell or Cell(bytes=b"", path=None) for cell in cells]
 
     def _name_and_bytes(self, row: int, cell: Cell) -> tuple[str, bytes]:
         label = f"{self.name}, row {row}" + (f" ({cell['path']})" if cell["path"] else "")
@@ -261,6 +280,10 @@ class EncodedImages(ImageSet):
         other.reading, other.on_corrupt = reading, on_corrupt or self.on_corrupt
         other.skipped = self.skipped if skipped is None else skipped
         return other
+
+    @abstractmethod
+    def has_colour(self) -> bool:
+        """Whether one of the images is known to have more than grey."""
 
     @abstractmethod
     def sampled(self) -> Sequence[tuple[str, bytes]]:
@@ -313,6 +336,8 @@ class EncodedImages(ImageSet):
             for name, kind, reason in unreadable:
                 error = Unreadable(kind, reason)
                 self.skipped.add(name, raise_unless_skipped(name, error, self.on_corrupt))
+            if not len(images) and wanted.may_be_empty:
+                continue
             if not len(images):
                 name, _, reason = unreadable[0]
                 raise DataError(
@@ -364,12 +389,21 @@ class FileImages(EncodedImages):
         """Read the files at some indices; see `EncodedImages.fetch`."""
         return self.files.encoded(self.rows[request].tolist()), self.labels[request]
 
+    def has_colour(self) -> bool:
+        """Whether one of the images has more than grey, by their headers."""
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+            return any(list(threads.map(self._has_colour_from, range(0, len(self), _CHUNK))))
+
+    def _has_colour_from(self, start: int) -> bool:
+        sources = self.files.sources(self.rows[start : start + _CHUNK].tolist())
+        return any(has_colour(source, self.reading.background) for source in sources)
+
     def decode(self, image_size: tuple[int, int]) -> tuple[InMemoryImages, bool]:
         """Decode every image, in threads, and bring it to (H, W).
 
         Returns:
             The images that could be decoded (the others are in ``skipped``), and whether all of
-            them had this size and no more colour than ``reading.num_channels`` to begin with.
+            them had this size to begin with.
 
         Raises:
             DataError: for a corrupt image, unless those are to be skipped.
@@ -388,14 +422,12 @@ class FileImages(EncodedImages):
         rows = self.rows[start : start + _CHUNK].tolist()
         for i, (name, encoded) in enumerate(self.files.encoded(rows), start):
             try:
-                image = open_image(encoded)
-                decoded = to_pixels(image, reading)
+                decoded = to_pixels(open_image(encoded), reading)
             except Unreadable as error:
                 self.skipped.add(name, raise_unless_skipped(name, error, self.on_corrupt))
                 good[i] = False
                 continue
             alike &= decoded.shape == pixels.shape[1:]
-            alike &= num_channels_of(image, reading.background) <= reading.num_channels
             pixels[i] = reading.to_size(decoded, (pixels.shape[2], pixels.shape[3]))
         return alike
 
@@ -406,6 +438,10 @@ def _ignore_signals(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+_IS_OF_COLOUR = (
+    "The image {name} has colour, and the first images of the stream, by which it was taken for grey, have none; "
+    "leave {streaming} out."
+)
 _Decoded = tuple[Tensor, Tensor, list[tuple[str, Kind, str]], str | None]
 
 
@@ -427,7 +463,10 @@ class _DecodedBatches(torch.utils.data.Dataset[_Decoded]):
         encoded_files, labels = self.images.fetch(what)
         for place, (name, encoded) in enumerate(encoded_files):
             try:
-                pixels = to_pixels(open_image(encoded), reading)
+                image = open_image(encoded)
+                if not self.images.knows_labels and num_channels_of(image, reading.background) > reading.num_channels:
+                    return empty, labels[[]], [], _IS_OF_COLOUR.format(name=name, streaming=arg("streaming"))
+                pixels = to_pixels(image, reading)
                 ready = (
                     self.prepared(pixels, seed, place) if self.prepared else reading.to_size(pixels, self.image_size)
                 )

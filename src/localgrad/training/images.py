@@ -249,6 +249,17 @@ def to_pixels(image: Image.Image, reading: Reading) -> Tensor:
     return torch.from_numpy(pixels.reshape(image.height, image.width, num_channels)).permute(2, 0, 1)
 
 
+def has_colour(source: str | bytes, background: tuple[int, int, int]) -> bool:
+    """Whether the header of a file, given by its path or its bytes, tells of more than grey; a damaged one doesn't."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            return num_channels_of(image, background) > 1
+    except Exception:  # whatever a reader says to damaged bytes; whoever decodes it tells
+        return False
+
+
 def num_channels_of(image: Image.Image, background: tuple[int, int, int]) -> int:
     """1 where nothing is lost by reading an image as grey, else 3."""
     if image.mode in ("1", "L", "F") or image.mode.startswith("I"):

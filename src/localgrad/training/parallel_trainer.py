@@ -24,6 +24,7 @@ from localgrad.training.data import Batches
 from localgrad.training.folder import load_saved_weights, save_weights
 from localgrad.training.optim import Schedule
 from localgrad.training.saved import Checkpoint, SumsState, TrainerState
+from localgrad.training.streams import NO_LABEL
 from localgrad.training.trainer import Common, Counts, Interrupted, Trainer, accuracies_of, below, whole_of
 
 
@@ -259,9 +260,11 @@ def evaluate_together(learner: ParallelLearner, batches: Batches) -> tuple[float
     most = max(learner.team.everyone(len(batches)))
     learner.begin(len(batches))
     counts = Counts()
+    image = torch.zeros(1, batches.info.num_channels, *batches.image_size, device=batches.device)
+    blank = LocalBatch(image, torch.full((1,), NO_LABEL, device=batches.device), counts_all=True)
     fed = iter(batches.epoch(0)) if learner.team.place.rank == 0 else None
     for _ in range(len(batches)):
-        batch = None if fed is None else next(fed)
+        batch = None if fed is None else next(fed, blank)  # fewer, where of some no image could be read
         logits, targets = learner.infer(*((None, None) if batch is None else (batch.images, batch.targets)))
         for index, values in logits.items():
             counts.add(index, values, targets)

@@ -27,7 +27,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from functools import cached_property
 from typing import Unpack, final
 
 import torch
@@ -47,6 +47,7 @@ from localgrad.training.augment import derive_seed
 from localgrad.training.data import Batches
 from localgrad.training.events import EpochEnded, FeaturesCached
 from localgrad.training.feature_cache import FeatureCache, Rows, open_cache, row_bytes, weights_digest, write_cache
+from localgrad.training.fingerprint import identity_of
 from localgrad.training.health import HealthCheck
 from localgrad.training.optim import Schedule
 from localgrad.training.saved import Selection, TrainerState
@@ -267,10 +268,8 @@ class StagewiseTrainer(TrainerOfAll):
     def _read(self, index: int, part: str, start: int = 0) -> Iterator[Rows]:
         """What a module receives: the images of a part, or the features that stand for them."""
         if index:
-            batches = self.val if part == VAL else self.train
             assert self._inputs is not None
-            assert batches is not None
-            yield from self._inputs.batches(part, batches.batch_size, self.train.device, start)
+            yield from self._inputs.batches(part, self.train.device, start)
             return
         found = self.val.epoch(0) if self.val is not None and part == VAL else self.train.epoch(int(part.split("-")[1]))
         for batch in found:
@@ -308,16 +307,16 @@ class StagewiseTrainer(TrainerOfAll):
 
     def _identity(self, index: int) -> dict[str, Json]:
         """All that a module's features are made of: the weights up to it, and the data path."""
-        train = self.train
         return {
             "weights": weights_digest(module.parts for module in self.learner.modules[: index + 1]),
-            "seed": train.seed,
-            "variants": {_name(v): derive_seed(train.seed, "order", v) for v in range(self.num_variants)},
-            "batch_size": train.batch_size,
-            "num_images": [len(train.images), 0 if self.val is None else len(self.val.images)],
-            "image_size": list(train.image_size),
-            "augment": None if train.augment is None else asdict(train.augment),
+            "variants": {_name(v): derive_seed(self.train.seed, "order", v) for v in range(self.num_variants)},
+            "precision": self.learner.precision,
+            "data": self._data,
         }
+
+    @cached_property
+    def _data(self) -> list[Json]:
+        return [identity_of(part) for part in (self.train, self.val) if part is not None]
 
 
 def _name(variant: int) -> str:

@@ -90,6 +90,10 @@ class StreamedImages(EncodedImages):
             self.first = self._read(list(self.stream.take(min(PROBED, self.length))))
         return self.first
 
+    def has_colour(self) -> bool:
+        """None is known but the first ones, which were looked at; a later one is refused when it comes."""
+        return False
+
     def sampled(self) -> Sequence[tuple[str, bytes]]:
         """The first ones."""
         return self.head()[0]

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from localgrad.errors import CheckpointError, DivergenceError, MemoryExceeded, arg
+from localgrad.errors import CheckpointError, DataError, DivergenceError, MemoryExceeded, arg
 from localgrad.learner import Learner, LocalLearner
 from localgrad.objectives.carried import LocalBatch
 from localgrad.step.executor import Attempt, StepResult, free_cache, out_of_memory
@@ -707,10 +707,10 @@ class Counts:
         self._counts: dict[int, Tensor] = {}
 
     def add(self, index: int, logits: Tensor | None, targets: Tensor) -> None:
-        """Count a module's logits [B, K], where it has any, against class indices [B]."""
+        """Count a module's logits [B, K], where it has any, against class indices [B]; a negative one doesn't count."""
         if logits is not None:
             right = (logits.float().argmax(dim=1) == targets).sum()
-            found = torch.stack([right, torch.full_like(right, len(targets))])
+            found = torch.stack([right, (targets >= 0).sum()])
             self._counts[index] = self._counts[index] + found if index in self._counts else found
 
     def read(self) -> dict[int, list[int]]:
@@ -725,13 +725,18 @@ def accuracies_of(counts: Sequence[dict[int, list[int]]], num_modules: int) -> l
         parts = torch.tensor([own[index] for own in counts if index in own])
         if len(parts):
             right, total = parts.sum(dim=0).float()
-            found[index] = float(right / total)
+            found[index] = float(right / total) if total else None
     return found
 
 
 def whole_of(found: list[float | None]) -> tuple[float, list[float | None]]:
-    """The whole model's accuracy, which is the last module's, beside all of them."""
-    assert found[-1] is not None, "the last module ends in the model's own classifier"
+    """The whole model's accuracy, which is the last module's, beside all of them.
+
+    Raises:
+        DataError: not one image could be read.
+    """
+    if found[-1] is None:
+        raise DataError("Not one of the images to evaluate by can be read; skipped.csv names them.")
     return found[-1], found
 
 
