@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import tomllib
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -263,8 +265,24 @@ def test_a_pilot_tries_all_and_goes_on_with_the_best(
     assert f"Fine-tuning by --method {best}." in said.out
     for name in accuracy:
         recipe = tomllib.loads((tmp_path / "run-pilot" / name / "recipe.toml").read_text())
-        assert recipe["data"]["limit"] == 16, "30 % of 43, and two batches at least"
+        assert recipe["data"]["limit"] == 16, "30 % of the images, and two batches at least"
     assert "limit" not in tomllib.loads((run / "recipe.toml").read_text())["data"]
+
+
+@pytest.mark.parametrize(
+    ("count", "is_read", "val_fraction", "share", "expected"),
+    [(1000, True, 0.5, 0.5, 500), (1000, False, 0.1, 0.5, 450), (1000, True, 0.1, 0.01, 32), (20, True, 0.1, 0.5, 20)],
+)
+def test_a_pilot_takes_its_share_of_what_is_trained_on(
+    count: int, is_read: bool, val_fraction: float, share: float, expected: int
+) -> None:
+    """Images that were read are counted without those for validation."""
+    splits: Any = object() if is_read else None
+    data = PlannedData(num_images=count, splits=splits)
+    recipe = recipe_for(("full",), {"data.name": "pets", "data.val_fraction": val_fraction}, data)
+    recipe = replace(recipe, method=replace(recipe.method, training=replace(recipe.method.training, batch_size=16)))
+    found = finetuning._on_share(SimpleNamespace(data=data), recipe, share)  # type: ignore[arg-type]
+    assert found.method.data.limit == expected
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -134,6 +135,48 @@ def test_images_that_are_decoded_while_training_are_listed_too(
     rows = (here / "run" / "skipped.csv").read_text().splitlines()
     assert rows[1:] == ["train,set/train/cat/1.png,empty", "test,set/test/cat/2.png,no image by its content"]
     assert using_runs.evaluate_run(here / "run")["num_images"] == 11
+
+
+def test_a_run_is_used_with_the_data_that_it_went_on_with(here: Path) -> None:
+    """Images were added in their place, brighter ones: what normalises them is what trained."""
+    write_set(here / "set")
+    run.train(micro(), out=here / "run")
+    before = json.loads((here / "run/data.json").read_text())
+    for index in range(20, 40):
+        (here / f"set/light/{index}.png").write_bytes(array(np.full((8, 8), 250, np.uint8), "png"))
+    with pytest.warns(match="another fingerprint.*it was changed"):
+        run.resume(here / "run", {"training.epochs": 2})
+    known, found = json.loads((here / "run/data.json").read_text()), data.load_data(DataSettings(name="set")).info
+    assert known["num_train"] == found.num_train > before["num_train"]
+    assert known["mean"] == pytest.approx(found.mean)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        using_runs.evaluate_run(here / "run")
+
+
+def test_a_corrupt_image_of_the_test_part_costs_no_training(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is found at the end; the same run ends without it."""
+    monkeypatch.setattr("localgrad.training.image_sets.PROBED", 2)
+    load = data.load_data
+    monkeypatch.setattr(data, "load_data", lambda *a, **k: load(*a, **k, memory_limit_bytes=0))
+    plant(here / "set", ("train/{cat,dog}/*", "test/{cat,dog}/*"))
+    image = here / "set/test/cat/2.png"
+    image.write_bytes(image.read_bytes()[:45])
+    with pytest.raises(DataError, match="leave such images out with on_corrupt='skip'"):
+        run.train(micro(), out=here / "run")
+    assert run.resume(here / "run", {"data.on_corrupt": "skip"})["num_test"] == 11
+
+
+def test_weights_that_are_neither_loaded_nor_learnt_are_named(here: Path) -> None:
+    write_set(here / "set")
+    small = timm.create_model(VIT["name"], num_classes=2, in_chans=1, img_size=8, patch_size=4, **VIT["options"])
+    save_file(small.state_dict(), here / "small.safetensors")
+    deeper = {"model.options": {**VIT["options"], "depth": 3}, "model.weights": "small.safetensors"}
+    more = "Not in the weights, and frozen: blocks.2."
+    for changes, is_said in (({"training.freeze": 0.5}, False), ({"model.lora": 2}, True)):
+        listener = Listener()
+        run.train(micro({**deeper, **changes, "local.modules": 1}), out=here / next(iter(changes)), sinks=[listener])
+        assert any(line.startswith(more) for line in listener.lines) == is_said
 
 
 @pytest.fixture

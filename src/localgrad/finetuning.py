@@ -173,9 +173,8 @@ def _piloted(
             continue
         accuracy = summary["val_accuracy"]
         assert accuracy is not None, "`rules` ask for validation images, and patience for enough of them"
-        seconds = summary["seconds"]
-        trained = (recipe.method.data.limit or 0) * summary["epochs"]
-        found.append(Piloted(words, accuracy, summary.get("measured_peak_bytes", 0), trained / seconds))
+        peak, speed = summary.get("measured_peak_bytes", 0), summary["images_per_second"]
+        found.append(Piloted(words, accuracy, peak, speed))
         say(str(found[-1]))
     best = sorted(found, key=lambda row: -row.accuracy)
     if named is not None:
@@ -188,6 +187,8 @@ def _on_share(asked: Tuning, recipe: Recipe, share: float) -> Recipe:
     data = recipe.method.data
     count = asked.data.num_images
     assert count is not None, "data was named"
-    left = data.limit or round(count * (1 - data.val_fraction))
+    has_validation = asked.data.splits is None  # one that was read is counted without its validation images
+    most = round(count * (1 - data.val_fraction)) if has_validation else count
+    left = min(data.limit or most, most)
     limit = min(left, max(FEWEST_PILOTED * recipe.method.training.batch_size, round(share * left)))
     return replace(recipe, method=replace(recipe.method, data=replace(data, limit=limit)))

@@ -7,7 +7,7 @@ data before a model is built.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -23,6 +23,7 @@ from localgrad.app.recipe import ModelSettings, Recipe, TrainingSettings, valida
 from localgrad.app.threads import choose_threads
 from localgrad.backbones.adapters import with_adapters
 from localgrad.backbones.base import BACKBONES, Backbone, split
+from localgrad.backbones.by_hand import listed
 from localgrad.backbones.namespaces import Kwargs
 from localgrad.backbones.quantized import check_quantizer, num_quantized, num_weights, quantize_base
 from localgrad.backbones.timm_models import default_input_size
@@ -133,8 +134,7 @@ def build(
     model = model if waits else model.to(device)
     backbone = _split(model, size, settings_of_model)
     backbone = frozen_as_said(recipe, backbone)
-    learns = _what_learns(recipe, backbone)
-    data = data if learns is None else data.said(learns)
+    data = data.said(*_what_learns(recipe, backbone), *_new_that_stands_still(backbone, made))
     loss, data = _balanced(training.balance, data, device)
     made_by = None
     if planned is not None:
@@ -444,20 +444,34 @@ def frozen_as_said(recipe: Recipe, backbone: Backbone) -> Backbone:
     return backbone
 
 
-def _what_learns(recipe: Recipe, backbone: Backbone) -> str | None:
+def _new_that_stands_still(backbone: Backbone, made: _MadeModel) -> Iterator[str]:
+    """A line where weights that no file had don't learn either."""
+    new = set() if made.weights is None else set(made.weights.made_new)
+    still = [
+        plain
+        for name, weight in backbone.model.named_parameters()
+        if not weight.requires_grad and (plain := name.replace(".base_layer.", ".")) in new
+    ]
+    if still:
+        yield f"Not in the weights, and frozen: {listed(still)} stay as they were drawn."
+
+
+def _what_learns(recipe: Recipe, backbone: Backbone) -> Iterator[str]:
     """A line for a run in which some weights stay as they are."""
     model = recipe.method.model
     how = {"freeze": recipe.method.training.freeze, "lora": model.lora, "quantize": model.quantize}
     asked = [arg(name, value) for name, value in how.items() if value is not None]
     if not asked:
-        return None
+        return
     learning = sum(weight.numel() for weight in backbone.model.parameters() if weight.requires_grad)
     packed = num_quantized(backbone.model)
     total = num_weights(backbone.model)
-    said = f"{' and '.join(asked)}: {learning / total:.2%} of the weights learn"
-    if not packed:
-        return f"{said}."
-    return f"{said}; {packed / total:.1%} are held in 4 bits, which model.safetensors will have dequantised and merged."
+    held = (
+        f"; {packed / total:.1%} are held in 4 bits, which model.safetensors will have dequantised and merged"
+        if packed
+        else ""
+    )
+    yield f"{' and '.join(asked)}: {learning / total:.2%} of the weights learn{held}."
 
 
 def _trained_with(made: _MadeModel) -> tuple[Sequence[float], Sequence[float]] | None:

@@ -51,13 +51,13 @@ if TYPE_CHECKING:
     from localgrad.training.data import Splits
 
 KNOWN = {
-    "digits": (10, 1, 1797),
+    "digits": (10, 1, 1438),
     "cifar10": (10, 3, 50_000),
     "cifar100": (100, 3, 50_000),
     "stl10": (10, 3, 5_000),
     "svhn": (10, 3, 73_257),
 }
-"""(classes, channels, images at most in an epoch) of data sets that are known by name."""
+"""(classes, channels, images that aren't for tests) of data sets that are known by name."""
 
 
 @dataclass(frozen=True)

@@ -46,13 +46,18 @@ def length_of(recipe: Recipe) -> tuple[int, int | None]:
 
 
 def other_method(own: Recipe, recipe: Recipe) -> list[str]:
-    """The lines in which a recipe isn't one that a run may go on with: all but where its data lies and its length."""
+    """The lines in which a recipe isn't one that a run may go on with.
+
+    Where its data lies may differ, its length, and what becomes of corrupt images: those of the test part may be found
+    when all epochs are trained.
+    """
     lengths = ("epochs", "patience")
 
     def bare(each: Recipe) -> Recipe:
         method = without_place(each).method
         training = replace(method.training, **{key: getattr(TrainingSettings(), key) for key in lengths})
-        return replace(each, method=replace(method, training=training))
+        data = replace(method.data, on_corrupt=DataSettings().on_corrupt)
+        return replace(each, method=replace(method, training=training, data=data))
 
     return difference(bare(own), bare(recipe))
 
@@ -299,6 +304,11 @@ def check_data(path: Path, job: Job, *, is_moved: bool) -> DataDescription:
     return found
 
 
+def has_changed(path: Path, described: DataDescription) -> bool:
+    """Whether a run's data is not what its ``data.json`` says: what it goes on with is what it is used with."""
+    return bool(read_description(path).differences(described))
+
+
 def rewrite(
     folder: RunFolder,
     recipe: Recipe,
@@ -323,7 +333,7 @@ def rewrite(
     if not (is_sound(folder.path, "recipe.toml") and read_text(folder.path, "recipe.toml") == text):
         folder.write_text("recipe.toml", text)
     folder.kept["recipe.toml"] = text
-    if is_moved or not is_sound(folder.path, "data.json"):
+    if is_moved or not is_sound(folder.path, "data.json") or has_changed(folder.path, described):
         folder.write_json("data.json", described.to_dict())
     else:
         folder.kept["data.json"] = read_text(folder.path, "data.json")
