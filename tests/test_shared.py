@@ -68,6 +68,35 @@ class OneScale(nn.Module):
         return self.head(x.mean(1))
 
 
+class LateScale(OneScale):
+    """Only its last blocks are given that."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, one = self.scale(torch.ones(2)), torch.ones(8)
+        x = self.stem(x)
+        for index, block in enumerate(self.blocks):
+            x = block(x, scale if index > 1 else one)
+        return self.head(x.mean(1))
+
+
+class ReadTwice(nn.Module):
+    """Its tail reads the embedding's weight, and calls no module that has it; its stem has a token for training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.norm = nn.Embedding(VOCABULARY, 8), nn.LayerNorm(8)
+        self.hidden = nn.Parameter(torch.randn(8))
+        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.Tanh()) for _ in range(4))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        if self.training:
+            x = torch.where((torch.rand(x.shape[:2]) < 0.5)[..., None], self.hidden, x)
+        for block in self.blocks:
+            x = block(x)
+        return nn.functional.linear(self.norm(x), self.embedding.weight)
+
+
 def of_timm(family: str) -> nn.Module:
     name, options, _ = FAMILIES[family]
     torch.manual_seed(0)
@@ -287,7 +316,8 @@ def test_a_context_that_is_made_of_weights_is_trained_by_the_first_module(checkp
     """Recomputed or not: of the blocks that it has; later ones read what it made."""
     torch.manual_seed(0)
     features, labels = torch.randn(4, 6, 4), torch.tensor([0, 1, 2, 3])
-    learner = LocalLearner(split(OneScale(), example=features), modules=2, checkpoint=checkpoint)
+    with pytest.warns(match=r"scale\.weight, scale\.bias: .* those of the first one alone train it"):
+        learner = LocalLearner(split(OneScale(), example=features), modules=2, checkpoint=checkpoint)
     learner.configure_optimizers(lambda params: torch.optim.SGD(params, lr=0.1))
     reference, weight = copy.deepcopy(learner), learner.model.scale.weight
     assert sum(any(each is weight for each in module.parameters()) for module in learner.modules) == 1
@@ -299,3 +329,34 @@ def test_a_context_that_is_made_of_weights_is_trained_by_the_first_module(checkp
     learner.step(features, labels)
     torch.testing.assert_close(weight.detach(), before - 0.1 * gradient)
     assert gradient.any()
+
+
+def test_a_context_that_only_later_modules_read_is_refused() -> None:
+    features = torch.randn(4, 6, 4)
+    with pytest.raises(BackboneError, match=r"scale\.weight: .* it would never learn"):
+        LocalLearner(split(LateScale(), example=features), modules=2)
+    learner = LocalLearner(split(LateScale(), example=features), modules=1)
+    learner.configure_optimizers(lambda params: torch.optim.SGD(params, lr=0.1))
+    before = learner.model.scale.weight.detach().clone()  # type: ignore[operator,union-attr]
+    learner.step(features, torch.tensor([0, 1, 2, 3]))
+    assert not torch.equal(learner.model.scale.weight, before)  # type: ignore[arg-type]
+
+
+def test_a_weight_that_the_tail_reads_from_the_stems_module_is_shared() -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(0, VOCABULARY, (4, 6))
+    model = ReadTwice()
+    with pytest.raises(BackboneError, match=r"embedding\.weight is shared by the stem, the tail"):
+        LocalLearner(copy.deepcopy(model), modules=2, example=ids, loss="next-token", objective="greedy")
+    learner = LocalLearner(
+        copy.deepcopy(model), modules=2, example=ids, loss="next-token", objective="greedy", shared="last"
+    )
+    learner.configure_optimizers(lambda params: torch.optim.SGD(params, lr=0.1))
+    weight, hidden = learner.model.embedding.weight, learner.model.hidden
+    before, was_hidden = weight.detach().clone(), hidden.detach().clone()  # type: ignore[operator,union-attr]
+    assert [any(each is weight for each in learner.parameters(index)) for index in range(2)] == [False, True]
+    assert [any(each is hidden for each in learner.parameters(index)) for index in range(2)] == [True, False]
+    learner.step(ids, ids)
+    assert not torch.equal(weight, before)  # type: ignore[arg-type]
+    assert not torch.equal(hidden, was_hidden), "read in training alone"  # type: ignore[arg-type]
+    localgrad.check_isolation(learner, ids, ids)

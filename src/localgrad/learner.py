@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from localgrad import rules
 from localgrad.backbones.base import Backbone, FrozenStem, split
+from localgrad.backbones.by_hand import listed
 from localgrad.backbones.example import Example
 from localgrad.backbones.hooks import has_hooks
 from localgrad.errors import (
@@ -188,6 +189,7 @@ class Learner(ABC):
         more = {"overlap": overlap, "chunk_logits": self.chunk_logits}
         rules.check({"reconcile": self.uses("gradient"), "compile": compiled, **more})
         self._say_what_is_passed_by(stacklevel=4)
+        self._say_what_goes_past_features(stacklevel=4)
 
     def _remember(self) -> None:
         """Note what the learner is made of, for ``check_ready``; once all is in its place."""
@@ -228,6 +230,29 @@ class Learner(ABC):
             warnings.warn(
                 f"hooks of {', '.join(hooked)} don't run in training, since blocks are called one by one: set them on "
                 "blocks, or on the parts of blocks.",
+                stacklevel=stacklevel,
+            )
+
+    def _say_what_goes_past_features(self, stacklevel: int) -> None:
+        """Warn of weights of the stem that only the first module's blocks train, though others read what they make.
+
+        Raises:
+            BackboneError: none of the first module's reads it, so it would never learn.
+        """
+        partly = []
+        for name, modules in self.backbone.past_features(self.plan.boundaries):
+            if modules[0] > 0:
+                raise BackboneError(
+                    f"{name}: the stem makes something of it for blocks of local module {modules[0]}, beside the "
+                    "features; no gradient comes back from there, so it would never learn. Choose modules=[...] that "
+                    "keep these blocks in the first, or hold it in the blocks that read it."
+                )
+            if len(modules) > 1:
+                partly.append(name)
+        if partly:
+            warnings.warn(
+                f"{listed(partly)}: blocks of several local modules read what the stem makes of it, beside features; "
+                "those of the first one alone train it.",
                 stacklevel=stacklevel,
             )
 

@@ -660,6 +660,14 @@ class Backbone(nn.Module):
             if len(modules) > 1:
                 yield Shared(name, tensor, tuple(modules), [part for parts in modules.values() for part in parts])
 
+    def past_features(self, boundaries: Sequence[int]) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names of the stem's weights that get to blocks beside the features, and of which local modules those are."""
+        reach = {} if self.trunk is None or isinstance(self.stem, FrozenStem) else self.trunk.reach
+        for name, weight in self.model.named_parameters():
+            if weight.requires_grad and name in reach:
+                at = {sum(boundary <= index for boundary in boundaries) for index in reach[name]}
+                yield name, tuple(sorted(at))
+
     def _parts_by_module(self, boundaries: Sequence[int]) -> Iterator[tuple[int, tuple[str, nn.Module]]]:
         yield 0, ("the stem", self.stem)
         for index, (name, block) in enumerate(zip(self.block_names, self.blocks, strict=True)):

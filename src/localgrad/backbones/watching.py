@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -373,6 +373,8 @@ class Trunk:
         """Whether something behind the first block looks at the main tensor."""
         self.draws: dict[int, bool] = {}
         """By the start of a segment, whether random numbers are drawn on the way there, as far as it was seen."""
+        self.reach: dict[str, set[int]] = {}
+        """Of weights of the stem that get to stations beside the features: to which."""
         self.batch = UnderWay()
         self._runs: list[nn.Module] = []
 
@@ -1018,37 +1020,77 @@ def _is_reached(trunk: Trunk, segment: Segment, main: Tensor) -> bool:
 
 
 def _find_weights(trunk: Trunk, segments: Sequence[Segment]) -> list[nn.Parameter]:
-    """Give segments the weights that they read without a module of their own; what is left is read by none."""
+    """Give segments the weights that they read without a module of their own; what is left is read by none.
+
+    A weight of another segment's module or of a block counts: whoever reads it as well shares it. What is read in
+    training alone (a mask token) is found in train mode, in some runs, as that may be drawn.
+    """
     model = trunk.model
-    held = {id(w) for segment in segments for w in segment.parameters()}
-    held |= {id(w) for station in trunk.stations for w in station.slot.module.parameters()}
-    rest = [weight for weight in model.parameters() if id(weight) not in held]
-    learning = [weight for weight in rest if weight.is_floating_point()]
-    found: set[int] = set()
+    learning = [weight for weight in model.parameters() if weight.is_floating_point()]
     frozen = [weight for weight in learning if not weight.requires_grad]
+    modes, draws = [(module, module.training) for module in model.modules()], dict(trunk.draws)
     for weight in frozen:
         weight.requires_grad = True
     try:
-        for segment in segments:
-            if not learning:
-                break
-            with torch.enable_grad():
-                if segment.start < 0:
-                    ends = [segment(trunk.example.tensor)]
-                    context = trunk.batch.current
-                    ends += [] if context is None else context.tensors
-                else:
-                    ends = [segment(_noise(trunk.stations[segment.start], trunk.example, 7))]
-            ends = [end for end in ends if end.requires_grad]
-            if not ends:
-                continue
-            gradients = torch.autograd.grad(ends, learning, [torch.ones_like(end) for end in ends], allow_unused=True)
-            for weight, gradient in zip(learning, gradients, strict=True):
-                if gradient is not None:
-                    segment.weights.append(weight)
-                    found.add(id(weight))
+        for is_training in (False, *[True] * RUNS_IN_TRAINING):
+            for module, mode in modes:
+                module.training = is_training or mode
+            for segment in segments:
+                with suppress(*([Exception] if is_training else [])):  # whatever it asks for in training
+                    _add_weights(trunk, segment, learning)
     finally:
+        for module, mode in modes:
+            module.training = mode
         for weight in frozen:
             weight.requires_grad = False
-        trunk.batch.current = trunk.batch.known
-    return [weight for weight in rest if id(weight) not in found]
+        trunk.batch.current, trunk.draws = trunk.batch.known, draws
+    held = {id(w) for segment in segments for w in segment.parameters()}
+    held |= {id(w) for station in trunk.stations for w in station.slot.module.parameters()}
+    return [weight for weight in model.parameters() if id(weight) not in held]
+
+
+RUNS_IN_TRAINING = 3
+
+
+def _add_weights(trunk: Trunk, segment: Segment, learning: Sequence[nn.Parameter]) -> None:
+    """Add to a segment what its output, or the context that it makes, depends on."""
+    own = {id(weight) for weight in segment.parameters()}
+    with torch.enable_grad():
+        if segment.start < 0:
+            ends = [segment(trunk.example.tensor)]
+            context = trunk.batch.current
+            assert context is not None, "the stem has just made it"
+            _note_reach(trunk, ends[0], context, learning)
+            ends += context.tensors
+        else:
+            ends = [segment(_noise(trunk.stations[segment.start], trunk.example, 7))]
+    for weight, is_read in zip(learning, _depends(ends, learning), strict=True):
+        if is_read and id(weight) not in own:
+            segment.weights.append(weight)
+
+
+def _note_reach(trunk: Trunk, features: Tensor, context: Context, learning: Sequence[nn.Parameter]) -> None:
+    """Note to which stations weights of the stem get beside the features: by them alone those aren't trained."""
+    names = {id(weight): name for name, weight in trunk.model.named_parameters()}
+    by_tensor: dict[int, list[bool]] = {}
+    for index, call in enumerate(context.calls):
+        for _, leaf in leaves(call):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                if id(leaf) not in by_tensor:
+                    by_tensor[id(leaf)] = _depends([leaf], learning)
+                for weight, is_read in zip(learning, by_tensor[id(leaf)], strict=True):
+                    if is_read:
+                        trunk.reach.setdefault(names[id(weight)], set()).add(index)
+    for weight, is_read in zip(learning, _depends([features], learning), strict=True):
+        if is_read and (name := names[id(weight)]) in trunk.reach:
+            trunk.reach[name].add(0)
+
+
+def _depends(ends: Sequence[Tensor], learning: Sequence[nn.Parameter]) -> list[bool]:
+    """Of each weight, whether tensors depend on it."""
+    ends = [end for end in ends if end.requires_grad]
+    if not ends:
+        return [False] * len(learning)
+    ones = [torch.ones_like(end) for end in ends]
+    found = torch.autograd.grad(ends, learning, ones, allow_unused=True, retain_graph=True)
+    return [gradient is not None for gradient in found]
