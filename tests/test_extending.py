@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import localgrad
-from helpers import SIZE, Recorder, batches, load_named, make, make_learner
+from helpers import SIZE, Recorder, batches, load_named, make, make_backbone, make_learner
 from localgrad.app import build, run_folders, using_runs
 from localgrad.app.recipe import Recipe, as_recipe, overlay
 from localgrad.errors import DataError, RecipeError
@@ -140,6 +140,30 @@ def test_a_term_that_gives_no_scalar_is_told(gives: Any, message: str) -> None:
     learner = make_learner(modules=2, objective=WithOdd())
     with pytest.raises(RecipeError, match=f"term 'odd': {message}"):
         learner.step(*batches(1)[0])
+
+
+@pytest.mark.parametrize(
+    ("of_model", "said"), [(True, r"the model's head\.weight"), (False, "local module 0's as well")]
+)
+def test_a_net_that_two_modules_would_train_is_refused(of_model: bool, said: str) -> None:
+    backbone = make_backbone()
+    head = backbone.model.head if of_model else nn.Linear(4, 5)
+
+    class Deep(localgrad.Term):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = head
+
+        def forward(self, inputs: Tensor, outputs: Tensor, batch: localgrad.LocalBatch, states: Any = ()) -> Any:
+            return localgrad.TermValue(outputs.mean())
+
+    @dataclass(frozen=True, kw_only=True)
+    class WithHead(localgrad.GreedySupervised):
+        def terms(self, site: localgrad.Site) -> Any:
+            return {"deep": (1.0, Deep())} if site.index < site.num_modules - 1 else super().terms(site)
+
+    with pytest.raises(RecipeError, match=f"of local module . is {said}.*: two optimizers would train it"):
+        make_learner(backbone, modules=3, objective=WithHead())
 
 
 # Plugins -------------------------------------------------------------------------------------------------------------

@@ -384,6 +384,27 @@ def test_logits_of_every_module(objective: localgrad.Objective, has_classifier: 
     assert_same(weights(learner), before)
 
 
+def test_a_model_in_evaluation_mode_trains_like_any_once_it_is_in_training_mode() -> None:
+    """What stands around its parts follows it, though it was made in the other mode; timm's tail drops by its own."""
+    images, labels = batches(1)[0]
+    found = []
+    for first in (True, False):
+        model = timm.create_model("resnet18", num_classes=5, drop_rate=0.9, in_chans=SIZE[0])
+        torch.manual_seed(0)
+        for weight in model.parameters():
+            nn.init.normal_(weight, std=0.05)
+        learner = make_learner(model.train(first), modules=2)
+        model.train()
+        torch.manual_seed(1)
+        found.append(learner.step(images, labels).logits)
+        model.eval()
+        *_, last = learner.logits(images)
+        with torch.no_grad():
+            assert last is not None
+            assert torch.equal(last, model(images))
+    assert torch.equal(*found)  # type: ignore[arg-type]
+
+
 def test_steps_without_classifiers_say_so() -> None:
     result = make_learner(objective=Contrastive()).step(*batches(1)[0])
     assert result.module_logits[:2] == (None, None)

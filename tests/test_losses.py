@@ -17,6 +17,7 @@ from localgrad.objectives.carried import LocalBatch
 from localgrad.objectives.losses import IGNORED, CrossEntropy, Loss, NextToken, TokenLoss, in_chunks, loss_of
 from localgrad.objectives.methods import GreedySupervised
 from localgrad.objectives.supervised import TaskLoss
+from localgrad.step.checks import check_values
 
 NUM_CLASSES = 5
 ITEMS: Any = SimpleNamespace(names_tokens=False, model=nn.Identity(), num_classes=NUM_CLASSES, input_size=(3, 8, 8))
@@ -202,6 +203,33 @@ def images(count: int = 4) -> Tensor:
 def test_a_function_that_gives_no_scalar_is_told(function: Any, got: str) -> None:
     with pytest.raises(RecipeError, match=f"loss: your function gave {got}; let it return a scalar tensor"):
         learner_of(function).step(images(), torch.arange(4))
+
+
+class Scaled(nn.Module):
+    """A loss that learns its temperature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits * self.scale, labels)
+
+
+def test_a_loss_that_learns_is_refused() -> None:
+    with pytest.raises(RecipeError, match="loss: Scaled has scale, which learns, and no local module would train it"):
+        learner_of(Scaled())
+    learner_of(Scaled().requires_grad_(False)).step(images(), torch.arange(4))
+
+
+def test_a_function_of_ones_own_may_ignore_what_it_likes() -> None:
+    own = loss_of(
+        lambda logits, labels: F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-1), TOKENS
+    )
+    labels = torch.where(IDS > 1, IDS % NUM_CLASSES, -1)
+    check_values(LocalBatch(IDS, labels), NUM_CLASSES, own)
+    with pytest.raises(DataError, match="-1"):
+        check_values(LocalBatch(IDS, labels), NUM_CLASSES, loss_of("per-token", TOKENS))
 
 
 def test_every_loss_trains_every_module() -> None:

@@ -447,6 +447,19 @@ def test_an_example_that_the_model_cannot_take_is_named() -> None:
         localgrad.split(model, example=tokens()["ids"][:0])
 
 
+def test_one_number_an_item_has_a_dimension_of_its_own() -> None:
+    model = made(lambda: Written(in_a_row))
+    model.head = nn.Sequential(nn.Linear(D, 1), nn.Flatten(0))  # type: ignore[assignment]
+    with pytest.raises(BackboneError, match=r"it gives \[2\] for 2 items; let it give logits \[B, num_classes\]"):
+        localgrad.split(model, example=features())
+
+
+def test_isolation_is_checked_with_what_the_model_is_called_with() -> None:
+    learner = localgrad.LocalLearner(made(lambda: Written(in_a_row)), modules=2, example={"x": features()})
+    localgrad.check_isolation(learner, {"x": features()}, torch.tensor([0, 1]))
+    localgrad.check_isolation(learner, {"x": features()})
+
+
 def test_logits_that_look_at_no_input() -> None:
     model = made(lambda: Written(lambda blocks, x: in_a_row(blocks, torch.ones_like(x))))
     with pytest.raises(BackboneError, match="its logits don't depend on its input"):
@@ -474,6 +487,69 @@ class Counting(Written):
 def test_what_the_models_own_code_writes_is_refused(counts: bool, name: str) -> None:
     with pytest.raises(BackboneError, match=f"Counting can't be split: {name} is written in training by its own code"):
         localgrad.split(made(lambda: Counting(counts=counts)), example=features())
+
+
+class CoolingDown(Written):
+    """A number that falls with every call in training; and one that is noted once."""
+
+    def __init__(self, *, falls: bool) -> None:
+        super().__init__(in_a_row)
+        self.falls, self.heat, self.longest = falls, 1.0, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.longest = max(self.longest, x.shape[1])
+        if self.falls and self.training:
+            self.heat *= 0.5
+        return super().forward(x * self.heat)
+
+
+def test_numbers_that_the_models_own_code_changes_are_refused() -> None:
+    localgrad.split(CoolingDown(falls=False), example=features())
+    with pytest.raises(BackboneError, match="heat is changed in training by its own code"):
+        localgrad.split(CoolingDown(falls=True), example=features())
+
+
+class Mixing(nn.Module):
+    """A block that mixes positions by a matrix that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(D, D)
+
+    def forward(self, x: Tensor, mixing: Tensor) -> Tensor:
+        return x + (mixing @ self.linear(x)).tanh()
+
+
+class Causal(Written):
+    """Its blocks are given a mask of positions, which has no row an item."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda blocks, x: x)
+        self.blocks = nn.ModuleList(Mixing() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.ones(x.shape[1], x.shape[1]).tril()
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "accumulation"), [("halves/6", 1), ("blocks/3", 1), ("none", 2), ("halves/2", 2)]
+)
+def test_what_blocks_are_given_may_be_as_long_as_the_batch(checkpoint: str, accumulation: int) -> None:
+    """A batch of six, and six positions; or twelve in two parts: chunks of images take no rows of the mask."""
+    torch.manual_seed(0)
+    model, count = made(Causal), 6 * accumulation
+    images, labels = torch.randn(count, 6, 4), torch.arange(count) % 5
+    losses = []
+    for how in ({"checkpoint": "none"}, {"checkpoint": checkpoint, "accumulation": accumulation}):
+        learner = localgrad.LocalLearner(copy.deepcopy(model), modules=1, example=features(), **how)  # type: ignore[arg-type]
+        learner.configure_optimizers(lambda params: torch.optim.SGD(params, lr=0.1))
+        learner.step(images, labels)
+        losses.append(torch.stack(list(learner.step(images, labels).losses)).mean())
+    torch.testing.assert_close(losses[0], losses[1])
 
 
 # By choice --------------------------------------------------------------------------------------------------------

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor
 
+from localgrad.backbones.example import LABEL_NAMES, Example
 from localgrad.backbones.state import left_as_it_was
 from localgrad.errors import (
     IsolationError,
@@ -15,7 +19,7 @@ from localgrad.step.local_module import site_of
 from localgrad.step.offload import HOST
 
 
-def check_isolation(learner: LocalLearner, images: Tensor | None = None, labels: Tensor | None = None) -> None:
+def check_isolation(learner: LocalLearner, images: Any = None, labels: Tensor | None = None) -> None:
     """Prove on one batch that no local module's loss reaches another module's parameters.
 
     Each module runs forward and backward alone; afterwards only its own parameters may have a gradient. Nothing
@@ -23,7 +27,7 @@ def check_isolation(learner: LocalLearner, images: Tensor | None = None, labels:
 
     Args:
         learner: any learner, with or without optimizers.
-        images: [B, C, H, W]; two random images by default.
+        images: [B, C, H, W], or what the model is called with, as for ``step``; two random images by default.
         labels: [B]; classes in turn by default.
 
     Raises:
@@ -40,15 +44,16 @@ def check_isolation(learner: LocalLearner, images: Tensor | None = None, labels:
     if learner._offloader is not None:  # all modules at once: in host memory, then
         learner._offloader.rest()
         device = HOST
-        images, labels = (None if given is None else given.to(HOST) for given in (images, labels))
     try:
         with left_as_it_was(learner.model, *learner.modules):
             dtype = learner.backbone.dtype
             if images is None:
-                images = learner.backbone.inputs().to(device)
-            if labels is None:
-                labels = learner.loss.made_up(len(images), learner.backbone).to(device)
-            batch = LocalBatch(images, labels)
+                images = learner.backbone.inputs()
+            has_labels = labels is not None or (isinstance(images, Mapping) and not set(LABEL_NAMES).isdisjoint(images))
+            if not has_labels:
+                count = len(images) if isinstance(images, Tensor) else Example.of(images, "images").num_items
+                labels = learner.loss.made_up(count, learner.backbone)
+            batch = LocalBatch.of(images, labels).to(device)
             batch.loss = learner.loss
             site = site_of(learner.backbone, learner.plan.boundaries, 0, overlap=learner.overlap)
             with device:

@@ -195,6 +195,8 @@ class Learner(ABC):
         """Note what the learner is made of, for ``check_ready``; once all is in its place."""
         ours = {f"local module {index}": module for index, module in enumerate(self.modules)}
         self._made_of = Remembered({"": self.model, **ours})
+        others = {*self.model.modules(), *(net for module in self.modules for net in module.objective.modules())}
+        self._wrappers = [module for module in self._made_of.modules if module not in others]
         weights = self.backbone.stem.parameters()
         self._image_dtypes = list(dict.fromkeys(weight.dtype for weight in weights if weight.is_floating_point()))
 
@@ -478,6 +480,8 @@ class Learner(ABC):
     def _in_training(self) -> None:
         """Have the model in training mode, but for the modules that someone put in evaluation mode one by one."""
         if self.model.training and self.modules[self.own[0]].training:
+            for wrapper in self._wrappers:  # made while the model was in evaluation mode, they would stay there
+                wrapper.training = True
             self._note_still()
         else:
             self.train()
@@ -985,7 +989,7 @@ class LocalLearner(Learner):
     def logits(self, images: Any) -> tuple[Tensor | None, ...]:
         """Class logits of each module's own classifier, the whole model's last; nothing is trained.
 
-        Call ``eval()`` first, as with any model.
+        Call ``eval()`` first, as with any model, or the model's own.
 
         Args:
             images: [B, C, H, W].
@@ -997,6 +1001,8 @@ class LocalLearner(Learner):
             BackboneError: the model was changed since the learner was made.
         """
         self._made_of.check()
+        if not self.model.training and any(module.training for module in self.modules):
+            self.eval()
         found = []
         batch = LocalBatch.of(images, NO_LABELS)
         self.modules[0].begin_batch(batch)

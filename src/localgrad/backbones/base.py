@@ -60,7 +60,7 @@ from localgrad.backbones.layouts import (
 )
 from localgrad.backbones.observe import Call, Seen, find_stations, observe, trunks_of, watch_inputs
 from localgrad.backbones.proof import prove
-from localgrad.backbones.state import left_as_it_was
+from localgrad.backbones.state import ModelState, left_as_it_was
 from localgrad.backbones.timm_models import (
     SUPPORTED_FAMILIES,
     TENSOR_ARGUMENTS,
@@ -772,6 +772,11 @@ def _watched(model: nn.Module, given: Example, blocks: str | None) -> Backbone:
     with torch.inference_mode(mode=False), left_as_it_was(model) as state, torch.no_grad():
         model.eval()
         logits = _called(model, given)
+        if logits.ndim < 2:
+            raise BackboneError(
+                f"{type(model).__name__} can't be split: it gives {list(logits.shape)} for {given.num_items} items; "
+                "let it give logits [B, num_classes], for one number each [B, 1] (without squeeze)."
+            )
         moving = state.changed()
         state.restore()
         model.eval()
@@ -791,6 +796,8 @@ def _watched(model: nn.Module, given: Example, blocks: str | None) -> Backbone:
             state.restore()
             _check_is_all_called(model.train(), parts)
             state.restore()
+            _check_counts_nothing(model.train(), backbone, given, state)
+            state.restore()
             with backbone._keeping_inputs():
                 shown = prove(
                     model, backbone, backbone.parts, stations, given.tensor, moving=moving, call=backbone._call
@@ -806,6 +813,28 @@ def _watched(model: nn.Module, given: Example, blocks: str | None) -> Backbone:
     for module in set(backbone.modules()) - set(model.modules()):
         module.training = model.training
     return backbone
+
+
+def _check_counts_nothing(model: nn.Module, backbone: Backbone, given: Example, state: ModelState) -> None:
+    """Refuse a model in train mode whose own code changes numbers that it keeps, each time that it runs."""
+
+    def written() -> dict[str, float]:
+        _called(model, given)
+        return {
+            attribute if module is model else f"{name}.{attribute}": now
+            for name, module in backbone.modules_passed_by
+            for attribute, now in state.written_numbers(module).items()
+        }
+
+    if not written():
+        return
+    before, now = written(), written()
+    counting = [name for name, value in now.items() if value != before.get(name, value)]  # no size that is noted once
+    if counting:
+        raise BackboneError(
+            f"{type(model).__name__} can't be split: {listed(counting)} is changed in training by its own code, which "
+            "runs once for each part; keep it in a module that is called once, or in your loop."
+        )
 
 
 ITEMS_APART = 1e-3

@@ -72,6 +72,13 @@ class ModelState:
             if id(buffer) not in known or not same_bits(buffer, known[id(buffer)])
         }
 
+    def written_numbers(self, module: nn.Module) -> dict[str, float]:
+        """A module's own attributes that are numbers and were others: what they are now."""
+        before, now = self._kept[module].attributes, vars(module)
+        shared = self._kept[module].own_names & now.keys()
+        numbers = [name for name in shared if all(type(each[name]) in (int, float) for each in (before, now))]
+        return {name: now[name] for name in numbers if now[name] != before[name]}
+
     def replaced_buffers(self, module: nn.Module) -> list[str]:
         """Names of a module's own buffers that another tensor stands for now."""
         before = self._kept[module].buffers

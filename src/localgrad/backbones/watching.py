@@ -124,12 +124,13 @@ def _with_memory(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _outline_of(value: Any, num_items: int) -> Any:
-    """What a module gave, with ``Shape`` in place of tensors."""
+def _outline_of(value: Any, num_items: int, fixed: frozenset[Path] = frozenset()) -> Any:
+    """What a module gave, with ``Shape`` in place of tensors; ``fixed`` ones have no row an item, however long."""
     found = value
     for path, leaf in leaves(value):
         if isinstance(leaf, Tensor):
-            shape = Shape(tuple(leaf.shape), leaf.dtype, is_split=bool(leaf.ndim) and len(leaf) == num_items)
+            is_split = bool(leaf.ndim) and len(leaf) == num_items and path not in fixed
+            shape = Shape(tuple(leaf.shape), leaf.dtype, is_split=is_split)
             found = replaced(found, path, shape)
     return found
 
@@ -144,12 +145,15 @@ class Context:
         example: what the model was called with; its main tensor is a stand-in where nobody looks at it.
         outputs: what modules outside of the trunk gave, by their number, with ``Shape`` in place of tensors.
         num_items: B.
+        fixed: where tensors stand that have no row an item, though they may be as long as a batch (a mask of positions,
+            a bias of heads): paths into calls, and the example's args and kwargs.
     """
 
     calls: list[tuple[tuple[Any, ...], Kwargs]]
     example: Example
     outputs: dict[int, Any]
     num_items: int
+    fixed: frozenset[Path] = frozenset()
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Context:
         """With every tensor changed, each once."""
@@ -157,20 +161,27 @@ class Context:
         inputs = Example(
             mapped(self.example.args, change, known), mapped(self.example.kwargs, change, known), self.example.main
         )
-        return Context(mapped(self.calls, change, known), inputs, self.outputs, self.num_items)
+        return Context(mapped(self.calls, change, known), inputs, self.outputs, self.num_items, self.fixed)
+
+    @property
+    def leaves(self) -> list[tuple[Path, Any]]:
+        """All that is in it, with the path to each."""
+        return leaves((self.calls, self.example.args, self.example.kwargs))
 
     @property
     def tensors(self) -> list[Tensor]:
         """Every tensor, once, in order."""
         found: dict[int, Tensor] = {}
-        for _, leaf in leaves((self.calls, self.example.args, self.example.kwargs)):
+        for _, leaf in self.leaves:
             if isinstance(leaf, Tensor):
                 found.setdefault(id(leaf), leaf)
         return list(found.values())
 
     def is_split(self, tensor: Tensor) -> bool:
         """Whether a tensor of it has one row an item."""
-        return bool(tensor.ndim) and len(tensor) == self.num_items
+        if not tensor.ndim or len(tensor) != self.num_items:
+            return False
+        return not self.fixed or not any(leaf is tensor and path in self.fixed for path, leaf in self.leaves)
 
     def detach(self) -> Context:
         """Without graphs."""
@@ -373,6 +384,10 @@ class Trunk:
         """Whether something behind the first block looks at the main tensor."""
         self.draws: dict[int, bool] = {}
         """By the start of a segment, whether random numbers are drawn on the way there, as far as it was seen."""
+        self.fixed: frozenset[Path] = frozenset()
+        """Where tensors of a context stand that are as long whatever the batch; see ``Context``."""
+        self.fixed_outputs: dict[int, frozenset[Path]] = {}
+        """Likewise in what modules of the stem give, by their number."""
         self.reach: dict[str, set[int]] = {}
         """Of weights of the stem that get to stations beside the features: to which."""
         self.batch = UnderWay()
@@ -518,7 +533,9 @@ class Segment(nn.Module):
 
         others = {number: given for number, given in trunk.outputs.items() if trunk.around[number][1] > 0}
         hooks = [
-            slot.module.register_forward_hook(_noting_output(outputs, number, len(main)))
+            slot.module.register_forward_hook(
+                _noting_output(outputs, number, len(main), trunk.fixed_outputs.get(number, frozenset()))
+            )
             for number, (slot, place) in enumerate(trunk.around)
             if place == 0
         ]
@@ -532,7 +549,7 @@ class Segment(nn.Module):
                 hook.remove()
         if not trunk.reads_inputs:
             example = example.with_main(torch.zeros((), dtype=main.dtype, device=main.device).expand_as(main))
-        trunk.batch.current = Context(calls, example, {**others, **outputs}, len(main))
+        trunk.batch.current = Context(calls, example, {**others, **outputs}, len(main), trunk.fixed)
         return first[0]
 
     def _go_on(self, features: Tensor) -> Tensor:
@@ -563,9 +580,9 @@ class Segment(nn.Module):
             return stop.features
 
 
-def _noting_output(outputs: dict[int, Any], number: int, num_items: int) -> Callable[..., None]:
+def _noting_output(outputs: dict[int, Any], number: int, num_items: int, fixed: frozenset[Path]) -> Callable[..., None]:
     def note(_module: nn.Module, _args: Any, output: Any) -> None:
-        outputs[number] = _outline_of(output, num_items)
+        outputs[number] = _outline_of(output, num_items, fixed)
 
     return note
 
@@ -910,6 +927,7 @@ def _made_of(
     glued[0] = False
     stem, tail = Segment(trunk, -1), Segment(trunk, last)
     called = [Called(trunk, index, Segment(trunk, index - 1) if glued[index] else None) for index in range(last + 1)]
+    _find_fixed(trunk, stem)
     with torch.no_grad():
         stem(example.tensor)
     trunk.batch.known = trunk.batch.current
@@ -917,6 +935,24 @@ def _made_of(
     _find_reading(trunk, segments[1:], by_shapes=by_shapes)
     unused = _find_weights(trunk, segments)
     return TakenApart(trunk, stem, called, tail, unused)
+
+
+def _find_fixed(trunk: Trunk, stem: Segment) -> None:
+    """Find what of a context is as long whatever the batch: it is made for two items, and for three."""
+    with torch.no_grad(), suppress(Exception):  # of a model that takes no other number nothing is known
+        made = []
+        for num_items in (2, 3):
+            stem(trunk.example.rows(num_items).tensor)
+            assert trunk.batch.current is not None, "the stem has just made it"
+            made.append(trunk.batch.current)
+        two, three = made
+        others = {path: leaf.shape for path, leaf in three.leaves if isinstance(leaf, Tensor)}
+        alike = [path for path, leaf in two.leaves if isinstance(leaf, Tensor) and others.get(path) == leaf.shape]
+        trunk.fixed = frozenset(alike)
+        for number, outline in two.outputs.items():
+            sides = {path: leaf.sides for path, leaf in leaves(three.outputs[number]) if isinstance(leaf, Shape)}
+            same = [path for path, leaf in leaves(outline) if isinstance(leaf, Shape) and sides.get(path) == leaf.sides]
+            trunk.fixed_outputs[number] = frozenset(same) if trunk.around[number][1] == 0 else frozenset()
 
 
 def _find_around(trunk: Trunk) -> set[int]:
@@ -986,7 +1022,7 @@ def _find_reading(trunk: Trunk, segments: Sequence[Segment], *, by_shapes: bool)
         if not trunk.reads_inputs:
             nothing = torch.zeros((), dtype=main.dtype, device=main.device).expand_as(main)
             trunk.batch.known = Context(
-                context.calls, context.example.with_main(nothing), context.outputs, context.num_items
+                context.calls, context.example.with_main(nothing), context.outputs, context.num_items, context.fixed
             )
         trunk.batch.current = trunk.batch.known
         return
@@ -1001,7 +1037,7 @@ def _find_reading(trunk: Trunk, segments: Sequence[Segment], *, by_shapes: bool)
         return found
 
     before = seen()
-    trunk.batch.current = Context(context.calls, other, context.outputs, context.num_items)
+    trunk.batch.current = Context(context.calls, other, context.outputs, context.num_items, context.fixed)
     try:
         trunk.reads_inputs = seen() != before
     except Exception:  # whatever a model says of an empty input

@@ -415,6 +415,12 @@ def loss_of(loss: str | Loss | Callable[[Tensor, Tensor], Tensor] | None, backbo
     elif isinstance(loss, nn.CrossEntropyLoss):
         return _of_pytorch(loss, per_token=per_token)
     elif callable(loss):
+        learning = [] if not isinstance(loss, nn.Module) else [n for n, w in loss.named_parameters() if w.requires_grad]
+        if learning:
+            raise RecipeError(
+                f"loss: {type(loss).__name__} has {learning[0]}, which learns, and no local module would train it; "
+                "hold it in an objective's term, or in the model, or set requires_grad=False."
+            )
         return OwnFunction(loss, per_token=per_token)
     else:
         raise RecipeError(f"loss: got {loss!r}; give a name ({', '.join(LOSSES)}) or a function of logits and labels.")

@@ -350,6 +350,7 @@ def build_local_modules(
     Raises:
         BackboneError: a parameter is shared across a boundary, or the objective looks at residual branches and a block
             can't be cut into them.
+        RecipeError: an auxiliary net holds a weight that another module trains.
     """
     weights = shared_weights(backbone, plan.boundaries, shared)
     end = ModelEnd.of(backbone, loss, chunked=chunk_logits)
@@ -380,7 +381,32 @@ def build_local_modules(
                 gives_logits=not last or end.head is None,
             )
         )
+    _check_auxiliary(backbone, modules)
     return modules
+
+
+def _check_auxiliary(backbone: Backbone, modules: Sequence[LocalModule]) -> None:
+    """Refuse auxiliary nets that hold a weight of another module's: each would train it, none would know.
+
+    Raises:
+        RecipeError: naming it.
+    """
+    of_model = {memory_of(weight): name for name, weight in backbone.model.named_parameters() if weight.requires_grad}
+    holders: dict[object, int] = {}
+    for index, module in enumerate(modules):
+        own = {memory_of(weight) for weight in module.parts.parameters()}
+        for name, weight in module.objective.named_parameters():
+            where = memory_of(weight)
+            if where in of_model and where not in own:
+                whose = f"the model's {of_model[where]}"
+            elif holders.setdefault(where, index) != index and weight.requires_grad:
+                whose = f"local module {holders[where]}'s as well"
+            else:
+                continue
+            raise RecipeError(
+                f"{arg('objective')}: {name} of local module {index} is {whose}: two optimizers would train it; give "
+                "each module a net of its own (copy.deepcopy), or read it where it is, detached (no attribute)."
+            )
 
 
 SHARED = ("refuse", "last", "average")
