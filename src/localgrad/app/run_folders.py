@@ -300,7 +300,7 @@ def check_data(path: Path, job: Job, *, is_moved: bool) -> DataDescription:
         what = f"not what the run in {path} was trained on (another {', '.join(different)})"
         if is_moved:
             raise DataError(f"{arg('data', name)}: this is {what}; name where the same images and labels are.")
-        say(f"The data {name} is {what}: it was changed.")
+        say(f"The data {name} is {what}: it was changed, and images that were trained on may select or test now.")
     return found
 
 

@@ -163,6 +163,9 @@ def predict(
         DataError: no image there; or, later, one that can't be read.
     """
     asked = {"on_corrupt": on_corrupt, "image_range": image_range, "background": background, "fit": fit}
+    for name, number in (("top", top), ("batch_size", batch_size)):
+        if number < 1:
+            raise RecipeError(f"{arg(name, number)}: take 1 or more.")
     given = {key: value for key, value in asked.items() if value is not None}
     checked: DataSettings = validated(DataSettings, given, "data.")
     recipe = _on_device(read_recipe(path), device)

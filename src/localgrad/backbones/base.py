@@ -537,6 +537,8 @@ class Backbone(nn.Module):
             if self.trunk is not None:
                 self.trunk.batch.given = given
             images = given.tensor
+        elif self.trunk is not None:
+            self.trunk.batch.given = None  # of another call, with which this tensor has nothing to do
         features = self.stem(images)
         for block in self.blocks:
             features = block(features)

@@ -113,7 +113,7 @@ def check_model(backbone: Backbone, loss: Loss) -> None:
     if backbone.num_classes < 2 and loss.needs_classes:
         raise BackboneError(
             "model: it has num_classes=1, and the cross-entropy of one class is always 0; make it with num_classes=2 "
-            "(one logit for 'no', one for 'yes')."
+            "(one logit for 'no', one for 'yes'), or say loss='binary' or loss='regression'."
         )
 
 
