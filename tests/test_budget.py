@@ -909,6 +909,13 @@ def test_a_plan_that_is_used_for_something_else_says_so() -> None:
             LocalLearner(model, modules=here, input_size=SIZE, precision="bf16", **changes)
     with pytest.warns(UserWarning, match="num_parameters [0-9]+, here [0-9]+"):
         LocalLearner(make("vit", depth=2, embed_dim=64), modules=here, input_size=SIZE, precision="bf16")
+    for changed, says in (
+        (make("vit", depth=2).to(torch.bfloat16), "dtype 'torch.float32', here 'torch.bfloat16'"),
+        (make("vit", depth=2).requires_grad_(False), "num_trained [0-9]+, here [0-9]+"),
+    ):
+        changed.head.requires_grad_(True)  # type: ignore[union-attr]
+        with pytest.warns(UserWarning, match=says):
+            LocalLearner(changed, modules=here, input_size=SIZE, precision="bf16")
     learner = LocalLearner(model, modules=here, input_size=SIZE, precision="bf16")
     learner.configure_optimizers(torch.optim.AdamW)
     with pytest.warns(UserWarning, match=r"optimizer 'AdamW', here 'SGD\(momentum=0.9\)': its forecast isn't"):
@@ -919,5 +926,9 @@ def test_a_plan_that_is_used_for_something_else_says_so() -> None:
     learner.step(torch.randn(2, *SIZE), torch.arange(2))  # a smaller one fits
     with pytest.warns(UserWarning, match="training.batch_size 4, here 6"):
         learner.step(torch.randn(6, *SIZE), torch.arange(6) % 5)
+    learner = LocalLearner(model, modules=here, input_size=SIZE, precision="bf16")
+    learner.configure_optimizers(adamw)
+    with pytest.warns(UserWarning, match="training.batch_size 4, here 6"):
+        learner.global_step(torch.randn(6, *SIZE), torch.arange(6) % 5)
     with pytest.raises(PartitionError, match="checkpoint='halves' doesn't go with plan: a plan says what"):
         LocalLearner(model, modules=own, input_size=SIZE, checkpoint="halves")

@@ -448,6 +448,13 @@ def test_other_json_is_refused(text: str) -> None:
 
 
 @pytest.mark.heavy
+def test_plans_of_one_name_are_told_apart_by_their_folders() -> None:
+    paths = [Path("runs/a/plan.json"), Path("runs/b/plan.json")]
+    assert list(bench._titles(paths).values()) == ["plan a/plan", "plan b/plan"]
+    assert list(bench._titles([*paths[:1], Path("small.json")]).values()) == ["plan plan", "plan small"]
+    assert list(bench._titles([paths[0]] * 2).values()) == ["plan plan"]
+
+
 @pytest.mark.parametrize("draw", [plots.plot_trade_off, plots.plot_timeline])
 def test_plots_are_png_files(draw: Callable[[Comparison, Path], None], tmp_path: Path) -> None:
     from PIL import Image

@@ -22,6 +22,7 @@ from helpers import assert_refused
 from localgrad import finetuning
 from localgrad.app import ways, ways_table
 from localgrad.app.planned import PlannedData
+from localgrad.app.recipe import Recipe
 from localgrad.app.ways import METHODS, Way, fastest_way, in_order, recipe_for, typed, words_of
 from localgrad.errors import RecipeError
 from localgrad.units import parse_bytes
@@ -142,6 +143,21 @@ def test_the_fastest_is_of_those_that_fit() -> None:
     assert fastest_way(WAYS, 52) is WAYS[4]
     assert fastest_way(WAYS, 52, is_exact=True) is None
     assert fastest_way(WAYS, 25) is None, "no plan trains modules in turn"
+
+
+def test_the_table_is_of_the_recipe_that_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not of the preset, in whose place it stands."""
+    seen = []
+
+    def task_of(recipe: Recipe, **_: Any) -> Any:
+        seen.append((recipe.method.training.batch_size, recipe.method.training.optimizer))
+        raise RecipeError("seen")
+
+    monkeypatch.setattr(ways, "task_of", task_of)
+    base = {"training": {"batch_size": 24, "optimizer": "sgd", "lr": 0.1}}
+    with pytest.raises(RecipeError, match="seen"):
+        ways.ways_of({"data.name": "pets"}, PlannedData(num_images=100), base, budget=None)
+    assert seen == [(24, "sgd")]
 
 
 def test_unasked_exact_gradients_come_first_and_all_weights_before_some() -> None:

@@ -280,6 +280,18 @@ def test_a_budget_is_kept_and_the_plan_trains() -> None:
         localgrad.estimate(learner, {"input_ids": example["input_ids"]})
 
 
+def test_longer_sequences_than_a_plan_is_of_are_told() -> None:
+    torch.manual_seed(0)
+    model, short = gpt2(tie_word_embeddings=False), torch.randint(0, 64, (2, 4))
+    plan = localgrad.plan(model, example=short, batch_size=2, modules=2, cache=False)
+    learner = LocalLearner(model, modules=plan, example=short)
+    learner.configure_optimizers(adamw)
+    learner.step(short[:, :3], short[:, :3])  # a shorter one needs less
+    longer = torch.randint(0, 64, (2, 9))
+    with pytest.warns(UserWarning, match=r"input_size \[4\], here \[9\]: its forecast isn't one of this"):
+        learner.step(longer, longer)
+
+
 @pytest.mark.heavy
 def test_shared_embeddings_are_counted_once() -> None:
     model = gpt2(tie_word_embeddings=True)

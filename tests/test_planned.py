@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from helpers import MICRO_TOML, Cli, Recorder, assert_refused
 from localgrad import LocalLearner, Plan, run
+from localgrad.app import fitting
 from localgrad.app.planned import PlannedData, made_for, task_of
 from localgrad.app.recipe import Recipe, overlay, parse_toml
 from localgrad.app.replanning import Replanner
@@ -547,6 +548,29 @@ def test_a_run_that_always_runs_out_ends(here: Path, monkeypatch: pytest.MonkeyP
     assert peaks
     assert all(later <= 0.9 * earlier for earlier, later in itertools.pairwise(peaks))
     assert "memory ran out in local module 1" in str(caught.value)
+
+
+@pytest.mark.heavy
+def test_a_run_that_no_planner_plans_says_what_needs_less(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not that nothing does."""
+    recipe = recipe_of()
+    recipe = replace(recipe, execution=replace(recipe.execution, offload=True))
+    with monkeypatch.context() as patch:
+        Shortage(patch, 4, times=10**6)
+        with pytest.raises(
+            DeviceError, match=r"no other plan was looked for .*offload.* accumulation=2 or checkpoint="
+        ):
+            run.train(recipe, out=here / "run", on_oom="replan")
+
+
+def test_a_run_within_a_budget_evaluates_within_it(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On processors, too."""
+    sizes: list[int] = []
+    monkeypatch.setattr(fitting, "evaluation_batch", lambda *_: 2)
+    read = LocalLearner.logits
+    monkeypatch.setattr(LocalLearner, "logits", lambda own, images: sizes.append(len(images)) or read(own, images))
+    run.train(recipe_of(), out=here / "run", budget="1GiB")
+    assert max(sizes) == 2
 
 
 @pytest.mark.heavy

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,14 +15,19 @@ from localgrad.units import PLAINLY, format_bytes, format_rate, format_seconds, 
 
 @pytest.mark.parametrize(
     ("text", "num_bytes"),
-    [("6GiB", 6 * 2**30), ("6 gb", 6 * 2**30), ("1.5M", 3 * 2**19), ("800MiB", 800 * 2**20), ("17", 17), (5, 5)],
+    [
+        *(("6GiB", 6 * 2**30), ("6 gb", 6 * 2**30), ("1.5M", 3 * 2**19), ("800MiB", 800 * 2**20), ("17", 17), (5, 5)),
+        *((6e9, 6 * 10**9), (0.8 * 2**30, int(0.8 * 2**30)), (np.int64(2**40), 2**40)),
+    ],
 )
-def test_parse_bytes(text: str | int, num_bytes: int) -> None:
+def test_parse_bytes(text: str | float, num_bytes: int) -> None:
     assert parse_bytes(text) == num_bytes
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "6 apples", "-1GiB", "0", 0, "1e3"])
-def test_parse_bytes_refuses_what_is_no_amount(text: str | int) -> None:
+@pytest.mark.parametrize(
+    "text", ["", "GiB", "6 apples", "-1GiB", "0", 0, "1e3", True, 0.5, float("nan"), float("inf"), None]
+)
+def test_parse_bytes_refuses_what_is_no_amount(text: Any) -> None:
     with pytest.raises(RecipeError, match="6GiB"):
         parse_bytes(text)
 

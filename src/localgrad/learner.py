@@ -39,7 +39,7 @@ from localgrad.objectives.carried import LocalBatch, Route, make_parts, mask_of
 from localgrad.objectives.losses import Loss, loss_of
 from localgrad.objectives.methods import FeatureReconstruction, Objective, build_objective, is_number
 from localgrad.partition import Checkpointing, Plan, Request
-from localgrad.partitioning import CheckpointRequest, frozen_from, make_plan, num_parameters
+from localgrad.partitioning import CheckpointRequest, frozen_from, make_plan, num_parameters, num_trained
 from localgrad.step.checkpointing import Recomputed
 from localgrad.step.checks import (
     FACTORY,
@@ -266,6 +266,8 @@ class Learner(ABC):
             "input_size": list(self.backbone.input_size),
             "num_classes": self.backbone.num_classes,
             "num_parameters": num_parameters(self.backbone),
+            "num_trained": num_trained(self.backbone),
+            "dtype": str(self.backbone.dtype),
             "training.freeze_from": self.freeze_from,
             "execution.precision": self.precision,
             "execution.compile": settings["compile"],
@@ -839,9 +841,6 @@ class LocalLearner(Learner):
             batch: images and labels; ``batch.images`` may be ``None`` afterwards.
         """
         executor = self._begin(batch)
-        if self._planned_batch is not None and len(batch.labels) > self._planned_batch:  # smaller ones need less
-            _warn_of_plan(self.plan.differences({"training.batch_size": len(batch.labels)}))
-            self._planned_batch = None
         batch.number = self.num_steps
         executor.route.begin(batch, self)
         with self._stepping(batch):
@@ -889,8 +888,22 @@ class LocalLearner(Learner):
         for part in parts:
             self._values_checked = is_checked
             self._check_batch(part, is_part=len(parts) > 1)
+            self._say_if_larger(part)
             part.loss = self.loss
         return self._executor
+
+    def _say_if_larger(self, batch: LocalBatch) -> None:
+        """Warn, once, of a batch of more or longer items than the plan's; smaller ones need less."""
+        if self._planned_batch is None:
+            return
+        shape, here = batch.features.shape[1:], dict[str, Json]()
+        if len(batch.labels) > self._planned_batch:
+            here["training.batch_size"] = len(batch.labels)
+        if math.prod(shape) > math.prod(self.backbone.input_size):
+            here["input_size"] = list(shape)
+        if here:
+            _warn_of_plan(self.plan.differences(here))
+            self._planned_batch = None
 
     def global_step(self, images: Any, labels: Tensor | None = None) -> StepResult:
         """Train all modules end to end on one batch, recomputing as ``global_checkpoint`` says.

@@ -85,6 +85,11 @@ def num_parameters(backbone: Backbone) -> int:
     return num_weights(backbone)
 
 
+def num_trained(backbone: Backbone) -> int:
+    """Numbers in a backbone that learn."""
+    return sum(weight.numel() for weight in {*backbone.parameters()} if weight.requires_grad)
+
+
 def model_name(model: nn.Module) -> str:
     """The architecture's timm name, or the class's where there is none."""
     config = getattr(model, "pretrained_cfg", None) or {}

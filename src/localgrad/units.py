@@ -9,6 +9,8 @@ codecs that writes what an encoding lacks in ASCII.
 from __future__ import annotations
 
 import codecs
+import math
+import numbers
 import re
 from collections.abc import Mapping
 
@@ -37,11 +39,11 @@ def printable(text: str, encoding: str) -> str:
     return text.encode(encoding, PLAINLY).decode(encoding)
 
 
-def parse_bytes(text: str | int, argument: str = "budget") -> int:
+def parse_bytes(text: str | float, argument: str = "budget") -> int:
     """Read an amount of memory.
 
     Args:
-        text: such as ``6GiB``, ``6.5 GB``, ``512M``, or a whole number of bytes.
+        text: such as ``6GiB``, ``6.5 GB``, ``512M``, or a number of bytes (a part of one is left out).
         argument: whose value it is, for messages.
 
     Returns:
@@ -50,16 +52,17 @@ def parse_bytes(text: str | int, argument: str = "budget") -> int:
     Raises:
         RecipeError: the text is not an amount.
     """
-    if isinstance(text, int):
-        amount = text
-    else:
-        match = _BYTES.fullmatch(text)
-        if match is None:
-            raise RecipeError(f"{arg(argument)}: {text!r} is not an amount of memory; write it like 6GiB or 800MiB.")
+    amount: int
+    match = _BYTES.fullmatch(text) if isinstance(text, str) else None
+    if match is not None:
         number = float(match[1])
         if number == float("inf"):
-            raise RecipeError(f"{arg(argument)}: {text[:20]!r}… is more memory than there is; write it like 6GiB.")
+            raise RecipeError(f"{arg(argument)}: {match[1][:20]!r}… is more memory than there is; write it like 6GiB.")
         amount = round(number * 1024 ** _POWERS[match[2].lower()])
+    elif isinstance(text, numbers.Real) and not isinstance(text, bool) and math.isfinite(text):
+        amount = int(text)  # of an integer of NumPy, too, and rounded down
+    else:
+        raise RecipeError(f"{arg(argument)}: {text!r} is not an amount of memory; write it like 6GiB or 800MiB.")
     if amount < 1:
         raise RecipeError(f"{arg(argument)}: memory must be positive, got {text!r}; write it like 6GiB.")
     return amount

@@ -99,7 +99,7 @@ def fit(
         baseline = estimate_step(end_to_end(job.learner), _own_batch_size(job), factory, job.device)
         peaks["estimated_end_to_end_peak_bytes"] = baseline.peak_bytes
     replanner = Replanner(job, profile, partial(measured_peak, job.device))
-    if job.team is None and job.device.type == "cuda":
+    if job.team is None and (job.device.type == "cuda" or job.plan is not None):  # what it fits, evaluation has to fit
         room = profile.peak_bytes - profile.static_bytes
         trainer.evaluation_batch = evaluation_batch(job.local, room, job.device)
         if job.plan is not None and job.plan.evaluation_batch is not None:
@@ -223,7 +223,10 @@ def _explaining(job: Job, replanner: Replanner, path: Path) -> Iterator[None]:
 
 def _go_on(replanner: Replanner, trainer: Trainer, module: int) -> bool:
     """Take the next plan, and write it down so that resuming takes it too."""
-    plan = replanner.next_plan()
+    try:
+        plan = replanner.next_plan()
+    except RecipeError:  # a run that planners don't plan; the error that follows says so
+        return False
     if plan is None:
         return False
     recipe = replanner.adopt(plan)

@@ -39,7 +39,7 @@ from localgrad.formats import Json, read_input
 from localgrad.memory.cards import card_named, card_of
 from localgrad.objectives.losses import loss_of
 from localgrad.partition import Plan
-from localgrad.partitioning import num_parameters
+from localgrad.partitioning import num_parameters, num_trained
 from localgrad.planning.budget import Task, check_gradients, plan_to_budget
 from localgrad.planning.confirming import DataPath
 from localgrad.planning.rank_plans import Parallel, plan_parallel
@@ -274,6 +274,8 @@ def _of_model(backbone: Backbone, device: str) -> dict[str, Json]:
         "input_size": list(backbone.input_size),
         "num_classes": backbone.num_classes,
         "num_parameters": num_parameters(backbone),
+        "num_trained": num_trained(backbone),
+        "dtype": str(backbone.dtype),
         "versions": _versions(),
     }
 

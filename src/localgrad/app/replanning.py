@@ -39,7 +39,11 @@ class Replanner:
         self.measured = measured
 
     def next_plan(self) -> Plan | None:
-        """The fastest plan of the same boundaries with at least a tenth less memory; ``None`` where there is none."""
+        """The fastest plan of the same boundaries with at least a tenth less memory; ``None`` where there is none.
+
+        Raises:
+            RecipeError: a run that planners don't plan, such as one that offloads.
+        """
         boundaries = list(self.job.learner.plan.boundaries)
         local = replace(self.recipe.method.local, modules=boundaries or 1)
         recipe = replace(self.recipe, method=replace(self.recipe.method, local=local))
@@ -49,7 +53,7 @@ class Replanner:
                 task = replace(task, accumulation=recipe.execution.accumulation)
             budget = task.margin.needed(int(self.profile.peak_bytes * LESS))
             return plan_to_budget(task, recipe.method.training.batch_size, budget)
-        except (BudgetError, RecipeError):  # nothing fits, or a run that planners don't plan
+        except BudgetError:
             return None
 
     def adopt(self, plan: Plan) -> Recipe:
@@ -94,7 +98,14 @@ class Replanner:
         )
 
     def _other_step(self, folder: Path) -> str:
-        plan = self.next_plan()
+        try:
+            plan = self.next_plan()
+        except RecipeError as error:
+            more = arg("accumulation", 2 * self.recipe.execution.accumulation)
+            return (
+                f"no other plan was looked for ({error}): go on with {arg('resume', folder)} and {more} or "
+                f"{arg('checkpoint', 'halves/8')}, which don't change results"
+            )
         if plan is None:
             return (
                 f"nothing with these boundaries needs less: take more {arg('modules')} or a smaller {arg('batch_size')}"

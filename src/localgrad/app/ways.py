@@ -176,22 +176,25 @@ class Ways:
     left_out: tuple[str, ...]
 
 
-def ways_of(changes: Mapping[str, Any], data: PlannedData, *, budget: int | None, **how: Any) -> Ways:
+def ways_of(
+    changes: Mapping[str, Any], data: PlannedData, base: Values | None = None, *, budget: int | None, **how: Any
+) -> Ways:
     """What every method needs, run in every way.
 
     Args:
         changes: of the recipe, by dotted key.
         data: what it is trained on.
+        base: in the preset's place.
         budget: bytes; where there is one, a way recomputes as little as makes it fit.
         how: as for ``task_of``.
     """
     rows: list[Way] = []
     left_out: list[str] = []
-    base: float | None = None
+    whole: float | None = None
     for words, optimizer in _bases(left_out):
         own = {**changes, **({} if optimizer is None else {"training.optimizer": optimizer})}
         asked = {key: value for key, value in own.items() if key not in ("local.modules", "execution.checkpoint")}
-        recipe = recipe_for((*words, LOCAL), {**asked, "local.modules": "auto"}, data)
+        recipe = recipe_for((*words, LOCAL), {**asked, "local.modules": "auto"}, data, base)
         try:
             task = replace(task_of(recipe, data=data, **how), modules=None)
             size = recipe.method.training.batch_size
@@ -201,8 +204,8 @@ def ways_of(changes: Mapping[str, Any], data: PlannedData, *, budget: int | None
                 raise
             left_out.append(f"{typed(words)}: {error}")
             continue
-        base = base or search.end_to_end().nanoseconds
-        rows += _rows(search, _Maker(task, words, base, optimizer), budget, recipe)
+        whole = whole or search.end_to_end().nanoseconds
+        rows += _rows(search, _Maker(task, words, whole, optimizer), budget, recipe)
     return Ways(tuple(rows), tuple(left_out))
 
 
@@ -401,7 +404,7 @@ class Tuning:
 
     def ways(self) -> Ways:
         """What every method needs."""
-        return ways_of(self.changes, self.data, budget=self.budget, **self.planning)
+        return ways_of(self.changes, self.data, self.base, budget=self.budget, **self.planning)
 
     def candidates(self, say: Callable[[str], object] = str) -> list[tuple[str, ...]]:
         """Methods to be tried, the best first: the one that is named, or those that fit.

@@ -32,7 +32,7 @@ from localgrad.formats import Json, check_output_file
 from localgrad.objectives.auxiliary import DECODERS
 from localgrad.objectives.methods import OBJECTIVES
 from localgrad.partition import Checkpointing
-from localgrad.partitioning import num_parameters
+from localgrad.partitioning import num_parameters, num_trained
 from localgrad.step.local_step import check_precision
 from localgrad.training.data import Batches, load_data
 from localgrad.training.optim import OptimizerFactory
@@ -152,8 +152,19 @@ def _methods(settings: Settings, precisions: Sequence[str]) -> list[Contender]:
         compile=settings.compile,
         budgets=[_memory_share(text) for text in _choices("memory_budget", settings.budget)],
         # Their rows have forecasts of their own; in what they were made for something else is told below the table.
-        plans=[(f"plan {path.stem}", replace(read_plan(path), made_for={})) for path in settings.plans],
+        plans=[(title, replace(read_plan(path), made_for={})) for path, title in _titles(settings.plans).items()],
     )
+
+
+def _titles(paths: Sequence[Path]) -> dict[Path, str]:
+    """What rows of plans are called: by their files' names, with as many folders as tell them apart."""
+    paths = list(dict.fromkeys(paths))
+    deepest = max((len(path.absolute().parts) for path in paths), default=1)
+    for count in range(1, deepest + 1):
+        told = ["/".join(path.absolute().with_suffix("").parts[-count:]) for path in paths]
+        if len(set(told)) == len(paths):
+            break
+    return {path: f"plan {name}" for path, name in zip(paths, told, strict=True)}
 
 
 def _notes_of_plans(
@@ -161,7 +172,7 @@ def _notes_of_plans(
 ) -> list[str]:
     """A line for each plan that was made for something else than what is compared."""
     notes = []
-    for path in settings.plans:
+    for path, title in _titles(settings.plans).items():
         plan = read_plan(path)
         planned = plan.made_for.get("execution.precision")
         here = {
@@ -172,12 +183,18 @@ def _notes_of_plans(
             "input_size": list(backbone.input_size),
             "num_classes": backbone.num_classes,
             "num_parameters": num_parameters(backbone),
+            "num_trained": num_trained(backbone),
+            "dtype": str(backbone.dtype),
+            "local.overlap": 0,
+            "training.ema_decay": None,
+            "training.global_every": None,
+            "training.global_tail": 0.0,
         }
         different = plan.differences(here)
         if plan.is_for_ranks:
             different.append("several processes, here one")
         if different:
-            notes.append(f"plan {path.stem}: made for {'; '.join(different)}: its own forecast isn't one of this row.")
+            notes.append(f"{title}: made for {'; '.join(different)}: its own forecast isn't one of this row.")
     return notes
 
 
