@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from helpers import assert_same, copied
@@ -278,10 +279,12 @@ def test_what_can_not_be_resumed_is_refused_in_a_line(tmp_path: Path) -> None:
         local("vit", tmp_path, **more).train(resume_from_checkpoint=str(folder))
 
 
+BEST = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 1, "eval_steps": 1, "max_steps": 2}
+BEST |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+
+
 def test_the_best_model_is_loaded_and_saved_as_trainers(tmp_path: Path) -> None:
-    more = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 1, "eval_steps": 1, "max_steps": 2}
-    more |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
-    trainer = local("vit", tmp_path, **more)
+    trainer = local("vit", tmp_path, **BEST)
     trainer.train()
     losses = [loss for (loss,) in logged(trainer, "eval_loss")]
     assert losses[0] > losses[1], "that it isn't the last one shows what is loaded"
@@ -289,6 +292,94 @@ def test_the_best_model_is_loaded_and_saved_as_trainers(tmp_path: Path) -> None:
     trainer.save_model(str(tmp_path / "saved"))
     again = transformers.ViTForImageClassification.from_pretrained(tmp_path / "saved")
     assert_same(copied(again), copied(trainer.model))
+
+
+@pytest.mark.parametrize("way", ["of two dtypes", "another head"])
+def test_the_best_model_is_the_saved_one_to_the_bit(way: str, tmp_path: Path) -> None:
+    """Where Trainer has loaded it, the library has nothing to add."""
+    model = made("llama")
+    if way == "another head":
+        model.lm_head = nn.Sequential(nn.Dropout(0.1), model.lm_head)  # type: ignore[assignment]
+    else:
+        model.to(torch.bfloat16)
+        model.lm_head.float()  # type: ignore[operator,union-attr]
+        model.model.norm.float()  # type: ignore[operator,union-attr]
+    trainer = local("llama", tmp_path, model, **BEST)
+    trainer.train()
+    saved = load_file(Path(trainer.state.best_model_checkpoint) / "model.safetensors")
+    assert_same({name: value for name, value in copied(model).items() if name in saved}, saved)
+
+
+def test_what_the_library_makes_otherwise_is_refused_in_a_line(tmp_path: Path) -> None:
+    """A ViT's file has other names than its modules, so that Trainer misses them."""
+    model = made("vit")
+    width = model.classifier.in_features  # type: ignore[union-attr]
+    model.classifier = nn.Sequential(nn.LayerNorm(width), model.classifier)  # type: ignore[assignment]
+    with pytest.raises(CheckpointError, match=r"parts of it were replaced \(classifier\.") as caught:
+        local("vit", tmp_path, model, **BEST).train()
+    assert "\n" not in str(caught.value)
+
+
+def test_evaluation_has_the_loss_that_is_trained_on(tmp_path: Path) -> None:
+    def seven(logits: Tensor, labels: Tensor) -> Tensor:
+        return 7 * nn.functional.cross_entropy(logits, labels)
+
+    trainer = local("vit", tmp_path, max_steps=1, loss=seven)
+    trainer.train()
+    batch = trainer.data_collator(pictures(2))
+    with torch.no_grad():
+        expected = seven(trainer.model.eval()(batch["pixel_values"]).logits, batch["labels"])
+    assert trainer.evaluate(pictures(2))["eval_loss"] == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Label smoothing is not compatible:UserWarning")
+def test_labels_of_several_classes_are_not_smoothed(tmp_path: Path) -> None:
+    """As Trainer says itself."""
+    data = [{**item, "labels": nn.functional.one_hot(torch.tensor(item["labels"]), 3).float()} for item in pictures()]
+    losses = []
+    for smoothing in (0.0, 0.3):
+        model = made("vit")
+        model.config.problem_type = "multi_label_classification"  # type: ignore[union-attr]
+        trainer = local(
+            "vit", tmp_path, model, modules=1, label_smoothing_factor=smoothing, max_steps=2, train_dataset=data
+        )
+        trainer.train()
+        losses.append(logged(trainer, "loss"))
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")
+def test_the_models_own_checkpointing_stays_off(tmp_path: Path) -> None:
+    """Trainer has it on anew at the beginning of every training."""
+    trainer = local("llama", tmp_path, max_steps=1, gradient_checkpointing=True, checkpoint="none")
+    calls: list[int] = []
+    trainer.learner.model.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(0))  # type: ignore[union-attr,index]
+    for _ in range(2):
+        calls.clear()
+        trainer.train()
+        assert len(calls) == 1
+
+
+def test_an_example_has_labels_that_count(tmp_path: Path) -> None:
+    class Five(nn.Module):
+        """Its own loss is five times what it seems."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.of = vit()
+
+        def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+            logits = self.of(pixel_values).logits
+            return {"logits": logits} if labels is None else {"loss": 5 * self.loss(logits, labels), "logits": logits}
+
+        def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+            return nn.functional.cross_entropy(logits, labels)
+
+    none = [{**item, "labels": -100} for item in pictures(4)]
+    with pytest.raises(RecipeError, match=r"loss: Five's own of the example is .* give loss="):
+        local("vit", tmp_path, Five(), max_steps=1, train_dataset=[*none, *pictures()]).train()
+    with pytest.raises(RecipeError, match="example: no label of it counts"):
+        local("vit", tmp_path, Five(), max_steps=1, train_dataset=none).train()
 
 
 def test_smoothed_labels_are_the_objectives(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ from localgrad.formats import check_format
 from localgrad.integrations.remaining import FORMAT, load_remaining_state, remaining_state
 from localgrad.learner import LocalLearner
 from localgrad.objectives.base import in_float32
-from localgrad.objectives.losses import Loss
+from localgrad.objectives.losses import IGNORED, Loss
 from localgrad.objectives.methods import FeatureReconstruction, Objective, build_objective
 from localgrad.partition import Plan, Request
 from localgrad.partitioning import CheckpointRequest
@@ -228,7 +228,7 @@ class LocalTrainer(Trainer):  # type: ignore[misc]  # its types aren't read
             _switch_off_checkpointing(self.model)
             options["checkpoint"] = options["checkpoint"] or "blocks"
         objective = self._objective
-        if self.args.label_smoothing_factor:
+        if self.label_smoother is not None:  # which Trainer leaves out where it doesn't smooth
             objective = replace(objective or FeatureReconstruction(), label_smoothing=self.args.label_smoothing_factor)
         example = self._prepare_inputs(self._first_items() if self._example is None else self._example)
         precision = self.accelerator.mixed_precision
@@ -255,8 +255,13 @@ class LocalTrainer(Trainer):  # type: ignore[misc]  # its types aren't read
         loader = self.get_train_dataloader()
         if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__getitem__"):
             return next(iter(loader))
-        count = min(len(loader.dataset), max(2, self.args.per_device_train_batch_size))
-        return loader.collate_fn([loader.dataset[index] for index in range(count)])
+        data, total = loader.dataset, len(loader.dataset)
+        count = min(total, max(2, self.args.per_device_train_batch_size))
+        starts = range(0, max(1, min(total - count, MOST_TRIED * count) + 1), count)
+        tried = (loader.collate_fn([data[index] for index in range(start, start + count)]) for start in starts)
+        return next((batch for batch in tried if _counts(batch)), None) or loader.collate_fn(
+            [data[index] for index in range(count)]
+        )
 
     # The optimizers -------------------------------------------------------------------------------------------------
 
@@ -266,6 +271,8 @@ class LocalTrainer(Trainer):  # type: ignore[misc]  # its types aren't read
         Returns:
             All of them as one: ``learner.optimizer``.
         """
+        if any(getattr(self.args, name, None) for name in ACTIVATION_CHECKPOINTING):
+            _switch_off_checkpointing(self.model)  # Trainer has it on anew in every train(); the learner recomputes
         if self.optimizer is None:
             learner = self.learner
             decayed = {name for name in self.get_decay_parameter_names(self.model) if name}
@@ -349,6 +356,15 @@ class LocalTrainer(Trainer):  # type: ignore[misc]  # its types aren't read
             if every is not None and self.state.global_step % every == 0:
                 free_cache(self.learner.device)
         return self._shares.pop(0)
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **more: Any) -> Any:  # noqa: FBT001, FBT002  # Trainer's own
+        """The loss of an evaluation: the one that is trained on, where ``loss=`` was given; else the model's own."""
+        if self._loss is None:
+            return super().compute_loss(model, inputs, return_outputs=return_outputs, **more)
+        labels = next(inputs[name] for name in LABEL_NAMES if name in inputs)
+        outputs = model(**{name: value for name, value in inputs.items() if name not in LABEL_NAMES})
+        loss = self.learner.loss(in_float32(logits_of(model, outputs)), labels)
+        return (loss, outputs) if return_outputs else loss
 
     def _check_optimizer(self) -> None:
         """Refuse an optimizer that a subclass or a callback has put in the place of the modules' own.
@@ -435,7 +451,15 @@ class LocalTrainer(Trainer):  # type: ignore[misc]  # its types aren't read
     def _load_best_model(self) -> None:
         """Load the best checkpoint's weights, as Trainer does, and by the library where Trainer misses them."""
         super()._load_best_model()
-        self._take_weights(str(self.state.best_model_checkpoint))
+        checkpoint = str(self.state.best_model_checkpoint)
+        state = Path(checkpoint) / FILE
+        expected = None
+        if state.is_file():  # not with save_only_model
+            expected = torch.load(state, map_location="cpu", weights_only=True)["digest"]
+        if expected is None or self._digest() != expected:
+            self._take_weights(checkpoint)
+        if expected is not None:
+            self._check_weights(checkpoint, expected)
 
     def _check_weights(self, checkpoint: str, expected: str) -> None:
         """Have the weights that were saved.
@@ -455,9 +479,23 @@ class LocalTrainer(Trainer):  # type: ignore[misc]  # its types aren't read
             )
 
     def _take_weights(self, checkpoint: str) -> None:
-        if isinstance(self.model, PreTrainedModel):
-            kept = self.model.from_pretrained(checkpoint, config=self.model.config, dtype=self.model.dtype)
-            self.model.load_state_dict(kept.state_dict())
+        """Take a checkpoint's weights as the library reads them.
+
+        Raises:
+            CheckpointError: the library makes another model of it: parts were replaced since it was made.
+        """
+        if not isinstance(self.model, PreTrainedModel):
+            return
+        dtypes = {weight.dtype for weight in self.model.parameters() if weight.is_floating_point()}
+        widest = torch.float32 if len(dtypes) > 1 else next(iter(dtypes))  # in which each of them is whole
+        kept = self.model.from_pretrained(checkpoint, config=self.model.config, dtype=widest).state_dict()
+        different = sorted(kept.keys() ^ self.model.state_dict().keys())
+        if different:
+            raise CheckpointError(
+                f"checkpoint: {checkpoint} can't be loaded into this {type(self.model).__name__}: parts of it were "
+                f"replaced ({different[0]}), and the library makes it without; load its weights by hand."
+            )
+        self.model.load_state_dict(kept)
 
     def _digest(self) -> str:
         """Of what the model has learned, and of its buffers that are saved."""
@@ -534,6 +572,15 @@ def _own_loss(model: nn.Module, example: Any) -> tuple[Tensor, Tensor, Tensor]:
     return loss, logits_of(model, output), labels
 
 
+MOST_TRIED = 64
+
+
+def _counts(batch: Any) -> bool:
+    """Whether a label of a batch counts; of a batch without labels nobody knows."""
+    labels = next((batch[name] for name in LABEL_NAMES if name in batch), None) if _is_dict(batch) else None
+    return not isinstance(labels, Tensor) or bool((labels != IGNORED).any())
+
+
 def _check_loss(learner: LocalLearner, own: Tensor, logits: Tensor, labels: Tensor) -> None:
     """Refuse to train on another loss than the model's own, unless it is asked for.
 
@@ -541,8 +588,13 @@ def _check_loss(learner: LocalLearner, own: Tensor, logits: Tensor, labels: Tens
         RecipeError: they differ.
     """
     ours = learner.loss(in_float32(logits), labels)
+    if bool(ours.isnan()) and bool(own.isnan()):
+        raise RecipeError(
+            "example: no label of it counts, so that the model's own loss can't be seen; give example=, a batch with "
+            "labels that do, or loss=."
+        )
     tolerance = LOSS_TOLERANCE.get(learner.backbone.dtype, 3e-2)
-    if not torch.allclose(ours.double(), own.double(), rtol=tolerance, atol=1e-2 * tolerance, equal_nan=True):
+    if not torch.allclose(ours.double(), own.double(), rtol=tolerance, atol=1e-2 * tolerance):
         raise RecipeError(
             f"loss: {type(learner.model).__name__}'s own of the example is {float(own):.5g}, and "
             f"{type(learner.loss).__name__} gives {float(ours):.5g}; give loss=, a name or a function of logits and "
