@@ -61,6 +61,8 @@ BAD_OPTIONS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("--model", "swin_tiny_patch4_windw7_224"), ("--model", "'swin_tiny_patch4_windw7_224'", "Nearest: swin_tiny_")),
     (("--model", "qqqqqqq"), ("--model", "'qqqqqqq'", "timm.list_models()")),
     (("--model", "vit_tiny_patch16_224"), ("--model", "window_size=4", "model.options")),
+    (("--lr", "1e-3", "--set", "training.lr=1e-4"), ("--set training.lr=0.0001", "an option says 0.001 already")),
+    (("--card", "T4"), ("--card T4 needs --budget",)),
     (("--set", "model.options.foo=1"), ("--model", "foo=1", "model.options")),
     (("--img-size", "33"), ("--img-size", "33", "32 or 34", "--patch-size")),
     ((*VIT, "--img-size", "33", "--patch-size", "4"), ("--img-size", "33", "32 or 36")),

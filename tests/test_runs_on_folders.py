@@ -294,6 +294,14 @@ def test_a_comparison_reads_images_as_a_refusal_says(here: Path, cli_: Cli) -> N
     assert "data.on_corrupt = 'maybe'" in cli_(*options, "--on-corrupt", "maybe").err
 
 
+def test_a_fit_beside_a_transform_is_told(here: Path, cli_: Cli) -> None:
+    write_set(here / "set")
+    listener = Listener()
+    run.train(micro({"data.fit": "pad", "data.transform": "light"}), out=here / "run", sinks=[listener])
+    assert "fit='pad' does nothing: a transform brings images to the model's shape by itself." in listener.lines
+    assert_refused(cli_("predict", "run", "set", "--fit", "pad"), "--fit pad: the run's images go through", "light")
+
+
 def test_what_is_cut_off_is_said_once(here: Path) -> None:
     write_set(here / "set", shape=(8, 16, 3))
     listener = Listener()

@@ -394,7 +394,13 @@ def finetune(**given: Any) -> None:
 
 def _changes(options: Mapping[str, Option], given: Mapping[str, Any]) -> Values:
     """Options as changes to a recipe, by dotted key."""
-    changes = values_of(options, given) | parse_assignments(given["set"] or [])
+    typed, others = values_of(options, given), parse_assignments(given["set"] or [])
+    twice = [key for key in typed.keys() & others.keys() if typed[key] != others[key]]
+    if twice:
+        raise RecipeError(
+            f"--set {twice[0]}={others[twice[0]]}: an option says {typed[twice[0]]} already; leave one of them out."
+        )
+    changes = typed | others
     if isinstance(changes.get("local.modules"), str):  # --set local.modules=2,5,9
         changes["local.modules"] = read_modules("modules", changes["local.modules"])
     return changes

@@ -111,6 +111,11 @@ def train(
     given = {"plan": plan is not None, "budget": num_bytes is not None, "on_oom": on_oom}
     decided = dict.fromkeys(("checkpoint", "accumulation"))  # a recipe always has them, and a plan lays others over it
     rules.check({**wanted.arguments(), **decided, **given})
+    if card != "auto" and num_bytes is None and plan is None:
+        raise RecipeError(
+            f"{arg('card', card)} needs {arg('budget')}: it is of what is planned for; add {arg('budget', '6GiB')}, or "
+            "leave it out."
+        )
     check_writable(place or Path("runs"))
     planned = (
         None

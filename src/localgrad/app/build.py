@@ -318,6 +318,9 @@ def _settled(recipe: Recipe, data: Splits, made: _MadeModel, *, is_new: bool) ->
         data = data.said(
             f"Images go through the transform {data.transform}; {arg('transform', NONE)} takes them as they are."
         )
+        if recipe.method.data.fit is not None:
+            fit = arg("fit", recipe.method.data.fit)
+            data = data.said(f"{fit} does nothing: a transform brings images to the model's shape by itself.")
         settings = replace(recipe.method.data, transform=data.transform)
         recipe = replace(recipe, method=replace(recipe.method, data=settings))
     settings = recipe.method.data

@@ -40,6 +40,7 @@ from localgrad.training.saved import Evaluation, Summary
 from localgrad.training.settings import DataSettings
 from localgrad.training.stagewise import gather
 from localgrad.training.trainer import below, evaluate, halve, load_best_weights, with_less
+from localgrad.training.transforms import NONE
 
 PREDICTED_AT_ONCE = 32
 """Images: enough for a card not to wait, few enough for any."""
@@ -169,6 +170,11 @@ def predict(
     given = {key: value for key, value in asked.items() if value is not None}
     checked: DataSettings = validated(DataSettings, given, "data.")
     recipe = _on_device(read_recipe(path), device)
+    if fit is not None and recipe.method.data.transform not in (None, NONE):
+        raise RecipeError(
+            f"{arg('fit', fit)}: the run's images go through the transform {recipe.method.data.transform}, which "
+            f"brings them to the model's shape by itself; leave {arg('fit')} out."
+        )
     reading = replace(recipe.method.data, **{key: getattr(checked, key) for key in given})
     info = read_description(path).info
     left_out = Skipped() if skipped is None else skipped
