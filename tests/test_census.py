@@ -20,8 +20,8 @@ from research.census.trial import tried
 ROOT = Path(__file__).parents[1]
 
 
-LARGE = ("deepseek_vit_412m",)
-"""Too much memory beside other tests; the census itself tries it, alone."""
+LARGE = ("deepseek_vit_412m", "gemma4_vit_167m", "qwen3_vit_88m")
+"""Too much memory and time beside other tests; the census itself tries them, alone and with smaller images."""
 
 
 def make(name: str) -> tuple[torch.nn.Module, tuple[int, int, int]]:

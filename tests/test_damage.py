@@ -751,7 +751,7 @@ def test_runs_with_flipped_bits_are_refused_or_end_the_same(
     refused = 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RunWarning)
-        for number, damaged in enumerate(damages(content, f"heavy {name}", 200)):
+        for number, damaged in enumerate(damages(content, f"heavy {name}", 40)):
             folder = Path(shutil.copytree(source, tmp_path / str(number)))
             (folder / name).write_bytes(damaged)
             try:
