@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from research.simulated_card.building import default_cache
 
@@ -25,6 +26,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it to what it runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+# Beside another worker any test may be slow: that says nothing of what it draws.
+settings.register_profile("beside others", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("beside others")
 BUILDS = default_cache()  # of the simulated card: before a test points the cache elsewhere
 
 
