@@ -286,7 +286,8 @@ def test_a_plan_for_ranks_is_printed_written_and_trained(
     options = ("--recipe", "../micro.toml", "--parallel", "3", "--budget", "3MiB", "--json", "plan.json")
     said = cli_("plan", *options)
     assert (said.code, said.err) == (0, "")
-    words = ("3 local modules (local gradients) on 3 ranks", "balanced by time", "the largest rank needs", "of a budget of 3.00 MiB")
+    words = ("3 local modules (local gradients) on 3 ranks", "balanced by time", "the largest rank needs")
+    words += ("of a budget of 3.00 MiB",)
     words += ("as fast as this plan in one process", "rank", "blocks", "time", "█", "static", "step", "buffers", "peak")
     words += ("sends a step", "* the slowest rank", "2 batches on their way", "end-to-end", "this plan, largest rank")
     for word in words:
