@@ -66,6 +66,8 @@ SAID_BY_HAND = {
     "learner.py: LocalLearner.global_step_on": "a method that is called decides",
     "parallel/parallel_learner.py: ParallelLearner.__init__": "layers of the model decide",
     "parallel/parallel_learner.py: ParallelLearner._refuse": "how the model was split decides",
+    "app/using_runs.py: predict": "the run's recipe decides",
+    "cli.py: _changes": "two values of one key decide",
     "integrations/hf.py: _check_arguments": "arguments of transformers decide",
     "planning/budget.py: Task.fixed": "two numbers decide",
     "planning/rank_plans.py: _with_modules": "two numbers decide",
