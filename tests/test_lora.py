@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from helpers import SIZE, adamw, assert_refused, batches, copied, make
 from localgrad.backbones.adapters import with_adapters, without_adapters
@@ -66,6 +67,17 @@ def test_plain_weights_are_those_that_peft_merges() -> None:
             layer.merge()
     merged = model.blocks[1].mlp.fc1.base_layer.weight
     assert torch.allclose(plain.blocks[1].mlp.fc1.weight, merged, atol=1e-7)
+
+
+def test_a_head_whose_layer_has_the_name_of_another_learns_itself() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.head = nn.Linear(4, 4), nn.Sequential()
+            self.head.add_module("fc", nn.Linear(4, 3))
+
+    adapted = with_adapters(Model(), 2, heads=("head.",))
+    assert {name.partition(".lora_")[0] for name, _ in adapted.named_parameters() if ".lora_" in name} == {"fc"}
 
 
 def test_weights_without_adapters_stay_as_they_are() -> None:

@@ -8,6 +8,7 @@ methods, and is imported only to make adapters.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -89,7 +90,8 @@ def with_adapters(model: nn.Module, rank: int, *, heads: Sequence[str] | None = 
             f"{arg('lora', rank)}: {type(model).__name__} has no linear layers but its head; freeze its first blocks "
             f"instead ({arg('freeze', 0.5)})."
         )
-    config = peft.LoraConfig(r=rank, lora_alpha=SCALING * rank, target_modules=targets)
+    exactly = "|".join(map(re.escape, targets))  # of a list, peft takes whatever ends in one of its names as well
+    config = peft.LoraConfig(r=rank, lora_alpha=SCALING * rank, target_modules=exactly)
     adapted: nn.Module = peft.inject_adapter_in_model(config, model)
     for name, weight in adapted.named_parameters():
         weight.requires_grad = "lora_" in name or name.startswith(heads)
