@@ -396,6 +396,12 @@ def test_a_skip_over_little_leaves_what_stands_in_a_chain() -> None:
     assert_split(made(lambda: Written(way)), features(), ["blocks.2", "blocks.3"])
 
 
+def test_what_stands_between_blocks_may_write_in_place() -> None:
+    layers = [layer for _ in range(5) for layer in (nn.Conv2d(D, D, 3, padding=1), nn.ReLU(inplace=True))]
+    model = nn.Sequential(nn.Conv2d(3, D, 3), *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(D, 5))
+    assert len(localgrad.split(model, example=torch.randn(2, 3, 8, 8)).blocks) >= 4
+
+
 def test_layers_that_are_dropped_at_random_are_refused() -> None:
     def way(blocks: nn.ModuleList, x: Tensor) -> Tensor:
         for block in blocks:

@@ -46,6 +46,8 @@ TIMM_CONVOLUTIONAL = (
 REFUSED = {
     "crossvit_tiny_240": "several features",
     "efficientvim_m1": "a skip, or a second stream",
+    "nasnetalarge": "a skip, or a second stream",
+    "pnasnet5large": "a skip, or a second stream",
     "tnt_s_legacy_patch16_224": "several features",
 }
 """timm's that can't be local modules, by what the message says of them."""

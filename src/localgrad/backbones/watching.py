@@ -441,7 +441,7 @@ class Trunk:
             given = self.stations[index].stand_in(taken_out(self.stations[index], args, kwargs)[0], len(main))
             if not draws:
                 between.append(RandomState())
-            return given
+            return mapped(given, _with_memory)  # what stands between blocks may write into it
 
         main = self.example.tensor
         for _ in range(RUNS_OF_DRAWS):
