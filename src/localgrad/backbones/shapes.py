@@ -184,7 +184,7 @@ _RULES: dict[Any, Rule] = {
     aten.native_layer_norm_backward.default: _of_layer_norm_backward,
     aten._softmax_backward_data.default: _of_softmax_backward,
     aten._foreach_sqrt.default: _each,
-    **({aten._grouped_mm.default: _of_grouped_mm} if hasattr(aten, "_grouped_mm") else {}),  # since torch 2.8
+    **({aten._grouped_mm.default: _of_grouped_mm} if hasattr(aten, "_grouped_mm") else {}),  # torch 2.6 has none
 }
 _MAKE_LIKE = frozenset({aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default})
 _WRITE_ONLY = frozenset(
