@@ -219,7 +219,7 @@ def entries() -> Iterator[Entry]:
     """Every model."""
     for library, names in (("timm", TIMM), ("timm-convolutional", TIMM_CONVOLUTIONAL)):
         for name in names:
-            yield Entry(library, name, lambda name=name: _timm(name), lambda m, name=name: images(_size_of(m, name)))
+            yield Entry(library, name, lambda name=name: _timm(name), lambda m, name=name: images(size_of(m, name)))
     for name, options in TORCHVISION.items():
         size = options.get("image_size", 224 if name == "maxvit_t" else 64)
         yield Entry(
@@ -252,7 +252,8 @@ def images(size: tuple[int, ...]) -> Tensor:
     return torch.randn(2, *size, generator=torch.Generator().manual_seed(1))
 
 
-def _size_of(model: nn.Module, name: str) -> tuple[int, int, int]:
+def size_of(model: nn.Module, name: str) -> tuple[int, int, int]:
+    """(C, H, W) of the images that a model of timm is tried with."""
     channels, height, width = model.pretrained_cfg["input_size"]  # type: ignore[misc, index]
     return (channels, SIDES[name], SIDES[name]) if name in SIDES else (channels, height, width)
 

@@ -304,7 +304,7 @@ def check_data(path: Path, job: Job, *, is_moved: bool) -> DataDescription:
     return found
 
 
-def has_changed(path: Path, described: DataDescription) -> bool:
+def _has_changed(path: Path, described: DataDescription) -> bool:
     """Whether a run's data is not what its ``data.json`` says: what it goes on with is what it is used with."""
     return bool(read_description(path).differences(described))
 
@@ -333,7 +333,7 @@ def rewrite(
     if not (is_sound(folder.path, "recipe.toml") and read_text(folder.path, "recipe.toml") == text):
         folder.write_text("recipe.toml", text)
     folder.kept["recipe.toml"] = text
-    if is_moved or not is_sound(folder.path, "data.json") or has_changed(folder.path, described):
+    if is_moved or not is_sound(folder.path, "data.json") or _has_changed(folder.path, described):
         folder.write_json("data.json", described.to_dict())
     else:
         folder.kept["data.json"] = read_text(folder.path, "data.json")

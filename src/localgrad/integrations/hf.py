@@ -249,7 +249,7 @@ class LocalTrainer(Trainer):  # type: ignore[misc]  # its types aren't read
         return learner
 
     def _first_items(self) -> Any:
-        """A batch of the first items of the training set, as its collator makes it."""
+        """A batch of the first items of the training set with a label that counts, as its collator makes it."""
         if self.train_dataset is None:
             raise RecipeError("example: there is no train_dataset to take one from; give a batch.")
         loader = self.get_train_dataloader()
@@ -257,11 +257,13 @@ class LocalTrainer(Trainer):  # type: ignore[misc]  # its types aren't read
             return next(iter(loader))
         data, total = loader.dataset, len(loader.dataset)
         count = min(total, max(2, self.args.per_device_train_batch_size))
-        starts = range(0, max(1, min(total - count, MOST_TRIED * count) + 1), count)
-        tried = (loader.collate_fn([data[index] for index in range(start, start + count)]) for start in starts)
-        return next((batch for batch in tried if _counts(batch)), None) or loader.collate_fn(
-            [data[index] for index in range(count)]
-        )
+
+        def batch_from(start: int) -> Any:
+            return loader.collate_fn([data[index] for index in range(start, start + count)])
+
+        starts = range(0, min(total - count, MOST_TRIED * count) + 1, count)
+        counting = (batch for batch in map(batch_from, starts) if _counts(batch))
+        return next(counting, None) or batch_from(0)
 
     # The optimizers -------------------------------------------------------------------------------------------------
 
