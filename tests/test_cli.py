@@ -334,6 +334,10 @@ def test_a_dry_run_prints_a_recipe_that_reads_back(here: Path, cli_: Cli, tmp_pa
         (("--set", "training.min_lr=1.0"), "training.min_lr: 1 is above the learning rate"),
         (("--plugin", "no_such_module"), "--plugin: there is no module 'no_such_module'"),
         (("--modules", "auto"), "--modules auto needs --budget"),
+        (("--freeze", "1.5"), "--freeze 1.5: take stem, a number of blocks from 1 on"),
+        (("--freeze", "half"), "--freeze half: take stem"),
+        (("--on-oom", "banana"), "--on-oom: unknown 'banana'; take stop or replan"),
+        (("--set", "local.options.clasifier='mlp'"), "'feature' can't take 'clasifier'; its options are"),
     ],
 )
 def test_a_dry_run_finds_wrong_names(words: tuple[str, ...], told: str, here: Path, cli_: Cli) -> None:

@@ -242,6 +242,8 @@ def test_impossible_plans_are_refused(options: tuple[str, ...], words: tuple[str
         (("--checkpoint", "halves"), ("--checkpoint halves doesn't go with --plan",)),
         (("--accumulation", "1"), ("execution.accumulation 2, here 1",)),
         (("--ema-decay", "0.9"), ("training.ema_decay None, here 0.9",)),
+        (("--mixup", "0.8"), ("augment.mixup 0.0, here 0.8",)),
+        (("--set", "training.freeze_from=0.5"), ("training.freeze_from None, here 0.5",)),
         (("--budget", "6GiB"), ("--budget 6GiB doesn't go with --plan",)),
         (("--offload",), ("--offload",)),
         (("--schedule", "sequential"), ("--schedule sequential",)),
@@ -255,6 +257,23 @@ def test_options_that_contradict_a_plan_are_refused(
 ) -> None:
     assert_refused(cli_("train", "--plan", str(plan_file), "--device", "cpu", *options), *words)
     assert list(here.iterdir()) == []
+
+
+def test_a_plan_says_what_it_decides_over_a_recipe_file(plan_file: Path, here: Path, cli_: Cli, tmp_path: Path) -> None:
+    same = cli_("train", "--plan", str(plan_file), "--recipe", "../micro.toml", "--dry-run")
+    assert same.code == 0, same.err
+    assert "decides" not in same.err
+    wider = Recipe.from_toml((tmp_path / "micro.toml").read_text()).to_dict()
+    wider = overlay(wider, {"training.batch_size": 48, "augment.mixup": 0.8, "local.modules": 3})
+    (tmp_path / "wider.toml").write_text(Recipe.from_dict(wider).to_toml())
+    old = changed(plan_file, tmp_path / "old.json", lambda plan: plan["made_for"].pop("augment.mixup") and None)
+    for plan, mixup in ((str(plan_file), 0.0), (old, 0.8)):
+        said = cli_("train", "--plan", plan, "--recipe", "../wider.toml", "--dry-run")
+        assert said.code == 0, said.err
+        assert "decides, over --recipe ../wider.toml: training.batch_size 16, not 48" in said.err
+        assert ("augment.mixup 0.0, not 0.8" in said.err) == (mixup == 0)
+        written = Recipe.from_toml(said.out)
+        assert (written.method.training.batch_size, written.method.augment.mixup) == (16, mixup)
 
 
 DAMAGED: dict[str, tuple[Callable[[dict[str, Any]], Any], tuple[str, ...]]] = {

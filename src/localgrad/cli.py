@@ -40,6 +40,7 @@ from localgrad.options import (
     Values,
     declared,
     read_modules,
+    read_on_oom,
     read_share,
     read_whole,
     values_of,
@@ -291,7 +292,8 @@ _EVERYDAY = ("data", "model", "weights", "modules", "objective", "epochs", "batc
 @takes(_IN_TRAIN, _EVERYDAY)
 def train(**given: Any) -> None:
     """Train a model. With no options: handwritten digits, four local modules, two to three minutes on two cores."""
-    resume, plan_file, budget, on_oom = given["resume"], given["plan"], given["budget"], given["on_oom"] or "stop"
+    resume, plan_file, budget = given["resume"], given["plan"], given["budget"]
+    on_oom = read_on_oom("on_oom", given["on_oom"] or "stop")
     if given["data"] is None and resume is None:
         given["data"] = given["train_data"]
     changes = _changes(OPTIONS, given)
@@ -385,7 +387,7 @@ def finetune(**given: Any) -> None:
             sinks=[_console_sink()],
             say=typer.echo,
             download=bool(given["download"]),
-            on_oom=given["on_oom"] or "stop",
+            on_oom=read_on_oom("on_oom", given["on_oom"] or "stop"),
             cache=not given["no_cache"],
             card=given["card"] or "auto",
             confirm=not given["no_confirm"],
@@ -756,12 +758,16 @@ def compare(**given: Any) -> None:
 
 def _by_plan(path: Path, given: Mapping[str, Any], changes: Values) -> tuple[Any, Recipe]:
     """A plan from its file, and the recipe to train by it; refused where options contradict the plan."""
-    from localgrad.app.planned import changes_of, check_plan_is_for, read_plan
+    from localgrad.app.planned import changes_of, check_plan_is_for, overridden, read_plan
 
     plan = read_plan(path)
     values = {**changes_of(plan), **changes}
-    wanted = Recipe.from_dict(overlay(_base(given, values), values))
+    base = _base(given, values)
+    wanted = Recipe.from_dict(overlay(base, values))
     check_plan_is_for(plan, wanted)
+    for name in ("recipe", "preset"):
+        if given[name] is not None and (otherwise := overridden(plan, base)):
+            typer.echo(f"{arg('plan', path)} decides, over {arg(name, given[name])}: {'; '.join(otherwise)}.", err=True)
     return plan, wanted
 
 

@@ -157,6 +157,17 @@ def read_freeze(name: str, text: str) -> int | float | str:
     return text
 
 
+def read_on_oom(name: str, text: str) -> str:
+    """Read what happens when memory runs out.
+
+    Raises:
+        RecipeError: neither ``stop`` nor ``replan``.
+    """
+    if text not in ("stop", "replan"):
+        raise RecipeError(f"{arg(name)}: unknown {text!r}; take stop or replan.")
+    return text
+
+
 def read_share(name: str, text: str) -> float:
     """Read a share: ``2%``, or ``0.02``.
 

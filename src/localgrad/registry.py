@@ -9,6 +9,7 @@ plugin is any module whose import registers something.
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -104,6 +105,19 @@ def _home_of(value: object) -> str:
     """Where something is defined: the same for a script that runs and the module that is imported of it."""
     module, named = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
     return f"{getattr(sys.modules.get(module), '__file__', module)}: {named}" if module and named else repr(value)
+
+
+def misfit(kind: Callable[..., Any], options: Mapping[str, Any], error: TypeError) -> str:
+    """Which of its options a class can't take, and which it has; where that can't be told, what Python said."""
+    try:
+        parameters = inspect.signature(kind).parameters.values()
+    except (TypeError, ValueError):
+        parameters = ()
+    known = [each.name for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY]
+    strange = [name for name in options if name not in known]
+    if not strange or not known or any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters):
+        return f"can't take {dict(options)} ({error})."
+    return f"can't take {strange[0]!r}; its options are {', '.join(known)}.{did_you_mean(strange[0], known)}"
 
 
 def load_plugins(names: Iterable[str]) -> None:

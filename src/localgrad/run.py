@@ -36,6 +36,7 @@ from localgrad.app.run_folders import (
 from localgrad.app.threads import threads_kept
 from localgrad.backbones.base import Backbone
 from localgrad.errors import RecipeError, RunFolderError, arg
+from localgrad.options import read_on_oom
 from localgrad.parallel.team import Team, was_restarted
 from localgrad.partition import Plan
 from localgrad.registry import load_plugins, name_of_function
@@ -93,7 +94,7 @@ def train(
     Example:
         >>> train({"model.name": "vit_tiny_patch16_224", "data.name": "./photos"}, sinks=["console"])  # doctest: +SKIP
     """
-    _check_on_oom(on_oom)
+    read_on_oom("on_oom", on_oom)
     wanted, place = as_recipe(recipe), None if out is None else Path(out)
     num_bytes = None if budget is None else parse_bytes(budget)
     if transform is not None:
@@ -167,7 +168,7 @@ def resume(
         CheckpointError: both checkpoints are damaged, or of another model; or the best epoch's weights are damaged.
         DataError: the data is missing, or was moved and is not what the run was trained on.
     """
-    _check_on_oom(on_oom)
+    read_on_oom("on_oom", on_oom)
     place = Path(path)
     own = read_recipe(place)
     recipe = changes if isinstance(changes, Recipe) else as_recipe(overlay(own.to_dict(), flat(changes or {})))
@@ -216,11 +217,6 @@ def _check_same_run(path: Path, own: Recipe, recipe: Recipe) -> None:
             f"{arg('epochs', settings.epochs)}: with {arg('schedule', 'sequential')} a run stays as long as it began, "
             f"{before} epochs a module, as finished modules don't go on; leave it out, or start a new run."
         )
-
-
-def _check_on_oom(on_oom: str) -> None:
-    if on_oom not in ("stop", "replan"):
-        raise RecipeError(f"{arg('on_oom')}: unknown {on_oom!r}; take stop or replan.")
 
 
 def _check_space(job: Job, path: Path) -> None:

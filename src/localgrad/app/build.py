@@ -22,7 +22,7 @@ from localgrad.app.hub_models import is_on_hub, side_of
 from localgrad.app.recipe import ModelSettings, Recipe, TrainingSettings, validated
 from localgrad.app.threads import choose_threads
 from localgrad.backbones.adapters import with_adapters
-from localgrad.backbones.base import BACKBONES, Backbone, split
+from localgrad.backbones.base import BACKBONES, Backbone, num_frozen, split
 from localgrad.backbones.by_hand import listed
 from localgrad.backbones.namespaces import Kwargs
 from localgrad.backbones.quantized import check_quantizer, num_quantized, num_weights, quantize_base
@@ -498,6 +498,8 @@ def _check_patience(recipe: Recipe, data: Splits) -> None:
 def _check_training(recipe: Recipe) -> None:
     """Refuse optimizers and numbers that can't be, before data is read."""
     training, execution = recipe.method.training, recipe.execution
+    if training.freeze is not None:
+        num_frozen(training.freeze)
     optimizer_info(training.optimizer)
     check_schedule(training.lr * min(training.lr_depth), **_schedule_of(training))
     own = training.batch_size // execution.replicas

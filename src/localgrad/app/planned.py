@@ -7,11 +7,12 @@ plan alone is possible, and a difference can be named as people would type it. N
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -38,7 +39,7 @@ from localgrad.errors import BudgetError, PartitionError, RecipeError, arg
 from localgrad.formats import Json, read_input
 from localgrad.memory.cards import card_named, card_of
 from localgrad.objectives.losses import loss_of
-from localgrad.partition import Plan
+from localgrad.partition import Plan, as_json
 from localgrad.partitioning import num_parameters, num_trained
 from localgrad.planning.budget import Task, check_gradients, plan_to_budget
 from localgrad.planning.confirming import DataPath
@@ -108,13 +109,17 @@ REMEMBERED = (
     *("model.blocks", "model.options"),
     "training.batch_size",
     *("training.optimizer", "training.ema_decay", "training.clip_grad", "training.global_every"),
-    *("training.global_tail", "training.freeze", "local.objective", "local.options", "local.overlap"),
+    *("training.global_tail", "training.freeze", "training.freeze_from"),
+    *("local.objective", "local.options", "local.overlap", "augment.mixup", "augment.cutmix"),
     *("execution.precision", "execution.compile"),
 )
 """What a plan's figures depend on, by the recipe's keys."""
 
 LATER = ("model.lora", "model.quantize", "training.freeze")
 """Of them, those that plans of 0.1.0 don't have: they were off."""
+
+UNTOLD = ("training.freeze_from", "augment.mixup", "augment.cutmix")
+"""Of them, those that older plans counted and don't say: not compared there."""
 
 VERSIONS = ("localgrad", "torch", "timm")
 
@@ -306,12 +311,25 @@ def changes_of(plan: Plan) -> dict[str, Json]:
     Raises:
         BudgetError: the plan doesn't say what it was made for.
     """
-    missing = [key for key in REMEMBERED if key not in (*plan.made_for, *LATER)]
+    missing = [key for key in REMEMBERED if key not in (*plan.made_for, *LATER, *UNTOLD)]
     if missing:
         raise BudgetError(f"{arg('plan')}: it doesn't say {missing[0]}; make a new one with localgrad plan.")
     kept = (*REMEMBERED, "execution.plugins")
     changes = {key: value for key, value in plan.made_for.items() if key in kept and value is not None}
     return changes | how_to_run(plan)
+
+
+def overridden(plan: Plan, base: Mapping[str, Any]) -> list[str]:
+    """What a recipe's table says otherwise than the plan that is laid over it: ``training.batch_size 32, not 64``."""
+    found = []
+    for key in REMEMBERED:
+        said: Any = base
+        for part in key.split("."):
+            said = said.get(part) if isinstance(said, Mapping) else None
+        planned = plan.made_for.get(key)
+        if said is not None and planned is not None and as_json(said) != planned:
+            found.append(f"{key} {planned!r}, not {said!r}")
+    return found
 
 
 def laid_over(plan: Plan, recipe: Recipe) -> Recipe:
@@ -349,7 +367,7 @@ def check_plan_is_for(plan: Plan, recipe: Recipe) -> None:
         BudgetError: with every difference.
     """
     values = _by_dotted_key(recipe)
-    pairs = [(key, plan.made_for.get(key), values[key]) for key in REMEMBERED]
+    pairs = [(key, plan.made_for.get(key), values[key]) for key in REMEMBERED if key in (*plan.made_for, *LATER)]
     pairs += [(key, value, values[key]) for key, value in how_to_run(plan).items()]
     said = plan.made_for.get("versions")
     versions = said if isinstance(said, dict) else {}

@@ -677,8 +677,8 @@ class Backbone(nn.Module):
         yield len(boundaries), ("the tail", self.tail)
 
 
-def num_frozen(freeze: str | float, num_blocks: int) -> int:
-    """How many of a model's first blocks are frozen.
+def num_frozen(freeze: str | float, num_blocks: int | None = None) -> int:
+    """How many of a model's first blocks are frozen; without their number, of the one that there is at least.
 
     Raises:
         BackboneError: it is neither ``"stem"``, a number of blocks, nor a share of them.
@@ -686,13 +686,13 @@ def num_frozen(freeze: str | float, num_blocks: int) -> int:
     if freeze == "stem":
         return 0
     if not isinstance(freeze, str) and not isinstance(freeze, bool):
-        if isinstance(freeze, int) and 1 <= freeze <= num_blocks:
+        if isinstance(freeze, int) and 1 <= freeze <= (num_blocks or freeze):
             return freeze
         if isinstance(freeze, float) and 0 < freeze <= 1:
-            return max(1, round(freeze * num_blocks))
+            return max(1, round(freeze * (num_blocks or 1)))
+    upwards = f"from 1 to {num_blocks}" if num_blocks else "from 1 on"
     raise BackboneError(
-        f"{arg('freeze', freeze)}: take stem, a number of blocks from 1 to {num_blocks}, or a share of them, such as "
-        "0.5."
+        f"{arg('freeze', freeze)}: take stem, a number of blocks {upwards}, or a share of them, such as 0.5."
     )
 
 

@@ -34,7 +34,7 @@ from localgrad.backbones.ends import copied
 from localgrad.backbones.timm_models import with_plain_attention
 from localgrad.errors import RecipeError, arg
 from localgrad.objectives.averaging import OtherBuffers, averaged_pairs
-from localgrad.registry import Registry
+from localgrad.registry import Registry, misfit
 
 HEAD_WIDTH = 32
 """Channels of one attention head; widths of transformer decoders and classifiers are multiples of it."""
@@ -721,10 +721,11 @@ def build_classifier(
 
 
 def _build(known: Registry[type[Net]], name: str, options: Mapping[str, Any], *args: Any, **more: Any) -> Net:
+    kind = known.find(name)
     try:
-        return known.find(name)(*args, **more, **options)
+        return kind(*args, **more, **options)
     except TypeError as error:
-        raise RecipeError(f"{known.kind}_options: {name!r} can't take {dict(options)} ({error}).") from error
+        raise RecipeError(f"{known.kind}_options: {name!r} {misfit(kind, options, error)}") from error
 
 
 def _size(name: str, value: int | None, *, default: int = 1) -> int:

@@ -39,7 +39,7 @@ from localgrad.objectives.reconstruction import ERRORS, BlockReconstruction, Rec
 from localgrad.objectives.regularisers import BranchTransport, SimilarityMatching, Transport
 from localgrad.objectives.site import Site, Weight
 from localgrad.objectives.supervised import SupervisedContrastive, TaskLoss
-from localgrad.registry import Registry
+from localgrad.registry import Registry, misfit
 
 Options = Mapping[str, Any]
 
@@ -593,4 +593,4 @@ def build_objective(name: str, options: Options) -> Objective:
     try:
         return kind(**options)
     except TypeError as error:
-        raise RecipeError(f"objective {name!r} can't take {dict(options)} ({error}).") from error
+        raise RecipeError(f"objective {name!r} {misfit(kind, options, error)}") from error
