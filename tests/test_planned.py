@@ -23,11 +23,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from helpers import MICRO_TOML, Cli, Recorder, assert_refused
 from localgrad import LocalLearner, Plan, run
 from localgrad.app import fitting
-from localgrad.app.planned import PlannedData, made_for, task_of
+from localgrad.app.planned import PlannedData, laid_over, made_for, note_of_plan, task_of
 from localgrad.app.recipe import Recipe, overlay, parse_toml
 from localgrad.app.replanning import Replanner
 from localgrad.errors import DeviceError, MemoryExceeded, RecipeError
 from localgrad.estimating import estimate_step
+from localgrad.memory.cards import CARDS
 from localgrad.partition import Checkpointing
 from localgrad.planning import budget as budgets
 from localgrad.planning.budget import plan_to_budget
@@ -317,6 +318,20 @@ def test_plans_that_cannot_be_read_are_refused(here: Path, cli_: Cli, tmp_path: 
     for name in ("empty.json", "half.json", "binary.json", "gone.json", "."):
         assert_refused(cli_("train", "--plan", f"../{name}"), "--plan", name)
     assert list(here.iterdir()) == []
+
+
+def test_a_plan_for_another_card_says_so(plan_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Plan.from_json(plan_file.read_text())
+    assert plan.forecast is not None
+    plan = replace(plan, forecast=replace(plan.forecast, card=str(CARDS["A100-40GB"])))
+    plan = replace(plan, made_for={**plan.made_for, "device": "cuda"})
+    recipe = laid_over(plan, recipe_of())
+    for name, differs in (("A100-40GB", False), ("A100-80GB", False), ("RTX 4060", True), ("H100", True)):
+        here = replace(CARDS[name], name=f"NVIDIA {name}")
+        monkeypatch.setattr("localgrad.app.planned.card_here", lambda _, here=here: here)
+        note = note_of_plan(plan, recipe, torch.device("cuda"))
+        assert (note is not None) == differs, note
+        assert not differs or f"compute capability 8.0), here NVIDIA {name} (" in str(note)
 
 
 @pytest.mark.heavy

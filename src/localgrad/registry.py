@@ -110,9 +110,9 @@ def _home_of(value: object) -> str:
 def misfit(kind: Callable[..., Any], options: Mapping[str, Any], error: TypeError) -> str:
     """Which of its options a class can't take, and which it has; where that can't be told, what Python said."""
     try:
-        parameters = inspect.signature(kind).parameters.values()
+        parameters = [*inspect.signature(kind).parameters.values()]
     except (TypeError, ValueError):
-        parameters = ()
+        parameters = []
     known = [each.name for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY]
     strange = [name for name in options if name not in known]
     if not strange or not known or any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters):

@@ -367,7 +367,7 @@ def _note_of_plan(job: Job, folder: RunFolder) -> str | None:
         return None
     except PartitionError as error:
         return f"plan.json: {error}"
-    return note_of_plan(plan, job.recipe, job.device.type)
+    return note_of_plan(plan, job.recipe, job.device)
 
 
 def plan_of_run(folder: RunFolder, recipe: Recipe, device: torch.device) -> Plan | None:
@@ -376,7 +376,7 @@ def plan_of_run(folder: RunFolder, recipe: Recipe, device: torch.device) -> Plan
         plan = Plan.from_json((folder.path / "plan.json").read_text())
     except (OSError, PartitionError):
         return None
-    return plan if note_of_plan(plan, recipe, device.type) is None else None
+    return plan if note_of_plan(plan, recipe, device) is None else None
 
 
 def _shared_out(learner: ParallelLearner) -> str:

@@ -37,7 +37,7 @@ from localgrad.backbones.namespaces import Kwargs
 from localgrad.backbones.weights import check_source
 from localgrad.errors import BudgetError, PartitionError, RecipeError, arg
 from localgrad.formats import Json, read_input
-from localgrad.memory.cards import card_named, card_of
+from localgrad.memory.cards import card_here, card_named, card_of
 from localgrad.objectives.losses import loss_of
 from localgrad.partition import Plan, as_json
 from localgrad.partitioning import num_parameters, num_trained
@@ -377,14 +377,18 @@ def check_plan_is_for(plan: Plan, recipe: Recipe) -> None:
         raise BudgetError(f"{arg('plan')}: it was made for {'; '.join(different)}. Make a new one with localgrad plan.")
 
 
-def note_of_plan(plan: Plan, recipe: Recipe, device: str) -> str | None:
+def note_of_plan(plan: Plan, recipe: Recipe, device: torch.device) -> str | None:
     """A line for a run, as it is now, whose plan was made for something else; ``None`` where it holds."""
     values = _by_dotted_key(recipe)
-    here = {key: values[key] for key in REMEMBERED} | {"device": device, "versions": _versions()}
+    here = {key: values[key] for key in REMEMBERED} | {"device": device.type, "versions": _versions()}
     different = plan.differences(here)
     different += [
         f"{key} {value!r}, here {values[key]!r}" for key, value in how_to_run(plan).items() if value != values[key]
     ]
+    planned_for = None if plan.forecast is None else plan.forecast.card
+    here_is = card_here(str(device)) if planned_for and device.type == "cuda" else None
+    if planned_for and here_is and not here_is.is_like(planned_for):
+        different.append(f"{planned_for}, here {here_is}")
     if plan.is_for_ranks and recipe.execution.parallel == "none":
         different.append("several processes, here one")
     if not different:

@@ -48,11 +48,16 @@ class Card:
 
     def __str__(self) -> str:
         """Name, memory and what the size of temporaries depends on."""
+        return f"{self.name} ({format_bytes(self.total_bytes)}{self._kernels}"
+
+    def is_like(self, said: str) -> bool:
+        """Whether temporaries are as large as on a card in words, whatever its driver calls it."""
+        return said.endswith(self._kernels)
+
+    @property
+    def _kernels(self) -> str:
         major, minor = self.capability
-        return (
-            f"{self.name} ({format_bytes(self.total_bytes)}, {self.multiprocessors} multiprocessors, "
-            f"compute capability {major}.{minor})"
-        )
+        return f", {self.multiprocessors} multiprocessors, compute capability {major}.{minor})"
 
 
 def _card(name: str, total_mib: int, multiprocessors: int, threads: int, capability: tuple[int, int]) -> Card:
