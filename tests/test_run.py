@@ -464,6 +464,8 @@ def test_a_finished_run_only_gives_its_summary(finished: Path, monkeypatch: pyte
     sink = Recorder()
     assert run.resume(finished, sinks=[sink]) == json.loads((finished / "summary.json").read_text())
     assert len(sink.events) == 1
+    with pytest.warns(RunWarning, match=r"finished, so this changes nothing: data.root: None -> 'elsewhere'"):
+        run.resume(finished, {"data.root": "elsewhere"})
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
 

@@ -16,7 +16,7 @@ from helpers import MICRO, Cli, Recorder, assert_refused, assert_same_run, inter
 from localgrad import run
 from localgrad.app import fitting
 from localgrad.app.recipe import Recipe, overlay
-from localgrad.errors import RecipeError, RunFolderError
+from localgrad.errors import RecipeError, RunFolderError, RunWarning
 from localgrad.training.events import EpochEnded, Event, RunStarted, StoppedEarly
 from localgrad.training.trainer import Interrupted
 from ranks import Ranks
@@ -227,7 +227,8 @@ def test_a_run_that_stopped_early_waits_anew(
 
 def test_patience_changes_nothing_where_no_epoch_is_left(short: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in short.rglob("*")}
-    assert run.resume(short, {"training.patience": 1}) == summary_of(short)
+    with pytest.warns(RunWarning, match="changes nothing: training.patience: None -> 1"):
+        assert run.resume(short, {"training.patience": 1}) == summary_of(short)
     assert {path: path.stat().st_mtime_ns for path in short.rglob("*")} == before
 
 

@@ -148,7 +148,11 @@ def finished_as(path: Path, own: Recipe, recipe: Recipe) -> Summary | None:
     """The summary of a run, if by a recipe, too, nothing is left to train; ``own`` is the run's."""
     summary = read_summary(path, own) if own.method.training.epochs == recipe.method.training.epochs else None
     goes_on = summary is not None and summary.get("stopped_early") and length_of(own) != length_of(recipe)
-    return None if goes_on else summary
+    if summary is None or goes_on:
+        return None
+    if left := difference(own, recipe):
+        say(f"{path}: finished, so this changes nothing: {'; '.join(left)}.")
+    return summary
 
 
 def read_summary(path: Path, recipe: Recipe) -> Summary | None:
