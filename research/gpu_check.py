@@ -135,7 +135,7 @@ class Check:
         self.small = small
         self.on_card = device.type == "cuda"
         self.is_simulated = self.on_card and inside.is_here()
-        self.card: Card | None = card_here(device) if self.on_card else None
+        self.card: Card | None = card_here(str(device)) if self.on_card else None
         self.batch_size = 8 if small else 64
         self._first: dict[str, float] = {}
 

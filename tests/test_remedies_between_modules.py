@@ -31,7 +31,8 @@ from localgrad.errors import RecipeError
 from localgrad.objectives.auxiliary import NextClassifier, build_classifier
 from localgrad.objectives.base import ContextSupply
 from localgrad.objectives.carried import LocalBatch, pooled
-from localgrad.objectives.methods import Objective
+from localgrad.objectives.methods import Objective, Segprop
+from localgrad.objectives.readouts import Bridge, TailClassifier
 from localgrad.step import local_step
 from localgrad.step.local_module import site_of
 from localgrad.step.local_step import LocalStep, cosine_direction
@@ -155,6 +156,92 @@ def test_bad_options_of_next_are_refused(options: dict[str, Any], words: str) ->
         learner_of(objective=GreedySupervised(classifier="next", classifier_options=options))
     assert "\n" not in str(refused.value)
     assert "object at" not in str(refused.value)
+
+
+# The last blocks and the model's end as a classifier ---------------------------------------------------------------
+
+
+def tail_learner(name: str = "swin", **options: Any) -> tuple[LocalLearner, list[TailClassifier]]:
+    shape = SWIN if name == "swin" else {}
+    learner = learner_of(make(name, **shape), modules=[1, 3], objective=Segprop(classifier_options=options))
+    return learner, [term_of(module.objective, "task").classifier for module in learner.modules[:-1]]
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_a_bridge_stands_before_last_blocks_of_another_size(depth: int) -> None:
+    learner, classifiers = tail_learner(depth=depth)
+    layouts, images = learner.backbone.layouts, batches(1)[0][0]
+    features = [states[-1] for states in walk(learner, images)]  # what left each module
+    blocks, norm = learner.backbone.blocks, nn.functional.layer_norm
+    for index, boundary in enumerate((1, 3)):
+        source, target = layouts[boundary], layouts[len(blocks) - depth]
+        mine, x = classifiers[index], features[index]
+        if source.shape != target.shape:
+            bridge = mine.bridge
+            x = norm(x, (source.width,), bridge.norm.weight, bridge.norm.bias)
+            rows = source.grid[0] // target.grid[0]
+            x = x.unflatten(2, (target.grid[1], -1)).unflatten(1, (target.grid[0], rows)).mean((2, 4))
+            x = x @ bridge.project.weight.T + bridge.project.bias
+        else:
+            assert not list(mine.bridge.parameters())
+        with torch.no_grad():
+            for block in blocks[len(blocks) - depth :]:
+                x = block(x)
+            torch.testing.assert_close(mine(features[index]), learner.backbone.tail(x))
+
+
+def test_a_bridge_takes_class_tokens_along() -> None:
+    source = Layout("tokens", 8, (4, 4), 2)
+    bridge = Bridge(source, Layout("tokens", 6, (2, 2), 2))
+    features = torch.randn(3, 18, 8, generator=torch.Generator().manual_seed(0))
+    found = bridge(features)
+    assert found.shape == (3, 6, 6)
+    expected = bridge.project(bridge.norm(features[:, :2]))
+    torch.testing.assert_close(found[:, :2], expected)
+    first = bridge.norm(features[:, [2, 3, 6, 7]]).mean(1)  # the upper left quarter
+    torch.testing.assert_close(found[:, 2], bridge.project(first))
+    channels_first = Bridge(Layout("NCHW", 8, (4, 4)), Layout("NCHW", 6, (2, 2)))
+    channels_first.load_state_dict(bridge.state_dict())
+    image = features[:, 2:].transpose(1, 2).unflatten(2, (4, 4))
+    torch.testing.assert_close(channels_first(image).flatten(2).transpose(1, 2), found[:, 2:])
+    with pytest.raises(RecipeError, match="take 1 class and register tokens, and here there are 2; take 'next'"):
+        Bridge(source, Layout("tokens", 8, (4, 4), 1))
+
+
+def test_last_blocks_may_follow_the_models_own() -> None:
+    learner, classifiers = tail_learner(weights="ema", decay=0.75, depth=2)
+    held = {id(p) for optimizer in learner.optimizers for group in optimizer.param_groups for p in group["params"]}
+    for classifier in classifiers:
+        own = {name for name, weight in classifier.named_parameters() if id(weight) in held}
+        assert own == {name for name, _ in classifier.named_parameters() if name.startswith("bridge.")}
+
+    def theirs() -> list[dict[str, Tensor]]:
+        return [*(copied(block) for block in learner.backbone.blocks[-2:]), copied(learner.backbone.tail)]
+
+    def mine(classifier: TailClassifier) -> list[dict[str, Tensor]]:
+        return [*(copied(block) for block in classifier.blocks), copied(classifier.end)]
+
+    for images, labels in batches(3):
+        before, followed = [mine(classifier) for classifier in classifiers], theirs()
+        learner.step(images, labels)
+        for classifier, was in zip(classifiers, before, strict=True):
+            for now, then, target in zip(mine(classifier), was, followed, strict=True):
+                for name, value in now.items():
+                    torch.testing.assert_close(value, then[name] + 0.25 * (target[name] - then[name]))
+        assert not torch.equal(theirs()[1]["mlp.fc1.weight"], followed[1]["mlp.fc1.weight"])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"weights": "fresh"}, "weights 'fresh' of 'tail' is unknown; take copy or ema"),
+        ({"decay": 1.0}, "decay of 'tail' must be from 0 to below 1, got 1.0"),
+        ({"decay": "slow"}, "decay of 'tail' must be from 0 to below 1, got 'slow'"),
+    ],
+)
+def test_bad_options_of_a_tail_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        tail_learner(**options)
 
 
 # Context ----------------------------------------------------------------------------------------------------------

@@ -109,8 +109,8 @@ def run(method: str, seed: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     model = llama()
     if method == "lower half frozen":
-        model.model.embed_tokens.requires_grad_(requires_grad=False)  # type: ignore[union-attr,operator]
-        model.model.layers[: LAYERS // 2].requires_grad_(requires_grad=False)  # type: ignore[index,union-attr,operator]
+        model.model.embed_tokens.requires_grad_(requires_grad=False)  # type: ignore[call-arg,union-attr,operator]
+        model.model.layers[: LAYERS // 2].requires_grad_(requires_grad=False)  # type: ignore[call-arg,union-attr,operator,index]
     first = windows(train, 2, torch.Generator().manual_seed(0))
     learner = localgrad.LocalLearner(model, example={"input_ids": first}, clip_grad=CLIP, **METHODS[method])
     peak = estimate_step(learner, BATCH, partial(torch.optim.AdamW, lr=LR)).peak_bytes

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from localgrad.app.planned import task_of
+from localgrad.app.planned import PlannedData, task_of
 from localgrad.app.recipe import Recipe, overlay
 from localgrad.partition import Checkpointing
 from localgrad.partitioning import make_plan
@@ -52,7 +52,7 @@ def main() -> None:
 
 def task_for(base: dict[str, Any], name: str, changes: dict[str, Any]) -> Task:
     recipe = Recipe.from_dict(overlay({}, {**base, **(changes or METHODS[name])}))
-    return task_of(recipe, device="cpu", num_classes=10)
+    return task_of(recipe, device="cpu", data=PlannedData(10, 3))
 
 
 def cost_of(task: Task, batch_size: int, modules: int, how: Checkpointing) -> tuple[int, float]:

@@ -117,7 +117,7 @@ def _modules(costs: Costs, boundaries: tuple[int, ...], args: argparse.Namespace
 
 def _module(costs: Costs, start: int, stop: int, args: argparse.Namespace, *, auxiliary: bool) -> Module:
     """Blocks with stem or tail, and their objective; only the last one has one anyway."""
-    from localgrad.memory.parts import RATES
+    from localgrad.memory.gauge import RATES
 
     last = stop == costs.num_blocks
     units = costs.parts[0][start + 1 if start else 0 : stop + 2 if last else stop + 1]

@@ -148,8 +148,8 @@ def markdown_of_costs(profile: Profile, results: Path, accuracy: dict[str, dict[
         f"thread: methods in {TURNS} turns, the median of their ratios of time with the least and the greatest; "
         f"torch {torch_version}, {told['machine']}, {told['date']}. Arithmetic is that of matrix products and "
         f"convolutions, as PyTorch counts it; fused attention isn't counted. `{RECOMPUTED}` recomputes every block, "
-        "to the same accuracy. Points are test accuracy less end-to-end training's, seed by seed; empty where it "
-        "wasn't run."
+        "to the same accuracy. Points are test accuracy less end-to-end training's, seed by seed, with the number of "
+        "seeds; empty where it wasn't run."
     )
     lines += ["", *textwrap.wrap(about, 100, break_on_hyphens=False)]
     return "\n".join(lines) + "\n"

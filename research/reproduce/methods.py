@@ -63,6 +63,9 @@ REMEDIES: dict[str, Overlay] = {
     "classifier-transformer-3-1": _remedy(classifier_options={"depth": [3, 1]}),
     "classifier-next": _remedy("next"),
     "classifier-next-ema": _remedy("next", classifier_options={"weights": "ema"}),
+    "classifier-tail": _remedy("tail"),
+    "classifier-tail-3": _remedy("tail", classifier_options={"depth": 3}),
+    "classifier-tail-ema": _remedy("tail", classifier_options={"depth": 3, "weights": "ema"}),
     "greedy-transformer": _local("greedy", classifier="transformer"),
     # Reconstruction.
     "reconstruct-blocks": _remedy(reconstruct="blocks"),
@@ -86,6 +89,7 @@ REMEDIES: dict[str, Overlay] = {
     "global-every-8": {**_remedy(), "training.global_every": 8},
     "global-tail-10": {**_remedy(), "training.global_tail": 0.1},
     "global-tail-20": {**_remedy(), "training.global_tail": 0.2},
+    "global-tail-40": {**_remedy(), "training.global_tail": 0.4},
     # The schedule over depth.
     "lr-depth": {**_remedy(), "training.lr_depth": [0.5, 1.0]},
     "warmup-stagger": {**_remedy(), "training.warmup_stagger": 2.0},

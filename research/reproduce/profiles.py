@@ -188,7 +188,8 @@ CPU_FULL = Profile(
             table="ranking",
             methods=(
                 *("end-to-end", "default"),
-                *("classifier-transformer-2", "classifier-next", "global-tail-10", "global-tail-20", "overlap-1"),
+                *("global-tail-20", "global-tail-10", "global-tail-40"),
+                *("classifier-transformer-2", "classifier-next", "classifier-tail", "overlap-1"),
                 *("transport", "end-to-end-average", "teacher", "reconstruct-fading", "lr-depth"),
             ),
         ),

@@ -154,9 +154,9 @@ def costs(profile: Profile, results: Path) -> str:
     """The table of what steps cost, beside what was lost in accuracy."""
     accuracy = {
         name: {
-            (group.method, group.modules): f"{_figures(group, _baseline(group, groups))[3]} ({len(group.rows)})"
+            (group.method, group.modules): f"{_spread(gaps, sign='+')} ({len(gaps)})"
             for group in groups
-            if group.rows and group.method != END_TO_END
+            if group.method != END_TO_END and (gaps := _gaps(group, _baseline(group, groups)))
         }
         for name, groups in _groups_by_data(profile, results).items()
     }

@@ -71,16 +71,22 @@ class Layout:
 
     def add(self, features: Tensor, grid: Tensor) -> Tensor:
         """Features with a grid [B, H, W, D] added to their spatial part."""
+        return features + self.from_grid(grid)
+
+    def from_grid(self, grid: Tensor, prefix: Tensor | None = None) -> Tensor:
+        """Features made of a grid [B, H, W, D] and of class and register tokens [B, P, D], by default zeros."""
         if self.kind == "NHWC":
-            return features + grid
+            return grid
         if self.kind == "NCHW":
-            return features + grid.permute(0, 3, 1, 2)
+            return grid.permute(0, 3, 1, 2)
         if self.kind == "sequence":
-            return features + grid.squeeze(1)
+            return grid.squeeze(1)
         tokens = grid.flatten(1, 2)
         if self.order is not None:
-            tokens = tokens[:, torch.tensor(self.order, device=features.device)]
-        return features + F.pad(tokens, (0, 0, self.num_prefix_tokens, 0))
+            tokens = tokens[:, torch.tensor(self.order, device=grid.device)]
+        return (
+            F.pad(tokens, (0, 0, self.num_prefix_tokens, 0)) if prefix is None else torch.cat([prefix, tokens], dim=1)
+        )
 
     @cached_property
     def _token_at(self) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, final
 
 import torch
 import torch.nn.functional as F
@@ -565,23 +565,18 @@ class NextClassifier(TrainedHead):
         super().__init__(source, num_classes, per_token=per_token)
         if weights not in ("fresh", "copy", "ema"):
             raise RecipeError(f"classifier_options: weights {weights!r} of 'next' is unknown; take fresh, copy or ema.")
-        if not 0 <= decay < 1:
-            raise RecipeError(f"classifier_options: decay of 'next' must be from 0 to below 1, got {decay}.")
+        check_decay("next", decay)
         taken = following[: _size("depth", depth)]
         if not taken:
             raise RecipeError(
                 f"{arg('classifier')}: 'next' needs blocks that follow, and there are none; take 'transformer'."
             )
-        self.weights = weights
-        self.decay = decay
         self.blocks = nn.Sequential(*(copy_of(block, undecayed) for block, _ in taken))
-        # A list: they are other modules', and stay theirs; only an average looks at them again.
-        self._sources = [block for block, _ in taken] if weights == "ema" else []
+        self._averages: list[Average] = []
         if weights == "fresh":
             self.blocks.apply(_initialise)
         if weights == "ema":
-            self._others = [OtherBuffers() for _ in taken]
-            self.blocks.requires_grad_(requires_grad=False)
+            self._averages = [Average(mine, block, decay) for mine, (block, _) in zip(self.blocks, taken, strict=True)]
         self.pool = Pool(taken[-1][1], per_token=per_token)
         self.head = nn.Linear(self.pool.width, num_classes)
 
@@ -593,15 +588,39 @@ class NextClassifier(TrainedHead):
         """One linear layer."""
         return cast(Tensor, self.head(vectors))
 
-    @torch.no_grad()
     def follow(self) -> None:
         """Take a step towards the blocks that are followed."""
-        if self.weights != "ema":
-            return
-        for mine, source, others in zip(self.blocks, self._sources, self._others, strict=True):
-            for own, other in averaged_pairs(mine, source):
-                own.lerp_(other.to(own.device), 1 - self.decay)
-            others.follow(mine, source)
+        for average in self._averages:
+            average.follow()
+
+
+@final
+class Average:
+    """Lets a copy of another module's part be a moving average of it, which no optimizer trains.
+
+    It is no ``nn.Module``: what it follows is another local module's, and stays that.
+    """
+
+    def __init__(self, mine: nn.Module, source: nn.Module, decay: float) -> None:
+        self._mine, self._source, self._decay = mine.requires_grad_(requires_grad=False), source, decay
+        self._others = OtherBuffers()
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Take a step towards what is followed."""
+        for own, other in averaged_pairs(self._mine, self._source):
+            own.lerp_(other.to(own.device), 1 - self._decay)
+        self._others.follow(self._mine, self._source)
+
+
+def check_decay(name: str, decay: float) -> None:
+    """Refuse a decay of a classifier's moving average that is none.
+
+    Raises:
+        RecipeError: not from 0 to below 1.
+    """
+    if isinstance(decay, bool) or not isinstance(decay, (int, float)) or not 0 <= decay < 1:
+        raise RecipeError(f"classifier_options: decay of {name!r} must be from 0 to below 1, got {decay!r}.")
 
 
 def copy_of(part: nn.Module, undecayed: Collection[int]) -> nn.Module:

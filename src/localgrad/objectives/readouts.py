@@ -21,9 +21,11 @@ from localgrad.errors import RecipeError, arg
 from localgrad.objectives.auxiliary import (
     FEW_TOKENS,
     HEAD_WIDTH,
+    Average,
     TrainedHead,
     allowed,
     attend,
+    check_decay,
     copy_of,
     mask_at,
     mean_of,
@@ -129,6 +131,10 @@ class OwnHead(TrainedHead):
 class TailClassifier(TrainedHead):
     """Copies of the model's last blocks and of its own end, which start as they start and are trained: SegProp's.
 
+    Where the last blocks take smaller grids or other widths than the module gives, a bridge of its own stands before
+    them. With ``ema`` the copies follow the model's last blocks and its end, as those are trained: then only the bridge
+    is the module's.
+
     Args:
         source: layout of the module's output features.
         num_classes: classes to tell apart.
@@ -137,6 +143,8 @@ class TailClassifier(TrainedHead):
         undecayed: ids of the model's parameters that it leaves weight decay off; their copies have none either.
         per_token: whether each token has logits.
         depth: how many of the last blocks, at most.
+        weights: ``copy`` (starts as they start, trained) or ``ema`` (follows them, not trained).
+        decay: of the moving average, with ``ema``.
     """
 
     looks_ahead = True
@@ -152,34 +160,79 @@ class TailClassifier(TrainedHead):
         undecayed: Collection[int] = (),
         per_token: bool = False,
         depth: int = 1,
+        weights: str = "copy",
+        decay: float = 0.99,
     ) -> None:
         super().__init__(source, num_classes, per_token=per_token)
+        if weights not in ("copy", "ema"):
+            raise RecipeError(f"classifier_options: weights {weights!r} of 'tail' is unknown; take copy or ema.")
+        check_decay("tail", decay)
         if isinstance(depth, bool) or not isinstance(depth, int) or depth < 0:
             raise RecipeError(f"classifier_options: depth of 'tail' is a number of blocks, 0 for none, got {depth!r}.")
         taken = following[len(following) - depth :] if depth < len(following) else following
         before = following[len(following) - len(taken) - 1][1] if len(taken) < len(following) else source
-        if tail is None or (before.kind, before.shape) != (source.kind, source.shape):
-            raise RecipeError(
-                f"{arg('classifier')}: 'tail' copies the model's last blocks, which take features {before.shape}, and "
-                f"here they are {source.shape}; take 'next', whose blocks are those that follow here."
-            )
+        if tail is None:
+            raise RecipeError(f"{arg('classifier')}: 'tail' needs a model that has an end of its own; take 'next'.")
+        fits = (before.kind, before.shape) == (source.kind, source.shape)
+        self.bridge = nn.Identity() if fits else Bridge(source, before)
         self.blocks = nn.Sequential(*(copy_of(block, undecayed) for block, _ in taken))
         self.end = copy_of(tail, undecayed)
-        if hasattr(self.end, "unused"):
+        self._averages: list[Average] = []
+        if weights == "ema":
+            pairs = [*zip(self.blocks, (block for block, _ in taken), strict=True), (self.end, tail)]
+            self._averages = [Average(mine, part, decay) for mine, part in pairs]
+        if hasattr(self.end, "unused") and not self._averages:
             self.end.unused = nn.ParameterList()
         self.head: nn.Module = nn.Identity()
         linear = last_linear(self.end, _like(following[-1][1] if following else source, tail), num_classes)
-        if linear is not None:  # so that logits can be made chunk by chunk
+        if linear is not None and not self._averages:  # so that logits can be made chunk by chunk
             cut_off(self.end, linear)
             self.head = linear
 
     def embed(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
         """The last blocks, and the end without its last linear layer; the blocks know the mask by themselves."""
-        return cast(Tensor, self.end(self.blocks(features)))
+        return cast(Tensor, self.end(self.blocks(self.bridge(features))))
 
     def score(self, vectors: Tensor) -> Tensor:
         """The last linear layer; nothing, where the model's end isn't one."""
         return cast(Tensor, self.head(vectors))
+
+    def follow(self) -> None:
+        """Take a step towards what is followed."""
+        for average in self._averages:
+            average.follow()
+
+
+@final
+class Bridge(nn.Module):
+    """Features of one layout to another one: norm, mean over the positions that become one, linear.
+
+    Args:
+        source: layout of what is given.
+        target: layout of what comes out.
+
+    Raises:
+        RecipeError: they have different numbers of class and register tokens.
+    """
+
+    def __init__(self, source: Layout, target: Layout) -> None:
+        super().__init__()
+        if source.num_prefix_tokens != target.num_prefix_tokens:
+            raise RecipeError(
+                f"{arg('classifier')}: the model's last blocks take {target.num_prefix_tokens} class and register "
+                f"tokens, and here there are {source.num_prefix_tokens}; take 'next', whose blocks follow here."
+            )
+        self.source, self.target = source, target
+        self.norm = nn.LayerNorm(source.width)
+        self.project = nn.Linear(source.width, target.width)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features [B, ...] to features [B, ...]."""
+        grid, prefix = self.norm(self.source.to_grid(features)), self.source.prefix(features)
+        if self.source.grid != self.target.grid and self.target.kind != "sequence":
+            grid = F.adaptive_avg_pool2d(grid.permute(0, 3, 1, 2), self.target.grid).permute(0, 2, 3, 1)
+        prefix = None if prefix is None else self.project(self.norm(prefix))
+        return self.target.from_grid(self.project(grid), prefix)
 
 
 def _like(layout: Layout, part: nn.Module) -> Tensor:
