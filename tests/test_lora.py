@@ -11,10 +11,10 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from helpers import SIZE, adamw, assert_refused, batches, copied, make
-from localgrad.backbones.adapters import with_adapters, without_adapters
+from localgrad.backbones.adapters import passed_by, with_adapters, without_adapters
 from localgrad.backbones.base import split
 from localgrad.errors import BackboneError
 from localgrad.learner import LocalLearner
@@ -27,6 +27,7 @@ peft = pytest.importorskip("peft")
 SMALL = {"depth": 2, "embed_dim": 24, "patch_size": 8, "img_size": 16, "in_chans": 1, "num_classes": 10}
 OPTIONS = ["--data", "digits", "--model", "vit_tiny_patch16_224", "--img-size", "16", "--patch-size", "8"]
 OPTIONS += ["--set", "model.options.depth=2", "--set", "model.options.embed_dim=24", "--set", "data.limit=64"]
+BEIT = "beit_base_patch16_224"
 OPTIONS += ["--batch-size", "16", "--device", "cpu", "--epochs", "1"]
 
 
@@ -35,7 +36,7 @@ OPTIONS += ["--batch-size", "16", "--device", "cpu", "--epochs", "1"]
 @pytest.mark.parametrize("modules", [1, 2])
 def test_adapters_and_head_learn_and_nothing_else(kind: str, modules: int) -> None:
     plain = make(kind)
-    model = with_adapters(copy.deepcopy(plain), 4)
+    model = with_adapters(copy.deepcopy(plain), 4, SIZE)
     learner = LocalLearner(split(model, SIZE), modules=modules)
     learner.configure_optimizers(adamw)
     before = copied(model)
@@ -52,7 +53,7 @@ def test_adapters_and_head_learn_and_nothing_else(kind: str, modules: int) -> No
 
 
 def test_plain_weights_are_those_that_peft_merges() -> None:
-    model = with_adapters(make("vit"), 4)
+    model = with_adapters(make("vit"), 4, SIZE)
     learner = LocalLearner(split(model, SIZE), modules=1)
     learner.configure_optimizers(adamw)
     for images, labels in batches(3):
@@ -76,8 +77,45 @@ def test_a_head_whose_layer_has_the_name_of_another_learns_itself() -> None:
             self.fc, self.head = nn.Linear(4, 4), nn.Sequential()
             self.head.add_module("fc", nn.Linear(4, 3))
 
-    adapted = with_adapters(Model(), 2, heads=("head.",))
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.head(self.fc(x))
+            return logits
+
+    adapted = with_adapters(Model(), 2, (4,), heads=("head.",))
     assert {name.partition(".lora_")[0] for name, _ in adapted.named_parameters() if ".lora_" in name} == {"fc"}
+
+
+def beit() -> nn.Module:
+    """A model that reads the weight of a layer, and doesn't call it."""
+    torch.manual_seed(0)
+    options = {**SMALL, "in_chans": 3, "img_size": 32, "num_heads": 2}
+    return timm.create_model(BEIT, **options)
+
+
+def test_layers_that_a_model_passes_by_have_no_adapters(cli_: Cli, tmp_path: Path) -> None:
+    model = with_adapters(beit(), 2, SIZE)
+    assert passed_by(model) == ["blocks.0.attn.qkv", "blocks.1.attn.qkv"]
+    learner = LocalLearner(model, modules=2)
+    learner.configure_optimizers(adamw)
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
+    for images, labels in batches(3):
+        learner.step(images, labels)
+    after = dict(model.named_parameters())
+    assert [name for name in before if torch.equal(before[name], after[name])] == []
+    with torch.device("meta"):
+        assert passed_by(with_adapters(beit(), 2, SIZE)) == passed_by(model), "planned as it is trained"
+    assert passed_by(with_adapters(make("vit"), 2, SIZE)) == []
+    options = [BEIT if each == "vit_tiny_patch16_224" else each for each in OPTIONS]
+    said = cli_("train", *options, "--lora", "2", "--modules", "2", "--out", str(tmp_path / "run"))
+    assert said.code == 0, said.err
+    assert "No adapters in blocks.0.attn.qkv, blocks.1.attn.qkv: the model reads" in " ".join(said.out.split())
+
+
+def test_adapters_that_a_model_passes_by_are_said() -> None:
+    config = peft.LoraConfig(r=2, target_modules=["qkv", "fc1"])
+    with pytest.warns(UserWarning, match=r"Beit reads the weights of blocks\.0\.attn\.qkv, blocks\.1\.attn\.qkv past"):
+        split(peft.get_peft_model(beit(), config), SIZE)
+    split(peft.get_peft_model(make("vit"), config), SIZE)
 
 
 def test_weights_without_adapters_stay_as_they_are() -> None:
@@ -117,4 +155,4 @@ def test_mistakes_are_one_line(cli_: Cli, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_model_without_linear_layers_is_refused() -> None:
     with pytest.raises(BackboneError, match="lora=4: ResNet has no linear layers but its head"):
-        with_adapters(make("resnet"), 4)
+        with_adapters(make("resnet"), 4, SIZE)

@@ -68,7 +68,7 @@ def quantized(layer: nn.Linear) -> QuantizedLinear:
 
 
 def adapted(kind: str = "vit", **more: Any) -> nn.Module:
-    return quantize_base(with_adapters(make(kind, **more), 4))
+    return quantize_base(with_adapters(make(kind, **more), 4, SIZE))
 
 
 def learner_of(model: nn.Module, **options: Any) -> LocalLearner:
@@ -116,7 +116,7 @@ def test_a_layer_runs_in_the_type_that_it_is_given_and_in_autocasts() -> None:
 def test_adapters_and_head_learn_and_no_weight_of_4_bits(kind: str, options: dict[str, Any]) -> None:
     model = adapted(kind)
     plain = make(kind)
-    assert num_weights(model) == num_weights(with_adapters(plain, 4))
+    assert num_weights(model) == num_weights(with_adapters(plain, 4, SIZE))
     learner = learner_of(model, **options)
     before = copied(model)
     for images, labels in batches(2):
@@ -131,7 +131,7 @@ def test_adapters_and_head_learn_and_no_weight_of_4_bits(kind: str, options: dic
 
 def test_local_modules_train_as_beside_plain_weights_of_the_same_values() -> None:
     quantized = adapted()
-    rounded = with_adapters(make(), 4)
+    rounded = with_adapters(make(), 4, SIZE)
     for layer, twin in zip(rounded.modules(), quantized.modules(), strict=False):
         assert type(layer).__name__ == type(twin).__name__ or isinstance(twin, QuantizedLinear)
         if isinstance(twin, QuantizedLinear):
@@ -161,7 +161,7 @@ def test_estimates_count_packed_weights_and_what_is_dequantised(options: dict[st
     optimizer = partial(torch.optim.AdamW, lr=1e-3)
     images, labels = batches(1, num_images=2)[0]
     profiles, peaks = [], []
-    for model in (adapted(embed_dim=192, depth=2), with_adapters(make(embed_dim=192, depth=2), 4)):
+    for model in (adapted(embed_dim=192, depth=2), with_adapters(make(embed_dim=192, depth=2), 4, SIZE)):
         learner = LocalLearner(split(model, SIZE), objective=FeatureReconstruction(classifier="linear"), **options)
         profiles.append(estimate_step(learner, 2, optimizer))
         learner.configure_optimizers(optimizer)

@@ -77,7 +77,7 @@ def in_4_bits(models: list[str]) -> Iterator[str]:
         for what in ("full", "LoRA", "LoRA, 4 bits"):
             torch.manual_seed(0)
             model: nn.Module = timm.create_model(name, num_classes=100)
-            model = model if what == "full" else with_adapters(model, 16)
+            model = model if what == "full" else with_adapters(model, 16, SIZE)
             model = quantize_base(model) if "4 bits" in what else model
             backbone = localgrad.split(model, SIZE)
             for way, options in ways.items():

@@ -21,7 +21,7 @@ from localgrad.app.hub_classifiers import check_classifier, make_classifier, siz
 from localgrad.app.hub_models import is_on_hub, side_of
 from localgrad.app.recipe import ModelSettings, Recipe, TrainingSettings, validated
 from localgrad.app.threads import choose_threads
-from localgrad.backbones.adapters import with_adapters
+from localgrad.backbones.adapters import passed_by, with_adapters
 from localgrad.backbones.base import BACKBONES, Backbone, num_frozen, split
 from localgrad.backbones.by_hand import listed
 from localgrad.backbones.namespaces import Kwargs
@@ -475,6 +475,8 @@ def _what_learns(recipe: Recipe, backbone: Backbone) -> Iterator[str]:
         else ""
     )
     yield f"{' and '.join(asked)}: {learning / total:.2%} of the weights learn{held}."
+    if model.lora is not None and (names := passed_by(backbone.model)):
+        yield f"No adapters in {listed(names)}: the model reads these weights, if at all, without calling the layers."
 
 
 def _trained_with(made: _MadeModel) -> tuple[Sequence[float], Sequence[float]] | None:
@@ -629,7 +631,8 @@ def make_model(
     else:
         model = create_model(settings, num_classes=num_classes, num_channels=num_channels)
         weights = None if settings.weights is None else start_from(model, settings.weights)
-        model = model if settings.lora is None else with_adapters(model, settings.lora)
+        if settings.lora is not None:
+            model = with_adapters(model, settings.lora, input_size_of(model, settings, num_channels))
     if settings.quantize is not None:
         model = quantize_base(model, has_values=has_values)
     return model, weights

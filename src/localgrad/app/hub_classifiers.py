@@ -117,7 +117,8 @@ def make_classifier(
     else:
         model = made_of(config, IMAGES, settings)
     if settings.lora is not None:  # what is new learns as well: frozen, it would stay as it was drawn
-        model = with_adapters(model, settings.lora, heads=(*heads, *(weights.made_new if weights else ())))
+        size = (num_channels, *(side_of(config) if settings.img_size is None else (settings.img_size,) * 2))
+        model = with_adapters(model, settings.lora, size, heads=(*heads, *(weights.made_new if weights else ())))
     return model.train(), weights
 
 

@@ -129,13 +129,13 @@ def make_from_config(
             f"{arg('model', settings.name)}: its config says weights in float16, in which updates get lost; take "
             f"{arg('model.options.dtype', 'bfloat16')} or float32."
         )
+    side = settings.img_size
+    size = side_of(config) if side is None else (side, side)
     if settings.lora is not None:
         with torch.device("meta"):
-            model = with_adapters(model, settings.lora, heads=heads_of(config, settings))
+            model = with_adapters(model, settings.lora, (num_channels, *size), heads=heads_of(config, settings))
             model = model if settings.quantize is None else quantize_base(model, has_values=False)
     if kind.is_of_images:  # as a recipe's data gives them
-        side = settings.img_size
-        size = side_of(config) if side is None else (side, side)
         return MadeUp(model, torch.empty(2, num_channels, *size, device="meta"))
     return MadeUp(model, _tokens_for(model, sequence_length))
 

@@ -9,12 +9,15 @@ methods, and is imported only to make adapters.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from localgrad.backbones.by_hand import listed
 from localgrad.backbones.example import Example
+from localgrad.backbones.fake import by_shapes_alone, fake_copy_with_memo
 from localgrad.backbones.quantized import plain_weight
 from localgrad.backbones.state import left_as_it_was
 from localgrad.backbones.timm_models import beginnings_of_heads
@@ -66,12 +69,16 @@ def check_calls_alike(wrapper: nn.Module, model: nn.Module, given: Example) -> N
             )
 
 
-def with_adapters(model: nn.Module, rank: int, *, heads: Sequence[str] | None = None) -> nn.Module:
+def with_adapters(model: nn.Module, rank: int, size: Sequence[int], *, heads: Sequence[str] | None = None) -> nn.Module:
     """Put LoRA adapters (arXiv 2106.09685) into every linear layer of a model but its head; they and the head learn.
+
+    A layer that the model doesn't call, but reads the weight of (timm's BEiT: ``attn.qkv``), would never run its
+    adapter, and is left as it is.
 
     Args:
         model: changed in place.
         rank: of the adapters.
+        size: (C, H, W) of its images.
         heads: what the names of weights begin with that learn themselves; by default timm's classifiers.
 
     Raises:
@@ -83,7 +90,7 @@ def with_adapters(model: nn.Module, rank: int, *, heads: Sequence[str] | None = 
     except ImportError as error:
         raise RecipeError(f"{arg('lora', rank)}: it needs peft ({error}); pip install 'localgrad[peft]'.") from error
     heads = beginnings_of_heads(model) if heads is None else tuple(heads)
-    linear = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    linear = _called_layers(model, size)
     targets = [name for name in linear if not f"{name}.weight".startswith(heads)]
     if not targets:
         raise BackboneError(
@@ -96,6 +103,56 @@ def with_adapters(model: nn.Module, rank: int, *, heads: Sequence[str] | None = 
     for name, weight in adapted.named_parameters():
         weight.requires_grad = "lora_" in name or name.startswith(heads)
     return adapted
+
+
+def _called_layers(model: nn.Module, size: Sequence[int]) -> list[str]:
+    """Names of the linear layers that a model calls, by shapes alone; of all where its forward needs values."""
+    names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    called: set[str] = set()
+    try:
+        with by_shapes_alone():
+            like = next(model.parameters())
+            images = torch.empty(2, *size, dtype=like.dtype, device=like.device)
+            fake_mode, (twin, images), _ = fake_copy_with_memo((model, images))
+            for name in names:
+                twin.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.add(name))
+            with fake_mode, torch.no_grad():
+                twin.eval()(images)
+    except BackboneError:
+        return names
+    return [name for name in names if name in called]
+
+
+def passed_by(model: nn.Module) -> list[str]:
+    """Names of the linear layers without adapters that stand still, in a model that has some."""
+    adapted = tuple(name.removesuffix("base_layer") for name, _ in model.named_modules() if name.endswith("base_layer"))
+    return [
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear)
+        and not name.startswith(adapted)
+        and not any(weight.requires_grad for weight in layer.parameters())
+    ]
+
+
+def check_adapters_are_read(model: nn.Module, unread: Collection[str]) -> None:
+    """Warn of adapters that the model passes by: it reads the weight of their layers, and doesn't call them.
+
+    Args:
+        model: with adapters of peft, or without any.
+        unread: names of the weights that learn, and that its logits don't depend on.
+    """
+    layers = []
+    for name, layer in model.named_modules():
+        learning = [f"{name}.{own}" for own, weight in layer.named_parameters() if weight.requires_grad]
+        if type(layer).__module__.startswith("peft.tuners.") and learning and set(learning) <= set(unread):
+            layers.append(name)
+    if layers:
+        warnings.warn(
+            f"{type(model).__name__} reads the weights of {listed(layers)} past their adapters, which never "
+            "learn; leave these layers out of target_modules.",
+            stacklevel=3,
+        )
 
 
 def without_adapters(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -39,7 +39,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from localgrad.backbones.adapters import adapted_model, check_calls_alike
+from localgrad.backbones.adapters import adapted_model, check_adapters_are_read, check_calls_alike
 from localgrad.backbones.by_hand import Chain, PartsSeen, check_parts, default_size_of_parts, listed, names_of_blocks
 from localgrad.backbones.example import Example, says_causal
 from localgrad.backbones.fake import (
@@ -812,6 +812,7 @@ def _watched(model: nn.Module, given: Example, blocks: str | None) -> Backbone:
             raise _refused_of(backbone, f"its parts don't run on their own ({reason_of(error)})") from error
         backbone._written_buffers = shown.written
         backbone._check_written_by_parts()
+        check_adapters_are_read(model, shown.unread)
     for module in set(backbone.modules()) - set(model.modules()):
         module.training = model.training
     return backbone
@@ -977,6 +978,7 @@ def _split(model: nn.Module, images: Tensor) -> Backbone:
             with backbone._keeping_inputs():
                 shown = prove(model, backbone, backbone.parts, blocks, images, moving=moving)
             backbone._written_buffers = shown.written
+            check_adapters_are_read(model, shown.unread)
         except torch.OutOfMemoryError:
             raise
         except (AttributeError, TypeError, RuntimeError) as error:

@@ -65,7 +65,10 @@ class ReadoutClassifier(TrainedHead):
         super().__init__(source, num_classes, per_token=per_token)
         if isinstance(depth, bool) or depth not in (0, 1, 2):
             raise RecipeError(f"classifier_options: depth of 'readout' is 0, 1 or 2 private blocks, got {depth!r}.")
-        linear = None if tail is None else last_linear(tail, _like(source, tail), num_classes)
+        try:
+            linear = None if tail is None else last_linear(tail, _like(source, tail), num_classes)
+        except RuntimeError:  # it takes other features than these: grids shrink, widths grow on the way to it
+            linear = None
         if tail is None or linear is None or linear.in_features != source.width:
             raise RecipeError(
                 f"{arg('classifier')}: 'readout' needs a model that ends in a linear layer of {source.width} channels, "
