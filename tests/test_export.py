@@ -662,6 +662,23 @@ def test_a_card_without_a_run_tells_no_figures() -> None:
     assert "Figures" not in text and "model-index" not in text
 
 
+@pytest.mark.parametrize(
+    ("architecture", "task"),
+    [
+        ("LlamaForCausalLM", "text-generation"),
+        ("BertForSequenceClassification", "text-classification"),
+        ("ViTForImageClassification", "image-classification"),
+        ("BertForPreTraining", None),
+    ],
+)
+def test_a_card_says_what_its_model_does(architecture: str, task: str | None) -> None:
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    text = model_card(library="transformers", architecture=architecture, loading="pass")
+    data = huggingface_hub.ModelCard(text).data
+    assert (data.pipeline_tag, data.metrics) == (task, None)
+    assert data.tags == [*([task] if task else []), "transformers", "localgrad"]
+
+
 # Bad input ---------------------------------------------------------------------------------------------------------
 
 

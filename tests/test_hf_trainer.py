@@ -332,6 +332,46 @@ def test_evaluation_has_the_loss_that_is_trained_on(tmp_path: Path) -> None:
     assert trainer.evaluate(pictures(2))["eval_loss"] == pytest.approx(float(expected), rel=1e-5)
 
 
+class Bare(nn.Module):
+    """It takes no labels, and gives logits in one of the ways that models do."""
+
+    def __init__(self, gives: str) -> None:
+        super().__init__()
+        self.of, self.gives = vit(), gives
+
+    def forward(self, pixel_values: Tensor) -> Any:
+        logits = self.of(pixel_values).logits
+        return {"dict": {"logits": logits}, "tuple": (logits,), "tensor": logits}[self.gives]
+
+
+@pytest.mark.parametrize("gives", ["dict", "tuple", "tensor"])
+def test_models_that_take_no_labels_are_evaluated(gives: str, tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def metrics(found: Any) -> dict[str, float]:
+        seen.append(found)
+        return {}
+
+    trainer = local(
+        "vit",
+        tmp_path,
+        Bare(gives),
+        max_steps=1,
+        loss="cross-entropy",
+        compute_metrics=metrics,
+        remove_unused_columns=False,
+    )
+    trainer.train()
+    images = pictures(5)
+    found = trainer.evaluate(images)
+    batch = trainer.data_collator(images)
+    with torch.no_grad():
+        expected = trainer.model.of.eval()(batch["pixel_values"]).logits
+    torch.testing.assert_close(torch.as_tensor(seen[-1].predictions), expected, rtol=1e-4, atol=1e-5)
+    assert seen[-1].label_ids.tolist() == batch["labels"].tolist()
+    assert found["eval_loss"] == pytest.approx(float(nn.functional.cross_entropy(expected, batch["labels"])), rel=1e-4)
+
+
 @pytest.mark.filterwarnings("ignore:Label smoothing is not compatible:UserWarning")
 def test_labels_of_several_classes_are_not_smoothed(tmp_path: Path) -> None:
     """As Trainer says itself."""

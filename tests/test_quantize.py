@@ -311,3 +311,18 @@ def test_optimizers_of_eight_bits_are_planned_and_estimated(schedule: str) -> No
             for name, make_one in (("8bit", factory), ("32bit", torch.optim.AdamW))
         }
     assert 0.2 < states["8bit"] / states["32bit"] < 0.5, "small tensors keep 32 bits"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_scales_stay_in_float32(dtype: torch.dtype) -> None:
+    model, images = adapted().eval(), batches(1)[0][0]
+    before = {name: scales.clone() for name, scales in model.named_buffers() if name.endswith("scales")}
+    model.to(dtype)
+    for name, scales in model.named_buffers():
+        if name.endswith("scales"):
+            assert torch.equal(scales, before[name])
+    assert next(model.parameters()).dtype == dtype
+    if dtype != torch.float16:
+        learner = LocalLearner(split(model, SIZE), modules=2)
+        learner.configure_optimizers(adamw)
+        assert all(loss.isfinite() for loss in learner.step(images.to(dtype), batches(1)[0][1]).losses)

@@ -13,7 +13,7 @@ prototypes, and int4 neither in float32 nor on processors.)
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, final
 
 import torch
@@ -135,6 +135,14 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("packed", packed.packed)
         self.register_buffer("scales", packed.scales)
         self.bias = bias
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:  # noqa: FBT001, FBT002  # torch's own
+        """As a module's, but that scales stay float32: in another type they would be rounded, and refused."""
+        scales = self.scales
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.scales.dtype != scales.dtype:
+            self.scales = scales.to(self.scales.device)
+        return self
 
     @property
     def out_features(self) -> int:

@@ -167,6 +167,8 @@ class LocalTrainer(Trainer):  # type: ignore[misc]  # its types aren't read
         self._num_summed = 0
         super().__init__(model, args, *more, **options)
         self._check_made()
+        if self._loss is not None:  # a model that takes no labels is evaluated all the same
+            self.label_names: list[str] = self.label_names or [LABEL_NAMES[0]]
 
     def _check_made(self) -> None:
         """Refuse what is known once Trainer has made itself."""
@@ -365,7 +367,10 @@ class LocalTrainer(Trainer):  # type: ignore[misc]  # its types aren't read
             return super().compute_loss(model, inputs, return_outputs=return_outputs, **more)
         labels = next(inputs[name] for name in LABEL_NAMES if name in inputs)
         outputs = model(**{name: value for name, value in inputs.items() if name not in LABEL_NAMES})
-        loss = self.learner.loss(in_float32(logits_of(model, outputs)), labels)
+        logits = logits_of(model, outputs)
+        loss = self.learner.loss(in_float32(logits), labels)
+        if not isinstance(outputs, dict):  # of others Trainer takes the first for a loss, and drops it
+            outputs = {"logits": logits}
         return (loss, outputs) if return_outputs else loss
 
     def _check_optimizer(self) -> None:

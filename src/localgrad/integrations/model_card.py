@@ -17,6 +17,19 @@ from localgrad.training.events import summary_rows
 
 MANY = 20
 """Classes that are named in a card; of more, the first ones are."""
+IMAGES = "image-classification"
+PIPELINES = {
+    "ForImageClassification": IMAGES,
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "ForMaskedLM": "fill-mask",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForAudioClassification": "audio-classification",
+    "ForVideoClassification": "video-classification",
+    "ForSemanticSegmentation": "image-segmentation",
+}
+"""What the hub calls the tasks of transformers' models, by the ends of their names; timm's are of images."""
 _NOT_OF_THE_MODEL = ("run folder",)
 """Rows of a summary that tell nobody else anything."""
 
@@ -45,13 +58,15 @@ def model_card(
     from huggingface_hub import EvalResult, ModelCardData
 
     source = source or {}
+    task = next((task for end, task in PIPELINES.items() if architecture.endswith(end)), None)
+    task = IMAGES if library == "timm" or run is not None else task
     results = [] if run is None else [_result(EvalResult, run)]
     data = ModelCardData(
         library_name=library,
         license=source.get("license") or "unknown",
-        tags=["image-classification", library, "localgrad"],
-        pipeline_tag="image-classification",
-        metrics=["accuracy"],
+        tags=[*([] if task is None else [task]), library, "localgrad"],
+        pipeline_tag=task,
+        metrics=["accuracy"] if results else None,
         model_name=architecture if results else None,
         eval_results=results or None,
         base_model=source.get("hf_hub_id"),
@@ -88,7 +103,7 @@ def _result(kind: Any, run: FinishedRun) -> Any:
     name = run.info.name.rpartition("/")[2] or "data"  # a path of somebody's disk is nobody's business
     accuracy = run.summary["test_accuracy"]
     return kind(
-        task_type="image-classification",
+        task_type=IMAGES,
         dataset_type=name,
         dataset_name=name,
         dataset_split="test",
