@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 import localgrad
@@ -143,14 +145,36 @@ def test_images_are_normalised_as_by_the_models_own_processor(kind: str, values:
         ),
         (
             "ConvNextImageProcessor",
-            {"crop_pct": 0.875, "resample": 2},
+            {"crop_pct": 0.875, "resample": 2, "size": {"shortest_edge": 224}},
             {"interpolation": "bilinear", "crop_pct": 0.875, "crop_mode": "center"},
         ),
+        (
+            "ConvNextImageProcessor",
+            {"crop_pct": 0.875, "resample": 2, "size": {"shortest_edge": 384}},
+            {"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "squash"},
+        ),
+        (
+            "BeitImageProcessor",
+            {"size": {"height": 256, "width": 256}, "crop_size": 224, "do_center_crop": True},
+            {"interpolation": "bicubic", "crop_pct": 0.875, "crop_mode": "squash"},
+        ),
+        ("LevitImageProcessor", {}, {"interpolation": "bicubic", "crop_pct": 0.875, "crop_mode": "center"}),
+        ("PoolFormerImageProcessor", {}, {"interpolation": "bicubic", "crop_pct": 0.9, "crop_mode": "center"}),
         ("ViTImageProcessor", {"do_resize": False}, None),
     ],
 )
 def test_images_are_resized_as_by_the_models_own_processor(kind: str, values: dict, wanted: dict | None) -> None:
-    assert resizing_beside(getattr(transformers, kind)(**values).to_dict()) == wanted
+    processor = getattr(transformers, kind)(**values)
+    found = resizing_beside(processor.to_dict())
+    assert found == wanted
+    if found is None:
+        return
+    # A photo twice as wide as high: what timm makes of it by these words is what the processor makes.
+    ramp = np.linspace(0, 255, 600).astype(np.uint8)
+    photo = Image.fromarray(np.stack([np.tile(ramp, (300, 1))] * 3, axis=2))
+    own = processor(photo, return_tensors="pt", do_rescale=False, do_normalize=False)["pixel_values"][0].float()
+    made = timm.data.create_transform(tuple(own.shape), mean=(0,) * 3, std=(1 / 255,) * 3, **found)(photo)
+    assert (made - own).abs().mean() < 2, "of 255"
 
 
 def test_the_processor_of_a_run_prepares_images_as_its_evaluation_does(tmp_path: Path) -> None:

@@ -213,6 +213,12 @@ def _processor_beside(
     return found, resized, (note,)
 
 
+LARGER = dict.fromkeys(("LevitImageProcessor", "LevitImageProcessorFast"), 224 / 256)
+"""Shares that are cut out of images whose processor makes them larger than it says."""
+WHOLE_FROM = 384
+"""Side from which ConvNext's processor squashes whole images, and cuts nothing."""
+
+
 def resizing_beside(processor: Mapping[str, Any]) -> dict[str, Any] | None:
     """How an image processor brings images to its size, as timm's configs say it; ``None`` where it doesn't say."""
     if not processor.get("do_resize", True) or processor.get("resample") is None:
@@ -220,10 +226,13 @@ def resizing_beside(processor: Mapping[str, Any]) -> dict[str, Any] | None:
     size: Any = processor.get("size") or {}
     crop: Any = processor.get("crop_size") if processor.get("do_center_crop") else None
     found = {"interpolation": FILTERS.get(int(processor["resample"]), "another"), "crop_pct": 1.0}
-    if isinstance(crop, Mapping) and "height" in crop and "shortest_edge" in size:
-        return {**found, "crop_mode": "center", "crop_pct": int(crop["height"]) / int(size["shortest_edge"])}
-    if isinstance(size, Mapping) and processor.get("crop_pct") and "shortest_edge" in size:  # ConvNext's
-        return {**found, "crop_mode": "center", "crop_pct": float(processor["crop_pct"])}
+    mode = "center" if "shortest_edge" in size else "squash"  # timm squashes to a larger size, and then cuts, too
+    edge = size.get("shortest_edge") or size.get("height")
+    share = float(processor.get("crop_pct") or LARGER.get(str(processor.get("image_processor_type")), 1.0))
+    if edge and isinstance(crop, Mapping) and "height" in crop:
+        return {**found, "crop_mode": mode, "crop_pct": share * int(crop["height"]) / int(edge)}
+    if edge and processor.get("crop_pct") and mode == "center" and int(edge) < WHOLE_FROM:
+        return {**found, "crop_mode": mode, "crop_pct": share}
     return {**found, "crop_mode": "squash"}
 
 
