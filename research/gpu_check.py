@@ -1,7 +1,7 @@
 """What the planner says of a card, beside what the card does: one table in six minutes, and a verdict.
 
-    python research/gpu_check.py                                             # on the GPU; commit what it prints
-    python research/gpu_check.py --device cpu --small                        # a processor: no allocator, no launches
+    python -m research.gpu_check                                             # on the GPU; commit what it prints
+    python -m research.gpu_check --device cpu --small                        # a processor: no allocator, no launches
     python -m research.simulated_card --script research/gpu_check.py --small # no GPU: times are left out
 
 Each row is a way to train one model. Its bytes are predicted first, from fake tensors alone: `estimating.record_run`

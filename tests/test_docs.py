@@ -215,6 +215,22 @@ def test_what_is_made_of_code_and_results_is_in_step(name: str) -> None:
     assert generate.filled(text) == text, f"{name} is out of step; type: python -m docs.generate"
 
 
+def test_published_commands_start_from_a_clone() -> None:
+    """As modules, which find each other there; by its path, Python finds a script's own folder alone."""
+    pages = {
+        path: path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("*/docs/*.md"))
+    }
+    by_path = {
+        (path.name, each) for path in pages for each in re.findall(r"python\s+(research/[\w/]+\.py)", pages[path])
+    }
+    assert by_path == {("parallel.md", "research/benchmarks/pipelining.py")}, "it is started by torchrun, too"
+    modules = sorted({name for text in pages.values() for name in re.findall(r"python\s+-m\s+(research[\w.]+)", text)})
+    assert len(modules) > 10
+    program = f"import importlib\nfor name in {modules}: importlib.import_module(name)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_picture_of_accuracy_and_memory_is_in_step() -> None:
     assert picture.is_in_step(), "the results have changed since; type: python -m docs.generate"
 

@@ -1,8 +1,8 @@
 """Predicted against PyTorch's own allocator, configuration by configuration: the table of research/docs/allocator.md.
 
-    python research/benchmarks/allocator_table.py               # all that have no result yet
-    python research/benchmarks/allocator_table.py swin-t --again # those whose name has it, anew
-    python research/benchmarks/allocator_table.py --table       # the page of what is there
+    python -m research.benchmarks.allocator_table               # all that have no result yet
+    python -m research.benchmarks.allocator_table swin-t --again # those whose name has it, anew
+    python -m research.benchmarks.allocator_table --table       # the page of what is there
 
 A configuration is predicted from the model alone (``localgrad.estimating.record_run``, replayed through the model in
 ``localgrad.memory.allocator``), and then runs the same real steps under the simulated CUDA runtime

@@ -1,7 +1,7 @@
 """Whether runs keep the budget that they name: ``localgrad train --budget B`` on a card of exactly B bytes.
 
-    python research/benchmarks/budgets.py              # what isn't in the results yet
-    python research/benchmarks/budgets.py --only swin-t
+    python -m research.benchmarks.budgets              # what isn't in the results yet
+    python -m research.benchmarks.budgets --only swin-t
 
 Each pair of model and budget is planned and trained for two epochs with evaluation, in a process of its own on the
 simulated card (``research/simulated_card``): PyTorch's own allocator, no GPU, cuDNN off. A pair holds if the run ends

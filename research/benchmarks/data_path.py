@@ -1,8 +1,8 @@
 """What the data path costs: batches made and augmented, as a share of a training step on the same device.
 
-    python research/benchmarks/data_path.py                  # the processor, or the GPU where there is one
-    python research/benchmarks/data_path.py --img-size 224 --batch-size 32
-    python research/benchmarks/data_path.py --profile cpu    # the small Swin of that profile
+    python -m research.benchmarks.data_path                  # the processor, or the GPU where there is one
+    python -m research.benchmarks.data_path --img-size 224 --batch-size 32
+    python -m research.benchmarks.data_path --profile cpu    # the small Swin of that profile
 
 The same steps are timed on batches from the data path (random images in memory, cropped, flipped, resized, normalised;
 by option RandAugment as in the preset `paper`, mixup, cutmix and erasing) and on one batch that lies there already, in

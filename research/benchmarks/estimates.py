@@ -1,6 +1,6 @@
 """Estimated against measured peaks of real steps: the table of research/docs/memory.md, as JSON.
 
-    python research/benchmarks/estimates.py --json research/results/memory/estimates-cpu.json
+    python -m research.benchmarks.estimates --json research/results/memory/estimates-cpu.json
 
 Measured is what ``localgrad.measure`` finds: on a processor the profiler's allocation events, on CUDA
 ``torch.cuda.max_memory_allocated``; estimated, the whole step on fake tensors; composed, what the planner sees.

@@ -2,9 +2,9 @@
 
 ::
 
-    python research/benchmarks/finetuning.py --data-path FOLDER    # with cifar10/ and cifar100/; what isn't done yet
-    python research/benchmarks/finetuning.py --measure             # memory and time of a step, on a quiet machine
-    python research/benchmarks/finetuning.py --report              # the page alone
+    python -m research.benchmarks.finetuning --data-path FOLDER    # with cifar10/ and cifar100/; what isn't done yet
+    python -m research.benchmarks.finetuning --measure             # memory and time of a step, on a quiet machine
+    python -m research.benchmarks.finetuning --report              # the page alone
 
 Every cell is a run of `localgrad train`, one thread, in a process of its own. A cell that is done is kept in
 ``research/results/finetuning/cells.json``; a run that was cut off goes on; several processes share the cells among
@@ -334,7 +334,7 @@ def page(results: dict[str, Values]) -> str:
         "are of a step, beside full fine-tuning: as estimated, and as measured on the processor",
         "(`--measure`, methods in turns, the median of nine ratios).",
         "",
-        f"Made by `python research/benchmarks/finetuning.py`; {days_of(results)}, torch {', '.join(versions)}."
+        f"Made by `python -m research.benchmarks.finetuning`; {days_of(results)}, torch {', '.join(versions)}."
         if rows
         else "",
         "",

@@ -1,7 +1,7 @@
 """What the order of a run's first allocations costs: the page research/docs/fragmentation.md.
 
-    python research/benchmarks/fragmentation.py            # print each row as it is found
-    python research/benchmarks/fragmentation.py --page     # and write the page
+    python -m research.benchmarks.fragmentation            # print each row as it is found
+    python -m research.benchmarks.fragmentation --page     # and write the page
 
 A run is recorded on fake tensors (``localgrad.estimating.record_run``: weights and two steps), and the same requests
 are replayed in other orders through the model of PyTorch's allocator (``localgrad.memory.allocator``). Steps stay as

@@ -1,7 +1,7 @@
 """Where methods lose accuracy, module by module: the health log of runs against an end-to-end run of the same recipe.
 
-    python research/benchmarks/health.py --data-path cifar10=FOLDER   # table `images`, profile cpu, K = 4
-    python research/benchmarks/health.py --methods greedy --every 5 --out runs/other --json results/other.json
+    python -m research.benchmarks.health --data-path cifar10=FOLDER   # table `images`, profile cpu, K = 4
+    python -m research.benchmarks.health --methods greedy --every 5 --out runs/other --json results/other.json
 
 Trains end to end first, then each method, all by the recipe of `research.reproduce TABLE --profile PROFILE` and with
 `--health`, one after the other; runs that are complete are read and not repeated, others are resumed. The end-to-end

@@ -7,8 +7,8 @@ and a seed) that is done is kept in ``research/results/language/perplexity.json`
 
 ::
 
-    python research/benchmarks/language.py           # what isn't done yet, seed 0 first
-    python research/benchmarks/language.py --report     # the page alone
+    python -m research.benchmarks.language           # what isn't done yet, seed 0 first
+    python -m research.benchmarks.language --report     # the page alone
 
 Needs the extra ``hf``. One thread a cell; about two minutes each.
 """
@@ -149,7 +149,7 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         "",
         f"A Llama of {LAYERS} layers, width {WIDTH}, on the source files of Python's standard library, byte by",
         f"byte; every tenth file held out. {STEPS} steps of {BATCH} windows of {LENGTH} bytes, AdamW, the same rate",
-        f"for all. Made by `python research/benchmarks/language.py`: {done} of {len(METHODS) * SEEDS} cells.",
+        f"for all. Made by `python -m research.benchmarks.language`: {done} of {len(METHODS) * SEEDS} cells.",
         f"{'; '.join(versions)}; {dates[0]} to {dates[-1]}." if dates else "",
         "",
         "Perplexity is of a held-out byte, the mean over seeds with the least and the greatest; memory is the",

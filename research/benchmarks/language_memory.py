@@ -1,6 +1,6 @@
 """Memory of a small Llama's training step, by estimate: end to end, recomputed, and by local modules.
 
-    python research/benchmarks/language_memory.py
+    python -m research.benchmarks.language_memory
 
 12 layers of width 384, batches of 8 sequences of 512, AdamW, fp32; of a vocabulary of 256 (bytes), and of 32,000,
 where logits are most of a step. The model is outlined by its config: nothing of its size is allocated. Needs the extra

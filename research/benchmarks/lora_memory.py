@@ -1,8 +1,8 @@
 """Memory of fine-tuning a ViT-S/16: all weights, adapters, local modules, both; a table of research/docs/memory.md.
 
-    python research/benchmarks/lora_memory.py             # estimates, without a GPU
-    python research/benchmarks/lora_memory.py --measured  # on a card, real or simulated: real steps
-    python research/benchmarks/lora_memory.py --4bit      # estimates: weights of 4 bits, AdamW of 8 bits
+    python -m research.benchmarks.lora_memory             # estimates, without a GPU
+    python -m research.benchmarks.lora_memory --measured  # on a card, real or simulated: real steps
+    python -m research.benchmarks.lora_memory --4bit      # estimates: weights of 4 bits, AdamW of 8 bits
 
 224 px, batch 8, AdamW, fp32; LoRA of rank 16 in attention and MLP, the head trained as a whole. Needs the extra
 ``peft``, and ``8bit`` for the last. "Above static" is what a step takes beside weights and optimizer state:

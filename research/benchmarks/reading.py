@@ -1,8 +1,8 @@
 """What reading data costs, old code against new: paired runs in fresh processes, and whether both read the same bits.
 
     git worktree add ../before COMMIT
-    python research/benchmarks/reading.py --old ../before/src                    # digits, and a folder of CIFAR's size
-    python research/benchmarks/reading.py --old ../before/src --data FOLDER  # and one's own, such as CIFAR as parquet
+    python -m research.benchmarks.reading --old ../before/src                    # digits, and a folder of CIFAR's size
+    python -m research.benchmarks.reading --old ../before/src --data FOLDER  # and one's own, such as CIFAR as parquet
 
 Old and new take turns, each reads everything once in a process of its own (after one turn that fills the disk's
 cache); the median of the pairs' ratios counts, and what it may be is 1.05.
@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-OWN = Path(__file__).resolve().parents[1] / "src"
+OWN = Path(__file__).resolve().parents[2] / "src"
 
 
 def main() -> None:

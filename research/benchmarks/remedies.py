@@ -1,7 +1,7 @@
 """What each remedy costs in memory and predicted time: the last columns of research/docs/accuracy.md's list.
 
-    python research/benchmarks/remedies.py                  # Swin-T, 224 px, batch 64, fp32, K = 4
-    python research/benchmarks/remedies.py --profile cpu    # the model and batch of that profile
+    python -m research.benchmarks.remedies                  # Swin-T, 224 px, batch 64, fp32, K = 4
+    python -m research.benchmarks.remedies --profile cpu    # the model and batch of that profile
 
 Estimates on fake tensors, as `localgrad plan --modules 4` gives them (nothing recomputed inside modules, with a profile
 what it says; end-to-end steps recompute blocks); no time is measured. Both are held against end-to-end training of

@@ -1,7 +1,7 @@
 """Whether a change of the code changed what is trained: digits for two epochs, old code and new, bit for bit.
 
     git worktree add ../before COMMIT
-    python research/benchmarks/same_weights.py --old ../before/src
+    python -m research.benchmarks.same_weights --old ../before/src
 
 Each recipe is trained once by either side, in a process of its own with one thread. What is compared are all tensors of
 the last checkpoint (model, auxiliary nets, optimizers) and the losses of every epoch. Exit status 1 where any differs.

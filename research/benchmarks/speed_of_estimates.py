@@ -1,6 +1,6 @@
 """How long planning takes: the figures of research/docs/memory.md.
 
-    python research/benchmarks/speed_of_estimates.py
+    python -m research.benchmarks.speed_of_estimates
 
 Each line comes from a process of its own, in which nothing has been estimated before; the imports are told apart. No
 cache is read. Seconds are of the wall and, in brackets, of the processor: they differ where others share the machine.

@@ -1,7 +1,7 @@
 """Simulated speed-up against ranks: the tables and the picture of research/docs/parallel.md.
 
-    python research/benchmarks/speed_up.py --plot docs/images/parallel.svg
-    python research/benchmarks/speed_up.py --times times.json --model vit_large_patch16_224
+    python -m research.benchmarks.speed_up --plot docs/images/parallel.svg
+    python -m research.benchmarks.speed_up --times times.json --model vit_large_patch16_224
 
 Times are localgrad's own nominal ones of every block (a roofline, no clock is read), or measured ones from a file: a
 list with, for each block, "forward", "backward" and "update" in seconds, "sent_bytes" and "gradient_bytes"; stem, tail

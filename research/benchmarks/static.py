@@ -1,6 +1,6 @@
 """Static memory: what offloading and small optimizer states leave on the device; the tables of research/docs/memory.md.
 
-    python research/benchmarks/static.py
+    python -m research.benchmarks.static
 
 Estimates on fake tensors: no GPU, no weights, no time is measured.
 """

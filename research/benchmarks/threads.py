@@ -1,7 +1,7 @@
 """Threads: the digits demo alone and beside one busy process, and where a second thread begins to pay.
 
-    python research/benchmarks/threads.py demo [--epochs 2] [--repeats 3]
-    python research/benchmarks/threads.py rule [--repeats 5]
+    python -m research.benchmarks.threads demo [--epochs 2] [--repeats 3]
+    python -m research.benchmarks.threads rule [--repeats 5]
 
 ``demo`` trains by the command line, each way alone and beside a process that only counts, in turn, and prints images a
 second while training and how many times as long it takes beside the other: as chosen (one thread), with as many threads
