@@ -131,7 +131,9 @@ def fine_tuned() -> Lines:
 
 SHORT = {
     "full": "full fine-tuning {points} %",
-    "lower half frozen": "the lower half frozen {points} at {measured:.2f} x the memory and {time:.2f} x the time",
+    "full, blocks recomputed": "its blocks recomputed, the same, at {measured:.2f} x the memory and {time:.2f} x the "
+    "time",
+    "lower half frozen": "the lower half frozen {points} at {measured:.2f} x and {time:.2f} x",
     "LoRA, blocks recomputed": "LoRA with its blocks recomputed {points} at {measured:.2f} x and {time:.2f} x",
     "K = 2, transformer heads": "two local modules {points} at {measured:.2f} x and {time:.2f} x",
 }
@@ -248,7 +250,7 @@ SECTIONS = {  # by the package that a name's home is in
     "Plan, estimate, measure": ("app", "planning", "partition", "balancing", "memory", "compare"),
     "Objectives": ("objectives",),
     "Models": ("backbones",),
-    "Runs": ("run", "training", "integrations"),
+    "Runs": ("run", "finetuning", "training", "integrations"),
     "Errors": ("errors",),
 }
 

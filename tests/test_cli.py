@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import resource
 import select
 import subprocess
@@ -22,8 +23,11 @@ from helpers import MICRO_TOML, Cli, assert_refused
 from localgrad import cli
 from localgrad.app import fitting, using_runs
 from localgrad.app.build import build_recipe_objective
-from localgrad.app.recipe import Recipe, overlay, parse_toml, preset, preset_names
+from localgrad.app.recipe import OPTIONS, Recipe, overlay, parse_toml, preset, preset_names
+from localgrad.objectives.auxiliary import CLASSIFIERS, DECODERS
+from localgrad.objectives.methods import OBJECTIVES
 from localgrad.options import read_modules
+from localgrad.registry import Registry
 from localgrad.training import data as data_module
 from localgrad.training.image_sets import InMemoryImages
 from localgrad.training.loading import Found
@@ -419,6 +423,16 @@ def test_help_comes_at_once() -> None:
     while len(taken) < 5 and min(taken, default=1) >= 0.4:
         taken.append(seconds())
     assert min(taken) < 0.4, taken
+
+
+@pytest.mark.parametrize(
+    ("option", "known"), [("objective", OBJECTIVES), ("options.decoder", DECODERS), ("options.classifier", CLASSIFIERS)]
+)
+def test_help_names_what_there_is(option: str, known: Registry[Any]) -> None:
+    own = OPTIONS[f"local.{option}"].help
+    ours = [name for name in known if known.find(name).__module__.startswith("localgrad.")]
+    assert len(ours) > 4
+    assert set(ours) <= set(re.findall(r"\w+", own)), own
 
 
 def test_without_a_verb_help_is_shown_and_nothing_succeeds(cli_: Cli) -> None:

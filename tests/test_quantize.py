@@ -326,3 +326,17 @@ def test_scales_stay_in_float32(dtype: torch.dtype) -> None:
         learner = LocalLearner(split(model, SIZE), modules=2)
         learner.configure_optimizers(adamw)
         assert all(loss.isfinite() for loss in learner.step(images.to(dtype), batches(1)[0][1]).losses)
+
+
+def test_adapters_on_4_bits_are_exported_merged_and_dequantised(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["qkv", "fc1"], init_lora_weights=False)
+    model = quantize_base(peft.get_peft_model(make(), config)).eval()
+    images = batches(1)[0][0]
+    with torch.no_grad():
+        expected = model(images)
+    done = localgrad.export(model, to="timm", out=tmp_path / "out", example=images)
+    weights = load_file(done.path / "model.safetensors")
+    plain = make().eval()
+    plain.load_state_dict(weights)
+    torch.testing.assert_close(plain(images), expected, rtol=1e-4, atol=1e-5)

@@ -25,6 +25,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from filelock import FileLock, Timeout
 
 import localgrad
 from localgrad.app.recipe import Recipe, overlay
+from localgrad.estimating import estimate_step
 from research.learners import learner_of
 
 RESEARCH = Path(__file__).parents[1]
@@ -98,8 +100,11 @@ METHODS: dict[str, Values] = {
     "K = 3, tail heads": _local(3, "tail"),
     "K = 4, tail heads": _local(4, "tail"),
     "LoRA, blocks recomputed": {**WHOLE, **LORA, "execution.checkpoint": "blocks"},
+    "full, blocks recomputed": {**WHOLE, "execution.checkpoint": "blocks"},
 }
 """What each changes, in the order in which cells are run."""
+THE_SAME = {"full, blocks recomputed": "full"}
+"""Methods that aren't run, since they give the same weights as another one, bit for bit; their steps are measured."""
 OF_ALL_IMAGES = ("full", "lower half frozen", "LoRA", "K = 2, transformer heads")
 
 
@@ -126,7 +131,7 @@ class Cell:
 
 def wanted(model: str, images: int | None, results: dict[str, Values]) -> list[Cell]:
     """Cells of a model and a number of images that aren't done and can be run, in order; rates first."""
-    methods = methods_of(model) if images else OF_ALL_IMAGES
+    methods = tuple(each for each in methods_of(model) if each not in THE_SAME) if images else OF_ALL_IMAGES
     cells = [Cell(model, images, method, rate, SEEDS[0]) for method in methods for rate in rates_of(images)]
     for seed in SEEDS[1:] if images else ():
         found = [(method, best_rate(model, images, method, results)) for method in methods]
@@ -141,7 +146,7 @@ def wanted(model: str, images: int | None, results: dict[str, Values]) -> list[C
 
 
 def methods_of(model: str) -> tuple[str, ...]:
-    """The methods that a model can be trained by: a tail's blocks don't take features of another of Swin's stages."""
+    """The methods that a model was trained by: tails weren't made for Swin's stages when these cells were run."""
     return tuple(method for method in METHODS if model != "swin" or "tail" not in method)
 
 
@@ -211,6 +216,11 @@ def measure_steps(only: str | None) -> None:
     found = read(STEPS)
     for model in MODELS if only is None else [only]:
         learners = {method: _learner(model, method) for method in methods_of(model) if method != "scratch"}
+        adamw = partial(torch.optim.AdamW, lr=1e-4)
+        estimates = {
+            method: estimate_step(learner, FINE_TUNING["training.batch_size"], adamw).peak_bytes
+            for method, learner in learners.items()
+        }
         torch.manual_seed(0)
         images, labels = torch.randn(FINE_TUNING["training.batch_size"], 3, 32, 32), torch.arange(64) % 10
         seconds: dict[str, list[float]] = {method: [] for method in learners}
@@ -218,7 +228,7 @@ def measure_steps(only: str | None) -> None:
             for method, learner in learners.items():
                 measured = localgrad.measure(learner, images, labels, repeats=1, warmup=1)
                 seconds[method].append(measured.seconds[0])
-                found[f"{model}; {method}"] = {"peak_bytes": measured.peak_bytes}
+                found[f"{model}; {method}"] = {"peak_bytes": measured.peak_bytes, "estimated": estimates[method]}
         for method, times in seconds.items():
             found[f"{model}; {method}"] |= {"seconds": times, "torch": torch.__version__}
         print(model, {method: f"{min(times):.3f} s" for method, times in seconds.items()}, flush=True)
@@ -267,15 +277,18 @@ class Figures:
 
 def figures_of(model: str, images: int | None, method: str, results: dict[str, Values]) -> Figures | None:
     """Of a method at its chosen rate; ``None`` where it wasn't run, or full fine-tuning wasn't."""
-    rows, base = (_rows_of(model, images, name, results) for name in (method, "full"))
+    rows, base = (_rows_of(model, images, name, results) for name in (THE_SAME.get(method, method), "full"))
     if not rows or not base:
         return None
     steps = read(STEPS)
+    if method in THE_SAME and f"{model}; {method}" not in steps:
+        return None
     own, whole = (steps.get(f"{model}; {name}") for name in ("full" if method == "scratch" else method, "full"))
     ratios = [] if own is None or whole is None else list(map(operator.truediv, own["seconds"], whole["seconds"]))
     return Figures(
         accuracies=tuple(100 * row["test_accuracy"] for row in rows),
-        estimated=rows[0]["estimated_peak_bytes"] / base[0]["estimated_peak_bytes"],
+        estimated=(own["estimated"] if own and method in THE_SAME else rows[0]["estimated_peak_bytes"])
+        / base[0]["estimated_peak_bytes"],
         measured=None if own is None or whole is None else own["peak_bytes"] / whole["peak_bytes"],
         time=statistics.median(ratios) if ratios else None,
     )
@@ -309,7 +322,7 @@ def table(model: str, images: int | None, results: dict[str, Values]) -> list[st
 
 def num_runs(model: str, images: int | None, results: dict[str, Values]) -> int:
     """Cells at the chosen rates that are done."""
-    return sum(len(_rows_of(model, images, method, results)) for method in METHODS)
+    return sum(len(_rows_of(model, images, method, results)) for method in METHODS if method not in THE_SAME)
 
 
 def days_of(results: dict[str, Values]) -> str:
@@ -332,7 +345,8 @@ def page(results: dict[str, Values]) -> str:
         f"{FINE_TUNING['training.epochs']} epochs, batches of {FINE_TUNING['training.batch_size']}, fp32, one thread.",
         "Accuracy is of the test set, the mean over seeds with the least and the greatest. Memory and time",
         "are of a step, beside full fine-tuning: as estimated, and as measured on the processor",
-        "(`--measure`, methods in turns, the median of nine ratios).",
+        "(`--measure`, methods in turns, the median of nine ratios). Of full fine-tuning with its blocks",
+        "recomputed steps alone were run: its weights are those of full fine-tuning, bit for bit.",
         "",
         f"Made by `python -m research.benchmarks.finetuning`; {days_of(results)}, torch {', '.join(versions)}."
         if rows
@@ -341,7 +355,7 @@ def page(results: dict[str, Values]) -> str:
     ]
     for model, images in (("vit", 5_000), ("swin", 5_000), ("vit", None)):
         own = table(model, images, results)
-        asked = len(methods_of(model)) * len(SEEDS) if images else len(OF_ALL_IMAGES)
+        asked = len(set(methods_of(model)) - set(THE_SAME)) * len(SEEDS) if images else len(OF_ALL_IMAGES)
         if own:
             name = {"vit": "A ViT of 6 blocks, width 96", "swin": "A Swin of 6 blocks, width 48"}[model]
             first = results[f"{model}; pretrained"]

@@ -100,10 +100,16 @@ class LocalSettings:
         METHOD,
         read=read_modules,
     )
-    objective: str = option("feature", "feature, image, greedy, contrastive, or a plugin's.", METHOD)
+    objective: str = option(
+        "feature", "feature, image, greedy, contrastive, lopt, solo, segprop, or a plugin's.", METHOD
+    )
     options: Values = entries(
-        decoder=Option(help="Auxiliary decoder: linear, conv, transformer, bilinear, or a plugin's.", panel=METHOD),
-        classifier=Option(help="Auxiliary classifier: linear, mlp, transformer, next, or a plugin's.", panel=METHOD),
+        decoder=Option(
+            help="Auxiliary decoder: linear, bottleneck, conv, transformer, bilinear, or a plugin's.", panel=METHOD
+        ),
+        classifier=Option(
+            help="Auxiliary classifier: linear, mlp, transformer, next, tail, readout, or a plugin's.", panel=METHOD
+        ),
     )
     overlap: Count = option(0, "Last blocks of the module before that each module trains as well.", METHOD)
 

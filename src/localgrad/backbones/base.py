@@ -1107,13 +1107,13 @@ def _check_arguments(model: nn.Module, input_size: tuple[int, int, int] | None) 
         raise BackboneError(f"split takes a timm model, got {model!r}: pass timm.create_model({model!r}).")
     _check_is_plain(model)
     _check_is_not_around(model, next((n for n, m in model.named_modules() if n and _is_timms(m)), None))
-    size = _checked_size(default_input_size(model) if input_size is None else input_size)
     for method in ("forward_features", "forward_head"):
         if not callable(attribute(model, method)):
             raise BackboneError(
                 f"{type(model).__name__} is no timm model (it has no {method}): give example=, a batch that it is "
                 "called with, such as example=torch.randn(2, 3, 224, 224) or a dict of a data loader."
             )
+    size = _checked_size(default_input_size(model) if input_size is None else input_size)
     if attribute(model, "num_classes") == 0:
         raise BackboneError("the model has no classifier (num_classes=0): pass num_classes=N to timm.create_model.")
     channels = input_channels(model)

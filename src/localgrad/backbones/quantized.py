@@ -118,6 +118,17 @@ def packed_weight(layer: object, *, has_values: bool = True) -> _Packed | None:
     return _Packed(packed.view(shape), scales)
 
 
+def dequantize_layers(model: nn.Module) -> nn.Module:
+    """Put plain linear layers, of the same values, in the place of those whose weights are held in 4 bits; in place."""
+    for name, layer in [(name, layer) for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)]:
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        plain.weight = nn.Parameter(layer.weight, requires_grad=False)
+        plain.register_parameter("bias", layer.bias)
+        holder, _, own = name.rpartition(".")
+        setattr(model.get_submodule(holder), own, plain)
+    return model
+
+
 @final
 class QuantizedLinear(nn.Module):
     """A linear layer with a weight of 4 bits, which doesn't learn.

@@ -38,6 +38,7 @@ from localgrad.app.using_runs import FinishedRun, open_run
 from localgrad.backbones.adapters import is_adapted
 from localgrad.backbones.example import Example
 from localgrad.backbones.namespaces import Kwargs
+from localgrad.backbones.quantized import dequantize_layers
 from localgrad.backbones.timm_config import WEIGHTS, is_of_timm, timm_config
 from localgrad.backbones.timm_models import default_input_size
 from localgrad.errors import BackboneError, LocalgradError, RecipeError, RunFolderError, arg, did_you_mean, reason_of
@@ -293,7 +294,7 @@ def _subject_of_model(model: nn.Module, batch: Any, class_names: Sequence[str], 
         ) from error
     plain: Any = trained
     if is_adapted(trained):
-        plain = copy.deepcopy(trained).merge_and_unload()  # type: ignore[operator]
+        plain = dequantize_layers(copy.deepcopy(trained)).merge_and_unload()  # type: ignore[operator]
     example = Example.of(batch).to("cpu") if batch is not None else _noise_for(plain)
     names, notes, files = list(class_names), [], {}
     about: Kwargs = {"model": type(plain).__name__} | ({"class_names": names} if names else {})
