@@ -300,7 +300,7 @@ def test_published_recipes_mean_what_they_meant() -> None:
     }
     assert (tables.REVISION, len(found), digest(found)) == (
         2,
-        44,
-        "9b753930",
-    )  # `half-frozen`, `classifier-transformer-2` are the latest
+        48,
+        "ff3e0b69",
+    )  # `classifier-tail` and its kin, and `global-tail-40`, are the latest
     assert found["ranking: trgl"] == "9ba500cb"
