@@ -30,7 +30,7 @@ from localgrad.app.timm_classifiers import evaluated_images, timm_config_of_run
 from localgrad.backbones.base import BACKBONES
 from localgrad.errors import BackboneError, LocalgradError, RecipeError, RunFolderError, RunWarning
 from localgrad.integrations import exporting, programs
-from localgrad.integrations.model_card import model_card
+from localgrad.integrations.model_card import gradients_of_run, model_card
 from localgrad.training.data import DataInfo
 from localgrad.training.folder import save_weights
 from localgrad.training.prediction import load_images_for_prediction
@@ -677,6 +677,21 @@ def test_a_card_says_what_its_model_does(architecture: str, task: str | None) ->
     data = huggingface_hub.ModelCard(text).data
     assert (data.pipeline_tag, data.metrics) == (task, None)
     assert data.tags == [*([task] if task else []), "transformers", "localgrad"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "learnt"),
+    [
+        ({}, "the whole model"),
+        ({"training.freeze": 1.0}, "the head alone"),
+        ({"training.freeze": 0.5}, "the blocks behind frozen ones, and the head"),
+        ({"model.lora": 4}, "adapters, and the head"),
+        ({"model.lora": 4, "training.freeze": 2}, "adapters in the blocks behind frozen ones, and the head"),
+    ],
+)
+def test_a_card_says_what_learned(changes: dict[str, Any], learnt: str) -> None:
+    recipe = Recipe.from_dict(overlay({}, {"model.name": "vit_tiny_patch16_224", "local.modules": 1, **changes}))
+    assert gradients_of_run(recipe, 1) == f"exact, end to end. What learned: {learnt}."
 
 
 # Bad input ---------------------------------------------------------------------------------------------------------

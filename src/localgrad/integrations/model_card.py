@@ -162,7 +162,7 @@ def gradients_of_run(recipe: Recipe, num_modules: int) -> str:
     """Whether a run's gradients were exact, as a sentence."""
     settings = recipe.method.training
     if num_modules == 1:
-        return "exact: the whole model was trained end to end."
+        return f"exact, end to end. What learned: {_learnt(method_of_run(recipe, num_modules))}."
     objective = recipe.method.local.objective
     told = f"local: {num_modules} gradient-isolated modules, each with its own loss (objective {objective})"
     if settings.schedule == "sequential":
@@ -170,3 +170,13 @@ def gradients_of_run(recipe: Recipe, num_modules: int) -> str:
     if settings.has_global_steps:
         return f"{told}; {settings.global_share:.0%} of the steps were end-to-end, with exact gradients."
     return f"{told}."
+
+
+def _learnt(method: tuple[str, ...]) -> str:
+    """What of a model a method of one module trains."""
+    place = " in the blocks behind frozen ones" if FREEZE in method else ""
+    if PROBE in method:
+        return "the head alone"
+    if LORA in method or QLORA in method:
+        return f"adapters{place}, and the head"
+    return "the blocks behind frozen ones, and the head" if place else "the whole model"
