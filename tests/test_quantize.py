@@ -340,3 +340,13 @@ def test_adapters_on_4_bits_are_exported_merged_and_dequantised(tmp_path: Path) 
     plain = make().eval()
     plain.load_state_dict(weights)
     torch.testing.assert_close(plain(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_merged_adapters_are_refused() -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(make(), peft.LoraConfig(r=4, target_modules=["qkv"], init_lora_weights=False))
+    model.merge_adapter()
+    with pytest.raises(BackboneError, match=r"merged into the weights.* call model.unmerge_adapter\(\) first"):
+        quantize_base(model)
+    model.unmerge_adapter()
+    assert quantize_base(model) is model

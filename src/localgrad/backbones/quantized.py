@@ -211,9 +211,14 @@ def quantize_base(model: nn.Module, *, has_values: bool = True) -> nn.Module:
 
     Raises:
         RecipeError: bitsandbytes is missing.
-        BackboneError: no layer can be.
+        BackboneError: no layer can be, or adapters are merged.
     """
     check_quantizer()
+    if any(getattr(module, "merged", False) is True for module in model.modules()):
+        raise BackboneError(
+            f"{arg('quantize', '4bit')}: adapters are merged into the weights, which could not be undone in 4 bits; "
+            "call model.unmerge_adapter() first."
+        )
     made: dict[int, QuantizedLinear] = {}  # by layer: one that is in two places stays one
     for adapted in list(model.modules()):
         layer = adapted._modules.get("base_layer")
