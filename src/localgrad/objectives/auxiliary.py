@@ -572,11 +572,11 @@ class NextClassifier(TrainedHead):
                 f"{arg('classifier')}: 'next' needs blocks that follow, and there are none; take 'transformer'."
             )
         self.blocks = nn.Sequential(*(copy_of(block, undecayed) for block, _ in taken))
-        self._averages: list[Average] = []
+        self.averages: list[Average] = []
         if weights == "fresh":
             self.blocks.apply(_initialise)
         if weights == "ema":
-            self._averages = [Average(mine, block, decay) for mine, (block, _) in zip(self.blocks, taken, strict=True)]
+            self.averages = [Average(mine, block, decay) for mine, (block, _) in zip(self.blocks, taken, strict=True)]
         self.pool = Pool(taken[-1][1], per_token=per_token)
         self.head = nn.Linear(self.pool.width, num_classes)
 
@@ -590,7 +590,7 @@ class NextClassifier(TrainedHead):
 
     def follow(self) -> None:
         """Take a step towards the blocks that are followed."""
-        for average in self._averages:
+        for average in self.averages:
             average.follow()
 
 

@@ -180,15 +180,15 @@ class TailClassifier(TrainedHead):
         self.bridge = nn.Identity() if fits else Bridge(source, before)
         self.blocks = nn.Sequential(*(copy_of(block, undecayed) for block, _ in taken))
         self.end = copy_of(tail, undecayed)
-        self._averages: list[Average] = []
+        self.averages: list[Average] = []
         if weights == "ema":
             pairs = [*zip(self.blocks, (block for block, _ in taken), strict=True), (self.end, tail)]
-            self._averages = [Average(mine, part, decay) for mine, part in pairs]
-        if hasattr(self.end, "unused") and not self._averages:
+            self.averages = [Average(mine, part, decay) for mine, part in pairs]
+        if hasattr(self.end, "unused") and not self.averages:
             self.end.unused = nn.ParameterList()
         self.head: nn.Module = nn.Identity()
         linear = last_linear(self.end, _like(following[-1][1] if following else source, tail), num_classes)
-        if linear is not None and not self._averages:  # so that logits can be made chunk by chunk
+        if linear is not None and not self.averages:  # so that logits can be made chunk by chunk
             cut_off(self.end, linear)
             self.head = linear
 
@@ -202,7 +202,7 @@ class TailClassifier(TrainedHead):
 
     def follow(self) -> None:
         """Take a step towards what is followed."""
-        for average in self._averages:
+        for average in self.averages:
             average.follow()
 
 

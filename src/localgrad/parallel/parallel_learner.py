@@ -30,7 +30,7 @@ from localgrad.objectives.auxiliary import NextClassifier
 from localgrad.objectives.averaging import has_spectral_norms
 from localgrad.objectives.carried import LocalBatch, Route, empty_batch, mask_of
 from localgrad.objectives.losses import IGNORED
-from localgrad.objectives.readouts import ReadoutClassifier
+from localgrad.objectives.readouts import ReadoutClassifier, TailClassifier
 from localgrad.objectives.site import Site
 from localgrad.parallel.pipeline import Links, PipelineExecutor
 from localgrad.parallel.schedule import NUM_BUFFERS, shares
@@ -112,8 +112,8 @@ class ParallelLearner(Learner):
         self.links = Links(self.team.place, self.team.device, num_buffers=num_buffers, wire=wire)
 
     def _refuse(self, *, compiled: bool, shard: bool) -> None:
-        nets = [net for own in self.modules for net in own.modules() if isinstance(net, NextClassifier)]
-        averaged = any(net.weights == "ema" for net in nets)
+        kinds = (NextClassifier, TailClassifier)
+        averaged = any(net.averages for own in self.modules for net in own.modules() if isinstance(net, kinds))
         reads = any(isinstance(net, ReadoutClassifier) for own in self.modules for net in own.modules())
         if self.team.num_ranks > 1 or shard:  # else all modules are here, whole
             rules.check({"parallel": True, "classifier": "readout" if reads else None}, ParallelError)
