@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from helpers import assert_same, place_in
 from libraries import parted, tokens
-from localgrad import ParallelLearner, Team
+from localgrad import GreedySupervised, ParallelLearner, Team
 from localgrad.backbones.base import split
 from localgrad.errors import ParallelError
 from localgrad.parallel import schedule
@@ -205,6 +205,18 @@ def tied(shared: str) -> dict[str, Any]:
     return {"model": model, "example": tokens(0, 2), "shared": shared, "modules": 3}
 
 
+def following(classifier: str, weights: str) -> dict[str, Any]:
+    options = {"weights": weights}
+    return {"objective": GreedySupervised(classifier=classifier, classifier_options=options)}
+
+
+@pytest.mark.parametrize("classifier", ["next", "tail"])
+def test_copies_of_the_last_blocks_are_trained_wherever_their_module_is(classifier: str) -> None:
+    for rank in (0, 1):
+        learner = ParallelLearner(parted(LANGUAGE), team=place_in(2, rank), modules=2, **following(classifier, "copy"))
+        assert list(learner.own) == [rank]
+
+
 @pytest.mark.parametrize(
     ("asked", "team", "words"),
     [
@@ -213,6 +225,8 @@ def tied(shared: str) -> dict[str, Any]:
         (lambda: tied("average"), place_in(1, num_replicas=2), "that replicas average on their own"),
         (lambda: {"objective": "solo"}, place_in(2), "classifier='readout' doesn't go with parallel: the output"),
         (lambda: {"shard": True}, place_in(2, num_replicas=2), "shard: LlamaForCausalLM was split by watching it run"),
+        (lambda: following("next", "ema"), place_in(2), "ema.* doesn't go with parallel"),
+        (lambda: following("tail", "ema"), place_in(2), "ema.* doesn't go with parallel"),
     ],
 )
 def test_what_processes_cannot_share_is_refused(asked: Any, team: Team, words: str) -> None:
