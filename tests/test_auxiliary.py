@@ -73,6 +73,40 @@ def grid_of(layout: Layout, x: Tensor) -> Tensor:
     return grid
 
 
+@pytest.mark.parametrize(
+    ("places", "positions", "stride"),
+    [(7, 4, 2), (384, 27, 14), (30, 7, 4), (15, 15, 1), (28, 7, 4), (518, 37, 14), (223, 111, 2)],
+)
+def test_what_a_decoder_predicts_lies_where_its_position_came_from(places: int, positions: int, stride: int) -> None:
+    """Grids that a stride doesn't divide: backbones pad them, or drop what is left, and neither moves a place."""
+    target = Layout(kind="NHWC", width=1, grid=(1, places))
+    decoder = LinearDecoder(Layout(kind="NHWC", width=1, grid=(1, positions)), target)
+    assert decoder.ratio == (1, stride) and decoder.num_outputs == stride
+    decoder.norm = decoder.project = nn.Identity()
+    decoder.patches = lambda grid: grid.repeat(1, 1, 1, stride)  # type: ignore[method-assign]
+    numbers = torch.arange(positions).float().reshape(1, 1, positions, 1)
+    expected = (torch.arange(places) // stride).clamp(max=positions - 1).float()
+    assert torch.equal(decoder(numbers).flatten(), expected)
+    assert torch.equal(decoder.spread(numbers[..., 0] > 2).flatten(), expected > 2)
+
+
+def test_where_no_stride_makes_a_grid_the_nearest_position_counts() -> None:
+    coarse, fine = (Layout(kind="NHWC", width=1, grid=(side, side)) for side in (5, 8))
+    decoder = LinearDecoder(fine, coarse)  # upsampled inside the module
+    numbers = torch.arange(8.0).expand(1, 8, 8).unsqueeze(-1)
+    decoder.patches = lambda grid: grid  # type: ignore[method-assign]
+    assert decoder(numbers)[0, 0, :, 0].tolist() == [0, 2, 4, 5, 7]
+
+
+@pytest.mark.parametrize("name", ["next", "linear"])
+def test_what_a_classifier_is_given_of_the_model_is_no_option(name: str) -> None:
+    for option in ("following", "tail", "undecayed", "per_token"):
+        with pytest.raises(RecipeError, match=rf"'{name}' can't take") as refused:
+            build_classifier(name, SOURCES["NHWC"], 3, {option: 1})
+        options = str(refused.value).partition("its options are")[2].partition(".")[0]
+        assert not {"following", "tail", "undecayed", "per_token"} & {*options.replace(" ", "").split(",")}
+
+
 # Decoders --------------------------------------------------------------------------------------------------------
 
 

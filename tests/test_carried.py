@@ -117,6 +117,14 @@ def test_who_looks_at_what_nobody_carries_is_told() -> None:
         LocalBatch(None, torch.zeros(2)).mine  # noqa: B018
 
 
+def test_no_name_of_a_batch_itself_is_carried() -> None:
+    batch = LocalBatch(torch.zeros(2, 3, 4, 4), torch.zeros(2, dtype=torch.long))
+    for name in {*dir(batch), *vars(batch)}:
+        if not name.startswith("_"):
+            with pytest.raises(RecipeError, match=f"name: .*{name}.* take another"):
+                register_carried(Carried(name=name, shape=lambda site: (1,)))
+
+
 def test_what_comes_with_the_batch_has_to_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(CARRIED, "scale", Carried(name="scale", shape=lambda site: (1,), splits=False))
     learner = make_learner()

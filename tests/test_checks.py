@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import localgrad
 from helpers import SIZE, adamw, assert_same, batches, copied, make, make_learner, train
-from localgrad import Contrastive, FeatureReconstruction, GreedySupervised, LocalLearner
+from localgrad import Contrastive, FeatureReconstruction, GreedySupervised, ImageReconstruction, LocalLearner
 from localgrad.errors import (
     BackboneError,
     CheckpointError,
@@ -847,6 +847,21 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"ema_decay": "0.9"}, "ema_decay must lie between 0 and 1, got '0.9'"),
     ({"accumulation": "2"}, "accumulation must be at least 1, a whole number of parts, got '2'"),
     ({"accumulation": 1.5}, "accumulation must be at least 1, a whole number of parts, got 1.5"),
+    ({"accumulation": True}, "accumulation must be at least 1, a whole number of parts, got True"),
+    ({"freeze_from": False}, "freeze_from must be a share of the training, from 0 to 1, got False"),
+    ({"clip_grad": [1.0]}, r"clip_grad must be a number above 0, got \[1.0\]"),
+    ({"objective": GreedySupervised(context=True)}, "context must be .* got True"),
+    ({"objective": GreedySupervised(task_weight=True)}, "weight of 'task' is True"),
+    ({"objective": GreedySupervised(over_time=cast(Any, None))}, "over_time: got None; give a dict"),
+    ({"objective": GreedySupervised(classifier_options=cast(Any, None))}, "classifier_options: got None; give a dict"),
+    (
+        {
+            "objective": ImageReconstruction(
+                reconstruction_error="bce", pixel_mean=cast(Any, 0.5), pixel_std=cast(Any, 0.5)
+            )
+        },
+        "pixel_mean",
+    ),
     ({"objective": "gredy"}, "objective: unknown 'gredy'.* Nearest: greedy"),
     ({"objective": GreedySupervised}, "objective: got <class .*GreedySupervised'>, not an objective"),
     ({"objective": GreedySupervised(label_smoothing=cast(Any, "0.1"))}, "label_smoothing must be .* got '0.1'"),
@@ -867,6 +882,11 @@ def test_options_that_are_no_numbers_are_one_line(number: int) -> None:
     settings, message = OPTIONS[number]
     with pytest.raises(RecipeError, match=message):
         LocalLearner(make(), modules=2, input_size=SIZE, **settings)
+
+
+def test_parts_are_a_list() -> None:
+    with pytest.raises(RecipeError, match="step_parts: got a Tensor; give a list of parts"):
+        make_learner().step_parts(cast(Any, batches(1)[0][0]))
 
 
 def test_progress_is_a_share_of_the_training() -> None:

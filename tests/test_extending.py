@@ -124,7 +124,13 @@ def test_a_decoder_of_another_size_is_told() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gives", "message"), [(lambda loss: loss, "it gave .*Tensor"), (None, r"it gave a loss of shape \[4\]")]
+    ("gives", "message"),
+    [
+        (lambda loss: loss, r"'odd': it gave a tensor of shape \[\]"),
+        (None, r"'odd': it gave a tensor of shape \[4\]"),
+        (lambda loss: localgrad.TermValue(0.5), r"'odd': it gave 0\.5"),
+        (lambda loss: localgrad.TermValue(loss.detach()), "odd: nothing in the module learns of its loss"),
+    ],
 )
 def test_a_term_that_gives_no_scalar_is_told(gives: Any, message: str) -> None:
     class Odd(localgrad.Term):
@@ -138,7 +144,18 @@ def test_a_term_that_gives_no_scalar_is_told(gives: Any, message: str) -> None:
             return {"odd": (1.0, Odd())}
 
     learner = make_learner(modules=2, objective=WithOdd())
-    with pytest.raises(RecipeError, match=f"term 'odd': {message}"):
+    with pytest.raises(RecipeError, match=f"term {message}"):
+        learner.step(*batches(1)[0])
+
+
+def test_logits_of_another_shape_are_told() -> None:
+    class OneShort(localgrad.Classifier):
+        def forward(self, features: Tensor) -> Tensor:
+            return features.flatten(1)[:, : self.num_classes - 1]
+
+    localgrad.register_classifier("one-short", OneShort)
+    learner = make_learner(modules=2, objective=localgrad.GreedySupervised(classifier="one-short"))
+    with pytest.raises(RecipeError, match=r"OneShort gave \[4, 4\]; give \[B, num_classes\], B being 4 and .* 5 here"):
         learner.step(*batches(1)[0])
 
 

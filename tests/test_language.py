@@ -316,6 +316,21 @@ def test_a_tail_starts_as_the_models_own() -> None:
     torch.testing.assert_close(first, last)  # two blocks, and the last two are copied
 
 
+def test_transport_is_of_blocks_however_the_models_end_is_computed() -> None:
+    """In chunks, the end's norm has the blocks' shape."""
+    objective = HEADS["transport"]
+    whole, chunked = (learner_of("llama", 2, objective, double=True, chunk_logits=way) for way in (False, True))
+    expected, found = whole.step(batch_of("llama")), chunked.step(batch_of("llama"))
+    assert expected.terms[1]["transport"] > 0
+    torch.testing.assert_close(found.terms[1]["transport"], expected.terms[1]["transport"])
+
+
+def test_what_blocks_reconstruct_has_no_padding_whatever_the_head() -> None:
+    """A head that looks at no mask doesn't keep it from the decoders."""
+    learner = learner_of("bert", 2, FeatureReconstruction(reconstruct="blocks"))
+    assert {"states", "mask"} <= learner.modules[0].objective.terms["reconstruction"].uses  # type: ignore[operator]
+
+
 @pytest.mark.few(3)
 @pytest.mark.parametrize("name", [*GREEDY, "readout with blocks"])
 def test_logits_of_a_head_are_never_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,6 +130,15 @@ def test_pytorchs_module_gives_class_weights() -> None:
     assert loss_of(nn.CrossEntropyLoss(), TOKENS).names_tokens
 
 
+def test_what_is_derived_from_pytorchs_module_is_computed_by_itself() -> None:
+    class Focal(nn.CrossEntropyLoss):
+        def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+            return (1 - super().forward(logits, labels).neg().exp()).square()
+
+    logits, labels = drawn(4, NUM_CLASSES), torch.tensor([0, 1, 4, 4])
+    assert torch.equal(loss_of(Focal(), ITEMS)(logits, labels), Focal()(logits, labels))
+
+
 def test_what_a_model_is_made_for_is_the_default() -> None:
     config = SimpleNamespace(problem_type="multi_label_classification")
     many: Any = SimpleNamespace(names_tokens=False, model=SimpleNamespace(config=config))

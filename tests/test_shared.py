@@ -21,7 +21,7 @@ from localgrad.backbones.base import Backbone, split
 from localgrad.errors import BackboneError, RecipeError
 from localgrad.learner import LocalLearner
 from localgrad.objectives.carried import LocalBatch
-from localgrad.objectives.methods import Lopt
+from localgrad.objectives.methods import GreedySupervised, Lopt
 from localgrad.step.local_step import drawing_from
 
 WAYS = ("last", "average")
@@ -288,6 +288,37 @@ def test_frozen_modules_are_not_in_the_mean() -> None:
         each.at(0.5)
         step(each, "llama")
     assert torch.equal(weight_of(learner, "llama"), weight_of(last, "llama"))  # the first one only runs
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_frozen_modules_keep_no_gradient_from_a_step_of_the_whole_model(way: str) -> None:
+    """A shared weight learns as long as one of its modules does; what only frozen ones have stays."""
+    learner = learner_of("llama", 2, way, freeze_from=0.5, objective=Lopt())
+    learner.at(0.5)
+    before = {name: weight.detach().clone() for name, weight in learner.model.named_parameters()}
+    learner.global_step(MODELS["llama"][1]())
+    frozen = {id(weight) for weight in learner.modules[0].parameters()}
+    shared = weight_of(learner, "llama")
+    for name, weight in learner.model.named_parameters():
+        assert torch.equal(weight, before[name]) == (id(weight) in frozen and weight is not shared), name
+        assert weight.grad is None, name
+
+
+def test_averages_follow_the_weights_that_all_modules_see() -> None:
+    """And no module's copy of a moment."""
+    options = {"weights": "ema", "decay": 0.5}
+    objective = GreedySupervised(classifier="tail", classifier_options=options)
+    learner = learner_of("llama", 2, "average", objective=objective)
+    weight, head = weight_of(learner, "llama"), learner.modules[0].objective
+    [copied] = [own for name, own in head.named_parameters() if own.shape == weight.shape]
+    before = weight.detach().clone()
+    assert torch.equal(copied, before)
+    step(learner, "llama")
+    assert torch.equal(copied, before)  # the second module wasn't updated yet
+    now = weight.detach().clone()
+    assert not torch.equal(now, before)
+    step(learner, "llama")
+    torch.testing.assert_close(copied.detach(), (before + now) / 2)
 
 
 def test_a_step_that_fails_leaves_the_mean_of_what_copies_are() -> None:

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+import localgrad
 from helpers import adamw, assert_same, batches, make, make_learner, train
 from localgrad import Contrastive, FeatureReconstruction, GreedySupervised, LocalLearner
 from localgrad.errors import CheckpointError
@@ -264,3 +265,29 @@ def test_extra_state_of_a_module_is_loaded() -> None:
     made[1].load_state_dict(made[0].state_dict())
     blocks: Any = made[1].model.get_submodule("blocks.0")
     assert blocks.drop_path1.value == 1
+
+
+def test_extra_state_of_a_head_or_an_average_is_loaded() -> None:
+    class Counting(localgrad.Classifier):
+        def __init__(self, source: localgrad.Layout, num_classes: int) -> None:
+            super().__init__(source, num_classes)
+            self.head = nn.Linear(source.width, num_classes)
+            self.seen: Any = torch.zeros(0)
+
+        def forward(self, features: Tensor) -> Tensor:
+            self.seen = torch.ones(len(self.seen) + 1)  # of another shape each time
+            return self.head(features.mean(dim=1))  # type: ignore[no-any-return]
+
+        def get_extra_state(self) -> Any:
+            return self.seen
+
+        def set_extra_state(self, state: Any) -> None:
+            self.seen = state
+
+    localgrad.register_classifier("counting", Counting)
+    objective = localgrad.GreedySupervised(classifier="counting")
+    learner, other = (make_learner(objective=objective, ema_decay=0.9) for _ in range(2))
+    train(learner, batches(2))
+    other.load_state_dict(learner.state_dict())
+    assert_same(other.state_dict(), learner.state_dict())
+    assert len(other.modules[0].objective.terms["task"].classifier.seen) == 2  # type: ignore[union-attr, arg-type]

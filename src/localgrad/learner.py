@@ -862,6 +862,8 @@ class LocalLearner(Learner):
         Raises:
             RecipeError: there are no parts, or ``accumulation`` is to cut them once more; and what ``step`` raises.
         """
+        if not isinstance(parts, (list, tuple)):
+            raise RecipeError(f"step_parts: got a {type(parts).__name__}; give a list of parts, each with its labels.")
         if not parts or self._settings["accumulation"] > 1:
             raise RecipeError(
                 f"step_parts: got {len(parts)} parts for a learner of {arg('accumulation')} "
@@ -1122,9 +1124,9 @@ def _check_options(
     """Refuse values of a learner's options that are impossible."""
     if freeze_from is not None and not (is_number(freeze_from) and 0 <= freeze_from <= 1):
         raise RecipeError(f"{arg('freeze_from')} must be a share of the training, from 0 to 1, got {freeze_from!r}.")
-    if accumulation is not None and not (isinstance(accumulation, int) and accumulation >= 1):
+    if accumulation is not None and (type(accumulation) is not int or accumulation < 1):
         raise RecipeError(f"{arg('accumulation')} must be at least 1, a whole number of parts, got {accumulation!r}.")
-    if clip_grad is not None and (isinstance(clip_grad, (bool, str)) or not 0 < clip_grad < math.inf):
+    if clip_grad is not None and not (is_number(clip_grad) and 0 < clip_grad < math.inf):
         raise RecipeError(
             f"{arg('clip_grad')} must be a number above 0, got {clip_grad!r}; leave it out for no clipping."
         )

@@ -12,7 +12,7 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar, final
@@ -107,13 +107,16 @@ def _home_of(value: object) -> str:
     return f"{getattr(sys.modules.get(module), '__file__', module)}: {named}" if module and named else repr(value)
 
 
-def misfit(kind: Callable[..., Any], options: Mapping[str, Any], error: TypeError) -> str:
-    """Which of its options a class can't take, and which it has; where that can't be told, what Python said."""
+def misfit(kind: Callable[..., Any], options: Mapping[str, Any], error: TypeError, given: Collection[str] = ()) -> str:
+    """Which of its options a class can't take, and which it has; where that can't be told, what Python said.
+
+    What localgrad gives by keyword itself (``given``) is no option.
+    """
     try:
         parameters = [*inspect.signature(kind).parameters.values()]
     except (TypeError, ValueError):
         parameters = []
-    known = [each.name for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY]
+    known = [each.name for each in parameters if each.kind is each.KEYWORD_ONLY and each.name not in given]
     strange = [name for name in options if name not in known]
     if not strange or not known or any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters):
         return f"can't take {dict(options)} ({error})."

@@ -74,11 +74,19 @@ class Decoder(nn.Module, ABC):
         target: layout of what is predicted (features or image).
     """
 
+    _rows: Tensor
+    _columns: Tensor
+
     def __init__(self, source: Layout, target: Layout) -> None:
         super().__init__()
         self.source = source
         self.target = target
-        self.ratio = tuple(math.ceil(t / s) for t, s in zip(target.grid, source.grid, strict=True))
+        found = [_stride(t, s) for t, s in zip(target.grid, source.grid, strict=True)]
+        self.ratio = tuple(stride for stride, _ in found)
+        self._is_even = all(even for _, even in found) or target.kind == "sequence"
+        for name, t, s, stride in zip(("_rows", "_columns"), target.grid, source.grid, self.ratio, strict=True):
+            nearest = None if self._is_even else ((torch.arange(t) + 0.5) * (s * stride / t)).long()
+            self.register_buffer(name, nearest, persistent=False)
 
     @property
     def num_outputs(self) -> int:
@@ -131,16 +139,37 @@ class Decoder(nn.Module, ABC):
         batch, height, width, _ = patches.shape
         image = patches.view(batch, height, width, rows, columns, self.target.width)
         image = image.transpose(2, 3).reshape(batch, height * rows, width * columns, self.target.width)
-        return self._cropped(image)
+        return self._fitted(image)
 
-    def _cropped(self, image: Tensor) -> Tensor:
-        """Odd grids are padded by the backbone; sequences are as long as a batch is."""
-        return image if self.target.kind == "sequence" else image[:, : self.target.grid[0], : self.target.grid[1]]
+    def _fitted(self, image: Tensor) -> Tensor:
+        """What is predicted, each place where the target has it; sequences are as long as a batch is."""
+        if self.target.kind == "sequence":
+            return image
+        if not self._is_even:
+            return image.index_select(1, self._rows).index_select(2, self._columns)
+        for dim, places in enumerate(self.target.grid, start=1):
+            image = image.narrow(dim, 0, min(places, image.shape[dim]))  # the backbone pads odd grids
+            left = places - image.shape[dim]  # or drops what fills no patch: nothing is known of that
+            if left:
+                last = image.narrow(dim, image.shape[dim] - 1, 1)
+                image = torch.cat([image, last.expand(*(left if d == dim else -1 for d in range(image.ndim)))], dim)
+        return image
 
     def spread(self, positions: Tensor) -> Tensor:
         """Positions of the output's grid as those of the target's, [B, H, W] to [B, h, w]."""
         rows, columns = self.ratio
-        return self._cropped(positions.repeat_interleave(rows, 1).repeat_interleave(columns, 2))
+        return self._fitted(positions.repeat_interleave(rows, 1).repeat_interleave(columns, 2))
+
+
+def _stride(target: int, source: int) -> tuple[int, bool]:
+    """Places of a target that each of the source's positions stands for, and whether the grids are so by a stride.
+
+    A stride makes 4 positions of 7 places by padding them (Swin), and 27 of 384 by dropping what is left (patches).
+    """
+    padded, dropped = math.ceil(target / source), target // source
+    if math.ceil(target / padded) == source:
+        return padded, True
+    return (dropped, True) if dropped and target // dropped == source else (padded, False)
 
 
 class LinearDecoder(Decoder):
@@ -695,6 +724,8 @@ register_classifier("transformer", TransformerClassifier)
 register_classifier("next", NextClassifier)
 
 Net = TypeVar("Net", bound=nn.Module)
+LOOKED_AT = ("following", "undecayed", "tail", "per_token")
+"""What classifiers are given of the model, by keyword."""
 
 
 def build_decoder(name: str, source: Layout, target: Layout, options: Mapping[str, Any]) -> Decoder:
@@ -742,9 +773,11 @@ def build_classifier(
 def _build(known: Registry[type[Net]], name: str, options: Mapping[str, Any], *args: Any, **more: Any) -> Net:
     kind = known.find(name)
     try:
+        if not options.keys().isdisjoint(LOOKED_AT):
+            raise TypeError("localgrad gives that itself")
         return kind(*args, **more, **options)
     except TypeError as error:
-        raise RecipeError(f"{known.kind}_options: {name!r} {misfit(kind, options, error)}") from error
+        raise RecipeError(f"{known.kind}_options: {name!r} {misfit(kind, options, error, LOOKED_AT)}") from error
 
 
 def _size(name: str, value: int | None, *, default: int = 1) -> int:

@@ -191,11 +191,10 @@ class LocalObjective(nn.Module):
         """Compute every term and their weighted sum. Arguments as in ``Term.forward``."""
         values: dict[str, TermValue] = {name: term(inputs, outputs, batch, states) for name, term in self.terms.items()}
         for name, value in values.items():
-            if not isinstance(value, TermValue) or value.loss.ndim:
-                what = (
-                    f"a loss of shape {list(value.loss.shape)}" if isinstance(value, TermValue) else repr(type(value))
-                )
-                raise RecipeError(f"term {name!r}: it gave {what}; let forward return TermValue(loss), a scalar.")
+            if not isinstance(value, TermValue) or not isinstance(value.loss, Tensor) or value.loss.ndim:
+                gave = value.loss if isinstance(value, TermValue) else value
+                said = f"a tensor of shape {list(gave.shape)}" if isinstance(gave, Tensor) else repr(gave)
+                raise RecipeError(f"term {name!r}: it gave {said}; let forward return TermValue(loss), a scalar.")
         terms = {name: _share_of(value, batch.share) for name, value in values.items()}
         losses = [self._weighted(name, loss) for name, loss in terms.items()]
         total = losses[0]

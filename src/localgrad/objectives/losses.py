@@ -412,7 +412,7 @@ def loss_of(loss: str | Loss | Callable[[Tensor, Tensor], Tensor] | None, backbo
         found = LOSSES[loss]()
     elif isinstance(loss, Loss):
         found = loss
-    elif isinstance(loss, nn.CrossEntropyLoss):
+    elif type(loss) is nn.CrossEntropyLoss:  # what is derived from it may compute anything
         return _of_pytorch(loss, per_token=per_token)
     elif callable(loss):
         learning = [] if not isinstance(loss, nn.Module) else [n for n, w in loss.named_parameters() if w.requires_grad]

@@ -189,6 +189,11 @@ class Objective(ABC):
         Raises:
             RecipeError: an impossible value, or the name of an auxiliary net that there isn't.
         """
+        for name in ("over_time", "classifier_options", "decoder_options"):
+            if not isinstance(getattr(self, name, {}), Mapping):
+                raise RecipeError(
+                    f"{name}: got {getattr(self, name)!r}; give a dict of names and values, or leave it out."
+                )
         tuple(self.nets)  # each is known
         if not (is_number(self.label_smoothing) and 0 <= self.label_smoothing < 1):
             raise RecipeError(f"{arg('label_smoothing')} must be from 0 to below 1, got {self.label_smoothing!r}.")
@@ -200,7 +205,7 @@ class Objective(ABC):
             if (
                 not isinstance(ends, (tuple, list))
                 or len(ends) != 2
-                or not all(isinstance(end, (int, float)) and 0 <= end < math.inf for end in ends)
+                or not all(is_number(end) and 0 <= end < math.inf for end in ends)
             ):
                 raise RecipeError(
                     f"over_time: {name} = {ends!r}; give the factors at start and end, such as [1.0, 0.0]."
@@ -226,8 +231,9 @@ class Objective(ABC):
         tau = _at(site, "transport_tau", cast(Weight, self.transport_tau))
         if not tau > 0:
             raise RecipeError(f"transport_tau must be above 0, got {self.transport_tau}; leave it out for no penalty.")
-        kind = Transport if self.transport_per == "block" else BranchTransport
-        return kind(tau, has_padding=site.has_padding)
+        if self.transport_per == "block":
+            return Transport(tau, has_padding=site.has_padding, ends_in_tail=site.is_last)
+        return BranchTransport(tau, has_padding=site.has_padding)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,7 +334,7 @@ class Reconstructing(Objective):
                 f"mask: the decoder {self.decoder!r} sees one position at a time, so it can't find a hidden one; take "
                 "conv or transformer."
             )
-        normalise = normalise and target != site.image
+        normalise = normalise and target is not site.image  # features may be as wide as what enters the model
         return Reconstruction(
             decoder,
             of=of,
@@ -440,7 +446,12 @@ class ImageReconstruction(Reconstructing, GreedySupervised):
                 "with which images were normalised."
             )
         if not (
-            len(mean) == len(std) == width and all(map(math.isfinite, mean)) and all(0 < s < math.inf for s in std)
+            isinstance(mean, (tuple, list))
+            and isinstance(std, (tuple, list))
+            and len(mean) == len(std) == width
+            and all(is_number(value) for value in (*mean, *std))
+            and all(map(math.isfinite, mean))
+            and all(0 < s < math.inf for s in std)
         ):
             raise RecipeError(
                 f"pixel_mean and pixel_std: {mean} and {std}; give {width} finite numbers each, std above 0."
@@ -552,7 +563,9 @@ register_objective("segprop", Segprop)
 
 
 def is_number(value: object) -> bool:
-    """Whether an option is a number that can be compared, and not a text or a list."""
+    """Whether an option is a number that can be compared, and not a text, a list, or yes and no."""
+    if isinstance(value, bool):
+        return False
     return isinstance(value, (int, float)) or (hasattr(value, "__float__") and not isinstance(value, Tensor))
 
 
@@ -572,7 +585,7 @@ def _for_depth(site: Site, options: Options) -> Options:
 
 def _at(site: Site, name: str, weight: Weight) -> float:
     try:
-        value = site.weight(weight)
+        value = math.nan if isinstance(weight, bool) else site.weight(weight)
     except (TypeError, ValueError):
         value = math.nan
     if not math.isfinite(value):

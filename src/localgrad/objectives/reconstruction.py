@@ -130,10 +130,9 @@ class Reconstruction(Term):
 class BlockReconstruction(Term):
     """Reconstruction of what entered each block of the module, one decoder each, first to last; their mean."""
 
-    uses = frozenset({"states"})
-
     def __init__(self, parts: Sequence[Reconstruction]) -> None:
         super().__init__()
+        self.uses = frozenset({"states"}).union(*(part.uses for part in parts))
         self.parts = nn.ModuleList(parts)
 
     def forward(self, inputs: Tensor, outputs: Tensor, batch: LocalBatch, states: Sequence[Tensor] = ()) -> TermValue:

@@ -25,15 +25,16 @@ class Transport(Term):
     is their mean, so that one tau serves every resolution; of sequences over tokens that aren't padding.
     """
 
-    def __init__(self, tau: float, *, has_padding: bool = False) -> None:
+    def __init__(self, tau: float, *, has_padding: bool = False, ends_in_tail: bool = False) -> None:
         super().__init__()
         self.tau = tau
+        self.ends_in_tail = ends_in_tail
         self.uses = frozenset({"states", *(("mask",) * has_padding)})
 
     def forward(self, inputs: Tensor, outputs: Tensor, batch: LocalBatch, states: Sequence[Tensor] = ()) -> TermValue:
         """Compute the penalty. Arguments as in ``Term.forward``."""
         total = torch.zeros((), device=outputs.device)
-        for before, after in pairwise((*states, outputs)):
+        for before, after in pairwise(states if self.ends_in_tail else (*states, outputs)):
             if before.shape == after.shape and "mask" in self.uses:
                 total = total + _mean_square(in_float32(after) - in_float32(before), batch)
             elif before.shape == after.shape:

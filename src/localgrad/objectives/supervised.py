@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localgrad.backbones.base import Layout
+from localgrad.errors import RecipeError, arg
 from localgrad.objectives.auxiliary import Classifier, Pool, TrainedHead
 from localgrad.objectives.base import Term, TermValue, in_float32, one_hot
 from localgrad.objectives.carried import LocalBatch
@@ -94,7 +95,16 @@ class TaskLoss(Term):
 
     def classify(self, outputs: Tensor, mask: Tensor | None = None) -> Tensor:
         """Class logits [B, num_classes], or [B, N, num_classes] of tokens."""
-        return cast(Tensor, self.classifier(outputs, mask) if self.takes_mask else self.classifier(outputs))
+        head = self.classifier
+        logits = cast(Tensor, head(outputs, mask) if self.takes_mask else head(outputs))
+        if isinstance(head, Classifier):
+            of = "[B, N, num_classes]" if self.loss.names_tokens else "[B, num_classes]"
+            if logits.ndim != of.count(",") + 1 or logits.shape[-1] != head.num_classes or len(logits) != len(outputs):
+                raise RecipeError(
+                    f"{arg('classifier')}: {type(head).__name__} gave {list(logits.shape)}; give {of}, "
+                    f"B being {len(outputs)} and num_classes {head.num_classes} here."
+                )
+        return logits
 
     def follow(self) -> None:
         """Let the classifier follow what it follows."""

@@ -102,3 +102,5 @@ class Copies:
                 else:
                     weight.copy_(state.mean())
                     del self._under_way[weight]
+        if weights:
+            step.module.objective.follow()  # the weights that all modules see, not its copies

@@ -85,10 +85,12 @@ class GlobalStep:
         return batch.features
 
     def _update(self, scaler: torch.amp.GradScaler) -> None:
+        learning_still = {id(weight) for step in self.steps if not step.frozen for weight in step.parameters}
         for step in self.steps:
             step.updating = True
-            if step.frozen:
-                step.optimizer.zero_grad(set_to_none=True)
+            for weight in step.parameters:
+                if id(weight) not in learning_still:
+                    weight.grad = None
         if self.steps[-1].clip_grad is not None:
             scaler.unscale_(self._together)
             learning = [weight for weight in self._together.param_groups[0]["params"] if weight.grad is not None]
@@ -120,4 +122,4 @@ class _Together(torch.optim.Optimizer):
             if not step.frozen:
                 with explained(step.optimizer):
                     step.optimizer.step()
-            step.optimizer.zero_grad(set_to_none=True)
+                step.optimizer.zero_grad(set_to_none=True)

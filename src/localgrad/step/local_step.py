@@ -276,6 +276,11 @@ class LocalStep:
         with self.around():
             with autocast(self.device_type, self.precision):
                 output = self._forward(inputs, batch, *more)
+            if not output.loss.requires_grad:
+                raise RecipeError(
+                    f"term {', '.join(output.terms)}: nothing in the module learns of its loss; compute it of outputs, "
+                    "not of what detach() gives, and freeze no module whole (freeze_from does that)."
+                )
             if hand_on is not None:
                 hand_on(output.features)
             loss = output.loss if weight is None else output.loss * weight
@@ -360,7 +365,8 @@ class LocalStep:
             self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.module.objective.follow()
+        if not self.module.copies:  # else what is followed may be a copy (see step/copies.py)
+            self.module.objective.follow()
         self.num_updates += 1
         self.updating = False
 

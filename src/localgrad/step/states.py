@@ -227,7 +227,15 @@ def load_weights(module: nn.Module, state: dict[str, Tensor]) -> None:
     """
     check_weights(module, state)
     for name, target in module.state_dict().items():
-        put(target, state[name])
+        owner, _, last = name.rpartition(".")
+        if last == _EXTRA_STATE:
+            module.get_submodule(owner).set_extra_state(state[name])
+        else:
+            put(target, state[name])
+
+
+_EXTRA_STATE = "_extra_state"
+"""The end of a key under which a module keeps what is no weight: torch's name."""
 
 
 def check_weights(module: nn.Module, state: dict[str, Tensor]) -> None:
@@ -244,7 +252,7 @@ def check_weights(module: nn.Module, state: dict[str, Tensor]) -> None:
             f"{len(unknown)} unknown ({', '.join(unknown[:3])})."
         )
     for key, value in own.items():
-        if not isinstance(value, Tensor):  # a module's extra state
+        if key.rpartition(".")[2] == _EXTRA_STATE:  # of whatever kind and shape the module makes of it
             continue
         if not isinstance(state[key], Tensor):
             raise CheckpointError(f"checkpoint: {key} is a {type(state[key]).__name__}, not a tensor.")
