@@ -27,6 +27,7 @@ from localgrad.isolation import check_isolation
 from localgrad.memory.costs import CostSettings
 from localgrad.memory.parts import measure_costs
 from localgrad.memory.track import block_activation_bytes
+from localgrad.objectives.averaging import check_moves
 from localgrad.partitioning import make_plan
 
 # Writing into what is received -----------------------------------------------------------------------------------
@@ -322,6 +323,21 @@ def test_weights_and_precisions_that_do_not_go_together_are_refused() -> None:
     mixed.blocks[1].bfloat16()
     with pytest.raises(BackboneError, match=r"several types \(bfloat16, float32\).* model\.float\(\)"):
         split(mixed, SIZE)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"ema_decay": 0.9998},
+        {"objective": GreedySupervised(classifier="next", classifier_options={"weights": "ema"})},
+    ],
+)
+def test_averages_of_weights_in_16_bits_are_refused_as_they_would_stay(asked: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match=r"torch.bfloat16, in which a moving average would stay .*precision='bf16'"):
+        LocalLearner(make("vit").to(torch.bfloat16), modules=2, input_size=SIZE, **asked)
+    frozen = make("vit").to(torch.bfloat16).requires_grad_(False)
+    frozen.head.float().requires_grad_(True)
+    check_moves(frozen)  # what isn't trained is its own average
 
 
 @pytest.mark.heavy

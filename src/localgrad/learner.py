@@ -35,6 +35,7 @@ from localgrad.errors import (
 )
 from localgrad.formats import Json
 from localgrad.objectives.auxiliary import carry_exemptions
+from localgrad.objectives.averaging import check_moves
 from localgrad.objectives.carried import LocalBatch, Route, make_parts, mask_of
 from localgrad.objectives.losses import Loss, loss_of
 from localgrad.objectives.methods import FeatureReconstruction, Objective, build_objective, is_number
@@ -1163,6 +1164,7 @@ def make_ema(model: nn.Module, decay: float | None, *, on_host: bool) -> ModelEm
         return None
     if not (is_number(decay) and 0 < decay < 1):
         raise RecipeError(f"{arg('ema_decay')} must lie between 0 and 1, got {decay!r}; 0.9998 is usual.")
+    check_moves(model)
     from localgrad.step.moving_average import MovingAverage
 
     if on_host:  # while the model may be in two places, which foreach can't take

@@ -33,7 +33,7 @@ from localgrad.backbones.base import Layout
 from localgrad.backbones.ends import copied
 from localgrad.backbones.timm_models import with_plain_attention
 from localgrad.errors import RecipeError, arg
-from localgrad.objectives.averaging import OtherBuffers, averaged_pairs
+from localgrad.objectives.averaging import OtherBuffers, averaged_pairs, check_moves
 from localgrad.registry import Registry, misfit
 
 HEAD_WIDTH = 32
@@ -631,6 +631,7 @@ class Average:
     """
 
     def __init__(self, mine: nn.Module, source: nn.Module, decay: float) -> None:
+        check_moves(source)
         self._mine, self._source, self._decay = mine.requires_grad_(requires_grad=False), source, decay
         self._others = OtherBuffers()
 

@@ -18,6 +18,8 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.spectral_norm import SpectralNorm
 
+from localgrad.errors import RecipeError, arg
+
 POWER_ITERATIONS = 8
 """At each update. A norm's own take one a step, but an average jumps at first, and is looked at at once."""
 
@@ -33,6 +35,20 @@ def averaged_pairs(average: nn.Module, model: nn.Module) -> Iterator[tuple[Tenso
             seen.add(id(mine))
             if mine.is_floating_point() or mine.is_complex():
                 yield mine, value
+
+
+def check_moves(model: nn.Module) -> None:
+    """Refuse to average weights in 16 bits: a step of a slow average is less than half of their last bit.
+
+    Raises:
+        RecipeError: naming one of them.
+    """
+    for name, weight in model.named_parameters():
+        if weight.requires_grad and weight.is_floating_point() and weight.dtype.itemsize < 4:
+            raise RecipeError(
+                f"{name} is {weight.dtype}, in which a moving average would stay where it is; keep the model's weights "
+                f"in float32 ({arg('precision', 'bf16')} computes in bf16 all the same), or leave averages out."
+            )
 
 
 _STATISTICS = ("running_mean", "running_var")

@@ -47,6 +47,7 @@ class Handed(NamedTuple):
         features: what it hands on, detached.
         layout: of ``features``.
         gradient: of its loss by ``features``; only for what is made after the backward pass, and not of frozen modules.
+            In fp16 it is times the loss scale, without which most of it would be 0.
         batch: as it entered the module, with what is carried so far.
     """
 
@@ -204,7 +205,7 @@ CARRIED = {
 }
 """The table: images (of the batch), teacher (class probabilities [B, num_classes] of the averaged model), previous
 (what the module before received), context (pooled features of earlier modules, each [B, rows, columns, D]), gradient
-(of the loss of the module before, by what it handed on) and mask (which tokens of sequences aren't padding)."""
+(of the loss of the module before, by what it handed on; in fp16 times the loss scale) and mask (which tokens of sequences aren't padding)."""
 
 
 def register_carried(carried: Carried) -> Carried:
