@@ -383,6 +383,11 @@ class Mixing(localgrad.Decoder):
         ("llama", FeatureReconstruction(reconstruct="previous"), "'previous' of the second module are token ids"),
         ("llama", localgrad.ImageReconstruction(), "objective: it reconstructs images"),
         ("llama", Solo(classifier_options={"depth": 3}), "depth of 'readout' is 0, 1 or 2"),
+        (
+            "llama",
+            Solo(classifier_options={"depth": 1, "width": "64"}),
+            "width of a .* whole number from 1 on, got '64'",
+        ),
         ("llama", Segprop(classifier_options={"depth": -1}), "depth of 'tail' is a number of blocks"),
         ("llama", "lopp", "objective: unknown 'lopp'; .* Nearest: lopt"),
     ],

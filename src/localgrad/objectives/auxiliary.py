@@ -194,7 +194,7 @@ class BottleneckDecoder(Decoder):
 
     def __init__(self, source: Layout, target: Layout, *, hidden_width: int | None = None) -> None:
         super().__init__(source, target)
-        hidden = _size("hidden_width", hidden_width, default=max(1, source.width // 4))
+        hidden = size_option("hidden_width", hidden_width, default=max(1, source.width // 4))
         self.norm = nn.LayerNorm(source.width)
         self.project = nn.Sequential(nn.Linear(source.width, hidden), nn.GELU(), nn.Linear(hidden, self.num_outputs))
 
@@ -210,7 +210,7 @@ class ConvDecoder(Decoder):
 
     def __init__(self, source: Layout, target: Layout, *, hidden_width: int | None = None) -> None:
         super().__init__(source, target)
-        hidden = _size("hidden_width", hidden_width, default=min(source.width, 64))
+        hidden = size_option("hidden_width", hidden_width, default=min(source.width, 64))
         self.norm = nn.LayerNorm(source.width)
         self.first = nn.Conv2d(source.width, hidden, 3, padding=1)
         self.second = nn.Conv2d(hidden, self.num_outputs, 3, padding=1)
@@ -239,7 +239,7 @@ class BilinearDecoder(Decoder):
                 f"{arg('decoder')}: 'bilinear' is of images, and features here are a sequence; take linear, conv, "
                 "bottleneck or transformer."
             )
-        hidden = _size("hidden_width", hidden_width, default=12)
+        hidden = size_option("hidden_width", hidden_width, default=12)
         self.first = nn.Conv2d(source.width, hidden, 3, padding=1)
         self.norm = nn.BatchNorm2d(hidden)
         self.second = nn.Conv2d(hidden, target.width, 3, padding=1)
@@ -281,8 +281,8 @@ class TransformerDecoder(Decoder):
         self, source: Layout, target: Layout, *, depth: int = 1, width: int | None = None, window: int = 14
     ) -> None:
         super().__init__(source, target)
-        width = _head_multiple(_size("width", width, default=min(source.width, 192)))
-        largest = _size("window", window)
+        width = head_multiple(size_option("width", width, default=min(source.width, 192)))
+        largest = size_option("window", window)
         self.window = tuple(_largest_divisor(side, largest) for side in source.grid)
         if source.kind == "sequence":
             self.window = (1, largest * largest)
@@ -470,7 +470,7 @@ class MlpClassifier(TrainedHead):
         self, source: Layout, num_classes: int, *, per_token: bool = False, hidden_width: int | None = None
     ) -> None:
         super().__init__(source, num_classes, per_token=per_token)
-        hidden = _size("hidden_width", hidden_width, default=2 * source.width)
+        hidden = size_option("hidden_width", hidden_width, default=2 * source.width)
         self.pool = Pool(source, per_token=per_token)
         self.head = nn.Sequential(nn.Linear(self.pool.width, hidden), nn.GELU(), nn.Linear(hidden, num_classes))
 
@@ -510,8 +510,8 @@ class TransformerClassifier(TrainedHead):
         grid: int = 4,
     ) -> None:
         super().__init__(source, num_classes, per_token=per_token)
-        width = _head_multiple(_size("width", width, default=min(source.width, 384)))
-        grid = _size("grid", grid)
+        width = head_multiple(size_option("width", width, default=min(source.width, 384)))
+        grid = size_option("grid", grid)
         self.pools = not per_token and source.kind != "sequence"
         self.is_causal = per_token and source.is_causal
         self.grid = (min(grid, source.grid[0]), min(grid, source.grid[1]))
@@ -595,7 +595,7 @@ class NextClassifier(TrainedHead):
         if weights not in ("fresh", "copy", "ema"):
             raise RecipeError(f"classifier_options: weights {weights!r} of 'next' is unknown; take fresh, copy or ema.")
         check_decay("next", decay)
-        taken = following[: _size("depth", depth)]
+        taken = following[: size_option("depth", depth)]
         if not taken:
             raise RecipeError(
                 f"{arg('classifier')}: 'next' needs blocks that follow, and there are none; take 'transformer'."
@@ -681,7 +681,7 @@ def transformer_blocks(width: int, depth: int, *, num_tokens: int) -> nn.Sequent
         whole = Block(width, width // HEAD_WIDTH, mlp_ratio=2.0, qkv_bias=True)
         return with_plain_attention(whole) if num_tokens <= FEW_TOKENS else whole
 
-    return nn.Sequential(*(block() for _ in range(_size("depth", depth))))
+    return nn.Sequential(*(block() for _ in range(size_option("depth", depth))))
 
 
 DECODERS: Registry[type[Decoder]] = Registry("decoder", Decoder)
@@ -781,7 +781,7 @@ def _build(known: Registry[type[Net]], name: str, options: Mapping[str, Any], *a
         raise RecipeError(f"{known.kind}_options: {name!r} {misfit(kind, options, error, LOOKED_AT)}") from error
 
 
-def _size(name: str, value: int | None, *, default: int = 1) -> int:
+def size_option(name: str, value: int | None, *, default: int = 1) -> int:
     """An option that counts something, or its default.
 
     Raises:
@@ -793,7 +793,8 @@ def _size(name: str, value: int | None, *, default: int = 1) -> int:
     return size
 
 
-def _head_multiple(width: int) -> int:
+def head_multiple(width: int) -> int:
+    """A width rounded down to whole attention heads; one at least."""
     return max(HEAD_WIDTH, width // HEAD_WIDTH * HEAD_WIDTH)
 
 

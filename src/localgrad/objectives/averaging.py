@@ -47,7 +47,7 @@ def check_moves(model: nn.Module) -> None:
         if weight.requires_grad and weight.is_floating_point() and weight.dtype.itemsize < 4:
             raise RecipeError(
                 f"{name} is {weight.dtype}, in which a moving average would stay where it is; keep the model's weights "
-                f"in float32 ({arg('precision', 'bf16')} computes in bf16 all the same), or leave averages out."
+                f"in float32 ({arg('precision', 'bf16')} computes in bf16 all the same), or take no average."
             )
 
 

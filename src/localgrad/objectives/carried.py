@@ -205,7 +205,8 @@ CARRIED = {
 }
 """The table: images (of the batch), teacher (class probabilities [B, num_classes] of the averaged model), previous
 (what the module before received), context (pooled features of earlier modules, each [B, rows, columns, D]), gradient
-(of the loss of the module before, by what it handed on; in fp16 times the loss scale) and mask (which tokens of sequences aren't padding)."""
+(of the loss of the module before, by what it handed on; in fp16 times the loss scale)
+and mask (which tokens of sequences aren't padding)."""
 
 
 def register_carried(carried: Carried) -> Carried:

@@ -20,16 +20,17 @@ from localgrad.backbones.ends import copied, cut_off, last_linear
 from localgrad.errors import RecipeError, arg
 from localgrad.objectives.auxiliary import (
     FEW_TOKENS,
-    HEAD_WIDTH,
     Average,
     TrainedHead,
     allowed,
     attend,
     check_decay,
     copy_of,
+    head_multiple,
     mask_at,
     mean_of,
     sinusoids,
+    size_option,
     transformer_blocks,
 )
 
@@ -81,7 +82,7 @@ class ReadoutClassifier(TrainedHead):
         self.is_causal = per_token and source.is_causal
         self.depth = depth
         if depth:
-            wide = max(HEAD_WIDTH, (width or source.width) // HEAD_WIDTH * HEAD_WIDTH)
+            wide = head_multiple(size_option("width", width, default=source.width))
             self.enter = nn.Sequential(nn.LayerNorm(source.width), nn.Linear(source.width, wide))
             self.blocks = transformer_blocks(wide, depth, num_tokens=FEW_TOKENS + 1)
             self.leave = nn.Linear(wide, source.width)
