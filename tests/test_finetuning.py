@@ -31,6 +31,7 @@ from research.benchmarks import finetuning as measured
 if TYPE_CHECKING:
     from helpers import Cli
 
+pytestmark = pytest.mark.usefixtures("cost_cache")
 VIT = {"depth": 4, "embed_dim": 24, "num_heads": 2}
 MODEL = ["--model", "vit_tiny_patch16_224", "--img-size", "16", "--patch-size", "8", "--device", "cpu"]
 MODEL += ["--set", "model.options={depth=4, embed_dim=24, num_heads=2}"]
