@@ -159,3 +159,15 @@ def test_a_bad_overlap_is_refused(overlap: Any) -> None:
 def test_overlap_doesnt_go_with_offloading() -> None:
     with pytest.raises(RecipeError, match="overlap=1 doesn't go with offload"):
         learner_of(overlap=1, offload=True)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"overlap": 1}, {"overlap": 1, "checkpoint": "blocks"}, {"objective": FeatureReconstruction(reconcile=0.1)}],
+)
+def test_batch_norms_see_each_batch_once(more: dict[str, Any]) -> None:
+    """Though a block of two modules runs in both, and reconciling runs a module three times."""
+    learner = make_learner(make("resnet"), modules=3, **more)
+    train(learner, batches(3))
+    counts = [module.num_batches_tracked for module in learner.model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert counts and {int(count) for count in counts} == {3}

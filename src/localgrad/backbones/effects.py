@@ -7,7 +7,7 @@ state is all that ``ModelState`` keeps of it, frozen weights among it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, cast
@@ -46,7 +46,7 @@ class Effects:
 
     @contextmanager
     def _undone(self, before: ModelState) -> Iterator[None]:
-        with before.again(draws=self.draws), _still_statistics(self.norms):
+        with before.again(draws=self.draws), still_statistics(self.norms):
             yield
 
 
@@ -54,7 +54,7 @@ NO_EFFECTS = Effects()
 
 
 @contextmanager
-def _still_statistics(norms: Sequence[_BatchNorm]) -> Iterator[None]:
+def still_statistics(norms: Sequence[_BatchNorm]) -> Iterator[None]:
     """Keep running statistics where they are, without a copy of them."""
     momenta = [norm.momentum for norm in norms]
     counts = [norm.num_batches_tracked for norm in norms]
@@ -67,6 +67,11 @@ def _still_statistics(norms: Sequence[_BatchNorm]) -> Iterator[None]:
         for norm, momentum, count in zip(norms, momenta, counts, strict=True):
             norm.momentum = momentum
             norm.num_batches_tracked = count
+
+
+def plain_norms(parts: Iterable[nn.Module]) -> list[_BatchNorm]:
+    """Batch norms in some parts of a model, whose statistics ``still_statistics`` keeps."""
+    return [cast(_BatchNorm, norm) for part in parts for norm in part.modules() if is_plain_norm(norm)]
 
 
 def is_plain_norm(module: nn.Module) -> bool:

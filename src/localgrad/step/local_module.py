@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from localgrad.backbones.base import Backbone, FrozenStem, Layout, Stem, memory_of
-from localgrad.backbones.effects import Observed
+from localgrad.backbones.effects import Observed, plain_norms, still_statistics
 from localgrad.backbones.ends import Headless, last_linear
 from localgrad.backbones.halves import AsCut, Piece, find_pieces, observed, whole_block
 from localgrad.backbones.hooks import has_hooks
@@ -110,6 +110,7 @@ class LocalModule(nn.Module):
         self._passed_by = [by for number, found in self.pieces.items() for by in _passed_by(self.parts[number], found)]
         self.under_way = under_way
         self.gives_logits = gives_logits
+        self._counted_before = plain_norms(self.parts[:shared])  # by the module before, in its own step
         self.reads: list[nn.Parameter]
         self.copies: list[nn.Parameter]
         vars(self).update(reads=list(reads), copies=list(copies))  # past the registry: they are in its parts
@@ -127,12 +128,13 @@ class LocalModule(nn.Module):
             if with_states and not isinstance(part, Stem):
                 states.append(inputs)
             recomputed = self.recomputed.get(number) if self.training else None
-            if branches is not None and number in self.pieces:
-                chunks = None if recomputed is None else recomputed.chunks
-                inputs = run_pieces(self.pieces[number], inputs, chunks, branches)
-            else:
-                run: Part = recomputed or part
-                inputs = run(inputs)
+            with still_statistics(self._counted_before if number < self.shared else ()):
+                if branches is not None and number in self.pieces:
+                    chunks = None if recomputed is None else recomputed.chunks
+                    inputs = run_pieces(self.pieces[number], inputs, chunks, branches)
+                else:
+                    run: Part = recomputed or part
+                    inputs = run(inputs)
         return Passed(inputs, inputs if handed_on is None else handed_on, states)
 
     def check_branches(self) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from localgrad.backbones.effects import plain_norms, still_statistics
 from localgrad.backbones.namespaces import Attributes, Kwargs
 from localgrad.backbones.random_numbers import RandomState
 from localgrad.backbones.state import Before, Undo
@@ -100,6 +101,7 @@ class LocalStep:
         self.gradient_norm: Tensor | None = None  # of the last update, before clipping; none where nothing clips
         self.frozen = False  # whether the module only runs, and learns no more
         self._undo = Undo(module)
+        self._norms = plain_norms([module])
         self.as_frozen = Frozen(module)
         # Of what is drawn at random in a step; by default the caller's own numbers are.
         self.seed: tuple[int, ...] | None = None
@@ -315,7 +317,8 @@ class LocalStep:
         for sign in (1.0, -1.0):
             before.restore()  # the same draws of dropout and drop path
             moved = inputs + (sign * step * along).to(inputs.dtype)
-            self._once(moved, batch, weight=sign * weight, received=inputs)
+            with still_statistics(self._norms):
+                self._once(moved, batch, weight=sign * weight, received=inputs)
             del moved
         after.restore()
         return output
