@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import sys
@@ -469,6 +470,75 @@ def test_a_model_with_another_loss_is_refused_unless_one_is_given(tmp_path: Path
     trainer = local("vit", tmp_path, Odd(), max_steps=1, loss="cross-entropy")
     trainer.train()
     assert trainer.learner.num_steps == 1
+
+
+class Own(nn.Module):
+    """Its own loss is a criterion's, of logits as they are before training: nearly alike."""
+
+    def __init__(self, criterion: nn.Module) -> None:
+        super().__init__()
+        self.of, self.criterion = made("vit"), criterion
+        self.of.classifier.weight.data *= 1e-3  # type: ignore[union-attr,operator]
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.of(pixel_values).logits
+        return (
+            {"logits": logits} if labels is None else {"loss": self.criterion(logits, labels).mean(), "logits": logits}
+        )
+
+
+def pictures_in(dtype: torch.dtype) -> list[Item]:
+    return [{**item, "pixel_values": item["pixel_values"].to(dtype)} for item in pictures()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("criterion", "is_other"),
+    [
+        (nn.CrossEntropyLoss(), False),
+        (nn.CrossEntropyLoss(reduction="none"), False),
+        (nn.CrossEntropyLoss(label_smoothing=0.1), True),
+        (nn.CrossEntropyLoss(label_smoothing=0.1, reduction="none"), True),
+        (nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 1.0])), True),
+    ],
+    ids=["plain", "of each", "smoothed", "smoothed of each", "weighted"],
+)
+def test_a_loss_that_only_seems_the_models_own_is_refused(
+    criterion: nn.Module, is_other: bool, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model = Own(copy.deepcopy(criterion)).to(dtype)
+    trainer = local("vit", tmp_path, model, train_dataset=pictures_in(dtype))
+    if is_other:
+        with pytest.raises(RecipeError, match=r"loss: Own's own of the example is .* give loss="):
+            _ = trainer.learner
+    else:
+        assert trainer.learner.model is model
+
+
+def bert() -> nn.Module:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    return transformers.BertForSequenceClassification(  # type: ignore[no-any-return]
+        transformers.BertConfig(vocab_size=VOCABULARY, max_position_embeddings=32, num_labels=3, **sizes)
+    )
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3], ids=["unsure", "sure"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["llama", "vit", "bert"])
+def test_losses_of_transformers_are_the_models_own(kind: str, dtype: torch.dtype, scale: float, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = bert() if kind == "bert" else made(kind)
+    (model.lm_head if kind == "llama" else model.classifier).weight.data *= scale  # type: ignore[union-attr,operator]
+    texts = [{"input_ids": item["input_ids"][:3], "labels": n % 3} for n, item in enumerate(sentences())]
+    data = {"llama": sentences(), "vit": pictures_in(dtype), "bert": texts}[kind]
+    more = {} if kind == "bert" else DATA[kind]
+    trainer = LocalTrainer(
+        model.to(dtype), arguments(tmp_path), modules=2, **(more | {"train_dataset": data, "eval_dataset": None})
+    )
+    before = copied(model)
+    assert trainer.learner.model is model
+    assert_same(copied(model), before)
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def of_sum(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
