@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from math import nan
 from pathlib import Path
 from types import SimpleNamespace
@@ -161,7 +162,11 @@ def test_images_go_through_the_same_in_timm(
 
 def test_what_timm_has_no_words_for_is_said() -> None:
     size = (3, 20, 20)
-    assert evaluated_images(DataSettings(), info_of(3), size).notes == ()
+    for whole in (replace(info_of(3), found_size=(40, 40)), info_of(3, fit="squash")):
+        assert evaluated_images(DataSettings(), whole, size).notes == ()
+    for found_size in (None, (40, 60)):
+        (note,) = evaluated_images(DataSettings(), replace(info_of(3), found_size=found_size), size).notes
+        assert "were cut, and then resized; timm and transformers resize them first" in note
     padded = evaluated_images(DataSettings(), info_of(3, fit="pad"), size)
     assert padded.values["crop_mode"] == "border"
     assert "colour (255, 255, 255)" in padded.notes[0]
