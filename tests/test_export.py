@@ -509,6 +509,27 @@ class OfOneSize(ByHand):
         return torch.cat(rows)
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", ["POLY", "PROMPT_TUNING"])
+def test_adapters_that_can_not_be_merged_are_refused_in_a_line(kind: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    if kind == "POLY":
+        base: nn.Module = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=8, **VIT)
+        config = peft.PolyConfig(target_modules=["qkv"])
+    else:
+        transformers = pytest.importorskip("transformers")
+        base = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+            )
+        )
+        config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(BackboneError, match=rf"adapters of {kind} can't be merged.*as of LoRA\.$") as refused:
+        localgrad.export(peft.get_peft_model(base, config), to="timm", out=tmp_path / "out")
+    assert "\n" not in str(refused.value)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_model_that_asks_for_the_number_of_images_becomes_a_program_of_one_number_and_says_so(tmp_path: Path) -> None:
     done = localgrad.export(OfOneSize(), to="torch-export", out=tmp_path / "p.pt2", example=torch.randn(2, 3, 8, 8))
     assert done.batches == (2,)
