@@ -423,6 +423,33 @@ def test_an_example_has_labels_that_count(tmp_path: Path) -> None:
         local("vit", tmp_path, Five(), max_steps=1, train_dataset=none).train()
 
 
+class Stream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+    """Items one after another: of a list again and again, of a generator once."""
+
+    def __init__(self, items: Any) -> None:
+        self.items = items
+
+    def __iter__(self) -> Any:
+        yield from self.items
+
+
+def test_a_data_set_that_can_be_read_once_loses_no_batch_to_the_example(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"example: Stream can be read once, .*; give example=") as refused:
+        local("vit", tmp_path, train_dataset=Stream(iter(pictures()))).train()
+    assert "\n" not in str(refused.value)
+    seen: list[Any] = []
+
+    def noting(items: list[Item]) -> Any:
+        seen.extend(items)
+        return transformers.default_data_collator(items)
+
+    items = pictures(8)
+    example = transformers.default_data_collator(items[:2])
+    local("vit", tmp_path, train_dataset=Stream(iter(items)), example=example, data_collator=noting).train()
+    assert [item["labels"] for item in seen] == [item["labels"] for item in items]
+    local("vit", tmp_path, train_dataset=Stream(items), max_steps=1).train()
+
+
 def test_smoothed_labels_are_the_objectives(tmp_path: Path) -> None:
     options = {"label_smoothing_factor": 0.2, "gradient_accumulation_steps": 2, "optim": "sgd"}
     reference, trainer = plain("llama", tmp_path, **options), local("llama", tmp_path, modules=1, **options)

@@ -255,6 +255,11 @@ class LocalTrainer(Trainer):  # type: ignore[misc]  # its types aren't read
             raise RecipeError("example: there is no train_dataset to take one from; give a batch.")
         loader = self.get_train_dataloader()
         if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__getitem__"):
+            if not self.args.dataloader_num_workers and _is_read_once(self.train_dataset):  # workers read copies
+                raise RecipeError(
+                    f"example: {type(self.train_dataset).__name__} can be read once, and a batch of it would be "
+                    "missing from training; give example=, a batch as the data loader makes it."
+                )
             return next(iter(loader))
         data, total = loader.dataset, len(loader.dataset)
         count = min(total, max(2, self.args.per_device_train_batch_size))
@@ -545,6 +550,11 @@ def _switch_off_checkpointing(model: Any) -> None:
 
 
 MOST_TRIED = 64
+
+
+def _is_read_once(data: Any) -> bool:
+    """Whether a data set is an iterator, or reads from one that it holds."""
+    return any(isinstance(each, Iterator) for each in (data, *getattr(data, "__dict__", {}).values()))
 
 
 def _counts(batch: Any) -> bool:
