@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -135,13 +135,30 @@ def passed_by(model: nn.Module) -> list[str]:
     ]
 
 
+def adapters_in(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """The layers among modules that peft has put adapters into, as far as they can be merged."""
+    found = (module for module in modules if type(module).__module__.startswith("peft.tuners."))
+    return [module for module in found if isinstance(getattr(module, "merged", None), bool)]
+
+
+def are_merged(adapters: Iterable[nn.Module]) -> bool:
+    """Whether some of what adapters learnt is in the weights at present, so that they would not run."""
+    return any(each.merged for each in adapters)
+
+
+MERGED = "adapters are merged into the weights, and never learn so; call model.unmerge_adapter() first"
+
+
 def check_adapters_are_read(model: nn.Module, unread: Collection[str]) -> None:
-    """Warn of adapters that the model passes by: it reads the weight of their layers, and doesn't call them.
+    """Warn of adapters that are merged, or that the model passes by: it reads the weight of their layers alone.
 
     Args:
         model: with adapters of peft, or without any.
         unread: names of the weights that learn, and that its logits don't depend on.
     """
+    if are_merged(adapters_in(model.modules())):
+        warnings.warn(f"{type(model).__name__}: {MERGED}.", stacklevel=3)
+        return
     layers = []
     for name, layer in model.named_modules():
         learning = [f"{name}.{own}" for own, weight in layer.named_parameters() if weight.requires_grad]
