@@ -575,6 +575,7 @@ def of_sum(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tens
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"torch_compile": True}, "torch_compile=True: it doesn't go with local modules: it compiles the whole model"),
     ({"use_liger_kernel": True}, "use_liger_kernel=True: it doesn't go"),
+    ({"use_cache": True}, "use_cache=True: it doesn't go with local modules: they keep no keys and values"),
     ({"auto_find_batch_size": True}, r"auto_find_batch_size=True: .* localgrad\.plan says beforehand"),
     ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint=True: .* it saves in the middle of an update"),
     (

@@ -71,6 +71,7 @@ REFUSED: dict[str, str] = {
     "use_liger_kernel": "it changes the model's forward when training begins; leave it out",
     "auto_find_batch_size": "modules before the one in which memory runs out have made their update by then; "
     "localgrad.plan says beforehand what fits",
+    "use_cache": "they keep no keys and values, which generation alone has a use for; leave it out",
     "enable_jit_checkpoint": "it saves in the middle of an update; leave it out, save_steps saves in between",
 }
 """Fields of TrainingArguments that don't go with local modules, and what to do."""
