@@ -9,7 +9,8 @@ batch's share of the model's task loss, which is what Trainer's own would have r
 gradients, and an optimizer whose ``step`` has nothing left to do (``learner.optimizer``); the scheduler made of it
 changes every module's learning rate.
 
-With one local module this is Trainer itself, bit for bit on the processor.
+With one local module this is Trainer itself, bit for bit on the processor; with smoothed labels but for rounding, as
+transformers sums their loss in another order.
 
 Names that aren't public, and that this file alone relies on: of Trainer ``_prepare_inputs`` (moves a batch to the
 device), ``_build_accelerator_args``, ``_save_optimizer_and_scheduler``, ``_load_optimizer_and_scheduler`` and
