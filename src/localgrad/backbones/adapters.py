@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from localgrad.backbones.by_hand import listed
 from localgrad.backbones.example import Example
 from localgrad.backbones.fake import by_shapes_alone, fake_copy_with_memo
-from localgrad.backbones.quantized import plain_weight
+from localgrad.backbones.quantized import plain_weight, silence_hint
 from localgrad.backbones.state import left_as_it_was
 from localgrad.backbones.timm_models import beginnings_of_heads
 from localgrad.errors import BackboneError, RecipeError, arg
@@ -85,6 +85,7 @@ def with_adapters(model: nn.Module, rank: int, size: Sequence[int], *, heads: Se
         RecipeError: peft is missing.
         BackboneError: there is no linear layer but the head.
     """
+    silence_hint()
     try:
         import peft
     except ImportError as error:
