@@ -107,7 +107,7 @@ def with_adapters(model: nn.Module, rank: int, size: Sequence[int], *, heads: Se
 
 
 def _called_layers(model: nn.Module, size: Sequence[int]) -> list[str]:
-    """Names of the linear layers that a model calls, by shapes alone; of all where its forward needs values."""
+    """Names of the linear layers that a model calls, by shapes alone; of all where its forward can't be run so."""
     names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
     called: set[str] = set()
     try:
@@ -119,7 +119,7 @@ def _called_layers(model: nn.Module, size: Sequence[int]) -> list[str]:
                 twin.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.add(name))
             with fake_mode, torch.no_grad():
                 twin.eval()(images)
-    except BackboneError:
+    except Exception:  # of a forward that needs values, or can't take these images, which is told when it is split
         return names
     return [name for name in names if name in called]
 
