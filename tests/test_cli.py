@@ -221,7 +221,7 @@ def test_folders_that_cannot_be_written_are_refused(out: str, here: Path, cli_: 
         (("train", "--nope"), "--nope"),
         (("train", "extra"), "extra"),
         (("trian",), "trian"),
-        (("evaluate",), "RUN_FOLDER"),
+        (("predict", "run"), "images"),
         (("predict", "run", "x.png", "--top", "0"), "--top"),
         (("train", "--preset", "foo"), "digits, finetune, greedy, infopro, paper"),
         (("train", "--resume", "gone"), "gone: no run there"),
@@ -433,6 +433,20 @@ def test_help_names_what_there_is(option: str, known: Registry[Any]) -> None:
     ours = [name for name in known if known.find(name).__module__.startswith("localgrad.")]
     assert len(ours) > 4
     assert set(ours) <= set(re.findall(r"\w+", own)), own
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "predict", "export"])
+def test_a_verb_that_needs_a_run_shows_its_help_without_arguments(verb: str, cli_: Cli) -> None:
+    said = cli_(verb)
+    assert said.code == 2
+    assert f"localgrad {verb} [OPTIONS]" in said.out
+    assert "run_folder" in said.out.lower()
+    assert "--help" in said.out
+    assert not said.err
+
+
+def test_finetune_without_arguments_says_what_it_needs(cli_: Cli) -> None:
+    assert_refused(cli_("finetune"), "--data", "such as --data pets")
 
 
 def test_without_a_verb_help_is_shown_and_nothing_succeeds(cli_: Cli) -> None:

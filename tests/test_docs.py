@@ -215,6 +215,13 @@ def test_what_is_made_of_code_and_results_is_in_step(name: str) -> None:
     assert generate.filled(text) == text, f"{name} is out of step; type: python -m docs.generate"
 
 
+def test_every_benchmark_tells_what_it_takes() -> None:
+    programs = {path.name: path.read_text() for path in ROOT.glob("research/benchmarks/*.py")}
+    started = {name: text for name, text in programs.items() if '__name__ == "__main__"' in text}
+    assert len(started) > 10
+    assert not [name for name, text in started.items() if "ArgumentParser(" not in text and "typer." not in text]
+
+
 def test_published_commands_start_from_a_clone() -> None:
     """As modules, which find each other there; by its path, Python finds a script's own folder alone."""
     pages = {

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from math import nan
 from pathlib import Path
 from types import SimpleNamespace
@@ -161,7 +162,11 @@ def test_images_go_through_the_same_in_timm(
 
 def test_what_timm_has_no_words_for_is_said() -> None:
     size = (3, 20, 20)
-    assert evaluated_images(DataSettings(), info_of(3), size).notes == ()
+    for whole in (replace(info_of(3), found_size=(40, 40)), info_of(3, fit="squash")):
+        assert evaluated_images(DataSettings(), whole, size).notes == ()
+    for found_size in (None, (40, 60)):
+        (note,) = evaluated_images(DataSettings(), replace(info_of(3), found_size=found_size), size).notes
+        assert "were cut, and then resized; timm and transformers resize them first" in note
     padded = evaluated_images(DataSettings(), info_of(3, fit="pad"), size)
     assert padded.values["crop_mode"] == "border"
     assert "colour (255, 255, 255)" in padded.notes[0]
@@ -502,6 +507,27 @@ class OfOneSize(ByHand):
     def forward(self, images: Tensor) -> Tensor:
         rows = [super(OfOneSize, self).forward(images[i : i + 1]) for i in range(int(images.shape[0]))]
         return torch.cat(rows)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", ["POLY", "PROMPT_TUNING"])
+def test_adapters_that_can_not_be_merged_are_refused_in_a_line(kind: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    if kind == "POLY":
+        base: nn.Module = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=8, **VIT)
+        config = peft.PolyConfig(target_modules=["qkv"])
+    else:
+        transformers = pytest.importorskip("transformers")
+        base = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+            )
+        )
+        config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(BackboneError, match=rf"adapters of {kind} can't be merged.*as of LoRA\.$") as refused:
+        localgrad.export(peft.get_peft_model(base, config), to="timm", out=tmp_path / "out")
+    assert "\n" not in str(refused.value)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_that_asks_for_the_number_of_images_becomes_a_program_of_one_number_and_says_so(tmp_path: Path) -> None:

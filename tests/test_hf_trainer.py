@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import sys
@@ -422,6 +423,33 @@ def test_an_example_has_labels_that_count(tmp_path: Path) -> None:
         local("vit", tmp_path, Five(), max_steps=1, train_dataset=none).train()
 
 
+class Stream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+    """Items one after another: of a list again and again, of a generator once."""
+
+    def __init__(self, items: Any) -> None:
+        self.items = items
+
+    def __iter__(self) -> Any:
+        yield from self.items
+
+
+def test_a_data_set_that_can_be_read_once_loses_no_batch_to_the_example(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"example: Stream can be read once, .*; give example=") as refused:
+        local("vit", tmp_path, train_dataset=Stream(iter(pictures()))).train()
+    assert "\n" not in str(refused.value)
+    seen: list[Any] = []
+
+    def noting(items: list[Item]) -> Any:
+        seen.extend(items)
+        return transformers.default_data_collator(items)
+
+    items = pictures(8)
+    example = transformers.default_data_collator(items[:2])
+    local("vit", tmp_path, train_dataset=Stream(iter(items)), example=example, data_collator=noting).train()
+    assert [item["labels"] for item in seen] == [item["labels"] for item in items]
+    local("vit", tmp_path, train_dataset=Stream(items), max_steps=1).train()
+
+
 def test_smoothed_labels_are_the_objectives(tmp_path: Path) -> None:
     options = {"label_smoothing_factor": 0.2, "gradient_accumulation_steps": 2, "optim": "sgd"}
     reference, trainer = plain("llama", tmp_path, **options), local("llama", tmp_path, modules=1, **options)
@@ -471,6 +499,75 @@ def test_a_model_with_another_loss_is_refused_unless_one_is_given(tmp_path: Path
     assert trainer.learner.num_steps == 1
 
 
+class Own(nn.Module):
+    """Its own loss is a criterion's, of logits as they are before training: nearly alike."""
+
+    def __init__(self, criterion: nn.Module) -> None:
+        super().__init__()
+        self.of, self.criterion = made("vit"), criterion
+        self.of.classifier.weight.data *= 1e-3  # type: ignore[union-attr,operator]
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.of(pixel_values).logits
+        return (
+            {"logits": logits} if labels is None else {"loss": self.criterion(logits, labels).mean(), "logits": logits}
+        )
+
+
+def pictures_in(dtype: torch.dtype) -> list[Item]:
+    return [{**item, "pixel_values": item["pixel_values"].to(dtype)} for item in pictures()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("criterion", "is_other"),
+    [
+        (nn.CrossEntropyLoss(), False),
+        (nn.CrossEntropyLoss(reduction="none"), False),
+        (nn.CrossEntropyLoss(label_smoothing=0.1), True),
+        (nn.CrossEntropyLoss(label_smoothing=0.1, reduction="none"), True),
+        (nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 1.0])), True),
+    ],
+    ids=["plain", "of each", "smoothed", "smoothed of each", "weighted"],
+)
+def test_a_loss_that_only_seems_the_models_own_is_refused(
+    criterion: nn.Module, is_other: bool, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model = Own(copy.deepcopy(criterion)).to(dtype)
+    trainer = local("vit", tmp_path, model, train_dataset=pictures_in(dtype))
+    if is_other:
+        with pytest.raises(RecipeError, match=r"loss: Own's own of the example is .* give loss="):
+            _ = trainer.learner
+    else:
+        assert trainer.learner.model is model
+
+
+def bert() -> nn.Module:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    return transformers.BertForSequenceClassification(  # type: ignore[no-any-return]
+        transformers.BertConfig(vocab_size=VOCABULARY, max_position_embeddings=32, num_labels=3, **sizes)
+    )
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3], ids=["unsure", "sure"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["llama", "vit", "bert"])
+def test_losses_of_transformers_are_the_models_own(kind: str, dtype: torch.dtype, scale: float, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = bert() if kind == "bert" else made(kind)
+    (model.lm_head if kind == "llama" else model.classifier).weight.data *= scale  # type: ignore[union-attr,operator]
+    texts = [{"input_ids": item["input_ids"][:3], "labels": n % 3} for n, item in enumerate(sentences())]
+    data = {"llama": sentences(), "vit": pictures_in(dtype), "bert": texts}[kind]
+    more = {} if kind == "bert" else DATA[kind]
+    trainer = LocalTrainer(
+        model.to(dtype), arguments(tmp_path), modules=2, **(more | {"train_dataset": data, "eval_dataset": None})
+    )
+    before = copied(model)
+    assert trainer.learner.model is model
+    assert_same(copied(model), before)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
 def of_sum(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
     raise AssertionError("not called")
 
@@ -478,6 +575,7 @@ def of_sum(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tens
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"torch_compile": True}, "torch_compile=True: it doesn't go with local modules: it compiles the whole model"),
     ({"use_liger_kernel": True}, "use_liger_kernel=True: it doesn't go"),
+    ({"use_cache": True}, "use_cache=True: it doesn't go with local modules: they keep no keys and values"),
     ({"auto_find_batch_size": True}, r"auto_find_batch_size=True: .* localgrad\.plan says beforehand"),
     ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint=True: .* it saves in the middle of an update"),
     (

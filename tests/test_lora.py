@@ -156,3 +156,22 @@ def test_mistakes_are_one_line(cli_: Cli, monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_model_without_linear_layers_is_refused() -> None:
     with pytest.raises(BackboneError, match="lora=4: ResNet has no linear layers but its head"):
         with_adapters(make("resnet"), 4, SIZE)
+
+
+class OfOneSize(nn.Module):
+    """It says by itself that it can't take other images than its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        assert images.shape[-1] == 2, "height must be divisible by window"
+        return self.head(self.body(images.flatten(1)))  # type: ignore[no-any-return]
+
+
+def test_a_size_that_a_model_can_not_take_is_refused_where_it_is_split() -> None:
+    model = with_adapters(OfOneSize(), 2, (1, 3, 3), heads=("head",))
+    assert any("lora_" in name for name, _ in model.body.named_parameters())  # type: ignore[union-attr,operator]
+    with pytest.raises(BackboneError, match="height must be divisible by window"):
+        split(model, example=torch.randn(2, 1, 3, 3))

@@ -180,3 +180,23 @@ def test_transformers_trainer_trains_saves_and_resumes_adapters(tmp_path: Path) 
 
 def flat_of(model: nn.Module) -> Tensor:
     return torch.cat([weight.detach().flatten() for weight in model.parameters()])
+
+
+def test_merged_adapters_are_told_by_their_cure() -> None:
+    """They are not run while they are merged, so that nothing of them learns."""
+    cure = r"adapters are merged .* call model\.unmerge_adapter\(\) first\.$"
+    model: Any = adapted("vit")
+    learner = localgrad.LocalLearner(model, modules=2)
+    learner.configure_optimizers(lambda weights: torch.optim.SGD(weights, lr=0.1))
+    batch = torch.randn(2, 3, 16, 16), torch.tensor([0, 1])
+    learner.step(*batch)
+    model.merge_adapter()
+    with pytest.raises(BackboneError, match=cure):
+        learner.step(*batch)
+    learner.eval()
+    assert learner.logits(batch[0])[-1] is not None
+    with pytest.warns(UserWarning, match=cure):
+        localgrad.split(model)
+    model.unmerge_adapter()
+    learner.step(*batch)
+    assert learner.num_steps == 2

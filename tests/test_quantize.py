@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import logging
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from localgrad import run
 from localgrad.app.recipe import Recipe
 from localgrad.backbones.adapters import with_adapters, without_adapters
 from localgrad.backbones.base import split
-from localgrad.backbones.quantized import QuantizedLinear, num_weights, packed_weight, quantize_base
+from localgrad.backbones.quantized import QuantizedLinear, check_quantizer, num_weights, packed_weight, quantize_base
 from localgrad.errors import BackboneError
 from localgrad.estimating import estimate_step
 from localgrad.learner import LocalLearner
@@ -340,6 +341,13 @@ def test_adapters_on_4_bits_are_exported_merged_and_dequantised(tmp_path: Path) 
     plain = make().eval()
     plain.load_state_dict(weights)
     torch.testing.assert_close(plain(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_bitsandbytes_says_of_a_kernel_that_nobody_calls_is_left_out() -> None:
+    check_quantizer()
+    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    said = ("Failed to load CPU gemm_4bit_forward from kernels-community: %s. Please", "Failed to load %s")
+    assert [bool(log.filter(logging.makeLogRecord({"msg": each}))) for each in said] == [False, True]
 
 
 def test_merged_adapters_are_refused() -> None:

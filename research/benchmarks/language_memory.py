@@ -9,6 +9,7 @@ where logits are most of a step. The model is outlined by its config: nothing of
 
 from __future__ import annotations
 
+import argparse
 from functools import partial
 from typing import Any
 
@@ -41,6 +42,7 @@ OF_WORDS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
     for vocabulary, ways in ((BYTES, WAYS), (WORDS, OF_WORDS)):
         print(f"vocabulary of {vocabulary:,}")
         config = LlamaConfig(

@@ -8,6 +8,7 @@ cache is read. Seconds are of the wall and, in brackets, of the processor: they 
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import os
 import subprocess
@@ -71,15 +72,18 @@ def one(name: str, batch_size: int) -> None:
 
 
 def main() -> None:
-    if len(sys.argv) > 1:
-        one(sys.argv[1], int(sys.argv[2]))
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--one", nargs=2, metavar=("MODEL", "BATCH"), help="plan for this one, in this process")
+    given = parser.parse_args()
+    if given.one is not None:
+        one(given.one[0], int(given.one[1]))
         return
     print(f"seconds, wall (processor); {os.cpu_count()} cores; {datetime.datetime.now(tz=datetime.UTC).date()}\n")
     print(
         "| model | batch | imports | costs | search | confirming step | composed peak |\n|---|---|---|---|---|---|---|"
     )
     for name, batch_size in CASES:
-        subprocess.run([sys.executable, __file__, name, str(batch_size)], check=True)
+        subprocess.run([sys.executable, __file__, "--one", name, str(batch_size)], check=True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ Estimates on fake tensors: no GPU, no weights, no time is measured.
 
 from __future__ import annotations
 
+import argparse
+
 import timm
 import torch
 from torch import nn
@@ -78,6 +80,7 @@ def optimizers() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
     print(f"AdamW, bf16, batch 1; torch {torch.__version__}, timm {timm.__version__}\n")
     offloading()
     optimizers()

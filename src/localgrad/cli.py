@@ -625,7 +625,7 @@ def _training_by(plan: Any, path: Path, model: str, data: str) -> str:
     return f"localgrad train --plan {shlex.quote(str(path))}{how} --data {shlex.quote(data) if data else '…'}"
 
 
-@app.command()
+@app.command(no_args_is_help=True)
 @takes({key: OPTIONS[key] for key in ("execution.device", "data.root")}, ("part", "device", "data", "root"))
 def evaluate(
     *,
@@ -654,7 +654,7 @@ _IN_PREDICT = {key: OPTIONS[key] for key in ("execution.device", *_READING)} | {
 }
 
 
-@app.command()
+@app.command(no_args_is_help=True)
 @takes(_IN_PREDICT, ("top", "csv", "json", *(each.name for each in _IN_PREDICT.values())))
 def predict(
     *,
@@ -696,7 +696,7 @@ def predict(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(no_args_is_help=True)
 def export(
     *,
     run_folder: RunFolderArgument,

@@ -1016,7 +1016,7 @@ class LocalLearner(Learner):
         Raises:
             BackboneError: the model was changed since the learner was made.
         """
-        self._made_of.check()
+        self._made_of.check(trains=False)
         if not self.model.training and any(module.training for module in self.modules):
             self.eval()
         found = []

@@ -20,6 +20,7 @@ from localgrad.app.recipe import ModelSettings, Recipe
 from localgrad.backbones.base import BACKBONES
 from localgrad.backbones.namespaces import Kwargs
 from localgrad.backbones.timm_config import is_of_timm, remembers_arguments, timm_config
+from localgrad.training.augment import share_cut_off
 from localgrad.training.settings import DataSettings
 from localgrad.training.transforms import EVALUATED_SHARE, INTERPOLATION, NONE
 
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 _MODES = {"crop": "center", "squash": "squash", "pad": "border"}
 """timm's words for how whole images of another shape are brought to the model's."""
+
+TINY = 1e-9
+"""A share of an image that is none, but for rounding."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,11 @@ def evaluated_images(data: DataSettings, info: DataInfo, size: tuple[int, int, i
         found = {"interpolation": INTERPOLATION, "crop_pct": 1.0, "crop_mode": _MODES[info.fit]}
         if info.fit == "pad":
             notes.append(f"Bars beside images have the colour {info.background}, and in timm the mean of pixels.")
+        elif info.fit == "crop" and (info.found_size is None or share_cut_off(info.found_size, (height, width)) > TINY):
+            notes.append(
+                "Images of another shape than the model's were cut, and then resized; timm and transformers resize "
+                "them first, so that probabilities may differ by some thousandths."
+            )
     else:
         found = {"interpolation": data.interpolation or INTERPOLATION, "crop_pct": data.crop or EVALUATED_SHARE}
         found["crop_mode"] = "center"

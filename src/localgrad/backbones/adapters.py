@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from localgrad.backbones.by_hand import listed
 from localgrad.backbones.example import Example
 from localgrad.backbones.fake import by_shapes_alone, fake_copy_with_memo
-from localgrad.backbones.quantized import plain_weight
+from localgrad.backbones.quantized import plain_weight, silence_hint
 from localgrad.backbones.state import left_as_it_was
 from localgrad.backbones.timm_models import beginnings_of_heads
 from localgrad.errors import BackboneError, RecipeError, arg
@@ -85,6 +85,7 @@ def with_adapters(model: nn.Module, rank: int, size: Sequence[int], *, heads: Se
         RecipeError: peft is missing.
         BackboneError: there is no linear layer but the head.
     """
+    silence_hint()
     try:
         import peft
     except ImportError as error:
@@ -106,7 +107,7 @@ def with_adapters(model: nn.Module, rank: int, size: Sequence[int], *, heads: Se
 
 
 def _called_layers(model: nn.Module, size: Sequence[int]) -> list[str]:
-    """Names of the linear layers that a model calls, by shapes alone; of all where its forward needs values."""
+    """Names of the linear layers that a model calls, by shapes alone; of all where its forward can't be run so."""
     names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
     called: set[str] = set()
     try:
@@ -118,7 +119,7 @@ def _called_layers(model: nn.Module, size: Sequence[int]) -> list[str]:
                 twin.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.add(name))
             with fake_mode, torch.no_grad():
                 twin.eval()(images)
-    except BackboneError:
+    except Exception:  # of a forward that needs values, or can't take these images, which is told when it is split
         return names
     return [name for name in names if name in called]
 
@@ -135,13 +136,30 @@ def passed_by(model: nn.Module) -> list[str]:
     ]
 
 
+def adapters_in(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """The layers among modules that peft has put adapters into, as far as they can be merged."""
+    found = (module for module in modules if type(module).__module__.startswith("peft.tuners."))
+    return [module for module in found if isinstance(getattr(module, "merged", None), bool)]
+
+
+def are_merged(adapters: Iterable[nn.Module]) -> bool:
+    """Whether some of what adapters learnt is in the weights at present, so that they would not run."""
+    return any(each.merged for each in adapters)
+
+
+MERGED = "adapters are merged into the weights, and never learn so; call model.unmerge_adapter() first"
+
+
 def check_adapters_are_read(model: nn.Module, unread: Collection[str]) -> None:
-    """Warn of adapters that the model passes by: it reads the weight of their layers, and doesn't call them.
+    """Warn of adapters that are merged, or that the model passes by: it reads the weight of their layers alone.
 
     Args:
         model: with adapters of peft, or without any.
         unread: names of the weights that learn, and that its logits don't depend on.
     """
+    if are_merged(adapters_in(model.modules())):
+        warnings.warn(f"{type(model).__name__}: {MERGED}.", stacklevel=3)
+        return
     layers = []
     for name, layer in model.named_modules():
         learning = [f"{name}.{own}" for own, weight in layer.named_parameters() if weight.requires_grad]

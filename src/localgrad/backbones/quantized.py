@@ -13,6 +13,7 @@ prototypes, and int4 neither in float32 nor on processors.)
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, final
 
@@ -28,12 +29,25 @@ _KIND = "nf4"
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def silence_hint() -> None:
+    """Have bitsandbytes, once it is imported, leave out one line: it misses a kernel that nothing here calls.
+
+    peft imports it, too.
+    """
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_no_hint)
+
+
+def _is_no_hint(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward")
+
+
 def check_quantizer() -> None:
     """Import what quantises.
 
     Raises:
         RecipeError: it is missing.
     """
+    silence_hint()
     try:
         importlib.import_module("bitsandbytes")
     except ImportError as error:

@@ -292,9 +292,7 @@ def _subject_of_model(model: nn.Module, batch: Any, class_names: Sequence[str], 
             f"model: {type(bare).__name__} can't be copied ({reason_of(error, 300)}); call it once within "
             "torch.no_grad() beforehand, if it keeps what it computed."
         ) from error
-    plain: Any = trained
-    if is_adapted(trained):
-        plain = dequantize_layers(copy.deepcopy(trained)).merge_and_unload()  # type: ignore[operator]
+    plain: Any = _merged(trained) if is_adapted(trained) else trained
     example = Example.of(batch).to("cpu") if batch is not None else _noise_for(plain)
     names, notes, files = list(class_names), [], {}
     about: Kwargs = {"model": type(plain).__name__} | ({"class_names": names} if names else {})
@@ -322,6 +320,22 @@ def _subject_of_model(model: nn.Module, batch: Any, class_names: Sequence[str], 
         has_own_batch=batch is not None,
         notes=tuple(notes),
     )
+
+
+def _merged(adapted: nn.Module) -> Any:
+    """A copy of a model of peft, with what its adapters learnt in plain weights.
+
+    Raises:
+        BackboneError: peft can't merge them.
+    """
+    try:
+        return dequantize_layers(copy.deepcopy(adapted)).merge_and_unload()  # type: ignore[operator]
+    except Exception as error:  # of kinds of adapters, of layers, of values
+        kind = str(getattr(getattr(adapted, "active_peft_config", None), "peft_type", "peft")).rpartition(".")[2]
+        raise BackboneError(
+            f"model: adapters of {kind} can't be merged into its weights ({reason_of(error, 200)}), as another library "
+            "would need them; save them for peft by model.save_pretrained, or train some that can, as of LoRA."
+        ) from error
 
 
 def _noise_for(model: nn.Module) -> Example:

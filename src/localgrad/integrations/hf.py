@@ -9,7 +9,8 @@ batch's share of the model's task loss, which is what Trainer's own would have r
 gradients, and an optimizer whose ``step`` has nothing left to do (``learner.optimizer``); the scheduler made of it
 changes every module's learning rate.
 
-With one local module this is Trainer itself, bit for bit on the processor.
+With one local module this is Trainer itself, bit for bit on the processor; with smoothed labels but for rounding, as
+transformers sums their loss in another order.
 
 Names that aren't public, and that this file alone relies on: of Trainer ``_prepare_inputs`` (moves a batch to the
 device), ``_build_accelerator_args``, ``_save_optimizer_and_scheduler``, ``_load_optimizer_and_scheduler`` and
@@ -38,6 +39,7 @@ from localgrad.backbones.example import LABEL_NAMES, logits_of
 from localgrad.backbones.proof import digest
 from localgrad.errors import CheckpointError, RecipeError, arg, reason_of
 from localgrad.formats import check_format
+from localgrad.integrations.own_loss import check_loss, own_loss
 from localgrad.integrations.remaining import FORMAT, load_remaining_state, remaining_state
 from localgrad.learner import LocalLearner
 from localgrad.objectives.base import in_float32
@@ -70,11 +72,10 @@ REFUSED: dict[str, str] = {
     "use_liger_kernel": "it changes the model's forward when training begins; leave it out",
     "auto_find_batch_size": "modules before the one in which memory runs out have made their update by then; "
     "localgrad.plan says beforehand what fits",
+    "use_cache": "they keep no keys and values, which generation alone has a use for; leave it out",
     "enable_jit_checkpoint": "it saves in the middle of an update; leave it out, save_steps saves in between",
 }
 """Fields of TrainingArguments that don't go with local modules, and what to do."""
-LOSS_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
-"""How far the model's own loss may be from the task loss for both to be the same, by the dtype of weights."""
 
 
 class LocalTrainer(Trainer):  # type: ignore[misc]  # its types aren't read
@@ -235,7 +236,7 @@ class LocalTrainer(Trainer):  # type: ignore[misc]  # its types aren't read
         example = self._prepare_inputs(self._first_items() if self._example is None else self._example)
         precision = self.accelerator.mixed_precision
         with _own_forward(self.model):
-            own = _own_loss(self.model, example) if self._loss is None else None
+            own = own_loss(self.model, example) if self._loss is None else None
             learner = LocalLearner(
                 self.model,
                 objective=objective,
@@ -246,8 +247,8 @@ class LocalTrainer(Trainer):  # type: ignore[misc]  # its types aren't read
                 accumulation=1,
                 **options,
             )
-        if own is not None:
-            _check_loss(learner, *own)
+            if own is not None:
+                check_loss(self.model, example, learner.loss, own)
         return learner
 
     def _first_items(self) -> Any:
@@ -256,6 +257,11 @@ class LocalTrainer(Trainer):  # type: ignore[misc]  # its types aren't read
             raise RecipeError("example: there is no train_dataset to take one from; give a batch.")
         loader = self.get_train_dataloader()
         if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__getitem__"):
+            if not self.args.dataloader_num_workers and _is_read_once(self.train_dataset):  # workers read copies
+                raise RecipeError(
+                    f"example: {type(self.train_dataset).__name__} can be read once, and a batch of it would be "
+                    "missing from training; give example=, a batch as the data loader makes it."
+                )
             return next(iter(loader))
         data, total = loader.dataset, len(loader.dataset)
         count = min(total, max(2, self.args.per_device_train_batch_size))
@@ -545,68 +551,18 @@ def _switch_off_checkpointing(model: Any) -> None:
             return
 
 
-def _own_loss(model: nn.Module, example: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """What a model itself gives for a batch with labels, in evaluation mode: its loss, its logits; and the labels.
-
-    Classifiers of transformers say what their problem is (``config.problem_type``) after that.
-
-    Raises:
-        RecipeError: it gives no loss.
-    """
-    advice = "give loss=, a name or a function of logits and labels"
-    labels = next((example[name] for name in LABEL_NAMES if name in example), None) if _is_dict(example) else None
-    if labels is None:
-        raise RecipeError(
-            "example: it has no labels, so that the model's own loss can't be seen; give a batch with 'labels' in it, "
-            f"as the data loader gives them, or {advice}."
-        )
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        with torch.no_grad():
-            output = model(**example)
-    except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        raise RecipeError(
-            f"loss: {type(model).__name__} can't be called with the example and its labels ({reason_of(error)}); "
-            f"{advice}."
-        ) from error
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    loss = output.get("loss") if _is_dict(output) else None
-    if not isinstance(loss, Tensor):
-        raise RecipeError(f"loss: {type(model).__name__} gives none for a batch with labels; {advice}.")
-    return loss, logits_of(model, output), labels
-
-
 MOST_TRIED = 64
+
+
+def _is_read_once(data: Any) -> bool:
+    """Whether a data set is an iterator, or reads from one that it holds."""
+    return any(isinstance(each, Iterator) for each in (data, *getattr(data, "__dict__", {}).values()))
 
 
 def _counts(batch: Any) -> bool:
     """Whether a label of a batch counts; of a batch without labels nobody knows."""
     labels = next((batch[name] for name in LABEL_NAMES if name in batch), None) if _is_dict(batch) else None
     return not isinstance(labels, Tensor) or bool((labels != IGNORED).any())
-
-
-def _check_loss(learner: LocalLearner, own: Tensor, logits: Tensor, labels: Tensor) -> None:
-    """Refuse to train on another loss than the model's own, unless it is asked for.
-
-    Raises:
-        RecipeError: they differ.
-    """
-    ours = learner.loss(in_float32(logits), labels)
-    if bool(ours.isnan()) and bool(own.isnan()):
-        raise RecipeError(
-            "example: no label of it counts, so that the model's own loss can't be seen; give example=, a batch with "
-            "labels that do, or loss=."
-        )
-    tolerance = LOSS_TOLERANCE.get(learner.backbone.dtype, 3e-2)
-    if not torch.allclose(ours.double(), own.double(), rtol=tolerance, atol=1e-2 * tolerance):
-        raise RecipeError(
-            f"loss: {type(learner.model).__name__}'s own of the example is {float(own):.5g}, and "
-            f"{type(learner.loss).__name__} gives {float(ours):.5g}; give loss=, a name or a function of logits and "
-            "labels, that local modules are to train on."
-        )
 
 
 def _is_dict(value: Any) -> bool:

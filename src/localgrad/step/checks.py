@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from localgrad.backbones.adapters import MERGED, adapters_in, are_merged
 from localgrad.backbones.base import Backbone
 from localgrad.backbones.example import Example
 from localgrad.backbones.fake import FakeTensor
@@ -48,6 +49,7 @@ class Remembered:
             for name, module in root.named_modules(prefix=prefix):
                 found.setdefault(id(module), (name, module))
         self.modules = [module for _, module in found.values()]
+        self._adapters = adapters_in(self.modules)
         # Tables are compared and not their owners' attributes: of a dozen blocks in a twentieth of a millisecond.
         tables = [
             (name, kind, table)
@@ -65,12 +67,18 @@ class Remembered:
     def _listed(self) -> Iterator[Any]:
         return chain.from_iterable(map(dict.values, self._filled))
 
-    def check(self) -> None:
+    def check(self, *, trains: bool = True) -> None:
         """Refuse what isn't any more what it was.
 
+        Args:
+            trains: whether it is to be trained; merged adapters are as good as others elsewhere.
+
         Raises:
-            BackboneError: a module or parameter was replaced, added or taken out, or has another dtype.
+            BackboneError: a module or parameter was replaced, added or taken out, or has another dtype; or adapters
+                are merged.
         """
+        if trains and are_merged(self._adapters):
+            raise BackboneError(f"model: {MERGED}.")
         same = sum(map(len, self._tables)) == len(self._values) and all(map(is_, self._listed(), self._values))
         if not same:
             raise BackboneError(
