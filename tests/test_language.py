@@ -17,7 +17,7 @@ from localgrad.backbones.example import Example
 from localgrad.errors import BackboneError, RecipeError
 from localgrad.learner import LocalLearner
 from localgrad.objectives import losses, supervised
-from localgrad.objectives.carried import LocalBatch
+from localgrad.objectives.carried import LocalBatch, mask_of
 from localgrad.objectives.methods import FeatureReconstruction, GreedySupervised, Lopt, Objective, Segprop, Solo
 from localgrad.objectives.readouts import ReadoutClassifier
 
@@ -208,6 +208,26 @@ def test_padding_leaves_losses_and_gradients_alone(kind: str, objective: Objecti
     # The embeddings of padding itself are learned by nothing; BERT's reconstruction sees none of them either.
     for name, value in unpadded.items():
         torch.testing.assert_close(padded[name], value, rtol=1e-9, atol=1e-11, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_a_mask_given_by_its_position_is_seen_by_every_loss(kind: str) -> None:
+    """As one given by its name; and one that doesn't tell what is padding is said."""
+    batch = batch_of(kind, padding=3)
+    given, labels = {name: value for name, value in batch.items() if name != "labels"}, batch["labels"]
+    found = []
+    for inputs in (given, tuple(given.values())):
+        torch.manual_seed(0)
+        learner = LocalLearner(split(make(kind), example=inputs), modules=2)
+        learner.configure_optimizers(sgd)
+        learner.step(inputs, labels)
+        found.append(weights_of(learner))
+    named, placed = found
+    assert all(torch.equal(value, placed[name]) for name, value in named.items())
+    mask = given["attention_mask"].bool()
+    wide = mask[:, None, None, :].expand(-1, -1, mask.shape[1], -1)
+    with pytest.warns(UserWarning, match=r"attention_mask: of shape \[4, 1, \d+, \d+\].* count every token"):
+        assert bool(mask_of(LocalBatch.of({**given, "attention_mask": wide}, labels), learner).all())
 
 
 @pytest.mark.few(2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
+import warnings
 from typing import Any
 
 import pytest
@@ -214,6 +215,26 @@ def test_a_plan_of_another_model_is_refused(change: dict[str, Any]) -> None:
     plan = LocalLearner(make("vit"), modules=2).plan
     with pytest.raises(PartitionError, match=r"plan: it was made for .* make a new plan"):
         LocalLearner(make("vit"), modules=dataclasses.replace(plan, **change))
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_end_to_end_steps_that_a_plan_does_not_count_are_said_once(planned: bool) -> None:
+    plan = LocalLearner(make("vit"), modules=2).plan
+    remembering = dataclasses.replace(
+        plan,
+        made_for={"execution.precision": "fp32"},
+        global_checkpoint=Checkpointing.parse("blocks", "global_checkpoint") if planned else None,
+    )
+    learner = LocalLearner(make("vit"), modules=remembering, input_size=SIZE)
+    learner.configure_optimizers(adamw)
+    learner.step(*batches(1)[0])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            learner.global_step(*batches(1)[0])
+    told = [str(warning.message) for warning in said]
+    assert len(told) == (0 if planned else 1), told
+    assert planned or "made for no end-to-end steps (global_share), here there are some" in told[0]
 
 
 def test_checkpoint_flags_must_fit_the_modules() -> None:

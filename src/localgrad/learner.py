@@ -940,9 +940,15 @@ class LocalLearner(Learner):
             for attempt in executor.attempts("an end-to-end step", steps):
                 with attempt:
                     if self._global_step is None:
+                        self._say_unplanned_global_step()
                         self._global_step = GlobalStep(steps, self._recomputed_globally())
                     result = self._global_step(batch)
         return result
+
+    def _say_unplanned_global_step(self) -> None:
+        plan = self.plan
+        if plan.made_for and plan.num_modules > 1 and plan.global_checkpoint is None:
+            _warn_of_plan(["no end-to-end steps (global_share), here there are some"])
 
     def _recomputed_globally(self) -> list[dict[int, Recomputed]]:
         if self._global_recomputed is None:
@@ -1022,7 +1028,7 @@ class LocalLearner(Learner):
         found = []
         batch = LocalBatch.of(images, NO_LABELS)
         self.modules[0].begin_batch(batch)
-        mask = mask_of(batch) if self.uses("mask") else None
+        mask = mask_of(batch, self) if self.uses("mask") else None
         for visit in walk(self.modules, batch):
             with self._on_device(visit.index), autocast(self.device.type, self.precision):
                 passed = visit.module.run_parts(visit.received)

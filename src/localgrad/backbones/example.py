@@ -101,6 +101,13 @@ class Example:
         """With another main tensor."""
         return self.map(lambda each: tensor if each is self.tensor else each)
 
+    def argument(self, model: nn.Module, name: str) -> Any:
+        """What a model's forward gets by that name, as a keyword or by its position; ``None`` if nothing."""
+        names = _positions(type(model).forward)
+        if name in names[: len(self.args)]:
+            return self.args[names.index(name)]
+        return self.kwargs.get(name)
+
     def rows(self, count: int) -> Example:
         """Of so many items: the first ones, over and over if there are fewer."""
         have = self.num_items
@@ -145,6 +152,14 @@ def takes_cache(model: nn.Module) -> bool:
     """Whether a model would keep keys and values of one call for the next: of use in generation alone."""
     config = getattr(model, "config", None)
     return bool(getattr(config, "use_cache", False)) or _has_cache(type(model).forward)
+
+
+@functools.cache
+def _positions(forward: Callable[..., Any]) -> list[str]:
+    """Names of what a method takes by position, but for the object itself."""
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    taken = inspect.signature(forward).parameters.items()
+    return [name for name, parameter in taken if parameter.kind in by_position][1:]
 
 
 @functools.cache

@@ -13,6 +13,7 @@ Shapes: B batch first, left out in ``Carried.shape`` of what is split with the b
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, final
@@ -136,12 +137,18 @@ def _taught(batch: LocalBatch, learner: Any) -> Tensor:
     return probabilities
 
 
-def mask_of(batch: LocalBatch, _learner: Any = None) -> Tensor:
+def mask_of(batch: LocalBatch, learner: Any) -> Tensor:
     """Which tokens of a batch's sequences aren't padding, bool [B, N]: as its attention mask says, or else all."""
     sides = batch.features.shape[:2]
-    told = None if batch.given is None else batch.given.kwargs.get(MASK_NAME)
-    if isinstance(told, Tensor) and told.shape == sides:
-        return told != 0
+    told = None if batch.given is None else batch.given.argument(learner.model, MASK_NAME)
+    if isinstance(told, Tensor):
+        if told.shape == sides:
+            return told != 0
+        warnings.warn(
+            f"{MASK_NAME}: of shape {list(told.shape)}, which doesn't tell what is padding among {list(sides)}; "
+            f"auxiliary losses count every token. Give one of {list(sides)} for them not to.",
+            stacklevel=2,
+        )
     return torch.ones(sides, dtype=torch.bool, device=batch.features.device)
 
 

@@ -367,7 +367,7 @@ class ParallelLearner(Learner):
 
     def _inferred(self, images: Any, targets: Tensor) -> LocalBatch:
         batch = LocalBatch.of(images, targets)
-        batch.carried = {"mask": mask_of(batch)} if self.uses("mask") else {}
+        batch.carried = {"mask": mask_of(batch, self)} if self.uses("mask") else {}
         return batch
 
     def _walk(self, batch: LocalBatch) -> Iterator[Visit[LocalModule]]:
