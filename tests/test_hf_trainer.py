@@ -526,9 +526,10 @@ def pictures_in(dtype: torch.dtype) -> list[Item]:
         (nn.CrossEntropyLoss(reduction="none"), False),
         (nn.CrossEntropyLoss(label_smoothing=0.1), True),
         (nn.CrossEntropyLoss(label_smoothing=0.1, reduction="none"), True),
+        (nn.CrossEntropyLoss(label_smoothing=0.005), True),
         (nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 1.0])), True),
     ],
-    ids=["plain", "of each", "smoothed", "smoothed of each", "weighted"],
+    ids=["plain", "of each", "smoothed", "smoothed of each", "smoothed a little", "weighted"],
 )
 def test_a_loss_that_only_seems_the_models_own_is_refused(
     criterion: nn.Module, is_other: bool, dtype: torch.dtype, tmp_path: Path

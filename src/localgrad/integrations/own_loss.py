@@ -80,9 +80,9 @@ def check_loss(model: nn.Module, example: Any, loss: Loss, own: tuple[Tensor, Te
     gradients = _gradients(model, example, loss, labels)
     if gradients is None:
         return
-    theirs, mine = gradients
+    theirs, mine, dtypes = gradients
     apart, largest = float((theirs - mine).abs().max()), float(theirs.abs().max())
-    if not apart <= max(OF_GRADIENTS[each.dtype] for each in (value, logits)) * largest:
+    if not apart <= max(OF_GRADIENTS[dtype] for dtype in dtypes) * largest:
         raise RecipeError(
             f"{told} the same here, but another gradient ({apart:.2g} apart, where the largest is {largest:.2g}); "
             f"{advice}."
@@ -110,30 +110,41 @@ def _evaluated(model: nn.Module, example: Any) -> Any:
             module.training = mode
 
 
-def _gradients(model: nn.Module, example: Any, loss: Loss, labels: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Of a model's own loss and of another one, by what the last layer gives that both depend on; or ``None``."""
+def _gradients(
+    model: nn.Module, example: Any, loss: Loss, labels: Tensor
+) -> tuple[Tensor, Tensor, set[torch.dtype]] | None:
+    """Of a model's own loss and of another one, by what the last layer gives that both depend on; or ``None``.
+
+    With the dtypes that they were computed in: float32 where nothing behind that layer has narrower weights.
+    """
     with left_as_it_was(model):
         calls: list[nn.Module] = []
         with _after_each_layer(model, lambda layer, _: calls.append(layer)):
             _evaluated(model, example)
         for number in range(len(calls), max(0, len(calls) - MOST_TRIED), -1):
-            output, begin = _with_graph_from(number, model, example)
+            try:
+                output, begin = _with_graph_from(number, model, example, widen=True)
+            except RecipeError:  # weights behind it that take their own dtype alone
+                output, begin = _with_graph_from(number, model, example)
             with torch.enable_grad():
-                both = output["loss"], loss(in_float32(logits_of(model, output)), labels)
+                logits = logits_of(model, output)
+                both = output["loss"], loss(in_float32(logits), labels)
             if begin is not None and all(each.requires_grad for each in both):
                 found = [torch.autograd.grad(each, begin, retain_graph=True, allow_unused=True)[0] for each in both]
                 if None not in found:
-                    return in_float32(found[0]), in_float32(found[1])
+                    dtypes = {each.dtype for each in (begin, logits, both[0])}
+                    return in_float32(found[0]), in_float32(found[1]), dtypes
     return None
 
 
-def _with_graph_from(number: int, model: nn.Module, example: Any) -> tuple[Any, Tensor | None]:
+def _with_graph_from(number: int, model: nn.Module, example: Any, *, widen: bool = False) -> tuple[Any, Tensor | None]:
     """What a model gives, with a graph that begins at what was given by a layer; and that, a leaf of it.
 
     Args:
         number: of the layer's call, from 1 on.
         model: in evaluation mode from here on.
         example: a batch with labels.
+        widen: to float32 at least, from there on.
     """
     count, begin = 0, None
 
@@ -142,7 +153,7 @@ def _with_graph_from(number: int, model: nn.Module, example: Any) -> tuple[Any, 
         count += 1
         if count != number:
             return None
-        begin = outputs.clamp(-1, 1).requires_grad_()
+        begin = (in_float32(outputs) if widen else outputs).clamp(-1, 1).requires_grad_()
         torch.set_grad_enabled(True)  # until the region without gradients ends
         return begin.clone()  # which may be written in place
 
