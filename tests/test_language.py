@@ -385,6 +385,27 @@ class OfItems(localgrad.Classifier):
         return self.head(features.mean(dim=1))  # type: ignore[no-any-return]
 
 
+class Masked(OfItems):
+    """As it would be written now."""
+
+    takes_mask = True
+
+    def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        assert mask is not None
+        seen = mask.unsqueeze(-1).to(features)
+        return self.head((features * seen).sum(dim=1) / seen.sum(dim=1))  # type: ignore[no-any-return]
+
+
+def test_a_classifier_that_is_not_told_what_is_padding_is_said() -> None:
+    localgrad.register_classifier("of-items", OfItems)
+    localgrad.register_classifier("masked", Masked)
+    with pytest.warns(UserWarning, match=r"classifier: OfItems isn't told which .* set takes_mask = True"):
+        learner_of("bert", 2, GreedySupervised(classifier="of-items"))
+    result = learner_of("bert", 2, GreedySupervised(classifier="masked"), double=True).step(batch_of("bert"))
+    padded = learner_of("bert", 2, GreedySupervised(classifier="masked"), double=True).step(batch_of("bert", padding=3))
+    torch.testing.assert_close(padded.losses, result.losses)
+
+
 class Mixing(localgrad.Decoder):
     """A plugin's, likewise."""
 
@@ -420,6 +441,7 @@ def test_what_does_not_go_with_sequences_is_one_line(kind: str, objective: Any, 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.filterwarnings("ignore:classifier. OfItems isn't told:UserWarning")
 def test_a_plugins_classifier_of_items_trains_items() -> None:
     localgrad.register_classifier("of-items", OfItems)
     learner = learner_of("bert", 2, GreedySupervised(classifier="of-items"))

@@ -5,6 +5,7 @@ Both take class indices or soft targets (mixup and cutmix make those).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import cast
 
@@ -53,6 +54,12 @@ class TaskLoss(Term):
         self.teacher_share = teacher_share
         self.takes_mask = has_padding and isinstance(classifier, Classifier) and classifier.takes_mask
         self.uses = frozenset(("teacher",) * bool(teacher_share) + ("mask",) * self.takes_mask)
+        if has_padding and isinstance(classifier, Classifier) and not (self.takes_mask or loss.names_tokens):
+            warnings.warn(
+                f"{arg('classifier')}: {type(classifier).__name__} isn't told which tokens are padding; set "
+                "takes_mask = True, and leave them out in forward(features, mask) if it reads them.",
+                stacklevel=2,
+            )
 
     def forward(self, inputs: Tensor, outputs: Tensor, batch: LocalBatch, states: Sequence[Tensor] = ()) -> TermValue:
         """Compute the cross-entropy. Arguments as in ``Term.forward``."""
