@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,7 +38,8 @@ from localgrad.training import data
 from localgrad.training.augment import normalise
 from localgrad.training.data import load_data
 from localgrad.training.events import EpochEnded, Event, accuracies
-from localgrad.training.trainer import Interrupted
+from localgrad.training.folder import RunFolder
+from localgrad.training.trainer import Interrupted, Trainer
 from ranks import Ranks
 
 CIFAR100 = Path(__file__).parents[2] / "shared" / "data" / "cifar100"
@@ -441,6 +443,44 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(finished: Path, t
     assert len(metrics_of(tmp_path / "run")) == 1
     run.resume(tmp_path / "run")
     assert_same_run(tmp_path / "run", finished)
+
+
+def judged_as(monkeypatch: pytest.MonkeyPatch, accuracies: dict[int, float]) -> None:
+    """Validation of epochs gives these accuracies."""
+
+    def validate(trainer: Trainer) -> tuple[float, list[float | None]]:
+        return (found := accuracies[trainer.position.epoch]), [*[None] * (len(trainer.learner.modules) - 1), found]
+
+    monkeypatch.setattr(Trainer, "_validate", validate)
+
+
+@pytest.mark.parametrize(("epochs", "again"), [(3, 0.6), (5, 0.2)], ids=["the same", "longer"])
+def test_the_summary_names_the_epoch_of_the_weights_after_a_kill_between_two_writes(
+    epochs: int, again: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best weights are of epoch 1, the checkpoint is from before it; trained longer, it turns out worst."""
+    save, folder = RunFolder.save_last, tmp_path / "run"
+
+    def killed(run_folder: RunFolder, state: Any) -> None:
+        if state["position"]["epoch"] == 2:
+            raise KeyboardInterrupt  # as if the process were gone
+        save(run_folder, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "save_last", killed)
+        judged_as(patch, {0: 0.3, 1: 0.6})
+        with pytest.raises(KeyboardInterrupt):
+            run.train(micro({"training.epochs": 3}), out=folder)
+    best = load_file(folder / "checkpoints" / "best.safetensors")
+    judged_as(monkeypatch, {1: again, 2: 0.4, 3: 0.4, 4: 0.55})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RunWarning)  # which says that it is trained longer
+        run.resume(folder, {"training.epochs": epochs})
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["best_epoch"], summary["val_accuracy"]) == (1, 0.6)
+    kept = load_file(folder / "checkpoints" / "best.safetensors")
+    assert all(torch.equal(value, kept[name]) for name, value in best.items())
+    assert [line["is_best"] for line in metrics_of(folder)] == [True, again == 0.6, *[False] * (epochs - 2)]
 
 
 @pytest.mark.heavy

@@ -44,6 +44,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any, cast, final
 
 import torch
@@ -56,6 +57,7 @@ from localgrad.formats import check_format
 from localgrad.step.states import LearnerPart
 from localgrad.training.saved import Checkpoint, Kept, Standing
 
+_OF_BEST = "best"
 FORMAT = 2
 """Version of ``last.pt``; 2 is that of 0.1.0."""
 
@@ -154,6 +156,19 @@ class RunFolder:
     def save_last(self, state: Standing) -> None:
         """Write the checkpoint to resume from; the one that was it is the one before now."""
         self.commit(state, ())
+
+    def save_best(self, weights: Mapping[str, Tensor], epoch: int, accuracy: float | None) -> None:
+        """Write the best epoch's weights; metadata has its number, from 0, and its validation accuracy."""
+        save_weights(self.best, weights, {_OF_BEST: json.dumps([epoch, accuracy])})
+
+    def read_best(self) -> tuple[int, float | None] | None:
+        """Of which epoch the best weights are, and its validation accuracy; ``None`` where nothing says so."""
+        try:
+            with safe_open(self.best, framework="pt") as file:
+                epoch, accuracy = json.loads((file.metadata() or {})[_OF_BEST])
+        except (SafetensorError, OSError, RuntimeError, *_DAMAGED):  # whoever reads the weights tells of damage
+            return None
+        return int(epoch), None if accuracy is None else float(accuracy)
 
     def save_part(self, name: str, state: LearnerPart) -> None:
         """Write one process's part of a checkpoint; it counts once ``commit`` names it."""
@@ -418,10 +433,13 @@ def _remove_leftovers(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
-    """Write tensors as safetensors, whole or not at all; tied ones are stored twice. Metadata has their SHA-256."""
+def save_weights(path: Path, weights: Mapping[str, Tensor], told: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Write tensors as safetensors, whole or not at all; tied ones are stored twice.
+
+    Metadata has their SHA-256, and what else is told.
+    """
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
-    metadata = {"format": "pt", "sha256": _digest_of_tensors(tensors)}
+    metadata = {"format": "pt", "sha256": _digest_of_tensors(tensors), **told}
 
     def write(temporary: Path) -> None:
         save_file(tensors, temporary, metadata=metadata)

@@ -21,7 +21,7 @@ from localgrad.parallel.watch import GONE, Fault, Watch
 from localgrad.step.executor import StepResult
 from localgrad.step.states import load_weights
 from localgrad.training.data import Batches
-from localgrad.training.folder import load_saved_weights, save_weights
+from localgrad.training.folder import load_saved_weights
 from localgrad.training.optim import Schedule
 from localgrad.training.saved import Checkpoint, SumsState, TrainerState
 from localgrad.training.streams import NO_LABEL
@@ -195,7 +195,7 @@ class ParallelTrainer(Trainer):
             own |= {f"objectives.{index}.{name}": value for name, value in learner.objective_weights(index).items()}
         said = self.team.to_speaker({name: value.cpu() for name, value in own.items()})
         if said is not None:
-            save_weights(self.folder.best, {name: value for part in said for name, value in part.items()})
+            self._keep_best({name: value for part in said for name, value in part.items()})
         self.team.everyone(None)  # it is there for all
 
     def _save(self) -> None:

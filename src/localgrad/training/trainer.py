@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -33,7 +33,7 @@ from localgrad.step.sharding import rows_of
 from localgrad.step.states import load_weights
 from localgrad.training.data import Batches
 from localgrad.training.events import EpochEnded, Event, Progressed, Sink, StoppedEarly
-from localgrad.training.folder import RunFolder, load_saved_weights, save_weights
+from localgrad.training.folder import RunFolder, load_saved_weights
 from localgrad.training.frozen_features import FrozenFeatures
 from localgrad.training.health import HealthCheck
 from localgrad.training.optim import Schedule
@@ -217,6 +217,9 @@ class Trainer(ABC):
         self.position = Position()
         self._sums = self._new_sums()
         self._signal: int | None = None
+        # Epoch and accuracy of the best weights on disk, where the checkpoint is from before that epoch's end: the run
+        # was killed between the two, and an epoch that is trained in another way now may be another epoch's inferior.
+        self._ahead: tuple[int, float | None] | None = None
 
     def fit(self) -> None:
         """Train from the current position to the last epoch, or until none was better for too long.
@@ -238,6 +241,7 @@ class Trainer(ABC):
         self._end()
         if self.has_stopped:
             self._emit(StoppedEarly(epoch=self.position.epoch - 1, epochs=self.epochs, num_waited=self._waited()))
+        self._settle_best()
 
     @property
     def has_stopped(self) -> bool:
@@ -274,6 +278,8 @@ class Trainer(ABC):
             self._load_sums(state["sums"])
             _restore_random_state(state["random"])
             self.learner.load_state_dict(state["learner"])  # last: it is all or nothing by itself
+            on_disk = self.folder.read_best()
+            self._ahead = on_disk if on_disk is not None and on_disk[0] >= self.position.epoch else None
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
             if isinstance(error, RuntimeError) and out_of_memory(error) is not None:
                 raise
@@ -295,6 +301,18 @@ class Trainer(ABC):
     @abstractmethod
     def load_best(self) -> None:
         """Put the best epoch's weights into the learner (the averaged ones, where an average is kept)."""
+
+    def _keep_best(self, weights: Mapping[str, Tensor]) -> None:
+        """Write weights of the epoch that is judged, the best so far."""
+        position = self.position
+        assert position.best_epoch is not None, "it is the best so far"
+        self.folder.save_best(weights, position.best_epoch, position.best_accuracy)
+
+    def _settle_best(self) -> None:
+        """Take for the best what the best weights are of, where their epoch wasn't trained to the same end again."""
+        if self._ahead is not None:
+            self.position.best_epoch, self.position.best_accuracy = self._ahead
+            self._ahead = None
 
     @abstractmethod
     def evaluate(self, batches: Batches) -> tuple[float, list[float | None]]:
@@ -460,6 +478,9 @@ class Trainer(ABC):
         if is_best:
             position.best_epoch, position.best_accuracy = position.epoch, accuracy
             self._save_best()
+            self._ahead = None
+        elif self._ahead is not None and self._ahead[0] <= position.epoch:
+            self._settle_best()
         losses, train_accuracy = self._figures()
         soft = self.train.augment is not None and self.train.augment.gives_soft_labels
         seconds = time.perf_counter() - start
@@ -575,7 +596,7 @@ class TrainerOfAll(Trainer, ABC):
         return cast(TrainerState, {"learner": self.learner.state_dict(), **standing})
 
     def _save_best(self) -> None:
-        save_weights(self.folder.best, best_weights(self.learner))
+        self._keep_best(best_weights(self.learner))
 
     def _save(self) -> None:
         """Write the checkpoint to resume from."""
