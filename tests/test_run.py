@@ -624,6 +624,21 @@ def test_a_checkpoint_of_another_version_is_refused(content: Any, stopped: Path,
         run.resume(folder)
 
 
+def test_a_run_that_ended_in_the_folder_while_another_was_built_stays(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build, folder = run.build, tmp_path / "run"
+
+    def build_slowly(*arguments: Any, **more: Any) -> Any:
+        shutil.copytree(finished, folder)
+        return build(*arguments, **more)
+
+    monkeypatch.setattr(run, "build", build_slowly)
+    with pytest.raises(RunFolderError, match="already holds a run; continue it with resume="):
+        run.train(micro(), out=folder)
+    assert_same_run(folder, finished)
+
+
 def test_damaged_weights_are_refused(finished: Path, stopped: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(finished, tmp_path / "run")
     best = folder / "checkpoints" / "best.safetensors"

@@ -105,10 +105,7 @@ def train(
     if place is not None and holds_run(place):
         if was_restarted():
             return resume(place, _normalised_as(read_recipe(place), wanted), sinks=sinks, on_oom=on_oom)
-        raise RunFolderError(
-            f"{arg('out')}: {place} already holds a run; continue it with {arg('resume', place)}, or choose another "
-            "folder."
-        )
+        raise _taken(place)
     given = {"plan": plan is not None, "budget": num_bytes is not None, "on_oom": on_oom}
     decided = dict.fromkeys(("checkpoint", "accumulation"))  # a recipe always has them, and a plan lays others over it
     rules.check({**wanted.arguments(), **decided, **given})
@@ -130,6 +127,7 @@ def train(
         _check_space(job, path)
         health = health_check(job)
         with _held(path, team) as folder:
+            together(team, lambda: _check_free(folder))
             if job.speaks:
                 folder.write_text("recipe.toml", job.recipe.to_toml())
                 folder.write_json("data.json", describe_data(job).to_dict())
@@ -201,6 +199,18 @@ def resume(
         with telling_places(recipe, places, RecipeError):
             health = health_check(replace(job, recipe=located(job.recipe, places)))
         return fit(job, folder, sinks, state, health=health, replan=on_oom == "replan", fits=go_on)
+
+
+def _taken(path: Path) -> RunFolderError:
+    return RunFolderError(
+        f"{arg('out')}: {path} already holds a run; continue it with {arg('resume', path)}, or choose another folder."
+    )
+
+
+def _check_free(folder: RunFolder) -> None:
+    """Refuse a folder in which another process began, and may have ended, a run while this one was built."""
+    if holds_run(folder.path):
+        raise _taken(folder.path)
 
 
 def _check_same_run(path: Path, own: Recipe, recipe: Recipe) -> None:
