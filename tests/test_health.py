@@ -166,6 +166,17 @@ def test_one_module_is_trained_with_the_end_to_end_gradient() -> None:
     assert gradient_cosine(make(modules=1), some_batch()) == pytest.approx([1.0], abs=1e-6)
 
 
+def test_class_weights_and_ignored_labels_count_as_in_training() -> None:
+    batch = some_batch()
+    batch.labels[::3] = -100
+    weight = torch.tensor([0.1, 10.0, 1.0, 3.0, 0.0])
+    for loss in (None, nn.CrossEntropyLoss(weight)):
+        cosines = gradient_cosine(make(modules=1, loss=loss), batch, chunk=5)
+        assert cosines == pytest.approx([1.0], abs=1e-6)
+        several = [gradient_cosine(make(loss=loss), batch, chunk=chunk) for chunk in (5, 100)]
+        assert several[0] == pytest.approx(several[1], abs=1e-5)
+
+
 def test_soft_labels_will_do() -> None:
     batch = some_batch()
     soft = LocalBatch(batch.images, nn.functional.one_hot(batch.labels, 5).float())

@@ -153,7 +153,7 @@ def gradient_cosine(learner: LocalLearner, batch: LocalBatch, *, chunk: int = 8)
     Args:
         learner: with or without optimizers.
         batch: images and labels; 64 images will do.
-        chunk: images at a time in the end-to-end part. Task losses are means over images, so it changes no result.
+        chunk: images at a time in the end-to-end part, at most; it changes no result.
 
     Returns:
         A cosine for each module; nan where a gradient is zero or the module has no trainable parameter of the model.
@@ -178,12 +178,12 @@ def _end_to_end_gradient(learner: LocalLearner, batch: LocalBatch, chunk: int) -
     """The gradient of the task loss, by id of the parameter."""
     parameters = [parameter for parameter in learner.model.parameters() if parameter.requires_grad]
     total = [torch.zeros_like(parameter) for parameter in parameters]
-    for images, labels in zip(torch.split(batch.features, chunk), torch.split(batch.labels, chunk), strict=True):
-        logits = learner.backbone(images)
-        loss = learner.modules[-1].objective(images, logits, LocalBatch(images, labels)).loss
-        share = len(images) / len(batch.labels)
+    batch.loss = learner.loss  # which says how much each label counts
+    for part in batch.parts(-(-len(batch.labels) // chunk)):
+        logits = learner.backbone(part.features)
+        loss = learner.modules[-1].objective(part.features, logits, part).loss
         for done, gradient in zip(total, _gradient(loss, parameters), strict=True):
-            done.add_(gradient, alpha=share)
+            done.add_(gradient)
     return {id(parameter): gradient for parameter, gradient in zip(parameters, total, strict=True)}
 
 
