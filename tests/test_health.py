@@ -320,6 +320,13 @@ def test_grids_are_averaged_over_their_places() -> None:
 # ------------------------------------------------------------------------------------- one check
 
 
+def test_the_averages_accuracy_is_not_told_as_the_last_modules() -> None:
+    learner = make(ema_decay=0.9)
+    learner.configure_optimizers(torch.optim.AdamW)
+    measured = HealthCheck(learner, batches_of(40), batches_of(20), 2)(ended())
+    assert [own.get("local_accuracy") for own in measured.modules] == [0.5, 0.5, None]
+
+
 def test_one_record_tells_everything() -> None:
     learner = make()
     check = HealthCheck(learner, batches_of(40), batches_of(20), 2, reference=make().model.state_dict())

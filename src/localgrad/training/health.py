@@ -1,7 +1,8 @@
 """The health log: figures of each local module that say where accuracy is lost, measured between epochs, by option.
 
 ========================= ======================================================================================
-``local_accuracy``        of the module's own classifier, on validation images (from ``EpochEnded``)
+``local_accuracy``        of the module's own classifier, on validation images (from ``EpochEnded``); not of the last
+                          module where an average of the weights is kept, which is what is validated there
 ``reconstruction_error``  of its decoder, over the epoch (from ``EpochEnded``)
 ``gradient_cosine``       between the gradient that it is trained with and the one end-to-end training would give it
 ``linear_probe_accuracy`` of a ridge classifier fitted to its pooled features, on validation images
@@ -106,6 +107,8 @@ class HealthCheck:
             {"local_accuracy": accuracy, "reconstruction_error": losses.get("reconstruction")}
             for accuracy, losses in zip(ended.val_module_accuracy, ended.losses, strict=True)
         ]
+        if self.learner.averaged_model is not None:
+            figures[-1]["local_accuracy"] = None
         if num_modules == len(figures):
             batch = next(self._probe.epoch(0))
             cosines = gradient_cosine(self.learner, LocalBatch(batch.images, batch.labels))
