@@ -321,6 +321,14 @@ def test_short_runs_start_at_their_rate_and_end_below_it(name: str, epochs: int,
         assert first + 1 >= epochs * batches // 3, "the first third at least at the whole rate"
 
 
+@pytest.mark.parametrize("epochs", [3, 4, 5, 8, 10, 100])
+def test_step_decays_twice_after_a_third_and_after_two(epochs: int) -> None:
+    found = rates(schedule_of(optimizers(1), name="step", epochs=epochs, batches_per_epoch=7), epochs * 7)
+    decays = [number for number, (rate, following) in enumerate(itertools.pairwise(found), 1) if following < rate]
+    assert [round(decay / (epochs * 7) * 3) for decay in decays] == [1, 2]
+    assert found[-1] == pytest.approx(1e-4)
+
+
 def test_a_warm_up_of_less_than_an_update_is_none() -> None:
     assert rates(schedule_of(optimizers(1), epochs=1, batches_per_epoch=1, warmup_epochs=5.0), 1) == [1e-2]
 
@@ -349,7 +357,7 @@ def test_every_module_follows_timms_schedule(name: str, epochs: int, warmup: flo
         single,
         sched=name,
         num_epochs=epochs,
-        decay_epochs=epochs // 3,
+        decay_epochs=epochs / 3,
         decay_milestones=[epochs // 2, epochs * 3 // 4],
         warmup_epochs=warmup,
         step_on_epochs=False,

@@ -235,8 +235,8 @@ class Schedule:
     Args:
         optimizers: one a local module.
         name: timm's name of the scheduler. ``none`` keeps the learning rate after the warm-up, ``step`` divides it by
-            ten after each third of the run, ``multistep`` after half and after three quarters of it; in runs of three
-            epochs and more that is after whole epochs.
+            ten after a third and after two thirds of the run, ``multistep`` after half and after three quarters of it;
+            there, in runs of three epochs and more, that is after whole epochs.
         epochs: length of the run.
         batches_per_epoch: updates an epoch.
         warmup_epochs: linear warm-up, at most a fifth of the run (see ``warmup_of``).
@@ -287,7 +287,7 @@ class Schedule:
                 optimizer,
                 sched="step" if name == "none" else name,
                 num_epochs=epochs,
-                decay_epochs=10 * epochs if name == "none" else epochs // 3 or epochs / 3,
+                decay_epochs=10 * epochs if name == "none" else epochs / 3,
                 decay_milestones=_milestones(epochs, batches_per_epoch),
                 warmup_epochs=warmup + index * warmup_stagger,
                 warmup_lr=warmup_lr,
