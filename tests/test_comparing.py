@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from helpers import SIZE, Cli, make
-from localgrad import Plan, RecipeError, split
+from localgrad import Plan, RecipeError, rules, split
+from localgrad.app.comparison import Settings
 from localgrad.compare import contenders, plots
 from localgrad.compare import side_by_side as comparing
 from localgrad.compare import verb as bench
@@ -644,3 +645,10 @@ def test_pinned_the_name_of_the_compilers_budget() -> None:
 
     assert config.activation_memory_budget == 1.0
     assert contenders.END_TO_END == "end-to-end"
+
+
+@pytest.mark.parametrize("name", [*rules.READING, "download"])
+def test_options_of_data_need_data(name: str) -> None:
+    value = {"image_range": [0.0, 4095.0], "download": True}.get(name, "other")
+    with pytest.raises(RecipeError, match=f"^{name}.* needs data: it is of images that are read"):
+        bench.run(Settings(**{name: value}), report=SimpleNamespace())

@@ -125,6 +125,12 @@ class Rule:
 NAMED_DATA = ("digits", "cifar10", "cifar100", "stl10", "svhn")
 """Data sets that are known by name; each has a training and a test part."""
 
+READING = (
+    *("root", "on_corrupt", "train_data", "val_data", "test_data", "image_column", "label_column", "config"),
+    *("image_range", "background", "fit"),
+)
+"""Arguments that say how images are read."""
+
 PARALLEL = Given("parallel")
 SEQUENTIAL = Given("schedule", "sequential")
 OVERLAP = Given("overlap")
@@ -221,6 +227,8 @@ def _rules_of_frozen_blocks() -> Iterator[Rule]:
 
 def _rules_of_data() -> Iterator[Rule]:
     yield Rule(Given("num_classes"), Given("data"), "it has its own classes")
+    for name in (*READING, "download"):
+        yield Rule(Given(name), Absent("data", "FOLDER"), "it is of images that are read")
     for name in ("train_data", "val_data", "test_data"):
         yield Rule(Given(name), OneOf("data", values=NAMED_DATA), "it brings its own parts")
     streaming = Given("streaming")

@@ -126,7 +126,7 @@ def _check_numbers(settings: Settings) -> None:
         if value is not None and value < least:
             instead = f", or {arg('estimate_only', value=True)} to run nothing" if name == "repeats" else ""
             raise RecipeError(f"{arg(name)}: {value} is below {least}; take {usual}{instead}.")
-    names = ("data", "num_classes", "plot", "estimate_only")
+    names = ("data", "num_classes", "plot", "estimate_only", "download", *rules.READING)
     rules.check({name: getattr(settings, name) for name in names})
 
 
@@ -256,11 +256,7 @@ def _images(settings: Settings) -> _Images:
 
 def _images_of_data(settings: Settings, name: str) -> _Images:
     side = settings.img_size
-    names = (
-        *("root", "on_corrupt", "train_data", "val_data", "test_data", "image_column", "label_column", "config"),
-        *("image_range", "background", "fit"),
-    )
-    asked = {key: getattr(settings, key) for key in names if getattr(settings, key) is not None}
+    asked = {key: getattr(settings, key) for key in rules.READING if getattr(settings, key) is not None}
     data: DataSettings = validated(DataSettings, {**asked, "name": name, "val_fraction": 0.0}, "data.")
     splits = load_data(data, download=settings.download, image_size=None if side is None else (side, side))
     info = splits.info

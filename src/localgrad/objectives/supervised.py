@@ -57,7 +57,7 @@ class TaskLoss(Term):
         if has_padding and isinstance(classifier, Classifier) and not (self.takes_mask or loss.names_tokens):
             warnings.warn(
                 f"{arg('classifier')}: {type(classifier).__name__} isn't told which tokens are padding; set "
-                "takes_mask = True, and leave them out in forward(features, mask) if it reads them.",
+                "takes_mask = True, and let forward(features, mask) pass over them.",
                 stacklevel=2,
             )
 
