@@ -120,16 +120,16 @@ def test_an_optimizer_that_this_machine_lacks_is_refused() -> None:
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("name", list_optimizers())
-@pytest.mark.filterwarnings("ignore:It is highly recommended to have 'opt_einsum'")
 def test_every_optimizer_of_timm_trains_or_is_refused_in_a_line(name: str) -> None:
     torch.manual_seed(0)
     model = make("vit")
     learner = LocalLearner(model, modules=2, input_size=(3, 16, 16))
     before = [weight.clone() for weight in model.parameters()]
     try:
-        learner.configure_optimizers(OptimizerFactory(model, name=name, lr=1e-3, weight_decay=0.05))
+        factory = OptimizerFactory(model, name=name, lr=1e-3, weight_decay=0.05)
+        learner.configure_optimizers(factory)
     except RecipeError as error:
-        assert name.startswith(("bnb", "fused", "adahessian")), "the others train"
+        assert name.startswith(("bnb", "fused", "adahessian", "kron")), "the others train"
         assert "\n" not in str(error)
         return
     for _ in range(2):
@@ -137,6 +137,39 @@ def test_every_optimizer_of_timm_trains_or_is_refused_in_a_line(name: str) -> No
     for old, new in zip(before, model.parameters(), strict=True):
         assert torch.isfinite(new).all()
         assert not torch.equal(old, new)
+    estimated, kept = estimate_step(learner, 4, factory).by_category["optimizer"], state_bytes(learner)
+    assert 0.9 * kept - 4096 <= estimated <= 1.1 * kept + 4096, "counters of steps may be shared"
+
+
+@pytest.mark.parametrize("name", ["muon", "adamuon"])
+def test_updates_that_divide_by_the_number_of_steps_are_estimated(name: str) -> None:
+    model = make("vit")
+    learner = LocalLearner(model, modules=2, input_size=(3, 16, 16))
+    factory = OptimizerFactory(model, name=name, lr=1e-3, weight_decay=0.05)
+    estimated = estimate_step(learner, 4, factory).by_category["optimizer"]
+    learner.configure_optimizers(factory)
+    learner.step(torch.randn(4, 3, 16, 16), torch.arange(4))
+    assert estimated == pytest.approx(state_bytes(learner), rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["kron", "KronW"])
+def test_optimizers_that_compile_their_updates_are_refused(name: str) -> None:
+    with pytest.raises(RecipeError, match=f"optimizer: '{name}' compiles its updates.*take adamw"):
+        OptimizerFactory(make("vit"), name=name, lr=0.01, weight_decay=0.0)
+
+
+class Asking(torch.optim.SGD):
+    """An update for which values are needed."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        torch.nonzero(self.param_groups[0]["params"][0]).tolist()
+
+
+def test_an_optimizer_that_can_not_be_estimated_is_one_line() -> None:
+    learner = LocalLearner(make("vit"), modules=2, input_size=(3, 16, 16))
+    with pytest.raises(RecipeError, match=r"^optimizer: Asking can't be run on tensors without values") as refused:
+        estimate_step(learner, 4, lambda params: Asking(params, lr=0.1))
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("name", ["adahessian", "AdaHessian"])

@@ -71,6 +71,7 @@ from localgrad.backbones.fake import (
 )
 from localgrad.backbones.namespaces import Kwargs
 from localgrad.backbones.state import left_as_it_was
+from localgrad.errors import RecipeError, arg, reason_of
 from localgrad.memory.cards import Card
 from localgrad.memory.temporaries import attention_kernel
 
@@ -338,7 +339,8 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _before_optimizer(self, optimizer: Optimizer, *_: object) -> None:
         self._in_optimizer = True
-        self._optimizers[id(optimizer)] = optimizer
+        self._optimizers.pop(id(optimizer), None)
+        self._optimizers[id(optimizer)] = optimizer  # the last one
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 self.know_parameter(parameter)
@@ -347,6 +349,11 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _after_optimizer(self, optimizer: Optimizer, *_: object) -> None:
         self._in_optimizer = False
         self._mark_state(optimizer)
+
+    @property
+    def optimizer_at_work(self) -> str | None:
+        """The class of the optimizer whose step is under way."""
+        return type([*self._optimizers.values()][-1]).__name__ if self._in_optimizer else None
 
     def _mark_state(self, optimizer: Optimizer) -> None:
         for state in optimizer.state.values():
@@ -414,7 +421,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             # infinite, gets the harmless answer; any other question about values stays an error.
             if func is not torch.ops.aten._local_scalar_dense.default:
                 raise
-            return _harmless_value(args[0].dtype)
+            return _harmless_value(args[0].dtype, counts=self._in_optimizer)
         if isinstance(result, Tensor):
             if func in _FULL_SIZE_LOSSES:
                 self._made_in_full(args, kwargs or {}, result)
@@ -618,11 +625,11 @@ _FULL_SIZE_LOSSES = {torch.ops.aten.mse_loss.default, torch.ops.aten.smooth_l1_l
 """Losses that write every element's error, twice, and return its mean at the beginning of one of the two."""
 
 
-def _harmless_value(dtype: torch.dtype) -> float | int | bool:
-    """Zero of the Python type that ``item()`` gives for ``dtype``."""
-    if dtype.is_floating_point:
-        return 0.0
-    return False if dtype == torch.bool else 0
+def _harmless_value(dtype: torch.dtype, *, counts: bool) -> float | int | bool:
+    """Zero of the Python type that ``item()`` gives for ``dtype``, or one: optimizers divide by what steps come to."""
+    if dtype == torch.bool:
+        return False
+    return float(counts) if dtype.is_floating_point else int(counts)
 
 
 def track(
@@ -670,7 +677,15 @@ def track(
                 else:
                     tracker.mark(tensor, category)
         for _ in range(warmup):
-            step()
+            try:
+                step()
+            except Exception as error:
+                if tracker.optimizer_at_work is None:
+                    raise
+                raise RecipeError(
+                    f"{arg('optimizer')}: {tracker.optimizer_at_work} can't be run on tensors without values, so that "
+                    f"what it needs can't be estimated ({reason_of(error, limit=200)}); take adamw, sgd or lamb."
+                ) from error
         if warmup:
             gc.collect()
         for tensor in host() if host is not None else ():
@@ -732,7 +747,7 @@ def simulate(
     """Predict the memory of a training step without running it.
 
     Neither the learner nor the random state of the process is changed, and no tensor memory is used.
-    Reading a value in the step (``loss.item()``) gives zero.
+    Reading a value in the step (``loss.item()``) gives zero, and one in an optimizer.
 
     Args:
         learner: whatever the step needs that holds tensors; a tuple such as ``(model, optimizer)`` will do.

@@ -138,6 +138,11 @@ def optimizer_info(name: str) -> Any:
             f"{arg('optimizer')}: {name!r} needs second gradients, and a step takes first ones only; take adamw, sgd "
             "or lamb."
         )
+    if getattr(info.opt_class, "__name__", "") == "Kron":
+        raise RecipeError(
+            f"{arg('optimizer')}: {name!r} compiles its updates, and what they need can't be estimated; take adamw, "
+            "sgd or lamb."
+        )
     return info
 
 
