@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from localgrad.app.build import build_recipe_objective
 from localgrad.app.recipe import (
     DataSettings,
     Execution,
@@ -302,6 +303,13 @@ def test_presets_by_name() -> None:
     assert {"digits", "greedy", "infopro", "paper"} <= set(preset_names())
     with pytest.raises(RecipeError, match=r"preset: unknown 'papr'; there are .*digits.*Nearest: paper"):
         preset("papr")
+
+
+def test_label_smoothing_is_said_in_one_place() -> None:
+    """Labels that mixup made soft don't look at the objective's."""
+    recipe = Recipe.from_dict({"local": {"options": {"label_smoothing": 0.1}}})
+    with pytest.raises(RecipeError, match=r"^local\.options\.label_smoothing: .* set label_smoothing=0\.1"):
+        build_recipe_objective(recipe)
 
 
 @pytest.mark.parametrize("name", preset_names())
