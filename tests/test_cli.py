@@ -230,6 +230,13 @@ def test_folders_that_cannot_be_written_are_refused(out: str, here: Path, cli_: 
         (("predict", "gone", "x.png"), "gone: no run there"),
         (("train", "--resume", "gone", "--out", "x"), "--out x doesn't go with --resume"),
         (("train", "--resume", "gone", "--preset", "digits"), "--preset digits doesn't go with --resume"),
+        (("train", "--resume", "gone", "--card", "T4"), "--card T4 doesn't go with --resume"),
+        (("train", "--resume", "gone", "--no-cache"), "--no-cache doesn't go with --resume: it is of planning"),
+        (("train", "--resume", "gone", "--no-confirm"), "--no-confirm doesn't go with --resume: it is of planning"),
+        (("train", "--plan", "gone", "--card", "T4"), "--card T4 doesn't go with --plan"),
+        (("train", "--plan", "gone", "--no-cache"), "--no-cache doesn't go with --plan: it is of planning"),
+        (("finetune", "--plan", "gone", "--no-confirm"), "--no-confirm doesn't go with --plan: it is of planning"),
+        (("finetune", "--data", "x", "--no-cache"), "--no-cache needs --budget: it is of planning"),
     ],
 )
 def test_bad_commands_are_refused(arguments: tuple[str, ...], words: str, here: Path, cli_: Cli) -> None:

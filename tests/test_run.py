@@ -445,6 +445,28 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(finished: Path, t
     assert_same_run(tmp_path / "run", finished)
 
 
+def test_a_runs_data_may_be_fetched_again(stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is missing is refused with the words "fetch it with download"."""
+    folder, find = shutil.copytree(stopped, tmp_path / "run"), data.find
+
+    def missing(*arguments: Any, download: bool, **more: Any) -> Any:
+        if not download:
+            raise DataError("it is missing")
+        return find(*arguments, download=download, **more)
+
+    monkeypatch.setattr(data, "find", missing)
+    with pytest.raises(DataError, match="missing"):
+        run.resume(folder)
+    run.resume(folder, download=True)
+    assert (folder / "summary.json").exists()
+
+
+def test_a_card_is_not_planned_for_beside_a_plan(tmp_path: Path) -> None:
+    plan: Any = object()
+    with pytest.raises(RecipeError, match=r"^card='T4' doesn't go with plan: it is of planning"):
+        run.train(micro(), out=tmp_path / "run", plan=plan, card="T4")
+
+
 def judged_as(monkeypatch: pytest.MonkeyPatch, accuracies: dict[int, float]) -> None:
     """Validation of epochs gives these accuracies."""
 

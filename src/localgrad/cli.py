@@ -322,7 +322,8 @@ def train(**given: Any) -> None:
 
     with _saying_how_to_resume():
         if resume is not None:
-            run.resume(resume, wanted, sinks=[_console_sink()], on_oom=on_oom)
+            download = bool(given["download"])
+            run.resume(resume, wanted, download=download, sinks=[_console_sink()], on_oom=on_oom)
         else:
             run.train(
                 wanted,
