@@ -502,8 +502,26 @@ def test_a_terminal_gets_the_live_display(here: Path, ranks: Ranks) -> None:
 def test_an_empty_data_name_is_refused(cli_: Cli) -> None:
     code, _, said = cli_("train", "--data", "")
     assert code == 2
-    assert "No data set or path is called ''" in said
+    assert "--data: got an empty text" in said
     assert "Nearest" not in said
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("train", "--out", ""), "--out"),
+        (("train", "--out="), "--out"),
+        (("train", "--test-data", ""), "--test-data"),
+        (("train", "--set", "data.test_data=''"), "recipe: data.test_data = ''"),
+        (("train", "--resume", ""), "--resume"),
+        (("evaluate", ""), "argument"),
+        (("compare", "--json", ""), "--json"),
+    ],
+)
+def test_an_empty_text_is_refused(words: tuple[str, ...], named: str, here: Path, cli_: Cli) -> None:
+    """As of a variable that isn't set: it was the current folder, or nothing at all."""
+    assert_refused(cli_(*words), f"{named}: ", "an empty text")
+    assert list(here.iterdir()) == [], "nothing is left on disk"
 
 
 def test_a_short_model_name_finds_its_long_one(cli_: Cli) -> None:

@@ -29,7 +29,7 @@ from helpers import (
     metrics_of,
     wait_for_epochs,
 )
-from localgrad import run
+from localgrad import finetuning, run
 from localgrad.app import fitting, run_folders, using_runs
 from localgrad.app.recipe import Recipe, overlay
 from localgrad.errors import CheckpointError, DataError, RecipeError, RunFolderError, RunWarning
@@ -465,6 +465,17 @@ def test_a_card_is_not_planned_for_beside_a_plan(tmp_path: Path) -> None:
     plan: Any = object()
     with pytest.raises(RecipeError, match=r"^card='T4' doesn't go with plan: it is of planning"):
         run.train(micro(), out=tmp_path / "run", plan=plan, card="T4")
+
+
+def test_an_empty_text_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match=r"^out: got an empty text; name a folder"):
+        run.train(micro(), out="")
+    with pytest.raises(RecipeError, match=r"^path: got an empty text"):
+        run.resume("")
+    with pytest.raises(RecipeError, match=r"^out: got an empty text"):
+        finetuning.finetune({"data.name": "digits", "model.name": "vit_tiny_patch16_224"}, out="")
+    assert not list(tmp_path.iterdir())
 
 
 def judged_as(monkeypatch: pytest.MonkeyPatch, accuracies: dict[int, float]) -> None:

@@ -36,6 +36,7 @@ from localgrad.app.run_folders import (
 from localgrad.app.threads import threads_kept
 from localgrad.backbones.base import Backbone
 from localgrad.errors import RecipeError, RunFolderError, arg
+from localgrad.formats import given_path
 from localgrad.options import read_on_oom
 from localgrad.parallel.team import Team, was_restarted
 from localgrad.partition import Plan
@@ -95,7 +96,7 @@ def train(
         >>> train({"model.name": "vit_tiny_patch16_224", "data.name": "./photos"}, sinks=["console"])  # doctest: +SKIP
     """
     read_on_oom("on_oom", on_oom)
-    wanted, place = as_recipe(recipe), None if out is None else Path(out)
+    wanted, place = as_recipe(recipe), None if out is None else given_path("out", out)
     num_bytes = None if budget is None else parse_bytes(budget)
     if transform is not None:
         name = transform if isinstance(transform, str) else name_of_function("transform", transform)
@@ -170,7 +171,7 @@ def resume(
         DataError: the data is missing, or was moved and is not what the run was trained on.
     """
     read_on_oom("on_oom", on_oom)
-    place = Path(path)
+    place = given_path("path", path)
     own = read_recipe(place)
     recipe = changes if isinstance(changes, Recipe) else as_recipe(overlay(own.to_dict(), flat(changes or {})))
     _check_same_run(place, own, recipe)
