@@ -45,6 +45,22 @@ def test_crop_and_flip_equals_a_loop_over_images(padding, height, width):
     assert torch.equal(aug.crop_and_flip(images, padding, top, left, mirrored), torch.stack(expected))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("crop_padding", value) for value in (True, -1, 1.5, 10**9, "4")),
+        *((name, value) for name in ("mixup", "cutmix") for value in (True, -0.1, 1e30, 1e-30, math.nan)),
+        *(("erasing", value) for value in (True, 1.5, math.nan)),
+        *(("label_smoothing", value) for value in (False, 1.0, math.nan)),
+        *(("rand_augment", value) for value in ((True, 9), (2, 9.5), (2, 31), (0, 9), (2,))),
+    ],
+)
+def test_what_augmentation_can_not_be_is_refused(name: str, value: object) -> None:
+    settings_of: dict[str, object] = {name: value}
+    with pytest.raises(RecipeError, match=rf"^{name} .*, got "):
+        Augment(**settings_of)
+
+
 def test_crops_reach_every_place_and_flips_are_half():
     _, top, left, mirrored = aug.draw_crops(4000, Augment(crop_padding=2, flip=True), seed=0)
     counts = torch.bincount(top * 5 + left, minlength=25)

@@ -71,11 +71,11 @@ BAD_OPTIONS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("--img-size", "33"), ("--img-size", "33", "32 or 34", "--patch-size")),
     ((*VIT, "--img-size", "33", "--patch-size", "4"), ("--img-size", "33", "32 or 36")),
     ((*VIT, "--img-size", "3", "--patch-size", "4"), ("--img-size", "3 pixels", "take 4")),
-    (("--img-size", "0"), ("model.img_size = 0", "greater than or equal to 1")),
-    (("--drop-path", "1"), ("model.drop_path = 1.0", "less than 1")),
+    (("--img-size", "0"), ("model.img_size = 0", "take 1 or more")),
+    (("--drop-path", "1"), ("model.drop_path = 1.0", "below 1")),
     # modules
     (("--modules", "99"), ("--modules", "99", "take a number from 1 to 3")),
-    (("--modules", "0"), ("local.modules = 0", "greater than or equal to 1")),
+    (("--modules", "0"), ("local.modules = 0", "take 1 or more")),
     (("--modules", "-3"), ("local.modules = -3",)),
     (("--modules", "--3"), ("--modules", "'--3'", "boundaries such as 2,5,9")),
     (("--modules", "²"), ("--modules", "'²'")),
@@ -96,7 +96,7 @@ BAD_OPTIONS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("--data", "cifar10"), ("cifar10", "--download")),
     (("--data", "a" * 300), ("File name too long",)),
     (("--limit", "1"), ("limit", "1")),
-    (("--val-fraction", "1"), ("data.val_fraction = 1.0", "less than 1")),
+    (("--val-fraction", "1"), ("data.val_fraction = 1.0", "below 1")),
     (("--on-corrupt", "maybe"), ("data.on_corrupt = 'maybe'", "'error' or 'skip'")),
     # training
     (("--epochs", "0"), ("training.epochs = 0",)),
@@ -106,10 +106,10 @@ BAD_OPTIONS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("--optimizer", "fusedadam"), ("--optimizer", "'fusedadam'", "take adamw")),
     (("--scheduler", "foo"), ("--scheduler", "'foo'", "cosine")),
     (("--lr", "nan"), ("training.lr = nan", "finite")),
-    (("--lr", "-1"), ("training.lr = -1.0", "greater than 0")),
+    (("--lr", "-1"), ("training.lr = -1.0", "above 0")),
     (("--ema-decay", "2"), ("training.ema_decay = 2.0",)),
     (("--schedule", "nonsense"), ("training.schedule = 'nonsense'", "'together' or 'sequential'")),
-    (("--cached-epochs", "0"), ("training.cached_epochs = 0", "greater than or equal to 1")),
+    (("--cached-epochs", "0"), ("training.cached_epochs = 0", "take 1 or more")),
     (("--schedule", "sequential", "--ema-decay", "0.9"), ("--ema-decay 0.9", "--schedule sequential", "leave one")),
     (("--seed", "-1"), ("seed = -1",)),
     (("--seed", "9" * 30), ("seed = 999",)),
@@ -123,7 +123,7 @@ BAD_OPTIONS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("--precision", "fp8"), ("execution.precision = 'fp8'", "'fp32', 'bf16' or 'fp16'")),
     (("--accumulation", "0"), ("execution.accumulation = 0",)),
     (("--num-workers", "-1"), ("execution.num_workers = -1",)),
-    (("--health", "-1"), ("execution.health_every = -1", "greater than or equal to 0")),
+    (("--health", "-1"), ("execution.health_every = -1", "take 0 or more")),
     (("--health-reference", "nowhere"), ("--health-reference", "add --health 1")),
     (("--health", "1", "--health-reference", "nowhere"), ("--health-reference: nowhere: no run there",)),
     # --set
@@ -230,6 +230,13 @@ def test_folders_that_cannot_be_written_are_refused(out: str, here: Path, cli_: 
         (("predict", "gone", "x.png"), "gone: no run there"),
         (("train", "--resume", "gone", "--out", "x"), "--out x doesn't go with --resume"),
         (("train", "--resume", "gone", "--preset", "digits"), "--preset digits doesn't go with --resume"),
+        (("train", "--resume", "gone", "--card", "T4"), "--card T4 doesn't go with --resume"),
+        (("train", "--resume", "gone", "--no-cache"), "--no-cache doesn't go with --resume: it is of planning"),
+        (("train", "--resume", "gone", "--no-confirm"), "--no-confirm doesn't go with --resume: it is of planning"),
+        (("train", "--plan", "gone", "--card", "T4"), "--card T4 doesn't go with --plan"),
+        (("train", "--plan", "gone", "--no-cache"), "--no-cache doesn't go with --plan: it is of planning"),
+        (("finetune", "--plan", "gone", "--no-confirm"), "--no-confirm doesn't go with --plan: it is of planning"),
+        (("finetune", "--data", "x", "--no-cache"), "--no-cache needs --budget: it is of planning"),
     ],
 )
 def test_bad_commands_are_refused(arguments: tuple[str, ...], words: str, here: Path, cli_: Cli) -> None:
@@ -495,8 +502,26 @@ def test_a_terminal_gets_the_live_display(here: Path, ranks: Ranks) -> None:
 def test_an_empty_data_name_is_refused(cli_: Cli) -> None:
     code, _, said = cli_("train", "--data", "")
     assert code == 2
-    assert "No data set or path is called ''" in said
+    assert "--data: got an empty text" in said
     assert "Nearest" not in said
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("train", "--out", ""), "--out"),
+        (("train", "--out="), "--out"),
+        (("train", "--test-data", ""), "--test-data"),
+        (("train", "--set", "data.test_data=''"), "recipe: data.test_data = ''"),
+        (("train", "--resume", ""), "--resume"),
+        (("evaluate", ""), "argument"),
+        (("compare", "--json", ""), "--json"),
+    ],
+)
+def test_an_empty_text_is_refused(words: tuple[str, ...], named: str, here: Path, cli_: Cli) -> None:
+    """As of a variable that isn't set: it was the current folder, or nothing at all."""
+    assert_refused(cli_(*words), f"{named}: ", "an empty text")
+    assert list(here.iterdir()) == [], "nothing is left on disk"
 
 
 def test_a_short_model_name_finds_its_long_one(cli_: Cli) -> None:

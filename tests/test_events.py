@@ -21,6 +21,7 @@ from localgrad.training.events import (
     RunStarted,
     TensorBoardSink,
     accuracies,
+    make_sinks,
     summary_rows,
 )
 
@@ -106,6 +107,14 @@ def test_without_a_terminal_lines_are_plain() -> None:
     ), "lines are longer than the console is wide, and not broken"
     assert not lines[4].endswith("*"), "one progress line in ten seconds is enough, and epoch 2 was not the best"
     assert not [line for line in lines if line != line.rstrip()]
+
+
+def test_the_console_that_is_named_gives_way_to_one_that_is_made(tmp_path: Path) -> None:
+    """As of ``--sink console``, where the command line has its own: each line would be written twice."""
+    made = ConsoleSink(Console(file=io.StringIO()))
+    assert make_sinks(["console", made], tmp_path) == [made]
+    [named] = make_sinks(["console"], tmp_path)
+    assert isinstance(named, ConsoleSink)
 
 
 def test_a_terminal_gets_a_live_display_that_reaches_its_end() -> None:

@@ -258,6 +258,17 @@ def test_what_is_no_sink_is_refused_before_anything_is_made(sink: Any, tmp_path:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("named", [["tensorboard", "tensorboard"], ["tensorboard"]], ids=["recipe", "recipe and call"])
+def test_a_sink_that_is_there_twice_is_refused_before_anything_is_made(named: list[str], tmp_path: Path) -> None:
+    recipe = as_recipe(overlay(RECIPE, {"execution.sinks": named}))
+    with pytest.raises(RecipeError, match=r"^sinks: 'tensorboard' is there twice.* give it once"):
+        localgrad.train(recipe, out=tmp_path / "run", sinks=["tensorboard"] if len(named) == 1 else [])
+    mine = Recorder()
+    with pytest.raises(RecipeError, match=r"^sinks: .* is there twice"):
+        localgrad.train(RECIPE, out=tmp_path / "run", sinks=[mine, mine])
+    assert not (tmp_path / "run").exists()
+
+
 # Transforms ----------------------------------------------------------------------------------------------------------
 
 

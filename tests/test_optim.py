@@ -193,10 +193,28 @@ def test_learning_rates_that_are_none_are_refused(value: float) -> None:
         schedule_of(optimizers(1, lr=1e-2), lr=value)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 1e38])
 def test_weight_decays_that_are_none_are_refused(value: float) -> None:
-    with pytest.raises(RecipeError, match=r"^weight_decay: .* is no decay; take a number from 0 on"):
-        OptimizerFactory(make("vit"), name="adamw", lr=0.01, weight_decay=value)
+    model = make("vit")
+    with pytest.raises(RecipeError, match=r"^weight_decay: .* is no decay .*; take a number from 0 on"):
+        OptimizerFactory(model, name="adamw", lr=0.01, weight_decay=value)
+    factory = OptimizerFactory(model, name="adamw", lr=0.01, weight_decay=1.0)
+    with pytest.raises(RecipeError, match=r"^weight_decay_depth: with a factor of .* is no decay"):
+        factory.scaled(1.0, value)
+
+
+def test_numbers_that_an_update_takes_are_no_larger_than_it_can_have() -> None:
+    """PyTorch ends in an error of its own where a rate, or its product with the decay, is beyond float32."""
+    model = make("vit")
+    for lr, decay in ((1e30, 0.0), (1e-8, 1e30), (1.0, 1e30)):
+        learner = LocalLearner(copy.deepcopy(model), modules=2, input_size=(3, 16, 16))
+        learner.configure_optimizers(OptimizerFactory(learner.model, name="adamw", lr=lr, weight_decay=decay))
+        learner.step(torch.randn(4, 3, 16, 16), torch.arange(4))
+    for lr, decay in ((1e38, 0.0), (1e30, 1e30), (1e20, 1e20)):
+        with pytest.raises(RecipeError, match=r"is no (learning rate|decay).* at most 1e\+30"):
+            OptimizerFactory(model, name="adamw", lr=lr, weight_decay=decay)
+    with pytest.raises(RecipeError, match=r"^layer_decay: with a factor of .* is no learning rate"):
+        OptimizerFactory(model, name="adamw", lr=1e-3, weight_decay=0.0, layer_decay=1e-30)
 
 
 # ------------------------------------------------------------------------------- small states

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 import tomllib
 from typing import Any
 
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from localgrad.app.build import build_recipe_objective
 from localgrad.app.recipe import (
+    OPTIONS,
     DataSettings,
     Execution,
     LocalSettings,
@@ -303,6 +306,43 @@ def test_presets_by_name() -> None:
     assert {"digits", "greedy", "infopro", "paper"} <= set(preset_names())
     with pytest.raises(RecipeError, match=r"preset: unknown 'papr'; there are .*digits.*Nearest: paper"):
         preset("papr")
+
+
+ODD: tuple[Any, ...] = (
+    *(True, False, 0, -1, 0.5, math.nan, math.inf, 10**30, "", "3", "word", [], [1], [1, 2, 3], [True, 1], ["a"]),
+    *([1.5, -2.5], {}, {"a": 1}),
+)
+
+
+@pytest.mark.parametrize("key", OPTIONS)
+def test_odd_values_are_refused_in_words_of_our_own(key: str) -> None:
+    for value in ODD:
+        try:
+            Recipe.from_dict(overlay({}, {key: value}))
+        except RecipeError as error:
+            assert not re.search(r"[Ii]nput|valid|should|parse|instance|\n", str(error)), str(error)
+            assert re.search("take|give|add|must|is a probability|is the alpha|can't be read", str(error)), str(error)
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"data.test_data": ""}, "data.test_data = '': an empty text is no value"),
+        ({"execution.health_reference": ""}, "execution.health_reference = '': an empty text is no value"),
+        ({"execution.sinks": [""]}, "execution.sinks = '': an empty text is no value"),
+        ({"training.freeze": True}, "training.freeze = True: true and false are no numbers; give 1, if"),
+        ({"augment": {"crop_padding": True}}, "augment.crop_padding = True: true and false are no numbers"),
+        ({"local.modules": [True, 2]}, "local.modules = True: true and false are no numbers"),
+        ({"training.lr": 0}, "training.lr = 0: take a number above 0"),
+        ({"training.epochs": 0}, "training.epochs = 0: take 1 or more"),
+        ({"local.modules": 0}, "local.modules = 0: take 1 or more"),
+        ({"training.freeze": []}, "training.freeze = []: take a number or a text"),
+        ({"training.lr_depth": [1.0]}, "training.lr_depth = [1.0]: a value is missing"),
+    ],
+)
+def test_what_would_be_taken_for_something_else_is_refused(values: dict[str, Any], told: str) -> None:
+    with pytest.raises(RecipeError, match=f"^recipe: {re.escape(told)}"):
+        Recipe.from_dict(overlay({}, values))
 
 
 def test_label_smoothing_is_said_in_one_place() -> None:

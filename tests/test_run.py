@@ -29,7 +29,7 @@ from helpers import (
     metrics_of,
     wait_for_epochs,
 )
-from localgrad import run
+from localgrad import finetuning, run
 from localgrad.app import fitting, run_folders, using_runs
 from localgrad.app.recipe import Recipe, overlay
 from localgrad.errors import CheckpointError, DataError, RecipeError, RunFolderError, RunWarning
@@ -443,6 +443,39 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(finished: Path, t
     assert len(metrics_of(tmp_path / "run")) == 1
     run.resume(tmp_path / "run")
     assert_same_run(tmp_path / "run", finished)
+
+
+def test_a_runs_data_may_be_fetched_again(stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is missing is refused with the words "fetch it with download"."""
+    folder, find = shutil.copytree(stopped, tmp_path / "run"), data.find
+
+    def missing(*arguments: Any, download: bool, **more: Any) -> Any:
+        if not download:
+            raise DataError("it is missing")
+        return find(*arguments, download=download, **more)
+
+    monkeypatch.setattr(data, "find", missing)
+    with pytest.raises(DataError, match="missing"):
+        run.resume(folder)
+    run.resume(folder, download=True)
+    assert (folder / "summary.json").exists()
+
+
+def test_a_card_is_not_planned_for_beside_a_plan(tmp_path: Path) -> None:
+    plan: Any = object()
+    with pytest.raises(RecipeError, match=r"^card='T4' doesn't go with plan: it is of planning"):
+        run.train(micro(), out=tmp_path / "run", plan=plan, card="T4")
+
+
+def test_an_empty_text_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match=r"^out: got an empty text; name a folder"):
+        run.train(micro(), out="")
+    with pytest.raises(RecipeError, match=r"^path: got an empty text"):
+        run.resume("")
+    with pytest.raises(RecipeError, match=r"^out: got an empty text"):
+        finetuning.finetune({"data.name": "digits", "model.name": "vit_tiny_patch16_224"}, out="")
+    assert not list(tmp_path.iterdir())
 
 
 def judged_as(monkeypatch: pytest.MonkeyPatch, accuracies: dict[int, float]) -> None:

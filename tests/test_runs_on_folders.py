@@ -332,7 +332,7 @@ def test_parts_can_be_named(here: Path, cli_: Cli) -> None:
         (("--image-range", "9,1"), ("the first one smaller", "--image-range 0,4095")),
         (("--background", "blanc"), ("'blanc' is no colour", "--background")),
         (("--mean", "0.5"), ("mean and std go together",)),
-        (("--mean", "0.5", "--std", "0"), ("data.std", "greater than 0")),
+        (("--mean", "0.5", "--std", "0"), ("data.std", "above 0")),
         (("--mean", "x", "--std", "1"), ("--mean: 'x' isn't a list of numbers",)),
         (("--fit", "stretch"), ("data.fit = 'stretch'", "'crop', 'pad' or 'squash'")),
         (("--train-data", "gone"), ("gone",)),

@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, final
@@ -89,6 +89,7 @@ def main(verbs: typer.Typer = app) -> None:
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8", errors="replace")  # noqa: SIM115, PTH123  # for the rest of the process
     try:
         with naming(option_of):
+            _refuse_empty(sys.argv[1:])
             verbs()
     except SystemExit as stop:
         _leave(stop.code if isinstance(stop.code, int) else int(stop.code is not None))
@@ -136,6 +137,15 @@ def _say_warnings_in_lines() -> None:
 
     warnings.filterwarnings("always", category=RunWarning)
     warnings.showwarning = say
+
+
+def _refuse_empty(words: Sequence[str]) -> None:
+    """Refuse an empty text, as of a variable that isn't set: it would be taken for the current folder, or for none."""
+    for before, word in zip(["", *words], words, strict=False):
+        name, sign, value = word.partition("=")
+        if not word or (sign and not value and name.startswith("--")):
+            named = name or (before if before.startswith("--") else "argument")
+            raise RecipeError(f"{named}: got an empty text, as of a variable that isn't set; give a value.")
 
 
 def _refuse(message: str) -> None:
@@ -322,7 +332,8 @@ def train(**given: Any) -> None:
 
     with _saying_how_to_resume():
         if resume is not None:
-            run.resume(resume, wanted, sinks=[_console_sink()], on_oom=on_oom)
+            download = bool(given["download"])
+            run.resume(resume, wanted, download=download, sinks=[_console_sink()], on_oom=on_oom)
         else:
             run.train(
                 wanted,

@@ -17,6 +17,7 @@ from localgrad.app.planned import changes_of, check_plan_is_for
 from localgrad.app.recipe import Recipe, flat
 from localgrad.app.ways import FREEZE, FULL, LOCAL, LORA, PRESET, PROBE, QLORA, Tuning, typed
 from localgrad.errors import BudgetError, RecipeError, arg
+from localgrad.formats import given_path
 from localgrad.partition import Plan
 from localgrad.run import train
 from localgrad.training.events import Sink
@@ -79,6 +80,7 @@ def finetune(
         >>> finetune({"data.name": "pets", "model.name": "vit_small_patch16_224"}, budget="4GiB")  # doctest: +SKIP
     """
     rules.check({"method": method, "plan": plan is not None, "pilot": pilot, "budget": budget, "gradients": gradients})
+    out = None if out is None else given_path("out", out)
     if pilot is not None and not 0 < pilot < 1:
         raise RecipeError(f"{arg('pilot', pilot)}: it is a share of the training images, between 0 and 1; take 0.02.")
     planning = {
@@ -97,7 +99,7 @@ def finetune(
     data = asked.recipe(candidates[0]).method.data
     rules.check({"pilot": pilot, "val_fraction": data.val_fraction, "streaming": data.streaming})
     if pilot is not None:
-        out = Path(out) if out is not None else new_folder(asked.name, PRESET)
+        out = out if out is not None else new_folder(asked.name, PRESET)
         candidates = _piloted(asked, candidates, pilot, out, say, **how)
     failure: BudgetError | None = None
     for words in candidates:

@@ -56,6 +56,17 @@ def read_input(name: str, path: Path, advice: str, error: type[LocalgradError] =
         raise error(f"{arg(name)}: {path} can't be read ({reason}); {advice}.") from found
 
 
+def given_path(name: str, path: Path | str) -> Path:
+    """The path that an argument names.
+
+    Raises:
+        RecipeError: an empty text, which would be the current folder.
+    """
+    if path == "":
+        raise RecipeError(f"{arg(name)}: got an empty text; name a folder, or '.' for the current one.")
+    return Path(path)
+
+
 def check_output_file(name: str, path: Path) -> None:
     """Refuse a file that can't be written.
 

@@ -272,6 +272,11 @@ def _rules_of_plans() -> Iterator[Rule]:
     yield Rule(Given("batch_size", "auto"), Absent("budget", "6GiB"), "it is the largest that fits")
     for name in ("method", "pilot"):
         yield Rule(Given(name), Given("plan"), "a plan says what is trained")
+    for given in (Given("card", off=(None, "auto")), Given("no_cache"), Given("no_confirm")):
+        for planned in (Given("plan"), Given("resume")):
+            yield Rule(given, planned, "it is of planning, which was done")
+    for name in ("no_cache", "no_confirm"):
+        yield Rule(Given(name), Absent("budget", "6GiB"), "it is of planning to one")
     for name in ("preset", "parallel", "frontier", "num_classes", "sequence_length", "task"):
         yield Rule(Given(name), Given("finetune"), "fine-tuning has its preset, its data's classes, and one process")
     yield Rule(Given("batch_size", "auto"), Given("finetune"), "methods are compared at one batch size")

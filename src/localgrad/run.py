@@ -36,6 +36,7 @@ from localgrad.app.run_folders import (
 from localgrad.app.threads import threads_kept
 from localgrad.backbones.base import Backbone
 from localgrad.errors import RecipeError, RunFolderError, arg
+from localgrad.formats import given_path
 from localgrad.options import read_on_oom
 from localgrad.parallel.team import Team, was_restarted
 from localgrad.partition import Plan
@@ -95,7 +96,7 @@ def train(
         >>> train({"model.name": "vit_tiny_patch16_224", "data.name": "./photos"}, sinks=["console"])  # doctest: +SKIP
     """
     read_on_oom("on_oom", on_oom)
-    wanted, place = as_recipe(recipe), None if out is None else Path(out)
+    wanted, place = as_recipe(recipe), None if out is None else given_path("out", out)
     num_bytes = None if budget is None else parse_bytes(budget)
     if transform is not None:
         name = transform if isinstance(transform, str) else name_of_function("transform", transform)
@@ -104,12 +105,13 @@ def train(
     check_sinks((*wanted.execution.sinks, *sinks))
     if place is not None and holds_run(place):
         if was_restarted():
-            return resume(place, _normalised_as(read_recipe(place), wanted), sinks=sinks, on_oom=on_oom)
+            begun = _normalised_as(read_recipe(place), wanted)
+            return resume(place, begun, download=download, sinks=sinks, on_oom=on_oom)
         raise _taken(place)
-    given = {"plan": plan is not None, "budget": num_bytes is not None, "on_oom": on_oom}
+    given = {"plan": plan is not None, "budget": num_bytes is not None, "on_oom": on_oom, "card": card}
     decided = dict.fromkeys(("checkpoint", "accumulation"))  # a recipe always has them, and a plan lays others over it
     rules.check({**wanted.arguments(), **decided, **given})
-    if card != "auto" and num_bytes is None and plan is None:
+    if card != "auto" and num_bytes is None:
         raise RecipeError(
             f"{arg('card', card)} needs {arg('budget')}: it is of what is planned for; add {arg('budget', '6GiB')}, or "
             "leave it out."
@@ -145,6 +147,7 @@ def resume(
     path: Path | str,
     changes: Recipe | Mapping[str, Any] | None = None,
     *,
+    download: bool = False,
     sinks: Sequence[Sink | str] = (),
     on_oom: str = "stop",
 ) -> Summary:
@@ -157,6 +160,7 @@ def resume(
             same data. It becomes the run's recipe. Another number of epochs (``training.epochs``) extends the run,
             also a finished one, from its last checkpoint on, by the learning rates of so many epochs; it waits anew for
             a better one (``training.patience``, which may differ too). The summary is replaced at the new end.
+        download: let torchvision fetch the run's data set, if it is missing here.
         sinks: take the events, as for ``train``.
         on_oom: as for ``train``.
 
@@ -167,7 +171,7 @@ def resume(
         DataError: the data is missing, or was moved and is not what the run was trained on.
     """
     read_on_oom("on_oom", on_oom)
-    place = Path(path)
+    place = given_path("path", path)
     own = read_recipe(place)
     recipe = changes if isinstance(changes, Recipe) else as_recipe(overlay(own.to_dict(), flat(changes or {})))
     _check_same_run(place, own, recipe)
@@ -185,7 +189,8 @@ def resume(
         state = together(team, lambda: load_last(folder, recipe))
         config = together(team, lambda: config_kept(place, recipe))
         has_weights = state is not None
-        job = together(team, lambda: build_again(recipe, places, has_weights=has_weights, team=team, config=config))
+        how = {"download": download, "has_weights": has_weights, "team": team, "config": config}
+        job = together(team, lambda: build_again(recipe, places, **how))
         job = replace(job, plan=plan_of_run(folder, job.recipe, job.device))
         moved = is_moved(own, recipe, places)
         described = together(team, lambda: check_data(place, job, is_moved=moved) if job.speaks else None)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_type_hints
@@ -445,17 +445,56 @@ def validated(kind: type[Any], values: Any, prefix: str) -> Any:
     if kind not in _adapters:
         _adapters[kind] = TypeAdapter(kind)
     try:
-        return _adapters[kind].validate_python(values)
+        made = _adapters[kind].validate_python(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise RecipeError(_explain(kind, first, prefix)) from None
+        raise RecipeError(_explain(kind, error.errors(), prefix)) from None
+    _check_taken(values, made, prefix)
+    return made
 
 
 _adapters: dict[type[Any], TypeAdapter[Any]] = {}
 """Kept, as one takes a hundred times as long to make as to use."""
 
 
-def _explain(kind: type[Any], error: Any, prefix: str) -> str:
+def _check_taken(value: Any, taken: Any, key: str) -> None:
+    """Refuse what would be taken for something else: an empty text for none, true for 1."""
+    if isinstance(value, Mapping) and is_dataclass(taken):
+        for name, own in value.items():
+            _check_taken(own, getattr(taken, name), f"{key}{name}.")
+    elif isinstance(value, (list, tuple)) and isinstance(taken, (list, tuple)):
+        for own, its in zip(value, taken, strict=True):
+            _check_taken(own, its, key)
+    elif isinstance(value, str) and not value:
+        raise RecipeError(f"recipe: {key[:-1]} = '': an empty text is no value; give one, or leave it out.")
+    elif isinstance(value, bool) and not isinstance(taken, bool):
+        raise RecipeError(
+            f"recipe: {key[:-1]} = {value}: true and false are no numbers; give {taken:g}, if that is meant."
+        )
+
+
+_WANTED = {
+    "greater_than_equal": "take {ge} or more",
+    "greater_than": "take a number above {gt}",
+    "less_than_equal": "take {le} or less",
+    "less_than": "take a number below {lt}",
+    "finite_number": "take a finite number",
+    "literal_error": "take {expected}",
+    "too_long": "take {max_length} values",
+    "missing": "a value is missing; add it",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "a text",
+    "tuple": "a list",
+    "list": "a list",
+    "dict": "a table",
+    "dataclass": "a table",
+}
+"""What is to be given, by pydantic's name of an error, or by its first word: the kind of value."""
+
+
+def _explain(kind: type[Any], errors: Sequence[Any], prefix: str) -> str:
+    error = errors[0]
     path = [str(part) for part in error["loc"]]
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         known = _keys_at(kind, path[:-1]) + (["execution"] if kind is Method and len(path) == 1 else [])
@@ -463,13 +502,31 @@ def _explain(kind: type[Any], error: Any, prefix: str) -> str:
             f"recipe: unknown key {prefix + '.'.join(path)!r}; here a recipe has {', '.join(known)}."
             f"{did_you_mean(path[-1], known)}"
         )
-    branches = ("constrained-", "function-", "list[", "tuple[")  # of a union, as pydantic calls them
+    key = _named(error)
+    alike = [each for each in errors if _named(each) == key]  # of a union, one a kind of value
+    for each in alike:
+        cause = each.get("ctx", {}).get("error")
+        if cause is not None:  # a check of our own, which names its argument
+            return f"recipe: {cause}"
+    said = [_WANTED[each["type"]].format(**_plain(each.get("ctx", {}))) for each in alike if each["type"] in _WANTED]
+    kinds = [_WANTED[word] for word in (each["type"].partition("_")[0] for each in alike) if word in _WANTED]
+    if "a number" in kinds:
+        kinds = [each for each in kinds if each != "a whole number"]
+    told = said[0] if said else f"take {' or '.join(dict.fromkeys(kinds)) or 'another value'}"
+    return f"recipe: {(prefix + key).rstrip('.')} = {error['input']!r}: {told}."
+
+
+def _plain(limits: Values) -> Values:
+    """Limits as a person writes them: 1, not 1.0."""
+    return {name: f"{each:.15g}" if isinstance(each, float) else each for name, each in limits.items()}
+
+
+def _named(error: Any) -> str:
+    """The dotted key that an error is of, without the branches of a union, as pydantic calls them."""
+    branches = ("constrained-", "function-", "list[", "tuple[")
+    path = [str(part) for part in error["loc"]]
     named = [part for part in path if part not in ("int", "str", "float") and not part.startswith(branches)]
-    key = (prefix + ".".join(named)).rstrip(".")
-    cause = error.get("ctx", {}).get("error")
-    if cause is not None:  # a check of our own, which names its argument
-        return f"recipe: {cause}"
-    return f"recipe: {key} = {error['input']!r}: {error['msg']}."
+    return ".".join(named[:-1] if error["type"] == "missing" else named)
 
 
 def _keys_at(kind: type[Any], path: list[str]) -> list[str]:

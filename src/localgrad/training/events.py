@@ -209,12 +209,17 @@ def register_sink(name: str, sink: Callable[[Path], Sink]) -> None:
 
 
 def check_sinks(sinks: Sequence[Sink | str]) -> None:
-    """Refuse unknown names, what can't be had here, and what takes no events.
+    """Refuse unknown names, what can't be had here, what takes no events, and what would take them twice.
 
     Raises:
         RecipeError: naming it.
     """
-    for sink in sinks:
+    for index, sink in enumerate(sinks):
+        if any(sink is other or (isinstance(sink, str) and sink == other) for other in sinks[:index]):
+            raise RecipeError(
+                f"{arg('sinks')}: {sink!r} is there twice, and would write everything twice; give it once (a recipe's "
+                "own count as well)."
+            )
         if isinstance(sink, str):
             getattr(SINKS.find(sink), "check_available", lambda: None)()
         elif isinstance(sink, type) or not isinstance(sink, Sink):
@@ -224,8 +229,13 @@ def check_sinks(sinks: Sequence[Sink | str]) -> None:
 
 
 def make_sinks(sinks: Sequence[Sink | str], folder: Path) -> list[Sink]:
-    """Sinks as they are, and those that are named, made for a run folder."""
-    return [SINKS.find(sink)(folder) if isinstance(sink, str) else sink for sink in sinks]
+    """Sinks as they are, and those that are named, made for a run folder.
+
+    The console that is named gives way to one that is made already, as the command line's is.
+    """
+    has_console = any(isinstance(sink, ConsoleSink) for sink in sinks)
+    wanted = [sink for sink in sinks if not (has_console and isinstance(sink, str) and sink == "console")]
+    return [SINKS.find(sink)(folder) if isinstance(sink, str) else sink for sink in wanted]
 
 
 def _of_epochs(lines: Sequence[str], number: int) -> list[str]:

@@ -52,22 +52,22 @@ class OptimizerFactory:
     ) -> None:
         info = optimizer_info(name)
         check_rate(arg("lr"), lr)
-        if not 0 <= weight_decay <= _LARGEST:
-            raise RecipeError(
-                f"{arg('weight_decay')}: {weight_decay} is no decay; take a number from 0 on, such as 0.05."
-            )
+        _check_decay(arg("weight_decay"), weight_decay, lr)
         self._eight_bit = _of_bitsandbytes(info)
         self.name = name
         self.lr = lr
         self.weight_decay = weight_decay
         self._undecayed = undecayed(model, weight_decay)
         self._scales = {} if layer_decay in (None, 1.0) else _scales_by_layer(model, layer_decay)
+        least = min(self._scales.values(), default=1.0)
+        check_rate(f"{arg('layer_decay')}: with a factor of {least:g} the learning rate", least * lr)
 
     def scaled(self, lr: float, weight_decay: float) -> OptimizerFactory:
         """The same factory for one local module, with factors on its learning rate and weight decay."""
         other = copy.copy(self)
         other.lr, other.weight_decay = self.lr * lr, self.weight_decay * weight_decay
         check_rate(f"{arg('lr_depth')}: with a factor of {lr:g} the learning rate", other.lr)
+        _check_decay(f"{arg('weight_decay_depth')}: with a factor of {weight_decay:g}", other.weight_decay, other.lr)
         return other
 
     @property
@@ -172,7 +172,8 @@ def _of_bitsandbytes(info: Any) -> tuple[Callable[..., Optimizer], dict[str, int
     return getattr(module, where.rpartition(".")[2]), options
 
 
-_LEAST, _LARGEST = (getattr(torch.finfo(torch.float32), name) for name in ("tiny", "max"))
+_LEAST, _LARGEST = torch.finfo(torch.float32).tiny, 1e30
+"""Rates and decays; optimizers multiply them further, and above float32's largest number PyTorch ends."""
 
 
 def check_rate(what: str, rate: float) -> None:
@@ -182,7 +183,18 @@ def check_rate(what: str, rate: float) -> None:
         RecipeError: naming ``what`` it is.
     """
     if not _LEAST <= rate <= _LARGEST:
-        raise RecipeError(f"{what}: {rate} is no learning rate; take a number above 0, such as 0.001.")
+        raise RecipeError(
+            f"{what}: {rate} is no learning rate; take a number above 0, such as 0.001, and at most {_LARGEST:g}."
+        )
+
+
+def _check_decay(what: str, decay: float, lr: float) -> None:
+    """Refuse a weight decay that isn't from 0 on, or whose share of an update isn't finite in float32."""
+    if not (0 <= decay <= _LARGEST and decay * lr <= _LARGEST):
+        raise RecipeError(
+            f"{what}: {decay} is no decay at a learning rate of {lr:g}; take a number from 0 on, such as 0.05, and at "
+            f"most {_LARGEST:g}, also times that rate."
+        )
 
 
 def check_schedule(
@@ -207,7 +219,10 @@ def check_schedule(
     given = [("warmup_lr", warmup_lr, warmup_epochs > 0), ("min_lr", min_lr, name in FALLING)]
     for key, rate, is_used in given:
         if not 0 <= rate <= _LARGEST:
-            raise RecipeError(f"{arg(key)}: {rate} is no learning rate; take a number from 0 on, such as 1e-6.")
+            raise RecipeError(
+                f"{arg(key)}: {rate} is no learning rate; take a number from 0 on, such as 1e-6, and at most "
+                f"{_LARGEST:g}."
+            )
         if is_used and rate > lr:
             change = "fall in the warm-up" if key == "warmup_lr" else "rise to the end"
             raise RecipeError(
