@@ -105,6 +105,7 @@ BAD_OPTIONS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("--optimizer", "adammw"), ("--optimizer", "'adammw'", "Nearest: ", "adamw")),
     (("--optimizer", "fusedadam"), ("--optimizer", "'fusedadam'", "take adamw")),
     (("--scheduler", "foo"), ("--scheduler", "'foo'", "cosine")),
+    (("--num-threads", "1000000"), ("execution.num_threads = 1000000", "take 1024 or less")),
     (("--lr", "nan"), ("training.lr = nan", "finite")),
     (("--lr", "-1"), ("training.lr = -1.0", "above 0")),
     (("--ema-decay", "2"), ("training.ema_decay = 2.0",)),

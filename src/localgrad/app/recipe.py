@@ -232,7 +232,7 @@ class Execution:
         default=False, help="Keep modules that don't train, and their optimizers, in host memory.", panel=EXECUTION
     )
     num_workers: Count = option(2, "Processes that decode data sets too large for memory.", EXECUTION)
-    num_threads: Positive | None = option(
+    num_threads: Annotated[int, Limits(ge=1, le=1024)] | None = option(
         None, "Processor threads; a run chooses once, by size: 1 for a small model, else torch's choice.", EXECUTION
     )
     parallel: Literal["none", "modules"] = option(
