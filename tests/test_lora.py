@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from helpers import SIZE, adamw, assert_refused, batches, copied, make
 from localgrad.backbones.adapters import passed_by, with_adapters, without_adapters
 from localgrad.backbones.base import split
-from localgrad.errors import BackboneError
+from localgrad.errors import BackboneError, RecipeError
 from localgrad.learner import LocalLearner
 
 if TYPE_CHECKING:
@@ -50,6 +50,15 @@ def test_adapters_and_head_learn_and_nothing_else(kind: str, modules: int) -> No
         for name, layer in plain.named_modules()
         if isinstance(layer, torch.nn.Linear) and not name.startswith("head")
     }
+
+
+@pytest.mark.parametrize("rank", [129, 2**31, 10**20])
+def test_a_rank_above_every_width_is_refused(rank: int) -> None:
+    """It was a traceback of PyTorch, for want of memory or of digits."""
+    model = make("vit")  # 32 wide, 128 in its MLPs
+    with pytest.raises(RecipeError, match=f"^lora={rank}: its widest linear layer has 128 features.* such as lora=8"):
+        with_adapters(model, rank, SIZE)
+    with_adapters(model, 128, SIZE)
 
 
 def test_plain_weights_are_those_that_peft_merges() -> None:

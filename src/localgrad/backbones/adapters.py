@@ -82,7 +82,7 @@ def with_adapters(model: nn.Module, rank: int, size: Sequence[int], *, heads: Se
         heads: what the names of weights begin with that learn themselves; by default timm's classifiers.
 
     Raises:
-        RecipeError: peft is missing.
+        RecipeError: peft is missing, or no layer is as wide as the rank.
         BackboneError: there is no linear layer but the head.
     """
     silence_hint()
@@ -97,6 +97,13 @@ def with_adapters(model: nn.Module, rank: int, size: Sequence[int], *, heads: Se
         raise BackboneError(
             f"{arg('lora', rank)}: {type(model).__name__} has no linear layers but its head; freeze its first blocks "
             f"instead ({arg('freeze', 0.5)})."
+        )
+    layers = (layer for name, layer in model.named_modules() if name in targets and isinstance(layer, nn.Linear))
+    widest = max(max(layer.in_features, layer.out_features) for layer in layers)
+    if rank > widest:
+        raise RecipeError(
+            f"{arg('lora', rank)}: its widest linear layer has {widest} features, and an adapter of a higher rank adds "
+            f"nothing; take less, such as {arg('lora', 8)}."
         )
     exactly = "|".join(map(re.escape, targets))  # of a list, peft takes whatever ends in one of its names as well
     config = peft.LoraConfig(r=rank, lora_alpha=SCALING * rank, target_modules=exactly)
