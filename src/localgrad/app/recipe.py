@@ -502,8 +502,8 @@ def _explain(kind: type[Any], errors: Sequence[Any], prefix: str) -> str:
             f"recipe: unknown key {prefix + '.'.join(path)!r}; here a recipe has {', '.join(known)}."
             f"{did_you_mean(path[-1], known)}"
         )
-    key = _named(error)
-    alike = [each for each in errors if _named(each) == key]  # of a union, one a kind of value
+    key = _key_of(error)
+    alike = [each for each in errors if _key_of(each) == key]  # of a union, one a kind of value
     for each in alike:
         cause = each.get("ctx", {}).get("error")
         if cause is not None:  # a check of our own, which names its argument
@@ -521,7 +521,7 @@ def _plain(limits: Values) -> Values:
     return {name: f"{each:.15g}" if isinstance(each, float) else each for name, each in limits.items()}
 
 
-def _named(error: Any) -> str:
+def _key_of(error: Any) -> str:
     """The dotted key that an error is of, without the branches of a union, as pydantic calls them."""
     branches = ("constrained-", "function-", "list[", "tuple[")
     path = [str(part) for part in error["loc"]]

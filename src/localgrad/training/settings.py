@@ -124,18 +124,18 @@ class Augment:
     def __post_init__(self) -> None:
         """Check every range once, where the settings are built."""
         pad = self.crop_padding
-        if not (_is_number(pad) and isinstance(pad, int) and 0 <= pad <= _WIDEST):
+        if not (_is_plain_number(pad) and isinstance(pad, int) and 0 <= pad <= _WIDEST):
             raise RecipeError(f"{arg('crop_padding')} must be 0 or more pixels, at most {_WIDEST}, got {pad!r}.")
         for name in ("mixup", "cutmix"):
             alpha = getattr(self, name)
-            if not (_is_number(alpha) and (alpha == 0 or _ALPHAS[0] <= alpha <= _ALPHAS[1])):
+            if not (_is_plain_number(alpha) and (alpha == 0 or _ALPHAS[0] <= alpha <= _ALPHAS[1])):
                 raise RecipeError(
                     f"{arg(name)} is the alpha of a Beta distribution, 0 or from {_ALPHAS[0]:g} to {_ALPHAS[1]:g}, got "
                     f"{alpha!r}."
                 )
-        if not (_is_number(self.erasing) and 0 <= self.erasing <= 1):
+        if not (_is_plain_number(self.erasing) and 0 <= self.erasing <= 1):
             raise RecipeError(f"{arg('erasing')} is a probability from 0 to 1, got {self.erasing!r}.")
-        if not (_is_number(self.label_smoothing) and 0 <= self.label_smoothing < 1):
+        if not (_is_plain_number(self.label_smoothing) and 0 <= self.label_smoothing < 1):
             raise RecipeError(f"{arg('label_smoothing')} must be from 0 to below 1, got {self.label_smoothing!r}.")
         if self.rand_augment is not None:
             _check_rand_augment(self.rand_augment)
@@ -146,12 +146,12 @@ class Augment:
         return self.mixup > 0 or self.cutmix > 0 or self.label_smoothing > 0
 
 
-def _is_number(value: object) -> bool:
+def _is_plain_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _check_rand_augment(setting: tuple[int, int]) -> None:
-    are_whole = all(_is_number(each) and isinstance(each, int) for each in setting)
+    are_whole = all(_is_plain_number(each) and isinstance(each, int) for each in setting)
     if not are_whole or len(setting) != 2 or setting[0] < 1 or not 0 <= setting[1] <= 30:
         raise RecipeError(
             f"{arg('rand_augment')} is (number of operations from 1, magnitude from 0 to 30), got {tuple(setting)}."
