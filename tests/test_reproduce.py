@@ -798,7 +798,7 @@ def test_docs_and_results_that_differ_are_found(here: Path) -> None:
         ("cifar10 --profile gpus", "--profile: unknown 'gpus'"),
         ("cifar --profile cpu", "TABLE: unknown 'cifar'"),
         ("--profile cpu --methods gredy", "Nearest: greedy"),
-        ("--profile cpu --methods ''", "--methods: unknown ''"),
+        ("--profile cpu --methods ''", "--methods: got an empty text"),
         ("--profile cpu --modules 1", "--modules: '1' is no list of whole numbers from 2 on"),
         ("--profile cpu --modules many", "--modules: 'many'"),
         ("--profile cpu --modules 2,", "--modules: '2,'"),
