@@ -345,6 +345,13 @@ def test_what_would_be_taken_for_something_else_is_refused(values: dict[str, Any
         Recipe.from_dict(overlay({}, values))
 
 
+def test_numbers_of_thousands_of_digits_are_refused() -> None:
+    with pytest.raises(RecipeError, match=r"^mine\.toml: this is not TOML \(Exceeds the limit"):
+        parse_toml(f"seed = {'9' * 5000}", "mine.toml")
+    with pytest.raises(RecipeError, match=r"^recipe: training\.epochs = .*: take a whole number"):
+        Recipe.from_dict(overlay({}, parse_assignments([f"training.epochs={'9' * 5000}"])))
+
+
 def test_label_smoothing_is_said_in_one_place() -> None:
     """Labels that mixup made soft don't look at the objective's."""
     recipe = Recipe.from_dict({"local": {"options": {"label_smoothing": 0.1}}})

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_type_hints
 
-from localgrad.errors import RecipeError, arg, did_you_mean
+from localgrad.errors import RecipeError, arg, did_you_mean, reason_of
 from localgrad.formats import check_format, read_input
 from localgrad.options import (
     DATA,
@@ -330,8 +330,8 @@ def parse_toml(text: str, source: str) -> Values:
 
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{source}: this is not TOML ({error}).") from error
+    except ValueError as error:  # or a number of thousands of digits, which Python doesn't read
+        raise RecipeError(f"{source}: this is not TOML ({reason_of(error, limit=200)}).") from error
 
 
 def preset_names() -> list[str]:
@@ -420,7 +420,7 @@ def parse_assignments(assignments: Iterable[str]) -> Values:
             )
         try:
             changes[key.strip()] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
+        except ValueError:  # no TOML, or a number of thousands of digits, which Python doesn't read
             changes[key.strip()] = text.strip()
     return changes
 
