@@ -231,6 +231,8 @@ def test_folders_that_cannot_be_written_are_refused(out: str, here: Path, cli_: 
         (("predict", "gone", "x.png"), "gone: no run there"),
         (("train", "--resume", "gone", "--out", "x"), "--out x doesn't go with --resume"),
         (("train", "--resume", "gone", "--preset", "digits"), "--preset digits doesn't go with --resume"),
+        (("train", "--parallel", "modules", "--num-processes", str(10**6)), "take 1 or more, at most 1024"),
+        (("train", "--epochs", str(10**400)), "take a number below 9223372036854775808"),
         (("train", "--resume", "gone", "--card", "T4"), "--card T4 doesn't go with --resume"),
         (("train", "--resume", "gone", "--no-cache"), "--no-cache doesn't go with --resume: it is of planning"),
         (("train", "--resume", "gone", "--no-confirm"), "--no-confirm doesn't go with --resume: it is of planning"),

@@ -599,6 +599,7 @@ def test_estimates_alone_run_nothing(compare_: Cli, monkeypatch: pytest.MonkeyPa
         (("--model", "swin_tinny"), "--model: timm has no 'swin_tinny'. Nearest: swin_tiny"),
         (("--repeats", "0"), "--repeats: 0 is below 1; take 3, or --estimate-only"),
         (("--batch-size", "0"), "--batch-size: 0 is below 1"),
+        (("--batch-size", str(10**20)), f"--batch-size: {10**20} is above 131072; take 64"),
         (("--plot", "a.pdf"), "--plot: 'a.pdf' is neither .png nor .svg; take a.png."),
         (("--timeline", "no/such/a.png"), "--timeline: there is no folder 'no/such'"),
         (("--json", "."), "--json: '.' is a folder"),

@@ -79,7 +79,7 @@ recipes = st.builds(
             flip=st.booleans(),
             rand_augment=st.none() | st.tuples(st.integers(1, 4), st.integers(0, 30)),
             erasing=shares,
-            mixup=amounts,
+            mixup=st.just(0.0) | st.floats(1e-6, 1e6),
             label_smoothing=shares,
         ),
         local=st.builds(
@@ -103,7 +103,7 @@ recipes = st.builds(
         precision=st.sampled_from(["fp32", "bf16", "fp16"]),
         accumulation=positive,
         checkpoint=st.sampled_from(["none", "blocks", "halves/4:2", ["none", "halves"]]),
-        num_threads=st.none() | positive,
+        num_threads=st.none() | st.integers(1, 1024),
     ),
 )
 

@@ -424,11 +424,16 @@ def _decided(changes: Values) -> Values:
     return {key: changes.get(f"execution.{key}") for key in ("checkpoint", "accumulation")}
 
 
+_MOST_PROCESSES = 1024
+
+
 def _start_processes(count: int, recipe: Recipe, folder: Path | None) -> None:
     """Start this command again in several processes, unless this is one of them; doesn't come back then."""
     rules.check({"num_processes": count or 1, "parallel": recipe.execution.parallel})
-    if count < 1:
-        raise RecipeError(f"{arg('num_processes')}: {count} is no number of processes; take 1 or more.")
+    if not 1 <= count <= _MOST_PROCESSES:
+        raise RecipeError(
+            f"{arg('num_processes')}: {count} is no number of processes; take 1 or more, at most {_MOST_PROCESSES}."
+        )
     from localgrad.parallel.launching import run_processes
     from localgrad.parallel.team import in_team
 

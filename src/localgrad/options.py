@@ -214,8 +214,8 @@ class Limits:
         return {**handler(source), "strict": True, **limits}
 
 
-Count = Annotated[int, Limits(ge=0)]
-Positive = Annotated[int, Limits(ge=1)]
+Count = Annotated[int, Limits(ge=0, lt=2**63)]
+Positive = Annotated[int, Limits(ge=1, lt=2**63)]
 Fraction = Annotated[float, Limits(ge=0, lt=1)]
 Amount = Annotated[float, Limits(ge=0)]
 Factor = Annotated[float, Limits(gt=0)]

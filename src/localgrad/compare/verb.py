@@ -33,6 +33,7 @@ from localgrad.objectives.auxiliary import DECODERS
 from localgrad.objectives.methods import OBJECTIVES
 from localgrad.partition import Checkpointing
 from localgrad.partitioning import num_parameters, num_trained
+from localgrad.planning.budget import LARGEST_BATCH
 from localgrad.step.local_step import check_precision
 from localgrad.training.data import Batches, load_data
 from localgrad.training.optim import OptimizerFactory
@@ -123,6 +124,8 @@ def _check_numbers(settings: Settings) -> None:
         ("img_size", 1, 224),
     ):
         value = getattr(settings, name)
+        if name == "batch_size" and value > LARGEST_BATCH:
+            raise RecipeError(f"{arg(name)}: {value} is above {LARGEST_BATCH}; take {usual}.")
         if value is not None and value < least:
             instead = f", or {arg('estimate_only', value=True)} to run nothing" if name == "repeats" else ""
             raise RecipeError(f"{arg(name)}: {value} is below {least}; take {usual}{instead}.")
