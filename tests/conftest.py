@@ -141,7 +141,7 @@ def cli_(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
 
     def call(*arguments: str) -> Said:
         capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", ["localgrad", *arguments])
+        monkeypatch.setattr(sys, "argv", ["localgrad", *map(str, arguments)])
         try:
             cli.main()
             code = 0

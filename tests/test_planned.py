@@ -190,7 +190,7 @@ PLAN_REFUSALS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("--budget", "0"), ("--budget", "positive", "6GiB")),
     (("--budget", "1e3"), ("--budget", "'1e3'")),
     (("--budget", "6GiB6"), ("--budget", "'6GiB6'")),
-    (("--budget", ""), ("--budget", "''")),
+    (("--budget", ""), ("--budget", "an empty text")),
     (("--budget", "9" * 400), ("--budget", "more memory than there is")),
     (("--budget", "1"), ("--budget 1B", "weights, optimizer state")),
     (("--batch-size", "many"), ("--batch-size", "'many'", "auto")),

@@ -352,9 +352,11 @@ def test_numbers_of_thousands_of_digits_are_refused() -> None:
         Recipe.from_dict(overlay({}, parse_assignments([f"training.epochs={'9' * 5000}"])))
 
 
-def test_label_smoothing_is_said_in_one_place() -> None:
+def test_label_smoothing_beside_mixup_is_said_in_one_place() -> None:
     """Labels that mixup made soft don't look at the objective's."""
-    recipe = Recipe.from_dict({"local": {"options": {"label_smoothing": 0.1}}})
+    options = {"label_smoothing": 0.1}
+    assert build_recipe_objective(Recipe.from_dict({"local": {"options": options}})).label_smoothing == 0.1
+    recipe = Recipe.from_dict({"local": {"options": options}, "augment": {"mixup": 0.2}})
     with pytest.raises(RecipeError, match=r"^local\.options\.label_smoothing: .* set label_smoothing=0\.1"):
         build_recipe_objective(recipe)
 

@@ -596,13 +596,13 @@ def build_recipe_objective(recipe: Recipe) -> Objective:
     Raises:
         RecipeError: an unknown name or option.
     """
-    local, smoothing = recipe.method.local, recipe.method.augment.label_smoothing
-    if "label_smoothing" in local.options:
+    local, augment = recipe.method.local, recipe.method.augment
+    if "label_smoothing" in local.options and (augment.mixup or augment.cutmix):
         raise RecipeError(
-            f"local.options.label_smoothing: {arg('label_smoothing')} is the recipe's own, for mixed labels as well; "
-            f"set {arg('augment.label_smoothing', local.options['label_smoothing'])} in its place."
+            "local.options.label_smoothing: labels that are mixed don't look at it; set "
+            f"{arg('augment.label_smoothing', local.options['label_smoothing'])} in its place."
         )
-    options = {"label_smoothing": smoothing, **local.options}
+    options = {"label_smoothing": augment.label_smoothing, **local.options}
     objective = build_objective(local.objective, options)
     made: Objective = validated(type(objective), options, "local.options.")  # (first, last) is a list in TOML
     return made
