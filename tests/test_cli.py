@@ -351,6 +351,7 @@ def test_a_dry_run_prints_a_recipe_that_reads_back(here: Path, cli_: Cli, tmp_pa
         (("--freeze", "1.5"), "--freeze 1.5: take stem, a number of blocks from 1 on"),
         (("--freeze", "half"), "--freeze half: take stem"),
         (("--on-oom", "banana"), "--on-oom: unknown 'banana'; take stop or replan"),
+        (("--sink", "nope"), "--sink: unknown 'nope'"),
         (("--set", "local.options.clasifier='mlp'"), "'feature' can't take 'clasifier'; its options are"),
     ],
 )

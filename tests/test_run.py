@@ -459,6 +459,9 @@ def test_a_runs_data_may_be_fetched_again(stopped: Path, tmp_path: Path, monkeyp
         run.resume(folder)
     run.resume(folder, download=True)
     assert (folder / "summary.json").exists()
+    with pytest.raises(DataError, match="missing"):
+        using_runs.evaluate_run(folder)
+    assert using_runs.evaluate_run(folder, download=True)["num_images"] > 0
 
 
 def test_a_card_is_not_planned_for_beside_a_plan(tmp_path: Path) -> None:

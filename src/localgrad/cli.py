@@ -322,8 +322,10 @@ def train(**given: Any) -> None:
         wanted = Recipe.from_dict(overlay(_base(given, changes), changes))
     if given["dry_run"]:
         from localgrad.app.build import checked
+        from localgrad.training.events import check_sinks
 
         checked(wanted, is_planned=num_bytes is not None or plan is not None)
+        check_sinks(wanted.execution.sinks, by_name=True)
         typer.echo(wanted.to_toml(), nl=False)
         return
     if given["num_processes"] is not None:
@@ -642,7 +644,10 @@ def _training_by(plan: Any, path: Path, model: str, data: str) -> str:
 
 
 @app.command(no_args_is_help=True)
-@takes({key: OPTIONS[key] for key in ("execution.device", "data.root")}, ("part", "device", "data", "root"))
+@takes(
+    {**{key: OPTIONS[key] for key in ("execution.device", "data.root")}, DOWNLOAD.key: DOWNLOAD},
+    ("part", "device", "data", "root", "download"),
+)
 def evaluate(
     *,
     run_folder: RunFolderArgument,
@@ -656,7 +661,14 @@ def evaluate(
     from localgrad.app.using_runs import evaluate_run
     from localgrad.training.events import accuracies
 
-    result = evaluate_run(run_folder, part=part, data=data, device=given["device"], root=given["root"])
+    result = evaluate_run(
+        run_folder,
+        part=part,
+        data=data,
+        device=given["device"],
+        root=given["root"],
+        download=bool(given["download"]),
+    )
     left_out = f"; left out: {format_counts(result['skipped'])}" if result["skipped"] else ""
     typer.echo(f"{part} accuracy  {result['accuracy']:.2%}  ({result['num_images']:,} images{left_out})")
     typer.echo(f"by module  {accuracies(result['module_accuracy'])}")

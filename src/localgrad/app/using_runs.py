@@ -48,7 +48,13 @@ _BEST = Path("checkpoints") / "best.safetensors"
 
 
 def evaluate_run(
-    path: Path, *, part: str = "test", device: str | None = None, data: str | None = None, root: str | None = None
+    path: Path,
+    *,
+    part: str = "test",
+    device: str | None = None,
+    data: str | None = None,
+    root: str | None = None,
+    download: bool = False,
 ) -> Evaluation:
     """Accuracy of a run's best weights on its own data.
 
@@ -58,6 +64,7 @@ def evaluate_run(
         device: by default the recipe's.
         data: where the run's data lies now, if it was moved.
         root: the same of torchvision's data sets.
+        download: let torchvision fetch the run's data set, if it is missing here.
 
     Raises:
         DataError: the data is missing, or was moved and is not what the run was trained on.
@@ -71,7 +78,7 @@ def evaluate_run(
     recipe = replace(own, method=replace(own.method, data=place))
     weights = load_saved_weights(path / _BEST)
     places = read_places(path, own, recipe)
-    job = build_again(recipe, places, has_weights=True, config=config_kept(path, recipe))
+    job = build_again(recipe, places, download=download, has_weights=True, config=config_kept(path, recipe))
     check_data(path, job, is_moved=is_moved(own, recipe, places))
     images = job.data.part(part)
     if images is None:

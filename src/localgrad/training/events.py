@@ -208,8 +208,12 @@ def register_sink(name: str, sink: Callable[[Path], Sink]) -> None:
     SINKS.register(name, sink)
 
 
-def check_sinks(sinks: Sequence[Sink | str]) -> None:
+def check_sinks(sinks: Sequence[Sink | str], *, by_name: bool = False) -> None:
     """Refuse unknown names, what can't be had here, what takes no events, and what would take them twice.
+
+    Args:
+        sinks: names, or sinks that are made.
+        by_name: whether names alone are looked at, not whether their libraries are there.
 
     Raises:
         RecipeError: naming it.
@@ -221,7 +225,9 @@ def check_sinks(sinks: Sequence[Sink | str]) -> None:
                 "own count as well)."
             )
         if isinstance(sink, str):
-            getattr(SINKS.find(sink), "check_available", lambda: None)()
+            found = SINKS.find(sink)
+            if not by_name:
+                getattr(found, "check_available", lambda: None)()
         elif isinstance(sink, type) or not isinstance(sink, Sink):
             raise RecipeError(
                 f"{arg('sinks')}: got {sink!r}, which is no sink; give a name, or an object with emit and close."
